@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The plain data that one step hands to the next.
+
+Nothing here does anything: each step of the line (watch, settle, resolve, admit, check, swap, reload, record) knows
+the step before it only through these values. Standard library only, because the generator imports it at boot.
+
+Paths and names are `str` as `os.fsdecode()` makes them: bytes that are not UTF-8 travel as surrogates, and
+`shown()` makes any of them fit for a person and for a log.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+
+class Kind(enum.Enum):
+    """What an entry is, with systemd's words: `ExtensionImages=` or `ExtensionDirectories=`."""
+
+    IMAGE = "image"
+    DIRECTORY = "directory"
+
+
+class Refused(Exception):
+    """This content will not do, and will not do later either: `str()` is one line for the administrator."""
+
+
+class Incomplete(Refused):
+    """Not whole by its own account (a connection that dropped); other bytes are needed, not patience."""
+
+
+class Busy(Exception):
+    """Somebody is still writing: not an outcome at all, look again later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One place a layer comes from: a declared source of the unit, or one entry of its `.confext.d/`.
+
+    Attributes:
+        slot: name of the link that stands for this entry under `units/UNIT/` ("web.raw", "tree"), unique in a unit.
+        path: absolute path as declared or found, ".v/" form included ("/srv/web.raw.v", "/srv/web.v/web___").
+        kind: image or directory.
+        optional: declared with a `-` prefix, or dropped in: a missing source is nothing to complain about.
+        declared: from the unit's own settings (rather than from `.confext.d/`).
+        options: mount options that came with an `ExtensionImages=` value, verbatim ("" if none).
+    """
+
+    slot: str
+    path: str
+    kind: Kind
+    optional: bool = False
+    declared: bool = False
+    options: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One file or directory that could become the layer of an entry.
+
+    Attributes:
+        path: absolute path of the file or directory, as found in the directory (links not resolved).
+        filename: its last component, "web_1.4+3-1.raw".
+        name: the extension's name without version, counters and suffix, "web".
+        version: "1.4", or "" where the name carries none.
+        tries_left: counter of `+LEFT`, None without one.
+        tries_done: counter of `-DONE`, None without one.
+    """
+
+    path: str
+    filename: str
+    name: str
+    version: str
+    kind: Kind
+    tries_left: int | None = None
+    tries_done: int | None = None
+
+
+class Scope(enum.Enum):
+    """How far an interest reaches."""
+
+    CHILDREN = "children"
+    TREE = "tree"
+
+
+@dataclass(frozen=True, slots=True)
+class Interest:
+    """A directory in which a change matters.
+
+    Attributes:
+        path: absolute; need not exist (then its appearance is the change).
+        scope: names directly in it, or anything below it.
+        pattern: regular expression (`re.fullmatch`) that a name must match to matter; None: every name does.
+    """
+
+    path: str
+    scope: Scope = Scope.CHILDREN
+    pattern: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """Something seen while looking that is worth one line, once: the caller remembers what it has said."""
+
+    level: str  # "debug", "info" or "warning"
+    path: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Picks:
+    """An entry with all its candidates, best first (systemd.v(7))."""
+
+    entry: Entry
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """Where a service's layers come from, before any directory is read.
+
+    Attributes:
+        images: the unit's `ExtensionImages=`, first to last.
+        directories: the unit's `ExtensionDirectories=`, first to last.
+        confext_dirs: paths of `<unit>.confext.d/`, highest precedence first; they need not exist.
+    """
+
+    images: tuple[Entry, ...] = ()
+    directories: tuple[Entry, ...] = ()
+    confext_dirs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What the disk says a service could have.
+
+    Attributes:
+        picks: bottom to top, each entry with its candidates.
+        interests: everything that must be watched so that no change to this answer is missed.
+        remarks: what was passed over, and why.
+    """
+
+    picks: tuple[Picks, ...]
+    interests: tuple[Interest, ...]
+    remarks: tuple[Remark, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """An image or tree in the store.
+
+    Attributes:
+        digest: SHA-256, 64 hexadecimal digits: of the file's bytes, or of a tree as `store.py` defines it.
+        path: absolute path in the store; a regular file of mode 0400 or a directory.
+        size: bytes.
+        fstype: "squashfs" or "erofs" for an image, "" for a tree.
+    """
+
+    digest: str
+    path: str
+    size: int
+    kind: Kind
+    fstype: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One admitted image or tree in a stack."""
+
+    slot: str
+    name: str
+    version: str
+    digest: str
+    kind: Kind
+    source: str
+
+    @property
+    def label(self) -> str:
+        """What a person calls it: "web 1.4"."""
+        return f"{self.name} {self.version}" if self.version else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Layers bottom to top. Two stacks are the same when their contents are: names do not count."""
+
+    layers: tuple[Layer, ...] = ()
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        return tuple(layer.digest for layer in self.layers)
+
+    @property
+    def id(self) -> str:
+        """16 hexadecimal digits, "" for the empty stack."""
+        return stack_id(self.digests)
+
+
+def stack_id(digests: Iterable[str]) -> str:
+    """Identity of a stack by the digests of its layers, bottom to top: 16 hexadecimal digits, "" if there are none."""
+    joined = "\n".join(digests)
+    return hashlib.sha256(joined.encode()).hexdigest()[:16] if joined else ""
+
+
+class Outcome(enum.Enum):
+    """How a round ended for a service: the values of CONFEXT_OUTCOME= in the journal."""
+
+    APPLIED = "applied"
+    UNCHANGED = "unchanged"
+    REFUSED = "refused"
+    INCOMPLETE = "incomplete"
+    FAILED = "failed"
+    ROLLED_BACK = "rolled-back"
+    NEEDS_RESTART = "needs-restart"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One line of history, and one entry in the journal; usec are microseconds, `when` since the epoch."""
+
+    service: str
+    outcome: Outcome
+    message: str
+    when: int
+    stack: str = ""
+    previous: str = ""
+    image: str = ""
+    version: str = ""
+    digest: str = ""
+    source: str = ""
+    reason: str = ""
+    output: str = ""
+    swap_usec: int | None = None
+    total_usec: int | None = None
+    layers: tuple[Layer, ...] = field(default=())
+
+
+def shown(text: str) -> str:
+    """`text` on one line, printable, unambiguous: control characters, surrogates and backslashes become escapes."""
+    if text.isprintable() and "\\" not in text:
+        return text
+    return "".join(_escape(char) for char in text)
+
+
+def _escape(char: str) -> str:
+    if char == "\\":
+        return "\\\\"
+    if char.isprintable():
+        return char
+    if 0xDC80 <= ord(char) <= 0xDCFF:
+        return f"\\x{ord(char) - 0xDC00:02x}"
+    return char.encode("unicode_escape").decode("ascii")
