@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+# make test    everything, from nothing: needs Python 3.11 or newer, make and a network
+# make help    the rest
+SHELL := /bin/bash
+VENV := .venv
+OLDEST := .venv-debian13
+PYTEST_ARGS ?=
+# A hang is interrupted, so that what is running is still cleaned up.
+LIMIT := timeout --foreground --signal=INT --kill-after=60 45m
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+.PHONY: venv
+venv: $(VENV)/.installed ## the virtual environment .venv, from requirements.lock
+
+$(VENV)/.installed: requirements.lock pyproject.toml
+	@tests/setup-venv $(VENV) requirements.lock
+
+$(OLDEST)/.installed: requirements-debian13.lock pyproject.toml
+	@tests/setup-venv $(OLDEST) requirements-debian13.lock
+
+.PHONY: tools
+tools: ## the Debian packages that tests use (installed when root, otherwise named)
+	@tests/setup-debian
+
+.PHONY: test
+test: venv tools ## lint, types, all tests; with root and mmdebstrap also on real systemd
+	@echo "== lint";  $(MAKE) --no-print-directory lint
+	@echo "== types"; $(MAKE) --no-print-directory types
+	@echo "== tests"; $(LIMIT) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) tests
+
+.PHONY: test-fast
+test-fast: venv ## the tests without the containers
+	@$(VENV)/bin/python -m pytest -q --ignore=tests/beds $(PYTEST_ARGS) tests
+
+.PHONY: test-oldest
+test-oldest: $(OLDEST)/.installed tools ## the tests without the containers, on Debian 13's versions
+	@$(LIMIT) $(OLDEST)/bin/python -m pytest -q --ignore=tests/beds $(PYTEST_ARGS) tests
+
+.PHONY: lint
+lint: venv ## ruff
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+.PHONY: types
+types: venv ## mypy
+	@$(VENV)/bin/mypy
+
+.PHONY: demo
+demo: venv tools ## the main job, shown
+	@$(VENV)/bin/python contrib/demo.py
+
+.PHONY: bench
+bench: venv tools ## the figures, each beside its floor
+	@$(VENV)/bin/python -m tests.bench
+
+.PHONY: oracle
+oracle: venv tools ## ask systemd 262 again for the answers kept in tests/
+	@PYTHONPATH=tests $(VENV)/bin/python -m oracle
+
+SYSTEMD := 262
+.PHONY: bed
+bed: venv tools ## a shell in a container with real systemd, `make bed SYSTEMD=257`
+	@PYTHONPATH=tests $(VENV)/bin/python -m beds.shell $(SYSTEMD)
+
+.PHONY: lock
+lock: venv ## pin the newest versions again (needs uv)
+	@compile="env -u PIP_FIND_LINKS uv pip compile --quiet --no-config --universal --upgrade --python-version 3.11 \
+	    --generate-hashes --no-annotate --no-emit-index-url --no-emit-find-links --extra dev \
+	    --custom-compile-command 'make lock' pyproject.toml"; \
+	eval "$$compile --output-file requirements.lock" && \
+	eval "$$compile --constraint constraints-debian13.txt --output-file requirements-debian13.lock"
+
+.PHONY: clean
+clean: ## remove what make made (root file systems of the containers stay in their cache)
+	rm -rf $(VENV) $(OLDEST) *.lock.lock .venv.lock .venv-debian13.lock build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What all tests share: skipping with a reason, a limit on each test, and the check that nothing is left behind."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Iterator
+from types import FrameType
+
+import hypothesis
+import pytest
+
+import needs
+from leaks import RUN, Snapshot, settled
+
+# Nothing of a test may depend on how busy the machine is.
+hypothesis.settings.register_profile("default", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+
+TEST_SECONDS = 180
+"""No test may hang: after this long it fails. `@pytest.mark.limit(SECONDS)` allows more."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(what, ...): of the machine, by needs.py")
+    config.addinivalue_line("markers", "limit(seconds): how long the test may take before it is failed")
+    hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+    os.environ[RUN] = uuid.uuid4().hex
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The containers last: what is quick to fail fails first.
+    items.sort(key=lambda item: "/beds/" in item.nodeid)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("needs"):
+        reason = needs.lacking(mark)
+        if reason:
+            pytest.skip(reason)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    mark = item.get_closest_marker("limit")
+    seconds = mark.args[0] if mark else TEST_SECONDS
+
+    def expired(signum: int, frame: FrameType | None) -> None:
+        faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)
+        pytest.fail(f"still running after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, expired)
+    signal.alarm(seconds)
+    try:
+        return (yield)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _mounts_things(request: pytest.FixtureRequest) -> bool:
+    module = request.node.nodeid
+    return any(
+        item.nodeid.startswith(module)
+        and any(mark.args[:1] in (("root",), ("userns",)) for mark in item.iter_markers("needs"))
+        for item in request.session.items
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left_behind(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Fails a module that mounts when it leaves mounts, loop devices, processes, namespaces or descriptors behind."""
+    if not _mounts_things(request):
+        yield
+        return
+    scratch = tmp_path_factory.getbasetemp()
+    before = Snapshot.take(scratch)
+    yield
+    left = settled(before, scratch)
+    if left:
+        pytest.fail(f"{request.node.nodeid} left behind:\n  " + "\n  ".join(left), pytrace=False)
