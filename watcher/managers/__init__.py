@@ -1,1 +1,83 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
+"""Who runs the services. Both managers give the same plain `Service`; nothing below knows which one it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import trio
+
+from watcher.config import ServiceSettings
+from watcher.model import Declared, Entry
+from watcher.process import Process
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A service that takes part, as its manager sees it now.
+
+    Attributes:
+        name: "nginx.service"; for a template's instance "foo@bar.service".
+        declared: where its layers come from.
+        settings: its `[X-Confext]`.
+        main: its main process, owned (and closed) by the manager; None: not running.
+        invocation: changes with every start (InvocationID, or the registration's own); "" when not running.
+        starting: main is there but may still be systemd's executor on its way to becoming the service.
+        root: path of the root directory whose os-release decides which images match (`RootDirectory=`), "/" if its own
+        aliases: other names of it.
+    """
+
+    name: str
+    declared: Declared
+    settings: ServiceSettings
+    main: Process | None = None
+    invocation: str = ""
+    starting: bool = False
+    root: str = "/"
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Reloaded:
+    """What became of asking a service to reload.
+
+    Attributes:
+        ok: it did, or nothing had to be asked.
+        told: what was done, for the log: "reload", "SIGHUP", "restart", "" when nothing was told.
+        reason: why it failed, one line ("" when ok).
+        output: what a reload command printed, at most 64 KiB.
+    """
+
+    ok: bool
+    told: str = ""
+    reason: str = ""
+    output: str = ""
+
+
+class Manager(Protocol):
+    """A source of services, and the one who can ask them to reload."""
+
+    @property
+    def services(self) -> Mapping[str, Service]:
+        """All services that take part, by name, as of now."""
+
+    async def run(self, changed: Callable[[str], None], task_status: trio.TaskStatus[None]) -> None:
+        """Keep `services` current until cancelled.
+
+        Says `task_status.started()` once the first complete answer is there, then calls `changed(name)` for every
+        service that appeared, changed (declared sources, settings, start, stop) or went away.
+        """
+
+    async def learn(self, service: Service, entries: Sequence[Entry]) -> None:
+        """Make the next start of the service use exactly these slots, bottom to top (they are in place already).
+
+        Under systemd: a daemon-reload, if the set of entries differs from what the loaded drop-in lists; coalesced.
+        """
+
+    async def reload(self, service: Service) -> Reloaded:
+        """Ask the service to reload as its settings say, and follow that to its end."""
+
+    async def processes(self, service: Service) -> list[int]:
+        """PIDs of everything that belongs to the service, its main process included. Hints: hold them by pidfd."""

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The system calls of the new mount interface, and the few others that Python does not have.
+
+All of the project's ctypes is in this file. Each function has the call's own name and order of arguments and raises
+OSError with the path (or what else was being worked on) in it. ctypes releases the GIL during a call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+
+AT_FDCWD = -100
+AT_SYMLINK_NOFOLLOW = 0x100
+AT_EMPTY_PATH = 0x1000
+AT_RECURSIVE = 0x8000
+
+CLONE_FS = 0x200
+CLONE_NEWNS = 0x20000
+
+MS_REC = 0x4000
+MS_PRIVATE = 1 << 18
+MS_SLAVE = 1 << 19
+
+MNT_DETACH = 2
+UMOUNT_NOFOLLOW = 8
+
+OPEN_TREE_CLONE = 1
+OPEN_TREE_CLOEXEC = os.O_CLOEXEC
+
+MOVE_MOUNT_F_EMPTY_PATH = 0x4
+MOVE_MOUNT_T_EMPTY_PATH = 0x40
+MOVE_MOUNT_BENEATH = 0x200
+
+MOUNT_ATTR_RDONLY = 0x1
+MOUNT_ATTR_NOSUID = 0x2
+MOUNT_ATTR_NODEV = 0x4
+MOUNT_ATTR_NOEXEC = 0x8
+MOUNT_ATTR_NOATIME = 0x10
+MOUNT_ATTR_STRICTATIME = 0x20
+MOUNT_ATTR_ATIME = 0x70
+MOUNT_ATTR_NODIRATIME = 0x80
+MOUNT_ATTR_NOSYMFOLLOW = 0x200000
+
+RESOLVE_NO_XDEV = 0x1
+RESOLVE_NO_MAGICLINKS = 0x2
+RESOLVE_NO_SYMLINKS = 0x4
+RESOLVE_BENEATH = 0x8
+
+_FSOPEN_CLOEXEC = 1
+_FSMOUNT_CLOEXEC = 1
+_FSCONFIG_SET_FLAG = 0
+_FSCONFIG_SET_STRING = 1
+_FSCONFIG_CMD_CREATE = 6
+
+_STATX_MNT_ID = 0x1000
+
+_LOOP_CTL_GET_FREE = 0x4C82
+_LOOP_CONFIGURE = 0x4C0A
+_LO_FLAGS_READ_ONLY = 1
+_LO_FLAGS_AUTOCLEAR = 4
+
+# The same numbers on every architecture: all calls since 5.1 share one table.
+_NR_OPEN_TREE = 428
+_NR_MOVE_MOUNT = 429
+_NR_FSOPEN = 430
+_NR_FSCONFIG = 431
+_NR_FSMOUNT = 432
+_NR_OPENAT2 = 437
+_NR_MOUNT_SETATTR = 442
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+
+
+def _check(result: int, what: str | int) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(what))
+    return result
+
+
+def _call(number: int, what: str | int, *args: int | bytes | ctypes.Array[ctypes.c_char] | None) -> int:
+    # Without argtypes ctypes passes int as 32 bits: everything that is a number is made a long here.
+    wide = [ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in args]
+    return _check(_syscall(ctypes.c_long(number), *wide), what)
+
+
+def unshare(flags: int) -> None:
+    _check(_libc.unshare(flags), "unshare")
+
+
+def setns(fd: int, nstype: int) -> None:
+    _check(_libc.setns(fd, nstype), "setns")
+
+
+def mount(source: str, target: str, fstype: str | None, flags: int, data: str | None = None) -> None:
+    _check(
+        _libc.mount(
+            os.fsencode(source),
+            os.fsencode(target),
+            None if fstype is None else fstype.encode(),
+            ctypes.c_ulong(flags),
+            None if data is None else data.encode(),
+        ),
+        target,
+    )
+
+
+def umount2(target: str, flags: int) -> None:
+    _check(_libc.umount2(os.fsencode(target), flags), target)
+
+
+def open_tree(dirfd: int, path: str, flags: int) -> int:
+    return _call(_NR_OPEN_TREE, path, dirfd, os.fsencode(path), flags | OPEN_TREE_CLOEXEC)
+
+
+def move_mount(from_dirfd: int, from_path: str, to_dirfd: int, to_path: str, flags: int) -> None:
+    _call(_NR_MOVE_MOUNT, to_path, from_dirfd, os.fsencode(from_path), to_dirfd, os.fsencode(to_path), flags)
+
+
+def fsopen(fstype: str) -> int:
+    return _call(_NR_FSOPEN, fstype, fstype.encode(), _FSOPEN_CLOEXEC)
+
+
+def fsconfig_set_string(fd: int, key: str, value: str) -> None:
+    _call(_NR_FSCONFIG, f"{key}={value}", fd, _FSCONFIG_SET_STRING, key.encode(), os.fsencode(value), 0)
+
+
+def fsconfig_set_flag(fd: int, key: str) -> None:
+    _call(_NR_FSCONFIG, key, fd, _FSCONFIG_SET_FLAG, key.encode(), None, 0)
+
+
+def fsconfig_cmd_create(fd: int, what: str) -> None:
+    """Make the superblock; the error carries what the file system itself had to say, where it said anything."""
+    try:
+        _call(_NR_FSCONFIG, what, fd, _FSCONFIG_CMD_CREATE, None, None, 0)
+    except OSError as error:
+        said = "; ".join(_fs_messages(fd))
+        raise OSError(error.errno, f"{error.strerror} ({said})" if said else error.strerror, what) from None
+
+
+def _fs_messages(fd: int) -> list[str]:
+    """What was logged to a file system context: lines "e overlay: text", without the level."""
+    messages = []
+    while True:
+        try:
+            messages.append(os.read(fd, 4096).decode(errors="replace").rstrip("\n")[2:])
+        except OSError:  # ENODATA: no more; anything else: nothing to add to the error that is being reported
+            return messages
+
+
+def fsmount(fd: int, attributes: int) -> int:
+    return _call(_NR_FSMOUNT, "fsmount", fd, _FSMOUNT_CLOEXEC, attributes)
+
+
+def mount_setattr(
+    dirfd: int, path: str, flags: int, *, attr_set: int = 0, attr_clr: int = 0, propagation: int = 0
+) -> None:
+    attributes = ctypes.create_string_buffer(struct.pack("=QQQQ", attr_set, attr_clr, propagation, 0), 32)
+    _call(_NR_MOUNT_SETATTR, path, dirfd, os.fsencode(path), flags, attributes, 32)
+
+
+def openat2(dirfd: int, path: str, flags: int, resolve: int) -> int:
+    how = ctypes.create_string_buffer(struct.pack("=QQQ", flags | os.O_CLOEXEC, 0, resolve), 24)
+    return _call(_NR_OPENAT2, path, dirfd, os.fsencode(path), how, 24)
+
+
+def mount_id(path: str, dirfd: int = AT_FDCWD) -> int:
+    """ID, as in mountinfo, of the mount that is visible at `path` (statx(2), STATX_MNT_ID)."""
+    buffer = ctypes.create_string_buffer(256)
+    flags = AT_SYMLINK_NOFOLLOW | (0 if path else AT_EMPTY_PATH)
+    _check(_libc.statx(dirfd, os.fsencode(path), flags, _STATX_MNT_ID, buffer), path)
+    return int(struct.unpack_from("=Q", buffer, 0x90)[0])
+
+
+def loop_attach(backing: int, label: str) -> tuple[int, str]:
+    """A read-only loop device over an open file; the device goes when its last user does (LO_FLAGS_AUTOCLEAR).
+
+    Finding a free device and taking it are two steps, and anybody may take it in between: EBUSY means try again.
+
+    Args:
+        backing: descriptor of the file, open for reading.
+        label: shown by losetup(8), cut at 63 bytes.
+
+    Returns:
+        A descriptor of the device, and its path. While nothing is mounted from it, closing it gives it back.
+
+    Raises:
+        OSError: no loop device is to be had.
+    """
+    # struct loop_config: fd, block_size, struct loop_info64 (of which lo_flags and lo_file_name), 64 reserved bytes.
+    flags = _LO_FLAGS_READ_ONLY | _LO_FLAGS_AUTOCLEAR
+    config = struct.pack("=II52xI64s112x64x", backing, 0, flags, os.fsencode(label)[:63])
+    control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        for attempt in range(64):
+            number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
+            path = f"/dev/loop{number}"
+            device = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.ioctl(device, _LOOP_CONFIGURE, config)
+            except OSError as error:
+                os.close(device)
+                if error.errno != errno.EBUSY or attempt == 63:
+                    raise OSError(error.errno, error.strerror, path) from None
+            else:
+                return device, path
+    finally:
+        os.close(control)
+    raise AssertionError("the last attempt returns or raises")

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Reading a mount table: what is on /etc, what is ours, and which stack it is. Pure.
+
+The mount table of a service is the record of what it runs on: overlayfs repeats in mountinfo the paths that its layers
+were given by, and ours are given by paths that carry their identity:
+
+    lowerdir+=cover , lowerdir+=layers/NAME_VERSION@DIGEST , ... , lowerdir+=root/etc
+
+topmost first, with `NAME` and `VERSION` percent-encoded so that the first `_` divides them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from urllib.parse import quote, unquote
+
+from watcher.model import stack_id
+
+# systemd >= 258 recognises its own overlay by this, and then a `systemctl reload` by hand finds what it expects.
+SOURCE = "systemd-extensions"
+COVER = "cover"
+LAYERS = "layers"
+BASE = "root/etc"
+
+# Overlayfs takes 255 bytes for the path of one layer.
+_LABEL_MAX = 255 - len(LAYERS) - len("/@") - 64
+
+_ESCAPE = re.compile(r"\\([0-7]{3})")
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One row of mountinfo (proc_pid_mountinfo(5))."""
+
+    id: int
+    parent: int
+    device: str
+    root: str
+    point: str
+    options: tuple[str, ...]
+    fstype: str
+    source: str
+    super_options: str
+
+    @property
+    def extensions(self) -> bool:
+        """Whether this is a stack of extensions for one service: ours, or one that systemd made at its start."""
+        return self.fstype == "overlay" and self.source == SOURCE
+
+
+@dataclass(frozen=True, slots=True)
+class MountedLayer:
+    """A layer as the mount table names it; a long name may have been cut."""
+
+    name: str
+    version: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """What a namespace shows on /etc.
+
+    Attributes:
+        layers: bottom to top; None where the stack is systemd's, which does not say.
+        doubled: two of ours lie on each other (killed between beneath and lift): the upper one must go.
+        overlay: there is an overlay of ours or systemd's at all.
+    """
+
+    layers: tuple[MountedLayer, ...] | None = ()
+    doubled: bool = False
+    overlay: bool = False
+
+    @property
+    def stack(self) -> str | None:
+        """The stack's identity as `model.Stack.id` has it; None where it is not known."""
+        return None if self.layers is None else stack_id(layer.digest for layer in self.layers)
+
+
+class Table:
+    """A mount table, as far as `/etc` is concerned.
+
+    Args:
+        text: content of a mountinfo file.
+
+    Attributes:
+        chain: what is mounted on "/etc", lowest first, found by following parents: the position of a row says
+            nothing after the host has merged its own confexts beneath.
+        under: the mount that `/etc` lies on: the visible one at "/".
+    """
+
+    def __init__(self, text: str) -> None:
+        rows = [_row(line) for line in text.split("\n") if line]
+        self._at = {(row.parent, row.point): row for row in rows}
+        self._children: dict[int, list[Mount]] = {}
+        for row in rows:
+            self._children.setdefault(row.parent, []).append(row)
+        self.under = self._root(rows)
+        self.chain: list[Mount] = []
+        top = self.under
+        while (upper := self._at.get((top.id, "/etc"))) is not None and upper is not top:
+            self.chain.append(upper)
+            top = upper
+        self.top = top
+
+    def _root(self, rows: list[Mount]) -> Mount:
+        ids = {row.id for row in rows}
+        for row in rows:
+            if row.point == "/" and (row.parent not in ids or row.parent == row.id):
+                break
+        else:
+            raise ValueError("a mount table without a root")
+        while (upper := self._at.get((row.id, "/"))) is not None and upper is not row:
+            row = upper
+        return row
+
+    @property
+    def stacks(self) -> list[Mount]:
+        """The overlays of ours and systemd's that lie uppermost on `/etc`, lowest first."""
+        count = 0
+        while count < len(self.chain) and self.chain[-1 - count].extensions:
+            count += 1
+        return self.chain[len(self.chain) - count :]
+
+    @property
+    def beneath(self) -> Mount:
+        """What is visible at `/etc` once `stacks` are lifted."""
+        kept = len(self.chain) - len(self.stacks)
+        return self.chain[kept - 1] if kept else self.under
+
+    def below_etc(self, mount: Mount) -> list[Mount]:
+        """The mounts that lie directly on `mount` somewhere below `/etc`, by path."""
+        rows = self._children.get(mount.id, [])
+        return sorted((row for row in rows if row.point.startswith("/etc/")), key=lambda row: row.point)
+
+    def mounted(self) -> Mounted:
+        """Which stack `/etc` shows."""
+        stacks = self.stacks
+        if not stacks:
+            return Mounted()
+        layers = layers_of(stacks[-1])
+        doubled = len(stacks) > 1 and layers_of(stacks[-2]) is not None
+        return Mounted(layers, doubled, overlay=True)
+
+
+def _row(line: str) -> Mount:
+    left, _, right = line.partition(" - ")
+    mount_id, parent, device, root, point, options, *_ = left.split(" ")
+    fstype, source, super_options = right.split(" ", 2)
+    return Mount(
+        int(mount_id),
+        int(parent),
+        device,
+        _unescape(root),
+        _unescape(point),
+        tuple(options.split(",")),
+        fstype,
+        _unescape(source),
+        super_options,
+    )
+
+
+def _unescape(text: str) -> str:
+    return _ESCAPE.sub(lambda match: chr(int(match[1], 8)), text) if "\\" in text else text
+
+
+def layers_of(mount: Mount) -> tuple[MountedLayer, ...] | None:
+    """The layers of an overlay of ours, bottom to top; None where it is not one of ours."""
+    # Split first, then undo the escapes: an escaped comma is part of a path.
+    options = mount.super_options.split(",")
+    paths = [_unescape(option[len("lowerdir+=") :]) for option in options if option.startswith("lowerdir+=")]
+    if len(paths) < 2 or paths[0] != COVER or paths[-1] != BASE:
+        return None
+    layers = []
+    for path in reversed(paths[1:-1]):
+        label, _, digest = path.removeprefix(LAYERS + "/").rpartition("@")
+        name, _, version = label.partition("_")
+        layers.append(MountedLayer(_unquote(name), _unquote(version), digest))
+    return tuple(layers)
+
+
+def layer_path(name: str, version: str, digest: str) -> str:
+    """The path, relative to the directory in which a stack is put together, by which overlayfs is told a layer."""
+    label = _quote(name) + "_" + _quote(version)
+    # A cut through an escape would be another character.
+    cut = re.sub(r"%.?$", "", label[:_LABEL_MAX])
+    return f"{LAYERS}/{cut}@{digest}"
+
+
+def _quote(text: str) -> str:
+    return quote(text, safe="+^", errors="surrogateescape").replace("_", "%5F")
+
+
+def _unquote(text: str) -> str:
+    return unquote(text, errors="surrogateescape")

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Processes, held so that a recycled PID can never be mistaken for the one that was meant.
+
+A PID read from a file or from D-Bus is only a hint. It becomes a `Process` by opening a pidfd; whatever is then read
+from `/proc/PID` counts only if the pidfd says afterwards that the process still had not ended, because until then the
+number could not have been given to another.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from types import TracebackType
+
+
+class Gone(Exception):
+    """The process has ended (or never was the one that was meant)."""
+
+
+class Process:
+    """A process held by pidfd.
+
+    Args:
+        pid: as the manager told it.
+        started: start time that the process must have (field 22 of `/proc/PID/stat`, clock ticks since boot), or
+            None where the manager vouches for the PID itself.
+
+    Raises:
+        Gone: no such process, or another one by now.
+    """
+
+    def __init__(self, pid: int, started: int | None = None) -> None:
+        try:
+            self.pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            raise Gone(f"process {pid} has ended") from None
+        self.pid = pid
+        try:
+            self.started = start_time(pid)
+            if not self.alive() or started not in (None, self.started):
+                raise Gone(f"process {pid} has ended")
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the process; may be called twice."""
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+    def alive(self) -> bool:
+        """Whether it has not ended (a zombie has)."""
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return not poll.poll(0)
+
+    def comm(self) -> str:
+        """Its name as the kernel has it; systemd's executor calls itself "(name)" until it becomes the service."""
+        return self._proved(_read(f"/proc/{self.pid}/comm")).rstrip("\n")
+
+    def mountinfo(self) -> str:
+        """Its mount table; empty for a process that has chrooted itself away."""
+        return self._proved(_read(f"/proc/{self.pid}/mountinfo"))
+
+    def namespace(self, kind: str = "mnt") -> int:
+        """A descriptor of one of its namespaces, which keeps that namespace whatever the process does next.
+
+        Raises:
+            Gone: it has ended.
+            PermissionError: not ours to enter.
+        """
+        try:
+            fd = os.open(f"/proc/{self.pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
+        except (FileNotFoundError, ProcessLookupError):
+            raise Gone(f"process {self.pid} has ended") from None
+        if not self.alive():
+            os.close(fd)
+            raise Gone(f"process {self.pid} has ended")
+        return fd
+
+    def signal(self, number: int) -> None:
+        """Send a signal.
+
+        Raises:
+            Gone: it has ended.
+        """
+        try:
+            signal.pidfd_send_signal(self.pidfd, number)
+        except ProcessLookupError:
+            raise Gone(f"process {self.pid} has ended") from None
+
+    def _proved(self, text: str) -> str:
+        if not self.alive():
+            raise Gone(f"process {self.pid} has ended")
+        return text
+
+
+def start_time(pid: int) -> int:
+    """When a process started, in clock ticks since boot (proc_pid_stat(5), field 22).
+
+    Raises:
+        Gone: there is no such process.
+    """
+    # comm, field 2, may hold spaces and parentheses: fields are counted from its last ")".
+    return int(_read(f"/proc/{pid}/stat").rpartition(")")[2].split()[19])
+
+
+def namespace_id(fd_or_path: int | str) -> tuple[int, int]:
+    """Identity of a namespace: device and inode of its file in nsfs (namespaces(7))."""
+    status = os.stat(fd_or_path)
+    return status.st_dev, status.st_ino
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return file.read()
+    except (FileNotFoundError, ProcessLookupError):
+        raise Gone(f"{path}: the process has ended") from None
