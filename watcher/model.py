@@ -111,10 +111,16 @@ class Remark:
 
 @dataclass(frozen=True, slots=True)
 class Picks:
-    """An entry with all its candidates, best first (systemd.v(7))."""
+    """An entry with all its candidates, best first (systemd.v(7)).
+
+    Attributes:
+        unknown: something on the way could not be read (permissions, an I/O error), so that a candidate that is not
+            here may still exist: nobody removed it, and what was accepted stays.
+    """
 
     entry: Entry
     candidates: tuple[Candidate, ...]
+    unknown: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +146,14 @@ class Look:
         picks: bottom to top, each entry with its candidates.
         interests: everything that must be watched so that no change to this answer is missed.
         remarks: what was passed over, and why.
+        unknown: a `.confext.d/` is there and could not be read, so that entries may be missing in `picks`: nobody
+            removed them, and those accepted before stay.
     """
 
     picks: tuple[Picks, ...]
     interests: tuple[Interest, ...]
     remarks: tuple[Remark, ...] = ()
+    unknown: bool = False
 
 
 @dataclass(frozen=True, slots=True)

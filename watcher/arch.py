@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Processor architectures by systemd's names ("x86-64"), as they stand in file names and in ARCHITECTURE=.
+
+The names are those of systemd.unit(5), ConditionArchitecture=. They say more than `uname -m` in one place (word width
+and byte order are part of the name) and less in another (no processor models).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+_ALL = """
+    alpha arc arc-be arm arm-be arm64 arm64-be cris ia64 loongarch64 m68k mips mips-le mips64 mips64-le nios2 parisc
+    parisc64 ppc ppc-le ppc64 ppc64-le riscv32 riscv64 s390 s390x sh sh64 sparc sparc64 tilegx x86 x86-64
+"""
+NAMES = frozenset(_ALL.split())
+"""Every name that can stand as the architecture of a versioned file; any other word there means no architecture."""
+
+_SECONDARY = {"x86-64": "x86", "arm64": "arm", "ppc64": "ppc", "ppc64-le": "ppc-le", "s390x": "s390"}
+
+_MACHINES = {
+    "x86_64": "x86-64",
+    "aarch64": "arm64",
+    "aarch64_be": "arm64-be",
+    "crisv32": "cris",
+    "arceb": "arc-be",
+    "ppc64le": "ppc64-le",
+    "ppcle": "ppc-le",
+    "riscv": "riscv64",
+    "sh5": "sh64",
+}
+
+
+def native(machine: str | None = None) -> str:
+    """The architecture of this host, or of `machine` as `uname -m` prints it; an unknown machine's own name."""
+    machine = machine or os.uname().machine
+    if machine in _MACHINES:
+        return _MACHINES[machine]
+    if re.fullmatch(r"i[3-6]86", machine):
+        return "x86"
+    if re.fullmatch(r"arm.*b", machine):
+        return "arm-be"
+    if machine.startswith("arm"):
+        return "arm"
+    if re.fullmatch(r"sh[2-4]a?", machine):
+        return "sh"
+    return machine
+
+
+def secondary(architecture: str) -> str | None:
+    """What `architecture` runs besides itself ("x86" on "x86-64"), None if nothing."""
+    return _SECONDARY.get(architecture)
