@@ -88,6 +88,18 @@ def _no_cgroup2() -> str | None:
     return None if mounted else "needs a mounted cgroup2 hierarchy"
 
 
+@functools.cache
+def _no_bed() -> str | None:
+    reasons = (
+        _no_root(),
+        _no_cgroup2(),
+        _no_loop(),
+        *map(_no_tool, ("unshare", "nsenter", "setpriv", "ip", "mmdebstrap")),
+    )
+    lack = next((reason for reason in reasons if reason), None)
+    return f"real systemd in a container: {lack}" if lack else None
+
+
 _LACKING: dict[str, Callable[..., str | None]] = {
     "root": _no_root,
     "tool": _no_tool,
@@ -96,6 +108,7 @@ _LACKING: dict[str, Callable[..., str | None]] = {
     "filesystem": _no_filesystem,
     "kernel": _no_kernel,
     "cgroup2": _no_cgroup2,
+    "bed": _no_bed,
 }
 
 
@@ -116,6 +129,9 @@ loop = pytest.mark.needs("loop")
 
 cgroup2 = pytest.mark.needs("cgroup2")
 """A cgroup2 hierarchy is mounted somewhere."""
+
+bed = pytest.mark.needs("bed")
+"""Containers with real systemd can be made; the fixtures of `beds/conftest.py` ask for it by themselves."""
 
 
 def tool(program: str) -> pytest.MarkDecorator:

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One bed of each systemd for all tests: `bed262`, `bed257`, `bed254`; `new_bed` for a test that needs its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+import needs
+from beds.bed import Bed
+from leaks import Snapshot, settled
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_of_the_beds_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Once for all beds: they live longer than a module."""
+    scratch = tmp_path_factory.getbasetemp()
+    before = Snapshot.take(scratch)
+    yield
+    left = settled(before, scratch)
+    if left:
+        pytest.fail("the beds left behind:\n  " + "\n  ".join(left), pytrace=False)
+
+
+def _bed(version: str) -> Iterator[Bed]:
+    reason = needs.lacking(needs.bed.mark)
+    if reason:
+        pytest.skip(reason)
+    with Bed(version) as bed:
+        yield bed
+
+
+@pytest.fixture(scope="session")
+def bed262() -> Iterator[Bed]:
+    """systemd 262, of Debian forky."""
+    yield from _bed("262")
+
+
+@pytest.fixture(scope="session")
+def bed257() -> Iterator[Bed]:
+    """systemd 257, of Debian 13."""
+    yield from _bed("257")
+
+
+@pytest.fixture(scope="session")
+def bed254() -> Iterator[Bed]:
+    """systemd 254, of Debian 12's backports: older than what is supported."""
+    yield from _bed("254")
+
+
+@pytest.fixture(scope="session", params=["262", "257"])
+def bed(request: pytest.FixtureRequest) -> Bed:
+    """Each supported systemd in turn."""
+    found: Bed = request.getfixturevalue(f"bed{request.param}")
+    return found
+
+
+@pytest.fixture
+def new_bed() -> Iterator[Callable[[str], Bed]]:
+    """Boots further beds, `new_bed("257")`, for one test."""
+    beds: list[Bed] = []
+
+    def boot(version: str) -> Bed:
+        reason = needs.lacking(needs.bed.mark)
+        if reason:
+            pytest.skip(reason)
+        beds.append(Bed(version))
+        beds[-1].boot()
+        return beds[-1]
+
+    yield boot
+    for booted in reversed(beds):
+        booted.stop()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """A failed test shows what the journals of its beds say."""
+    report = yield
+    if report.when == "call" and report.failed and isinstance(item, pytest.Function):  # type: ignore[attr-defined]
+        for bed in {id(b): b for b in item.funcargs.values() if isinstance(b, Bed) and b.pid}.values():
+            report.sections.append((f"journal of {bed.name}", bed.journal("--lines=60")))  # type: ignore[attr-defined]
+    return report

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Root file systems with systemd, built once by mmdebstrap and kept in a cache outside the checkout.
+
+The cache is `$CONFEXT_BEDS_CACHE`, by default /var/cache/confext-watcher-beds. A root is kept under a name that
+carries a digest of its recipe: a changed list of packages is another root, and the outdated one goes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+SUITES = {"262": "forky", "257": "trixie", "254": "bookworm-backports"}
+"""Debian's suite by the version of systemd in it."""
+
+_BASE = """
+    systemd systemd-sysv dbus python3 procps mount kmod iproute2
+    squashfs-tools erofs-utils e2fsprogs rsync openssl attr
+""".split()
+# What tests run in there besides, and what the project needs of Debian.
+_MORE = """
+    systemd-container nginx-light openssh-server openssh-client strace curl
+    python3-trio python3-psutil python3-structlog python3-jeepney python3-rich python3-varlink
+""".split()
+
+_PACKAGES = {"forky": _BASE + _MORE, "trixie": _BASE + _MORE, "bookworm-backports": _BASE}
+
+_OPTIONS = [
+    "--mode=root",
+    "--variant=essential",
+    "--skip=check/qemu",
+    # A suite in the making may carry a Release file past its date.
+    "--aptopt=Acquire::Check-Valid-Until false",
+    "--aptopt=APT::Install-Recommends false",
+    "--dpkgopt=path-exclude=/usr/share/man/*",
+    "--dpkgopt=path-exclude=/usr/share/doc/*",
+    "--dpkgopt=path-exclude=/usr/share/locale/*",
+    "--dpkgopt=path-exclude=/usr/share/info/*",
+    # Services start when a test starts them; what a container cannot have must not make its state "degraded".
+    "--customize-hook=for unit in nginx ssh rsync; do chroot \"$1\" systemctl --quiet disable $unit || :; done",
+    "--customize-hook=chroot \"$1\" systemctl --quiet mask sys-kernel-debug.mount sys-kernel-tracing.mount"
+    " dev-mqueue.mount dev-hugepages.mount systemd-udevd.service getty.target",
+]  # fmt: skip
+
+
+class BuildFailed(Exception):
+    """A root file system could not be built: `str()` ends with what mmdebstrap said last."""
+
+
+def cache_directory() -> Path:
+    """Where roots are kept and containers live."""
+    return Path(os.environ.get("CONFEXT_BEDS_CACHE") or "/var/cache/confext-watcher-beds")
+
+
+def build(suite: str) -> Path:
+    """The root file system of a suite (a value of `SUITES`), built unless it is in the cache. Never write to it.
+
+    Raises:
+        BuildFailed: no mmdebstrap, no network, or anything else that mmdebstrap says.
+    """
+    recipe = repr((suite, _PACKAGES[suite], _OPTIONS))
+    name = f"{suite}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    cache = cache_directory()
+    cache.mkdir(parents=True, exist_ok=True)
+    root = cache / name
+    with _locked(cache / f".{suite}.lock"):
+        if not root.exists():
+            _bootstrap(suite, root)
+            for outdated in cache.glob(f"{suite}-" + "[0-9a-f]" * 12):
+                if outdated != root:
+                    shutil.rmtree(outdated)
+    return root
+
+
+def _bootstrap(suite: str, root: Path) -> None:
+    mmdebstrap = shutil.which("mmdebstrap")
+    if mmdebstrap is None:
+        raise BuildFailed("mmdebstrap is not installed")
+    print(f"\nbuilding a root file system of {suite} in {root.parent} ...", flush=True)
+    started = time.monotonic()
+    unfinished = root.with_name(f".{root.name}.new")
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    log = root.with_name(f".{suite}.log")
+    with log.open("wb") as output:
+        done = subprocess.run(
+            [
+                mmdebstrap,
+                *_OPTIONS,
+                f"--include={','.join(_PACKAGES[suite])}",
+                *_suite_options(suite),
+                str(unfinished),
+                *_sources(suite),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    if done.returncode != 0:
+        said = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise BuildFailed(f"mmdebstrap could not build {suite} (all of it in {log}):\n{said}")
+    unfinished.rename(root)
+    print(f"built {suite} in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def _suite_options(suite: str) -> list[str]:
+    base = suite.removesuffix("-backports")
+    return [base] if base == suite else [f"--aptopt=APT::Default-Release {suite}", base]
+
+
+def _sources(suite: str) -> list[str]:
+    mirror = _mirror()
+    base = suite.removesuffix("-backports")
+    if base == suite:
+        return [mirror] if mirror else []
+    if mirror is None:
+        raise BuildFailed(f"{suite} needs a Debian mirror in apt's sources")
+    return [f"deb {mirror} {base} main", f"deb {mirror} {suite} main"]
+
+
+def _mirror() -> str | None:
+    """The machine's own Debian mirror, as its apt knows it; None where it has none (mmdebstrap has a default)."""
+    listed = subprocess.run(
+        [
+            "apt-get",
+            "indextargets",
+            "--format",
+            "$(ORIGIN) $(LABEL) $(COMPONENT) $(REPO_URI)",
+            "Created-By: Packages",
+        ],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    rows = (line.split() for line in listed.stdout.splitlines())
+    return next((row[3] for row in rows if row[:3] == ["Debian", "Debian", "main"]), None)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One builder at a time, the others wait and find its work done."""
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
