@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Something happened in a directory that somebody cares about.
+
+Keys (services) say which directories they care about (`Interest`), and are told when to look again. What happened is
+not told: an event may be late, doubled or lost, what is on disk cannot be. `chase.py` keeps the right directories
+watched; here the kernel's events become keys.
+
+One epoll instance is what trio waits for. In it are the inotify instance, the mount table, and an eventfd with which
+`set()` wakes the loop when it comes upon a change before its event was read. While nothing changes nothing wakes up;
+only what cannot be watched (the watch limit, a directory that one may neither read nor ask its parent about) is looked
+at every RETRY_SEC, which `remarks()` says.
+
+Not seen, because the kernel does not tell: a file changed through a hard link in another directory, a network file
+system changed elsewhere, and truncate(2) by path of an image.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import re
+import select
+from collections.abc import AsyncIterator, Iterable
+
+import trio
+from inotify_simple import INotify, flags
+
+from watcher.chase import CHILDREN, NAMED, Bound, Chase, Node
+from watcher.model import Interest, Remark
+
+RETRY_SEC = 30.0
+"""What cannot be watched is looked at this often, in seconds."""
+
+MOUNTINFO = "/proc/self/mountinfo"
+
+
+class Watcher:
+    """Says whose directories changed. A context manager, which releases everything at its end.
+
+    Raises:
+        OSError: no inotify instance (EMFILE: fs.inotify.max_user_instances), no /proc.
+    """
+
+    def __init__(self) -> None:
+        self._inotify = _inotify()
+        self._chase = Chase(self._inotify)
+        self._bounds: dict[Interest, Bound] = {}
+        self._keys: dict[str, set[Bound]] = {}
+        self._retry_at = math.inf
+        self._mounts = _Mounts()
+        self._poke = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll = select.epoll()
+        self._epoll.register(self._inotify.fileno(), select.EPOLLIN)
+        self._epoll.register(self._poke, select.EPOLLIN)
+        self._epoll.register(self._mounts.wake, select.EPOLLPRI)
+
+    def __enter__(self) -> Watcher:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._epoll.close()
+        self._mounts.close()
+        os.close(self._poke)
+        self._inotify.close()
+
+    def set(self, key: str, interests: Iterable[Interest]) -> bool:
+        """From now on `key` is concerned by changes in `interests`, and by nothing else.
+
+        Returns:
+            True if one of them is new to the key: what changed there before this call went unnoticed, look again.
+
+        Raises:
+            ValueError: a path that is not absolute.
+        """
+        bounds = {self._bound(interest) for interest in interests}
+        before = self._keys.get(key, set())
+        new = bounds - before
+        self._keys[key] = bounds
+        for bound in new:
+            bound.keys.add(key)
+        fresh = {bound for bound in new if bound.state == 0}
+        self._chase.dirty |= fresh
+        if self._chase.run():
+            self._chase.changed -= fresh
+        self._leave(key, before - bounds)
+        self._wake_if_needed()
+        return bool(new)
+
+    def drop(self, key: str) -> None:
+        """`key` is concerned by nothing any more. An unknown one does no harm."""
+        self._leave(key, self._keys.pop(key, set()))
+
+    def remarks(self) -> tuple[Remark, ...]:
+        """What cannot be watched at the moment, and why; the caller remembers what it has said."""
+        gaps = sorted(((bound.interest.path, reason) for bound, reason in self._chase.gaps().items()))
+        return tuple(Remark("warning", path, _reason(reason)) for path, reason in dict.fromkeys(gaps))
+
+    async def changes(self) -> AsyncIterator[frozenset[str]]:
+        """Keys to look at again, those that one burst of events concerns together. It does not end by itself."""
+        while True:
+            if not self._chase.gaps():
+                self._retry_at = math.inf
+            elif self._retry_at == math.inf:
+                self._retry_at = trio.current_time() + RETRY_SEC
+            with trio.move_on_at(self._retry_at) as patience:
+                await trio.lowlevel.wait_readable(self._epoll.fileno())
+            if patience.cancelled_caught:
+                self._retry()
+            keys = self._collect()
+            if keys:
+                yield keys
+
+    def _collect(self) -> frozenset[str]:
+        """Read all that is there; the keys it concerns."""
+        self._epoll.poll(0)  # takes what is not ready any more off its list
+        try:
+            os.eventfd_read(self._poke)
+        except BlockingIOError:
+            pass
+        for wd, mask, _, name in self._inotify.read(timeout=0):
+            self._event(wd, mask, name)
+        for path in self._mounts.changed():
+            self._mount_changed(path)
+        self._chase.run()
+        changed, self._chase.changed = self._chase.changed, set()
+        self._wake_if_needed()
+        return frozenset().union(*(bound.keys for bound in changed))
+
+    def _event(self, wd: int, mask: int, name: str) -> None:
+        if mask & flags.Q_OVERFLOW:
+            self._chase.lost_events()
+            self._chase.changed.update(self._bounds.values())
+            return
+        nodes = self._chase.nodes(wd)
+        if mask & flags.IGNORED:
+            self._chase.lost(wd)
+        for node in nodes:
+            if name:
+                self._entry_changed(node, name, mask)
+            else:
+                self._node_changed(node, mask)
+
+    def _entry_changed(self, node: Node, name: str, mask: int) -> None:
+        """Something happened to `name` in the directory of `node`."""
+        if mask & NAMED and (child := node.children.get(name)):
+            self._chase.dirty |= child.users_below()
+        if mask & CHILDREN:
+            self._chase.changed.update(bound for bound in node.ends if bound.matches(name))
+        if node.deep:
+            self._chase.changed.update(node.trees())
+            if mask & flags.ISDIR:
+                self._chase.relist.add(node)
+
+    def _node_changed(self, node: Node, mask: int) -> None:
+        """The directory of `node` itself was moved, deleted or unmounted, or its mode or owner changed."""
+        self._chase.dirty |= node.users_below()
+        self._chase.changed.update(node.trees())
+        if mask & flags.ATTRIB:
+            self._chase.changed.update(node.ends)
+        if node.parent is not None and node.parent.deep:
+            self._chase.relist.add(node.parent)
+
+    def _mount_changed(self, path: str) -> None:
+        """Something was mounted on `path`, or is not any more."""
+        node = self._chase.root
+        names = [name for name in path.split("/") if name]
+        if not names:
+            self._chase.lost_events()
+            return
+        for name in names[:-1]:
+            if name not in node.children:
+                return
+            node = node.children[name]
+        self._entry_changed(node, names[-1], flags.CREATE | flags.ISDIR)
+
+    def _retry(self) -> None:
+        """Look at what could not be watched, as if it had changed, and try to watch it."""
+        self._retry_at = math.inf
+        self._chase.changed.update(self._chase.gaps())
+        self._chase.retry()
+
+    def _wake_if_needed(self) -> None:
+        """Something is left to do, or somebody to be told, for which no event will come."""
+        chase = self._chase
+        if chase.dirty or chase.relist or chase.changed or (chase.gaps() and self._retry_at == math.inf):
+            os.eventfd_write(self._poke, 1)
+
+    def _bound(self, interest: Interest) -> Bound:
+        if not interest.path.startswith("/") or "\0" in interest.path:
+            raise ValueError(f"not an absolute path: {interest.path!r}")
+        bound = self._bounds.get(interest)
+        if bound is None:
+            bound = self._bounds[interest] = Bound(interest)
+        return bound
+
+    def _leave(self, key: str, bounds: Iterable[Bound]) -> None:
+        for bound in bounds:
+            bound.keys.discard(key)
+            if not bound.keys:
+                del self._bounds[bound.interest]
+                self._chase.forget(bound)
+
+
+class _Mounts:
+    """Changes of the mount table.
+
+    /proc/self/mountinfo is always readable, and says POLLPRI, once per open descriptor, when the table has changed
+    (proc_pid_mounts(5)). An epoll instance inside another loses that in the very poll that wakes us up, so there are
+    two: one to wait for among others, the other to ask whether that was it.
+    """
+
+    def __init__(self) -> None:
+        self.wake = os.open(MOUNTINFO, os.O_RDONLY | os.O_CLOEXEC)
+        self._table = os.open(MOUNTINFO, os.O_RDONLY | os.O_CLOEXEC)
+        self._poll = select.poll()
+        self._poll.register(self._table, select.POLLPRI)
+        self._lines = self._read()
+
+    def close(self) -> None:
+        os.close(self._table)
+        os.close(self.wake)
+
+    def changed(self) -> frozenset[str]:
+        """Mount points of what came, went, or became something else since the last call."""
+        if not self._poll.poll(0):
+            return frozenset()
+        before, self._lines = self._lines, self._read()
+        return frozenset(_unescape(line.split(b" ", 5)[4]) for line in before ^ self._lines)
+
+    def _read(self) -> frozenset[bytes]:
+        with open(self._table, "rb", closefd=False) as table:
+            table.seek(0)
+            return frozenset(table.read().splitlines())
+
+
+def _inotify() -> INotify:
+    try:
+        return INotify(nonblocking=True)
+    except OSError as error:
+        if error.errno == errno.EMFILE:
+            hint = "no inotify instance left: raise fs.inotify.max_user_instances with sysctl"
+            raise OSError(errno.EMFILE, hint) from error
+        raise
+
+
+def _reason(error: int) -> str:
+    """What to tell the administrator about something that cannot be watched."""
+    reason = os.strerror(error)
+    if error == errno.ENOSPC:
+        reason = "the limit fs.inotify.max_user_watches is reached, raise it with sysctl"
+    return f"cannot be watched: {reason}. Until then it is looked at every {RETRY_SEC:.0f} s"
+
+
+def _unescape(field: bytes) -> str:
+    r"""A field of mountinfo, in which blanks and backslashes are written like `\040`."""
+    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field))
