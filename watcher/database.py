@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Opening the ledger's SQLite file: to write, to read where nothing may be written, and what to do when it is broken.
+
+**Rollback journal, not WAL.** The command line reads the ledger without the daemon and without being able to write
+anything. A WAL database cannot be read so: its `-shm` file has to be there or to be made (sqlite.org/wal.html,
+"Read-Only Databases"). A database with a rollback journal needs a read lock and nothing else. The price is that a
+reader holds up the writer for the milliseconds that it reads, which is bearable: the file's mode is 0640, so readers
+are trusted, and each answer is fetched whole before anybody prints it.
+
+One case is left: a writer that was killed between its first write to the database and the end of its commit. Then the
+journal must be played back first, which a reader may not do, so it does that with a copy (SQLITE_READONLY_ROLLBACK).
+
+`journal_mode=TRUNCATE` with `synchronous=FULL` makes a commit durable without the journal's name coming and going.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sqlite3
+import stat
+import tempfile
+import time
+import urllib.parse
+from dataclasses import dataclass
+from pathlib import Path
+
+BUSY_SEC = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """What the file should be.
+
+    Attributes:
+        application: PRAGMA application_id, which tells our files from any others.
+        version: PRAGMA user_version.
+        tables: the statements that make an empty one.
+    """
+
+    application: int
+    version: int
+    tables: str
+
+
+class Unusable(Exception):
+    """This file will not do, now or later: it is to be set aside with `suffix`. `str()` says what is wrong with it."""
+
+    def __init__(self, suffix: str, why: str) -> None:
+        super().__init__(why)
+        self.suffix = suffix
+
+
+def open_to_write(path: Path, form: Format) -> sqlite3.Connection:
+    """Opens the file, or makes it with mode 0640; plays the journal back that a killed writer left.
+
+    Raises:
+        Unusable: corrupt, unreadable, not ours, or from a newer version.
+        OSError, sqlite3.Error: not now (no space, no descriptor, no directory, ...).
+    """
+    _make(path)
+    db: sqlite3.Connection | None = None
+    try:
+        db = _connect(path, "rw")
+        # What an idle daemon holds: 256 KiB at most.
+        db.execute("PRAGMA cache_size = -256")
+        db.execute("PRAGMA synchronous = FULL")
+        _check(db, form)
+        db.execute("PRAGMA journal_mode = TRUNCATE")
+        if _is_empty(db):
+            db.executescript(
+                f"BEGIN IMMEDIATE; {form.tables} PRAGMA application_id = {form.application};"
+                f"PRAGMA user_version = {form.version}; COMMIT;"
+            )
+    except (sqlite3.Error, Unusable) as error:
+        if db is not None:
+            db.close()
+        if isinstance(error, sqlite3.Error):
+            _complain(path, error)
+        raise
+    return db
+
+
+def open_to_read(path: Path, form: Format) -> sqlite3.Connection:
+    """Opens an existing file and writes nothing: not beside it, not into it.
+
+    Raises:
+        Unusable: not ours, or from a newer version.
+        OSError, sqlite3.Error: it cannot be read.
+    """
+    db = _connect(path, "ro")
+    try:
+        try:
+            _check_version(db, form)
+        except sqlite3.OperationalError as error:
+            if _code(error) != sqlite3.SQLITE_READONLY_ROLLBACK:
+                raise
+            db.close()
+            db = _played_back(path)
+            _check_version(db, form)
+        if _is_empty(db):
+            # Made, and killed before its tables were: nothing is in it.
+            db.close()
+            db = sqlite3.connect(":memory:", isolation_level=None)
+            db.executescript(form.tables)
+    except (sqlite3.Error, Unusable, OSError):
+        db.close()
+        raise
+    return db
+
+
+def set_aside(path: Path, suffix: str) -> Path:
+    """Renames the file, and its journal, which must never meet another database; returns the new path."""
+    moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    aside = path.with_name(f"{path.name}.{suffix}-{moment}-{time.time_ns() % 1_000_000_000:09d}")
+    # The journal first: killed in between, what is left is a broken file without one, to be set aside as well.
+    if os.path.lexists(_journal(path)):
+        _journal(path).rename(_journal(aside))
+    path.rename(aside)
+    return aside
+
+
+def is_lost(error: sqlite3.Error) -> bool:
+    """Whether the open file is broken, or no longer the one at its path: opening it anew will help."""
+    return _is_broken(error) or _code(error) == sqlite3.SQLITE_READONLY_DBMOVED
+
+
+def _make(path: Path) -> None:
+    # Not by SQLite, which would make it 0644: what a check printed may tell what an image holds. SQLite gives the
+    # journal the mode of its database.
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640))
+    except FileExistsError:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise Unusable("unreadable", "not a regular file")
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    return sqlite3.connect(
+        f"file:{urllib.parse.quote(os.fsencode(path))}?mode={mode}",
+        uri=True,
+        timeout=BUSY_SEC,
+        isolation_level=None,
+        check_same_thread=False,
+    )
+
+
+def _check(db: sqlite3.Connection, form: Format) -> None:
+    _check_version(db, form)
+    (complaint,) = db.execute("PRAGMA quick_check(1)").fetchone()
+    if complaint != "ok":
+        raise Unusable("corrupt", f"corrupt ({complaint})")
+
+
+def _check_version(db: sqlite3.Connection, form: Format) -> None:
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    (application,) = db.execute("PRAGMA application_id").fetchone()
+    if application != form.application and not _is_empty(db):
+        raise Unusable("corrupt", "a database of something else")
+    if version > form.version:
+        known = f"schema {version}, this program knows {form.version}"
+        raise Unusable("newer", f"written by a newer confext-watcher ({known})")
+
+
+def _is_empty(db: sqlite3.Connection) -> bool:
+    return not db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall()
+
+
+def _complain(path: Path, error: sqlite3.Error) -> None:
+    """Raises Unusable where waiting or trying again would not help."""
+    if _is_broken(error):
+        raise Unusable("corrupt", f"corrupt ({error})") from error
+    if _code(error) == sqlite3.SQLITE_CANTOPEN and not os.access(path, os.R_OK):
+        raise Unusable("unreadable", "no permission to read it") from error
+
+
+def _code(error: sqlite3.Error) -> int:
+    # Errors that Python's module finds by itself (text that is not UTF-8) have none.
+    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+
+
+def _is_broken(error: sqlite3.Error) -> bool:
+    reading = (sqlite3.SQLITE_IOERR_READ, sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.SQLITE_IOERR_CORRUPTFS)
+    code = _code(error)
+    return code in reading or code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def _played_back(path: Path) -> sqlite3.Connection:
+    files = (path, _journal(path))
+    with tempfile.TemporaryDirectory(prefix="confext-watcher-") as directory:
+        try:
+            before = [_signature(file) for file in files]
+            for file in files:
+                shutil.copyfile(file, Path(directory, file.name))
+            unchanged = before == [_signature(file) for file in files]
+        except FileNotFoundError:
+            unchanged = False
+        if not unchanged:
+            # A daemon has started meanwhile, and has played it back for good.
+            return _connect(path, "ro")
+        with contextlib.closing(_connect(Path(directory, path.name), "rw")) as copy:
+            db = sqlite3.connect(":memory:", isolation_level=None)
+            copy.backup(db)
+            return db
+
+
+def _signature(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def _journal(path: Path) -> Path:
+    return path.with_name(path.name + "-journal")

@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What is said over the control socket and printed by `--json`: one schema, in one place.
+
+Three things that must agree stand side by side here: the interface description that `varlinkctl introspect` shows, the
+data classes of the answers, and the errors. `to_dict()` makes the JSON object of any of them, with Varlink's spelling
+(`swap_usec` becomes `swapUSec`) and every key always present, `null` where there is no value; `from_dict()` is the way
+back, and passes over keys that a newer daemon has added. Standard library only: the command line starts with this.
+
+Field names and types only ever get added to; a reader may rely on all that is here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from watcher.model import Event, Layer, Remark
+
+INTERFACE = "io.confext.Watcher"
+SOCKET = INTERFACE
+"""Name of the socket in the runtime directory: a Varlink service's entry point is called by its interface."""
+
+MESSAGE_MAX = 16 * 1024 * 1024
+"""Bytes of one reply; sd-varlink takes no longer ones (VARLINK_BUFFER_MAX)."""
+
+DESCRIPTION = """\
+# Services whose /etc is kept at the newest good configuration extension (confext) images.
+# Reading calls are open to everybody, changing calls (Rollback, Forget, Reload) to root and to the
+# user that the watcher runs as. All times are microseconds since the epoch, all durations microseconds.
+interface io.confext.Watcher
+
+# One admitted image or directory tree in a stack.
+# slot: its name under units/SERVICE/ in the state directory.
+# digest: SHA-256 of its content.
+# kind: "image" or "directory".
+# source: the path that it was dropped at.
+type Layer (
+  slot: string,
+  name: string,
+  version: string,
+  digest: string,
+  kind: string,
+  source: string
+)
+
+# One outcome.
+# outcome: "applied", "unchanged", "refused", "incomplete", "failed", "rolled-back" or "needs-restart".
+# message: a sentence for people.
+# stack, previous: identities of the stacks after and before.
+# output: what the check or the reload printed; empty for callers who may not change anything.
+type Event (
+  service: string,
+  outcome: string,
+  message: string,
+  when: int,
+  stack: string,
+  previous: string,
+  image: string,
+  version: string,
+  digest: string,
+  source: string,
+  reason: string,
+  output: string,
+  swapUSec: ?int,
+  totalUSec: ?int,
+  layers: []Layer
+)
+
+# Content that a service must not get again.
+type Quarantined (
+  service: string,
+  digest: string,
+  reason: string,
+  when: int,
+  source: string
+)
+
+# Something seen while looking. level: "debug", "info" or "warning".
+type Remark (
+  level: string,
+  path: string,
+  text: string
+)
+
+# manager: "systemd" or "standalone".
+# state: "running", "stopped" or "needs-restart".
+# stack: what its main process runs on, by its layers (bottom to top); empty is its own /etc.
+# accepted: the stack that its next start gets.
+# since: when the stack was put in place.
+# last: its newest outcome.
+# pinned: the stack that it was rolled back to by hand, and stays on.
+type ServiceStatus (
+  service: string,
+  manager: string,
+  state: string,
+  pid: ?int,
+  stack: string,
+  accepted: string,
+  layers: []Layer,
+  since: ?int,
+  last: ?Event,
+  pinned: ?string,
+  quarantined: []Quarantined
+)
+
+# What a look now would change.
+# reload: how the service would be told, "" if nothing changes.
+type PlannedChange (
+  service: string,
+  changes: bool,
+  stack: string,
+  wanted: string,
+  layers: []Layer,
+  wantedLayers: []Layer,
+  reload: string,
+  remarks: []Remark
+)
+
+# The services that take part, or one of them.
+method Status(service: ?string) -> (services: []ServiceStatus)
+
+# Outcomes, newest first: at most `limit` (100 if not given).
+# truncated: there were more of them than one reply can hold.
+method History(service: ?string, limit: ?int) -> (events: []Event, truncated: bool)
+
+# What a look now would change, without doing it.
+method Plan(service: ?string) -> (changes: []PlannedChange)
+
+# Replies once the image is applied to the service or refused for it: at once if it is already.
+# With `more`, what happens to it on the way is told as well. Ends with the connection.
+method Wait(service: string, image: string) -> (event: Event)
+
+# Back to the stack before, or to the given one, and stay there.
+method Rollback(service: string, to: ?string) -> (event: Event)
+
+# Lets content back in: all of it that the service has in quarantine, or one digest. Undoes Rollback as well.
+method Forget(service: string, digest: ?string) -> (forgotten: []Quarantined)
+
+# Reads the settings again, and looks at every service.
+method Reload() -> ()
+
+# No service of this name takes part.
+error ServiceNotFound (service: string)
+
+# The service has never been on this stack, or its copy is gone. An empty `stack` means that there is none before.
+error NoSuchStack (service: string, stack: string)
+
+# Only root and the watcher's own user may do this.
+error NotPermitted (method: string)
+
+# It was tried and did not work.
+error Failed (reason: string)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """Content that a service must not get again; `when` in microseconds since the epoch, `source` the dropped path."""
+
+    service: str
+    digest: str
+    reason: str
+    when: int
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceStatus:
+    """A service as it is now.
+
+    Attributes:
+        service: "nginx.service".
+        manager: "systemd" or "standalone".
+        state: "running", "stopped" or "needs-restart".
+        pid: main process, None when stopped.
+        stack: identity of what the main process runs on, "" for its own /etc.
+        accepted: identity of the stack that its next start gets.
+        layers: of `stack`, bottom to top.
+        since: microseconds since the epoch, None when not known.
+        last: its newest outcome.
+        pinned: the stack it was rolled back to by hand.
+    """
+
+    service: str
+    manager: str
+    state: str
+    pid: int | None = None
+    stack: str = ""
+    accepted: str = ""
+    layers: tuple[Layer, ...] = ()
+    since: int | None = None
+    last: Event | None = None
+    pinned: str | None = None
+    quarantined: tuple[Quarantined, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedChange:
+    """What a look now would change for a service; stacks by identity, layers bottom to top."""
+
+    service: str
+    changes: bool
+    stack: str = ""
+    wanted: str = ""
+    layers: tuple[Layer, ...] = ()
+    wanted_layers: tuple[Layer, ...] = ()
+    reload: str = ""
+    remarks: tuple[Remark, ...] = ()
+
+
+class CallError(Exception):
+    """A call that was answered with an error: `str()` is one line for a person.
+
+    The backend raises these, the server sends them by `name` and `parameters`, the client raises them again.
+    """
+
+    name: ClassVar[str] = ""
+    exit_code: ClassVar[int] = 1
+
+    def parameters(self) -> dict[str, str]:
+        return {}
+
+
+class ServiceNotFound(CallError):
+    name = f"{INTERFACE}.ServiceNotFound"
+
+    def __init__(self, service: str) -> None:
+        super().__init__(f"{text(service)}: no service of this name takes part")
+        self.service = service
+
+    def parameters(self) -> dict[str, str]:
+        return {"service": self.service}
+
+
+class NoSuchStack(CallError):
+    """Raised with stack "" when there is no stack to go back to."""
+
+    name = f"{INTERFACE}.NoSuchStack"
+
+    def __init__(self, service: str, stack: str) -> None:
+        what = f"has no stack {text(stack)}" if stack else "has no stack before the present one"
+        super().__init__(f"{text(service)} {what}; its history lists those it had")
+        self.service = service
+        self.stack = stack
+
+    def parameters(self) -> dict[str, str]:
+        return {"service": self.service, "stack": self.stack}
+
+
+class NotPermitted(CallError):
+    name = f"{INTERFACE}.NotPermitted"
+
+    def __init__(self, method: str) -> None:
+        super().__init__(f"{text(method)} is for root and the watcher's own user only")
+        self.method = method
+
+    def parameters(self) -> dict[str, str]:
+        return {"method": self.method}
+
+
+class Failed(CallError):
+    name = f"{INTERFACE}.Failed"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(text(reason))
+        self.reason = reason
+
+    def parameters(self) -> dict[str, str]:
+        return {"reason": self.reason}
+
+
+ERRORS: dict[str, type[CallError]] = {
+    error.name: error for error in (ServiceNotFound, NoSuchStack, NotPermitted, Failed)
+}
+
+
+def text(value: str) -> str:
+    """`value` as JSON and SQLite can carry it: bytes that are not UTF-8 (surrogates) and NUL become "\\xNN".
+
+    Everything else stays, so that an ordinary path is itself. Names that are to be compared go through this on both
+    sides.
+    """
+    if "\0" not in value and not any("\ud800" <= char <= "\udfff" for char in value):
+        return value
+    return "".join(_plain(char) for char in value)
+
+
+def _plain(char: str) -> str:
+    if char == "\0":
+        return "\\x00"
+    if "\udc80" <= char <= "\udcff":
+        return f"\\x{ord(char) - 0xDC00:02x}"
+    return f"\\u{ord(char):04x}" if "\ud800" <= char <= "\udfff" else char
+
+
+def to_dict(value: Any) -> Any:
+    """The JSON value of an answer: data classes become objects, tuples arrays, enumerations their values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            _camel(field.name): to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, str):
+        return text(value)
+    if isinstance(value, list | tuple):
+        return [to_dict(item) for item in value]
+    return value
+
+
+T = TypeVar("T")
+
+
+def from_dict(cls: type[T], data: Any) -> T:
+    """The data class `cls` from its JSON object.
+
+    Raises:
+        ValueError: `data` is not such an object, or a key without a default is missing.
+    """
+    result = _read(cls, data)
+    assert isinstance(result, cls)
+    return result
+
+
+def _read(kind: Any, data: Any) -> Any:
+    if isinstance(kind, types.UnionType):
+        inner, _none = typing.get_args(kind)
+        return None if data is None else _read(inner, data)
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(data, list):
+            raise ValueError(f"not an array: {data!r}")
+        return tuple(_read(typing.get_args(kind)[0], item) for item in data)
+    if dataclasses.is_dataclass(kind):
+        return _read_object(kind, data)
+    if issubclass(kind, enum.Enum):
+        return kind(data)
+    if type(data) is not kind:
+        raise ValueError(f"not of type {kind.__name__}: {data!r}")
+    return data
+
+
+def _read_object(cls: Any, data: Any) -> Any:
+    if not isinstance(data, dict):
+        raise ValueError(f"not an object: {data!r}")
+    try:
+        return cls(
+            **{
+                name: _read(kind, data[_camel(name)])
+                for name, kind in _hints(cls).items()
+                if _camel(name) in data
+            }
+        )
+    except TypeError as error:
+        raise ValueError(f"not a {cls.__name__}: {error}") from error
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+@functools.cache
+def _camel(name: str) -> str:
+    first, *rest = name.split("_")
+    return first + "".join("USec" if word == "usec" else word.capitalize() for word in rest)
