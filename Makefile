@@ -31,6 +31,7 @@ tools: ## the Debian packages that tests use (installed when root, otherwise nam
 test: venv tools ## lint, types, all tests; with root and mmdebstrap also on real systemd
 	@echo "== lint";  $(MAKE) --no-print-directory lint
 	@echo "== types"; $(MAKE) --no-print-directory types
+	@echo "== containers"; $(MAKE) --no-print-directory roots
 	@echo "== tests"; $(LIMIT) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) tests
 
 .PHONY: test-fast
@@ -55,7 +56,7 @@ demo: venv tools ## the main job, shown
 
 .PHONY: bench
 bench: venv tools ## the figures, each beside its floor
-	@$(VENV)/bin/python -m tests.bench
+	@PYTHONPATH=tests $(VENV)/bin/python -m bench
 
 .PHONY: oracle
 oracle: venv tools ## ask systemd 262 again for the answers kept in tests/
@@ -65,6 +66,10 @@ SYSTEMD := 262
 .PHONY: bed
 bed: venv tools ## a shell in a container with real systemd, `make bed SYSTEMD=257`
 	@PYTHONPATH=tests $(VENV)/bin/python -m beds.shell $(SYSTEMD)
+
+.PHONY: roots
+roots: venv tools ## build the root file systems of these containers
+	@PYTHONPATH=tests $(VENV)/bin/python -m beds.roots
 
 .PHONY: lock
 lock: venv ## pin the newest versions again (needs uv)
@@ -76,5 +81,5 @@ lock: venv ## pin the newest versions again (needs uv)
 
 .PHONY: clean
 clean: ## remove what make made (root file systems of the containers stay in their cache)
-	rm -rf $(VENV) $(OLDEST) *.lock.lock .venv.lock .venv-debian13.lock build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) .venv.lock .venv-debian13.lock build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,6 +9,7 @@ import signal
 import sys
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 
 import hypothesis
@@ -32,9 +33,15 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ[RUN] = uuid.uuid4().hex
 
 
+def _in_bed(item: pytest.Item) -> bool:
+    return Path(__file__).with_name("beds") in item.path.parents
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # The containers last: what is quick to fail fails first.
-    items.sort(key=lambda item: "/beds/" in item.nodeid)
+    items.sort(key=_in_bed)
+    for item in filter(_in_bed, items):
+        item.add_marker(needs.bed)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

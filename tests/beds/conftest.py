@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-import needs
 from beds.bed import Bed
 from leaks import Snapshot, settled
 
@@ -24,9 +23,6 @@ def nothing_of_the_beds_left_behind(tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def _bed(version: str) -> Iterator[Bed]:
-    reason = needs.lacking(needs.bed.mark)
-    if reason:
-        pytest.skip(reason)
     with Bed(version) as bed:
         yield bed
 
@@ -62,9 +58,6 @@ def new_bed() -> Iterator[Callable[[str], Bed]]:
     beds: list[Bed] = []
 
     def boot(version: str) -> Bed:
-        reason = needs.lacking(needs.bed.mark)
-        if reason:
-            pytest.skip(reason)
         beds.append(Bed(version))
         beds[-1].boot()
         return beds[-1]

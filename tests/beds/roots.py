@@ -1,21 +1,27 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Root file systems with systemd, built once by mmdebstrap and kept in a cache outside the checkout.
 
+`python -m beds.roots` builds all of them, so that `make test` can show that it is at it.
+
 The cache is `$CONFEXT_BEDS_CACHE`, by default /var/cache/confext-watcher-beds. A root is kept under a name that
 carries a digest of its recipe: a changed list of packages is another root, and the outdated one goes.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import needs
 
 SUITES = {"262": "forky", "257": "trixie", "254": "bookworm-backports"}
 """Debian's suite by the version of systemd in it."""
@@ -83,7 +89,7 @@ def _bootstrap(suite: str, root: Path) -> None:
     mmdebstrap = shutil.which("mmdebstrap")
     if mmdebstrap is None:
         raise BuildFailed("mmdebstrap is not installed")
-    print(f"\nbuilding a root file system of {suite} in {root.parent} ...", flush=True)
+    print(f"building a root file system of {suite} in {root.parent}", flush=True)
     started = time.monotonic()
     unfinished = root.with_name(f".{root.name}.new")
     if unfinished.exists():
@@ -151,3 +157,22 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def main() -> int:
+    """Build all roots; where none can be had, say why in one line."""
+    reason = needs.lacking(needs.bed.mark)
+    if reason:
+        print(f"skipped: {reason}")
+        return 0
+    # Two at a time: one waits for the network while another unpacks.
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        tried = [pool.submit(build, suite) for suite in SUITES.values()]
+    failures = [error for error in (one.exception() for one in tried) if error is not None]
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
