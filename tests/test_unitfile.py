@@ -114,7 +114,7 @@ def test_what_is_no_time_span(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("64M", 64 << 20), ("1.5G", 3 << 29), ("4096", 4096), ("10K", 10240), ("3B", 3), ("1 T", 1 << 40)],,
+    [("64M", 64 << 20), ("1.5G", 3 << 29), ("4096", 4096), ("10K", 10240), ("3B", 3), ("1 T", 1 << 40)],
 )
 def test_sizes(text: str, size: int) -> None:
     assert unitfile.size(text) == size
