@@ -26,7 +26,7 @@ from collections.abc import AsyncIterator, Iterable
 import trio
 from inotify_simple import INotify, flags
 
-from watcher.chase import CHILDREN, NAMED, Bound, Chase, Node
+from watcher.chase import CHILDREN, NAMED, ROUNDS, Bound, Chase, Node
 from watcher.model import Interest, Remark
 
 RETRY_SEC = 30.0
@@ -81,7 +81,8 @@ class Watcher:
             bound.keys.add(key)
         fresh = {bound for bound in new if bound.state == 0}
         self._chase.dirty |= fresh
-        if self._chase.run():
+        self._read_mounts()
+        if self._follow_all():
             self._chase.changed -= fresh
         self._leave(key, before - bounds)
         self._wake_if_needed()
@@ -120,17 +121,37 @@ class Watcher:
             pass
         for wd, mask, _, name in self._inotify.read(timeout=0):
             self._event(wd, mask, name)
-        for path in self._mounts.changed():
-            self._mount_changed(path)
-        self._chase.run()
+        self._read_mounts()
+        self._follow_all()
         changed, self._chase.changed = self._chase.changed, set()
         self._wake_if_needed()
         return frozenset().union(*(bound.keys for bound in changed))
 
+    def _follow_all(self) -> bool:
+        """Bring all watches up to date; False: not done yet, somebody keeps changing things under our hands."""
+        self._chase.chased.clear()
+        for _ in range(ROUNDS):
+            done = self._chase.run()
+            # What was mounted when a path was chased, and is not any more, would be in neither table.
+            if not self._read_mounts():
+                return done
+            self._chase.again()
+        return False
+
+    def _read_mounts(self) -> bool:
+        """Take note of what changed in the mount table; whether anything did."""
+        paths = self._mounts.changed()
+        if paths is None:
+            return False
+        for path in paths:
+            self._mount_changed(path)
+        if not paths:  # mounted and unmounted again; who has looked in between has seen what is not there
+            self._lost_events()
+        return True
+
     def _event(self, wd: int, mask: int, name: str) -> None:
         if mask & flags.Q_OVERFLOW:
-            self._chase.lost_events()
-            self._chase.changed.update(self._bounds.values())
+            self._lost_events()
             return
         nodes = self._chase.nodes(wd)
         if mask & flags.IGNORED:
@@ -166,13 +187,18 @@ class Watcher:
         node = self._chase.root
         names = [name for name in path.split("/") if name]
         if not names:
-            self._chase.lost_events()
+            self._lost_events()
             return
         for name in names[:-1]:
             if name not in node.children:
                 return
             node = node.children[name]
         self._entry_changed(node, names[-1], flags.CREATE | flags.ISDIR)
+
+    def _lost_events(self) -> None:
+        """Anything may have happened."""
+        self._chase.lost_events()
+        self._chase.changed.update(self._bounds.values())
 
     def _retry(self) -> None:
         """Look at what could not be watched, as if it had changed, and try to watch it."""
@@ -221,10 +247,13 @@ class _Mounts:
         os.close(self._table)
         os.close(self.wake)
 
-    def changed(self) -> frozenset[str]:
-        """Mount points of what came, went, or became something else since the last call."""
+    def changed(self) -> frozenset[str] | None:
+        """Mount points of what came, went, or became something else since the last call; None: the table is the same.
+
+        They may be none: something came and went again.
+        """
         if not self._poll.poll(0):
-            return frozenset()
+            return None
         before, self._lines = self._lines, self._read()
         return frozenset(_unescape(line.split(b" ", 5)[4]) for line in before ^ self._lines)
 
