@@ -25,7 +25,7 @@ from typing import Final, Literal, TextIO
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-from watcher.model import Event, Outcome
+from watcher.model import Event, Outcome, Remark, shown
 
 Mode = Literal["auto", "console", "logfmt", "journal"]
 
@@ -96,6 +96,11 @@ def configure(mode: Mode = "auto", level: str = "info") -> None:
         logger_factory=factory,
         cache_logger_on_first_use=False,
     )
+
+
+def say(remark: Remark) -> None:
+    """Write the line of something that was seen while looking."""
+    getattr(log, remark.level)(f"{shown(remark.path)}: {remark.text}")
 
 
 def record(event: Event, level: Level | None = None) -> None:

@@ -35,6 +35,10 @@ class Busy(Exception):
     """Somebody is still writing: not an outcome at all, look again later."""
 
 
+class Later(Busy):
+    """It cannot be done at the moment (no space, no loop device): worth a line, and tried again by itself."""
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One place a layer comes from: a declared source of the unit, or one entry of its `.confext.d/`.

@@ -64,13 +64,37 @@ class Process:
         poll.register(self.pidfd, select.POLLIN)
         return not poll.poll(0)
 
+    def hold(self) -> Process:
+        """Another hold on the same process, to be closed by whoever asked for it.
+
+        Raises:
+            Gone: this one has been let go of.
+        """
+        if self.pidfd < 0:
+            raise Gone(f"process {self.pid} has ended")
+        other = Process.__new__(Process)
+        other.pid, other.started, other.pidfd = self.pid, self.started, os.dup(self.pidfd)
+        return other
+
     def comm(self) -> str:
         """Its name as the kernel has it; systemd's executor calls itself "(name)" until it becomes the service."""
-        return self._proved(_read(f"/proc/{self.pid}/comm")).rstrip("\n")
+        return self.read("comm").rstrip("\n")
 
     def mountinfo(self) -> str:
         """Its mount table; empty for a process that has chrooted itself away."""
-        return self._proved(_read(f"/proc/{self.pid}/mountinfo"))
+        return self.read("mountinfo")
+
+    def read(self, name: str) -> str:
+        """A file of its directory in /proc.
+
+        Raises:
+            Gone: it has ended.
+            PermissionError: not ours to look at.
+        """
+        text = _read(f"/proc/{self.pid}/{name}")
+        if not self.alive():
+            raise Gone(f"process {self.pid} has ended")
+        return text
 
     def namespace(self, kind: str = "mnt") -> int:
         """A descriptor of one of its namespaces, which keeps that namespace whatever the process does next.
@@ -98,11 +122,6 @@ class Process:
             signal.pidfd_send_signal(self.pidfd, number)
         except ProcessLookupError:
             raise Gone(f"process {self.pid} has ended") from None
-
-    def _proved(self, text: str) -> str:
-        if not self.alive():
-            raise Gone(f"process {self.pid} has ended")
-        return text
 
 
 def start_time(pid: int) -> int:

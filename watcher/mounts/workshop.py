@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from typing import Any, ParamSpec, TypeVar
 
+import trio
+
 from watcher.model import Copy, Kind, Refused
 from watcher.mounts import syscalls
 from watcher.process import namespace_id
@@ -42,6 +44,10 @@ _IMAGE_ATTRIBUTES = (
     | syscalls.MOUNT_ATTR_NODEV
     | syscalls.MOUNT_ATTR_NOEXEC
 )
+
+# Seconds: after which a job counts as hanging; and how long one that is under way may still take when we are to end.
+_HANGS_SEC = 30
+_GRACE_SEC = 0.7
 
 # How file systems say that what they were given is not well-formed, or uses what this kernel does not know.
 _BROKEN_IMAGE = {
@@ -61,6 +67,10 @@ class HostNamespace(Exception):
 
 class Lost(Exception):
     """A worker could not come back from a service's namespace; it ends, and another takes its place."""
+
+
+class Hung(Exception):
+    """A job does not end."""
 
 
 class Workshop:
@@ -109,6 +119,32 @@ class Workshop:
         future: Future[T] = Future()
         self._jobs.put(_Job(future, lambda: function(*args, **kwargs)))
         return future
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """`submit()` for a trio task.
+
+        A job is not given up by cancellation, it takes a millisecond; one that hangs (a service whose base is a dead
+        network file system) keeps its thread, another takes its place, and the task goes on.
+
+        Raises:
+            Hung: it did not end.
+        """
+        token = trio.lowlevel.current_trio_token()
+        done = trio.Event()
+        future = self.submit(function, *args, **kwargs)
+        future.add_done_callback(lambda _: token.run_sync_soon(done.set))
+        with trio.move_on_after(_HANGS_SEC):
+            try:
+                await done.wait()
+            except trio.Cancelled:
+                with trio.move_on_after(_GRACE_SEC, shield=True):
+                    await done.wait()
+                if not done.is_set():
+                    raise
+        if not done.is_set():
+            self._start_thread()
+            raise Hung(f"no answer from the kernel for {_HANGS_SEC} s")
+        return future.result()
 
     def check_foreign(self, identity: tuple[int, int]) -> None:
         """Refuse a namespace that is the host's or our own.

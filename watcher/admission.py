@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""May this become a layer of that service? Complete, whole, made for its host; copied into the store on the way.
+
+What is asked of the content alone is asked once, whoever wants it: the copy (`admit.py`) and its release files are
+remembered by digest. What depends on the service (its root's os-release, the file's name) is asked each time; it costs
+microseconds.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from watcher import admit, arch, release
+from watcher.images.extension import read_release
+from watcher.model import Candidate, Copy, Kind, Later, shown
+from watcher.mounts.workshop import Workshop
+from watcher.store import Store
+
+Release = tuple[Mapping[str, str], frozenset[str]]
+
+# What the kernel says when it is short of something, rather than displeased with the image.
+_SHORT = {
+    errno.ENOMEM: "no memory",
+    errno.ENOSPC: "no free loop device",
+    errno.ENXIO: "no loop device",
+    errno.EBUSY: "no free loop device",
+    errno.EMFILE: "too many open files",
+    errno.ENFILE: "too many open files",
+    errno.ENODEV: "no file system for it in this kernel (or its module is not loaded)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What an image must be made for: the os-release of the service's root, and the architecture (systemd's name)."""
+
+    os_release: Mapping[str, str]
+    architecture: str
+
+
+def host(root: str = "/") -> Host:
+    """The host of a service, os-release(5): `/etc/os-release` of its root, else `/usr/lib/os-release`.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    for name in ("etc/os-release", "usr/lib/os-release"):
+        try:
+            with open(os.path.join(root, name), encoding="utf-8", errors="replace") as file:
+                return Host(release.parse_os_release(file.read()), arch.native())
+        except FileNotFoundError:
+            continue
+    raise FileNotFoundError(errno.ENOENT, "no os-release in it", root)
+
+
+class Admission:
+    """Admits candidates; safe to use from several threads."""
+
+    def __init__(self, store: Store, shop: Workshop) -> None:
+        self._store = store
+        self._shop = shop
+        self._releases: dict[str, Release] = {}
+
+    def admit(self, candidate: Candidate, made_for: Host) -> Copy:
+        """The store's copy of a candidate. Blocks; not on a worker of the workshop.
+
+        Hold `Store.using()` until a stack with the copy has been accepted.
+
+        Raises:
+            Refused, Incomplete: it will not do; `str()` says what is wrong, to go behind its path.
+            Busy: somebody is writing to it.
+            Later: something is missing here, not in the image.
+        """
+        copy = admit.admit(self._store, candidate)
+        names, strict_false = self._release(copy)
+        name = release.choose_release_file(candidate.filename, names, strict_false, candidate.kind)
+        release.match(release.parse_os_release(names[name]), made_for.os_release, made_for.architecture)
+        return copy
+
+    def forget(self, digests: Iterable[str]) -> None:
+        """Drop what is remembered of content that has left the store."""
+        for digest in digests:
+            self._releases.pop(digest, None)
+
+    def clear(self) -> None:
+        """Judge everything anew: the settings have changed."""
+        self._store.known.clear()
+
+    def _release(self, copy: Copy) -> Release:
+        known = self._releases.get(copy.digest)
+        if known is None:
+            try:
+                if copy.kind is Kind.DIRECTORY:
+                    known = _read(copy.path)
+                else:
+                    known = self._shop.submit(_read_mounted, self._shop, copy).result()
+            except OSError as error:
+                short = _SHORT.get(error.errno or 0)
+                if short is None:
+                    raise
+                raise Later(f"{short}: {shown(str(error))}") from error
+            self._releases[copy.digest] = known
+        return known
+
+
+def _read_mounted(shop: Workshop, copy: Copy) -> Release:
+    with shop.images.attached([copy]) as roots:
+        return _read(roots[copy.digest])
+
+
+def _read(root: str) -> Release:
+    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        names, strict_false = read_release(fd)
+        return names, frozenset(strict_false)
+    finally:
+        os.close(fd)

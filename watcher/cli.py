@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The command line: parses, calls, prints. Modules are imported by the command that needs them, to start fast."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+
+from watcher import __version__, config
+from watcher.config import Settings
+from watcher.model import Busy, Refused, Remark, shown
+from watcher.schema import CallError, ServiceStatus, to_dict
+
+DONE, FAILED, USAGE, NOT_RUNNING, TIMED_OUT = range(5)
+
+_KERNEL = (6, 8)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 refused or failed, 2 usage, 3 not running, 4 timed out."""
+    options = _parser().parse_args(arguments)
+    try:
+        settings, remarks = config.load()
+        if options.command in (_run, _exec):
+            _require_kernel()
+            _begin_log(settings, remarks)
+        return int(options.command(settings, options))
+    except CallError as error:
+        return _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; nothing is left to be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OSError as error:
+        return _fail(_os_error(error), FAILED)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="confext-watcher",
+        description="Changing a service's configuration is copying one file: drops of confext images are put on the"
+        " /etc of the running service, atomically, and it is asked to reload.",
+        epilog="Exit status: 0 done, 1 refused or failed, 2 usage, 3 the daemon is not running, 4 timed out.",
+    )
+    parser.add_argument("--version", action="version", version=f"confext-watcher {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    run = commands.add_parser("run", help="the daemon, in the foreground")
+    run.set_defaults(command=_run)
+
+    _add_exec(commands.add_parser("exec", help="start a program on its stack, without systemd"))
+
+    status = commands.add_parser(
+        "status", help="services, their stacks and versions, since when, last outcome"
+    )
+    status.add_argument("service", nargs="?", metavar="SERVICE")
+    status.add_argument("--json", action="store_true", help="print one JSON object")
+    status.set_defaults(command=_status)
+
+    check = commands.add_parser("check", help="would this image be admitted here?")
+    check.add_argument("images", nargs="+", metavar="IMAGE", help="image file (*.raw) or directory tree")
+    check.add_argument("--json", action="store_true", help="print one JSON object")
+    check.set_defaults(command=_check)
+    return parser
+
+
+def _add_exec(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "confext-watcher exec --name NAME [OPTION]... -- PROGRAM [ARGUMENT]..."
+    parser.add_argument("--name", required=True, help="name of the service, such as web.service")
+    parser.add_argument(
+        "--confext-dir",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="directory that images are dropped into",
+    )
+    parser.add_argument(
+        "--extension-image",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="an image, or a directory PATH.raw.v/",
+    )
+    parser.add_argument(
+        "--extension-directory",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a tree, or a directory PATH.v/",
+    )
+    reload = parser.add_mutually_exclusive_group()
+    reload.add_argument(
+        "--reload-signal", default="", metavar="SIGNAL", help="sent after a swap, such as SIGHUP"
+    )
+    reload.add_argument(
+        "--reload-command",
+        default="",
+        metavar="COMMAND",
+        help="run after a swap in the service's namespace, as its user, without a shell; $MAINPID is set",
+    )
+    parser.add_argument(
+        "program", nargs="+", metavar="PROGRAM", help="the program and its arguments, after --"
+    )
+    parser.set_defaults(command=_exec)
+
+
+def _run(settings: Settings, options: argparse.Namespace) -> int:
+    from watcher import daemon
+
+    try:
+        daemon.main(settings)
+    except daemon.AlreadyRunning as error:
+        return _fail(str(error), FAILED)
+    return DONE
+
+
+def _exec(settings: Settings, options: argparse.Namespace) -> int:
+    from watcher.launch import CannotStart, Order, launch
+
+    try:
+        command = tuple(shlex.split(options.reload_command))
+    except ValueError as error:
+        return _fail(f"--reload-command: {error}", USAGE)
+    order = Order(
+        name=options.name,
+        program=tuple(options.program),
+        confext_dirs=tuple(options.confext_dir),
+        images=tuple(options.extension_image),
+        directories=tuple(options.extension_directory),
+        reload_signal=options.reload_signal,
+        reload_command=command,
+    )
+    try:
+        launch(settings, order)
+    except CannotStart as error:
+        return _fail(str(error), FAILED)
+    raise AssertionError("launch() does not return")
+
+
+def _status(settings: Settings, options: argparse.Namespace) -> int:
+    from watcher import status
+    from watcher.ledger import LedgerError
+
+    try:
+        services = status.standalone(settings, options.service)
+    except LedgerError as error:
+        return _fail(str(error), FAILED)
+    if options.json:
+        _print_json({"services": to_dict(services)})
+    elif services:
+        _print_services(services)
+    else:
+        print("no service takes part")
+    return DONE
+
+
+def _check(settings: Settings, options: argparse.Namespace) -> int:
+    from watcher.admission import host
+    from watcher.examine import examine
+
+    made_for = host()
+    results: list[dict[str, object]] = []
+    for path in options.images:
+        result: dict[str, object] = {"image": path, "admitted": False, "reason": ""}
+        try:
+            found = examine(path, made_for, settings.image_max)
+        except (Refused, Busy) as error:
+            result["reason"] = str(error)
+        except OSError as error:
+            result["reason"] = error.strerror or str(error)
+        else:
+            result |= {
+                "admitted": True,
+                "name": found.candidate.name,
+                "version": found.candidate.version,
+                "format": found.fstype or "directory",
+                "size": found.size,
+                "digest": found.digest,
+            }
+        results.append(result)
+    if options.json:
+        _print_json({"images": to_dict(results)})
+    else:
+        for result in results:
+            print(_check_line(result))
+    return DONE if all(result["admitted"] for result in results) else FAILED
+
+
+def _check_line(result: dict[str, object]) -> str:
+    image = shown(str(result["image"]))
+    if not result["admitted"]:
+        return f"{image}: would be refused: {result['reason']}"
+    label = f"{result['name']} {result['version']}".rstrip()
+    return f"{image}: good: {label}, {result['format']}, {result['size']} bytes, sha256 {result['digest']}"
+
+
+def _print_services(services: Sequence[ServiceStatus]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("SERVICE", "PID", "STACK", "SINCE", "LAST OUTCOME"):
+        table.add_column(column, overflow="fold")
+    for service in services:
+        layers = [f"{shown(layer.label)} ({layer.digest[:12]})" for layer in service.layers]
+        last = service.last
+        row = (
+            shown(service.service),
+            str(service.pid or "-"),
+            "\n".join(reversed(layers)) or "its own /etc",
+            _when(service.since),
+            f"{last.outcome.value}, {_when(last.when)}: {last.message}" if last else "-",
+        )
+        table.add_row(*(Text(cell) for cell in row))
+    # Only a terminal has a width that lines must fit; elsewhere a line stays one line.
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=10_000)
+    console.print(table)
+
+
+def _when(usec: int | None) -> str:
+    from datetime import datetime
+
+    return datetime.fromtimestamp(usec / 1_000_000).strftime("%Y-%m-%d %H:%M:%S") if usec else "-"
+
+
+def _print_json(value: object) -> None:
+    json.dump(value, sys.stdout, ensure_ascii=False, indent=2)
+    print()
+
+
+def _begin_log(settings: Settings, remarks: Sequence[Remark]) -> None:
+    from watcher import journal
+
+    journal.configure(level=settings.log_level)
+    for remark in remarks:
+        journal.say(remark)
+
+
+def _require_kernel() -> None:
+    release = tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2])
+    if release < _KERNEL:
+        raise OSError(
+            None, f"Linux {platform.release()} is too old: 6.8 or newer is needed (overlayfs lowerdir+)"
+        )
+
+
+def _os_error(error: OSError) -> str:
+    name = f"{shown(str(error.filename))}: " if error.filename else ""
+    return f"{name}{error.strerror or error}"
+
+
+def _fail(text: str, code: int) -> int:
+    print(f"confext-watcher: {text}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The daemon: wires the steps together in one nursery, and nothing else.
+
+A change (of a directory, of a service) touches a service's name in `Settle`; when its burst is over, its round starts.
+A round that is asked for while one runs follows it, once, however often it is asked for.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, contextmanager
+
+import trio
+
+from watcher import config, journal, notify
+from watcher.admission import Admission
+from watcher.config import ServiceSettings, Settings
+from watcher.ledger import Ledger
+from watcher.line import Line, Tools
+from watcher.managers.standalone import Standalone
+from watcher.model import Busy, Remark, shown
+from watcher.mounts.workshop import Workshop
+from watcher.pending import Pending
+from watcher.settle import Settle
+from watcher.store import Store
+from watcher.watch import Watcher
+
+
+class AlreadyRunning(Exception):
+    """Another daemon has this runtime directory."""
+
+
+def main(settings: Settings) -> None:
+    """Run the daemon in the foreground until SIGTERM or SIGINT.
+
+    Raises:
+        AlreadyRunning: there is one.
+        OSError: a directory, inotify or the mounts cannot be had.
+    """
+    with _alone(settings.runtime_directory), _tools(settings) as tools:
+        trio.run(Daemon(settings, tools).run)
+
+
+@contextmanager
+def _alone(runtime_directory: str) -> Iterator[None]:
+    os.makedirs(runtime_directory, 0o755, exist_ok=True)
+    path = os.path.join(runtime_directory, "lock")
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise AlreadyRunning(f"another daemon uses {shown(runtime_directory)} already") from error
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _tools(settings: Settings) -> Iterator[Tools]:
+    with ExitStack() as stack:
+        privileged = os.geteuid() == 0 and not in_user_namespace()
+        shop = stack.enter_context(Workshop(settings.mount_workers, privileged=privileged))
+        store = stack.enter_context(
+            Store(settings.state_directory, settings.store_max, settings.image_max, settings.keep_stacks)
+        )
+        manager = Standalone(settings.runtime_directory, shop, ServiceSettings())
+        stack.callback(manager.close)
+        yield Tools(
+            store=store,
+            admission=Admission(store, shop),
+            shop=shop,
+            manager=manager,
+            watcher=stack.enter_context(Watcher()),
+            ledger=stack.enter_context(Ledger(settings.state_directory, settings.history_max)),
+            pending=Pending(settings.runtime_directory),
+        )
+
+
+def in_user_namespace() -> bool:
+    """Whether we are root of a user namespace only (user_namespaces(7): the first one maps every ID to itself)."""
+    with open("/proc/self/uid_map", encoding="ascii") as file:
+        return file.read().split() != ["0", "0", "4294967295"]
+
+
+class Daemon:
+    """One daemon.
+
+    Args:
+        settings: of the watcher.
+        tools: what rounds work with.
+    """
+
+    def __init__(self, settings: Settings, tools: Tools) -> None:
+        self._settings = settings
+        self._tools = tools
+        self._line = Line(tools)
+        self._settle = Settle()
+        self._since: dict[str, float] = {}
+        self._running: set[str] = set()
+        self._again: set[str] = set()
+        self._wake = trio.Event()
+        self._idle = trio.Event()
+        self._remarks: set[Remark] = set()
+
+    async def run(self) -> None:
+        """Until SIGTERM or SIGINT; services keep their stacks."""
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self._tools.manager.run, self.changed)
+                self._look_at_everything()
+                nursery.start_soon(self._follow_directories)
+                nursery.start_soon(self._start_rounds, nursery)
+                nursery.start_soon(self._when_idle)
+                nursery.start_soon(notify.keep_alive)
+                await self._follow_signals(signals)
+                notify.stopping()
+                nursery.cancel_scope.cancel()
+
+    def changed(self, name: str, quiet_usec: int = 0) -> None:
+        """Look at a service, after `quiet_usec` microseconds without another change of it."""
+        now = trio.current_time()
+        self._since.setdefault(name, now)
+        self._touch(name, now, quiet_usec, self._settings.settle_max_usec)
+
+    def _touch(self, name: str, now: float, quiet_usec: int, longest_usec: int) -> None:
+        self._settle.touch(name, _usec(now), quiet_usec, longest_usec)
+        self._wake.set()
+
+    def _look_at_everything(self) -> None:
+        for name in self._tools.manager.services:
+            self.changed(name)
+
+    async def _follow_directories(self) -> None:
+        async for names in self._tools.watcher.changes():
+            for name in names:
+                service = self._tools.manager.services.get(name)
+                if service is not None:
+                    quiet = service.settings.settle_usec
+                    self.changed(name, self._settings.settle_usec if quiet is None else quiet)
+
+    async def _start_rounds(self, nursery: trio.Nursery) -> None:
+        while True:
+            self._wake = trio.Event()
+            for name in self._settle.due(_usec(trio.current_time())):
+                if name in self._running:
+                    self._again.add(name)
+                else:
+                    self._running.add(name)
+                    nursery.start_soon(self._rounds, name)
+            if not self._running and not self._since:
+                self._idle.set()
+            deadline = self._settle.deadline()
+            with trio.move_on_at(math.inf if deadline is None else deadline / 1_000_000):
+                await self._wake.wait()
+
+    async def _rounds(self, name: str) -> None:
+        """The rounds of one service, until nobody asks for another."""
+        while True:
+            self._again.discard(name)
+            since = self._since.pop(name, trio.current_time())
+            service = self._tools.manager.services.get(name)
+            if service is None:
+                self._line.forget(name)
+                again = None
+            else:
+                again = await self._line.round(service, since)
+            self._say_remarks()
+            if name not in self._again:
+                break
+        self._running.discard(name)
+        if again is not None:
+            self._touch(name, trio.current_time(), _usec(again), _usec(again))
+        self._wake.set()
+
+    async def _when_idle(self) -> None:
+        """What is left for when nothing is going on; the first time it means that start-up is complete."""
+        started = False
+        while True:
+            await self._idle.wait()
+            if not started:
+                started = True
+                # Units are started after us so that what was dropped while the host was down is admitted first.
+                count = len(self._tools.manager.services)
+                journal.log.info(f"watching for {count} {'service' if count == 1 else 'services'}")
+                notify.ready()
+            await self._tidy()
+            self._idle = trio.Event()
+            await self._busy()
+
+    async def _busy(self) -> None:
+        """Wait until something is going on again."""
+        while not self._running and not self._since:
+            await self._wake.wait()
+
+    async def _tidy(self) -> None:
+        """Let go of copies and mounted images that nobody needs."""
+        mounted = self._line.mounted
+        if mounted is None:
+            return
+        try:
+            with trio.CancelScope(shield=True):
+                removed = await trio.to_thread.run_sync(self._tools.store.collect, mounted)
+        except Busy:
+            return  # a service is being started; there will be another time
+        await self._tools.shop.run(self._tools.shop.images.retain, mounted)
+        self._tools.admission.forget(removed)
+
+    async def _follow_signals(self, signals: AsyncIterator[int]) -> None:
+        async for number in signals:
+            if number != signal.SIGHUP:
+                return
+            notify.reloading()
+            self._reload_settings()
+            notify.ready()
+
+    def _reload_settings(self) -> None:
+        try:
+            settings, remarks = config.load()
+        except OSError as error:
+            journal.log.error(f"settings not read again, the old ones stay: {error}")
+            return
+        for remark in remarks:
+            journal.say(remark)
+        self._settings = settings
+        self._tools.store.store_max = settings.store_max
+        self._tools.store.image_max = settings.image_max
+        self._tools.store.keep_stacks = settings.keep_stacks
+        self._tools.admission.clear()
+        journal.log.info("settings read again")
+        self._look_at_everything()
+
+    def _say_remarks(self) -> None:
+        """What cannot be watched, and what is the matter with the ledger; each once for as long as it lasts."""
+        remarks = {*self._tools.watcher.remarks(), *self._tools.ledger.remarks}
+        for remark in remarks - self._remarks:
+            journal.say(remark)
+        self._remarks = remarks
+
+
+def _usec(seconds: float) -> int:
+    return round(seconds * 1_000_000)

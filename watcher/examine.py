@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`confext-watcher check IMAGE...`: would it be admitted here? Nothing is copied, and no daemon is needed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import subprocess
+import tempfile
+from dataclasses import dataclass
+
+from watcher import admit, release, tree, vpick
+from watcher.admission import Host
+from watcher.filecopy import hash_file
+from watcher.images.extension import RELEASE_DIRECTORY, read_release
+from watcher.images.probe import probe
+from watcher.lease import Lease
+from watcher.model import Candidate, Copy, Kind, Refused
+from watcher.mounts.workshop import Workshop
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """What was found out about an image that would be admitted.
+
+    Attributes:
+        candidate: its name and version.
+        digest: SHA-256 of an image; of a tree as the store has it.
+        fstype: "squashfs", "erofs" or "" for a tree.
+        size: bytes.
+    """
+
+    candidate: Candidate
+    digest: str
+    fstype: str
+    size: int
+
+
+def examine(path: str, made_for: Host, image_max: int) -> Examined:
+    """Examine one image or directory tree.
+
+    Raises:
+        Refused, Incomplete: it would not be admitted; `str()` says why.
+        Busy: somebody is writing to it.
+        OSError: it cannot be read, or not be mounted.
+    """
+    kind = Kind.DIRECTORY if stat.S_ISDIR(os.stat(path).st_mode) else Kind.IMAGE
+    filename = os.path.basename(os.path.abspath(path))
+    if kind is Kind.IMAGE and not filename.endswith(".raw"):
+        raise Refused("its name does not end in .raw: it would not be looked at")
+    name, version = vpick.split(filename, kind)
+    candidate = Candidate(os.path.abspath(path), filename, name, version, kind)
+    place = admit.open_candidate(candidate)
+    try:
+        fd = os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(place)
+    try:
+        return (
+            _tree(fd, candidate, made_for)
+            if kind is Kind.DIRECTORY
+            else _image(fd, candidate, made_for, image_max)
+        )
+    finally:
+        os.close(fd)
+
+
+def _tree(root: int, candidate: Candidate, made_for: Host) -> Examined:
+    names, strict_false = read_release(root)
+    _match(candidate, names, strict_false, made_for)
+    found = tree.digest(root)
+    return Examined(candidate, found.digest, "", tree.size_of(root))
+
+
+def _image(fd: int, candidate: Candidate, made_for: Host, image_max: int) -> Examined:
+    with Lease(fd) as lease:
+        size = os.fstat(fd).st_size
+        if size > image_max:
+            raise Refused(f"has {size} bytes, {image_max} are allowed (ImageMax=)")
+        probed = probe(fd, size)
+        hasher = hashlib.sha256()
+        hash_file(fd, size, hasher)
+        copy = Copy(hasher.hexdigest(), os.path.realpath(candidate.path), size, Kind.IMAGE, probed.fstype)
+        names, strict_false = _mounted_release(copy) if os.geteuid() == 0 else _extracted_release(copy)
+        lease.check()
+    _match(candidate, names, strict_false, made_for)
+    return Examined(candidate, copy.digest, copy.fstype, size)
+
+
+def _match(candidate: Candidate, names: dict[str, str], strict_false: set[str], made_for: Host) -> None:
+    chosen = release.choose_release_file(candidate.filename, names, strict_false, candidate.kind)
+    release.match(release.parse_os_release(names[chosen]), made_for.os_release, made_for.architecture)
+
+
+def _mounted_release(copy: Copy) -> tuple[dict[str, str], set[str]]:
+    def read() -> tuple[dict[str, str], set[str]]:
+        with shop.images.attached([copy]) as roots:
+            return _read(roots[copy.digest])
+
+    with Workshop(1) as shop:
+        return shop.submit(read).result()
+
+
+def _extracted_release(copy: Copy) -> tuple[dict[str, str], set[str]]:
+    """Without root no image can be mounted: its own tools take the few files out that are needed."""
+    with tempfile.TemporaryDirectory() as directory:
+        target = f"{directory}/root"
+        wanted = "/".join(RELEASE_DIRECTORY)
+        if copy.fstype == "squashfs":
+            words = ["unsquashfs", "-no-progress", "-quiet", "-dest", target, copy.path, wanted]
+        else:
+            words = ["fsck.erofs", f"--extract={target}", copy.path]
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                error.errno, f"not root, and {words[0]} is not installed: the release file cannot be read"
+            ) from None
+        if done.returncode:
+            raise Refused(
+                f"{words[0]} cannot read it: {(done.stderr or done.stdout).strip().splitlines()[-1]}"
+            )
+        return _read(target)
+
+
+def _read(root: str) -> tuple[dict[str, str], set[str]]:
+    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        return read_release(fd)
+    finally:
+        os.close(fd)

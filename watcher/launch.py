@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`confext-watcher exec`: start a program in a mount namespace of its own, already on its stack, and register it.
+
+The program becomes this very process: no supervisor stays in between, its PID, its signals and its exit status are its
+own. No daemon is needed to start it; the same admission, store and slots are used as by the daemon, which takes over
+as soon as it sees the registration.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from watcher import journal, scan
+from watcher.admission import Admission, host
+from watcher.config import Settings
+from watcher.daemon import in_user_namespace
+from watcher.line import accepted_stack
+from watcher.managers.standalone import (
+    Registration,
+    declared,
+    register,
+    registered,
+    signal_number,
+    valid_name,
+)
+from watcher.model import Declared, Stack, shown
+from watcher.mounts import syscalls
+from watcher.mounts.swap import swap
+from watcher.mounts.workshop import Workshop
+from watcher.plan import choose
+from watcher.process import Gone, Process, start_time
+from watcher.store import Store
+
+
+class CannotStart(Exception):
+    """The program is not started; `str()` is one line that says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What `exec` was told; paths as given."""
+
+    name: str
+    program: tuple[str, ...]
+    confext_dirs: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
+    directories: tuple[str, ...] = ()
+    reload_signal: str = ""
+    reload_command: tuple[str, ...] = ()
+    check: tuple[str, ...] = ()
+
+
+def launch(settings: Settings, order: Order) -> None:
+    """Start the program in place of this process; does not return.
+
+    Raises:
+        CannotStart: and nothing was changed but the service's slots.
+    """
+    order = _absolute(order)
+    _check_order(settings, order)
+    os.makedirs(settings.runtime_directory, 0o755, exist_ok=True)
+    try:
+        _enter_stack(settings, order)
+    except OSError as error:
+        raise CannotStart(f"{order.name}: its mount namespace cannot be made: {error}") from error
+    status = os.stat("/proc/self/ns/mnt")
+    registration = Registration(
+        name=order.name,
+        pid=os.getpid(),
+        started=start_time(os.getpid()),
+        namespace=(status.st_dev, status.st_ino),
+        confext_dirs=order.confext_dirs,
+        images=order.images,
+        directories=order.directories,
+        reload_signal=order.reload_signal,
+        reload_command=order.reload_command,
+        check=order.check,
+    )
+    register(settings.runtime_directory, registration)
+    try:
+        os.execvp(order.program[0], order.program)
+    except OSError as error:
+        raise CannotStart(f"{shown(order.program[0])} cannot be executed: {error.strerror}") from error
+
+
+def _absolute(order: Order) -> Order:
+    """With absolute paths: the daemon has another working directory."""
+
+    def made(paths: Sequence[str]) -> tuple[str, ...]:
+        return tuple(
+            ("-" if path.startswith("-") else "") + os.path.abspath(path.removeprefix("-")) for path in paths
+        )
+
+    return Order(
+        order.name,
+        order.program,
+        made(order.confext_dirs),
+        made(order.images),
+        made(order.directories),
+        order.reload_signal,
+        order.reload_command,
+        order.check,
+    )
+
+
+def _check_order(settings: Settings, order: Order) -> None:
+    if not valid_name(order.name):
+        raise CannotStart(f"{shown(order.name)!r} cannot be the name of a service: use one like web.service")
+    if order.reload_signal:
+        try:
+            signal_number(order.reload_signal)
+        except ValueError as error:
+            raise CannotStart(f"--reload-signal: {error}") from error
+    try:
+        other = registered(settings.runtime_directory, order.name)
+    except (OSError, ValueError):
+        return  # whatever lies there is replaced
+    if other is None:
+        return
+    try:
+        Process(other.pid, other.started).close()
+    except Gone:
+        return
+    raise CannotStart(f"{order.name} is running already, as process {other.pid}")
+
+
+def _enter_stack(settings: Settings, order: Order) -> None:
+    """Move this process into a mount namespace of its own with the service's stack on `/etc`."""
+    privileged = os.geteuid() == 0 and not in_user_namespace()
+    with (
+        Workshop(1, privileged=privileged) as shop,
+        Store(
+            settings.state_directory, settings.store_max, settings.image_max, settings.keep_stacks
+        ) as store,
+    ):
+        stack = _admit(store, shop, order)
+        # As systemd does it: what the host mounts arrives, nothing goes back, and namespaces that the program makes
+        # for its own children follow.
+        syscalls.unshare(syscalls.CLONE_NEWNS)
+        syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_SLAVE)
+        syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_SHARED)
+        namespace = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            copies = {layer.digest: store.copy(layer) for layer in stack.layers}
+            shop.submit(swap, shop, namespace, stack, copies).result()
+        finally:
+            os.close(namespace)
+
+
+def _admit(store: Store, shop: Workshop, order: Order) -> Stack:
+    """The stack that the service starts on: its slots are set to it."""
+    sources: Declared = declared(order.images, order.directories, order.confext_dirs)
+    admission = Admission(store, shop)
+    with store.using():
+        accepted = accepted_stack(store, order.name)
+        look = scan.look(sources)
+        choice = choose(look, functools.partial(admission.admit, made_for=host()), accepted)
+        for remark in look.remarks:
+            if remark.level != "debug":
+                journal.say(remark)
+        for passed in choice.passed:
+            path = shown(passed.candidate.path)
+            journal.log.warning(f"{order.name}: {path} passed over: {passed.reason}")
+        store.accept(order.name, choice.stack, [pick.entry for pick in look.picks])
+    return choice.stack

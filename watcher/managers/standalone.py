@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Services without systemd: `confext-watcher exec` starts and registers them, the daemon follows them here.
+
+A registration is one JSON file, `$RUNTIME_DIRECTORY/services/NAME.json`, written by rename before the program is
+executed. It names the process by PID and start time, so that a file left over from before a crash can never point at
+another process. It goes when the process ends: the slots of the service stay, its next `exec` starts from them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import re
+import select
+import shlex
+import signal
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import psutil
+import trio
+
+from watcher import inside, journal
+from watcher.config import ServiceSettings
+from watcher.managers import Reloaded, Service
+from watcher.model import Declared, Entry, Interest, Kind, shown
+from watcher.mounts.workshop import Workshop
+from watcher.process import Gone, Process, namespace_id
+from watcher.watch import Watcher
+
+# A unit's name (systemd.unit(5)), so that the same service can later be run by systemd under the same slots.
+_NAME = re.compile(r"[A-Za-z0-9:_.\\@-]{1,250}")
+_SUFFIX = ".json"
+_RELOAD_SEC = 90.0
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """What `exec` tells the daemon.
+
+    Attributes:
+        name: of the service.
+        pid: of its main process, as the daemon sees it.
+        started: its start time, clock ticks since boot.
+        namespace: device and inode of the mount namespace it was started in.
+        confext_dirs, images, directories: where its layers come from, absolute paths.
+        reload_signal: name of a signal, "" for none.
+        reload_command: words of a command that is run in the service's mount namespace as its user.
+    """
+
+    name: str
+    pid: int
+    started: int
+    namespace: tuple[int, int]
+    confext_dirs: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
+    directories: tuple[str, ...] = ()
+    reload_signal: str = ""
+    reload_command: tuple[str, ...] = ()
+    check: tuple[str, ...] = ()
+
+    @property
+    def declared(self) -> Declared:
+        return declared(self.images, self.directories, self.confext_dirs)
+
+
+def declared(images: Sequence[str], directories: Sequence[str], confext_dirs: Sequence[str]) -> Declared:
+    """The sources of a standalone service, from its paths as given on the command line."""
+    return Declared(
+        images=tuple(_entry(path, Kind.IMAGE) for path in images),
+        directories=tuple(_entry(path, Kind.DIRECTORY) for path in directories),
+        confext_dirs=tuple(confext_dirs),
+    )
+
+
+def _entry(path: str, kind: Kind) -> Entry:
+    optional = path.startswith("-")
+    path = path.removeprefix("-")
+    return Entry(os.path.basename(path), path, kind, optional=optional, declared=True)
+
+
+def valid_name(name: str) -> bool:
+    """Whether a service may be called that: what systemd allows as the name of a unit."""
+    return bool(_NAME.fullmatch(name)) and not name.startswith(".")
+
+
+def signal_number(name: str) -> int:
+    """The number of "HUP", "SIGHUP" or "1".
+
+    Raises:
+        ValueError: there is no such signal.
+    """
+    if name.isdecimal():
+        return signal.Signals(int(name))
+    try:
+        return signal.Signals["SIG" + name.upper().removeprefix("SIG")]
+    except KeyError:
+        raise ValueError(f"there is no signal {name!r}") from None
+
+
+def register(runtime_directory: str, registration: Registration) -> None:
+    """Write a registration, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    directory = services_directory(runtime_directory)
+    temporary = os.path.join(directory, f".{registration.name}.{registration.pid}")
+    with open(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600), "w") as file:
+        json.dump(dataclasses.asdict(registration), file)
+    os.rename(temporary, os.path.join(directory, registration.name + _SUFFIX))
+
+
+def services_directory(runtime_directory: str) -> str:
+    """Where registrations lie; made if it is not there."""
+    directory = os.path.join(runtime_directory, "services")
+    os.makedirs(directory, 0o755, exist_ok=True)
+    return directory
+
+
+def registered(runtime_directory: str, name: str) -> Registration | None:
+    """The registration of a service, None where there is none.
+
+    Raises:
+        ValueError: the file is not one of ours.
+        OSError: it cannot be read.
+    """
+    path = os.path.join(runtime_directory, "services", name + _SUFFIX)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    with open(fd, encoding="utf-8") as file:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid not in (0, os.geteuid()):
+            raise ValueError("not a regular file of ours")
+        return _registration(file.read(), name)
+
+
+def _registration(text: str, name: str) -> Registration:
+    data = json.loads(text)
+    if not isinstance(data, dict) or data.get("name") != name:
+        raise ValueError("not a registration")
+    for field in dataclasses.fields(Registration):
+        if isinstance(data.get(field.name), list):
+            data[field.name] = tuple(data[field.name])
+    try:
+        return Registration(**data)
+    except TypeError as error:
+        raise ValueError(f"not a registration: {error}") from error
+
+
+def registrations(runtime_directory: str) -> Iterator[str]:
+    """Names of all that are registered, running or not any more."""
+    with contextlib.suppress(FileNotFoundError):
+        for entry in sorted(os.listdir(os.path.join(runtime_directory, "services"))):
+            if entry.endswith(_SUFFIX) and not entry.startswith("."):
+                yield entry.removesuffix(_SUFFIX)
+
+
+class Standalone:
+    """The manager of services that were started with `confext-watcher exec`."""
+
+    def __init__(self, runtime_directory: str, shop: Workshop, settings: ServiceSettings) -> None:
+        self._runtime_directory = runtime_directory
+        self._shop = shop
+        self._settings = settings
+        self._services: dict[str, Service] = {}
+        self._registrations: dict[str, Registration] = {}
+        # All pidfds in one epoll instance, so that one task waits for the end of any service.
+        self._ends = select.epoll()
+        self._names: dict[int, str] = {}
+
+    @property
+    def services(self) -> Mapping[str, Service]:
+        return self._services
+
+    async def run(self, changed: Callable[[str], None], task_status: trio.TaskStatus[None]) -> None:
+        """Follow registrations and the ends of processes; see `Manager.run`."""
+        directory = services_directory(self._runtime_directory)
+        with Watcher() as watcher:
+            watcher.set("", [Interest(directory, pattern=r"[^.].*\.json")])
+            self._look(lambda name: None)
+            task_status.started()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._follow_ends, changed)
+                async for _ in watcher.changes():
+                    self._look(changed)
+
+    def close(self) -> None:
+        """Let go of all processes."""
+        for service in self._services.values():
+            if service.main is not None:
+                service.main.close()
+        self._services.clear()
+        self._ends.close()
+
+    async def learn(self, service: Service, entries: Sequence[Entry]) -> None:
+        """Nothing to do: `exec` looks for itself."""
+
+    async def reload(self, service: Service) -> Reloaded:
+        """Send the signal or run the command that the service was registered with."""
+        registration = self._registrations[service.name]
+        if service.main is None:
+            return Reloaded(ok=True)
+        try:
+            if registration.reload_signal:
+                service.main.signal(signal_number(registration.reload_signal))
+                return Reloaded(ok=True, told=registration.reload_signal)
+            if registration.reload_command:
+                return await self._run_command(service.main, registration)
+        except Gone:
+            return Reloaded(ok=False, told="reload", reason="its main process has ended")
+        return Reloaded(ok=True)
+
+    async def _run_command(self, main: Process, registration: Registration) -> Reloaded:
+        words = registration.reload_command
+        who = inside.like(main, {"MAINPID": str(main.pid)})
+        namespace = main.namespace()
+        try:
+            place = functools.partial(self._shop.entered, namespace)
+            ended = await inside.run(self._shop, place, who, words, timeout_sec=_RELOAD_SEC)
+        finally:
+            os.close(namespace)
+        reason = f"reload command {shown(shlex.join(words))} {ended.reason}" if ended.reason else ""
+        return Reloaded(not reason, "reload", reason, ended.output)
+
+    async def processes(self, service: Service) -> list[int]:
+        if service.main is None:
+            return []
+        try:
+            children = psutil.Process(service.main.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+        return [service.main.pid, *(child.pid for child in children)]
+
+    def _look(self, changed: Callable[[str], None]) -> None:
+        """Compare what is registered with what is known."""
+        names = set(registrations(self._runtime_directory))
+        for name in sorted(names | set(self._registrations)):
+            registration = self._read(name) if name in names else None
+            if registration != self._registrations.get(name):
+                self._forget(name)
+                if registration is not None:
+                    self._adopt(registration)
+                changed(name)
+
+    def _read(self, name: str) -> Registration | None:
+        try:
+            return registered(self._runtime_directory, name)
+        except (OSError, ValueError) as error:
+            path = os.path.join(self._runtime_directory, "services", name + _SUFFIX)
+            journal.log.warning(f"{shown(path)}: ignored, start the service again with `exec`: {error}")
+            return None
+
+    def _adopt(self, registration: Registration) -> None:
+        try:
+            main = Process(registration.pid, registration.started)
+        except Gone:
+            self._remove_file(registration)
+            return
+        self._registrations[registration.name] = registration
+        self._services[registration.name] = Service(
+            name=registration.name,
+            declared=registration.declared,
+            settings=dataclasses.replace(self._settings, check=_check(registration)),
+            main=main,
+            invocation=f"{registration.pid}-{registration.started}",
+        )
+        self._names[main.pidfd] = registration.name
+        self._ends.register(main.pidfd, select.EPOLLIN)
+
+    def _forget(self, name: str) -> None:
+        self._registrations.pop(name, None)
+        service = self._services.pop(name, None)
+        if service is not None and service.main is not None:
+            self._ends.unregister(service.main.pidfd)
+            del self._names[service.main.pidfd]
+            service.main.close()
+
+    async def _follow_ends(self, changed: Callable[[str], None]) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self._ends.fileno())
+            for fd, _ in self._ends.poll(0):
+                name = self._names[fd]
+                registration = self._registrations[name]
+                self._forget(name)
+                self._remove_file(registration)
+                changed(name)
+
+    def _remove_file(self, registration: Registration) -> None:
+        """Remove the registration of a process that has ended, unless the service was started again meanwhile."""
+        with contextlib.suppress(ValueError, OSError):
+            if registered(self._runtime_directory, registration.name) != registration:
+                return
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(self._runtime_directory, "services", registration.name + _SUFFIX))
+
+
+def _check(registration: Registration) -> tuple[str, ...]:
+    return registration.check
+
+
+def in_registered_namespace(registration: Registration, namespace: int) -> bool:
+    """Whether a mount namespace is the one the service was started in."""
+    return namespace_id(namespace) == registration.namespace

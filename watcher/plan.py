@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Which stack a service should have: the pick of each entry among what is admitted. Pure.
+
+The pick is the newest candidate that is admitted. One that is incomplete, refused or quarantined is passed over, as
+systemd.v(7) passes over one with no tries left. What was accepted stays accepted while its file is there, whatever has
+become of the content (being uploaded again, broken): it goes when the file is removed, when other admissible content
+has taken its name, or when a newer one gets in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from watcher.model import Busy, Candidate, Copy, Layer, Look, Picks, Refused, Stack
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """A candidate that was passed over, and why: `Refused` and `Incomplete` are worth a line, `Busy` is not."""
+
+    slot: str
+    candidate: Candidate
+    reason: Refused | Busy
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The wanted stack, and what was passed over on the way to it."""
+
+    stack: Stack
+    passed: tuple[Passed, ...]
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody is still writing something that may change the answer."""
+        return any(isinstance(passed.reason, Busy) for passed in self.passed)
+
+
+def choose(look: Look, admit: Callable[[Candidate], Copy], accepted: Stack) -> Choice:
+    """The stack that a service should have.
+
+    Args:
+        look: what is on disk.
+        admit: gives the store's copy of a candidate; asked only for those that the answer depends on. Raises Refused
+            or Busy where it may not become a layer.
+        accepted: the last accepted stack.
+    """
+    if look.unknown:  # a directory that could not be read: nothing is taken from a service for that
+        return Choice(accepted, ())
+    before = {layer.slot: layer for layer in accepted.layers}
+    layers: list[Layer] = []
+    passed: list[Passed] = []
+    for pick in look.picks:
+        layer = _pick(pick, admit, before.get(pick.entry.slot), passed)
+        if layer is not None:
+            layers.append(layer)
+    return Choice(Stack(_distinct(layers)), tuple(passed))
+
+
+def _pick(
+    pick: Picks, admit: Callable[[Candidate], Copy], accepted: Layer | None, passed: list[Passed]
+) -> Layer | None:
+    if pick.unknown and accepted is not None:
+        return accepted
+    for candidate in pick.candidates:
+        try:
+            copy = admit(candidate)
+        except (Refused, Busy) as reason:
+            passed.append(Passed(pick.entry.slot, candidate, reason))
+            if accepted is not None and accepted.source == candidate.path:
+                return accepted
+        else:
+            return Layer(
+                pick.entry.slot, candidate.name, candidate.version, copy.digest, copy.kind, candidate.path
+            )
+    return None
+
+
+def _distinct(layers: Iterable[Layer]) -> tuple[Layer, ...]:
+    """Without lower layers whose content comes again further up: overlayfs takes no directory twice (ELOOP), and
+    everything that they have is hidden by their twin."""
+    kept: dict[str, Layer] = {}
+    for layer in reversed(list(layers)):
+        kept.setdefault(layer.digest, layer)
+    return tuple(reversed(kept.values()))
+
+
+def differences(before: Stack, after: Stack) -> list[tuple[Layer | None, Layer | None]]:
+    """What changed between two stacks, by slot: (old, new) in the order of the stacks, None for what is not there."""
+    old = {layer.slot: layer for layer in before.layers}
+    new = {layer.slot: layer for layer in after.layers}
+    slots = [*new, *(slot for slot in old if slot not in new)]
+    pairs = [(old.get(slot), new.get(slot)) for slot in slots]
+    return [(a, b) for a, b in pairs if a is None or b is None or a.digest != b.digest]
+
+
+def describe(before: Stack, after: Stack) -> str:
+    """The change in words: "web 1.3 -> 1.4", "web 1.4 added", "web 1.3 removed", comma-separated."""
+    return ", ".join(_words(old, new) for old, new in differences(before, after)) or "order of layers"
+
+
+def _words(old: Layer | None, new: Layer | None) -> str:
+    if old is None and new is not None:
+        return f"{new.label} added"
+    if new is None and old is not None:
+        return f"{old.label} removed"
+    assert old is not None and new is not None
+    if old.name == new.name:
+        if old.version == new.version:
+            return f"{new.label} with new content"
+        return f"{old.label} -> {new.version or new.name}"
+    return f"{old.label} -> {new.label}"

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`confext-watcher status`: the truth, read from the kernel; no daemon is needed, and none is asked."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+
+from watcher.config import Settings
+from watcher.ledger import Reader
+from watcher.managers.standalone import Registration, registered, registrations
+from watcher.model import Event, Kind, Layer, Stack
+from watcher.mounts.table import Table
+from watcher.process import Gone, Process
+from watcher.schema import ServiceNotFound, ServiceStatus
+from watcher.stacks import Damaged, Stacks
+
+
+def standalone(settings: Settings, service: str | None = None) -> list[ServiceStatus]:
+    """The standalone services, or one of them.
+
+    Raises:
+        ServiceNotFound: it is not registered.
+        PermissionError: this user may not look at its process.
+        LedgerError: the history is there and cannot be read.
+    """
+    newest = Reader(settings.state_directory).newest()
+    names = [name for name in registrations(settings.runtime_directory) if service in (None, name)]
+    found = []
+    for name in names:
+        with contextlib.suppress(Gone, ValueError):
+            registration = registered(settings.runtime_directory, name)
+            if registration is not None:
+                found.append(_status(settings, registration, newest))
+    if service is not None and not found:
+        raise ServiceNotFound(service)
+    return found
+
+
+def _status(settings: Settings, registration: Registration, newest: Mapping[str, Event]) -> ServiceStatus:
+    with Process(registration.pid, registration.started) as main:
+        mounted = Table(main.mountinfo()).mounted()
+    accepted = _kept(settings, registration.name)
+    layers = tuple(_layer(one.name, one.version, one.digest, accepted) for one in mounted.layers or ())
+    last = newest.get(registration.name)
+    stack = Stack(layers).id
+    since = last.when if last is not None and last.stack == stack else None
+    return ServiceStatus(
+        service=registration.name,
+        manager="standalone",
+        state="running",
+        pid=registration.pid,
+        stack=stack,
+        accepted=accepted[0].id if accepted else "",
+        layers=layers,
+        since=since,
+        last=last,
+    )
+
+
+def _kept(settings: Settings, name: str) -> list[Stack]:
+    """The accepted stacks of a service, newest first: they know the whole names of what the kernel shows cut."""
+    stacks = Stacks(settings.state_directory)
+    with contextlib.suppress(Damaged):
+        return [accepted.stack for accepted in stacks.history(name)]
+    return []
+
+
+def _layer(name: str, version: str, digest: str, stacks: list[Stack]) -> Layer:
+    for stack in stacks:
+        for layer in stack.layers:
+            if layer.digest == digest:
+                return layer
+    return Layer("", name, version, digest, Kind.IMAGE, "")
