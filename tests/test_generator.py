@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The drop-ins that make units start on their slots."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from watcher import generator, unitfile
+from watcher.model import Entry, Kind, Layer, Stack
+from watcher.stacks import Stacks
+from watcher.units import DROPIN, Index
+
+PLAIN = "[Service]\nExecStart=/bin/true\n"
+
+
+class Host:
+    def __init__(self, base: Path) -> None:
+        self.units = base / "system"
+        self.state = base / "state"
+        self.output = base / "output"
+        self.complaints: list[str] = []
+        self.units.mkdir()
+        self.state.mkdir()
+
+    def unit(self, name: str, text: str = PLAIN, *entries: str) -> None:
+        (self.units / name).write_text(text)
+        if entries:
+            self.drop(name, *entries)
+
+    def drop(self, name: str, *entries: str) -> None:
+        for entry in entries:
+            path = self.units / f"{name}.confext.d" / entry
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if entry.endswith(".raw"):
+                path.touch()
+            else:
+                path.mkdir()
+
+    def accept(self, unit: str, *slots: str) -> None:
+        entries = [
+            Entry(slot, f"/srv/{slot}", Kind.IMAGE if slot.endswith(".raw") else Kind.DIRECTORY)
+            for slot in slots
+        ]
+        layers = [Layer(entry.slot, "x", "", "0" * 64, entry.kind, entry.path) for entry in entries]
+        Stacks(str(self.state)).accept(unit, Stack(tuple(layers)), entries)
+
+    def generate(self) -> list[str]:
+        return generator.generate(
+            str(self.output), Index([str(self.units)]), str(self.state), self.complaints.append
+        )
+
+    def dropin(self, unit: str) -> str:
+        self.generate()
+        return (self.output / f"{unit}.d" / DROPIN).read_text()
+
+    def listed(self, unit: str) -> tuple[list[str], list[str]]:
+        """What systemd would read: image and directory values after the resets."""
+        assignments = unitfile.parse(self.dropin(unit), "").assignments
+        images, directories = (
+            [a.value for a in unitfile.values(assignments, "Service", key)]
+            for key in ("ExtensionImages", "ExtensionDirectories")
+        )
+        return images, directories
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path)
+
+
+def test_the_drop_in_is_the_one_of_the_design(host: Host) -> None:
+    host.unit("nginx.service", PLAIN, "web.raw")
+    assert host.dropin("nginx.service") == (
+        "# By confext-watcher.service: this unit starts on its last accepted stack.\n"
+        "[Unit]\n"
+        "Wants=confext-watcher.service\n"
+        "After=confext-watcher.service\n"
+        f"RequiresMountsFor={host.state}\n"
+        "[Service]\n"
+        "ExtensionImages=\n"
+        f"ExtensionImages=-{host.state}/units/%n/web.raw:x-systemd.relax-extension-release-check\n"
+        "ExtensionDirectories=\n"
+    )
+
+
+def test_a_unit_that_takes_no_part_gets_nothing(host: Host) -> None:
+    host.unit("nginx.service")
+    assert host.generate() == []
+    assert list(host.output.iterdir()) == []
+
+
+def test_declared_and_dropped_in_come_in_their_order(host: Host) -> None:
+    text = PLAIN + "ExtensionImages=/srv/b.raw\nExtensionDirectories=/srv/d\n"
+    host.unit("web.service", text, "a.raw", "c")
+    images, directories = host.listed("web.service")
+    assert [value.rpartition("/")[2].partition(":")[0] for value in images] == ["b.raw", "a.raw"]
+    assert [value.rpartition("/")[2] for value in directories] == ["d", "c"]
+
+
+def test_what_was_accepted_last_counts_and_not_what_lies_there(host: Host) -> None:
+    host.unit("web.service", PLAIN, "new.raw")
+    host.accept("web.service", "old.raw", "tree")
+    images, directories = host.listed("web.service")
+    assert images == [f"-{host.state}/units/%n/old.raw:x-systemd.relax-extension-release-check"]
+    assert directories == [f"-{host.state}/units/%n/tree"]
+
+
+def test_a_record_that_cannot_be_read_is_said_and_costs_nothing_else(host: Host) -> None:
+    host.unit("web.service", PLAIN, "web.raw")
+    host.unit("app.service", PLAIN, "app.raw")
+    host.accept("web.service", "web.raw")
+    (host.state / "units/web.service/.stack.json").write_text("{")
+    assert host.listed("web.service")[0][0].endswith("/web.raw:x-systemd.relax-extension-release-check")
+    assert len(host.complaints) == 1 and "web.service/.stack.json" in host.complaints[0]
+    assert (host.output / "app.service.d" / DROPIN).exists()
+
+
+def test_before_var_is_mounted_the_drop_in_is_made_from_what_lies_there(host: Host) -> None:
+    host.unit("web.service", PLAIN, "web.raw")
+    host.state.rmdir()
+    assert "/units/%n/web.raw:" in host.dropin("web.service")
+
+
+def test_nothing_to_list_still_gives_the_service_a_namespace(host: Host) -> None:
+    host.unit("web.service")
+    (host.units / "web.service.confext.d").mkdir()
+    images, directories = host.listed("web.service")
+    assert images == [f"-{host.state}/units/%n/.empty:x-systemd.relax-extension-release-check"]
+    assert directories == []
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "DefaultDependencies=no",
+        "Before=sysinit.target",
+        "Before=foo.service basic.target",
+        "Before=dbus.socket",
+    ],
+)
+def test_what_starts_before_the_watcher_does_not_wait_for_it(host: Host, setting: str) -> None:
+    host.unit("early.service", f"[Unit]\n{setting}\n" + PLAIN, "web.raw")
+    dropin = host.dropin("early.service")
+    assert "confext-watcher.service\n[" not in dropin and "[Unit]" not in dropin
+    assert "/units/%n/web.raw:" in dropin
+
+
+@pytest.mark.parametrize("name", ["dbus.service", "dbus-broker.service", "systemd-journald.service"])
+def test_what_the_watcher_needs_does_not_wait_for_it(host: Host, name: str) -> None:
+    host.unit(name, PLAIN, "web.raw")
+    assert "[Unit]" not in host.dropin(name)
+
+
+def test_enabled_no_leaves_a_unit_to_systemd(host: Host) -> None:
+    host.unit("web.service", PLAIN + "[X-Confext]\nEnabled=no\n", "web.raw")
+    assert host.generate() == []
+
+
+def test_an_instance_has_the_slots_of_its_template_until_it_was_seen(host: Host) -> None:
+    host.unit("app@.service", PLAIN, "web.raw")
+    host.accept("app@.service", "web.raw")
+    assert host.generate() == ["app@.service"]
+    assert host.listed("app@.service")[0][0].startswith(f"-{host.state}/units/app@.service/web.raw:")
+    host.accept("app@one.service", "web.raw")
+    assert host.generate() == ["app@.service", "app@one.service"]
+    assert host.listed("app@one.service")[0][0].startswith(f"-{host.state}/units/%n/web.raw:")
+
+
+def test_a_declared_sysext_tree_passes_through_as_it_is(host: Host, tmp_path: Path) -> None:
+    (tmp_path / "tools/usr/lib/extension-release.d").mkdir(parents=True)
+    (tmp_path / "conf/etc/extension-release.d").mkdir(parents=True)
+    text = PLAIN + f"ExtensionDirectories={tmp_path}/tools -{tmp_path}/conf\n"
+    host.unit("web.service", text)
+    assert host.listed("web.service")[1] == [f"-{host.state}/units/%n/conf", f'"{tmp_path}/tools"']
+
+
+def test_a_declared_sysext_image_passes_through_as_the_pick_of_the_moment(host: Host, tmp_path: Path) -> None:
+    versions = tmp_path / "tools.raw.v"
+    versions.mkdir()
+    (versions / "tools_1.raw").touch()
+    (versions / "tools_2.raw").touch()
+    host.unit("web.service", PLAIN + f"ExtensionImages=-{versions}:ro\n", "web.raw")
+    generator.write_passed(str(host.state), "web.service", [str(versions)])
+    images, _ = host.listed("web.service")
+    assert images == [
+        f"-{host.state}/units/%n/web.raw:x-systemd.relax-extension-release-check",
+        f"-{versions}/tools_2.raw:ro",
+    ]
+    host.accept("web.service", "web.raw")
+    assert host.listed("web.service")[0] == images
+
+
+@given(st.sets(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)))
+def test_the_list_of_sysexts_is_read_as_it_was_written(
+    tmp_path_factory: pytest.TempPathFactory, paths: set[str]
+) -> None:
+    state = str(tmp_path_factory.getbasetemp())
+    generator.write_passed(state, "web.service", paths)
+    assert generator.read_passed(state, "web.service") == paths
+
+
+def test_names_that_are_not_utf8_survive_in_the_list_of_sysexts(tmp_path: Path) -> None:
+    generator.write_passed(str(tmp_path), "web.service", ["/srv/\udcff\n.raw"])
+    assert generator.read_passed(str(tmp_path), "web.service") == {"/srv/\udcff\n.raw"}
+    generator.write_passed(str(tmp_path), "web.service", [])
+    assert generator.read_passed(str(tmp_path), "web.service") == frozenset()
+
+
+PATHS = st.lists(
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0/\n\r"), min_size=1).filter(
+        lambda part: part not in (".", "..") and part == part.strip()
+    ),
+    min_size=1,
+).map(lambda parts: "/" + "/".join(parts))
+
+
+@given(PATHS)
+def test_any_path_is_read_by_systemds_rules_as_it_was_written(path: str) -> None:
+    expand = lambda text: text.replace("%%", "%")  # noqa: E731
+    assert unitfile.extension_images(generator._image_word(path) + ":ro", expand) == [(path, "ro", False)]
+    quoted = f'"-{generator._directory_word(path)}"'
+    assert unitfile.extension_directories(quoted, expand) == [(path, True)]
+
+
+def test_an_error_with_one_unit_does_not_touch_the_others(host: Host) -> None:
+    host.unit("bad.service", PLAIN, "web.raw")
+    host.unit("good.service", PLAIN, "web.raw")
+    host.output.mkdir()
+    (host.output / "bad.service.d").touch()
+    assert host.generate() == ["good.service"]
+    assert host.complaints and host.complaints[0].startswith("bad.service: no drop-in")
+
+
+def test_only_the_standard_library_is_needed() -> None:
+    script = (
+        "import sys; import watcher.generator; "
+        "known = {*sys.stdlib_module_names, 'watcher', '__main__'}; "
+        "print([name for name in sys.modules if name.partition('.')[0] not in known and name[0] != '_'])"
+    )
+    path = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-ISB", "-c", f"import sys; sys.path.insert(0, {path!r}); {script}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout.replace("'", '"')) == []

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The systemd generator, systemd.generator(7): a drop-in for each unit that takes part, so that it starts on its slots.
+
+Without it systemd would pick by itself, for each process that it starts: images that are half uploaded, or that were
+refused. The drop-in resets what the unit declares and names links that only ever lead to the last accepted stack.
+
+What it lists is what was accepted last, in the order in which it was; for a unit of which nothing ever was, what lies
+there: the slots are not there yet and will be ignored, but the service gets a mount namespace of its own for them, so
+that the first stack can be put into it without a restart.
+
+Runs at boot and at every daemon-reload, while systemd waits, perhaps before `/var` is mounted: standard library only,
+and nothing that is wrong with one unit keeps another from its drop-in.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from . import unitfile, units
+from .model import Declared, Entry, Kind, shown
+from .units import DROPIN, Index, Unit
+
+STATE_DIRECTORY = "/var/lib/confext-watcher"
+WATCHER = "confext-watcher.service"
+RELAX = "x-systemd.relax-extension-release-check"
+
+EMPTY_SLOT = ".empty"
+"""Listed where there is nothing to list, never there: for the sake of the namespace. No slot begins with a dot."""
+
+# What the watcher itself needs or is ordered after: to wait for it would be a cycle.
+_BEFORE_US = frozenset(
+    {
+        WATCHER,
+        "dbus.service",
+        "dbus-broker.service",
+        "dbus.socket",
+        "local-fs-pre.target",
+        "local-fs.target",
+        "sysinit.target",
+        "sockets.target",
+        "basic.target",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One line of the drop-in: a slot (`path` ""), or a sysext passed through."""
+
+    kind: Kind
+    slot: str = ""
+    path: str = ""
+    options: str = ""
+    optional: bool = True
+
+
+def main(argv: Sequence[str] = tuple(sys.argv), environ: Mapping[str, str] = os.environ) -> int:
+    """`generator NORMAL [EARLY LATE]`, as systemd calls it. Always 0: an error here must not be one of the boot."""
+    if len(argv) < 2:
+        print("usage: confext-watcher-generator DIRECTORY [EARLY LATE]", file=sys.stderr)
+        return 2
+    state = environ.get("STATE_DIRECTORY") or STATE_DIRECTORY
+    generate(argv[1], Index(), state, lambda text: print(f"confext-watcher: {text}", file=sys.stderr))
+    return 0
+
+
+def generate(output: str, index: Index, state_directory: str, complain: Callable[[str], None]) -> list[str]:
+    """Write the drop-ins of all services that take part below `output`; the names of the units that got one.
+
+    Args:
+        complain: is told what went wrong, one line each.
+    """
+    done = []
+    os.makedirs(output, exist_ok=True)
+    for name, unit in index.services(_seen(state_directory)).items():
+        try:
+            if _enabled(index, unit):
+                _write(f"{output}/{name}.d", text(index, unit, state_directory, complain))
+                done.append(name)
+        except (OSError, ValueError) as error:
+            complain(f"{shown(name)}: no drop-in, it starts on what it picks itself: {error}")
+    return done
+
+
+def text(
+    index: Index, unit: Unit, state_directory: str, complain: Callable[[str], None] = lambda text: None
+) -> str:
+    """The drop-in of one unit."""
+    # Nothing in these words, nothing to parse: most units that take part declare nothing of it.
+    interesting = index.mentions(unit, b"Extension", b"DefaultDependencies", b"Before")
+    parsed = index.parse(unit) if interesting else unitfile.Parsed(())
+    head = "" if _starts_before_us(unit.name, parsed) else _unit_section(state_directory)
+    listed = _listed(index, unit, parsed, state_directory, complain)
+    return f"# By {WATCHER}: this unit starts on its last accepted stack.\n{head}" + _service_section(
+        f"{state_directory}/units", unit.name, listed
+    )
+
+
+def _unit_section(state_directory: str) -> str:
+    return f"[Unit]\nWants={WATCHER}\nAfter={WATCHER}\nRequiresMountsFor={state_directory}\n"
+
+
+def _service_section(slots: str, name: str, listed: Sequence[Listed]) -> str:
+    lines = ["[Service]", "ExtensionImages="]
+    of_images = [item for item in listed if item.kind is Kind.IMAGE]
+    of_directories = [item for item in listed if item.kind is Kind.DIRECTORY]
+    if not listed:
+        of_images = [Listed(Kind.IMAGE, EMPTY_SLOT)]
+    # Instances of a template that were never seen have the slots of their template.
+    unit = _image_word(name) if units.is_template(name) else "%n"
+    for item in of_images:
+        if item.slot:
+            lines.append(f"ExtensionImages=-{slots}/{unit}/{item.slot}:{RELAX}")
+        else:
+            options = f":{item.options}" if item.options else ""
+            lines.append(f"ExtensionImages={'-' * item.optional}{_image_word(item.path)}{options}")
+    lines.append("ExtensionDirectories=")
+    unit = _directory_word(name) if units.is_template(name) else "%n"
+    for item in of_directories:
+        if item.slot:
+            lines.append(f"ExtensionDirectories=-{slots}/{unit}/{item.slot}")
+        else:
+            lines.append(f'ExtensionDirectories="{"-" * item.optional}{_directory_word(item.path)}"')
+    return "\n".join(lines) + "\n"
+
+
+def _listed(
+    index: Index,
+    unit: Unit,
+    parsed: unitfile.Parsed,
+    state_directory: str,
+    complain: Callable[[str], None],
+) -> list[Listed]:
+    """What was accepted last, and the sysexts among what is declared."""
+    slots = read_slots(state_directory, unit.name, complain)
+    if slots is not None and not parsed.assignments:
+        return [Listed(kind, slot) for slot, kind in slots]
+    declared, _remarks = units.declared(unit, parsed, index.search_path)
+    passed = read_passed(state_directory, unit.name)
+    sysexts = [
+        listed
+        for entry in (*declared.images, *declared.directories)
+        if (entry.path in passed or _is_sysext_tree(entry)) and (listed := _passed_through(entry))
+    ]
+    if slots is None:
+        from . import scan  # here and below: mostly not needed, and milliseconds count
+
+        names = {entry.path for entry in (*declared.images, *declared.directories) if _is_sysext_tree(entry)}
+        entries = (pick.entry for pick in scan.look(declared).picks)
+        slots = [(entry.slot, entry.kind) for entry in entries if entry.path not in names | passed]
+    return [*(Listed(kind, slot) for slot, kind in slots), *sysexts]
+
+
+def read_slots(
+    state_directory: str, unit: str, complain: Callable[[str], None] = lambda text: None
+) -> list[tuple[str, Kind]] | None:
+    """Slots of the stack that was accepted last, bottom to top, with or without a layer; None if nothing ever was.
+
+    Reads the record that `watcher.stacks` writes; that module itself costs more to import than all the rest here.
+    """
+    path = f"{state_directory}/units/{unit}/.stack.json"
+    try:
+        with open(path, "rb", buffering=0) as file:
+            content = file.read()
+    except FileNotFoundError:
+        return None
+    import json
+
+    try:
+        return [(entry["slot"], Kind(entry["kind"])) for entry in json.loads(content)["entries"]]
+    except (ValueError, KeyError, TypeError) as error:
+        complain(f"{path}: not a record of a stack, what lies in the directories is listed: {error!r}")
+        return None
+
+
+def passed_path(state_directory: str, unit: str) -> str:
+    return f"{state_directory}/sysexts/{unit}"
+
+
+def read_passed(state_directory: str, unit: str) -> frozenset[str]:
+    """Declared paths of a unit that turned out to be sysexts when they were looked into; one on a line, escaped."""
+    try:
+        with open(passed_path(state_directory, unit), encoding="ascii") as file:
+            return frozenset(
+                os.fsdecode(line.encode("ascii").decode("unicode_escape").encode("latin-1"))
+                for line in file.read().splitlines()
+            )
+    except (FileNotFoundError, UnicodeError):
+        return frozenset()
+
+
+def write_passed(state_directory: str, unit: str, paths: Iterable[str]) -> None:
+    """Remember which declared paths are sysexts, for the generator.
+
+    Raises:
+        OSError
+    """
+    target = passed_path(state_directory, unit)
+    lines = [os.fsencode(path).decode("latin-1").encode("unicode_escape") + b"\n" for path in sorted(paths)]
+    if not lines:
+        if os.path.exists(target):
+            os.unlink(target)
+        return
+    os.makedirs(os.path.dirname(target), mode=0o755, exist_ok=True)
+    with open(f"{target}.tmp", "wb") as file:
+        file.write(b"".join(lines))
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(f"{target}.tmp", target)
+
+
+def _is_sysext_tree(entry: Entry) -> bool:
+    """A directory that says by itself that it is no confext; one in `.v/` form was looked into by the watcher."""
+    return (
+        entry.kind is Kind.DIRECTORY
+        and not os.path.isdir(f"{entry.path}/etc/extension-release.d")
+        and os.path.isdir(f"{entry.path}/usr/lib/extension-release.d")
+    )
+
+
+def _passed_through(entry: Entry) -> Listed | None:
+    """A sysext as it is picked at this moment, never in `.v/` form: else systemd's refresh would run."""
+    from . import scan
+
+    images, directories = ((entry,), ()) if entry.kind is Kind.IMAGE else ((), (entry,))
+    (pick,) = scan.look(Declared(images, directories)).picks
+    path = pick.candidates[0].path if pick.candidates else ""
+    if not path or any(0xD800 <= ord(char) <= 0xDFFF for char in path):
+        return None  # nothing there, or a name that a unit file cannot hold
+    return Listed(entry.kind, path=path, options=entry.options, optional=entry.optional)
+
+
+def _starts_before_us(name: str, parsed: unitfile.Parsed) -> bool:
+    if name in _BEFORE_US or name.startswith("systemd-"):
+        return True
+    default = unitfile.last(parsed.assignments, "Unit", "DefaultDependencies")
+    if default and default.value.lower() in ("no", "false", "off", "0", "n", "f"):
+        return True
+    before = unitfile.values(parsed.assignments, "Unit", "Before")
+    return any(word in _BEFORE_US for assignment in before for word in assignment.value.split())
+
+
+def _enabled(index: Index, unit: Unit) -> bool:
+    """Unless `Enabled=no` in its `[X-Confext]` leaves it to systemd."""
+    if not index.mentions(unit, b"X-Confext"):
+        return True
+    enabled = unitfile.last(index.parse(unit).assignments, "X-Confext", "Enabled")
+    try:
+        return enabled is None or unitfile.boolean(enabled.value)
+    except ValueError:
+        return True  # the watcher says what is wrong with it
+
+
+def _seen(state_directory: str) -> list[str]:
+    """Units with a stack of their own: instances, that is, which no file may name."""
+    try:
+        names = os.listdir(f"{state_directory}/units")
+    except OSError:
+        return []  # nothing accepted yet, or /var is not there yet
+    return [name for name in names if "@" in name and not name.startswith(".")]
+
+
+def _image_word(path: str) -> str:
+    r"""A path for `ExtensionImages=`, where C's escapes work: all but the harmless as `\xHH`."""
+    plain = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._@~+=,-"
+    escaped = (chr(byte) if byte in plain else f"\\x{byte:02x}" for byte in path.encode())
+    # A specifier is looked for once the escapes are gone.
+    return "".join(escaped).replace("\\x25", "%%")
+
+
+def _directory_word(path: str) -> str:
+    """A path for `ExtensionDirectories=` between quotes, where a backslash protects the next character."""
+    return path.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+
+
+def _write(directory: str, content: str) -> None:
+    try:
+        os.mkdir(directory, 0o755)
+    except FileExistsError:
+        pass  # another generator's
+    with open(f"{directory}/{DROPIN}", "wb", buffering=0) as file:
+        file.write(content.encode())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

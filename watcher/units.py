@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Which services take part, by what lies in systemd's unit search path.
+
+A service takes part when its unit file or a drop-in declares `ExtensionImages=` or `ExtensionDirectories=`, or when
+there is a `<unit>.confext.d/` by its own name, its template's or an alias. The generator asks at boot, when systemd
+cannot be asked, and the manager asks later which units to ask systemd about: so both look here.
+
+Portable services (portablectl(1)) are left alone. Standard library only. Rules: systemd.unit(5), and for links and
+aliases unit_file_build_name_map() in src/basic/unit-file.c.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from . import unitfile, unitname
+from .model import Declared, Remark
+from .unitname import UNIT_PATHS
+
+DROPIN = "zzzz-confext-watcher.conf"
+"""File name of our own drop-in: sorts after whatever else there may be."""
+
+SUFFIX = ".confext.d"
+_SERVICE = ".service"
+_DECLARING = (b"ExtensionImages", b"ExtensionDirectories")
+_OF_INSTANCE = frozenset("iInNfd")  # specifiers that a template itself has no value for
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A service unit by its files.
+
+    Attributes:
+        name: its own name; "foo@.service" for a template.
+        fragment: path of the unit file.
+        dropins: paths of the drop-ins in the order in which they apply, ours left out.
+        names: its own name, then its aliases.
+    """
+
+    name: str
+    fragment: str
+    dropins: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+def confext_dirs(names: Iterable[str], search_path: Sequence[str] = UNIT_PATHS) -> tuple[str, ...]:
+    """Paths of the `<unit>.confext.d/` of a unit, existing or not, highest precedence first.
+
+    In the order of drop-in directories: name by name, for each the search path, and in each of its directories the
+    instance before its template.
+    """
+    return tuple(
+        f"{directory}/{related}{SUFFIX}"
+        for name in names
+        for directory in search_path
+        for related in with_template(name)
+    )
+
+
+def with_template(name: str) -> tuple[str, ...]:
+    """A unit's name, and for an instance its template's."""
+    template = unitname.UnitName(name).template
+    return (name, template) if template else (name,)
+
+
+def is_template(name: str) -> bool:
+    return unitname.UnitName(name).instance == ""
+
+
+def is_portable(fragment: str) -> bool:
+    """Whether portablectl attached the unit: it decides what is mounted there."""
+    return os.path.basename(os.path.dirname(fragment)) == "system.attached"
+
+
+def declared(
+    unit: Unit, parsed: unitfile.Parsed, search_path: Sequence[str] = UNIT_PATHS
+) -> tuple[Declared, tuple[Remark, ...]]:
+    """Where a unit's layers come from, by its own files (`parsed`: the fragment and the drop-ins, in this order)."""
+    from . import resolve  # the generator can mostly do without, and counts milliseconds
+
+    remarks: list[Remark] = []
+    expand = _expander(unit)
+
+    def complainer(assignment: unitfile.Assignment) -> Callable[[str], None]:
+        return lambda text: remarks.append(assignment.remark(f"ignored: {text}"))
+
+    images = [
+        image
+        for line in unitfile.values(parsed.assignments, "Service", "ExtensionImages")
+        for image in unitfile.extension_images(line.value, expand, complainer(line))
+    ]
+    directories = [
+        directory
+        for line in unitfile.values(parsed.assignments, "Service", "ExtensionDirectories")
+        for directory in unitfile.extension_directories(line.value, expand, complainer(line))
+    ]
+    dirs = confext_dirs(unit.names, search_path)
+    return resolve.declare(images, directories, dirs), tuple(remarks)
+
+
+def _expander(unit: Unit) -> Callable[[str], str]:
+    specifiers = unitname.Specifiers(unit.name, unit.fragment)
+    if not is_template(unit.name):
+        return specifiers.expand
+
+    def expand(text: str) -> str:
+        if any(f"%{letter}" in text.replace("%%", "") for letter in _OF_INSTANCE):
+            raise ValueError("it is another one for each instance")
+        return specifiers.expand(text)
+
+    return expand
+
+
+class Index:
+    """The services in a search path, as of the moment it is made.
+
+    Each directory is read once, each file at most once; a directory or a file that cannot be read is as good as not
+    there, because systemd cannot use it either.
+    """
+
+    def __init__(self, search_path: Sequence[str] = UNIT_PATHS) -> None:
+        self.search_path = tuple(search_path)
+        self._files: dict[str, str] = {}
+        self._links: dict[str, str] = {}
+        self._dirs: set[str] = set()
+        self._texts: dict[str, bytes] = {}
+        for directory in self.search_path:
+            self._scan(directory)
+        self._aliases: dict[str, list[str]] = {}
+        for alias in sorted(self._links):
+            self._aliases.setdefault(self.own_name(alias), []).append(alias)
+
+    def services(self, known: Iterable[str] = ()) -> dict[str, Unit]:
+        """All services that take part by their files, templates included, by name.
+
+        Args:
+            known: instances that were seen before; they take part if their template does.
+        """
+        found: dict[str, Unit] = {}
+        for name in dict.fromkeys((*self._candidates(), *known)):
+            unit = self.unit(name)
+            if unit and unit.name not in found and not is_portable(unit.fragment) and self._takes_part(unit):
+                found[unit.name] = unit
+        return found
+
+    def unit(self, name: str) -> Unit | None:
+        """A unit under any of its names; None if it has no file or is masked."""
+        own = self.own_name(name)
+        fragment = next((self._files[n] for n in with_template(own) if n in self._files), "")
+        if not fragment or not self.text(fragment):
+            return None
+        names = (own, *self._aliases_of(own))
+        directories = (
+            f"{path}/{related}.d"
+            for each in names
+            for path in self.search_path
+            for related in unitname.drop_in_names(each)
+        )
+        general = (f"{path}/service.d" for path in self.search_path)
+        there = [path for path in (*directories, *general) if path in self._dirs]
+        dropins = unitname.config_files(there) if there else []
+        return Unit(own, fragment, tuple(p for p in dropins if os.path.basename(p) != DROPIN), names)
+
+    def own_name(self, name: str) -> str:
+        """The name of the unit that `name` is an alias of, or `name`."""
+        for _ in range(len(self._links) + 1):
+            if name in self._links:
+                name = self._links[name]
+                continue
+            # An alias of a template is one for each of its instances.
+            parts = unitname.UnitName(name)
+            target = self._links.get(parts.template or "")
+            if not target or not is_template(target):
+                break
+            name = target.replace("@.", f"@{parts.instance}.")
+        return name
+
+    def text(self, path: str) -> bytes:
+        """Contents of a file, b"" if it cannot be read."""
+        if path not in self._texts:
+            try:
+                with open(path, "rb", buffering=0) as file:
+                    self._texts[path] = file.read()
+            except OSError:
+                self._texts[path] = b""
+        return self._texts[path]
+
+    def mentions(self, unit: Unit, *words: bytes) -> bool:
+        """Whether one of `words` stands anywhere in the unit's files: what is not there need not be parsed."""
+        return any(word in self.text(path) for path in (unit.fragment, *unit.dropins) for word in words)
+
+    def parse(self, unit: Unit) -> unitfile.Parsed:
+        """The unit's file and drop-ins."""
+        parsed = [
+            unitfile.parse(self.text(path).decode("utf-8", "surrogateescape"), path)
+            for path in (unit.fragment, *unit.dropins)
+        ]
+        return unitfile.Parsed(
+            tuple(a for each in parsed for a in each.assignments),
+            tuple(r for each in parsed for r in each.remarks),
+        )
+
+    def existing_confext_dirs(self, unit: Unit) -> tuple[str, ...]:
+        return tuple(path for path in confext_dirs(unit.names, self.search_path) if path in self._dirs)
+
+    def _scan(self, directory: str) -> None:
+        try:
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    self._note(directory, entry)
+        except OSError:
+            return
+
+    def _note(self, directory: str, entry: os.DirEntry[str]) -> None:
+        name = entry.name
+        if name.endswith((f"{_SERVICE}.d", f"{_SERVICE}{SUFFIX}")) or name == "service.d":
+            if entry.is_dir():
+                self._dirs.add(entry.path)
+        elif not _is_service(name) or name in self._files or name in self._links:
+            return
+        elif entry.is_symlink() and (target := self._alias(directory, entry.path)):
+            self._links[name] = target
+        else:
+            self._files[name] = entry.path
+
+    def _alias(self, directory: str, path: str) -> str | None:
+        """The unit that a link in the search path is another name of; None if it is that unit's own file.
+
+        A link that leads out of the search path, to /dev/null say, is the unit's own file, and so is one of an instance
+        to its template.
+        """
+        try:
+            target = os.path.normpath(os.path.join(directory, os.readlink(path)))
+        except OSError:
+            return None
+        name, other = os.path.basename(path), os.path.basename(target)
+        if other == name or not _is_service(other):
+            return None
+        if not any(_same(os.path.dirname(target), searched) for searched in self.search_path):
+            return None
+        return None if other in with_template(name) else other
+
+    def _aliases_of(self, own: str) -> Iterator[str]:
+        yield from self._aliases.get(own, ())
+        parts = unitname.UnitName(own)
+        for alias in self._aliases.get(parts.template or "", ()):
+            if is_template(alias):
+                yield alias.replace("@.", f"@{parts.instance}.")
+
+    def _candidates(self) -> Iterator[str]:
+        """Names of units that may take part, without looking at each unit's drop-ins in turn."""
+        for name, path in self._files.items():
+            if any(word in self.text(path) for word in _DECLARING):
+                yield name
+        for path in sorted(self._dirs):
+            name = os.path.basename(path)
+            if name.endswith(SUFFIX):
+                yield from _if_service(name.removesuffix(SUFFIX))
+            elif any(word in self.text(file) for file in _files_in(path) for word in _DECLARING):
+                yield from self._configured_by(name.removesuffix(".d"))
+
+    def _configured_by(self, name: str) -> Iterator[str]:
+        """The units to which the drop-in directory of that name applies."""
+        if name == "service":
+            yield from self._files
+        elif name.endswith(f"-{_SERVICE}") or "-@" in name:
+            for each in self._files:
+                if name in unitname.drop_in_names(each):
+                    yield each
+        else:
+            yield from _if_service(name)
+
+    def _takes_part(self, unit: Unit) -> bool:
+        if self.existing_confext_dirs(unit):
+            return True
+        if not self.mentions(unit, *_DECLARING):
+            return False
+        found, _ = declared(unit, self.parse(unit), self.search_path)
+        return bool(found.images or found.directories)
+
+
+def _files_in(directory: str) -> list[str]:
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return []
+    return [f"{directory}/{name}" for name in names if name.endswith(".conf") and name != DROPIN]
+
+
+def _same(directory: str, searched: str) -> bool:
+    """Whether two paths are one directory (`/lib` is `/usr/lib`)."""
+    return directory == searched or os.path.realpath(directory) == os.path.realpath(searched)
+
+
+def _is_service(name: str) -> bool:
+    try:
+        return unitname.UnitName(name).type == "service"
+    except ValueError:
+        return False
+
+
+def _if_service(name: str) -> Iterator[str]:
+    if _is_service(name):
+        yield name
