@@ -52,7 +52,7 @@ type Layer (
 # outcome: "applied", "unchanged", "refused", "incomplete", "failed", "rolled-back" or "needs-restart".
 # message: a sentence for people.
 # stack, previous: identities of the stacks after and before.
-# output: what the check or the reload printed; empty for callers who may not change anything.
+# output: what the check or the reload printed; History and Wait have it, for callers who may change things.
 type Event (
   service: string,
   outcome: string,

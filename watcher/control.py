@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The daemon's control socket: Varlink, interface `io.confext.Watcher` (schema.py), under trio.
+
+**What the varlink package does here, and what not.** Its `Service.handle()` is free of any transport, but it calls each
+method as a plain function, and here nearly every answer has to be waited for: a rollback for as long as the service
+reloads, `Wait` for hours. A thread for each call would make it fit, but could not be cancelled when the client goes
+away, and a hundred waiting clients would be a hundred threads. So the package parses the interface description,
+checks parameters against it and answers everything of `org.varlink.service`; the calls of our own interface are
+dispatched here, to an async Backend.
+
+**A client can hurt nobody but itself** (wire.py has the bounds): a connection is a task of its own, and a client that
+does not take its reply, sends rubbish, or comes back a thousand times is only ever in its own way.
+
+**Going away.** A client that closes its connection during `Wait` ends it. A changing call is finished all the same:
+nobody wants half a rollback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import structlog
+import trio
+import varlink
+from varlink.scanner import Interface
+
+import watcher
+from watcher import schema
+from watcher.model import Event, shown
+from watcher.schema import CallError, Failed, NotPermitted, PlannedChange, Quarantined, ServiceStatus
+from watcher.wire import Connection, Peer, Places, Request, listening
+
+HISTORY_DEFAULT = 100
+HISTORY_MAX = 1000
+"""Events in one reply."""
+REPLY_MAX = 2 * 1024 * 1024
+"""Characters of events in one reply; JSON takes up to six bytes for one, and sd-varlink 16 MiB (schema.MESSAGE_MAX)."""
+STRANGERS_AT_ONCE = 4
+"""Calls of unprivileged clients that the backend works on at a time (`Wait` is not work)."""
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
+
+Tell = Callable[[Event], Awaitable[None]]
+
+
+class Backend(Protocol):
+    """What the daemon gives to be controlled by.
+
+    Every method may raise a CallError, which the client gets; anything else is logged as a bug, and the client gets
+    Failed. When the server is stopped, calls in progress are cancelled: what must not be cut short (a swap) belongs
+    into a task of the daemon's own.
+    """
+
+    async def status(self, service: str | None) -> Sequence[ServiceStatus]:
+        """One service or all. Raises ServiceNotFound."""
+
+    async def history(self, service: str | None, limit: int) -> Sequence[Event]:
+        """Outcomes, newest first."""
+
+    async def plan(self, service: str | None) -> Sequence[PlannedChange]:
+        """What a look now would change. Raises ServiceNotFound."""
+
+    async def wait(self, service: str, image: str, tell: Tell) -> Event:
+        """The verdict on an image, once there is one; cancelled when the client goes away.
+
+        `tell` what happens to it before; it waits for the client, so it is called from this task and never from the
+        service's round. `service` and `image` have been through `schema.text()`. Raises ServiceNotFound.
+        """
+
+    async def rollback(self, service: str, to: str | None) -> Event:
+        """Back to a stack by its identity, or the one before. Raises ServiceNotFound, NoSuchStack, Failed."""
+
+    async def forget(self, service: str, digest: str | None) -> Sequence[Quarantined]:
+        """Lets content back in, and returns what; undoes a rollback. Raises ServiceNotFound."""
+
+    async def reload(self) -> None:
+        """Reads the settings again and looks at every service."""
+
+
+async def serve(
+    backend: Backend,
+    runtime_directory: str,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serves until cancelled: `await nursery.start(serve, backend, directory)` returns when clients can connect.
+
+    The caller makes sure that there is one daemon to a runtime directory: a socket that is already there is
+    taken for a dead one's, and replaced.
+
+    Raises:
+        OSError: the socket cannot be made.
+    """
+    server = _Server(backend)
+    async with trio.open_nursery() as nursery:
+        with listening(Path(runtime_directory), schema.SOCKET) as made:
+            listener = trio.SocketListener(trio.socket.from_stdlib_socket(made))
+            task_status.started()
+            await server.accept(listener, nursery)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A call whose parameters are as the interface has them: those that are optional may be missing."""
+
+    backend: Backend
+    peer: Peer
+    parameters: dict[str, Any]
+    tell: Tell
+
+    def get(self, name: str) -> Any:
+        return self.parameters.get(name)
+
+
+class _Server:
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._places = Places()
+        # Of their own: the daemon may have all of trio's threads busy copying images.
+        self._threads = trio.CapacityLimiter(2)
+        self._strangers = trio.CapacityLimiter(STRANGERS_AT_ONCE)
+        self._service = varlink.Service(
+            vendor="confext-watcher",
+            product="confext-watcher",
+            version=watcher.__version__,
+        )
+        self._interface = Interface(schema.DESCRIPTION)
+        self._service.interfaces[self._interface.name] = self._interface
+
+    async def accept(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
+        exhausted = False
+        while True:
+            try:
+                stream = await listener.accept()
+            except OSError as error:
+                if error.errno not in _EXHAUSTED:
+                    raise
+                if not exhausted:
+                    log.warning(f"control socket: no connection can be taken now: {error.strerror}")
+                exhausted = True
+                # They wait in the backlog.
+                await trio.sleep(0.1)
+            else:
+                exhausted = False
+                nursery.start_soon(self._converse, stream)
+
+    async def _converse(self, stream: trio.SocketStream) -> None:
+        with trio.CancelScope() as scope:
+            async with stream:
+                peer = Peer.of(stream)
+                with self._places.one_for(peer) as free:
+                    try:
+                        if not free:
+                            raise ValueError("too many connections")
+                        await self._answer_calls(Connection(stream, peer, scope))
+                    except ValueError as error:
+                        log.debug(f"control socket: connection closed: {error}", uid=peer.uid, pid=peer.pid)
+
+    async def _answer_calls(self, connection: Connection) -> None:
+        while (message := await connection.receive()) is not None:
+            request = Request.parse(message)
+            if request.method == _WAIT:
+                reply = await self._reply_unless_hung_up(connection, request)
+            else:
+                reply = await self._reply(connection, request)
+            if not request.oneway:
+                await connection.send(reply)
+
+    async def _reply_unless_hung_up(self, connection: Connection, request: Request) -> bytes:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.end_when_hung_up)
+            reply = await self._reply(connection, request)
+            nursery.cancel_scope.cancel()
+        return reply
+
+    async def _reply(self, connection: Connection, request: Request) -> bytes:
+        """The reply, whatever happens: no exception leaves here."""
+        try:
+            name, parameters = self._checked(request)
+            if not request.method.startswith(f"{schema.INTERFACE}."):
+                return b"".join(self._service.handle(request.raw))
+            answer = await self._call(connection, request, name, parameters)
+            # Hundreds of services take a while to write down, which must not hold up the daemon.
+            return await trio.to_thread.run_sync(_encode, {"parameters": answer}, limiter=self._threads)
+        except varlink.VarlinkError as error:
+            return _encode({"error": error.error(), "parameters": error.parameters()})
+        except CallError as error:
+            return _encode({"error": error.name, "parameters": error.parameters()})
+        except Exception:
+            log.exception(f"control socket: {request.method} failed by a mistake in the program")
+            reason = "a mistake in the program: the watcher's log has the details"
+            return _encode({"error": Failed.name, "parameters": {"reason": reason}})
+
+    def _checked(self, request: Request) -> tuple[str, dict[str, Any]]:
+        """The method's name and its parameters, optional ones without a value left out. Raises varlink.VarlinkError."""
+        name_of_interface, _, name = request.method.rpartition(".")
+        interface = self._service.interfaces.get(name_of_interface)
+        if interface is None:
+            raise varlink.InterfaceNotFound(name_of_interface)
+        fields = interface.get_method(name).in_type.fields
+        for parameter in request.parameters:
+            if parameter not in fields:
+                raise varlink.InvalidParameter(parameter)
+        checked = {}
+        for parameter, kind in fields.items():
+            try:
+                value = interface.filter_params(
+                    parameter, kind, False, request.parameters.get(parameter), None
+                )
+            except (ValueError, OverflowError):
+                raise varlink.InvalidParameter(parameter)
+            if value is not None:
+                checked[parameter] = value
+        return name, checked
+
+    async def _call(
+        self, connection: Connection, request: Request, name: str, parameters: dict[str, Any]
+    ) -> dict[str, Any]:
+        peer = connection.peer
+
+        async def tell(event: Event) -> None:
+            if request.more and not request.oneway:
+                said = {"parameters": {"event": _visible(event, peer)}, "continues": True}
+                await connection.send(_encode(said))
+
+        call = _Call(self._backend, peer, parameters, tell)
+        if name in _CHANGING:
+            if not peer.privileged:
+                raise NotPermitted(request.method)
+            about = f" {shown(parameters['service'])}" if "service" in parameters else ""
+            log.info(f"{name.lower()}{about}: asked for by uid {peer.uid} (pid {peer.pid})")
+            return await _CHANGING[name](call)
+        if request.method == _WAIT:
+            return await _wait(call)
+        async with contextlib.AsyncExitStack() as stack:
+            if not peer.privileged:
+                await stack.enter_async_context(self._strangers)
+            return await _READING[name](call)
+
+
+async def _status(call: _Call) -> dict[str, Any]:
+    services = await call.backend.status(call.get("service"))
+    # The outputs of hundreds of services would not fit into one reply; History has them.
+    return {"services": [dataclasses.replace(one, last=_without_output(one.last)) for one in services]}
+
+
+async def _history(call: _Call) -> dict[str, Any]:
+    limit = call.parameters.get("limit", HISTORY_DEFAULT)
+    events = await call.backend.history(call.get("service"), max(0, min(limit, HISTORY_MAX)))
+    fitting = []
+    room = REPLY_MAX
+    for event in events:
+        seen = _visible(event, call.peer)
+        room -= len(seen.output) + len(seen.reason) + len(seen.message) + 1000 + 500 * len(seen.layers)
+        if room < 0:
+            break
+        fitting.append(seen)
+    cut = len(fitting) < len(events) or (limit > HISTORY_MAX and len(events) == HISTORY_MAX)
+    return {"events": fitting, "truncated": cut}
+
+
+async def _plan(call: _Call) -> dict[str, Any]:
+    return {"changes": await call.backend.plan(call.get("service"))}
+
+
+async def _wait(call: _Call) -> dict[str, Any]:
+    service, image = schema.text(call.parameters["service"]), schema.text(call.parameters["image"])
+    return {"event": _visible(await call.backend.wait(service, image, call.tell), call.peer)}
+
+
+async def _rollback(call: _Call) -> dict[str, Any]:
+    return {"event": await call.backend.rollback(call.parameters["service"], call.get("to"))}
+
+
+async def _forget(call: _Call) -> dict[str, Any]:
+    return {"forgotten": await call.backend.forget(call.parameters["service"], call.get("digest"))}
+
+
+async def _reload(call: _Call) -> dict[str, Any]:
+    await call.backend.reload()
+    return {}
+
+
+_WAIT = f"{schema.INTERFACE}.Wait"
+_Answer = Callable[[_Call], Awaitable[dict[str, Any]]]
+_READING: dict[str, _Answer] = {"Status": _status, "History": _history, "Plan": _plan}
+_CHANGING: dict[str, _Answer] = {"Rollback": _rollback, "Forget": _forget, "Reload": _reload}
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+def _visible(event: Event, peer: Peer) -> Event:
+    """What this peer may see of it: a check may have printed what only the service's user can read."""
+    return event if peer.privileged else dataclasses.replace(event, output="")
+
+
+def _without_output(event: Event | None) -> Event | None:
+    return event and dataclasses.replace(event, output="")
+
+
+def _encode(message: dict[str, Any]) -> bytes:
+    return json.dumps(_plain(message), separators=(",", ":")).encode()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {schema.text(key): _plain(item) for key, item in value.items()}
+    return schema.to_dict(value)
