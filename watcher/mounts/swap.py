@@ -92,8 +92,25 @@ def swap(shop: Workshop, namespace: int, stack: Stack, copies: Mapping[str, Copy
     raise Moved("/etc kept changing while its stack was put together")
 
 
-def _swap_once(shop: Workshop, namespace: int, stack: Stack, roots: Mapping[str, str]) -> Swapped:
-    start = time.perf_counter_ns()
+@contextlib.contextmanager
+def build(shop: Workshop, namespace: int, stack: Stack, copies: Mapping[str, Copy]) -> Iterator[int]:
+    """A descriptor of the detached tree that a swap would put on `/etc`, for use during the block. Runs on a worker.
+
+    Raises:
+        Whatever `swap()` does, but Moved.
+    """
+    with shop.images.attached(copies[digest] for digest in stack.digests) as roots:
+        text, root = _survey(shop, namespace)
+        with shop.bench():
+            tree, _ = _build(root, Table(text), stack, roots, privileged=shop.privileged)
+            try:
+                yield tree
+            finally:
+                os.close(tree)
+
+
+def _survey(shop: Workshop, namespace: int) -> tuple[str, int]:
+    """The mount table of a namespace, and a private recursive clone of its root."""
     with shop.entered(namespace):
         text = shop.mountinfo()
         root = syscalls.open_tree(syscalls.AT_FDCWD, "/", _CLONE)
@@ -102,6 +119,12 @@ def _swap_once(shop: Workshop, namespace: int, stack: Stack, roots: Mapping[str,
         except BaseException:
             os.close(root)
             raise
+    return text, root
+
+
+def _swap_once(shop: Workshop, namespace: int, stack: Stack, roots: Mapping[str, str]) -> Swapped:
+    start = time.perf_counter_ns()
+    text, root = _survey(shop, namespace)
     table = Table(text)
     remarks: tuple[str, ...] = ()
     if lifts := _only_lift(table, stack):

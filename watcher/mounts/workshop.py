@@ -132,7 +132,7 @@ class Workshop:
         token = trio.lowlevel.current_trio_token()
         done = trio.Event()
         future = self.submit(function, *args, **kwargs)
-        future.add_done_callback(lambda _: token.run_sync_soon(done.set))
+        future.add_done_callback(lambda _: _wake(token, done))
         with trio.move_on_after(_HANGS_SEC):
             try:
                 await done.wait()
@@ -184,6 +184,10 @@ class Workshop:
                 raise Lost(f"no way back from a service's mount namespace: {error}") from error
             finally:
                 os.close(here)
+
+    def own_namespace(self) -> int:
+        """A descriptor of the mount namespace in which this worker stands."""
+        return os.open("ns/mnt", os.O_RDONLY | os.O_CLOEXEC, dir_fd=_worker.task)
 
     def mountinfo(self) -> str:
         """The mount table of where this worker stands, whatever /proc there shows."""
@@ -264,6 +268,11 @@ class Workshop:
 
     def _replace(self) -> None:
         self._start_thread()
+
+
+def _wake(token: trio.lowlevel.TrioToken, done: trio.Event) -> None:
+    with contextlib.suppress(trio.RunFinishedError):  # the daemon has ended without waiting for a job that hangs
+        token.run_sync_soon(done.set)
 
 
 class _Job:
