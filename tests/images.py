@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Small confexts for tests: directory trees, and images of them by the real tools."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+from needs import which
+
+TOOLS = {"squashfs": "mksquashfs", "erofs": "mkfs.erofs"}
+
+
+def confext(root: Path, name: str, files: dict[str, bytes] | None = None, release: str = "ID=_any\n") -> Path:
+    """A confext tree in the new directory `root`, with files by their path below it."""
+    directory = root / "etc/extension-release.d"
+    directory.mkdir(parents=True)
+    (directory / f"extension-release.{name}").write_text(release)
+    for path, content in (files or {}).items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(content)
+    return root
+
+
+def image(tree: Path, path: Path, fstype: str = "squashfs", *options: str) -> Path:
+    """An image of the tree at `path`; pad it with `noise` for a size that compression leaves alone."""
+    tool = which(TOOLS[fstype])
+    assert tool is not None, f"{TOOLS[fstype]} is missing: mark the test"
+    arguments = [tree, path, *options, "-quiet", "-no-progress", "-noappend"]
+    if fstype == "erofs":
+        arguments = ["--quiet", *options, path, tree]
+    subprocess.run([tool, *map(os.fspath, arguments)], check=True, stdout=subprocess.DEVNULL)
+    return path
+
+
+def noise(size: int) -> bytes:
+    return os.urandom(size)

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""From a candidate on the disk to a copy in the store, or one clear line why not.
+
+The path is looked up once. Links on the way are followed (they are how people deploy), and from then on everything
+happens to the file that was found. Each content is read once: its verdict, good or bad, is remembered by what `stat`
+says of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from watcher import tree
+from watcher.images.probe import probe
+from watcher.known import Key
+from watcher.lease import Lease, coarse_now_ns
+from watcher.model import Busy, Candidate, Copy, Kind, Later, Refused
+from watcher.store import Store
+
+_SECOND_NS = 1_000_000_000
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFREG: "a file",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFCHR: "a character device",
+}
+_EXPECTED = {Kind.IMAGE: stat.S_IFREG, Kind.DIRECTORY: stat.S_IFDIR}
+
+
+def open_candidate(candidate: Candidate) -> int:
+    """An O_PATH descriptor of what the candidate's path leads to, links followed.
+
+    Raises:
+        Refused: a link that leads nowhere or in a circle, or not the type its kind asks for.
+        Busy: it has just vanished.
+        Later: the machine could not look it up.
+    """
+    with _translated():
+        return _open(candidate)
+
+
+def admit(store: Store, candidate: Candidate) -> Copy:
+    """The store's copy of the candidate, made now or before.
+
+    Hold `store.using()` until a stack with the copy has been accepted.
+
+    Whether it is a confext for this host is another question: `images.extension`, `release`.
+
+    Raises:
+        Refused, Incomplete: this content will not do; the line says why, to go behind the path.
+        Busy: somebody writes to it, or it has just vanished; an event will follow.
+        Later: the machine cannot now.
+    """
+    with _translated(), _closing(_open(candidate)) as place:
+        if candidate.kind is Kind.IMAGE:
+            with _closing(_reopen(place, os.O_RDONLY)) as fd:
+                return _admit_image(store, fd)
+        with _closing(_reopen(place, os.O_RDONLY | os.O_DIRECTORY)) as root:
+            return _admit_tree(store, root)
+
+
+def _admit_image(store: Store, fd: int) -> Copy:
+    key = _image_key(os.fstat(fd))
+    with store.known.turn(key):
+        copy = store.known.recall(key)
+        return copy if copy and store.has(copy) else _copy_image(store, fd)
+
+
+def _copy_image(store: Store, fd: int) -> Copy:
+    verdict: Copy | Refused
+    with Lease(fd) as lease:
+        found = os.fstat(fd)
+        try:
+            verdict = store.add_image(fd, probe(fd, found.st_size), lease)
+        except Refused as refused:
+            lease.check()
+            verdict = refused
+    if _is_past(found.st_ctime_ns, lease.proven_ns):
+        store.known.remember(_image_key(found), verdict)
+    return _given(verdict)
+
+
+def _admit_tree(store: Store, root: int) -> Copy:
+    signature = tree.signature(root)
+    key = ("tree", signature.key)
+    with store.known.turn(key):
+        copy = store.known.recall(key)
+        return copy if copy and store.has(copy) else _copy_tree(store, root, signature)
+
+
+def _copy_tree(store: Store, root: int, signature: tree.Signature) -> Copy:
+    verdict: Copy | Refused
+    try:
+        verdict = store.add_tree(root, signature)
+    except Refused as refused:
+        verdict = refused
+    if _is_past(signature.youngest_ns, coarse_now_ns()):
+        store.known.remember(("tree", signature.key), verdict)
+    return _given(verdict)
+
+
+def _given(verdict: Copy | Refused) -> Copy:
+    if isinstance(verdict, Refused):
+        raise verdict
+    return verdict
+
+
+def _image_key(found: os.stat_result) -> Key:
+    return "image", found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _is_past(ctime_ns: int, proven_ns: int) -> bool:
+    """Whether a change after `proven_ns` must show in the ctime: timestamps are as coarse as the timer's tick.
+
+    A time far in the future (the clock was set back) will not come again by itself.
+    """
+    return ctime_ns < proven_ns or ctime_ns > proven_ns + _SECOND_NS
+
+
+def _open(candidate: Candidate) -> int:
+    try:
+        fd = os.open(candidate.path, os.O_PATH | os.O_CLOEXEC)
+    except OSError as error:
+        raise _not_opened(candidate, error) from error
+    found = stat.S_IFMT(os.fstat(fd).st_mode)
+    expected = _EXPECTED[candidate.kind]
+    if found != expected:
+        os.close(fd)
+        raise Refused(f"{_KINDS.get(found, 'of an unknown type')}, not {_KINDS[expected]}")
+    return fd
+
+
+def _not_opened(candidate: Candidate, error: OSError) -> Refused | Busy | OSError:
+    match error.errno:
+        case errno.ELOOP:
+            return Refused("a link that leads in a circle")
+        case errno.ENOENT | errno.ENOTDIR:
+            return (
+                Refused("a link that leads nowhere") if os.path.islink(candidate.path) else Busy("vanished")
+            )
+        case errno.EACCES | errno.EPERM:
+            return Refused(f"cannot be read: {error.strerror}")
+        case _:
+            return error
+
+
+def _reopen(place: int, flags: int) -> int:
+    """The very file that `place` (O_PATH) is, for reading. Raises Busy where somebody holds a write lease on it."""
+    try:
+        return os.open(f"/proc/self/fd/{place}", flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except PermissionError as error:
+        raise Refused(f"cannot be read: {error.strerror}") from error
+    except BlockingIOError as error:
+        raise Busy("open for writing") from error
+
+
+@contextmanager
+def _closing(fd: int) -> Iterator[int]:
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Later(f"cannot be read: {error.strerror}") from error

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The extension-release files of a mounted image or a directory tree (os-release(5)).
+
+The tree is somebody else's. It is walked by descriptor, one component at a time, and no link in it is ever
+followed: not `etc`, not the directory, not a release file.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from watcher.model import Refused, shown
+
+RELEASE_DIRECTORY = ("etc", "extension-release.d")
+RELEASE_PREFIX = "extension-release."
+
+# systemd accepts a release file under any name when this attribute is false (portable.c, extension-util.c).
+STRICT_XATTR = "user.extension-release.strict"
+# On the store's copies STRICT_XATTR is ours; this keeps what the source had, empty for nothing.
+KEPT_STRICT_XATTR = "user.confext-watcher.strict"
+
+_FILES_MAX = 64
+_BYTES_MAX = 64 * 1024
+_FALSE = frozenset({"0", "no", "n", "false", "f", "off"})  # systemd's parse_boolean()
+_NO_XATTR = frozenset({errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES})
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def read_release(root_fd: int) -> tuple[dict[str, str], set[str]]:
+    """Read `etc/extension-release.d/` below the directory `root_fd` (an O_PATH descriptor will do).
+
+    Returns:
+        The text of each file called `extension-release.*` by file name, and those of the names whose
+        `user.extension-release.strict` is false. Bytes that are not UTF-8 are surrogates.
+
+    Raises:
+        Refused: not a confext, a link on the way, too many or too large files.
+        OSError: it could not be read.
+    """
+    etc = _directory(root_fd, RELEASE_DIRECTORY[0], root_fd)
+    try:
+        releases = _directory(etc, RELEASE_DIRECTORY[1], root_fd)
+    finally:
+        os.close(etc)
+    try:
+        return _read_all(releases)
+    finally:
+        os.close(releases)
+
+
+def _directory(parent: int, name: str, root_fd: int) -> int:
+    try:
+        return os.open(name, _DIRECTORY, dir_fd=parent)
+    except FileNotFoundError:
+        raise _not_a_confext(root_fd) from None
+    except NotADirectoryError:
+        # O_DIRECTORY wins over O_NOFOLLOW: a link ends here too.
+        link = stat.S_ISLNK(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode)
+        what = "a link" if link else "no directory"
+        raise Refused(f"not a confext: {name} in it is {what}") from None
+
+
+def _not_a_confext(root_fd: int) -> Refused:
+    where = "/".join(RELEASE_DIRECTORY)
+    if _is_sysext(root_fd):
+        return Refused(f"not a confext but a sysext: it has usr/lib/extension-release.d/ and no {where}/")
+    return Refused(f"not a confext: there is no {where}/ in it")
+
+
+def _is_sysext(root_fd: int) -> bool:
+    fd = os.dup(root_fd)
+    try:
+        for name in ("usr", "lib", RELEASE_DIRECTORY[1]):
+            parent = fd
+            fd = os.open(name, _DIRECTORY, dir_fd=parent)
+            os.close(parent)
+    except OSError:
+        return False  # only decides which words the refusal has
+    finally:
+        os.close(fd)
+    return True
+
+
+def _read_all(directory: int) -> tuple[dict[str, str], set[str]]:
+    names = sorted(name for name in os.listdir(directory) if name.startswith(RELEASE_PREFIX))
+    if len(names) > _FILES_MAX:
+        raise Refused(f"it has {len(names)} extension-release files, {_FILES_MAX} are more than enough")
+    texts: dict[str, str] = {}
+    relaxed: set[str] = set()
+    for name in names:
+        fd = _open_release(directory, name)
+        try:
+            texts[name] = _read_text(fd, name)
+            if _strict(fd).lower() in _FALSE:
+                relaxed.add(name)
+        finally:
+            os.close(fd)
+    return texts, relaxed
+
+
+def _open_release(directory: int, name: str) -> int:
+    # The type first: opening a FIFO or a device node can have effects of its own.
+    mode = os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode
+    if not stat.S_ISREG(mode):
+        what = "a link" if stat.S_ISLNK(mode) else "no regular file"
+        raise Refused(f"{'/'.join(RELEASE_DIRECTORY)}/{shown(name)} in it is {what}")
+    return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+
+
+def _read_text(fd: int, name: str) -> str:
+    size = os.fstat(fd).st_size
+    if size > _BYTES_MAX:
+        raise Refused(
+            f"{'/'.join(RELEASE_DIRECTORY)}/{shown(name)} in it has {size} bytes, {_BYTES_MAX} is the limit"
+        )
+    return os.pread(fd, _BYTES_MAX, 0).decode("utf-8", "surrogateescape")
+
+
+def _strict(fd: int) -> str:
+    """The value of `user.extension-release.strict` as the author of the tree gave it, "" if he gave none."""
+    value = _xattr(fd, KEPT_STRICT_XATTR)
+    if value is None:
+        value = _xattr(fd, STRICT_XATTR) or b""
+    return value.decode("utf-8", "surrogateescape")
+
+
+def _xattr(fd: int, name: str) -> bytes | None:
+    try:
+        return os.getxattr(fd, name)
+    except OSError as error:
+        if error.errno in _NO_XATTR:
+            return None
+        raise

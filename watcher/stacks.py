@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The accepted stacks of each unit, and the slots that a start of the unit goes by.
+
+    stacks/UNIT/00000007-STACKID/        one accepted stack, never changed again
+        SLOT -> ../../../store/DIGEST    one link per layer
+        .stack.json                      the layers with their names and versions, in order; the entries
+    units/UNIT -> ../stacks/UNIT/00000007-STACKID
+
+`units/UNIT/SLOT` is what a unit's drop-in names. A stack has several slots, and a start between two renames would
+see half of the old stack and half of the new one; so the slots of a stack are never touched once made, and
+replacing the one link `units/UNIT` by rename(2) is the single atomic step from the whole old stack to the whole new
+one, whoever is killed when.
+
+One fsync(2), of the JSON file, before that rename is enough: everything else is metadata, which the file systems'
+journals keep in order. What a power cut may lose is the last step, never half of it.
+
+Standard library only: the generator imports this at boot.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+from watcher.model import Entry, Kind, Layer, Stack, shown
+
+TEMPORARY = ".tmp-"
+# No slot can be called that: scan ignores hidden entries.
+_RECORD = ".stack.json"
+_FORMAT = 1
+_DIGITS = 8
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+class Damaged(Exception):
+    """A record of an accepted stack cannot be read: `str()` is one line for the administrator."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A stack as it was accepted.
+
+    Attributes:
+        stack: its layers, bottom to top.
+        entries: all entries the unit had then, also those without a layer.
+        when: microseconds since the epoch.
+    """
+
+    stack: Stack
+    entries: tuple[Entry, ...]
+    when: int
+
+
+class Stacks:
+    """`stacks/` and `units/` below the state directory. Several processes may use them at once."""
+
+    def __init__(self, state_directory: str) -> None:
+        self._path = state_directory
+        for name in ("stacks", "units"):
+            os.makedirs(f"{state_directory}/{name}", mode=0o755, exist_ok=True)
+
+    def slot_path(self, unit: str, slot: str) -> str:
+        """Absolute path that is `slot` of whatever stack of `unit` was accepted last."""
+        return f"{self._path}/units/{_checked(unit)}/{slot}"
+
+    def units(self) -> tuple[str, ...]:
+        """The units with an accepted stack, in no order."""
+        return tuple(name for name in os.listdir(f"{self._path}/units") if not name.startswith("."))
+
+    def current(self, unit: str) -> Accepted | None:
+        """What was accepted last, None if nothing ever was.
+
+        Raises:
+            Damaged: there is something, but it cannot be read.
+        """
+        path = f"{self._path}/units/{_checked(unit)}"
+        return _read(path) if os.path.lexists(path) else None
+
+    def history(self, unit: str) -> tuple[Accepted, ...]:
+        """The stacks that are kept, newest first, each once; those that cannot be read are left out."""
+        found: dict[str, Accepted] = {}
+        for name in self._numbered(unit):
+            try:
+                accepted = _read(f"{self._path}/stacks/{unit}/{name}")
+            except Damaged:
+                continue  # prune() removes it
+            found.setdefault(accepted.stack.id, accepted)
+        return tuple(found.values())
+
+    def accept(self, unit: str, stack: Stack, entries: Sequence[Entry]) -> bool:
+        """Make `stack` the accepted one; False if it was already, with the same names and entries.
+
+        Raises:
+            ValueError: two layers share a slot, or the name of a unit or slot cannot be a file name.
+            OSError: it could not be written; the old one stays.
+        """
+        slots = [_checked(layer.slot) for layer in stack.layers]
+        if len(set(slots)) != len(slots):
+            raise ValueError(f"{unit}: slots are not unique: {slots}")
+        with self._locked(unit) as directory:
+            if self._is_current(unit, stack, tuple(entries)):
+                return False
+            self._clear(directory)
+            name = self._build(unit, directory, Accepted(stack, tuple(entries), time.time_ns() // 1000))
+            self._point(unit, name)
+        return True
+
+    def forget(self, unit: str) -> None:
+        """Drop the slots and the history of a unit that is gone."""
+        with self._locked(unit):
+            _unlink(f"{self._path}/units/{unit}")
+            for name in os.listdir(f"{self._path}/stacks/{unit}"):
+                _remove_stack(f"{self._path}/stacks/{unit}/{name}")
+            os.rmdir(f"{self._path}/stacks/{unit}")
+
+    def prune(self, keep: int) -> frozenset[str]:
+        """Remove all but the current one and the last `keep` different stacks of each unit.
+
+        Returns:
+            The digests that the remaining ones refer to.
+        """
+        used: set[str] = set()
+        for unit in os.listdir(f"{self._path}/stacks"):
+            with self._locked(unit) as directory:
+                self._clear(directory)
+                kept = self._kept(unit, keep)
+                for name in kept:
+                    used |= _digests(f"{self._path}/stacks/{unit}/{name}")
+                if not kept:
+                    os.rmdir(f"{self._path}/stacks/{unit}")
+        return frozenset(used)
+
+    def _kept(self, unit: str, keep: int) -> list[str]:
+        kept: list[str] = []
+        ids: set[str] = set()
+        current = self._pointed(unit)
+        for name in self._numbered(unit):
+            identity = name.partition("-")[2]
+            if name == current or (identity not in ids and len(ids) < keep):
+                kept.append(name)
+                ids.add(identity)
+            else:
+                _remove_stack(f"{self._path}/stacks/{unit}/{name}")
+        return kept
+
+    @contextmanager
+    def _locked(self, unit: str) -> Iterator[int]:
+        """The directory of a unit's stacks, locked against other threads and processes; made if need be."""
+        path = f"{self._path}/stacks/{_checked(unit)}"
+        while True:
+            try:
+                os.mkdir(path, 0o755)
+            except FileExistsError:
+                pass
+            try:
+                fd = os.open(path, _DIRECTORY)
+            except FileNotFoundError:
+                continue  # forgotten just now
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX)
+                if os.fstat(fd).st_nlink:
+                    yield fd
+                    return
+            finally:
+                os.close(fd)
+
+    def _numbered(self, unit: str) -> list[str]:
+        """Names of the stacks of a unit, newest first."""
+        try:
+            names = os.listdir(f"{self._path}/stacks/{_checked(unit)}")
+        except FileNotFoundError:
+            return []
+        return sorted((name for name in names if name[:_DIGITS].isdigit()), reverse=True)
+
+    def _pointed(self, unit: str) -> str:
+        try:
+            return os.path.basename(os.readlink(f"{self._path}/units/{unit}"))
+        except FileNotFoundError:
+            return ""
+
+    def _is_current(self, unit: str, stack: Stack, entries: tuple[Entry, ...]) -> bool:
+        try:
+            current = self.current(unit)
+        except Damaged:
+            return False
+        return current is not None and (current.stack, current.entries) == (stack, entries)
+
+    def _clear(self, directory: int) -> None:
+        for name in os.listdir(directory):
+            if name == f"{TEMPORARY}link":
+                os.unlink(name, dir_fd=directory)
+            elif name.startswith(TEMPORARY):
+                _remove_stack(f"/proc/self/fd/{directory}/{name}")
+
+    def _build(self, unit: str, directory: int, accepted: Accepted) -> str:
+        numbers = [int(name[:_DIGITS]) for name in self._numbered(unit)]
+        name = f"{max(numbers, default=0) + 1:0{_DIGITS}}-{accepted.stack.id or 'empty'}"
+        temporary = TEMPORARY + name
+        os.mkdir(temporary, 0o755, dir_fd=directory)
+        fd = os.open(temporary, _DIRECTORY, dir_fd=directory)
+        try:
+            for layer in accepted.stack.layers:
+                os.symlink(f"../../../store/{layer.digest}", layer.slot, dir_fd=fd)
+            _write_record(fd, accepted)
+        finally:
+            os.close(fd)
+        os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+        return name
+
+    def _point(self, unit: str, name: str) -> None:
+        # Made where the unit's lock covers it: what a killed process leaves is cleared away by the next one.
+        temporary = f"{self._path}/stacks/{unit}/{TEMPORARY}link"
+        os.symlink(f"../stacks/{unit}/{name}", temporary)
+        os.rename(temporary, f"{self._path}/units/{unit}")
+
+
+def _checked(name: str) -> str:
+    if not name or name.startswith(".") or "/" in name or "\0" in name:
+        raise ValueError(f"{shown(name)!r} cannot be the name of a unit or slot")
+    return name
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def _remove_stack(path: str) -> None:
+    for name in os.listdir(path):
+        os.unlink(f"{path}/{name}")
+    os.rmdir(path)
+
+
+def _digests(path: str) -> set[str]:
+    """What the links of a stack lead to: these count, whatever the record beside them says."""
+    names = (name for name in os.listdir(path) if name != _RECORD)
+    return {os.path.basename(os.readlink(f"{path}/{name}")) for name in names}
+
+
+def _write_record(directory: int, accepted: Accepted) -> None:
+    record = {
+        "format": _FORMAT,
+        "when": accepted.when,
+        "layers": [asdict(layer) | {"kind": layer.kind.value} for layer in accepted.stack.layers],
+        "entries": [asdict(entry) | {"kind": entry.kind.value} for entry in accepted.entries],
+    }
+    fd = os.open(_RECORD, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=directory)
+    with open(fd, "w", encoding="ascii") as file:
+        json.dump(record, file, indent=1)
+        file.flush()
+        os.fsync(fd)
+
+
+def _read(path: str) -> Accepted:
+    try:
+        # One lookup of the link: the record belongs to the stack that is accepted at this moment.
+        directory = os.open(path, _DIRECTORY)
+        try:
+            fd = os.open(_RECORD, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+        finally:
+            os.close(directory)
+        with open(fd, encoding="ascii") as file:
+            return _parse(json.load(file))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{shown(path)}: the record of the accepted stack cannot be read: {error}") from error
+
+
+def _parse(record: dict[str, object]) -> Accepted:
+    if record["format"] != _FORMAT:
+        raise ValueError(f"format {record['format']} is not known")
+    layers, entries, when = record["layers"], record["entries"], record["when"]
+    if not isinstance(layers, list) or not isinstance(entries, list) or not isinstance(when, int):
+        raise TypeError("it has another shape")
+    return Accepted(
+        Stack(tuple(Layer(**layer | {"kind": Kind(layer["kind"])}) for layer in layers)),
+        tuple(Entry(**entry | {"kind": Kind(entry["kind"])}) for entry in entries),
+        when,
+    )
