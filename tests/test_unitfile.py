@@ -30,7 +30,7 @@ def test_sections_keys_comments_and_blank_lines() -> None:
 
 def test_a_line_continues_after_a_backslash_and_over_comments() -> None:
     text = "[S]\nA=one \\\n# comment\n   two\\\n; comment \\\nthree\nB=x\\\\\nC=y\\"
-    assert assigned(text) == [("S", "A", "one  two three", 2), ("S", "B", "x\\\\", 7), ("S", "C", "y", 8)]
+    assert assigned(text) == [("S", "A", "one     two three", 2), ("S", "B", "x\\\\", 7), ("S", "C", "y", 8)]
 
 
 def test_a_byte_order_mark_is_no_text() -> None:
@@ -173,7 +173,9 @@ def images(value: str) -> tuple[list[tuple[str, str, bool]], list[str]]:
         ('"/with space.raw:ro" /b.raw', [("/with space.raw", "ro", False), ("/b.raw", "", False)]),
         ("/with\\x20space.raw", [("/with space.raw", "", False)]),
         ("/\\xc3\\xa9.raw", [("/é.raw", "", False)]),
-        ("/\\xff\\101.raw", [("/\udcffA.raw", "", False)]),
+        ("/\\101.raw", [("/A.raw", "", False)]),
+        (":/a.raw", [("/a.raw", "", False)]),
+        ("/../..//a.raw /..", [("/a.raw", "", False), ("/", "", False)]),
         ("/\\u00e9.raw", [("/é.raw", "", False)]),
         ("/srv//./x.v/web___.raw", [("/srv/x.v/web___.raw", "", False)]),
         ("/a.raw:opt\\:with", [("/a.raw", "opt\\:with", False)]),
@@ -191,14 +193,18 @@ def test_extension_images(value: str, found: list[tuple[str, str, bool]]) -> Non
         ("/\\q", "an unknown escape: /\\\\q"),
         ("/\\x00", "an escape that stands for no character"),
         ("/a\\", "a backslash at the end: /a\\\\"),
+        ("/\\xff", "a path that is not valid UTF-8: /\\xff"),
     ],
 )
 def test_a_bad_image_is_told_and_the_others_count(value: str, reason: str) -> None:
     assert images(f"/x.raw {value} /y.raw") == ([("/x.raw", "", False), ("/y.raw", "", False)], [reason])
 
 
-def test_a_value_that_is_no_list_of_words_is_told() -> None:
-    assert images("'/a.raw") == ([], ["a quote that is not closed: '/a.raw"])
+def test_words_before_an_unclosed_quote_count() -> None:
+    assert images("/b.raw '/a.raw") == (
+        [("/b.raw", "", False)],
+        ["a quote that is not closed: /b.raw '/a.raw"],
+    )
 
 
 def test_extension_directories() -> None:

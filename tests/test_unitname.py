@@ -103,12 +103,17 @@ def test_the_file_of_a_unit(tmp_path: Path) -> None:
             "/run /var/lib /var/cache /var/log /etc /tmp /var/tmp % root 0 /root",
         ),
         ("%y %Y", "/etc/systemd/system/foo.service /etc/systemd/system"),
-        ("%z 100% %", "%z 100% %"),
+        ("100%", "100%"),
     ],
 )
 def test_specifiers(text: str, expanded: str) -> None:
     specifiers = Specifiers("foo-b\\x2da@x-y.service", "/etc/systemd/system/foo.service")
     assert specifiers.expand(text) == expanded
+
+
+def test_an_unknown_specifier_spoils_the_value() -> None:
+    with pytest.raises(ValueError, match="the specifier %z is not known"):
+        Specifiers("nginx.service").expand("/a%z")
 
 
 def test_specifiers_of_the_host(tmp_path: Path) -> None:

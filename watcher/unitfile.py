@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from .model import Remark, shown
@@ -205,31 +205,7 @@ def split(
     Raises:
         ValueError: a quote that is not closed, a backslash at the end, an unknown escape.
     """
-    words: list[str] = []
-    word: str | None = None
-    quote = ""
-    at = 0
-    while at < len(text):
-        char = text[at]
-        at += 1
-        if char == "\\" and not keep_escapes:
-            if at == len(text):
-                raise ValueError(f"a backslash at the end: {shown(text)}")
-            taken, at = _escape(text, at, separators, escapes)
-            word = (word or "") + taken
-        elif quote:
-            word, quote = ((word or "") + char, quote) if char != quote else (word, "")
-        elif char in "\"'" and not escapes:
-            word, quote = word or "", char
-        elif char in separators:
-            if word is not None:
-                words.append(word)
-            word = None
-        else:
-            word = (word or "") + char
-    if quote:
-        raise ValueError(f"a quote that is not closed: {shown(text)}")
-    return words if word is None else [*words, word]
+    return list(_split(text, separators, keep_escapes, escapes))
 
 
 def extension_images(
@@ -282,20 +258,19 @@ def extension_directories(
 def _logical_lines(text: str) -> Iterable[tuple[int, str]]:
     """(number of the first line, stripped text) of each line that says something, continuations joined."""
     begun, joined = 0, ""
-    for index, raw in enumerate(re.split(r"\r\n|\n|\r|\0", text.removeprefix("\ufeff")), 1):
-        line = raw.lstrip(_WHITE)
-        if line[:1] in ("#", ";"):  # also in the middle of a continuation
+    for index, line in enumerate(re.split(r"\r\n|\n|\r|\0", text.removeprefix("\ufeff")), 1):
+        if line.lstrip(_WHITE)[:1] in ("#", ";"):  # also in the middle of a continuation
             continue
         begun = begun or index
-        backslashes = len(line) - len(line.rstrip("\\"))
-        if backslashes % 2:
-            joined += line[:-1] + " "
+        joined += line
+        if (len(line) - len(line.rstrip("\\"))) % 2:
+            joined = joined[:-1] + " "
             continue
-        if complete := (joined + line).strip(_WHITE):
+        if complete := joined.strip(_WHITE):
             yield begun, complete
         begun, joined = 0, ""
-    if joined := joined.strip(_WHITE):
-        yield begun, joined
+    if complete := joined.strip(_WHITE):
+        yield begun, complete
 
 
 def _sum(text: str, unit: str, factors: dict[str, int], what: str) -> int:
@@ -314,6 +289,34 @@ def _sum(text: str, unit: str, factors: dict[str, int], what: str) -> int:
     if not text.strip(_WHITE) or total >= INFINITY:
         raise error
     return total
+
+
+def _split(text: str, separators: str, keep_escapes: bool, escapes: bool) -> Iterator[str]:
+    word: str | None = None
+    quote = ""
+    at = 0
+    while at < len(text):
+        char = text[at]
+        at += 1
+        if char == "\\" and not keep_escapes:
+            if at == len(text):
+                raise ValueError(f"a backslash at the end: {shown(text)}")
+            taken, at = _escape(text, at, separators, escapes)
+            word = (word or "") + taken
+        elif quote:
+            word, quote = ((word or "") + char, quote) if char != quote else (word, "")
+        elif char in "\"'" and not escapes:
+            word, quote = word or "", char
+        elif char in separators:
+            if word is not None:
+                yield word
+            word = None
+        else:
+            word = (word or "") + char
+    if quote:
+        raise ValueError(f"a quote that is not closed: {shown(text)}")
+    if word is not None:
+        yield word
 
 
 def _escape(text: str, at: int, separators: str, resolve: bool) -> tuple[str, int]:
@@ -340,24 +343,30 @@ def _character(code: int, *, single: bool) -> str:
 
 def _cut(word: str) -> tuple[str, str]:
     """PATH and OPTIONS, parted at the first colon without a backslash."""
-    match = re.fullmatch(r"((?:\\.|[^\\:])*)(?::+(.*))?", word, re.DOTALL)
+    match = re.fullmatch(r":*((?:\\.|[^\\:])*)(?::+(.*))?", word, re.DOTALL)
     if match is None:
         raise ValueError(f"a backslash at the end: {shown(word)}")
     return match[1], match[2] or ""
 
 
-def _words(value: str, complain: Callable[[str], None], *, keep_escapes: bool = False) -> list[str]:
+def _words(value: str, complain: Callable[[str], None], *, keep_escapes: bool = False) -> Iterator[str]:
+    """The words up to the first that is none: those before it count."""
     try:
-        return split(value, keep_escapes=keep_escapes)
+        yield from _split(value, _WHITE, keep_escapes, False)
     except ValueError as error:
         complain(str(error))
-        return []
 
 
 def _path(path: str, expand: Callable[[str], str]) -> str:
+    """As systemd takes it: absolute, simplified, UTF-8; ".." only where it stays in the root directory."""
     path = expand(path)
     if not path.startswith("/"):
         raise ValueError(f"not an absolute path: {shown(path)}")
+    if any(0xD800 <= ord(char) <= 0xDFFF for char in path):
+        raise ValueError(f"a path that is not valid UTF-8: {shown(path)}")
+    path = normalized(path)
+    while path.startswith("/../") or path == "/..":
+        path = normalized(path[3:])
     if ".." in path.split("/"):
         raise ValueError(f"a path with .. in it: {shown(path)}")
-    return normalized(path)
+    return path

@@ -178,7 +178,7 @@ class Specifiers:
     def expand(self, text: str) -> str:
         """
         Raises:
-            ValueError: a specifier that has no value on this host. An unknown one stays as it is.
+            ValueError: a specifier that is not known, or has no value on this host: systemd ignores the whole value.
         """
         return re.sub(r"%(.)", lambda m: self._value(m[1]), text, flags=re.DOTALL) if "%" in text else text
 
@@ -188,7 +188,9 @@ class Specifiers:
         if letter in _OS_RELEASE:
             return self._release(_OS_RELEASE[letter])
         reader = _READERS.get(letter)
-        return reader(self) if reader else f"%{letter}"
+        if reader is None:
+            raise ValueError(f"the specifier %{letter} is not known")
+        return reader(self)
 
     def _release(self, key: str) -> str:
         if self._os_release is None:
