@@ -106,6 +106,20 @@ def _add_exec(parser: argparse.ArgumentParser) -> None:
         help="run after a swap in the service's namespace, as its user, without a shell; $MAINPID is set",
     )
     parser.add_argument(
+        "--check",
+        action="append",
+        default=[],
+        metavar="COMMAND",
+        help="the service's own test of a new /etc, run before it can see that; refused if it fails",
+    )
+    parser.add_argument(
+        "--health-check",
+        action="append",
+        default=[],
+        metavar="COMMAND",
+        help="run after a reload, repeated for up to 10 s; rolled back if it goes on failing",
+    )
+    parser.add_argument(
         "program", nargs="+", metavar="PROGRAM", help="the program and its arguments, after --"
     )
     parser.set_defaults(command=_exec)
@@ -136,6 +150,8 @@ def _exec(settings: Settings, options: argparse.Namespace) -> int:
         directories=tuple(options.extension_directory),
         reload_signal=options.reload_signal,
         reload_command=command,
+        check=tuple(options.check),
+        health_check=tuple(options.health_check),
     )
     try:
         launch(settings, order)
@@ -215,7 +231,7 @@ def _print_services(services: Sequence[ServiceStatus]) -> None:
         row = (
             shown(service.service),
             str(service.pid or "-"),
-            "\n".join(reversed(layers)) or "its own /etc",
+            "\n".join(reversed(layers)) or ("its own /etc" if service.pid else service.state),
             _when(service.since),
             f"{last.outcome.value}, {_when(last.when)}: {last.message}" if last else "-",
         )

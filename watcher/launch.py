@@ -8,16 +8,15 @@ as soon as it sees the registration.
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from watcher import journal, scan
+from watcher import journal
 from watcher.admission import Admission, host
 from watcher.config import Settings
 from watcher.daemon import in_user_namespace
-from watcher.line import accepted_stack
+from watcher.ledger import Reader
 from watcher.managers.standalone import (
     Registration,
     declared,
@@ -30,9 +29,10 @@ from watcher.model import Declared, Stack, shown
 from watcher.mounts import syscalls
 from watcher.mounts.swap import swap
 from watcher.mounts.workshop import Workshop
-from watcher.plan import choose
 from watcher.process import Gone, Process, start_time
+from watcher.schema import text
 from watcher.store import Store
+from watcher.wanted import find
 
 
 class CannotStart(Exception):
@@ -51,6 +51,7 @@ class Order:
     reload_signal: str = ""
     reload_command: tuple[str, ...] = ()
     check: tuple[str, ...] = ()
+    health_check: tuple[str, ...] = ()
 
 
 def launch(settings: Settings, order: Order) -> None:
@@ -78,6 +79,7 @@ def launch(settings: Settings, order: Order) -> None:
         reload_signal=order.reload_signal,
         reload_command=order.reload_command,
         check=order.check,
+        health_check=order.health_check,
     )
     register(settings.runtime_directory, registration)
     try:
@@ -94,15 +96,11 @@ def _absolute(order: Order) -> Order:
             ("-" if path.startswith("-") else "") + os.path.abspath(path.removeprefix("-")) for path in paths
         )
 
-    return Order(
-        order.name,
-        order.program,
-        made(order.confext_dirs),
-        made(order.images),
-        made(order.directories),
-        order.reload_signal,
-        order.reload_command,
-        order.check,
+    return replace(
+        order,
+        confext_dirs=made(order.confext_dirs),
+        images=made(order.images),
+        directories=made(order.directories),
     )
 
 
@@ -136,7 +134,7 @@ def _enter_stack(settings: Settings, order: Order) -> None:
             settings.state_directory, settings.store_max, settings.image_max, settings.keep_stacks
         ) as store,
     ):
-        stack = _admit(store, shop, order)
+        stack = _admit(settings, store, shop, order)
         # As systemd does it: what the host mounts arrives, nothing goes back, and namespaces that the program makes
         # for its own children follow.
         syscalls.unshare(syscalls.CLONE_NEWNS)
@@ -150,19 +148,19 @@ def _enter_stack(settings: Settings, order: Order) -> None:
             os.close(namespace)
 
 
-def _admit(store: Store, shop: Workshop, order: Order) -> Stack:
+def _admit(settings: Settings, store: Store, shop: Workshop, order: Order) -> Stack:
     """The stack that the service starts on: its slots are set to it."""
     sources: Declared = declared(order.images, order.directories, order.confext_dirs)
     admission = Admission(store, shop)
+    ledger = Reader(settings.state_directory)
+    kept_out = {one.digest: one.reason for one in ledger.quarantined(order.name)}
+    pin = ledger.pins().get(text(order.name))
     with store.using():
-        accepted = accepted_stack(store, order.name)
-        look = scan.look(sources)
-        choice = choose(look, functools.partial(admission.admit, made_for=host()), accepted)
-        for remark in look.remarks:
+        wanted = find(store, admission, order.name, sources, host(), kept_out, pin)
+        for remark in wanted.look.remarks:
             if remark.level != "debug":
                 journal.say(remark)
-        for passed in choice.passed:
-            path = shown(passed.candidate.path)
-            journal.log.warning(f"{order.name}: {path} passed over: {passed.reason}")
-        store.accept(order.name, choice.stack, [pick.entry for pick in look.picks])
-    return choice.stack
+        for passed in wanted.passed:
+            journal.log.warning(f"{order.name}: {shown(passed.candidate.path)} passed over: {passed.reason}")
+        store.accept(order.name, wanted.stack, [pick.entry for pick in wanted.look.picks])
+    return wanted.stack

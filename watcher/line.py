@@ -1,39 +1,47 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The way of a drop, for one service: look, admit, choose, accept, swap, reload, record.
+"""The way of a drop, for one service: look, admit, choose, check, accept, swap, reload, judge, record.
 
 A round always starts from what is on disk now and what is mounted now; nothing that is remembered between rounds
-decides anything. A lost event, a crash, a restart of the service or of the watcher all end in the same place: another
-round.
+decides anything that matters. A lost event, a crash, a restart of the service or of the watcher all end in the same
+place: another round. So does a rollback: what proved bad goes into the quarantine, and then the best that is left is
+wanted.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import trio
 
-from watcher import journal, scan
+from watcher import journal, report
 from watcher.admission import Admission, Host, host
+from watcher.check import check
 from watcher.ledger import Ledger, LedgerError
 from watcher.managers import Manager, Reloaded, Service
-from watcher.model import Event, Incomplete, Later, Look, Outcome, Refused, Stack, shown
+from watcher.model import Copy, Event, KeptOut, Later, Refused, Stack, shown
 from watcher.mounts.converge import Converged, as_stack, converge
 from watcher.mounts.swap import Moved
 from watcher.mounts.workshop import HostNamespace, Hung, Lost, Workshop
 from watcher.pending import Pending
-from watcher.plan import Choice, Passed, choose, describe
-from watcher.process import Gone
-from watcher.stacks import Damaged
+from watcher.plan import Passed
+from watcher.process import Gone, Process
+from watcher.reload import reload_and_judge
+from watcher.report import Times
+from watcher.schema import Quarantined, text
 from watcher.store import Store
+from watcher.wanted import STACK, Wanted, find
 from watcher.watch import Watcher
 
 # Seconds until what cannot be waited for by an event is looked at again: a writer that uses another name of the file,
 # a loop device that becomes free. Doubled each time, up to the second figure.
 _AGAIN = 0.25
 _AGAIN_MAX = 30.0
+
+# Seconds after a reload in which the end of the main process is put down to it. Nothing waits for this.
+_TRIAL_SEC = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +58,13 @@ class Tools:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """What a service should have, and the stack that it was given before."""
+class _Trial:
+    """A reload that went well, so far."""
 
-    look: Look
-    choice: Choice
-    accepted: Stack
+    invocation: str
+    until: float
+    before: Stack
+    stack: Stack
 
 
 @dataclass(slots=True)
@@ -67,13 +76,20 @@ class _Memory:
     needs_restart: str = ""
     attempts: int = 0
     mounted: frozenset[str] | None = None
+    trial: _Trial | None = None
 
 
 class Line:
-    """Rounds for services: one at a time for each, any number of services side by side."""
+    """Rounds for services: one at a time for each, any number of services side by side.
 
-    def __init__(self, tools: Tools) -> None:
+    Args:
+        tools: what rounds work with.
+        told: called with every outcome, after it was recorded.
+    """
+
+    def __init__(self, tools: Tools, told: Callable[[Event], None] = lambda event: None) -> None:
         self._tools = tools
+        self._told = told
         self._memory: dict[str, _Memory] = {}
 
     @property
@@ -110,71 +126,183 @@ class Line:
             await self._needs_restart(service, memory, str(error))
             return None
         except (OSError, Refused, Later, Hung, Lost, Moved) as error:
-            await self._failed(service, memory, error)
+            await self._not_placed(service, memory, error)
             settled = False
         memory.attempts = 0 if settled else memory.attempts + 1
         return None if settled else min(_AGAIN * 2 ** (memory.attempts - 1), _AGAIN_MAX)
 
-    async def _round(self, service: Service, memory: _Memory, since: float) -> bool:
+    async def look(self, service: Service) -> Wanted:
+        """What a round would find now, without doing anything about it."""
         with self._tools.store.using():
-            wanted = await self._look(service, memory)
-            await self._say(service, wanted, memory)
-            stack = wanted.choice.stack
-            if stack != wanted.accepted:
-                await self._accept(service, wanted)
-            if service.main is not None:
-                await self._converge(service, wanted, memory, since)
-            else:
-                memory.mounted = frozenset()
-                if stack.id != wanted.accepted.id:
-                    await self._record(_stopped(service, wanted))
-        return not wanted.choice.busy
+            return await trio.to_thread.run_sync(self._find, service, host(service.root))
+
+    async def _round(self, service: Service, memory: _Memory, since: float) -> bool:
+        """Whether there is nothing left to wait for."""
+        await self._judge_trial(service, memory)
+        while True:
+            with self._tools.store.using():
+                wanted = await self._look(service, memory)
+                await self._say(service, wanted, memory)
+                if not await self._passes(service, wanted, memory):
+                    continue  # it is in the quarantine now
+                if wanted.stack != wanted.current and not self._has_to_wait(service, wanted):
+                    await self._accept(service, wanted)
+            if service.main is None:
+                await self._stopped(service, wanted, memory)
+            elif not await self._into_service(service, service.main, wanted, memory, since):
+                service = _as_it_is(service)
+                continue
+            return not wanted.busy
 
     async def _look(self, service: Service, memory: _Memory) -> Wanted:
         """What is on disk, watched from before it is read, so that no change in between is missed."""
         made_for = host(service.root)
         while True:
-            wanted = await trio.to_thread.run_sync(self._wanted, service, made_for)
+            wanted = await trio.to_thread.run_sync(self._find, service, made_for)
             if wanted.look.interests == memory.interests:
                 return wanted
             memory.interests = wanted.look.interests
             if not self._tools.watcher.set(service.name, wanted.look.interests):
                 return wanted
 
-    def _wanted(self, service: Service, made_for: Host) -> Wanted:
-        look = scan.look(service.declared)
-        accepted = accepted_stack(self._tools.store, service.name)
-        admit = functools.partial(self._tools.admission.admit, made_for=made_for)
-        return Wanted(look, choose(look, admit, accepted), accepted)
+    def _find(self, service: Service, made_for: Host) -> Wanted:
+        tools = self._tools
+        kept_out = {one.digest: one.reason for one in tools.ledger.quarantined(service.name)}
+        pin = tools.ledger.pinned(service.name)
+        return find(tools.store, tools.admission, service.name, service.declared, made_for, kept_out, pin)
+
+    async def _passes(self, service: Service, wanted: Wanted, memory: _Memory) -> bool:
+        """Whether the service's own check likes a new stack."""
+        new = wanted.stack.id != wanted.current.id and not wanted.rolling_back and not wanted.pinned
+        if not new or service.main is None or not service.settings.check:
+            return True
+        tools = self._tools
+        with service.main.hold() as main:
+            copies = self._copies(wanted.stack)
+            verdict = await check(tools.shop, tools.manager, service, main, wanted.stack, copies)
+        if not verdict.reason:
+            return True
+        before, reason = wanted.current, verdict.reason
+        await self._quarantine(service, before, wanted.stack, reason)
+        event = report.check_failed(service.name, before, wanted.stack, reason, verdict.output)
+        await self._record(event)
+        return False
+
+    def _has_to_wait(self, service: Service, wanted: Wanted) -> bool:
+        """A service that does not run cannot be checked: its slots keep what it ran well on."""
+        return (
+            service.main is None
+            and bool(service.settings.check)
+            and bool(wanted.current.layers)
+            and not wanted.rolling_back
+        )
 
     async def _accept(self, service: Service, wanted: Wanted) -> None:
         """From now on every start of the service gets this stack."""
         entries = [pick.entry for pick in wanted.look.picks]
-        await trio.to_thread.run_sync(self._tools.store.accept, service.name, wanted.choice.stack, entries)
+        accept = self._tools.store.accept
+        await trio.to_thread.run_sync(accept, service.name, wanted.stack, entries)
         await self._tools.manager.learn(service, entries)
 
-    async def _converge(self, service: Service, wanted: Wanted, memory: _Memory, since: float) -> None:
-        assert service.main is not None
-        tools, stack = self._tools, wanted.choice.stack
+    async def _stopped(self, service: Service, wanted: Wanted, memory: _Memory) -> None:
+        memory.mounted = frozenset()
+        if wanted.stack.id == wanted.current.id or self._has_to_wait(service, wanted):
+            return
+        if not wanted.rolling_back:
+            await self._record(report.accepted(service.name, wanted.current, wanted.stack))
+            return
+        revived = await self._tools.manager.revive(service)
+        event = report.rolled_back(
+            service.name,
+            wanted.current,
+            wanted.stack,
+            wanted.why,
+            revived,
+            Times(),
+            running=bool(revived.told),
+        )
+        await self._record(event, critical=not revived.ok)
+
+    async def _into_service(
+        self, service: Service, held: Process, wanted: Wanted, memory: _Memory, since: float
+    ) -> bool:
+        """Bring a running service to the stack; False if it did not take it well, and something else is wanted."""
+        tools, stack = self._tools, wanted.stack
         owed = tools.pending.owed(service.name, service.invocation)
         begin = functools.partial(tools.pending.owe, service.name, service.invocation)
-        copies = {layer.digest: tools.store.copy(layer) for layer in stack.layers}
+        copies = self._copies(stack)
         pids = await tools.manager.processes(service)
         memory.mounted = None
-        with service.main.hold() as main:
+        with held.hold() as main:
             converged = await tools.shop.run(converge, tools.shop, main, pids, stack, copies, begin)
-        memory.mounted = frozenset(stack.digests)
-        memory.needs_restart = ""
-        if not converged.swaps and not owed:
-            return
-        for remark in converged.remarks:
-            journal.log.warning(f"{service.name}: {remark}", service=service.name)
-        told = trio.current_time()
-        reloaded = await tools.manager.reload(service)
-        tools.pending.settle(service.name)
+            memory.mounted = frozenset(stack.digests)
+            memory.needs_restart = ""
+            if not converged.swaps and not owed:
+                return True
+            for remark in converged.remarks:
+                journal.log.warning(f"{service.name}: {remark}", service=service.name)
+            told = trio.current_time()
+            reloaded = await reload_and_judge(tools.manager, service, main)
         now = trio.current_time()
-        times = _Times(converged.usec, _usec(now - told), _usec(now - since))
-        await self._record(_applied(service, wanted, converged, reloaded, times))
+        times = Times(converged.usec, _usec(now - told), _usec(now - since))
+        good = await self._judge(service, wanted, converged, reloaded, times, memory)
+        tools.pending.settle(service.name)
+        return good
+
+    async def _judge(
+        self,
+        service: Service,
+        wanted: Wanted,
+        converged: Converged,
+        reloaded: Reloaded,
+        times: Times,
+        memory: _Memory,
+    ) -> bool:
+        name, stack = service.name, wanted.stack
+        before = _shown_before(converged, wanted)
+        memory.trial = None
+        if wanted.rolling_back:
+            event = report.rolled_back(name, wanted.current, stack, wanted.why, reloaded, times, running=True)
+            await self._record(event, critical=not reloaded.ok)
+            return True
+        if reloaded.ok:
+            swapped = bool(converged.swaps)
+            await self._record(report.applied(name, before, stack, reloaded, times, swapped=swapped))
+            until = trio.current_time() + _TRIAL_SEC
+            memory.trial = _Trial(service.invocation, until, wanted.before, stack)
+            return True
+        if not service.settings.rollback or wanted.pinned or wanted.before.id == stack.id:
+            await self._record(report.failed(name, before, stack, reloaded, times))
+            return True
+        await self._quarantine(service, wanted.before, stack, _with_output(reloaded))
+        return False
+
+    async def _judge_trial(self, service: Service, memory: _Memory) -> None:
+        """The main process ended soon after a reload: that is put down to the new stack."""
+        trial, memory.trial = memory.trial, None
+        if trial is None or not service.settings.rollback or trial.before.id == trial.stack.id:
+            return
+        if service.invocation == trial.invocation and service.main is not None and service.main.alive():
+            if trio.current_time() < trial.until:
+                memory.trial = trial
+        elif service.failed and trio.current_time() < trial.until:
+            reason = "its main process ended soon after the reload"
+            await self._quarantine(service, trial.before, trial.stack, reason)
+
+    async def _quarantine(self, service: Service, before: Stack, bad: Stack, reason: str) -> None:
+        """Keep what is new in a stack out of the service; the stack itself where nothing in it is new."""
+        known = set(before.digests)
+        new = {layer.digest: layer.source for layer in bad.layers if layer.digest not in known}
+        when = report.now()
+        for digest, source in (new or {STACK + bad.id: ""}).items():
+            content = Quarantined(service.name, digest, reason, when, source)
+            try:
+                await trio.to_thread.run_sync(self._tools.ledger.quarantine, content)
+            except LedgerError as error:
+                journal.log.error(f"quarantine, kept in memory only: {error}")
+
+    def _copies(self, stack: Stack) -> dict[str, Copy]:
+        return {layer.digest: self._tools.store.copy(layer) for layer in stack.layers}
 
     async def _say(self, service: Service, wanted: Wanted, memory: _Memory) -> None:
         """What is worth a line, unless it was said already and has been so ever since."""
@@ -185,138 +313,75 @@ class Line:
             if key not in memory.said:
                 _log(remark.level, f"{service.name}: {shown(remark.path)}: {remark.text}", service.name)
             said.add(key)
-        for passed in wanted.choice.passed:
+        for passed in wanted.passed:
             key = (passed.candidate.path, str(passed.reason), *_signature(passed.candidate.path))
             if key not in memory.said:
                 await self._say_passed(service, passed, wanted)
+            said.add(key)
+        if wanted.waiting is not None:
+            key = ("pinned", wanted.waiting.id)
+            if key not in memory.said:
+                waits = f"{service.name}: stays on the stack that it was put on by hand; `rollback --forget`"
+                _log("warning", f"{waits} lets it have what was dropped since", service.name)
             said.add(key)
         memory.said = frozenset(said)
 
     async def _say_passed(self, service: Service, passed: Passed, wanted: Wanted) -> None:
         path = shown(passed.candidate.path)
-        if isinstance(passed.reason, Refused):
-            await self._record(_refused(service, passed, wanted))
+        if isinstance(passed.reason, KeptOut) and self._is_known(service, passed):
+            _log("debug", f"{service.name}: {path} {passed.reason}", service.name)
+        elif isinstance(passed.reason, Refused):
+            kept = next((one for one in wanted.stack.layers if one.slot == passed.slot), None)
+            await self._record(report.refused(service.name, passed, kept, wanted.stack))
         elif isinstance(passed.reason, Later):
-            text = f"{service.name}: {path} has to wait, it is tried again by itself: {passed.reason}"
-            _log("warning", text, service.name)
+            waits = f"{service.name}: {path} has to wait, it is tried again by itself: {passed.reason}"
+            _log("warning", waits, service.name)
         else:
             _log("debug", f"{service.name}: {path} has to wait: {passed.reason}", service.name)
 
-    async def _needs_restart(self, service: Service, memory: _Memory, reason: str) -> None:
-        if memory.needs_restart == service.invocation:
-            return
-        memory.needs_restart = service.invocation
-        memory.mounted = frozenset()
-        message = f"{service.name}: not touched, its main process {reason}: restart it once to have its stack"
-        await self._record(_event(service, Outcome.NEEDS_RESTART, message, reason=reason))
+    def _is_known(self, service: Service, passed: Passed) -> bool:
+        """Whether this very file was said to be bad when it was put into the quarantine."""
+        quarantined = self._tools.ledger.quarantined(service.name)
+        return any(one.source == text(passed.candidate.path) for one in quarantined)
 
-    async def _failed(self, service: Service, memory: _Memory, error: Exception) -> None:
+    async def _needs_restart(self, service: Service, memory: _Memory, reason: str) -> None:
+        memory.mounted = frozenset()
+        if memory.needs_restart != service.invocation:
+            memory.needs_restart = service.invocation
+            await self._record(report.needs_restart(service.name, reason))
+
+    async def _not_placed(self, service: Service, memory: _Memory, error: Exception) -> None:
         reason = shown(str(error))
-        key = ("failed", reason)
+        key = ("not placed", reason)
         if key not in memory.said:
-            message = f"{service.name}: its stack could not be put in place, it is tried again: {reason}"
-            await self._record(_event(service, Outcome.FAILED, message, reason=reason))
+            await self._record(report.not_placed(service.name, reason))
         memory.said |= {key}
 
-    async def _record(self, event: Event) -> None:
-        journal.record(event)
+    async def _record(self, event: Event, *, critical: bool = False) -> None:
+        journal.record(event, "critical" if critical else None)
         try:
             await trio.to_thread.run_sync(self._tools.ledger.append, event)
         except LedgerError as error:
             journal.log.error(f"history: {error}")
+        self._told(event)
 
 
-def accepted_stack(store: Store, name: str) -> Stack:
-    """The last accepted stack; the empty one where there is none, or where its record cannot be read."""
-    try:
-        return store.accepted(name) or Stack()
-    except Damaged as error:
-        journal.log.error(f"{name}: {error}; it is made anew from what is on disk")
-        return Stack()
+def _as_it_is(service: Service) -> Service:
+    """Its manager may not have noticed yet that its main process has ended."""
+    return service if service.main is not None and service.main.alive() else replace(service, main=None)
 
 
-@dataclass(frozen=True, slots=True)
-class _Times:
-    """Microseconds: of the swap, of the reload, from noticing to the end."""
-
-    swap: int
-    reload: int
-    total: int
-
-
-def _applied(
-    service: Service, wanted: Wanted, converged: Converged, reloaded: Reloaded, times: _Times
-) -> Event:
-    stack = wanted.choice.stack
-    before = wanted.accepted if converged.before.stack == wanted.accepted.id else as_stack(converged.before)
-    what = describe(before, stack)
-    if not converged.swaps:
-        sentence = f"{(stack.id and what) or 'stack'} was in place already"
-    else:
-        comma = "" if " -> " in what and "," not in what else ","
-        sentence = f"{what}{comma} applied in {_duration(times.swap)}"
-    outcome = Outcome.APPLIED
-    if not reloaded.ok:
-        outcome = Outcome.FAILED
-        sentence += f", but {reloaded.reason}"
-    elif reloaded.told:
-        sentence += f", {reloaded.told} {'sent' if reloaded.told.startswith('SIG') else 'done'}"
-        sentence += f" in {_duration(times.reload)}"
-    else:
-        sentence += "; the service was not told to reload, it has no way to"
-    top = stack.layers[-1] if stack.layers else None
-    return _event(
-        service,
-        outcome,
-        f"{service.name}: {sentence}",
-        stack=stack.id,
-        previous=before.id,
-        image=top.name if top else "",
-        version=top.version if top else "",
-        digest=top.digest if top else "",
-        source=top.source if top else "",
-        reason=reloaded.reason,
-        output=reloaded.output,
-        swap_usec=times.swap,
-        total_usec=times.total,
-        layers=stack.layers,
-    )
+def _shown_before(converged: Converged, wanted: Wanted) -> Stack:
+    """What the service showed, in the words of the accepted stack it came from, if it is one."""
+    for stack in (wanted.current, wanted.before):
+        if converged.before.stack == stack.id:
+            return stack
+    return as_stack(converged.before)
 
 
-def _stopped(service: Service, wanted: Wanted) -> Event:
-    stack = wanted.choice.stack
-    what = describe(wanted.accepted, stack)
-    message = f"{service.name}: {what} accepted; it is not running, its next start gets it"
-    return _event(
-        service,
-        Outcome.APPLIED,
-        message,
-        stack=stack.id,
-        previous=wanted.accepted.id,
-        layers=stack.layers,
-    )
-
-
-def _refused(service: Service, passed: Passed, wanted: Wanted) -> Event:
-    candidate, reason = passed.candidate, str(passed.reason)
-    kept = next((one for one in wanted.choice.stack.layers if one.slot == passed.slot), None)
-    keeps = f"it keeps {kept.label}" if kept else "it goes without"
-    incomplete = isinstance(passed.reason, Incomplete)
-    word = "incomplete" if incomplete else "refused"
-    return _event(
-        service,
-        Outcome.INCOMPLETE if incomplete else Outcome.REFUSED,
-        f"{service.name}: {shown(candidate.path)} {word}: {reason}; {keeps}",
-        stack=wanted.choice.stack.id,
-        image=candidate.name,
-        version=candidate.version,
-        source=candidate.path,
-        reason=reason,
-    )
-
-
-def _event(service: Service, outcome: Outcome, message: str, **fields: object) -> Event:
-    return Event(service.name, outcome, message, when=time.time_ns() // 1000, **fields)  # type: ignore[arg-type]
+def _with_output(reloaded: Reloaded) -> str:
+    lines = [line.strip() for line in reloaded.output.splitlines() if line.strip()]
+    return f"{reloaded.reason} ({shown(lines[-1][:200])})" if lines else reloaded.reason
 
 
 def _signature(path: str) -> tuple[int, ...]:
@@ -333,13 +398,3 @@ def _log(level: str, text: str, service: str) -> None:
 
 def _usec(seconds: float) -> int:
     return round(seconds * 1_000_000)
-
-
-def _duration(usec: int) -> str:
-    return (
-        f"{usec} us"
-        if usec < 1000
-        else f"{usec / 1000:.0f} ms"
-        if usec < 10_000_000
-        else f"{usec / 1e6:.0f} s"
-    )

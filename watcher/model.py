@@ -31,6 +31,10 @@ class Incomplete(Refused):
     """Not whole by its own account (a connection that dropped); other bytes are needed, not patience."""
 
 
+class KeptOut(Refused):
+    """This content is in quarantine for the service: it was refused or rolled back before."""
+
+
 class Busy(Exception):
     """Somebody is still writing: not an outcome at all, look again later."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from watcher.model import Busy, Candidate, Copy, Layer, Look, Picks, Refused, Stack
+from watcher.model import Busy, Candidate, Copy, KeptOut, Layer, Look, Picks, Refused, Stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,18 +63,27 @@ def _pick(
 ) -> Layer | None:
     if pick.unknown and accepted is not None:
         return accepted
+    kept_out = False
     for candidate in pick.candidates:
         try:
             copy = admit(candidate)
         except (Refused, Busy) as reason:
             passed.append(Passed(pick.entry.slot, candidate, reason))
+            kept_out = kept_out or isinstance(reason, KeptOut)
             if accepted is not None and accepted.source == candidate.path:
                 return accepted
         else:
+            if kept_out and accepted is not None and _is_gone(accepted, pick):
+                return accepted
             return Layer(
                 pick.entry.slot, candidate.name, candidate.version, copy.digest, copy.kind, candidate.path
             )
-    return None
+    return accepted if kept_out else None
+
+
+def _is_gone(layer: Layer, pick: Picks) -> bool:
+    """Whether a layer's file is there no more. A bad image that came instead of it must not take it away."""
+    return all(candidate.path != layer.source for candidate in pick.candidates)
 
 
 def _distinct(layers: Iterable[Layer]) -> tuple[Layer, ...]:

@@ -13,6 +13,8 @@ import select
 import signal
 from types import TracebackType
 
+import psutil
+
 
 class Gone(Exception):
     """The process has ended (or never was the one that was meant)."""
@@ -132,6 +134,30 @@ def start_time(pid: int) -> int:
     """
     # comm, field 2, may hold spaces and parentheses: fields are counted from its last ")".
     return int(_read(f"/proc/{pid}/stat").rpartition(")")[2].split()[19])
+
+
+def descendants(pid: int) -> list[int]:
+    """PIDs of the children of a process, of theirs, and so on; hints, like every PID."""
+    found: list[int] = []
+    todo = [pid]
+    while todo:
+        children = _children(todo.pop())
+        found += children
+        todo += children
+    return found
+
+
+def _children(pid: int) -> list[int]:
+    # psutil reads the parent of every process on the machine for this: 4 ms with 300 of them, on the way of each drop.
+    try:
+        tasks = os.listdir(f"/proc/{pid}/task")
+        return [int(child) for task in tasks for child in _read(f"/proc/{pid}/task/{task}/children").split()]
+    except (Gone, FileNotFoundError, ProcessLookupError):
+        if os.path.exists(f"/proc/{pid}/task/{pid}/children") or not os.path.exists(f"/proc/{pid}"):
+            return []
+        return [
+            child.pid for child in psutil.Process(pid).children()
+        ]  # a kernel without CONFIG_PROC_CHILDREN
 
 
 def namespace_id(fd_or_path: int | str) -> tuple[int, int]:

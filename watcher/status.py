@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import replace
 
 from watcher.config import Settings
 from watcher.ledger import Reader
@@ -12,7 +13,7 @@ from watcher.managers.standalone import Registration, registered, registrations
 from watcher.model import Event, Kind, Layer, Stack
 from watcher.mounts.table import Table
 from watcher.process import Gone, Process
-from watcher.schema import ServiceNotFound, ServiceStatus
+from watcher.schema import ServiceNotFound, ServiceStatus, text
 from watcher.stacks import Damaged, Stacks
 
 
@@ -28,7 +29,7 @@ def standalone(settings: Settings, service: str | None = None) -> list[ServiceSt
     names = [name for name in registrations(settings.runtime_directory) if service in (None, name)]
     found = []
     for name in names:
-        with contextlib.suppress(Gone, ValueError):
+        with contextlib.suppress(ValueError):
             registration = registered(settings.runtime_directory, name)
             if registration is not None:
                 found.append(_status(settings, registration, newest))
@@ -38,24 +39,25 @@ def standalone(settings: Settings, service: str | None = None) -> list[ServiceSt
 
 
 def _status(settings: Settings, registration: Registration, newest: Mapping[str, Event]) -> ServiceStatus:
-    with Process(registration.pid, registration.started) as main:
-        mounted = Table(main.mountinfo()).mounted()
-    accepted = _kept(settings, registration.name)
-    layers = tuple(_layer(one.name, one.version, one.digest, accepted) for one in mounted.layers or ())
-    last = newest.get(registration.name)
-    stack = Stack(layers).id
-    since = last.when if last is not None and last.stack == stack else None
-    return ServiceStatus(
-        service=registration.name,
+    name = registration.name
+    stacks = _kept(settings, name)
+    last = newest.get(text(name))
+    status = ServiceStatus(
+        service=name,
         manager="standalone",
-        state="running",
-        pid=registration.pid,
-        stack=stack,
-        accepted=accepted[0].id if accepted else "",
-        layers=layers,
-        since=since,
+        state="stopped",
+        accepted=stacks[0].id if stacks else "",
         last=last,
     )
+    try:
+        with Process(registration.pid, registration.started) as main:
+            mounted = Table(main.mountinfo()).mounted()
+    except Gone:
+        return status
+    layers = tuple(_layer(one.name, one.version, one.digest, stacks) for one in mounted.layers or ())
+    stack = Stack(layers).id
+    since = last.when if last is not None and last.stack == stack else None
+    return replace(status, state="running", pid=registration.pid, stack=stack, layers=layers, since=since)
 
 
 def _kept(settings: Settings, name: str) -> list[Stack]:

@@ -10,6 +10,7 @@ from typing import Protocol
 import trio
 
 from watcher.config import ServiceSettings
+from watcher.inside import Ended
 from watcher.model import Declared, Entry
 from watcher.process import Process
 
@@ -24,6 +25,8 @@ class Service:
         settings: its `[X-Confext]`.
         main: its main process, owned (and closed) by the manager; None: not running.
         invocation: changes with every start (InvocationID, or the registration's own); "" when not running.
+        failed: it ended by itself, or went down, rather than being stopped by somebody; not known to every manager,
+            which then says so.
         starting: main is there but may still be systemd's executor on its way to becoming the service.
         root: path of the root directory whose os-release decides which images match (`RootDirectory=`), "/" if its own
         aliases: other names of it.
@@ -35,6 +38,7 @@ class Service:
     main: Process | None = None
     invocation: str = ""
     starting: bool = False
+    failed: bool = False
     root: str = "/"
     aliases: tuple[str, ...] = ()
 
@@ -78,6 +82,21 @@ class Manager(Protocol):
 
     async def reload(self, service: Service) -> Reloaded:
         """Ask the service to reload as its settings say, and follow that to its end."""
+
+    async def revive(self, service: Service) -> Reloaded:
+        """Start a service again whose main process has ended by itself, if that is the manager's to do."""
+
+    async def execute(
+        self, service: Service, namespace: int, words: Sequence[str], timeout_sec: float
+    ) -> Ended:
+        """Run a command in a mount namespace (a descriptor) as the service itself would run it.
+
+        With its user, groups, environment and root, within its limits, without standard input; what it leaves
+        running is killed. `service.main` must be there.
+
+        Raises:
+            Gone: the service has ended.
+        """
 
     async def processes(self, service: Service) -> list[int]:
         """PIDs of everything that belongs to the service, its main process included. Hints: hold them by pidfd."""

@@ -3,7 +3,8 @@
 
 A registration is one JSON file, `$RUNTIME_DIRECTORY/services/NAME.json`, written by rename before the program is
 executed. It names the process by PID and start time, so that a file left over from before a crash can never point at
-another process. It goes when the process ends: the slots of the service stay, its next `exec` starts from them.
+another process. It stays when the process has ended: the slots of a service that does not run are kept ready for its
+next `exec`, which replaces the registration.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import psutil
 import trio
 
 from watcher import inside, journal
@@ -29,7 +29,7 @@ from watcher.config import ServiceSettings
 from watcher.managers import Reloaded, Service
 from watcher.model import Declared, Entry, Interest, Kind, shown
 from watcher.mounts.workshop import Workshop
-from watcher.process import Gone, Process, namespace_id
+from watcher.process import Gone, Process, descendants
 from watcher.watch import Watcher
 
 # A unit's name (systemd.unit(5)), so that the same service can later be run by systemd under the same slots.
@@ -50,6 +50,7 @@ class Registration:
         confext_dirs, images, directories: where its layers come from, absolute paths.
         reload_signal: name of a signal, "" for none.
         reload_command: words of a command that is run in the service's mount namespace as its user.
+        check, health_check: command lines, as `Check=` and `HealthCheck=` have them.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Registration:
     reload_signal: str = ""
     reload_command: tuple[str, ...] = ()
     check: tuple[str, ...] = ()
+    health_check: tuple[str, ...] = ()
 
     @property
     def declared(self) -> Declared:
@@ -219,24 +221,37 @@ class Standalone:
 
     async def _run_command(self, main: Process, registration: Registration) -> Reloaded:
         words = registration.reload_command
-        who = inside.like(main, {"MAINPID": str(main.pid)})
         namespace = main.namespace()
         try:
-            place = functools.partial(self._shop.entered, namespace)
-            ended = await inside.run(self._shop, place, who, words, timeout_sec=_RELOAD_SEC)
+            ended = await self._run_like(main, namespace, words, _RELOAD_SEC)
         finally:
             os.close(namespace)
         reason = f"reload command {shown(shlex.join(words))} {ended.reason}" if ended.reason else ""
         return Reloaded(not reason, "reload", reason, ended.output)
 
+    async def revive(self, service: Service) -> Reloaded:
+        """Whoever ran `exec` starts it again, or does not."""
+        return Reloaded(ok=True)
+
+    async def execute(
+        self, service: Service, namespace: int, words: Sequence[str], timeout_sec: float
+    ) -> inside.Ended:
+        """Run a command as a child of the daemon; see `Manager.execute`."""
+        if service.main is None:
+            raise Gone(f"{service.name} is not running")
+        return await self._run_like(service.main, namespace, words, timeout_sec)
+
+    async def _run_like(
+        self, main: Process, namespace: int, words: Sequence[str], timeout_sec: float
+    ) -> inside.Ended:
+        who = inside.like(main, {"MAINPID": str(main.pid)})
+        place = functools.partial(self._shop.entered, namespace)
+        return await inside.run(self._shop, place, who, words, timeout_sec=timeout_sec)
+
     async def processes(self, service: Service) -> list[int]:
         if service.main is None:
             return []
-        try:
-            children = psutil.Process(service.main.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            return []
-        return [service.main.pid, *(child.pid for child in children)]
+        return [service.main.pid, *descendants(service.main.pid)]
 
     def _look(self, changed: Callable[[str], None]) -> None:
         """Compare what is registered with what is known."""
@@ -258,26 +273,30 @@ class Standalone:
             return None
 
     def _adopt(self, registration: Registration) -> None:
-        try:
-            main = Process(registration.pid, registration.started)
-        except Gone:
-            self._remove_file(registration)
-            return
         self._registrations[registration.name] = registration
-        self._services[registration.name] = Service(
+        service = Service(
             name=registration.name,
             declared=registration.declared,
-            settings=dataclasses.replace(self._settings, check=_check(registration)),
-            main=main,
-            invocation=f"{registration.pid}-{registration.started}",
+            settings=dataclasses.replace(
+                self._settings, check=registration.check, health_check=registration.health_check
+            ),
         )
-        self._names[main.pidfd] = registration.name
-        self._ends.register(main.pidfd, select.EPOLLIN)
+        with contextlib.suppress(Gone):
+            main = Process(registration.pid, registration.started)
+            invocation = f"{registration.pid}-{registration.started}"
+            service = dataclasses.replace(service, main=main, invocation=invocation)
+            self._names[main.pidfd] = registration.name
+            self._ends.register(main.pidfd, select.EPOLLIN)
+        self._services[registration.name] = service
 
     def _forget(self, name: str) -> None:
         self._registrations.pop(name, None)
         service = self._services.pop(name, None)
-        if service is not None and service.main is not None:
+        if service is not None:
+            self._let_go(service)
+
+    def _let_go(self, service: Service) -> None:
+        if service.main is not None:
             self._ends.unregister(service.main.pidfd)
             del self._names[service.main.pidfd]
             service.main.close()
@@ -286,25 +305,10 @@ class Standalone:
         while True:
             await trio.lowlevel.wait_readable(self._ends.fileno())
             for fd, _ in self._ends.poll(0):
-                name = self._names[fd]
-                registration = self._registrations[name]
-                self._forget(name)
-                self._remove_file(registration)
-                changed(name)
-
-    def _remove_file(self, registration: Registration) -> None:
-        """Remove the registration of a process that has ended, unless the service was started again meanwhile."""
-        with contextlib.suppress(ValueError, OSError):
-            if registered(self._runtime_directory, registration.name) != registration:
-                return
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(self._runtime_directory, "services", registration.name + _SUFFIX))
-
-
-def _check(registration: Registration) -> tuple[str, ...]:
-    return registration.check
-
-
-def in_registered_namespace(registration: Registration, namespace: int) -> bool:
-    """Whether a mount namespace is the one the service was started in."""
-    return namespace_id(namespace) == registration.namespace
+                service = self._services[self._names[fd]]
+                self._let_go(service)
+                # Why it ended only its parent is told.
+                self._services[service.name] = dataclasses.replace(
+                    service, main=None, invocation="", failed=True
+                )
+                changed(service.name)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Before the swap: the service's own test of the new `/etc` (`Check=`), where the service cannot see it.
+
+The test runs in a shadow of the service's mount namespace that has the new stack on `/etc`: `nginx -t` reads what nginx
+would read, sandbox mounts, root directory and all. Whatever it does to mounts is gone with the shadow, and whatever it
+leaves running is killed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import trio
+
+from watcher import unitfile
+from watcher.managers import Manager, Service
+from watcher.model import Copy, Stack, shown
+from watcher.mounts.shadow import kill_all, shadow
+from watcher.mounts.workshop import Workshop
+from watcher.process import Process
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a test says: `reason` is "" when all is well, else one line; `output` is what it printed."""
+
+    reason: str = ""
+    output: str = ""
+
+
+async def check(
+    shop: Workshop,
+    manager: Manager,
+    service: Service,
+    main: Process,
+    stack: Stack,
+    copies: Mapping[str, Copy],
+) -> Verdict:
+    """Run every `Check=` of a running service against a stack, in order, until one fails.
+
+    Raises:
+        Gone: the service has ended.
+        HostNamespace, Refused, OSError, ...: as `swap()`.
+    """
+    if not service.settings.check:
+        return Verdict()
+    namespace = main.namespace()
+    try:
+        shadowed = await shop.run(shadow, shop, namespace, stack, copies)
+    finally:
+        os.close(namespace)
+    try:
+        return await run_all(
+            manager, service, shadowed, service.settings.check, service.settings.check_usec, "check"
+        )
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(kill_all, shadowed)
+        os.close(shadowed)
+
+
+async def run_all(
+    manager: Manager, service: Service, namespace: int, commands: tuple[str, ...], usec: int, what: str
+) -> Verdict:
+    """Run command lines one after the other, each for at most `usec` microseconds, until one fails."""
+    output = ""
+    for command in commands:
+        ended = await manager.execute(service, namespace, unitfile.split(command), usec / 1_000_000)
+        output += ended.output
+        if ended.reason:
+            return Verdict(f"{what} {shown(command)!r} {ended.reason}{_last_line(ended.output)}", output)
+    return Verdict("", output)
+
+
+def _last_line(output: str) -> str:
+    """The end of what was printed, which mostly says what is wrong."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return f" ({shown(lines[-1][:200])})" if lines else ""

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a service should have: what is on disk, what may be used of it, and what it was given before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from watcher import journal, scan
+from watcher.admission import Admission, Host
+from watcher.model import Candidate, Copy, Declared, KeptOut, Look, Stack
+from watcher.plan import Choice, Passed, choose
+from watcher.stacks import Damaged
+from watcher.store import Store
+
+STACK = "stack:"
+"""A stack as a whole in the quarantine, for a change that brought no new content (a removal): with its identity."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a service should have, and what it was given before.
+
+    Attributes:
+        look: what is on disk.
+        stack: what it should have.
+        passed: what was passed over on the way.
+        current: the accepted stack: its slots.
+        good: the newest accepted stack with nothing in it that is in quarantine; mostly the current one.
+        before: the newest accepted stack that is another than `stack`: what would be gone back to.
+        why: where the current one is not: the reason that its content is in quarantine.
+        pinned: `stack` is what somebody put it on by hand.
+        waiting: for a pinned service, the stack that it would have otherwise.
+    """
+
+    look: Look
+    stack: Stack
+    passed: tuple[Passed, ...]
+    current: Stack
+    good: Stack
+    before: Stack
+    why: str = ""
+    pinned: bool = False
+    waiting: Stack | None = None
+
+    @property
+    def busy(self) -> bool:
+        return Choice(self.stack, self.passed).busy
+
+    @property
+    def rolling_back(self) -> bool:
+        """Whether the current stack has to go because it proved bad, rather than because something new is there."""
+        return self.current.id != self.good.id
+
+
+def find(
+    store: Store,
+    admission: Admission,
+    name: str,
+    declared: Declared,
+    made_for: Host,
+    kept_out: Mapping[str, str],
+    pin: str | None,
+) -> Wanted:
+    """What a service should have. Blocks, for as long as copying takes; hold `store.using()`.
+
+    Args:
+        kept_out: digests (or `STACK` and an identity) that it must not get, with the reason.
+        pin: identity of the stack that it was put on by hand.
+    """
+
+    def admit(candidate: Candidate) -> Copy:
+        copy = admission.admit(candidate, made_for)
+        if copy.digest in kept_out:
+            raise KeptOut(f"kept out: {kept_out[copy.digest]}")
+        return copy
+
+    stacks = _history(store, name)
+    current = stacks[0]
+    good = next((stack for stack in stacks if not _bad(stack, kept_out)), Stack())
+    look = scan.look(declared)
+    choice = choose(look, admit, good)
+    stack = choice.stack
+    if STACK + stack.id in kept_out:
+        stack = good
+    pinned = next((one for one in stacks if one.id == pin), None) if pin is not None else None
+    wanted = stack if pinned is None else pinned
+    return Wanted(
+        look,
+        wanted,
+        choice.passed,
+        current,
+        current if pinned is not None else good,
+        before=next((one for one in stacks if one.id != wanted.id), Stack()),
+        why=_bad(current, kept_out),
+        pinned=pinned is not None,
+        waiting=stack if pinned is not None and stack.id != pinned.id else None,
+    )
+
+
+def accepted_stack(store: Store, name: str) -> Stack:
+    """The last accepted stack; the empty one where there is none, or where its record cannot be read."""
+    try:
+        return store.accepted(name) or Stack()
+    except Damaged as error:
+        journal.log.error(f"{name}: {error}; it is made anew from what is on disk")
+        return Stack()
+
+
+def _history(store: Store, name: str) -> tuple[Stack, ...]:
+    """The current stack, and the others that are kept, newest first."""
+    current = accepted_stack(store, name)
+    return (current, *(stack for stack in store.stacks(name) if stack.id != current.id))
+
+
+def _bad(stack: Stack, reasons: Mapping[str, str]) -> str:
+    """Why a stack is not to be used, "" if it may be."""
+    for key in (STACK + stack.id, *stack.digests):
+        if key in reasons:
+            return reasons[key]
+    return ""
