@@ -24,6 +24,11 @@ from jeepney.io.trio import DBusConnection
 BUS: Final = "org.freedesktop.DBus"
 PROPERTIES: Final = "org.freedesktop.DBus.Properties"
 
+DISCONNECTED: Final = frozenset(
+    f"{BUS}.Error.{name}" for name in ("NoReply", "ServiceUnknown", "NameHasNoOwner", "Disconnected")
+)
+"""Errors that say that the other side is not on the bus, or has just left it."""
+
 CALL_SEC: Final = 30.0
 """How long a reply may take, in seconds, unless the call says otherwise."""
 

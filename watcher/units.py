@@ -141,7 +141,7 @@ class Index:
         found: dict[str, Unit] = {}
         for name in dict.fromkeys((*self._candidates(), *known)):
             unit = self.unit(name)
-            if unit and unit.name not in found and not is_portable(unit.fragment) and self._takes_part(unit):
+            if unit and unit.name not in found and not is_portable(unit.fragment) and self.takes_part(unit):
                 found[unit.name] = unit
         return found
 
@@ -272,7 +272,8 @@ class Index:
         else:
             yield from _if_service(name)
 
-    def _takes_part(self, unit: Unit) -> bool:
+    def takes_part(self, unit: Unit) -> bool:
+        """Whether a unit's files or directories say so."""
         if self.existing_confext_dirs(unit):
             return True
         if not self.mentions(unit, *_DECLARING):

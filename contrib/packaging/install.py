@@ -1,0 +1,129 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Installs the program and its units: what `make install`, the Debian package and the test beds have in common.
+
+    install.py [--destdir DIR] [--prefix /usr/local] [--python /usr/bin/python3] [--vendor NAME]...
+    install.py --uninstall [--destdir DIR] [--prefix /usr/local]
+
+The program lives in a private directory, PREFIX/lib/confext-watcher: the name `watcher` is another package's in Debian.
+There too are the modules that the distribution does not have (`--vendor`, by default inotify-simple), as they are
+installed for the Python that runs this. Everything else is the distribution's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import compileall
+import importlib.metadata
+import py_compile
+import shutil
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+SOURCE = Path(__file__).resolve().parents[2]
+NAME = "confext-watcher"
+WRAPPER = """\
+#!{python} -I
+import sys
+sys.path.insert(0, "{libdir}")
+from watcher.cli import main
+sys.exit(main())
+"""
+# Where below PREFIX/lib each file of units/ goes, and whether it is a program.
+UNITS = {
+    "confext-watcher.service.in": ("systemd/system/confext-watcher.service", False),
+    "confext-watcher-generator.in": ("systemd/system-generators/confext-watcher-generator", True),
+    "confext-watcher.preset": ("systemd/system-preset/80-confext-watcher.preset", False),
+    "confext-watcher.catalog": ("systemd/catalog/confext-watcher.catalog", False),
+    "confext-watcher.tmpfiles": ("tmpfiles.d/confext-watcher.conf", False),
+}
+
+
+def install(destdir: Path, prefix: str, python: str, vendor: Iterable[str]) -> None:
+    """Put everything below `destdir`, for a system on which that will be the root directory.
+
+    Raises:
+        OSError: something cannot be written.
+        importlib.metadata.PackageNotFoundError: a module to be brought along is not installed here.
+    """
+    words = {"@python@": python, "@libdir@": f"{prefix}/lib/{NAME}", "@bindir@": f"{prefix}/bin"}
+    library = below(destdir, words["@libdir@"])
+    if library.exists():
+        shutil.rmtree(library)
+    shutil.copytree(SOURCE / "watcher", library / "watcher", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in vendor:
+        copy_distribution(name, library)
+    write(
+        below(destdir, f"{words['@bindir@']}/{NAME}"),
+        WRAPPER.format(python=python, libdir=words["@libdir@"]),
+        program=True,
+    )
+    for source, (target, program) in UNITS.items():
+        text = (SOURCE / "units" / source).read_text()
+        for word, value in words.items():
+            text = text.replace(word, value)
+        write(below(destdir, f"{prefix}/lib/{target}"), text, program)
+
+
+def byte_compile(destdir: Path, prefix: str) -> None:
+    """For the Python that runs this; never checked again: the directory changes only as a whole."""
+    mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    library = f"{prefix}/lib/{NAME}"
+    compileall.compile_dir(
+        below(destdir, library), quiet=1, invalidation_mode=mode, stripdir=str(destdir), prependdir="/"
+    )
+
+
+def uninstall(destdir: Path, prefix: str) -> None:
+    """Remove it again; the state directory stays."""
+    library = below(destdir, f"{prefix}/lib/{NAME}")
+    if library.exists():
+        shutil.rmtree(library)
+    below(destdir, f"{prefix}/bin/{NAME}").unlink(missing_ok=True)
+    for target, _ in UNITS.values():
+        below(destdir, f"{prefix}/lib/{target}").unlink(missing_ok=True)
+
+
+def below(destdir: Path, path: str) -> Path:
+    return destdir / path.lstrip("/")
+
+
+def write(path: Path, text: str, program: bool) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Never in place: the one that is there may be running.
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text)
+    new.chmod(0o755 if program else 0o644)
+    new.rename(path)
+
+
+def copy_distribution(name: str, target: Path) -> None:
+    """The modules of an installed distribution, without its metadata and tests."""
+    for file in importlib.metadata.files(name) or []:
+        source = Path(str(file.locate()))
+        if file.parts[0] == ".." or file.suffix != ".py" or not stat.S_ISREG(source.stat().st_mode):
+            continue
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target / file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Install confext-watcher.")
+    parser.add_argument("--destdir", type=Path, default=Path("/"))
+    parser.add_argument("--prefix", default="/usr/local")
+    parser.add_argument("--python", default="/usr/bin/python3", help="that will run it")
+    parser.add_argument("--vendor", action="append", metavar="NAME", help="distribution to bring along")
+    parser.add_argument("--no-compile", action="store_true", help="do not byte-compile")
+    parser.add_argument("--uninstall", action="store_true")
+    options = parser.parse_args()
+    if options.uninstall:
+        uninstall(options.destdir, options.prefix)
+        return
+    install(options.destdir, options.prefix, options.python, options.vendor or ["inotify-simple"])
+    if not options.no_compile:
+        byte_compile(options.destdir, options.prefix)
+
+
+if __name__ == "__main__":
+    main()

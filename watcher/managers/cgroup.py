@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The processes of a unit, by its control group: read from the kernel, because a swap has no time for a bus."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+_DELEGATED = ("trusted.delegate", "user.delegate")
+
+
+def processes(pid: int, unit: str, root: str = "/proc") -> list[int]:
+    """PIDs in the control group of the unit whose main process is `pid`; those of delegated subtrees left out.
+
+    A subtree that is delegated (`Delegate=`, systemd.resource-control(5)) belongs to the service's own containers; of
+    such a unit only the group of the main process itself counts.
+    """
+    group = unit_group(_read(f"{root}/{pid}/cgroup"), unit)
+    mount = mount_point(_read(f"{root}/self/mountinfo"))
+    if not group or not mount:
+        return [pid]
+    found = [pid]
+    for directory in _groups(f"{mount}{group}"):
+        found += [int(line) for line in _read(f"{directory}/cgroup.procs").split()]
+    return [process for process in dict.fromkeys(found) if process > 0]
+
+
+def unit_group(text: str, unit: str) -> str:
+    """Path of the unit's control group, by `/proc/PID/cgroup` of its main process; "" if it is in none of its own.
+
+    systemd's own hierarchy is "0::" or, on hosts with the first version of control groups, "name=systemd".
+    """
+    rows = (line.split(":", 2) for line in text.splitlines() if line.count(":") >= 2)
+    groups = {controllers: path for _, controllers, path in rows}
+    parts = (groups.get("") or groups.get("name=systemd") or "").split("/")
+    # cgroup names that clash with a kernel file get a "_" in front: cg_escape().
+    for name in (unit, f"_{unit}"):
+        if name in parts:
+            return "/".join(parts[: parts.index(name) + 1])
+    return ""
+
+
+def mount_point(text: str) -> str:
+    """Where the hierarchy is mounted that systemd keeps units in, by `/proc/self/mountinfo`; "" if nowhere."""
+    found = {}
+    for line in text.splitlines():
+        fields = line.split(" ")
+        kind, options = fields[fields.index("-") + 1], fields[-1]
+        if kind == "cgroup2":
+            found["2"] = fields[4]
+        elif kind == "cgroup" and "name=systemd" in options.split(","):
+            found["1"] = fields[4]
+    return found.get("2") or found.get("1", "")
+
+
+def _groups(directory: str) -> Iterator[str]:
+    yield directory
+    if _is_delegated(directory):
+        return
+    try:
+        names = [entry.name for entry in os.scandir(directory) if entry.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return
+    for name in names:
+        if not _is_delegated(f"{directory}/{name}"):
+            yield from _groups(f"{directory}/{name}")
+
+
+def _is_delegated(directory: str) -> bool:
+    for attribute in _DELEGATED:
+        try:
+            if os.getxattr(directory, attribute) == b"1":
+                return True
+        except OSError:
+            continue  # not set, not supported, not ours to see: not delegated
+    return False
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return file.read()
+    except OSError:
+        return ""  # ended in between, which whoever holds the main process notices

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the files of the services that take part say, and whether systemd has loaded the drop-ins that they should have.
+
+Everything here blocks: call it in a thread.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from watcher import config, generator, unitfile, unitname, units
+from watcher.config import ServiceSettings
+from watcher.model import Declared, Remark
+from watcher.units import DROPIN, Index, Unit
+
+GENERATED = "/run/systemd/generator"
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """A unit as its files say.
+
+    Attributes:
+        names: its own, then its aliases.
+        root: `RootDirectory=`, "/" without one.
+        root_image: its root is an image, which nobody but the unit itself has mounted.
+    """
+
+    names: tuple[str, ...]
+    declared: Declared
+    settings: ServiceSettings
+    root: str = "/"
+    root_image: bool = False
+    remarks: tuple[Remark, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+
+def seen(state_directory: str) -> dict[str, bool]:
+    """Names of the units that have slots, and whether there is anything in them."""
+    try:
+        names = os.listdir(f"{state_directory}/units")
+    except FileNotFoundError:
+        return {}
+    return {
+        name: _has_layers(f"{state_directory}/units/{name}") for name in names if not name.startswith(".")
+    }
+
+
+def _has_layers(path: str) -> bool:
+    try:
+        return any(not name.startswith(".") for name in os.listdir(path))
+    except FileNotFoundError:
+        return False
+
+
+def describe_all(index: Index, known: Mapping[str, bool]) -> dict[str, Described]:
+    """All services that take part, but for those with `Enabled=no`.
+
+    Args:
+        known: units with slots, as `seen()` gives them. One with a stack takes part even if nothing says so any more:
+            until its running process has been given back its own `/etc`.
+    """
+    found = index.services(known)
+    for name, has_layers in known.items():
+        unit = index.unit(name) if has_layers and name not in found else None
+        if unit is not None and unit.name == name and not units.is_portable(unit.fragment):
+            found[name] = unit
+    described = (describe(index, unit) for unit in found.values())
+    return {each.name: each for each in described if each.settings.enabled}
+
+
+def describe(index: Index, unit: Unit) -> Described:
+    parsed = index.parse(unit)
+    declared, remarks = units.declared(unit, parsed, index.search_path)
+    expand = unitname.Specifiers(unit.name, unit.fragment).expand
+    settings, more = config.service_settings(parsed.assignments, expand)
+    image = unitfile.last(parsed.assignments, "Service", "RootImage")
+    return Described(
+        names=unit.names,
+        declared=declared,
+        settings=settings,
+        root=_root(parsed.assignments, expand),
+        root_image=image is not None,
+        remarks=(*remarks, *more),
+    )
+
+
+def _root(assignments: Sequence[unitfile.Assignment], expand: object) -> str:
+    directory = unitfile.last(assignments, "Service", "RootDirectory")
+    if directory is None or not callable(expand):
+        return "/"
+    try:
+        path = str(expand(directory.value.removeprefix("-")))
+    except ValueError:
+        return "/"  # systemd refuses to load such a unit
+    return os.path.normpath(path) if path.startswith("/") else "/"
+
+
+def stale(
+    index: Index, names: Iterable[str], state_directory: str, generated: str = GENERATED
+) -> dict[str, str]:
+    """Units that would start on something else than their slots, with the drop-in that they should have.
+
+    Compared is what the generator wrote, which is what systemd has loaded, with what it would write now. A slot that is
+    listed and not there is ignored by systemd, and so it is here: a first version for an entry makes nothing stale.
+    """
+    found = {}
+    for name in names:
+        unit = index.unit(name)
+        if unit is None or not index.takes_part(unit):
+            continue  # and has no drop-in then
+        if unitname.UnitName(name).instance and not _has_slots(name, state_directory):
+            continue  # an instance that was never seen goes by its template's
+        wanted = generator.text(index, unit, state_directory)
+        loaded = _read(f"{generated}/{name}.d/{DROPIN}")
+        if loaded is None or _effective(loaded, name, state_directory) != _effective(
+            wanted, name, state_directory
+        ):
+            found[name] = wanted
+    return found
+
+
+def _has_slots(name: str, state_directory: str) -> bool:
+    return os.path.lexists(f"{state_directory}/units/{name}")
+
+
+def _effective(text: str, name: str, state_directory: str) -> list[str]:
+    """The sources in a drop-in of ours that are there, or that are not slots."""
+    found = []
+    for line in text.splitlines():
+        key, _, value = line.partition("=")
+        if key not in ("ExtensionImages", "ExtensionDirectories") or not value:
+            continue
+        path = value.removeprefix("-").partition(":")[0].replace("%n", name)
+        if not path.startswith(f"{state_directory}/units/") or os.path.lexists(path):
+            found.append(f"{key}={value}")
+    return found
+
+
+def _read(path: str) -> str | None:
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Keeps what is known of systemd's services current.
+
+Which units take part is read from their files (`watcher.units`), as the generator does; systemd is asked for what only
+it knows: where unit files are, which instances there are, which process is the main one, since which start. Signals
+only say what to ask about again, so that none is worth more than the next: after a loss of the connection, or a
+daemon-reload by anyone, everything is asked again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterable
+
+import trio
+from jeepney import HeaderFields, Message
+
+from watcher import dbus, journal, units
+from watcher.managers import Service
+from watcher.managers.described import Described, describe_all, seen
+from watcher.managers.systemd1 import Systemd1, unit_path
+from watcher.model import Remark
+from watcher.process import Gone, Process
+from watcher.unitname import UNIT_PATHS, UnitName
+from watcher.units import Index
+
+_ALREADY_SUBSCRIBED = "org.freedesktop.systemd1.AlreadySubscribed"
+_EXECUTOR = "systemd-executor"
+_EXECUTOR_POLL_SEC = (0.002, 0.002, 0.005, 0.005, 0.01, 0.01, 0.02, 0.02, 0.05, 0.05, 0.1)
+_STOPPED = frozenset({"inactive", "failed"})
+
+
+class Following:
+    """The services that take part, as of the last `update()`."""
+
+    def __init__(self, state_directory: str) -> None:
+        self.services: dict[str, Service] = {}
+        self.index = Index(())
+        self._state_directory = state_directory
+        self._described: dict[str, Described] = {}
+        self._names: dict[str, str] = {}
+        self._said: set[Remark] = set()
+        self._per_connection: set[str] = set()
+        self._starting: dict[str, tuple[Process, str]] = {}
+        # What to look at again, and the event that says so.
+        self._everything = True
+        self._dirty: set[str] = set()
+        self._resubscribe = False
+        self._news = trio.Event()
+
+    def close(self) -> None:
+        """Let go of all processes."""
+        for name in list(self.services):
+            self._drop(name)
+
+    # --- what to look at again ---
+
+    def look_at_everything(self) -> None:
+        self._everything = True
+        self._news.set()
+
+    def look_at(self, name: str) -> None:
+        self._dirty.add(name)
+        self._news.set()
+
+    def note(self, message: Message) -> None:
+        """A signal came."""
+        member = message.header.fields.get(HeaderFields.member)
+        if member == "PropertiesChanged":
+            name = self._names.get(message.header.fields[HeaderFields.path])
+            if name:
+                self.look_at(name)
+        elif member == "Reloading" and not message.body[0]:
+            self.look_at_everything()
+        elif member == "NameOwnerChanged" and message.body[2]:
+            self._resubscribe = True
+            self.look_at_everything()
+        elif member == "UnitNew":
+            self._note_unit(message.body[0])
+
+    def _note_unit(self, name: str) -> None:
+        """An instance that was loaded takes part if its template does."""
+        if name in self.services or name in self._per_connection or not name.endswith(".service"):
+            return
+        template = UnitName(name).template
+        if template in self.services:
+            self.look_at_everything()
+
+    async def news(self) -> None:
+        """Wait until there is something to look at.
+
+        Nothing tells when systemd's executor has become the service: while there is one, it is looked at.
+        """
+        for delay in itertools.chain(_EXECUTOR_POLL_SEC, itertools.repeat(_EXECUTOR_POLL_SEC[-1])):
+            with trio.move_on_after(delay if self._starting else math.inf):
+                await self._news.wait()
+            for name, (process, _invocation) in self._starting.items():
+                if not is_executor(process):
+                    self.look_at(name)
+            if self._news.is_set():
+                return
+
+    # --- looking ---
+
+    async def update(self, systemd: Systemd1, changed: Callable[[str], None]) -> bool:
+        """Look at all that is due; raises as `Systemd1` does, and is then to be called again.
+
+        Returns:
+            Whether the unit files were read again.
+        """
+        self._news = trio.Event()
+        if self._resubscribe:
+            await _subscribe(systemd)
+            self._resubscribe = False
+        everything, self._everything = self._everything, False
+        try:
+            if everything:
+                await self._look_at_files(systemd, changed)
+            while self._dirty:
+                name = min(self._dirty)
+                await self._look_at_unit(systemd, name, changed)
+                self._dirty.discard(name)
+        except BaseException:
+            self._everything = self._everything or everything
+            raise
+        return everything
+
+    async def _look_at_files(self, systemd: Systemd1, changed: Callable[[str], None]) -> None:
+        paths = await systemd.unit_paths()
+        self.index = await trio.to_thread.run_sync(Index, paths or UNIT_PATHS)
+        known = await trio.to_thread.run_sync(seen, self._state_directory)
+        described = await trio.to_thread.run_sync(describe_all, self.index, known)
+        patterns = [name.replace("@.", "@*.") for name in described if units.is_template(name)]
+        loaded = {row.name: row for row in await systemd.loaded([*described, *patterns])}
+        instances = [name for name in loaded if name not in described]
+        if instances:
+            own = await self._own_instances(systemd, instances)
+            described |= await trio.to_thread.run_sync(describe_all, self.index, dict.fromkeys(own, False))
+        self._say(remark for each in described.values() for remark in each.remarks)
+        self._described = described
+        self._names = {unit_path(name): name for name in described}
+        await systemd.follow_units(name for name in described if not units.is_template(name))
+        for name in [name for name in self.services if name not in described]:
+            self._drop(name)
+            changed(name)
+        for name in described:
+            row = loaded.get(name)
+            if row is None or row.active in _STOPPED:
+                self._put(name, changed, failed=row is not None and row.active == "failed")
+            else:
+                self._dirty.add(name)
+
+    async def _own_instances(self, systemd: Systemd1, names: Iterable[str]) -> list[str]:
+        """Those that are more than the server of one connection (`Accept=yes`): these end soon, and are a new name
+        each time; they start on the stack of their template and keep it."""
+        own = []
+        for name in names:
+            template = UnitName(name).template or ""
+            socket = template.replace("@.service", ".socket")
+            if name not in self._per_connection and socket in await systemd.unit(name, "TriggeredBy"):
+                self._per_connection.add(name)
+            if name not in self._per_connection:
+                own.append(name)
+        self._per_connection.intersection_update(names)
+        return own
+
+    async def _look_at_unit(self, systemd: Systemd1, name: str, changed: Callable[[str], None]) -> None:
+        if name in self._described:
+            process, invocation = await self._main(systemd, name)
+            failed = process is None and await _has_failed(systemd, name)
+            self._put(name, changed, process, invocation, failed)
+
+    async def _main(self, systemd: Systemd1, name: str) -> tuple[Process | None, str]:
+        """The main process that a unit has now, and since which start."""
+        while pid := int(await systemd.service(name, "MainPID")):
+            held = self._held(name, pid)
+            if held is not None:
+                return held
+            try:
+                process = Process(pid)
+            except Gone:
+                await trio.sleep(_EXECUTOR_POLL_SEC[0])  # systemd will have noticed in a moment
+                continue
+            invocation = await systemd.invocation(name)
+            # Still the same by systemd's word: then it was not reaped in between, and it is the one we hold.
+            if int(await systemd.service(name, "MainPID")) == pid and invocation:
+                return process, invocation
+            process.close()
+        return None, ""
+
+    def _held(self, name: str, pid: int) -> tuple[Process, str] | None:
+        """The process of that PID, if it is held already, and its invocation."""
+        service = self.services.get(name)
+        held = self._starting.get(name)
+        if service is not None and service.main is not None:
+            held = service.main, service.invocation
+        return held if held is not None and held[0].pid == pid and held[0].alive() else None
+
+    def _put(
+        self,
+        name: str,
+        changed: Callable[[str], None],
+        process: Process | None = None,
+        invocation: str = "",
+        failed: bool = False,
+    ) -> None:
+        """Enter what is known of a service now; `process` is owned from here on."""
+        described = self._described[name]
+        starting = process is not None and is_executor(process)
+        main = None if starting else process
+        root = f"/proc/{main.pid}/root" if main and described.root_image else described.root
+        service = Service(
+            name=name,
+            declared=described.declared,
+            settings=described.settings,
+            main=main,
+            invocation=invocation,
+            starting=starting,
+            failed=failed,
+            root=root,
+            aliases=described.names[1:],
+        )
+        before = self.services.get(name)
+        held = [before.main if before else None, self._starting.pop(name, (None, ""))[0]]
+        for other in held:
+            if other is not None and other is not process:
+                other.close()
+        if starting and process is not None:
+            self._starting[name] = process, invocation
+        self.services[name] = service
+        if before != service:
+            changed(name)
+
+    def _drop(self, name: str) -> None:
+        service = self.services.pop(name, None)
+        for process in (service.main if service else None, self._starting.pop(name, (None, ""))[0]):
+            if process is not None:
+                process.close()
+
+    def _say(self, remarks: Iterable[Remark]) -> None:
+        """Once for as long as it is so."""
+        present = set(remarks)
+        for remark in present - self._said:
+            journal.say(remark)
+        self._said = present
+
+
+def is_executor(process: Process) -> bool:
+    """Whether it is still systemd's executor, on its way to becoming the service (systemd >= 255).
+
+    It sets up the service's namespaces itself, so that until then these are the host's, or half made.
+    """
+    try:
+        return os.path.basename(os.readlink(f"/proc/{process.pid}/exe")).startswith(_EXECUTOR)
+    except OSError:
+        return False  # gone, which whoever uses it will notice
+
+
+async def _has_failed(systemd: Systemd1, name: str) -> bool:
+    """Whether it went down rather than being stopped; it may be waiting for its automatic restart."""
+    if await systemd.unit(name, "ActiveState") == "failed":
+        return True
+    return str(await systemd.unit(name, "SubState")).startswith("auto-restart")
+
+
+async def _subscribe(systemd: Systemd1) -> None:
+    try:
+        await systemd.manager("Subscribe")
+    except dbus.Error as error:
+        if error.name != _ALREADY_SUBSCRIBED:
+            raise

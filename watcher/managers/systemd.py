@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The manager of services that systemd runs: over D-Bus, as `systemctl` does.
+
+`Following` keeps what is known current, `UnitJobs` has units reload, `DaemonReload` shares daemon-reloads between those
+who need one. Here they are wired to one connection, which may be lost at any time (the bus restarts, systemd executes
+itself anew) and is then made again.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Mapping, Sequence
+
+import trio
+from jeepney import HeaderFields, Message
+
+from watcher import dbus, generator, journal
+from watcher.config import Settings
+from watcher.managers import Reloaded, Service, cgroup
+from watcher.managers.daemonreload import DaemonReload, Refused
+from watcher.managers.described import stale
+from watcher.managers.following import Following
+from watcher.managers.systemd1 import DAEMON_RELOAD_SEC, Jobs, Systemd1, Unsupported
+from watcher.managers.unitjob import UnitJobs
+from watcher.model import Entry, Interest
+from watcher.process import Gone, Process
+from watcher.unitname import UNIT_PATHS
+from watcher.watch import Watcher
+
+_RECONNECT_SEC = (0.1, 0.2, 0.5, 1.0, 2.0)
+_CONFEXT_DIR = r"(?s:.*)\.service\.confext\.d"
+
+
+async def check() -> None:
+    """Whether there is a systemd that this can work with.
+
+    Raises:
+        Unsupported: it is too old; `str()` is one line for the administrator.
+        dbus.Lost: it cannot be reached over the system bus.
+    """
+    failure: Exception | None = None
+    try:
+        async with dbus.connect(lambda message: None) as bus:
+            try:
+                await Systemd1(bus).check_version()
+            except (Unsupported, dbus.Lost) as error:
+                failure = error
+            except dbus.Error as error:
+                failure = dbus.Lost(f"systemd does not answer: {error}")
+    except* dbus.Lost as group:
+        failure = group.exceptions[0]
+    if failure:
+        raise failure
+
+
+class Systemd:
+    """See `Manager`.
+
+    While systemd's executor is on its way to becoming the service, `main` is None and `starting` set: its namespaces
+    are the host's, or half made.
+
+    Args:
+        settings: the watcher's; its `state_directory` must be the one that the generator knows.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._state_directory = settings.state_directory
+        self._systemd: Systemd1 | None = None
+        self._connected = trio.Event()
+        self._following = Following(settings.state_directory)
+        self._jobs = Jobs()
+        self._unit_jobs = UnitJobs(self._connection, self._jobs)
+        self._reloads = DaemonReload(
+            self._daemon_reload, settings.reload_limit_burst, settings.reload_limit_interval_usec / 1_000_000
+        )
+        # What a daemon-reload did not help with, by unit: no second one is tried for it.
+        self._hopeless: dict[str, str] = {}
+
+    @property
+    def services(self) -> Mapping[str, Service]:
+        return self._following.services
+
+    def close(self) -> None:
+        """Let go of all processes."""
+        self._following.close()
+
+    async def run(
+        self, changed: Callable[[str], None], task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """See `Manager.run`; call `check()` before."""
+        with Watcher() as watcher:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._reloads.run)
+                nursery.start_soon(self._follow_directories, watcher)
+                await self._stay_connected(changed, task_status)
+
+    async def learn(self, service: Service, entries: Sequence[Entry], sysexts: Sequence[Entry] = ()) -> None:
+        """See `Manager.learn`; what was accepted is read from the record beside the slots.
+
+        Args:
+            sysexts: declared entries that are no confexts: they are passed through to systemd.
+        """
+        paths = [entry.path for entry in sysexts]
+        await trio.to_thread.run_sync(generator.write_passed, self._state_directory, service.name, paths)
+        if await self._stale([service.name]):
+            await self._reloads.request()
+
+    async def reload(self, service: Service) -> Reloaded:
+        """See `Manager.reload`."""
+        kind = service.settings.reload
+        if kind == "none" or service.main is None:
+            return Reloaded(ok=True)
+        if kind.startswith("signal:"):
+            return _signal(service.main, kind.removeprefix("signal:"))
+        try:
+            if kind == "restart":
+                return await self._unit_jobs.restart(service.name)
+            reloaded = await self._unit_jobs.reload(service.name)
+        except (dbus.Error, dbus.Lost) as error:
+            return Reloaded(ok=False, told="reload", reason=f"reload could not be followed: {error}")
+        if reloaded is None and kind == "unit":
+            return Reloaded(ok=False, reason="Reload=unit is set, but its unit says no way to reload it")
+        return reloaded or Reloaded(ok=True)
+
+    async def processes(self, service: Service) -> list[int]:
+        """See `Manager.processes`."""
+        return cgroup.processes(service.main.pid, service.name) if service.main is not None else []
+
+    # --- the connection ---
+
+    async def _stay_connected(
+        self, changed: Callable[[str], None], task_status: trio.TaskStatus[None]
+    ) -> None:
+        failures = 0
+        while True:
+            lost: list[BaseException] = []
+            try:
+                async with dbus.connect(self._on_signal) as bus:
+                    await self._begin(Systemd1(bus), changed)
+                    if failures:
+                        journal.log.info("systemd can be reached again")
+                    failures = 0
+                    task_status.started()
+                    task_status = trio.TASK_STATUS_IGNORED
+                    await self._follow(changed)
+            except* (dbus.Lost, dbus.Error) as group:
+                lost += group.exceptions
+            self._systemd = None
+            self._connected = trio.Event()
+            self._jobs.lost()
+            if not failures:
+                journal.log.warning(f"systemd cannot be reached, it is tried again: {lost[0]}")
+            await trio.sleep(_RECONNECT_SEC[min(failures, len(_RECONNECT_SEC) - 1)])
+            failures += 1
+
+    async def _begin(self, systemd: Systemd1, changed: Callable[[str], None]) -> None:
+        await systemd.follow()
+        self._systemd = systemd
+        self._connected.set()
+        self._following.look_at_everything()
+        await self._update(changed)
+
+    async def _follow(self, changed: Callable[[str], None]) -> None:
+        while True:
+            await self._following.news()
+            await self._update(changed)
+
+    async def _update(self, changed: Callable[[str], None]) -> None:
+        assert self._systemd is not None
+        files_were_read = await self._following.update(self._systemd, changed)
+        if files_were_read and await self._stale(self.services):
+            self._reloads.ask()
+
+    async def _connection(self) -> Systemd1:
+        while self._systemd is None:
+            await self._connected.wait()
+        return self._systemd
+
+    def _on_signal(self, message: Message) -> None:
+        if message.header.fields.get(HeaderFields.member) == "JobRemoved":
+            self._jobs.ended(message.body[1], message.body[3])
+        else:
+            self._following.note(message)
+
+    async def _follow_directories(self, watcher: Watcher) -> None:
+        """A `<unit>.confext.d/` that comes or goes needs no daemon-reload to be noticed."""
+        watcher.set("", [Interest(path, pattern=_CONFEXT_DIR) for path in UNIT_PATHS])
+        async for _ in watcher.changes():
+            self._following.look_at_everything()
+
+    # --- drop-ins ---
+
+    async def _stale(self, names: Sequence[str] | Mapping[str, Service]) -> list[str]:
+        """Those of the units that need a daemon-reload, unless it is known not to help."""
+        index = self._following.index
+        found = await trio.to_thread.run_sync(stale, index, list(names), self._state_directory)
+        return [name for name, text in found.items() if self._hopeless.get(name) != text]
+
+    async def _daemon_reload(self) -> None:
+        before = await trio.to_thread.run_sync(
+            stale, self._following.index, list(self.services), self._state_directory
+        )
+        try:
+            systemd = await self._connection()
+            await systemd.manager("Reload", timeout=DAEMON_RELOAD_SEC)
+        except (dbus.Lost, dbus.Error) as error:
+            journal.log.warning(f"daemon-reload was not possible, it is tried again: {error}")
+            raise Refused(str(error)) from error
+        after = await trio.to_thread.run_sync(
+            stale, self._following.index, list(before), self._state_directory
+        )
+        after = {name: text for name, text in after.items() if before.get(name) == text}
+        for name in after:
+            journal.log.error(
+                f"{name}: daemon-reload did not give it its drop-in, it will start on what it picks itself; "
+                "is the generator installed?",
+                service=name,
+            )
+        self._hopeless = after
+
+
+def _signal(main: Process, name: str) -> Reloaded:
+    try:
+        main.signal(signal.Signals[name])
+    except Gone:
+        return Reloaded(ok=False, told=name, reason="its main process has ended")
+    return Reloaded(ok=True, told=name)
