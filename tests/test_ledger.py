@@ -136,6 +136,14 @@ def test_many_threads_may_record_at_once(ledger: Ledger) -> None:
         assert len(ledger.quarantined(f"{name}.service")) == 20
 
 
+def test_exec_may_add_to_the_history_beside_the_daemon(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.append(event(1))
+    with Ledger(str(tmp_path)) as beside:
+        beside.append(event(2))
+    ledger.append(event(3))
+    assert messages(ledger.history()) == ["message 3", "message 2", "message 1"]
+
+
 # Quarantine and pins
 
 
@@ -194,6 +202,29 @@ def test_a_corrupt_ledger_is_set_aside_with_one_remark(tmp_path: Path, content: 
         assert str(tmp_path / NAME) in remark.text and aside in remark.text
         ledger.append(event(1))
         assert len(ledger.history()) == 1
+
+
+def test_damage_in_the_middle_is_found_at_the_start(tmp_path: Path) -> None:
+    with Ledger(str(tmp_path)) as ledger:
+        ledger.append(*(event(number, output="x" * 4000) for number in range(50)))
+    size = (tmp_path / NAME).stat().st_size
+    with (tmp_path / NAME).open("r+b") as file:
+        file.seek(size // 2 // 4096 * 4096)
+        file.write(os.urandom(4096))
+    with Ledger(str(tmp_path)) as ledger:
+        assert "corrupt" in ledger.remarks[0].text
+
+
+def test_the_journal_of_a_ledger_is_set_aside_with_it(tmp_path: Path) -> None:
+    killed_in_commit(tmp_path)
+    journal = (tmp_path / f"{NAME}-journal").read_bytes()
+    (tmp_path / NAME).unlink()
+    (tmp_path / NAME).symlink_to("/nowhere/at/all")
+    with Ledger(str(tmp_path)) as ledger:
+        ledger.append(event(7))
+    (aside,) = tmp_path.glob(f"{NAME}.*-journal")
+    assert aside.read_bytes() == journal
+    assert messages(Reader(str(tmp_path)).history()) == ["message 7"]
 
 
 def test_a_ledger_of_a_newer_version_is_set_aside_untouched(tmp_path: Path) -> None:
@@ -421,6 +452,7 @@ def every_fault(tmp_path: Path, fault: str) -> Iterator[tuple[Path, str, subproc
     (tmp_path / "whole").mkdir()
     calls = changing_calls(tmp_path / "whole", tmp_path / "trace")
     assert len(calls) > 10
+    assert ("fdatasync", 1) in calls, "a commit must be on the disk"
 
     def run(call: tuple[str, int]) -> tuple[Path, str, subprocess.CompletedProcess[str]]:
         name, number = call

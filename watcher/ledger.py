@@ -3,7 +3,7 @@
 
 **What decides is kept in memory.** Quarantine and pins are read at the start and written through: a full disk must not
 let a bad image back in, round after round. What could not be written is written with the next round that can be.
-There is one writer of these two, the daemon; `exec` may add to the history beside it.
+There is one writer of these two, the daemon; `exec` only ever adds to the history beside it.
 
 **A broken ledger never stops a service.** One that is corrupt, unreadable or from a newer version is set aside under
 another name and a new one is begun, with one remark. Writes that fail raise LedgerError, to be logged and gone on
