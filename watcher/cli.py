@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 from watcher import __version__, config
 from watcher.config import Settings
-from watcher.model import Busy, Refused, Remark, shown
-from watcher.schema import CallError, ServiceStatus, to_dict
+from watcher.model import Busy, Outcome, Refused, Remark, shown
+from watcher.schema import CallError, Quarantined, ServiceStatus, to_dict
 
 DONE, FAILED, USAGE, NOT_RUNNING, TIMED_OUT = range(5)
 
@@ -63,6 +63,36 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("service", nargs="?", metavar="SERVICE")
     status.add_argument("--json", action="store_true", help="print one JSON object")
     status.set_defaults(command=_status)
+
+    plan = commands.add_parser("plan", help="what a look now would change, without doing it")
+    plan.add_argument("service", nargs="?", metavar="SERVICE")
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
+    plan.set_defaults(command=_plan)
+
+    history = commands.add_parser("history", help="what was applied, refused, rolled back, when and why")
+    history.add_argument("service", nargs="?", metavar="SERVICE")
+    history.add_argument("--lines", "-n", type=int, default=20, metavar="N", help="the newest N (20)")
+    history.add_argument("--json", action="store_true", help="print one JSON object")
+    history.set_defaults(command=_history)
+
+    wait = commands.add_parser(
+        "wait", help="block until an image is applied or refused; the exit status says which"
+    )
+    wait.add_argument("service", metavar="SERVICE")
+    wait.add_argument("image", metavar="IMAGE", help="its path or file name")
+    wait.add_argument("--timeout", type=float, default=None, metavar="SECONDS", help="give up after so long")
+    wait.add_argument("--json", action="store_true", help="print one JSON object")
+    wait.set_defaults(command=_wait)
+
+    rollback = commands.add_parser("rollback", help="back to the stack before, and stay there")
+    rollback.add_argument("service", metavar="SERVICE")
+    which = rollback.add_mutually_exclusive_group()
+    which.add_argument("--to", metavar="STACK", help="to this stack (see `history`), or what it begins with")
+    which.add_argument(
+        "--forget", action="store_true", help="undo: let it have what is newest, and all that was kept out"
+    )
+    rollback.add_argument("--json", action="store_true", help="print one JSON object")
+    rollback.set_defaults(command=_rollback)
 
     check = commands.add_parser("check", help="would this image be admitted here?")
     check.add_argument("images", nargs="+", metavar="IMAGE", help="image file (*.raw) or directory tree")
@@ -127,10 +157,12 @@ def _add_exec(parser: argparse.ArgumentParser) -> None:
 
 def _run(settings: Settings, options: argparse.Namespace) -> int:
     from watcher import daemon
+    from watcher.dbus import Lost
+    from watcher.managers.systemd1 import Unsupported
 
     try:
         daemon.main(settings)
-    except daemon.AlreadyRunning as error:
+    except (daemon.AlreadyRunning, Unsupported, Lost) as error:
         return _fail(str(error), FAILED)
     return DONE
 
@@ -162,10 +194,16 @@ def _exec(settings: Settings, options: argparse.Namespace) -> int:
 
 def _status(settings: Settings, options: argparse.Namespace) -> int:
     from watcher import status
+    from watcher.client import Client, NotRunning
     from watcher.ledger import LedgerError
 
     try:
-        services = status.standalone(settings, options.service)
+        try:
+            with Client(settings.runtime_directory, timeout=30) as client:
+                services = client.status(options.service)
+        except NotRunning:
+            services = status.without_daemon(settings, options.service)
+            print("confext-watcher: the daemon is not running", file=sys.stderr)
     except LedgerError as error:
         return _fail(str(error), FAILED)
     if options.json:
@@ -175,6 +213,90 @@ def _status(settings: Settings, options: argparse.Namespace) -> int:
     else:
         print("no service takes part")
     return DONE
+
+
+def _plan(settings: Settings, options: argparse.Namespace) -> int:
+    from watcher.client import Client
+    from watcher.model import Stack
+    from watcher.plan import describe
+
+    with Client(settings.runtime_directory, timeout=600) as client:
+        changes = client.plan(options.service)
+    if options.json:
+        _print_json({"changes": to_dict(changes)})
+        return DONE
+    for change in changes:
+        what = describe(Stack(change.layers), Stack(change.wanted_layers)) if change.changes else "no change"
+        print(f"{shown(change.service)}: {what}")
+        for remark in change.remarks:
+            print(f"  {shown(remark.path)}: {remark.text}")
+    if not changes:
+        print("no service takes part")
+    return DONE
+
+
+def _history(settings: Settings, options: argparse.Namespace) -> int:
+    from watcher.ledger import LedgerError, Reader
+
+    if options.lines < 1:
+        return _fail("--lines: at least 1", USAGE)
+    try:
+        events = Reader(settings.state_directory).history(options.service, options.lines)
+    except LedgerError as error:
+        return _fail(str(error), FAILED)
+    if options.json:
+        _print_json({"events": to_dict(events)})
+        return DONE
+    for event in reversed(events):
+        print(f"{_when(event.when)}  {event.outcome.value:<13}  {event.stack or '-':<16}  {event.message}")
+        for line in event.output.splitlines():
+            print(f"    {shown(line)}")
+    if not events:
+        print("nothing has happened yet")
+    return DONE
+
+
+def _wait(settings: Settings, options: argparse.Namespace) -> int:
+    from watcher.client import Client
+    from watcher.schema import Failed
+
+    image = os.path.abspath(options.image) if "/" in options.image else options.image
+    last = None
+    with Client(settings.runtime_directory, timeout=options.timeout) as client:
+        for last in client.wait(options.service, image):
+            if not options.json:
+                print(last.message)
+    if last is None:
+        raise Failed("the daemon ended before there was an outcome")
+    if options.json:
+        _print_json(to_dict(last))
+    return DONE if last.outcome is Outcome.APPLIED else FAILED
+
+
+def _rollback(settings: Settings, options: argparse.Namespace) -> int:
+    from watcher.client import Client
+
+    with Client(settings.runtime_directory, timeout=600) as client:
+        if options.forget:
+            forgotten = client.forget(options.service)
+            if options.json:
+                _print_json({"forgotten": to_dict(forgotten)})
+            else:
+                _print_forgotten(options.service, forgotten)
+            return DONE
+        event = client.rollback(options.service, options.to)
+    if options.json:
+        _print_json(to_dict(event))
+    else:
+        print(event.message)
+    return FAILED if event.outcome in (Outcome.FAILED, Outcome.NEEDS_RESTART) else DONE
+
+
+def _print_forgotten(service: str, forgotten: Sequence[Quarantined]) -> None:
+    print(f"{shown(service)}: free to have what is newest")
+    for content in forgotten:
+        what = content.source or content.digest
+        print(f"  {shown(what)} is let in again; it was kept out because: {content.reason}")
 
 
 def _check(settings: Settings, options: argparse.Namespace) -> int:

@@ -18,10 +18,16 @@ import trio
 
 from watcher import config, journal, notify
 from watcher.admission import Admission
+from watcher.backend import Control
 from watcher.config import ServiceSettings, Settings
+from watcher.control import serve
 from watcher.ledger import Ledger
 from watcher.line import Line, Tools
+from watcher.managers import Manager
+from watcher.managers.several import Several
 from watcher.managers.standalone import Standalone
+from watcher.managers.systemd import Systemd
+from watcher.managers.systemd import check as systemd_check
 from watcher.model import Busy, Remark, shown
 from watcher.mounts.workshop import Workshop
 from watcher.pending import Pending
@@ -39,10 +45,17 @@ def main(settings: Settings) -> None:
 
     Raises:
         AlreadyRunning: there is one.
+        Unsupported, Lost: systemd is too old, or cannot be reached.
         OSError: a directory, inotify or the mounts cannot be had.
     """
     with _alone(settings.runtime_directory), _tools(settings) as tools:
-        trio.run(Daemon(settings, tools).run)
+        trio.run(_run, settings, tools)
+
+
+async def _run(settings: Settings, tools: Tools) -> None:
+    if on_systemd():
+        await systemd_check()
+    await Daemon(settings, tools).run()
 
 
 @contextmanager
@@ -67,8 +80,13 @@ def _tools(settings: Settings) -> Iterator[Tools]:
         store = stack.enter_context(
             Store(settings.state_directory, settings.store_max, settings.image_max, settings.keep_stacks)
         )
-        manager = Standalone(settings.runtime_directory, shop, ServiceSettings())
-        stack.callback(manager.close)
+        standalone = Standalone(settings.runtime_directory, shop, ServiceSettings())
+        stack.callback(standalone.close)
+        manager: Manager = standalone
+        if on_systemd():
+            systemd = Systemd(settings, shop)
+            stack.callback(systemd.close)
+            manager = Several([systemd, standalone])
         yield Tools(
             store=store,
             admission=Admission(store, shop),
@@ -78,6 +96,11 @@ def _tools(settings: Settings) -> Iterator[Tools]:
             ledger=stack.enter_context(Ledger(settings.state_directory, settings.history_max)),
             pending=Pending(settings.runtime_directory),
         )
+
+
+def on_systemd() -> bool:
+    """Whether systemd runs this host (sd_booted(3)) and we are somebody it listens to."""
+    return os.path.isdir("/run/systemd/system") and os.geteuid() == 0 and not in_user_namespace()
 
 
 def in_user_namespace() -> bool:
@@ -97,7 +120,9 @@ class Daemon:
     def __init__(self, settings: Settings, tools: Tools) -> None:
         self._settings = settings
         self._tools = tools
-        self._line = Line(tools)
+        self._control = Control(tools, self.changed, self._reload_settings)
+        self._line = Line(tools, self._control.tell)
+        self._control.line = self._line
         self._settle = Settle()
         self._since: dict[str, float] = {}
         self._running: set[str] = set()
@@ -112,6 +137,7 @@ class Daemon:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._tools.manager.run, self.changed)
                 self._look_at_everything()
+                await nursery.start(serve, self._control, self._settings.runtime_directory)
                 nursery.start_soon(self._follow_directories)
                 nursery.start_soon(self._start_rounds, nursery)
                 nursery.start_soon(self._when_idle)

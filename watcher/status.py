@@ -1,74 +1,119 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`confext-watcher status`: the truth, read from the kernel; no daemon is needed, and none is asked."""
+"""What a service runs on: the truth, read from the kernel. With the daemon or without it."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 
 from watcher.config import Settings
 from watcher.ledger import Reader
-from watcher.managers.standalone import Registration, registered, registrations
+from watcher.managers.standalone import registered, registrations
 from watcher.model import Event, Kind, Layer, Stack
-from watcher.mounts.table import Table
-from watcher.process import Gone, Process
-from watcher.schema import ServiceNotFound, ServiceStatus, text
+from watcher.mounts.table import Mounted, Table
+from watcher.process import Gone, Process, namespace_id
+from watcher.schema import Quarantined, ServiceNotFound, ServiceStatus, text
 from watcher.stacks import Damaged, Stacks
 
 
-def standalone(settings: Settings, service: str | None = None) -> list[ServiceStatus]:
-    """The standalone services, or one of them.
+def without_daemon(settings: Settings, service: str | None = None) -> list[ServiceStatus]:
+    """The standalone services, or one of them, without asking the daemon.
 
     Raises:
         ServiceNotFound: it is not registered.
         PermissionError: this user may not look at its process.
         LedgerError: the history is there and cannot be read.
     """
-    newest = Reader(settings.state_directory).newest()
-    names = [name for name in registrations(settings.runtime_directory) if service in (None, name)]
+    ledger = Reader(settings.state_directory)
+    newest, pins, quarantined = ledger.newest(), ledger.pins(), ledger.quarantined()
     found = []
-    for name in names:
-        with contextlib.suppress(ValueError):
+    for name in registrations(settings.runtime_directory):
+        if service not in (None, name):
+            continue
+        with contextlib.suppress(ValueError), contextlib.ExitStack() as held:
             registration = registered(settings.runtime_directory, name)
-            if registration is not None:
-                found.append(_status(settings, registration, newest))
+            if registration is None:
+                continue
+            main = None
+            with contextlib.suppress(Gone):
+                main = held.enter_context(Process(registration.pid, registration.started))
+            found.append(
+                of_service(
+                    settings.state_directory,
+                    name,
+                    "standalone",
+                    main,
+                    newest.get(text(name)),
+                    pins.get(text(name)),
+                    [one for one in quarantined if one.service == text(name)],
+                )
+            )
     if service is not None and not found:
         raise ServiceNotFound(service)
     return found
 
 
-def _status(settings: Settings, registration: Registration, newest: Mapping[str, Event]) -> ServiceStatus:
-    name = registration.name
-    stacks = _kept(settings, name)
-    last = newest.get(text(name))
+def of_service(
+    state_directory: str,
+    name: str,
+    manager: str,
+    main: Process | None,
+    last: Event | None,
+    pinned: str | None,
+    quarantined: Sequence[Quarantined],
+) -> ServiceStatus:
+    """One service: `main` is its main process, None if it does not run; the rest comes from the ledger."""
+    stacks = _kept(state_directory, name)
     status = ServiceStatus(
         service=name,
-        manager="standalone",
+        manager=manager,
         state="stopped",
         accepted=stacks[0].id if stacks else "",
         last=last,
+        pinned=pinned,
+        quarantined=tuple(quarantined),
     )
-    try:
-        with Process(registration.pid, registration.started) as main:
-            mounted = Table(main.mountinfo()).mounted()
-    except Gone:
+    if main is None:
         return status
-    layers = tuple(_layer(one.name, one.version, one.digest, stacks) for one in mounted.layers or ())
+    try:
+        if _shares_host(main):
+            return replace(status, state="needs-restart", pid=main.pid)
+        mounted = Table(main.mountinfo()).mounted()
+    except (Gone, FileNotFoundError):
+        return status
+    layers = shown_layers(mounted, stacks)
     stack = Stack(layers).id
     since = last.when if last is not None and last.stack == stack else None
-    return replace(status, state="running", pid=registration.pid, stack=stack, layers=layers, since=since)
+    return replace(status, state="running", pid=main.pid, stack=stack, layers=layers, since=since)
 
 
-def _kept(settings: Settings, name: str) -> list[Stack]:
+def _shares_host(main: Process) -> bool:
+    try:
+        return namespace_id(f"/proc/{main.pid}/ns/mnt") == namespace_id("/proc/1/ns/mnt")
+    except PermissionError:  # in a user namespace: what is PID 1's cannot be ours
+        return False
+
+
+def shown_layers(mounted: Mounted, stacks: Sequence[Stack]) -> tuple[Layer, ...]:
+    """The layers that a mount table shows, bottom to top.
+
+    A stack that systemd mounted does not say what it is: the service was started on its slots, which is the first of
+    the accepted stacks.
+    """
+    if mounted.layers is None:
+        return stacks[0].layers if stacks else ()
+    return tuple(_layer(one.name, one.version, one.digest, stacks) for one in mounted.layers)
+
+
+def _kept(state_directory: str, name: str) -> list[Stack]:
     """The accepted stacks of a service, newest first: they know the whole names of what the kernel shows cut."""
-    stacks = Stacks(settings.state_directory)
     with contextlib.suppress(Damaged):
-        return [accepted.stack for accepted in stacks.history(name)]
+        return [accepted.stack for accepted in Stacks(state_directory).history(name)]
     return []
 
 
-def _layer(name: str, version: str, digest: str, stacks: list[Stack]) -> Layer:
+def _layer(name: str, version: str, digest: str, stacks: Sequence[Stack]) -> Layer:
     for stack in stacks:
         for layer in stack.layers:
             if layer.digest == digest:

@@ -60,6 +60,7 @@ class Store:
     def __init__(self, state_directory: str, store_max: int, image_max: int, keep_stacks: int) -> None:
         self.known = Known()
         self.configure(store_max, image_max, keep_stacks)
+        self.state_directory = state_directory
         self._path = f"{state_directory}/store"
         os.makedirs(state_directory, mode=0o755, exist_ok=True)
         os.makedirs(self._path, mode=0o700, exist_ok=True)

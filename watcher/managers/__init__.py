@@ -30,6 +30,7 @@ class Service:
         starting: main is there but may still be systemd's executor on its way to becoming the service.
         root: path of the root directory whose os-release decides which images match (`RootDirectory=`), "/" if its own
         aliases: other names of it.
+        manager: "systemd" or "standalone".
     """
 
     name: str
@@ -41,6 +42,7 @@ class Service:
     failed: bool = False
     root: str = "/"
     aliases: tuple[str, ...] = ()
+    manager: str = "systemd"
 
 
 @dataclass(frozen=True, slots=True)

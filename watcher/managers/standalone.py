@@ -277,6 +277,7 @@ class Standalone:
         service = Service(
             name=registration.name,
             declared=registration.declared,
+            manager="standalone",
             settings=dataclasses.replace(
                 self._settings, check=registration.check, health_check=registration.health_check
             ),

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the control socket's calls do: ask the line, or change what it wants and wait for what becomes of that."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager, suppress
+from typing import TypeVar
+
+import trio
+
+from watcher import report, status
+from watcher.control import Tell
+from watcher.ledger import LedgerError
+from watcher.line import Line, Tools
+from watcher.managers import Service
+from watcher.model import Event, Outcome, Remark, Stack
+from watcher.process import Gone
+from watcher.schema import (
+    Failed,
+    NoSuchStack,
+    PlannedChange,
+    Quarantined,
+    ServiceNotFound,
+    ServiceStatus,
+    text,
+)
+
+T = TypeVar("T")
+
+# Outcomes waiting for one slow client; whoever does not keep up misses the oldest.
+_BACKLOG = 64
+
+
+class Control:
+    """The daemon's `control.Backend`.
+
+    Args:
+        tools: what rounds work with.
+        changed: asks for a round of a service.
+        reload_settings: reads the settings again and looks at everything.
+
+    Attributes:
+        line: the rounds; they tell their outcomes here, so that one of the two has to be made first.
+    """
+
+    line: Line
+
+    def __init__(
+        self, tools: Tools, changed: Callable[[str], None], reload_settings: Callable[[], None]
+    ) -> None:
+        self._tools = tools
+        self._changed = changed
+        self._reload_settings = reload_settings
+        self._listeners: set[trio.MemorySendChannel[Event]] = set()
+
+    def tell(self, event: Event) -> None:
+        """Pass an outcome on to whoever waits for one."""
+        for listener in self._listeners:
+            try:
+                listener.send_nowait(event)
+            except trio.WouldBlock:
+                continue
+
+    async def status(self, service: str | None) -> Sequence[ServiceStatus]:
+        services = self._services(service)
+        newest = await trio.to_thread.run_sync(self._tools.ledger.newest)
+        return [await trio.to_thread.run_sync(self._status, one, newest) for one in services]
+
+    async def history(self, service: str | None, limit: int) -> Sequence[Event]:
+        return await trio.to_thread.run_sync(self._tools.ledger.history, service, limit)
+
+    async def plan(self, service: str | None) -> Sequence[PlannedChange]:
+        return [await self._plan(one) for one in self._services(service)]
+
+    async def wait(self, service: str, image: str, tell: Tell) -> Event:
+        found = self._service(service)
+        async with self._listening() as events:
+            known = await trio.to_thread.run_sync(self._verdict, found, image)
+            if known is not None:
+                return known
+            async for event in events:
+                if event.service == found.name and _is_about(event, image):
+                    if event.outcome not in _NOT_YET:
+                        return event
+                    await tell(event)
+        raise Failed("the daemon is stopping")
+
+    async def rollback(self, service: str, to: str | None) -> Event:
+        found = self._service(service)
+        stacks = await trio.to_thread.run_sync(self._tools.store.stacks, found.name)
+        target = _target(found.name, stacks, to)
+        async with self._listening() as events:
+            await self._write(self._tools.ledger.pin, found.name, target.id)
+            self._changed(found.name)
+            if target.id == stacks[0].id:
+                sentence = "is on that stack already, and stays on it until `rollback --forget`"
+                return report.event(found.name, Outcome.UNCHANGED, sentence, stack=target.id)
+            async for event in events:
+                if event.service == found.name and event.stack in (target.id, ""):
+                    return event
+        raise Failed("the daemon is stopping")
+
+    async def forget(self, service: str, digest: str | None) -> Sequence[Quarantined]:
+        found = self._service(service)
+        ledger = self._tools.ledger
+        forgotten = await self._write(ledger.forget, found.name, digest)
+        if digest is None:
+            await self._write(ledger.unpin, found.name)
+        self._changed(found.name)
+        return forgotten
+
+    async def reload(self) -> None:
+        self._reload_settings()
+
+    async def _write(self, function: Callable[..., T], *arguments: object) -> T:
+        try:
+            return await trio.to_thread.run_sync(function, *arguments)
+        except LedgerError as error:
+            raise Failed(f"it holds until the daemon ends, but could not be written down: {error}") from error
+
+    def _services(self, service: str | None) -> list[Service]:
+        if service is not None:
+            return [self._service(service)]
+        services = self._tools.manager.services
+        return [services[name] for name in sorted(services)]
+
+    def _service(self, name: str) -> Service:
+        for service in self._tools.manager.services.values():
+            if name in (text(service.name), *map(text, service.aliases)):
+                return service
+        raise ServiceNotFound(name)
+
+    def _status(self, service: Service, newest: dict[str, Event]) -> ServiceStatus:
+        tools = self._tools
+        key = text(service.name)
+        with ExitStack() as held:
+            main = None
+            with suppress(Gone):
+                main = held.enter_context(service.main.hold()) if service.main is not None else None
+            return status.of_service(
+                tools.store.state_directory,
+                service.name,
+                service.manager,
+                main,
+                newest.get(key),
+                tools.ledger.pinned(service.name),
+                tools.ledger.quarantined(service.name),
+            )
+
+    async def _plan(self, service: Service) -> PlannedChange:
+        wanted = await self.line.look(service)
+        now = await trio.to_thread.run_sync(self._status, service, {})
+        before, after = Stack(now.layers), wanted.stack
+        if now.state != "running":
+            before = wanted.current
+        changes = before.id != after.id
+        remarks = [remark for remark in wanted.look.remarks if remark.level != "debug"]
+        remarks += [Remark("warning", one.candidate.path, str(one.reason)) for one in wanted.passed]
+        return PlannedChange(
+            service=service.name,
+            changes=changes,
+            stack=before.id,
+            wanted=after.id,
+            layers=before.layers,
+            wanted_layers=after.layers,
+            reload=service.settings.reload if changes else "",
+            remarks=tuple(remarks),
+        )
+
+    def _verdict(self, service: Service, image: str) -> Event | None:
+        """What is known of an image without waiting: it is in the stack, or the last word on it was a refusal."""
+        now = self._status(service, {})
+        history = self._tools.ledger.history(service.name, 100)
+        for layer in now.layers:
+            if _is(layer.source, image):
+                done = (event for event in history if event.outcome is Outcome.APPLIED)
+                sentence = f"{layer.label} is applied already"
+                already = report.event(service.name, Outcome.APPLIED, sentence, stack=now.stack)
+                return next((event for event in done if event.stack == now.stack), already)
+        last = next((event for event in history if _is(event.source, image)), None)
+        return last if last is not None and last.outcome in _FINAL_REFUSALS and _stands(last) else None
+
+    @asynccontextmanager
+    async def _listening(self) -> AsyncIterator[trio.MemoryReceiveChannel[Event]]:
+        send, receive = trio.open_memory_channel[Event](_BACKLOG)
+        self._listeners.add(send)
+        try:
+            with send, receive:
+                yield receive
+        finally:
+            self._listeners.discard(send)
+
+
+# An upload that broke off may be taken up again.
+_NOT_YET = (Outcome.UNCHANGED, Outcome.INCOMPLETE)
+_FINAL_REFUSALS = (Outcome.REFUSED, Outcome.ROLLED_BACK)
+
+
+def _target(service: str, stacks: Sequence[Stack], to: str | None) -> Stack:
+    """The stack to go back to: the one before, or the one whose identity begins so."""
+    if to is None:
+        if len(stacks) < 2:
+            raise NoSuchStack(service, "")
+        return stacks[1]
+    found = [stack for stack in stacks if to and stack.id.startswith(to)]
+    if len(found) != 1:
+        raise NoSuchStack(service, to)
+    return found[0]
+
+
+def _is_about(event: Event, image: str) -> bool:
+    return _is(event.source, image) or any(_is(layer.source, image) for layer in event.layers)
+
+
+def _is(source: str, image: str) -> bool:
+    """Whether a file is what somebody calls `image`: its path, or its name."""
+    return bool(source) and image in (text(source), text(os.path.basename(source)))
+
+
+def _stands(event: Event) -> bool:
+    """Whether the file that an outcome is about has not been replaced or removed since."""
+    try:
+        return os.stat(event.source).st_ctime_ns // 1000 <= event.when
+    except OSError:
+        return False
