@@ -183,10 +183,3 @@ def test_a_long_name_leaves_room_for_its_number() -> None:
         listing("/a", **{f"{stem}.raw": "file", f"{stem[:-2]}é.raw": "file", f"{stem}.raw.v": "directory"})
     )
     assert sorted(len(e.slot) for e in found) == [254, 255, 255]
-
-
-@pytest.mark.parametrize(
-    ("path", "clean"), [("//srv//web/", "/srv/web"), ("/./a/../b", "/a/../b"), ("/", "/")]
-)
-def test_paths_are_simplified_as_systemd_does(path: str, clean: str) -> None:
-    assert resolve.normalized(path) == clean

@@ -235,3 +235,10 @@ def test_no_value_makes_it_fail(value: str) -> None:
         assert path.startswith("/")
     for path, _ in unitfile.extension_directories(value):
         assert path.startswith("/")
+
+
+@pytest.mark.parametrize(
+    ("path", "clean"), [("//srv//web/", "/srv/web"), ("/./a/../b", "/a/../b"), ("/", "/")]
+)
+def test_paths_are_simplified_as_systemd_does(path: str, clean: str) -> None:
+    assert unitfile.normalized(path) == clean

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 from . import vpick
 from .model import Declared, Entry, Kind, Remark
+from .unitfile import normalized
 from .vpick import Dirent
 
 # systemd's hidden_or_backup_file(), and the names under which uploads grow.
@@ -85,11 +86,6 @@ def entry(path: str, kind: Kind, *, optional: bool, declared: bool, options: str
     spec = vpick.parse_path(path, kind)
     name = spec.basename if spec else vpick.split(path.rpartition("/")[2], kind)[0]
     return Entry(slot_name(name, kind), path, kind, optional, declared, options)
-
-
-def normalized(path: str) -> str:
-    """Without doubled and trailing slashes and without "." components, as systemd does it; ".." is left alone."""
-    return "/" + "/".join(part for part in path.split("/") if part not in ("", "."))
 
 
 def slot_name(name: str, kind: Kind) -> str:

@@ -16,7 +16,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from . import resolve, vpick
@@ -110,7 +110,7 @@ def _listings(paths: Iterable[str], notes: _Notes) -> tuple[list[resolve.Listing
     for path in paths:
         notes.watch(path, resolve.ENTRY_NAME)
         try:
-            listings.append(resolve.Listing(path, tuple(_read(path))))
+            listings.append(resolve.Listing(path, _read(path)))
         except OSError as error:
             if error.errno not in _ABSENT:
                 unknown = True
@@ -127,7 +127,7 @@ def _picks(entry: Entry, architecture: str | None, notes: _Notes) -> Picks:
     _watch_links(spec.directory, notes)
     notes.watch(spec.directory, vpick.pattern(spec))
     try:
-        dirents = tuple(_read(spec.directory, re.compile(vpick.pattern(spec))))
+        dirents = _read(spec.directory, re.compile(vpick.pattern(spec)))
     except OSError as error:
         return _unread(entry, spec.directory, error, notes)
     for passed in vpick.passed_over(spec, dirents, architecture):
@@ -194,8 +194,8 @@ def _watch_links(path: str, notes: _Notes) -> Chased:
     return chased
 
 
-def _read(path: str, wanted: re.Pattern[str] | None = None) -> Iterator[Dirent]:
-    """The names in a directory, each with what it leads to.
+def _read(path: str, wanted: re.Pattern[str] | None = None) -> tuple[Dirent, ...]:
+    """The names in a directory, each with what it leads to, in the order of the names.
 
     Args:
         wanted: leave out names that do not match.
@@ -206,11 +206,9 @@ def _read(path: str, wanted: re.Pattern[str] | None = None) -> Iterator[Dirent]:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with os.scandir(descriptor) as entries:
-            for entry in entries:
-                if wanted is None or wanted.fullmatch(entry.name):
-                    dirent = _dirent(entry, descriptor)
-                    if dirent:
-                        yield dirent
+            names = [entry for entry in entries if wanted is None or wanted.fullmatch(entry.name)]
+        found = (_dirent(entry, descriptor) for entry in sorted(names, key=lambda entry: entry.name))
+        return tuple(dirent for dirent in found if dirent)
     finally:
         os.close(descriptor)
 

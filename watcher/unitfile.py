@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from .model import Remark, shown
-from .resolve import normalized
 
 INFINITY = (1 << 64) - 1
 """What "infinity" is as a time span, in microseconds (systemd's USEC_INFINITY)."""
@@ -253,6 +252,11 @@ def extension_directories(
         except ValueError as error:
             complain(str(error))
     return directories
+
+
+def normalized(path: str) -> str:
+    """Without doubled and trailing slashes and without "." components, as systemd does it; ".." is left alone."""
+    return "/" + "/".join(part for part in path.split("/") if part not in ("", "."))
 
 
 def _logical_lines(text: str) -> Iterable[tuple[int, str]]:
