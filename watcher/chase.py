@@ -26,12 +26,11 @@ from __future__ import annotations
 
 import errno
 import os
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from inotify_simple import INotify, flags
 
-from watcher.model import Interest, Scope
+from watcher.nodes import Bound, Node
 
 MAX_LINKS = 40
 """Symbolic links followed in one path, path_resolution(7)."""
@@ -50,82 +49,6 @@ FORETOLD = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, er
 
 ROUNDS = 16
 """After so many chases in a row something else may run, though paths still change under our hands."""
-
-
-class Bound:
-    """An interest, the keys that have it, and where its path led when it was last chased.
-
-    Attributes:
-        matches: tells whether a name matters.
-        nodes: where the way ends, crosses a link or turns back at `..`; all else on it is an ancestor of one of these.
-        state: watch descriptor of the directory it leads to, or the negative errno that stopped it; 0: not chased yet.
-    """
-
-    __slots__ = ("interest", "keys", "matches", "nodes", "state")
-
-    def __init__(self, interest: Interest) -> None:
-        self.interest = interest
-        self.matches = (
-            re.compile(interest.pattern, re.DOTALL).fullmatch if interest.pattern is not None else bool
-        )
-        self.keys: set[str] = set()
-        self.nodes: tuple[Node, ...] = ()
-        self.state = 0
-
-    @property
-    def deep(self) -> bool:
-        return self.interest.scope is Scope.TREE
-
-
-class Node:
-    """A real path: its parent's plus one name, which is no link, or one that the way of somebody crosses.
-
-    Attributes:
-        users: who has this among its `nodes`.
-        ends: those of the users whose directory this is.
-        wd: watch descriptor; None: not a directory, or not watched.
-        deep: in the tree of somebody (Scope.TREE).
-    """
-
-    __slots__ = ("children", "deep", "ends", "name", "parent", "users", "wd")
-
-    def __init__(self, parent: Node | None, name: str) -> None:
-        self.parent = parent
-        self.name = name
-        self.children: dict[str, Node] = {}
-        self.users: set[Bound] = set()
-        self.ends: tuple[Bound, ...] = ()
-        self.wd: int | None = None
-        self.deep = False
-
-    def child(self, name: str) -> Node:
-        node = self.children.get(name)
-        if node is None:
-            node = self.children[name] = Node(self, name)
-        return node
-
-    def below(self) -> Iterator[Node]:
-        """This node and all under it."""
-        todo = [self]
-        while todo:
-            node = todo.pop()
-            yield node
-            todo.extend(node.children.values())
-
-    def users_below(self) -> set[Bound]:
-        return set().union(*(node.users for node in self.below()))
-
-    def trees(self) -> Iterator[Bound]:
-        """Those in whose tree this is."""
-        node: Node | None = self
-        while node is not None and node.deep:
-            yield from (bound for bound in node.ends if bound.deep)
-            node = node.parent
-
-    @property
-    def top(self) -> bool:
-        """A tree begins here."""
-        return any(bound.deep for bound in self.ends)
 
 
 class _Watch:
@@ -297,6 +220,8 @@ class Chase:
             name = todo.pop()
             if name == "..":
                 turns.append(node)
+                if reason := _no_way_back(opened[node]):
+                    return tuple(turns), -reason
                 node = node.parent or node
                 continue
             child = node.child(name)
@@ -469,6 +394,15 @@ class Chase:
 def _parts(path: str) -> list[str]:
     """Components, the first one last."""
     return [part for part in reversed(path.split("/")) if part not in ("", ".")]
+
+
+def _no_way_back(fd: int) -> int:
+    """0, or the errno for which `..` cannot be followed from here: it takes the right to pass."""
+    try:
+        os.stat("..", dir_fd=fd)
+    except OSError as error:
+        return error.errno or errno.EIO
+    return 0
 
 
 def _link(fd: int, name: str) -> str | None:

@@ -5,10 +5,10 @@ Keys (services) say which directories they care about (`Interest`), and are told
 not told: an event may be late, doubled or lost, what is on disk cannot be. `chase.py` keeps the right directories
 watched; here the kernel's events become keys.
 
-One epoll instance is what trio waits for. In it are the inotify instance, the mount table, and an eventfd with which
-`set()` wakes the loop when it comes upon a change before its event was read. While nothing changes nothing wakes up;
-only what cannot be watched (the watch limit, a directory that one may neither read nor ask its parent about) is looked
-at every RETRY_SEC, which `remarks()` says.
+One epoll instance is what trio waits for. In it are the inotify instance and an eventfd: by that the loop hears of
+changes in the mount table, and of what `set()` comes upon before its event was read. While nothing changes nothing
+wakes up; only what cannot be watched (the watch limit, a directory that one may neither read nor ask its parent about)
+is looked at every RETRY_SEC, which `remarks()` says.
 
 Not seen, because the kernel does not tell: a file changed through a hard link in another directory, a network file
 system changed elsewhere, and truncate(2) by path of an image.
@@ -21,13 +21,15 @@ import math
 import os
 import re
 import select
+import threading
 from collections.abc import AsyncIterator, Iterable
 
 import trio
 from inotify_simple import INotify, flags
 
-from watcher.chase import CHILDREN, NAMED, ROUNDS, Bound, Chase, Node
+from watcher.chase import CHILDREN, NAMED, ROUNDS, Chase
 from watcher.model import Interest, Remark
+from watcher.nodes import Bound, Node
 
 RETRY_SEC = 30.0
 """What cannot be watched is looked at this often, in seconds."""
@@ -48,12 +50,11 @@ class Watcher:
         self._bounds: dict[Interest, Bound] = {}
         self._keys: dict[str, set[Bound]] = {}
         self._retry_at = math.inf
-        self._mounts = _Mounts()
         self._poke = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._mounts = _Mounts(self._poke)
         self._epoll = select.epoll()
         self._epoll.register(self._inotify.fileno(), select.EPOLLIN)
         self._epoll.register(self._poke, select.EPOLLIN)
-        self._epoll.register(self._mounts.wake, select.EPOLLPRI)
 
     def __enter__(self) -> Watcher:
         return self
@@ -100,21 +101,23 @@ class Watcher:
     async def changes(self) -> AsyncIterator[frozenset[str]]:
         """Keys to look at again, those that one burst of events concerns together. It does not end by itself."""
         while True:
-            if not self._chase.gaps():
-                self._retry_at = math.inf
-            elif self._retry_at == math.inf:
-                self._retry_at = trio.current_time() + RETRY_SEC
-            with trio.move_on_at(self._retry_at) as patience:
-                await trio.lowlevel.wait_readable(self._epoll.fileno())
-            if patience.cancelled_caught:
-                self._retry()
             keys = self._collect()
             if keys:
                 yield keys
+            with trio.move_on_at(self._next_retry(trio.current_time())) as patience:
+                await trio.lowlevel.wait_readable(self._epoll.fileno())
+            if patience.cancelled_caught:
+                self._retry()
+
+    def _next_retry(self, now: float) -> float:
+        if not self._chase.gaps():
+            self._retry_at = math.inf
+        elif self._retry_at == math.inf:
+            self._retry_at = now + RETRY_SEC
+        return self._retry_at
 
     def _collect(self) -> frozenset[str]:
         """Read all that is there; the keys it concerns."""
-        self._epoll.poll(0)  # takes what is not ready any more off its list
         try:
             os.eventfd_read(self._poke)
         except BlockingIOError:
@@ -231,21 +234,36 @@ class Watcher:
 class _Mounts:
     """Changes of the mount table.
 
-    /proc/self/mountinfo is always readable, and says POLLPRI, once per open descriptor, when the table has changed
-    (proc_pid_mounts(5)). An epoll instance inside another loses that in the very poll that wakes us up, so there are
-    two: one to wait for among others, the other to ask whether that was it.
+    /proc/self/mountinfo is always readable, and says POLLPRI when the table has changed, to the first poll of each open
+    descriptor and to no other (proc_pid_mounts(5)). That can neither be asked of trio, nor of an epoll instance inside
+    trio's, which polls what it contains already when it is registered, and then waits for what it has taken. So a
+    thread waits, on a descriptor of its own.
     """
 
-    def __init__(self) -> None:
-        self.wake = os.open(MOUNTINFO, os.O_RDONLY | os.O_CLOEXEC)
+    def __init__(self, wake: int) -> None:
+        """`wake` is an eventfd that is written to when the table has changed."""
+        self._wake = wake
+        self._stop = os.eventfd(0, os.EFD_CLOEXEC)
+        self._waiting = os.open(MOUNTINFO, os.O_RDONLY | os.O_CLOEXEC)
         self._table = os.open(MOUNTINFO, os.O_RDONLY | os.O_CLOEXEC)
         self._poll = select.poll()
         self._poll.register(self._table, select.POLLPRI)
         self._lines = self._read()
+        self._thread = threading.Thread(target=self._wait, name="mountinfo", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
-        os.close(self._table)
-        os.close(self.wake)
+        os.eventfd_write(self._stop, 1)
+        self._thread.join()
+        for fd in (self._table, self._waiting, self._stop):
+            os.close(fd)
+
+    def _wait(self) -> None:
+        poll = select.poll()
+        poll.register(self._waiting, select.POLLPRI)
+        poll.register(self._stop, select.POLLIN)
+        while self._stop not in dict(poll.poll()):
+            os.eventfd_write(self._wake, 1)
 
     def changed(self) -> frozenset[str] | None:
         """Mount points of what came, went, or became something else since the last call; None: the table is the same.
