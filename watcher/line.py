@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import trio
 
@@ -22,7 +22,7 @@ from watcher.check import check
 from watcher.ledger import Ledger, LedgerError
 from watcher.managers import Manager, Reloaded, Service
 from watcher.model import Copy, Event, KeptOut, Later, Refused, Stack, shown
-from watcher.mounts.converge import Converged, as_stack, converge
+from watcher.mounts.converge import Compared, Converged, as_stack, converge
 from watcher.mounts.swap import Moved
 from watcher.mounts.workshop import HostNamespace, Hung, Lost, Workshop
 from watcher.pending import Pending
@@ -77,6 +77,7 @@ class _Memory:
     attempts: int = 0
     mounted: frozenset[str] | None = None
     trial: _Trial | None = None
+    compared: dict[Compared, bool] = field(default_factory=dict)
 
 
 class Line:
@@ -234,7 +235,9 @@ class Line:
         pids = await tools.manager.processes(service)
         memory.mounted = None
         with held.hold() as main:
-            converged = await tools.shop.run(converge, tools.shop, main, pids, stack, copies, begin)
+            converged = await tools.shop.run(
+                converge, tools.shop, main, pids, stack, copies, begin, memory.compared
+            )
             memory.mounted = frozenset(stack.digests)
             memory.needs_restart = ""
             if not converged.swaps and not owed:

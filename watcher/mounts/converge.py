@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from watcher.model import Copy, Kind, Layer, Stack
+from watcher.mounts.compare import shows
 from watcher.mounts.namespaces import Namespace, of_service
 from watcher.mounts.swap import swap
 from watcher.mounts.table import Mounted
 from watcher.mounts.workshop import Workshop
 from watcher.process import Process
+
+# A namespace's identity, the mount on its /etc, a stack's identity.
+Compared = tuple[tuple[int, int], int, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +42,13 @@ def converge(
     stack: Stack,
     copies: Mapping[str, Copy],
     begin: Callable[[], None],
+    compared: dict[Compared, bool],
 ) -> Converged:
     """Swap wherever the wanted stack is not shown. Runs on a worker of the workshop.
 
     Args:
         pids: of all processes of the service.
+        compared: what stacks without identity were found to show, so that each is compared once.
         begin: called before the first swap, if there is one.
 
     Raises:
@@ -50,7 +56,7 @@ def converge(
     """
     with of_service(shop, main, pids) as namespaces:
         before = namespaces[-1].mounted
-        behind = [one for one in namespaces if _behind(one, stack)]
+        behind = [one for one in namespaces if _behind(shop, one, stack, copies, compared)]
         if behind:
             begin()
         done = [swap(shop, one.fd, stack, copies) for one in behind]
@@ -58,8 +64,21 @@ def converge(
     return Converged(before, len(done), sum(swapped.usec for swapped in done), tuple(remarks))
 
 
-def _behind(namespace: Namespace, stack: Stack) -> bool:
-    return namespace.mounted.stack != stack.id or namespace.mounted.doubled
+def _behind(
+    shop: Workshop,
+    namespace: Namespace,
+    stack: Stack,
+    copies: Mapping[str, Copy],
+    compared: dict[Compared, bool],
+) -> bool:
+    mounted = namespace.mounted
+    if mounted.layers is not None:
+        return mounted.stack != stack.id or mounted.doubled
+    key = (namespace.identity, mounted.top, stack.id)
+    if key not in compared:
+        compared.clear()
+        compared[key] = shows(shop, namespace.fd, stack, copies)
+    return not compared[key]
 
 
 def as_stack(mounted: Mounted) -> Stack:

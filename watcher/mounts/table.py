@@ -66,11 +66,13 @@ class Mounted:
         layers: bottom to top; None where the stack is systemd's, which does not say.
         doubled: two of ours lie on each other (killed between beneath and lift): the upper one must go.
         overlay: there is an overlay of ours or systemd's at all.
+        top: ID of the mount that is visible on `/etc`.
     """
 
     layers: tuple[MountedLayer, ...] | None = ()
     doubled: bool = False
     overlay: bool = False
+    top: int = 0
 
     @property
     def stack(self) -> str | None:
@@ -138,10 +140,10 @@ class Table:
         """Which stack `/etc` shows."""
         stacks = self.stacks
         if not stacks:
-            return Mounted()
+            return Mounted(top=self.top.id)
         layers = layers_of(stacks[-1])
         doubled = len(stacks) > 1 and layers_of(stacks[-2]) is not None
-        return Mounted(layers, doubled, overlay=True)
+        return Mounted(layers, doubled, overlay=True, top=self.top.id)
 
 
 def _row(line: str) -> Mount:
