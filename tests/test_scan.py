@@ -6,6 +6,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from watcher import resolve, scan
-from watcher.model import Declared, Interest, Look, Scope
+from watcher.model import Declared, Look, Scope
 
 
 @pytest.fixture
@@ -87,7 +89,7 @@ def test_an_empty_versioned_directory_is_told(drop: Path) -> None:
     versions(drop / "web.raw.v")
     result = look(drop)
     assert found(result) == [[]]
-    assert told(result, "info") == ["nothing in it yet that is called web_VERSION.raw and fits this host"]
+    assert told(result, "info") == ["nothing in it yet that is called web_VERSION.raw and fits"]
 
 
 def test_a_tree_is_watched_below_itself(drop: Path) -> None:
@@ -275,8 +277,28 @@ def test_names_that_can_be_listed_but_not_looked_at_are_unknown(public: Path) ->
     assert result.picks[0].unknown
 
 
-def test_one_directory_is_one_interest(drop: Path) -> None:
-    versions(drop / "web.raw.v", "web_1.raw")
+def test_two_looks_at_the_same_are_the_same(drop: Path, tmp_path: Path) -> None:
+    inner = versions(drop / "web.raw.v", *(f"web_{number}.raw" for number in range(20)))
+    for number in range(20):
+        (inner / f"web_{number}a.raw").symlink_to(tmp_path / f"{number}")
+    first, second = look(drop), look(drop)
+    assert first == second
+    assert len(set(first.interests)) == len(first.interests)
+
+
+def test_a_file_named_wrong_is_told(drop: Path) -> None:
+    versions(drop / "web.raw.v", "web_1.4 final.raw", "web_1.img", "web_1.raw", "README")
     result = look(drop)
-    assert len(set(result.interests)) == len(result.interests)
-    assert all(isinstance(interest, Interest) for interest in result.interests)
+    assert found(result) == [["web_1.raw"]]
+    assert [r.path.rpartition("/")[2] for r in result.remarks if r.level == "warning"] == [
+        "web_1.4 final.raw",
+        "web_1.img",
+    ]
+
+
+@pytest.mark.parametrize(
+    "module", ["scan", "resolve", "unitname", "unitfile", "config", "release", "version"]
+)
+def test_what_the_generator_needs_is_in_the_standard_library(module: str) -> None:
+    code = f"import sys; sys.path.insert(0, {str(Path(scan.__file__).parents[1])!r}); import watcher.{module}"
+    subprocess.run([sys.executable, "-S", "-E", "-c", code], check=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from watcher import arch, vpick
 from watcher.model import Kind
-from watcher.vpick import Dirent, Spec
+from watcher.vpick import Dirent, Passed, Spec
 
 IMAGES = Spec("/srv/web.raw.v", "web", ".raw", Kind.IMAGE)
 TREES = Spec("/srv/web.v", "web", "", Kind.DIRECTORY)
@@ -120,14 +120,35 @@ def test_what_a_name_says(name: str, version: str, left: int | None, done: int |
 
 @pytest.mark.parametrize("kind", ["directory", "other", "null", "missing"])
 def test_a_wrong_type_is_passed_over_and_told(kind: vpick.Type) -> None:
-    dirents = [Dirent("web_1.raw", "file"), Dirent("web_2.raw", kind), Dirent("other", kind)]
+    dirents = [Dirent("web_1.raw", "file"), Dirent("web_2.raw", kind)]
     assert [c.version for c in vpick.pick(IMAGES, dirents, "x86-64")] == ["1"]
-    assert [p.name for p in vpick.passed_over(IMAGES, dirents, "x86-64")] == ["web_2.raw"]
+    assert vpick.passed_over(IMAGES, dirents) == (Passed("web_2.raw", "not a regular file", "warning"),)
 
 
 def test_a_dangling_link_is_told_with_its_reason() -> None:
     dirents = [Dirent("web_2.raw", "missing", link=True, problem="the link leads nowhere")]
-    assert vpick.passed_over(IMAGES, dirents) == (vpick.Passed("web_2.raw", "the link leads nowhere"),)
+    assert vpick.passed_over(IMAGES, dirents) == (Passed("web_2.raw", "the link leads nowhere", "warning"),)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason", "level"),
+    [
+        (
+            "web_1.4 final.raw",
+            "not called web_VERSION.raw, with letters, digits and -.~^ for VERSION",
+            "warning",
+        ),
+        ("web_1:4.raw", "not called web_VERSION.raw, with letters, digits and -.~^ for VERSION", "warning"),
+        ("web_.raw", "not called web_VERSION.raw, with letters, digits and -.~^ for VERSION", "warning"),
+        ("web_1.4.img", "not called web_VERSION.raw", "warning"),
+        ("web.raw", "not called web_VERSION.raw", "warning"),
+        ("README", "not called web_VERSION.raw", "debug"),
+        ("web_1_arm64.raw", "made for arm64, and this host is x86-64", "info"),
+    ],
+)
+def test_a_wrong_name_is_told(name: str, reason: str, level: str) -> None:
+    assert vpick.passed_over(IMAGES, [Dirent(name, "file")], "x86-64") == (Passed(name, reason, level),)
+    assert re.fullmatch(vpick.pattern(IMAGES), name)
 
 
 def test_trees_are_directories_without_suffix() -> None:
@@ -157,7 +178,7 @@ def test_whatever_can_be_picked_is_watched_for(found: list[str], spec: Spec) -> 
 
 
 @pytest.mark.parametrize(
-    "name", [".web_1.4.raw.Xa81b", "web_1.4.raw.part", "web_1.4.raw~", "x", "web_1.4.raw.tmp"]
+    "name", [".web_1.4.raw.Xa81b", "web_1.4.raw.part", "web_1.4.raw~", ".x", "web_1.4.raw.tmp"]
 )
 def test_what_grows_beside_is_not_watched_for(name: str) -> None:
     assert re.fullmatch(vpick.pattern(IMAGES), name) is None

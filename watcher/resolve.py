@@ -21,12 +21,7 @@ from .model import Declared, Entry, Kind, Remark
 from .unitfile import normalized
 from .vpick import Dirent
 
-# systemd's hidden_or_backup_file(), and the names under which uploads grow.
-_LEFTOVER = (
-    r"\..*|lost\+found|aquota\.(?:user|group)|.*~|"
-    r".*\.(?:bak|old|orig|new|swp|tmp|part|partial|filepart|rpm(?:new|save|orig)|(?:dpkg|ucf)-[a-z]+)"
-)
-ENTRY_NAME = rf"(?s:(?!(?:{_LEFTOVER})\Z).+)"
+ENTRY_NAME = vpick.NO_LEFTOVER
 """Regular expression (`re.fullmatch`) of the names in a `.confext.d/` that can be an entry."""
 
 _entry_name = re.compile(ENTRY_NAME)

@@ -131,11 +131,10 @@ def _picks(entry: Entry, architecture: str | None, notes: _Notes) -> Picks:
     except OSError as error:
         return _unread(entry, spec.directory, error, notes)
     for passed in vpick.passed_over(spec, dirents, architecture):
-        notes.say("warning", f"{spec.directory}/{passed.name}", f"passed over: {passed.reason}")
+        notes.say(passed.level, f"{spec.directory}/{passed.name}", f"passed over: {passed.reason}")
     candidates = vpick.pick(spec, dirents, architecture)
     if not candidates:
-        wanted = f"{spec.basename}_VERSION{spec.suffix}" if spec.basename else f"VERSION{spec.suffix}"
-        notes.say("info", spec.directory, f"nothing in it yet that is called {wanted} and fits this host")
+        notes.say("info", spec.directory, f"nothing in it yet that is called {vpick.called(spec)} and fits")
     for dirent in dirents:
         if dirent.link:
             _watch_links(f"{spec.directory}/{dirent.name}", notes)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from . import arch, version
-from .model import Candidate, Kind
+from .model import Candidate, Kind, shown
 
 Type = Literal["file", "directory", "block", "null", "other", "missing"]
 
@@ -29,6 +29,14 @@ _SUFFIX = {Kind.IMAGE: ".raw", Kind.DIRECTORY: ""}
 _VERSION = re.compile(r"[A-Za-z0-9.~^-]+")
 _COUNTER = re.compile(r"(.*)\+([0-9]+)(?:-([0-9]+))?", re.DOTALL)
 _UINT_MAX = 0xFFFFFFFF
+
+# systemd's hidden_or_backup_file(), and the names under which uploads grow.
+_LEFTOVER = (
+    r"\..*|lost\+found|aquota\.(?:user|group)|.*~|"
+    r".*\.(?:bak|old|orig|new|swp|tmp|part|partial|filepart|rpm(?:new|save|orig)|(?:dpkg|ucf)-[a-z]+)"
+)
+NO_LEFTOVER = rf"(?s:(?!(?:{_LEFTOVER})\Z).+)"
+"""Regular expression (`re.fullmatch`) of the names that somebody may have meant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +68,11 @@ class Spec:
 
 @dataclass(frozen=True, slots=True)
 class Passed:
-    """A name that would have counted, and why it does not."""
+    """A name that does not count, and why; `level` as that of a `Remark`."""
 
     name: str
     reason: str
+    level: str = "warning"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +106,13 @@ def parse_path(path: str, kind: Kind) -> Spec | None:
 
 
 def pattern(spec: Spec) -> str:
-    """Regular expression (`re.fullmatch`) of the names that can matter in `spec.directory`; upload leftovers do not."""
+    """Regular expression (`re.fullmatch`) of the names worth a look in `spec.directory`: not the leftovers of uploads.
+
+    That is more than can be picked: a file that was named wrong is told about.
+    """
     prefix = re.escape(f"{spec.basename}_") if spec.basename else ""
     rest = r"[A-Za-z0-9.~^-]+(?:_[^_]*)?(?:\+[0-9]+(?:-[0-9]+)?)?"
-    return f"(?s:{prefix}{rest}{re.escape(spec.suffix)})"
+    return f"(?s:{prefix}{rest}{re.escape(spec.suffix)}|{NO_LEFTOVER})"
 
 
 def pick(spec: Spec, dirents: Iterable[Dirent], architecture: str | None = None) -> tuple[Candidate, ...]:
@@ -109,18 +121,24 @@ def pick(spec: Spec, dirents: Iterable[Dirent], architecture: str | None = None)
     Args:
         architecture: systemd's name of the native one; None: this host's.
     """
-    right = (m for m in _matches(spec, dirents, architecture) if m.dirent.type in _TYPES[spec.kind])
-    return tuple(_candidate(spec, match) for match in sorted(right, key=_Match.key, reverse=True))
+    runnable = _runnable(architecture)
+    matches = (_match(spec, dirent, runnable) for dirent in dirents if dirent.type in _TYPES[spec.kind])
+    right = sorted((m for m in matches if isinstance(m, _Match)), key=_Match.key, reverse=True)
+    return tuple(_candidate(spec, match) for match in right)
 
 
 def passed_over(spec: Spec, dirents: Iterable[Dirent], architecture: str | None = None) -> tuple[Passed, ...]:
-    """Those whose name fits while what they are does not, with the reason."""
+    """Everything else, with the reason."""
+    runnable = _runnable(architecture)
     wanted = "a directory" if spec.kind is Kind.DIRECTORY else "a regular file"
-    return tuple(
-        Passed(match.dirent.name, match.dirent.problem or f"not {wanted}")
-        for match in _matches(spec, dirents, architecture)
-        if match.dirent.type not in _TYPES[spec.kind]
-    )
+    passed = []
+    for dirent in dirents:
+        match = _match(spec, dirent, runnable)
+        if isinstance(match, Passed):
+            passed.append(match)
+        elif dirent.type not in _TYPES[spec.kind]:
+            passed.append(Passed(dirent.name, dirent.problem or f"not {wanted}"))
+    return tuple(passed)
 
 
 def split(name: str, kind: Kind) -> tuple[str, str]:
@@ -135,36 +153,34 @@ def split(name: str, kind: Kind) -> tuple[str, str]:
         return name, ""
     spec = Spec("", name[: end.start()], "", kind)
     match = _match(spec, Dirent(name, "file"), tuple(arch.NAMES))
-    return spec.basename, match.version if match else ""
+    return spec.basename, match.version if isinstance(match, _Match) else ""
 
 
-def _matches(spec: Spec, dirents: Iterable[Dirent], architecture: str | None) -> Iterable[_Match]:
+def called(spec: Spec) -> str:
+    """How a file must be called to fit, for people: "web_VERSION.raw"."""
+    return shown(f"{spec.basename}_VERSION{spec.suffix}" if spec.basename else f"VERSION{spec.suffix}")
+
+
+def _runnable(architecture: str | None) -> tuple[str, ...]:
     native = architecture or arch.native()
-    runnable = tuple(a for a in (native, arch.secondary(native)) if a)
-    for dirent in dirents:
-        if match := _match(spec, dirent, runnable):
-            yield match
+    return tuple(a for a in (native, arch.secondary(native)) if a)
 
 
-def _match(spec: Spec, dirent: Dirent, runnable: tuple[str, ...]) -> _Match | None:
-    rest = dirent.name
-    if spec.basename:
-        if not rest.startswith(f"{spec.basename}_"):
-            return None
-        rest = rest[len(spec.basename) + 1 :]
-    if not rest.endswith(spec.suffix):
-        return None
-    rest, left, done = _counters(rest.removesuffix(spec.suffix))
-    rest, underscore, suffix = rest.rpartition("_") if "_" in rest else (rest, "", "")
+def _match(spec: Spec, dirent: Dirent, runnable: tuple[str, ...]) -> _Match | Passed:
+    name, prefix = dirent.name, f"{spec.basename}_" if spec.basename else ""
+    if not name.startswith(prefix) or not name[len(prefix) :].endswith(spec.suffix):
+        meant = name.startswith(spec.basename) and spec.basename != ""
+        return Passed(name, f"not called {called(spec)}", "warning" if meant else "debug")
+    rest, left, done = _counters(name[len(prefix) :].removesuffix(spec.suffix))
+    text, underscore, suffix = rest.rpartition("_") if "_" in rest else (rest, "", "")
+    index = 2
     if underscore and suffix in arch.NAMES:
         if suffix not in runnable:
-            return None
+            return Passed(name, f"made for {suffix}, and this host is {runnable[0]}", "info")
         index = min(runnable.index(suffix), 1)
-    else:
-        index = 2
-    if not _VERSION.fullmatch(rest):
-        return None
-    return _Match(dirent, rest, index, left, done)
+    if not _VERSION.fullmatch(text):
+        return Passed(name, f"not called {called(spec)}, with letters, digits and -.~^ for VERSION")
+    return _Match(dirent, text, index, left, done)
 
 
 def _counters(text: str) -> tuple[str, int, int]:
