@@ -14,6 +14,8 @@ from watcher.mounts.table import Mounted
 from watcher.mounts.workshop import Workshop
 from watcher.process import Process
 
+_COMPARED_MAX = 64
+
 # A namespace's identity, the mount on its /etc, a stack's identity.
 Compared = tuple[tuple[int, int], int, str]
 
@@ -76,7 +78,8 @@ def _behind(
         return mounted.stack != stack.id or mounted.doubled
     key = (namespace.identity, mounted.top, stack.id)
     if key not in compared:
-        compared.clear()
+        if len(compared) == _COMPARED_MAX:
+            compared.clear()
         compared[key] = shows(shop, namespace.fd, stack, copies)
     return not compared[key]
 
