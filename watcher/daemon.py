@@ -23,7 +23,7 @@ from watcher.config import ServiceSettings, Settings
 from watcher.control import serve
 from watcher.ledger import Ledger
 from watcher.line import Line, Tools
-from watcher.managers import Manager
+from watcher.managers import Manager, Service
 from watcher.managers.several import Several
 from watcher.managers.standalone import Standalone
 from watcher.managers.systemd import Systemd
@@ -193,7 +193,7 @@ class Daemon:
                 self._line.forget(name)
                 again = None
             else:
-                again = await self._line.round(service, since)
+                again = await self._round(service, since)
             self._say_remarks()
             if name not in self._again:
                 break
@@ -201,6 +201,14 @@ class Daemon:
         if again is not None:
             self._touch(name, trio.current_time(), _usec(again), _usec(again))
         self._wake.set()
+
+    async def _round(self, service: Service, since: float) -> float | None:
+        try:
+            return await self._line.round(service, since)
+        except Exception:  # noqa: BLE001 -- a bug that shows with one service must not cost the others theirs
+            text = f"{service.name}: a bug in confext-watcher; it keeps what it has until its next change"
+            journal.log.exception(text, service=service.name)
+            return None
 
     async def _when_idle(self) -> None:
         """What is left for when nothing is going on; the first time it means that start-up is complete."""

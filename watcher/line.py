@@ -16,12 +16,12 @@ from dataclasses import dataclass, field, replace
 
 import trio
 
-from watcher import journal, report
+from watcher import journal, report, tries
 from watcher.admission import Admission, Host, host
 from watcher.check import check
 from watcher.ledger import Ledger, LedgerError
 from watcher.managers import Manager, Reloaded, Service
-from watcher.model import Copy, Event, KeptOut, Later, Refused, Stack, shown
+from watcher.model import Copy, Event, KeptOut, Later, Layer, Refused, Stack, shown
 from watcher.mounts.converge import Compared, Converged, as_stack, converge
 from watcher.mounts.swap import Moved
 from watcher.mounts.workshop import HostNamespace, Hung, Lost, Workshop
@@ -78,6 +78,8 @@ class _Memory:
     mounted: frozenset[str] | None = None
     trial: _Trial | None = None
     compared: dict[Compared, bool] = field(default_factory=dict)
+    held: dict[str, str] = field(default_factory=dict)
+    held_for: str = ""
 
 
 class Line:
@@ -135,15 +137,20 @@ class Line:
     async def look(self, service: Service) -> Wanted:
         """What a round would find now, without doing anything about it."""
         with self._tools.store.using():
-            return await trio.to_thread.run_sync(self._find, service, host(service.root))
+            return await trio.to_thread.run_sync(self._find, service, host(service.root), {})
 
     async def _round(self, service: Service, memory: _Memory, since: float) -> bool:
         """Whether there is nothing left to wait for."""
         await self._judge_trial(service, memory)
+        if memory.held_for != service.invocation:
+            memory.held.clear()
+            memory.held_for = service.invocation
         while True:
             with self._tools.store.using():
                 wanted = await self._look(service, memory)
                 await self._say(service, wanted, memory)
+                if service.main is not None and _is_new(wanted):
+                    wanted = replace(wanted, stack=self._count(service, wanted))
                 if not await self._passes(service, wanted, memory):
                     continue  # it is in the quarantine now
                 if wanted.stack != wanted.current and not self._has_to_wait(service, wanted):
@@ -159,23 +166,23 @@ class Line:
         """What is on disk, watched from before it is read, so that no change in between is missed."""
         made_for = host(service.root)
         while True:
-            wanted = await trio.to_thread.run_sync(self._find, service, made_for)
+            wanted = await trio.to_thread.run_sync(self._find, service, made_for, dict(memory.held))
             if wanted.look.interests == memory.interests:
                 return wanted
             memory.interests = wanted.look.interests
             if not self._tools.watcher.set(service.name, wanted.look.interests):
                 return wanted
 
-    def _find(self, service: Service, made_for: Host) -> Wanted:
+    def _find(self, service: Service, made_for: Host, held: dict[str, str]) -> Wanted:
         tools = self._tools
-        kept_out = {one.digest: one.reason for one in tools.ledger.quarantined(service.name)}
+        quarantined = tools.ledger.quarantined(service.name)
+        kept_out = {one.digest: one.reason for one in quarantined} | held
         pin = tools.ledger.pinned(service.name)
         return find(tools.store, tools.admission, service.name, service.declared, made_for, kept_out, pin)
 
     async def _passes(self, service: Service, wanted: Wanted, memory: _Memory) -> bool:
         """Whether the service's own check likes a new stack."""
-        new = wanted.stack.id != wanted.current.id and not wanted.rolling_back and not wanted.pinned
-        if not new or service.main is None or not service.settings.check:
+        if not _is_new(wanted) or service.main is None or not service.settings.check:
             return True
         tools = self._tools
         with service.main.hold() as main:
@@ -184,7 +191,7 @@ class Line:
         if not verdict.reason:
             return True
         before, reason = wanted.current, verdict.reason
-        await self._quarantine(service, before, wanted.stack, reason)
+        await self._quarantine(service, memory, before, wanted.stack, reason)
         event = report.check_failed(service.name, before, wanted.stack, reason, verdict.output)
         await self._record(event)
         return False
@@ -271,13 +278,14 @@ class Line:
         if reloaded.ok:
             swapped = bool(converged.swaps)
             await self._record(report.applied(name, before, stack, reloaded, times, swapped=swapped))
+            self._count_success(service, stack)
             until = trio.current_time() + _TRIAL_SEC
             memory.trial = _Trial(service.invocation, until, wanted.before, stack)
             return True
         if not service.settings.rollback or wanted.pinned or wanted.before.id == stack.id:
             await self._record(report.failed(name, before, stack, reloaded, times))
             return True
-        await self._quarantine(service, wanted.before, stack, _with_output(reloaded))
+        await self._quarantine(service, memory, wanted.before, stack, _with_output(reloaded))
         return False
 
     async def _judge_trial(self, service: Service, memory: _Memory) -> None:
@@ -290,19 +298,40 @@ class Line:
                 memory.trial = trial
         elif service.failed and trio.current_time() < trial.until:
             reason = "its main process ended soon after the reload"
-            await self._quarantine(service, trial.before, trial.stack, reason)
+            await self._quarantine(service, memory, trial.before, trial.stack, reason)
 
-    async def _quarantine(self, service: Service, before: Stack, bad: Stack, reason: str) -> None:
+    async def _quarantine(
+        self, service: Service, memory: _Memory, before: Stack, bad: Stack, reason: str
+    ) -> None:
         """Keep what is new in a stack out of the service; the stack itself where nothing in it is new."""
         known = set(before.digests)
         new = {layer.digest: layer.source for layer in bad.layers if layer.digest not in known}
         when = report.now()
         for digest, source in (new or {STACK + bad.id: ""}).items():
+            counters = tries.counted(source)
+            if counters is not None and counters.left:
+                memory.held[digest] = f"{reason}; tries left: {counters.left}"
+                continue
             content = Quarantined(service.name, digest, reason, when, source)
             try:
                 await trio.to_thread.run_sync(self._tools.ledger.quarantine, content)
             except LedgerError as error:
                 journal.log.error(f"quarantine, kept in memory only: {error}")
+
+    def _count(self, service: Service, wanted: Wanted) -> Stack:
+        """The wanted stack, one try having been taken from each new image that has its tries counted."""
+        known = set(wanted.current.digests)
+        return Stack(
+            tuple(
+                layer if layer.digest in known else _recounted(service, layer, tries.begin)
+                for layer in wanted.stack.layers
+            )
+        )
+
+    def _count_success(self, service: Service, stack: Stack) -> None:
+        """Remove the counters; the next look finds the new names, and sees that nothing else has changed."""
+        for layer in stack.layers:
+            _recounted(service, layer, tries.succeed)
 
     def _copies(self, stack: Stack) -> dict[str, Copy]:
         return {layer.digest: self._tools.store.copy(layer) for layer in stack.layers}
@@ -367,6 +396,22 @@ class Line:
         except LedgerError as error:
             journal.log.error(f"history: {error}")
         self._told(event)
+
+
+def _is_new(wanted: Wanted) -> bool:
+    """Whether it is a stack that has not proved itself yet."""
+    return wanted.stack.id != wanted.current.id and not wanted.rolling_back and not wanted.pinned
+
+
+def _recounted(service: Service, layer: Layer, rename: Callable[[str], str]) -> Layer:
+    if tries.counted(layer.source) is None:
+        return layer
+    try:
+        return replace(layer, source=rename(layer.source))
+    except OSError as error:
+        problem = f"{service.name}: {shown(layer.source)}: its tries cannot be counted: {error.strerror}"
+        _log("warning", problem, service.name)
+        return layer
 
 
 def _as_it_is(service: Service) -> Service:
