@@ -10,7 +10,6 @@ wanted.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -19,20 +18,20 @@ import trio
 from watcher import journal, report, tries
 from watcher.admission import Admission, Host, host
 from watcher.check import check
-from watcher.ledger import Ledger, LedgerError
+from watcher.ledger import Ledger
 from watcher.managers import Manager, Reloaded, Service
-from watcher.model import Copy, Event, KeptOut, Later, Layer, Refused, Stack, shown
+from watcher.model import Copy, Event, Later, Layer, Refused, Stack, shown
 from watcher.mounts.converge import Compared, Converged, as_stack, converge
 from watcher.mounts.swap import Moved
 from watcher.mounts.workshop import HostNamespace, Hung, Lost, Workshop
 from watcher.pending import Pending
-from watcher.plan import Passed
 from watcher.process import Gone, Process
+from watcher.record import Record
 from watcher.reload import reload_and_judge
 from watcher.report import Times
-from watcher.schema import Quarantined, text
+from watcher.rollout import Rollout
 from watcher.store import Store
-from watcher.wanted import STACK, Wanted, find
+from watcher.wanted import Wanted, find
 from watcher.watch import Watcher
 
 # Seconds until what cannot be waited for by an event is looked at again: a writer that uses another name of the file,
@@ -69,17 +68,16 @@ class _Trial:
 
 @dataclass(slots=True)
 class _Memory:
-    """What was said about a service, so that it is said once, and how often it had to be tried."""
+    """What is worth remembering of a service: to spare work, and to be patient with what fails again and again."""
 
-    said: frozenset[tuple[object, ...]] = frozenset()
     interests: tuple[object, ...] | None = None
-    needs_restart: str = ""
     attempts: int = 0
     mounted: frozenset[str] | None = None
     trial: _Trial | None = None
     compared: dict[Compared, bool] = field(default_factory=dict)
     held: dict[str, str] = field(default_factory=dict)
     held_for: str = ""
+    why: str = ""
 
 
 class Line:
@@ -92,7 +90,8 @@ class Line:
 
     def __init__(self, tools: Tools, told: Callable[[Event], None] = lambda event: None) -> None:
         self._tools = tools
-        self._told = told
+        self._record = Record(tools.ledger, told)
+        self._rollout = Rollout()
         self._memory: dict[str, _Memory] = {}
 
     @property
@@ -108,6 +107,7 @@ class Line:
     def forget(self, name: str) -> None:
         """The service takes no part any more; its slots stay."""
         self._memory.pop(name, None)
+        self._record.forget(name)
         self._tools.watcher.drop(name)
         self._tools.pending.settle(name)
 
@@ -126,10 +126,11 @@ class Line:
         except Gone:
             return None  # its manager will say so, and it is looked at again when it starts
         except HostNamespace as error:
-            await self._needs_restart(service, memory, str(error))
+            memory.mounted = frozenset()
+            await self._record.needs_restart(service.name, service.invocation, str(error))
             return None
         except (OSError, Refused, Later, Hung, Lost, Moved) as error:
-            await self._not_placed(service, memory, error)
+            await self._record.not_placed(service.name, error)
             settled = False
         memory.attempts = 0 if settled else memory.attempts + 1
         return None if settled else min(_AGAIN * 2 ** (memory.attempts - 1), _AGAIN_MAX)
@@ -145,22 +146,42 @@ class Line:
         if memory.held_for != service.invocation:
             memory.held.clear()
             memory.held_for = service.invocation
-        while True:
-            with self._tools.store.using():
+        with self._tools.store.using():
+            while True:
                 wanted = await self._look(service, memory)
-                await self._say(service, wanted, memory)
-                if service.main is not None and _is_new(wanted):
-                    wanted = replace(wanted, stack=self._count(service, wanted))
-                if not await self._passes(service, wanted, memory):
-                    continue  # it is in the quarantine now
-                if wanted.stack != wanted.current and not self._has_to_wait(service, wanted):
-                    await self._accept(service, wanted)
-            if service.main is None:
-                await self._stopped(service, wanted, memory)
-            elif not await self._into_service(service, service.main, wanted, memory, since):
+                await self._record.look(service.name, wanted)
+                if await self._turn(service, wanted, memory, since):
+                    return not wanted.busy
                 service = _as_it_is(service)
-                continue
-            return not wanted.busy
+
+    async def _turn(self, service: Service, wanted: Wanted, memory: _Memory, since: float) -> bool:
+        """An attempt, when it is this service's turn; False: it did not do, something else is wanted now."""
+        settings = service.settings
+        if settings.rollout != "rolling" or service.main is None or not _is_new(wanted):
+            return await self._attempt(service, wanted, memory, since)
+        new = frozenset(wanted.stack.digests) - frozenset(wanted.current.digests)
+        async with self._rollout.turn(service.name, new, settings.rollout_parallel) as turn:
+            if turn.refused:
+                await self._keep_out(service, memory, wanted.current, wanted.stack, turn.refused)
+                refusal = report.check_failed(service.name, wanted.current, wanted.stack, turn.refused, "")
+                await self._record.outcome(refusal)
+                return False
+            turn.good = await self._attempt(service, wanted, memory, since)
+            if not turn.good:
+                turn.reason = memory.why
+            return turn.good
+
+    async def _attempt(self, service: Service, wanted: Wanted, memory: _Memory, since: float) -> bool:
+        if service.main is not None and _is_new(wanted):
+            wanted = replace(wanted, stack=self._count(service, wanted))
+        if not await self._passes(service, wanted, memory):
+            return False
+        if wanted.stack != wanted.current and not self._has_to_wait(service, wanted):
+            await self._accept(service, wanted)
+        if service.main is not None:
+            return await self._into_service(service, service.main, wanted, memory, since)
+        await self._stopped(service, wanted, memory)
+        return True
 
     async def _look(self, service: Service, memory: _Memory) -> Wanted:
         """What is on disk, watched from before it is read, so that no change in between is missed."""
@@ -191,9 +212,9 @@ class Line:
         if not verdict.reason:
             return True
         before, reason = wanted.current, verdict.reason
-        await self._quarantine(service, memory, before, wanted.stack, reason)
+        await self._keep_out(service, memory, before, wanted.stack, reason)
         event = report.check_failed(service.name, before, wanted.stack, reason, verdict.output)
-        await self._record(event)
+        await self._record.outcome(event)
         return False
 
     def _has_to_wait(self, service: Service, wanted: Wanted) -> bool:
@@ -217,7 +238,7 @@ class Line:
         if wanted.stack.id == wanted.current.id or self._has_to_wait(service, wanted):
             return
         if not wanted.rolling_back:
-            await self._record(report.accepted(service.name, wanted.current, wanted.stack))
+            await self._record.outcome(report.accepted(service.name, wanted.current, wanted.stack))
             return
         revived = await self._tools.manager.revive(service)
         event = report.rolled_back(
@@ -229,7 +250,7 @@ class Line:
             Times(),
             running=bool(revived.told),
         )
-        await self._record(event, critical=not revived.ok)
+        await self._record.outcome(event, critical=not revived.ok)
 
     async def _into_service(
         self, service: Service, held: Process, wanted: Wanted, memory: _Memory, since: float
@@ -246,7 +267,7 @@ class Line:
                 converge, tools.shop, main, pids, stack, copies, begin, memory.compared
             )
             memory.mounted = frozenset(stack.digests)
-            memory.needs_restart = ""
+            self._record.placed(service.name)
             if not converged.swaps and not owed:
                 return True
             for remark in converged.remarks:
@@ -273,19 +294,19 @@ class Line:
         memory.trial = None
         if wanted.rolling_back:
             event = report.rolled_back(name, wanted.current, stack, wanted.why, reloaded, times, running=True)
-            await self._record(event, critical=not reloaded.ok)
+            await self._record.outcome(event, critical=not reloaded.ok)
             return True
         if reloaded.ok:
             swapped = bool(converged.swaps)
-            await self._record(report.applied(name, before, stack, reloaded, times, swapped=swapped))
+            await self._record.outcome(report.applied(name, before, stack, reloaded, times, swapped=swapped))
             self._count_success(service, stack)
             until = trio.current_time() + _TRIAL_SEC
             memory.trial = _Trial(service.invocation, until, wanted.before, stack)
             return True
         if not service.settings.rollback or wanted.pinned or wanted.before.id == stack.id:
-            await self._record(report.failed(name, before, stack, reloaded, times))
+            await self._record.outcome(report.failed(name, before, stack, reloaded, times))
             return True
-        await self._quarantine(service, memory, wanted.before, stack, _with_output(reloaded))
+        await self._keep_out(service, memory, wanted.before, stack, _with_output(reloaded))
         return False
 
     async def _judge_trial(self, service: Service, memory: _Memory) -> None:
@@ -298,25 +319,13 @@ class Line:
                 memory.trial = trial
         elif service.failed and trio.current_time() < trial.until:
             reason = "its main process ended soon after the reload"
-            await self._quarantine(service, memory, trial.before, trial.stack, reason)
+            await self._keep_out(service, memory, trial.before, trial.stack, reason)
 
-    async def _quarantine(
+    async def _keep_out(
         self, service: Service, memory: _Memory, before: Stack, bad: Stack, reason: str
     ) -> None:
-        """Keep what is new in a stack out of the service; the stack itself where nothing in it is new."""
-        known = set(before.digests)
-        new = {layer.digest: layer.source for layer in bad.layers if layer.digest not in known}
-        when = report.now()
-        for digest, source in (new or {STACK + bad.id: ""}).items():
-            counters = tries.counted(source)
-            if counters is not None and counters.left:
-                memory.held[digest] = f"{reason}; tries left: {counters.left}"
-                continue
-            content = Quarantined(service.name, digest, reason, when, source)
-            try:
-                await trio.to_thread.run_sync(self._tools.ledger.quarantine, content)
-            except LedgerError as error:
-                journal.log.error(f"quarantine, kept in memory only: {error}")
+        memory.why = reason
+        memory.held |= await self._record.quarantine(service.name, before, bad, reason)
 
     def _count(self, service: Service, wanted: Wanted) -> Stack:
         """The wanted stack, one try having been taken from each new image that has its tries counted."""
@@ -335,67 +344,6 @@ class Line:
 
     def _copies(self, stack: Stack) -> dict[str, Copy]:
         return {layer.digest: self._tools.store.copy(layer) for layer in stack.layers}
-
-    async def _say(self, service: Service, wanted: Wanted, memory: _Memory) -> None:
-        """What is worth a line, unless it was said already and has been so ever since."""
-        said: set[tuple[object, ...]] = set()
-        key: tuple[object, ...]
-        for remark in wanted.look.remarks:
-            key = (remark.path, remark.text)
-            if key not in memory.said:
-                _log(remark.level, f"{service.name}: {shown(remark.path)}: {remark.text}", service.name)
-            said.add(key)
-        for passed in wanted.passed:
-            key = (passed.candidate.path, str(passed.reason), *_signature(passed.candidate.path))
-            if key not in memory.said:
-                await self._say_passed(service, passed, wanted)
-            said.add(key)
-        if wanted.waiting is not None:
-            key = ("pinned", wanted.waiting.id)
-            if key not in memory.said:
-                waits = f"{service.name}: stays on the stack that it was put on by hand; `rollback --forget`"
-                _log("warning", f"{waits} lets it have what was dropped since", service.name)
-            said.add(key)
-        memory.said = frozenset(said)
-
-    async def _say_passed(self, service: Service, passed: Passed, wanted: Wanted) -> None:
-        path = shown(passed.candidate.path)
-        if isinstance(passed.reason, KeptOut) and self._is_known(service, passed):
-            _log("debug", f"{service.name}: {path} {passed.reason}", service.name)
-        elif isinstance(passed.reason, Refused):
-            kept = next((one for one in wanted.stack.layers if one.slot == passed.slot), None)
-            await self._record(report.refused(service.name, passed, kept, wanted.stack))
-        elif isinstance(passed.reason, Later):
-            waits = f"{service.name}: {path} has to wait, it is tried again by itself: {passed.reason}"
-            _log("warning", waits, service.name)
-        else:
-            _log("debug", f"{service.name}: {path} has to wait: {passed.reason}", service.name)
-
-    def _is_known(self, service: Service, passed: Passed) -> bool:
-        """Whether this very file was said to be bad when it was put into the quarantine."""
-        quarantined = self._tools.ledger.quarantined(service.name)
-        return any(one.source == text(passed.candidate.path) for one in quarantined)
-
-    async def _needs_restart(self, service: Service, memory: _Memory, reason: str) -> None:
-        memory.mounted = frozenset()
-        if memory.needs_restart != service.invocation:
-            memory.needs_restart = service.invocation
-            await self._record(report.needs_restart(service.name, reason))
-
-    async def _not_placed(self, service: Service, memory: _Memory, error: Exception) -> None:
-        reason = shown(str(error))
-        key = ("not placed", reason)
-        if key not in memory.said:
-            await self._record(report.not_placed(service.name, reason))
-        memory.said |= {key}
-
-    async def _record(self, event: Event, *, critical: bool = False) -> None:
-        journal.record(event, "critical" if critical else None)
-        try:
-            await trio.to_thread.run_sync(self._tools.ledger.append, event)
-        except LedgerError as error:
-            journal.log.error(f"history: {error}")
-        self._told(event)
 
 
 def _is_new(wanted: Wanted) -> bool:
@@ -430,14 +378,6 @@ def _shown_before(converged: Converged, wanted: Wanted) -> Stack:
 def _with_output(reloaded: Reloaded) -> str:
     lines = [line.strip() for line in reloaded.output.splitlines() if line.strip()]
     return f"{reloaded.reason} ({shown(lines[-1][:200])})" if lines else reloaded.reason
-
-
-def _signature(path: str) -> tuple[int, ...]:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return ()
-    return (status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def _log(level: str, text: str, service: str) -> None:

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The last step of a round: what became of it, into the journal, the history and the quarantine.
+
+What was said is remembered, so that it is said once for as long as it lasts; nothing is decided by that.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import trio
+
+from watcher import journal, report, tries
+from watcher.ledger import Ledger, LedgerError
+from watcher.model import Event, KeptOut, Later, Refused, Stack, shown
+from watcher.plan import Passed
+from watcher.schema import Quarantined, text
+from watcher.wanted import STACK, Wanted
+
+_Key = tuple[object, ...]
+
+
+class Record:
+    """Writes down outcomes.
+
+    Args:
+        ledger: where history and quarantine are kept.
+        told: called with every outcome, after it was recorded.
+    """
+
+    def __init__(self, ledger: Ledger, told: Callable[[Event], None] = lambda event: None) -> None:
+        self._ledger = ledger
+        self._told = told
+        self._said: dict[str, frozenset[_Key]] = {}
+        self._not_placed: dict[str, str] = {}
+        self._needs_restart: dict[str, str] = {}
+
+    def forget(self, service: str) -> None:
+        """Forget what was said of a service."""
+        for memory in (self._said, self._not_placed, self._needs_restart):
+            memory.pop(service, None)
+
+    async def outcome(self, event: Event, *, critical: bool = False) -> None:
+        """One entry in the journal, one line of history."""
+        journal.record(event, "critical" if critical else None)
+        try:
+            await trio.to_thread.run_sync(self._ledger.append, event)
+        except LedgerError as error:
+            journal.log.error(f"history: {error}")
+        self._told(event)
+
+    def placed(self, service: str) -> None:
+        """Its stack could be put in place: what prevented that before is over."""
+        self._not_placed.pop(service, None)
+        self._needs_restart.pop(service, None)
+
+    async def not_placed(self, service: str, error: Exception) -> None:
+        """Its stack could not be put in place."""
+        reason = shown(str(error))
+        if self._not_placed.get(service) != reason:
+            self._not_placed[service] = reason
+            await self.outcome(report.not_placed(service, reason))
+
+    async def needs_restart(self, service: str, invocation: str, reason: str) -> None:
+        """Its main process shares the host's namespace; said once for each start of the service."""
+        if self._needs_restart.get(service) != invocation:
+            self._needs_restart[service] = invocation
+            await self.outcome(report.needs_restart(service, reason))
+
+    async def quarantine(self, service: str, before: Stack, bad: Stack, reason: str) -> dict[str, str]:
+        """Keep what is new in a stack out of the service; the stack itself where nothing in it is new.
+
+        Returns:
+            What is kept out for the moment only, because it has tries left: reasons by digest.
+        """
+        known = set(before.digests)
+        new = {layer.digest: layer.source for layer in bad.layers if layer.digest not in known}
+        when = report.now()
+        held = {}
+        for digest, source in (new or {STACK + bad.id: ""}).items():
+            counters = tries.counted(source)
+            if counters is not None and counters.left:
+                held[digest] = f"{reason}; tries left: {counters.left}"
+                continue
+            try:
+                content = Quarantined(service, digest, reason, when, source)
+                await trio.to_thread.run_sync(self._ledger.quarantine, content)
+            except LedgerError as error:
+                journal.log.error(f"quarantine, kept in memory only: {error}")
+        return held
+
+    async def look(self, service: str, wanted: Wanted) -> None:
+        """What a look found that is worth a line, unless it was said already and has been so ever since."""
+        said: set[_Key] = set()
+        before = self._said.get(service, frozenset())
+        key: _Key
+        for remark in wanted.look.remarks:
+            key = (remark.path, remark.text)
+            if key not in before:
+                _log(remark.level, f"{service}: {shown(remark.path)}: {remark.text}", service)
+            said.add(key)
+        for passed in wanted.passed:
+            key = (passed.candidate.path, str(passed.reason), *_signature(passed.candidate.path))
+            if key not in before:
+                await self._passed(service, passed, wanted)
+            said.add(key)
+        if wanted.waiting is not None:
+            key = ("pinned", wanted.waiting.id)
+            if key not in before:
+                waits = f"{service}: stays on the stack that it was put on by hand; `rollback --forget`"
+                _log("warning", f"{waits} lets it have what was dropped since", service)
+            said.add(key)
+        self._said[service] = frozenset(said)
+
+    async def _passed(self, service: str, passed: Passed, wanted: Wanted) -> None:
+        path = shown(passed.candidate.path)
+        if isinstance(passed.reason, KeptOut) and self._is_known(service, passed):
+            _log("debug", f"{service}: {path} {passed.reason}", service)
+        elif isinstance(passed.reason, Refused):
+            kept = next((one for one in wanted.stack.layers if one.slot == passed.slot), None)
+            await self.outcome(report.refused(service, passed, kept, wanted.stack))
+        elif isinstance(passed.reason, Later):
+            waits = f"{service}: {path} has to wait, it is tried again by itself: {passed.reason}"
+            _log("warning", waits, service)
+        else:
+            _log("debug", f"{service}: {path} has to wait: {passed.reason}", service)
+
+    def _is_known(self, service: str, passed: Passed) -> bool:
+        """Whether this very file was said to be bad when it was put into the quarantine."""
+        source = text(passed.candidate.path)
+        return any(one.source == source for one in self._ledger.quarantined(service))
+
+
+def _signature(path: str) -> tuple[int, ...]:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ()
+    return (status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def _log(level: str, line: str, service: str) -> None:
+    getattr(journal.log, level)(line, service=service)
