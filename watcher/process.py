@@ -15,6 +15,9 @@ from types import TracebackType
 
 import psutil
 
+# signal(7): those whose default action is to be ignored, or to continue.
+_HARMLESS = frozenset({signal.SIGCHLD, signal.SIGURG, signal.SIGWINCH, signal.SIGCONT})
+
 
 class Gone(Exception):
     """The process has ended (or never was the one that was meant)."""
@@ -113,6 +116,17 @@ class Process:
             os.close(fd)
             raise Gone(f"process {self.pid} has ended")
         return fd
+
+    def survives(self, number: int) -> bool:
+        """Whether it catches, ignores or blocks a signal, rather than being ended by it.
+
+        A program that has only just been started has not got that far. Raises Gone.
+        """
+        if number in _HARMLESS:
+            return True
+        fields = dict(line.split(":\t", 1) for line in self.read("status").splitlines() if ":\t" in line)
+        masks = (int(fields[name], 16) for name in ("SigCgt", "SigIgn", "SigBlk"))
+        return any(mask >> (number - 1) & 1 for mask in masks)
 
     def signal(self, number: int) -> None:
         """Send a signal.

@@ -34,7 +34,7 @@ def applied(
         done = "sent" if reloaded.told.startswith("SIG") else "done"
         sentence += f", {reloaded.told} {done} in {duration(times.reload)}"
     else:
-        sentence += "; it was not told to reload, it has no way to"
+        sentence += f"; {reloaded.reason or 'it was not told to reload, it has no way to'}"
     return _of_stack(service, Outcome.APPLIED, sentence, before, stack, reloaded, times)
 
 

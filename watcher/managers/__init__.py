@@ -52,7 +52,7 @@ class Reloaded:
     Attributes:
         ok: it did, or nothing had to be asked.
         told: what was done, for the log: "reload", "SIGHUP", "restart", "" when nothing was told.
-        reason: why it failed, one line ("" when ok).
+        reason: why it failed, or why nothing was told although there is a way; one line, else "".
         output: what a reload command printed, at most 64 KiB.
     """
 

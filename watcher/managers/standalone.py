@@ -27,6 +27,7 @@ import trio
 from watcher import inside, journal
 from watcher.config import ServiceSettings
 from watcher.managers import Reloaded, Service
+from watcher.managers.tell import send_signal
 from watcher.model import Declared, Entry, Interest, Kind, shown
 from watcher.mounts.workshop import Workshop
 from watcher.process import Gone, Process, descendants
@@ -211,8 +212,9 @@ class Standalone:
             return Reloaded(ok=True)
         try:
             if registration.reload_signal:
-                service.main.signal(signal_number(registration.reload_signal))
-                return Reloaded(ok=True, told=registration.reload_signal)
+                return await send_signal(
+                    service.main, signal.Signals(signal_number(registration.reload_signal))
+                )
             if registration.reload_command:
                 return await self._run_command(service.main, registration)
         except Gone:

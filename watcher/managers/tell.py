@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Telling a process by a signal to reload."""
+
+from __future__ import annotations
+
+import signal
+
+import trio
+
+from watcher.managers import Reloaded
+from watcher.process import Process
+
+_HANDLER_SEC = 5.0
+
+
+async def send_signal(main: Process, number: signal.Signals) -> Reloaded:
+    """Send a signal that asks for a reload, but not to a process that it would end.
+
+    One that was started just now is given the time to install its handler.
+
+    Raises:
+        Gone: it has ended.
+    """
+    with trio.move_on_after(_HANDLER_SEC):
+        while not main.survives(number):
+            await trio.sleep(0.02)
+    if not main.survives(number):
+        return Reloaded(
+            ok=True, reason=f"{number.name} was not sent, it has no handler and would be ended by it"
+        )
+    main.signal(number)
+    return Reloaded(ok=True, told=number.name)
