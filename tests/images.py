@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 from needs import which
@@ -32,6 +33,13 @@ def image(tree: Path, path: Path, fstype: str = "squashfs", *options: str) -> Pa
         arguments = ["--quiet", *options, path, tree]
     subprocess.run([tool, *map(os.fspath, arguments)], check=True, stdout=subprocess.DEVNULL)
     return path
+
+
+def program(module: str, function: str, *arguments: object) -> list[str]:
+    """A command that calls a function of a test module, with strings, in a process that shares nothing with ours."""
+    path = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__)), *sys.path]
+    source = f"import sys; sys.path[:0] = {path!r}; import {module}; {module}.{function}(*sys.argv[1:])"
+    return [sys.executable, "-c", source, *map(str, arguments)]
 
 
 def noise(size: int) -> bytes:

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import signal
+import subprocess
 import threading
 from pathlib import Path
 
 import pytest
+from images import program
 
 from watcher.model import Entry, Kind, Layer, Stack
 from watcher.stacks import Damaged, Stacks
@@ -204,12 +204,9 @@ def accept_many(state: str, first: str) -> None:
 def test_a_start_at_any_moment_sees_one_whole_stack(stacks: Stacks, tmp_path: Path) -> None:
     """Two processes accept as fast as they can, one is killed; what a start would see is never a mix."""
     stacks.accept(UNIT, stack("0", *(f"{n}.raw" for n in range(5))), ENTRIES)
-    method = multiprocessing.get_context("spawn")
-    writers = [method.Process(target=accept_many, args=(str(tmp_path), first)) for first in "ab"]
-    for writer in writers:
-        writer.start()
+    writers = [subprocess.Popen(program("test_stacks", "accept_many", tmp_path, first)) for first in "ab"]
     seen = 0
-    while any(writer.is_alive() for writer in writers):
+    while any(writer.poll() is None for writer in writers):
         # One lookup of the unit, as systemd does for each slot, cannot be held still; the directory it leads to can.
         fd = os.open(tmp_path / "units" / UNIT, os.O_RDONLY | os.O_DIRECTORY)
         links = {os.path.basename(os.readlink(name, dir_fd=fd)) for name in os.listdir(fd) if name[0] != "."}
@@ -220,9 +217,8 @@ def test_a_start_at_any_moment_sees_one_whole_stack(stacks: Stacks, tmp_path: Pa
         assert len(links) == 5
         seen += 1
         if seen == 50:
-            os.kill(writers[0].pid or 0, signal.SIGKILL)
-    for writer in writers:
-        writer.join()
+            writers[0].kill()
+    assert writers[1].returncode == 0
     assert seen > 50
     stacks.prune(3)
     assert len(stacks.history(UNIT)) == 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import multiprocessing
+import itertools
 import os
 import re
 import signal
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from images import confext
+from images import confext, program
 
 from needs import root, tool
 from watcher import tree
@@ -447,15 +447,13 @@ class TestCollect:
 
     def test_not_while_another_process_uses_the_store(self, store: Store, tmp_path: Path) -> None:
         add(store, dropped(tmp_path, b"x"))
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        other = context.Process(target=use, args=(str(tmp_path / "state"), theirs))
-        other.start()
-        assert ours.recv() == "using"
-        with pytest.raises(Busy):
-            store.collect(())
-        os.kill(other.pid or 0, signal.SIGKILL)
-        other.join()
+        command = program("test_store", "use", tmp_path / "state")
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+            assert other.stdout is not None
+            assert other.stdout.readline() == b"using\n"
+            with pytest.raises(Busy):
+                store.collect(())
+            other.kill()
         assert len(store.collect(())) == 1
 
     def test_content_used_again_after_it_was_collected(self, store: Store, tmp_path: Path) -> None:
@@ -466,28 +464,41 @@ class TestCollect:
         assert store.has(copy)
 
 
-def use(state: str, pipe: multiprocessing.connection.Connection) -> None:
+def use(state: str) -> None:
     with Store(state, MIB, MIB, 2) as store, store.using():
-        pipe.send("using")
+        print("using", flush=True)
         signal.pause()
 
 
+# Of the program itself only, and nothing but it: each of its system calls costs a run.
 KILLED = """
-import sys
+import os, sys
 sys.path[:0] = {path!r}
-from pathlib import Path
-import test_store as t
-store = t.Store(sys.argv[1], 1 << 40, 1 << 40, 2)
-with store.using():
-    copies = [t.add(store, Path(path)) for path in sys.argv[2:]]
-    store.accept(t.UNIT, t.Stack(tuple(t.layer(copy, str(n)) for n, copy in enumerate(copies))), ())
-store.collect(())
+from watcher import tree
+from watcher.images.probe import Probe
+from watcher.lease import Lease
+from watcher.model import Kind, Layer, Stack
+from watcher.store import Store
+state, image, directory = sys.argv[1:]
+os.mkdir(state)
+with Store(state, 1 << 40, 1 << 40, 2) as store:
+    fd, root = os.open(image, os.O_RDONLY), os.open(directory, os.O_RDONLY)
+    with store.using():
+        with Lease(fd) as lease:
+            copies = [store.add_image(fd, Probe("squashfs", 1), lease)]
+        copies.append(store.add_tree(root, tree.signature(root)))
+        for layers in (copies, copies[:1]):
+            stack = Stack(tuple(Layer(str(n), "web", "1", c.digest, c.kind, "") for n, c in enumerate(layers)))
+            store.accept("web.service", stack, ())
+    store.keep_stacks = 1
+    store.collect(())
 """
 
-# Everything that changes something on the disk, as strace names it.
+# Everything by which the disk can change, as strace names it.
 CALLS = (
-    "openat mkdir mkdirat rename renameat renameat2 unlink unlinkat rmdir symlink symlinkat link linkat write pwrite64 "
-    "ftruncate fdatasync fsync fchmod fchmodat chmod chown fchown fchownat setxattr fsetxattr utimensat flock"
+    "open openat creat mkdir mkdirat rename renameat renameat2 unlink unlinkat rmdir symlink symlinkat link linkat "
+    "write pwrite64 ftruncate fdatasync fsync chmod fchmod fchmodat chown fchown lchown fchownat setxattr lsetxattr "
+    "fsetxattr utimensat flock fadvise64"
 ).split()
 
 
@@ -497,52 +508,45 @@ CALLS = (
 def test_killed_before_any_call_the_store_is_whole_and_cleans_up(tmp_path: Path) -> None:
     """`kill -9` before each system call in turn: what has a digest for its name is what the digest says."""
     image = dropped(tmp_path, os.urandom(MIB + 5))
-    source = confext(tmp_path / "web", "web", {"etc/a": b"1", "etc/b/c": b"2"})
+    source = confext(tmp_path / "web", "web", {"etc/a": b"1"})
     (source / "etc/link").symlink_to("a")
     (source / "etc/twin").hardlink_to(source / "etc/a")
-    arguments = [sys.executable, "-S", "-c", KILLED.format(path=[os.path.dirname(__file__), *sys.path])]
     state = tmp_path / "state"
 
     def traced(*options: str) -> None:
-        command = [
-            "strace",
-            "-f",
-            "-qq",
-            "-o",
-            tmp_path / "trace",
-            *options,
-            *arguments,
-            state,
-            image,
-            source,
-        ]
+        code = KILLED.format(path=sys.path)
+        command = ["strace", "-f", "-qq", "-o", tmp_path / "trace", *options]
+        command += [sys.executable, "-B", "-S", "-c", code, state, image, source]
         subprocess.run(list(map(os.fspath, command)), check=False, stderr=subprocess.DEVNULL)
 
     traced("-e", f"trace={','.join('?' + call for call in CALLS)}")
     lines = (tmp_path / "trace").read_text().splitlines()
     calls = [match[1] for match in (re.search(r"^\d+ +(\w+)\(", line) for line in lines) if match]
-    first = next(number for number, line in enumerate(lines) if str(state) in line and "mkdir" in line)
-    wanted = Store(str(state), MIB * 9, MIB * 9, 2)
-    whole = wanted.accepted(UNIT)
-    assert whole is not None
-    wanted.close()
-    for number in range(first, len(calls)):
+    first = next(number for number, line in enumerate(lines) if f'mkdir("{state}"' in line)
+    stacks = []
+    for number in range(first + 1, len(calls)):
+        if calls[number] in ("open", "openat") and "O_CREAT" not in lines[number]:
+            continue  # changes nothing, and the next call is tried anyway
         subprocess.run(["rm", "-rf", state], check=True)
         occurrence = calls[: number + 1].count(calls[number])
         traced("-e", f"trace={calls[number]}", "-e", f"inject={calls[number]}:signal=KILL:when={occurrence}")
         with Store(str(state), MIB * 9, MIB * 9, 2) as store:
-            assert store.accepted(UNIT) in (None, whole), calls[number]
-            intact(state / "store")
+            stacks.append(store.accepted(UNIT))
+            intact(state / "store", stacks[-1])
             store.collect(())
-            assert not [name for name in inside(tmp_path) if name.startswith(".tmp")]
-            for name in os.listdir(state / "stacks"):
-                assert not [left for left in os.listdir(state / "stacks" / name) if left.startswith(".tmp")]
+            intact(state / "store", stacks[-1])
+            assert not [name for name in inside(tmp_path) if name.startswith(".tmp")], lines[number]
+            kept = state / "stacks" / UNIT
+            assert not kept.exists() or not [name for name in os.listdir(kept) if name.startswith(".")]
+    seen = [None if stack is None else len(stack.layers) for stack in stacks]
+    assert [count for count, _ in itertools.groupby(seen)] == [None, 2, 1]  # in this order, and nothing else
 
 
-def intact(directory: Path) -> None:
-    for path in directory.iterdir():
-        if not re.fullmatch("[0-9a-f]{64}", path.name):
-            continue
+def intact(directory: Path, stack: Stack | None = None) -> None:
+    """Whatever has a digest for its name is what the digest says, and what the stack needs is among it."""
+    digests = {path.name for path in directory.iterdir() if re.fullmatch("[0-9a-f]{64}", path.name)}
+    assert stack is None or digests >= set(stack.digests)
+    for path in (directory / digest for digest in digests):
         if path.is_dir():
             with opened(path) as fd:
                 assert tree.digest(fd).digest == path.name
@@ -550,7 +554,7 @@ def intact(directory: Path) -> None:
             assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
 
 
-def churn(state: str, work: str, seed: int) -> None:
+def churn(state: str, work: str, seed: str) -> None:
     """Adds, accepts, and collects for as long as it takes; a copy must never vanish from under an accepted stack."""
     path = Path(work) / f"{seed}.raw"
     with Store(state, 64 * MIB, MIB, 1) as store:
@@ -568,16 +572,9 @@ def churn(state: str, work: str, seed: int) -> None:
 
 
 def test_processes_that_add_and_collect_at_once_never_lose_a_copy(store: Store, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=churn, args=(str(tmp_path / "state"), str(tmp_path), seed))
-        for seed in range(3)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+    commands = [program("test_store", "churn", tmp_path / "state", tmp_path, seed) for seed in range(3)]
+    processes = [subprocess.Popen(command) for command in commands]
+    assert [process.wait() for process in processes] == [0, 0, 0]
     intact(tmp_path / "state/store")
 
 

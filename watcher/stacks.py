@@ -11,8 +11,10 @@ see half of the old stack and half of the new one; so the slots of a stack are n
 replacing the one link `units/UNIT` by rename(2) is the single atomic step from the whole old stack to the whole new
 one, whoever is killed when.
 
-One fsync(2), of the JSON file, before that rename is enough: everything else is metadata, which the file systems'
-journals keep in order. What a power cut may lose is the last step, never half of it.
+Nothing waits for the disk: links are metadata, which the journals of file systems keep in order, so what a power
+cut may lose is the last steps, never half of one. Only the JSON file has data; its writing is begun before the
+rename. Should it be lost all the same, the slots still lead where they did, and the stack is picked anew
+(`Damaged`).
 
 Standard library only: the generator imports this at boot.
 """
@@ -27,6 +29,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
+from watcher.filecopy import start_writing
 from watcher.model import Entry, Kind, Layer, Stack, shown
 
 TEMPORARY = ".tmp-"
@@ -256,7 +259,7 @@ def _write_record(directory: int, accepted: Accepted) -> None:
     with open(fd, "w", encoding="ascii") as file:
         json.dump(record, file, indent=1)
         file.flush()
-        os.fsync(fd)
+        start_writing(fd)
 
 
 def _read(path: str) -> Accepted:

@@ -203,20 +203,22 @@ class Store:
 
         Raises:
             Busy: copies are being made somewhere; nothing was removed, try again later.
+            Later: the file system would not.
         """
-        with self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB):
-            keep = self._stacks.prune(self.keep_stacks) | frozenset(mounted)
-            names = os.listdir(self._directory)
-            unneeded = tuple(name for name in names if _DIGEST.fullmatch(name) and name not in keep)
-            dead = [name for name in names if name.startswith(TEMPORARY)]
+        with _translated("copies that nobody needs cannot be removed"):
+            with self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB):
+                keep = self._stacks.prune(self.keep_stacks) | frozenset(mounted)
+                names = os.listdir(self._directory)
+                unneeded = tuple(name for name in names if _DIGEST.fullmatch(name) and name not in keep)
+                dead = [name for name in names if name.startswith(TEMPORARY)]
+                for name in unneeded:
+                    dead.append(f"{TEMPORARY}0-{secrets.token_hex(8)}")
+                    os.rename(name, dead[-1], src_dir_fd=self._directory, dst_dir_fd=self._directory)
+            # Their names are nobody's any more, so a large tree keeps nobody waiting.
+            for name in dead:
+                tree.remove(name, self._directory)
             for name in unneeded:
-                dead.append(f"{TEMPORARY}0-{secrets.token_hex(8)}")
-                os.rename(name, dead[-1], src_dir_fd=self._directory, dst_dir_fd=self._directory)
-        # Their names are nobody's any more, so a large tree keeps nobody waiting.
-        for name in dead:
-            tree.remove(name, self._directory)
-        for name in unneeded:
-            self._copies.pop(name, None)
+                self._copies.pop(name, None)
         return unneeded
 
     @contextmanager
