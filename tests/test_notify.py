@@ -30,6 +30,16 @@ def test_ready_carries_the_status_line(manager: socket.socket) -> None:
     assert manager.recv(4096) == b"READY=1\nSTATUS=12 services"
 
 
+def test_start_up_is_over_once_it_was_said(manager: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notify, "_complete", False)
+    assert notify.is_starting()
+    notify.ready()
+    assert not notify.is_starting()
+    monkeypatch.setattr(notify, "_complete", False)
+    monkeypatch.delenv("NOTIFY_SOCKET")
+    assert not notify.is_starting()
+
+
 def test_a_status_stays_on_one_line(manager: socket.socket) -> None:
     notify.status("one\nREADY=1")
     assert manager.recv(4096) == b"STATUS=one READY=1"

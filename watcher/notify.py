@@ -16,7 +16,14 @@ import trio
 
 def ready(status: str = "") -> None:
     """Say that start-up, or a reload, is complete."""
+    global _complete
+    _complete = True
     _send("READY=1", _status(status))
+
+
+def is_starting() -> bool:
+    """Whether whoever started us still waits for `ready()`, and with him all that is ordered after us."""
+    return bool(os.environ.get("NOTIFY_SOCKET")) and not _complete
 
 
 def reloading(status: str = "") -> None:
@@ -73,3 +80,6 @@ def _send(*lines: str) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
         sock.connect(address)
         sock.sendall(message.encode("utf-8", "backslashreplace"))
+
+
+_complete = False

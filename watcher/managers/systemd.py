@@ -8,13 +8,14 @@ itself anew) and is then made again.
 
 from __future__ import annotations
 
+import functools
 import signal
 from collections.abc import Callable, Mapping, Sequence
 
 import trio
 from jeepney import HeaderFields, Message
 
-from watcher import dbus, generator, journal
+from watcher import dbus, generator, inside, journal
 from watcher.config import Settings
 from watcher.managers import Reloaded, Service, cgroup
 from watcher.managers.daemonreload import DaemonReload, Refused
@@ -23,6 +24,7 @@ from watcher.managers.following import Following
 from watcher.managers.systemd1 import DAEMON_RELOAD_SEC, Jobs, Systemd1, Unsupported
 from watcher.managers.unitjob import UnitJobs
 from watcher.model import Entry, Interest
+from watcher.mounts.workshop import Workshop
 from watcher.process import Gone, Process
 from watcher.unitname import UNIT_PATHS
 from watcher.watch import Watcher
@@ -61,9 +63,11 @@ class Systemd:
 
     Args:
         settings: the watcher's; its `state_directory` must be the one that the generator knows.
+        shop: where checks are run.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, shop: Workshop) -> None:
+        self._shop = shop
         self._state_directory = settings.state_directory
         self._systemd: Systemd1 | None = None
         self._connected = trio.Event()
@@ -115,12 +119,26 @@ class Systemd:
         try:
             if kind == "restart":
                 return await self._unit_jobs.restart(service.name)
-            reloaded = await self._unit_jobs.reload(service.name)
+            reloaded = await self._unit_jobs.reload(service.name, service.invocation)
         except (dbus.Error, dbus.Lost) as error:
             return Reloaded(ok=False, told="reload", reason=f"reload could not be followed: {error}")
         if reloaded is None and kind == "unit":
             return Reloaded(ok=False, reason="Reload=unit is set, but its unit says no way to reload it")
         return reloaded or Reloaded(ok=True)
+
+    async def revive(self, service: Service) -> Reloaded:
+        """See `Manager.revive`; the job is systemd's own way to start it."""
+        return await self._unit_jobs.start(service.name)
+
+    async def execute(
+        self, service: Service, namespace: int, words: Sequence[str], timeout_sec: float
+    ) -> inside.Ended:
+        """See `Manager.execute`."""
+        if service.main is None:
+            raise Gone(f"{service.name} is not running")
+        who = inside.like(service.main, {"MAINPID": str(service.main.pid)})
+        place = functools.partial(self._shop.entered, namespace)
+        return await inside.run(self._shop, place, who, words, timeout_sec=timeout_sec)
 
     async def processes(self, service: Service) -> list[int]:
         """See `Manager.processes`."""

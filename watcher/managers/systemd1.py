@@ -29,9 +29,9 @@ OLDEST: Final = 255
 DAEMON_RELOAD_SEC: Final = 300.0
 _LIMITS: Final = "org.freedesktop.DBus.Error.LimitsExceeded"
 NO_SUCH_UNIT: Final = f"{NAME}.NoSuchUnit"
-# ReloadUnit() of a unit that has no way to reload, of one that is not running, and while a stop is queued.
+# ReloadUnit() of a unit that has no way to reload, and while a stop is queued.
 NOT_APPLICABLE: Final = f"{NAME}.JobTypeNotApplicable"
-CONFLICTING: Final = f"{NAME}.TransactionJobsConflicting"
+DESTRUCTIVE: Final = f"{NAME}.TransactionIsDestructive"
 
 
 class Unsupported(Exception):

@@ -15,9 +15,9 @@ from typing import Any, Final, Literal
 
 import trio
 
-from watcher import dbus
+from watcher import dbus, notify
 from watcher.managers import Reloaded
-from watcher.managers.systemd1 import CONFLICTING, NO_SUCH_UNIT, NOT_APPLICABLE, Jobs, Systemd1
+from watcher.managers.systemd1 import DESTRUCTIVE, NO_SUCH_UNIT, NOT_APPLICABLE, Jobs, Systemd1
 
 OUTPUT_MAX: Final = 64 * 1024
 _JOURNAL_SEC: Final = 5.0
@@ -36,7 +36,7 @@ _ENDS: Final = {
 }
 # The unit was no longer running when it came to it.
 _POINTLESS: Final = frozenset({"skipped", "invalid", "collected", "once"})
-_NOT_THERE: Final = frozenset({NO_SUCH_UNIT, CONFLICTING})
+_NOT_THERE: Final = frozenset({NO_SUCH_UNIT, DESTRUCTIVE})
 _RUNNING: Final = frozenset({"active", "reloading", "refreshing"})
 _CLD_EXITED: Final = 1
 
@@ -73,33 +73,51 @@ class UnitJobs:
     def __init__(self, systemd: Callable[[], Awaitable[Systemd1]], jobs: Jobs) -> None:
         self._systemd = systemd
         self._jobs = jobs
+        # The invocation of each unit that was seen to have started.
+        self._up: dict[str, str] = {}
 
-    async def reload(self, unit: str) -> Reloaded | None:
-        """Have it reload as its unit says; None if that says nothing."""
-        while True:
-            try:
-                result = await self._follow(unit, "ReloadUnit")
-            except dbus.Error as error:
-                if error.name == NOT_APPLICABLE:
-                    return None
-                if error.name in _NOT_THERE:
-                    return Reloaded(ok=True)
-                return Reloaded(ok=False, told="reload", reason=f"reload was not possible: {error}")
-            if result == "invalid" and await self._has_started(unit):
-                continue
-            return await self._judge(unit, result)
+    async def reload(self, unit: str, invocation: str) -> Reloaded | None:
+        """Have it reload as its unit says; None if that says nothing.
+
+        Args:
+            invocation: of the process that is meant.
+        """
+        try:
+            if not await self._is_up(unit, invocation):
+                return Reloaded(ok=True)
+            return await self._judge(unit, await self._follow(unit, "ReloadUnit"))
+        except dbus.Error as error:
+            if error.name == NOT_APPLICABLE:
+                return None
+            if error.name in _NOT_THERE:
+                return Reloaded(ok=True)
+            return Reloaded(ok=False, told="reload", reason=f"reload was not possible: {error}")
 
     async def restart(self, unit: str) -> Reloaded:
         """Restart it, unless it has been stopped meanwhile."""
+        return await self._run(unit, "TryRestartUnit", "restart")
+
+    async def start(self, unit: str) -> Reloaded:
+        """Start it again, also if it failed too often."""
         try:
-            result = await self._follow(unit, "TryRestartUnit")
+            await (await self._systemd()).manager("ResetFailedUnit", "s", unit)
         except dbus.Error as error:
-            if error.name in _NOT_THERE:
+            if error.name != NO_SUCH_UNIT:
+                return Reloaded(ok=False, told="start", reason=f"start was not possible: {error}")
+        except dbus.Lost as error:
+            return Reloaded(ok=False, told="start", reason=f"start was not possible: {error}")
+        return await self._run(unit, "StartUnit", "start")
+
+    async def _run(self, unit: str, member: str, word: str) -> Reloaded:
+        try:
+            result = await self._follow(unit, member)
+        except (dbus.Error, dbus.Lost) as error:
+            if isinstance(error, dbus.Error) and error.name in _NOT_THERE:
                 return Reloaded(ok=True)
-            return Reloaded(ok=False, told="restart", reason=f"restart was not possible: {error}")
+            return Reloaded(ok=False, told=word, reason=f"{word} was not possible: {error}")
         if result == "done" or result in _POINTLESS:
-            return Reloaded(ok=True, told="restart")
-        return Reloaded(ok=False, told="restart", reason=f"restart {_ENDS.get(result, result)}")
+            return Reloaded(ok=True, told=word)
+        return Reloaded(ok=False, told=word, reason=f"{word} {_ENDS.get(result, result)}")
 
     async def _follow(self, unit: str, member: str) -> str:
         """The result of a job. If it can no longer be heard: by what the unit looks like afterwards."""
@@ -107,7 +125,8 @@ class UnitJobs:
         while not job:
             try:
                 with self._jobs.listening() as listener:
-                    job = await (await self._systemd()).manager(member, "ss", unit, "fail")
+                    systemd = await self._systemd()
+                    job = await systemd.manager(member, "ss", unit, await self._mode(systemd, unit))
                     return await listener.result(job) or await self._afterwards(unit, member)
             except dbus.Lost:
                 # Whether systemd heard it is not known. Twice reloaded does no harm, not at all would.
@@ -117,6 +136,13 @@ class UnitJobs:
                     raise
                 await trio.sleep(_POLL_SEC)
         return await self._afterwards(unit, member)
+
+    async def _mode(self, systemd: Systemd1, unit: str) -> str:
+        """ "fail", unless our own start is not complete: units that take part are ordered after it, and so are all of
+        their jobs; the reload would wait for us, and we for it. ("ignore-dependencies" would cancel a queued stop.)"""
+        if notify.is_starting() and (await systemd.unit(unit, "Job"))[0] == 0:
+            return "ignore-dependencies"
+        return "fail"
 
     async def _afterwards(self, unit: str, member: str) -> str:
         while (await self._patiently("unit", unit, "Job"))[0]:
@@ -139,10 +165,15 @@ class UnitJobs:
                     raise
                 await trio.sleep(_POLL_SEC)
 
-    async def _has_started(self, unit: str) -> bool:
-        """Wait while it is still starting (it may have read the old files already); whether it then runs."""
+    async def _is_up(self, unit: str, invocation: str) -> bool:
+        """Whether it runs, having waited while it is still starting: it may have read the old files already, and a
+        reload that is asked for during the start is taken as part of that, without anything being reloaded."""
+        if self._up.get(unit) == invocation:
+            return True
         while (state := await self._patiently("unit", unit, "ActiveState")) == "activating":
             await trio.sleep(_POLL_SEC)
+        if state in _RUNNING:
+            self._up[unit] = invocation
         return state in _RUNNING
 
     async def _judge(self, unit: str, result: str) -> Reloaded:
@@ -173,8 +204,8 @@ async def _said(unit: str, command: Command) -> str:
     """What the command wrote, from the journal: there it goes, and nowhere else."""
     since = f"--since=@{command.begun_usec / 1_000_000:.6f}"
     with trio.move_on_after(_JOURNAL_SEC):
-        await _run(["journalctl", "--sync"])
-        return await _run(
+        await _program(["journalctl", "--sync"])
+        return await _program(
             [
                 "journalctl",
                 "--quiet",
@@ -188,7 +219,7 @@ async def _said(unit: str, command: Command) -> str:
     return ""
 
 
-async def _run(argv: list[str]) -> str:
+async def _program(argv: list[str]) -> str:
     try:
         done = await trio.run_process(argv, capture_stdout=True, stderr=subprocess.DEVNULL, check=False)
     except FileNotFoundError:

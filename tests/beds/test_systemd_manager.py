@@ -1,0 +1,476 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""systemd's manager against real systemd: what takes part is found and followed, a reload is followed to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from queue import Empty, Queue
+from typing import Any
+
+import pytest
+
+import needs
+from beds.bed import Bed
+
+pytestmark = needs.bed
+
+SLEEP = "[Service]\nExecStart=/bin/sleep infinity\n"
+UNITS = "/etc/systemd/system"
+SECONDS = 20
+
+# A service as manager_probe.py shows it, None for one that takes no part (any more).
+Shown = dict[str, Any] | None
+
+
+class Probe:
+    """The manager, running in the bed."""
+
+    def __init__(self, bed: Bed) -> None:
+        bed.path("/root/manager_probe.py").write_text(
+            Path(__file__).with_name("manager_probe.py").read_text()
+        )
+        self.process = bed.popen(
+            ["python3", "/root/manager_probe.py"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdin and self.process.stdout and self.process.stderr
+        self._in, self._out, self._err = self.process.stdin, self.process.stdout, self.process.stderr
+        self.services: dict[str, Any] = {}
+        self.seen: list[dict[str, Any]] = []
+        self.errors = ""
+        self._lines: Queue[Shown] = Queue()
+        self._readers = [threading.Thread(target=self._read), threading.Thread(target=self._read_errors)]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self) -> None:
+        for line in self._out:
+            self._lines.put(json.loads(line))
+        self._lines.put(None)
+
+    def _read_errors(self) -> None:
+        for line in self._err:
+            self.errors += line
+
+    def close(self) -> None:
+        self._in.close()
+        self.process.wait(timeout=SECONDS)
+        for reader in self._readers:
+            reader.join()
+        self._out.close()
+        self._err.close()
+        assert self.process.returncode == 0, self.errors
+
+    def next(self) -> dict[str, Any]:
+        try:
+            line = self._lines.get(timeout=SECONDS)
+        except Empty:
+            line = None
+        assert line is not None, f"nothing more was said; before: {self.seen[-5:]}\n{self.errors}"
+        self.seen.append(line)
+        if "changed" in line:
+            self.services[line["changed"]] = line["service"]
+        return line
+
+    def until(self, name: str, condition: Callable[[Any], object]) -> Any:
+        """What is said of a service once the condition holds for it."""
+        while name not in self.services or not condition(self.services[name]):
+            self.next()
+        return self.services[name]
+
+    def send(self, verb: str, name: str) -> None:
+        self._in.write(f"{verb} {name}\n")
+        self._in.flush()
+
+    def ask(self, verb: str, name: str, answer: str) -> Any:
+        self.send(verb, name)
+        while True:
+            line = self.next()
+            if answer in line:
+                return line[answer]
+
+    def reload(self, name: str) -> dict[str, Any]:
+        reloaded: dict[str, Any] = self.ask("reload", name, "reloaded")
+        return reloaded
+
+
+class Host:
+    """A bed with units made for a test, removed at its end."""
+
+    def __init__(self, bed: Bed, stack: contextlib.ExitStack) -> None:
+        self.bed = bed
+        self._stack = stack
+        self._made: list[Path] = []
+
+    def unit(self, name: str, text: str = SLEEP, *, takes_part: bool = True) -> None:
+        path = self.bed.path(f"{UNITS}/{name}")
+        path.write_text(text)
+        self._stack.callback(self._remove, name)
+        if takes_part:
+            self.bed.path(f"{UNITS}/{name}.confext.d").mkdir()
+        self.systemctl("daemon-reload")
+
+    def _remove(self, name: str) -> None:
+        pattern = name.replace("@.", "@*.")
+        self.bed.run(["systemctl", "stop", pattern], check=False)
+        self.bed.run(["systemctl", "reset-failed", pattern], check=False)
+        self.bed.run(["sh", "-c", f"rm -rf {UNITS}/{name}*; systemctl daemon-reload"])
+
+    def systemctl(self, *arguments: str) -> None:
+        self.bed.run(["systemctl", *arguments])
+
+    def probe(self) -> Probe:
+        probe = Probe(self.bed)
+        self._stack.callback(probe.close)
+        return probe
+
+    def main_pid(self, name: str) -> int:
+        return int(self.bed.property(name, "MainPID"))
+
+
+@functools.cache
+def install(bed: Bed) -> None:
+    """The generator and the units, besides the program itself."""
+    installer = Path(__file__).parents[2] / "contrib/packaging/install.py"
+    destination = ["--destdir", str(bed.path("/")), "--prefix", "/usr", "--no-compile"]
+    subprocess.run([sys.executable, str(installer), *destination], check=True)
+
+
+@pytest.fixture
+def host(bed: Bed) -> Iterator[Host]:
+    install(bed)
+    with contextlib.ExitStack() as stack:
+        yield Host(bed, stack)
+
+
+def running(service: Shown) -> bool:
+    return bool(service and service["pid"])
+
+
+def has_pid(pid: int) -> Callable[[Shown], bool]:
+    return lambda service: bool(service and service["pid"] == pid)
+
+
+def stopped(service: Shown) -> bool:
+    return bool(service and not service["pid"] and not service["starting"])
+
+
+def gone(service: Shown) -> bool:
+    return service is None
+
+
+def test_a_service_is_followed_through_start_stop_and_restart(host: Host) -> None:
+    host.unit("followed.service")
+    probe = host.probe()
+    probe.until("followed.service", stopped)
+    host.systemctl("start", "followed.service")
+    first = probe.until("followed.service", running)
+    assert (first["pid"], first["comm"]) == (host.main_pid("followed.service"), "sleep")
+    host.systemctl("restart", "followed.service")
+    second = probe.until("followed.service", lambda s: running(s) and s["invocation"] != first["invocation"])
+    assert second["pid"] == host.main_pid("followed.service")
+    host.systemctl("stop", "followed.service")
+    probe.until("followed.service", stopped)
+
+
+def test_a_service_that_goes_down_by_itself_is_told_from_one_that_was_stopped(host: Host) -> None:
+    host.unit("dies.service")
+    host.systemctl("start", "dies.service")
+    probe = host.probe()
+    probe.until("dies.service", running)
+    host.systemctl("kill", "--signal=KILL", "dies.service")
+    assert probe.until("dies.service", stopped)["failed"]
+    host.systemctl("start", "dies.service")
+    probe.until("dies.service", running)
+    host.systemctl("stop", "dies.service")
+    assert not probe.until("dies.service", stopped)["failed"]
+
+
+def test_the_executor_of_systemd_is_never_taken_for_the_service(host: Host) -> None:
+    # ProtectSystem= and its kin make the executor take its time.
+    host.unit(
+        "slow.service",
+        "[Unit]\nStartLimitIntervalSec=0\n"
+        + SLEEP
+        + "ProtectSystem=strict\nPrivateTmp=yes\nProtectHome=yes\nPrivateDevices=yes\n",
+    )
+    probe = host.probe()
+    for _ in range(30):
+        host.systemctl("restart", "slow.service")
+        pid = host.main_pid("slow.service")
+        assert probe.until("slow.service", has_pid(pid))["comm"] == "sleep"
+    assert all("(" not in (line.get("service") or {}).get("comm", "") for line in probe.seen)
+
+
+def test_a_confext_directory_is_noticed_without_daemon_reload_and_brings_the_drop_in(host: Host) -> None:
+    host.unit("later.service", takes_part=False)
+    probe = host.probe()
+    host.bed.path(f"{UNITS}/later.service.confext.d").mkdir()
+    probe.until("later.service", stopped)
+    host.systemctl("start", "later.service")
+    probe.until("later.service", running)
+    probe.ask("learn", "later.service", "learned")
+    assert "zzzz-confext-watcher.conf" in host.bed.property("later.service", "DropInPaths")
+    host.bed.path(f"{UNITS}/later.service.confext.d").rmdir()
+    probe.until("later.service", gone)
+
+
+def test_what_is_declared_is_read_from_the_files_and_followed_through_edit(host: Host) -> None:
+    host.unit("declares.service", SLEEP + "ExtensionImages=-/srv/one.raw\n", takes_part=False)
+    probe = host.probe()
+    assert probe.until("declares.service", stopped)["images"] == ["/srv/one.raw"]
+    drop_in = "[Service]\nExtensionImages=-/srv/two.raw\nExtensionDirectories=-/srv/tree\n[X-Confext]\nReload=none\n"
+    host.bed.run(["systemctl", "edit", "--stdin", "declares.service"], input=drop_in)
+    found = probe.until("declares.service", lambda s: bool(s) and len(s["images"]) == 2)
+    assert found["images"] == ["/srv/one.raw", "/srv/two.raw"]
+    assert (found["directories"], found["reload"]) == (["/srv/tree"], "none")
+
+
+def test_an_alias_is_the_same_service(host: Host) -> None:
+    host.unit("real.service", takes_part=False)
+    host.bed.run(["ln", "-s", "real.service", f"{UNITS}/real.service-alias.service"])
+    host.bed.path(f"{UNITS}/real.service-alias.service.confext.d").mkdir()
+    host.systemctl("daemon-reload")
+    probe = host.probe()
+    host.systemctl("start", "real.service-alias.service")
+    found = probe.until("real.service", running)
+    assert found["aliases"] == ["real.service-alias.service"]
+    assert f"{UNITS}/real.service-alias.service.confext.d" in found["confext_dirs"]
+
+
+def test_instances_of_a_template_are_followed_once_they_are_there(host: Host) -> None:
+    host.unit("many@.service")
+    probe = host.probe()
+    probe.until("many@.service", stopped)
+    host.systemctl("start", "many@one.service", "many@two.service")
+    for name in ("many@one.service", "many@two.service"):
+        found = probe.until(name, running)
+        assert found["confext_dirs"][0].endswith(f"{name}.confext.d")
+        assert f"{UNITS}/many@.service.confext.d" in found["confext_dirs"]
+
+
+def test_a_masked_unit_leaves_and_comes_back(host: Host) -> None:
+    host.unit("masked.service")
+    probe = host.probe()
+    probe.until("masked.service", stopped)
+    host.bed.run(["systemctl", "mask", "--runtime", "masked.service"])
+    host.bed.run(["mv", f"{UNITS}/masked.service", f"{UNITS}/masked.service-away"])
+    host.systemctl("daemon-reload")
+    probe.until("masked.service", gone)
+    host.bed.run(["mv", f"{UNITS}/masked.service-away", f"{UNITS}/masked.service"])
+    host.bed.run(["systemctl", "unmask", "--runtime", "masked.service"])
+    probe.until("masked.service", stopped)
+
+
+@pytest.mark.parametrize("action", ["restart dbus", "daemon-reexec"])
+def test_a_bus_or_a_systemd_that_starts_anew_is_found_again(host: Host, action: str) -> None:
+    host.unit("lasting.service")
+    host.systemctl("start", "lasting.service")
+    probe = host.probe()
+    first = probe.until("lasting.service", running)
+    host.systemctl(*action.split())
+    host.systemctl("restart", "lasting.service")
+    second = probe.until("lasting.service", lambda s: running(s) and s["invocation"] != first["invocation"])
+    assert second["pid"] == host.main_pid("lasting.service")
+    assert probe.reload("lasting.service")["ok"]
+
+
+def test_a_reload_runs_all_commands_and_is_done_when_they_are(host: Host) -> None:
+    commands = "ExecReload=/bin/sleep 0.3\nExecReload=/bin/touch /run/reloaded\n"
+    host.unit("reloads.service", SLEEP + commands)
+    host.systemctl("start", "reloads.service")
+    probe = host.probe()
+    probe.until("reloads.service", running)
+    assert probe.reload("reloads.service") == {"ok": True, "told": "reload", "reason": "", "output": ""}
+    assert host.bed.path("/run/reloaded").exists()
+    host.bed.path("/run/reloaded").unlink()
+
+
+def test_a_failing_reload_says_which_command_and_what_it_printed(host: Host) -> None:
+    commands = (
+        "ExecReload=-/bin/false\nExecReload=/bin/sh -c 'echo it will not do; echo really >&2; exit 7'\n"
+    )
+    host.unit("fails.service", SLEEP + commands)
+    host.systemctl("start", "fails.service")
+    probe = host.probe()
+    probe.until("fails.service", running)
+    assert probe.reload("fails.service") == {
+        "ok": False,
+        "told": "reload",
+        "reason": "reload failed: /bin/sh exited with status 7",
+        "output": "it will not do\nreally\n",
+    }
+
+
+def test_a_reload_that_hangs_times_out(host: Host) -> None:
+    host.unit("hangs.service", SLEEP + "ExecReload=/bin/sleep 60\nTimeoutStartSec=1\n")
+    host.systemctl("start", "hangs.service")
+    probe = host.probe()
+    probe.until("hangs.service", running)
+    reloaded = probe.reload("hangs.service")
+    assert not reloaded["ok"] and reloaded["reason"].startswith("reload ")
+
+
+NOTIFY_RELOAD = """[Service]
+Type=notify-reload
+ReloadSignal=SIGUSR1
+ExecStart=/usr/bin/python3 /root/notify_reload.py
+"""
+NOTIFY_RELOAD_PROGRAM = """
+import os, signal, socket, time
+def tell(text):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        address = os.environ["NOTIFY_SOCKET"]
+        sock.connect("\\0" + address[1:] if address[0] == "@" else address)
+        sock.sendall(text.encode())
+def reload(*_):
+    tell(f"RELOADING=1\\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+    open("/run/notify-reloaded", "w").close()
+    tell("READY=1")
+signal.signal(signal.SIGUSR1, reload)
+tell("READY=1")
+while True:
+    signal.pause()
+"""
+
+
+def test_a_notify_reload_service_gets_its_own_signal_and_is_waited_for(host: Host) -> None:
+    host.bed.path("/root/notify_reload.py").write_text(NOTIFY_RELOAD_PROGRAM)
+    host.unit("notifies.service", NOTIFY_RELOAD)
+    host.systemctl("start", "notifies.service")
+    probe = host.probe()
+    probe.until("notifies.service", running)
+    assert probe.reload("notifies.service")["told"] == "reload"
+    assert host.bed.path("/run/notify-reloaded").exists()
+    host.bed.path("/run/notify-reloaded").unlink()
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("auto", {"ok": True, "told": "", "reason": "", "output": ""}),
+        ("none", {"ok": True, "told": "", "reason": "", "output": ""}),
+        ("restart", {"ok": True, "told": "restart", "reason": "", "output": ""}),
+        ("signal:URG", {"ok": True, "told": "SIGURG", "reason": "", "output": ""}),
+    ],
+)
+def test_a_service_that_cannot_reload_is_told_as_its_settings_say(
+    host: Host, setting: str, expected: dict[str, Any]
+) -> None:
+    host.unit("mute.service", SLEEP + f"[X-Confext]\nReload={setting}\n")
+    host.systemctl("start", "mute.service")
+    probe = host.probe()
+    before = probe.until("mute.service", running)
+    assert probe.reload("mute.service") == expected
+    if setting == "restart":
+        probe.until("mute.service", lambda s: running(s) and s["invocation"] != before["invocation"])
+
+
+def test_a_reload_that_is_insisted_on_and_impossible_is_a_failure(host: Host) -> None:
+    host.unit("insists.service", SLEEP + "[X-Confext]\nReload=unit\n")
+    host.systemctl("start", "insists.service")
+    probe = host.probe()
+    probe.until("insists.service", running)
+    assert not probe.reload("insists.service")["ok"]
+
+
+def test_a_reload_does_not_get_in_the_way_of_a_stop(host: Host) -> None:
+    host.unit("stops.service", SLEEP + "ExecReload=/bin/true\nExecStop=/bin/sleep 2\n")
+    host.systemctl("start", "stops.service")
+    probe = host.probe()
+    probe.until("stops.service", running)
+    host.systemctl("stop", "--no-block", "stops.service")
+    assert probe.reload("stops.service")["ok"]
+    probe.until("stops.service", stopped)
+    assert host.bed.property("stops.service", "ActiveState") == "inactive"
+
+
+def test_a_service_that_is_still_starting_is_reloaded_once_it_runs(host: Host) -> None:
+    host.unit(
+        "starts.service",
+        "[Service]\nType=notify\nNotifyAccess=all\nExecReload=/bin/touch /run/reloaded-late\n"
+        "ExecStart=/bin/sh -c 'sleep 2; systemd-notify --ready; sleep infinity'\n",
+    )
+    probe = host.probe()
+    host.systemctl("start", "--no-block", "starts.service")
+    probe.until("starts.service", running)
+    assert probe.reload("starts.service") == {"ok": True, "told": "reload", "reason": "", "output": ""}
+    assert host.bed.path("/run/reloaded-late").exists()
+    host.bed.path("/run/reloaded-late").unlink()
+
+
+def test_all_processes_of_a_service_are_known(host: Host) -> None:
+    host.unit("family.service", "[Service]\nExecStart=/bin/sh -c 'sleep infinity & sleep infinity & wait'\n")
+    host.systemctl("start", "family.service")
+    probe = host.probe()
+    found = probe.until("family.service", running)
+    deadline = time.monotonic() + SECONDS
+    while len(pids := probe.ask("processes", "family.service", "processes")) < 3:
+        assert time.monotonic() < deadline
+    assert found["pid"] in pids and len(pids) == 3
+
+
+def daemon_reloads(bed: Bed) -> int:
+    said = bed.run(
+        ["journalctl", "--quiet", "--no-pager", "--output=cat", "_PID=1", "--grep=^Reload requested"],
+        check=False,
+    )
+    return sum(line.startswith("Reload requested") for line in said.stdout.splitlines())
+
+
+def write_record(bed: Bed, unit: str, slots: list[str]) -> None:
+    """The last of the slots, as the store makes it; it leads nowhere."""
+    directory = bed.path(f"/var/lib/confext-watcher/stacks/{unit}/{len(slots):08}-x")
+    directory.mkdir(parents=True)
+    (directory / slots[-1]).symlink_to("/nowhere")
+    entries = [{"slot": slot, "path": "/x", "kind": "image"} for slot in slots]
+    (directory / ".stack.json").write_text(
+        json.dumps({"format": 1, "when": 0, "layers": [], "entries": entries})
+    )
+    units = bed.path("/var/lib/confext-watcher/units")
+    units.mkdir(exist_ok=True)
+    (units / ".tmp").symlink_to(f"../stacks/{unit}/{directory.name}")
+    (units / ".tmp").rename(units / unit)
+
+
+def test_a_hundred_new_entries_in_a_second_make_one_or_two_daemon_reloads(host: Host) -> None:
+    host.unit("burst.service")
+    probe = host.probe()
+    probe.until("burst.service", stopped)
+    probe.ask("learn", "burst.service", "learned")
+    before = daemon_reloads(host.bed)
+    slots: list[str] = []
+    begun = time.monotonic()
+    for number in range(100):
+        slots.append(f"web{number}.raw")
+        write_record(host.bed, "burst.service", slots)
+        probe.send("learn", "burst.service")
+        time.sleep(0.01)
+    changing = time.monotonic() - begun
+    for _ in range(100):
+        while "learned" not in probe.next():
+            pass
+    host.bed.run(["sh", "-c", "rm -r /var/lib/confext-watcher/*/burst.service"])
+    assert 1 <= daemon_reloads(host.bed) - before <= 1 + math.ceil(changing)
+    drop_in = host.bed.path("/run/systemd/generator/burst.service.d/zzzz-confext-watcher.conf")
+    assert "web99.raw" in drop_in.read_text()
+
+
+def test_an_old_systemd_is_refused_in_one_line(bed254: Bed) -> None:
+    probe = Probe(bed254)
+    try:
+        assert probe.next()["unsupported"].startswith("systemd 254")
+    finally:
+        probe.close()
