@@ -27,13 +27,14 @@ def test_the_group_of_a_unit_is_found_from_its_main_process(text: str, unit: str
     assert cgroup.unit_group(text, unit) == group
 
 
-def test_the_unified_hierarchy_is_preferred() -> None:
+def test_the_unified_hierarchy_is_preferred_and_a_bound_file_of_it_is_not_it() -> None:
     text = (
+        "29 24 0:27 /x.service/memory.pressure /sys/fs/cgroup/x.service/memory.pressure rw - cgroup2 cgroup2 rw\n"
         "30 24 0:26 / /sys/fs/cgroup/systemd rw shared:9 - cgroup cgroup rw,xattr,name=systemd\n"
         "31 24 0:27 / /sys/fs/cgroup/unified rw shared:10 - cgroup2 cgroup2 rw\n"
     )
     assert cgroup.mount_point(text) == "/sys/fs/cgroup/unified"
-    assert cgroup.mount_point(text.splitlines()[0]) == "/sys/fs/cgroup/systemd"
+    assert cgroup.mount_point(text.splitlines()[1]) == "/sys/fs/cgroup/systemd"
     assert cgroup.mount_point("") == ""
 
 

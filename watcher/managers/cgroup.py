@@ -41,16 +41,17 @@ def unit_group(text: str, unit: str) -> str:
 
 
 def mount_point(text: str) -> str:
-    """Where the hierarchy is mounted that systemd keeps units in, by `/proc/self/mountinfo`; "" if nowhere."""
-    found = {}
+    """Where the hierarchy is mounted that systemd keeps units in, by `/proc/self/mountinfo`; "" if nowhere.
+
+    Only a mount of the whole of it counts: a unit's sandbox binds single files of it onto themselves.
+    """
+    found: dict[str, str] = {}
     for line in text.splitlines():
         fields = line.split(" ")
-        kind, options = fields[fields.index("-") + 1], fields[-1]
-        if kind == "cgroup2":
-            found["2"] = fields[4]
-        elif kind == "cgroup" and "name=systemd" in options.split(","):
-            found["1"] = fields[4]
-    return found.get("2") or found.get("1", "")
+        kind, options = fields[fields.index("-") + 1], fields[-1].split(",")
+        if fields[3] == "/" and (kind == "cgroup2" or (kind == "cgroup" and "name=systemd" in options)):
+            found.setdefault(kind, fields[4])
+    return found.get("cgroup2") or found.get("cgroup", "")
 
 
 def _groups(directory: str) -> Iterator[str]:
