@@ -369,6 +369,8 @@ def _as_it_is(service: Service) -> Service:
 
 def _shown_before(converged: Converged, wanted: Wanted) -> Stack:
     """What the service showed, in the words of the accepted stack it came from, if it is one."""
+    if converged.before.layers is None:  # systemd started it on its slots
+        return wanted.before if wanted.current.id == wanted.stack.id else wanted.current
     for stack in (wanted.current, wanted.before):
         if converged.before.stack == stack.id:
             return stack
