@@ -173,10 +173,11 @@ class Line:
 
     async def _attempt(self, service: Service, wanted: Wanted, memory: _Memory, since: float) -> bool:
         if service.main is not None and _is_new(wanted):
-            wanted = replace(wanted, stack=self._count(service, wanted))
+            stack = self._count(service, wanted)
+            wanted = replace(wanted, stack=stack, recorded=False)
         if not await self._passes(service, wanted, memory):
             return False
-        if wanted.stack != wanted.current and not self._has_to_wait(service, wanted):
+        if not wanted.recorded and not self._has_to_wait(service, wanted):
             await self._accept(service, wanted)
         if service.main is not None:
             return await self._into_service(service, service.main, wanted, memory, since)
@@ -231,7 +232,7 @@ class Line:
         entries = [pick.entry for pick in wanted.look.picks]
         accept = self._tools.store.accept
         await trio.to_thread.run_sync(accept, service.name, wanted.stack, entries)
-        await self._tools.manager.learn(service, entries)
+        await self._tools.manager.learn(service, entries, wanted.sysexts)
 
     async def _stopped(self, service: Service, wanted: Wanted, memory: _Memory) -> None:
         memory.mounted = frozenset()

@@ -35,6 +35,10 @@ class KeptOut(Refused):
     """This content is in quarantine for the service: it was refused or rolled back before."""
 
 
+class Sysext(Refused):
+    """A system extension, which a unit may declare beside its confexts: not ours, and left to systemd."""
+
+
 class Busy(Exception):
     """Somebody is still writing: not an outcome at all, look again later."""
 

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from watcher import journal, scan
 from watcher.admission import Admission, Host
-from watcher.model import Candidate, Copy, Declared, KeptOut, Look, Stack
+from watcher.model import Candidate, Copy, Declared, Entry, KeptOut, Look, Stack, Sysext
 from watcher.plan import Choice, Passed, choose
 from watcher.stacks import Damaged
 from watcher.store import Store
@@ -28,6 +29,7 @@ class Wanted:
         current: the accepted stack: its slots.
         good: the newest accepted stack with nothing in it that is in quarantine; mostly the current one.
         before: the newest accepted stack that is another than `stack`: what would be gone back to.
+        recorded: the slots already say all this: stack, names and entries.
         why: where the current one is not: the reason that its content is in quarantine.
         pinned: `stack` is what somebody put it on by hand.
         waiting: for a pinned service, the stack that it would have otherwise.
@@ -39,6 +41,7 @@ class Wanted:
     current: Stack
     good: Stack
     before: Stack
+    recorded: bool
     why: str = ""
     pinned: bool = False
     waiting: Stack | None = None
@@ -46,6 +49,14 @@ class Wanted:
     @property
     def busy(self) -> bool:
         return Choice(self.stack, self.passed).busy
+
+    @property
+    def sysexts(self) -> tuple[Entry, ...]:
+        """What the unit declares and is none of ours: systemd is to have it as it is."""
+        slots = {one.slot for one in self.passed if isinstance(one.reason, Sysext)}
+        return tuple(
+            pick.entry for pick in self.look.picks if pick.entry.declared and pick.entry.slot in slots
+        )
 
     @property
     def rolling_back(self) -> bool:
@@ -91,6 +102,7 @@ def find(
         choice.passed,
         current,
         current if pinned is not None else good,
+        recorded=wanted == current and _entries(store, name) == tuple(pick.entry for pick in look.picks),
         before=next((one for one in stacks if one.id != wanted.id), Stack()),
         why=_bad(current, kept_out),
         pinned=pinned is not None,
@@ -105,6 +117,13 @@ def accepted_stack(store: Store, name: str) -> Stack:
     except Damaged as error:
         journal.log.error(f"{name}: {error}; it is made anew from what is on disk")
         return Stack()
+
+
+def _entries(store: Store, name: str) -> tuple[Entry, ...]:
+    with suppress(Damaged):
+        record = store.accepted_record(name)
+        return () if record is None else tuple(record.entries)
+    return ()
 
 
 def _history(store: Store, name: str) -> tuple[Stack, ...]:

@@ -11,7 +11,7 @@ import errno
 import os
 import stat
 
-from watcher.model import Refused, shown
+from watcher.model import Refused, Sysext, shown
 
 RELEASE_DIRECTORY = ("etc", "extension-release.d")
 RELEASE_PREFIX = "extension-release."
@@ -65,7 +65,7 @@ def _directory(parent: int, name: str, root_fd: int) -> int:
 def _not_a_confext(root_fd: int) -> Refused:
     where = "/".join(RELEASE_DIRECTORY)
     if _is_sysext(root_fd):
-        return Refused(f"not a confext but a sysext: it has usr/lib/extension-release.d/ and no {where}/")
+        return Sysext(f"not a confext but a sysext: it has usr/lib/extension-release.d/ and no {where}/")
     return Refused(f"not a confext: there is no {where}/ in it")
 
 

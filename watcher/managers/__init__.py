@@ -76,8 +76,10 @@ class Manager(Protocol):
         service that appeared, changed (declared sources, settings, start, stop) or went away.
         """
 
-    async def learn(self, service: Service, entries: Sequence[Entry]) -> None:
+    async def learn(self, service: Service, entries: Sequence[Entry], sysexts: Sequence[Entry] = ()) -> None:
         """Make the next start of the service use exactly these slots, bottom to top (they are in place already).
+
+        Declared entries that are no confexts (`sysexts`) are left to it as they are.
 
         Under systemd: a daemon-reload, if the set of entries differs from what the loaded drop-in lists; coalesced.
         """
