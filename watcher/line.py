@@ -291,7 +291,8 @@ class Line:
         memory: _Memory,
     ) -> bool:
         name, stack = service.name, wanted.stack
-        before = _shown_before(converged, wanted)
+        good = self._before(service, wanted)
+        before = _shown_before(converged, wanted, good)
         memory.trial = None
         if wanted.rolling_back:
             event = report.rolled_back(name, wanted.current, stack, wanted.why, reloaded, times, running=True)
@@ -302,13 +303,20 @@ class Line:
             await self._record.outcome(report.applied(name, before, stack, reloaded, times, swapped=swapped))
             self._count_success(service, stack)
             until = trio.current_time() + _TRIAL_SEC
-            memory.trial = _Trial(service.invocation, until, wanted.before, stack)
+            memory.trial = _Trial(service.invocation, until, good, stack)
             return True
-        if not service.settings.rollback or wanted.pinned or wanted.before.id == stack.id:
+        if not service.settings.rollback or wanted.pinned or good.id == stack.id:
             await self._record.outcome(report.failed(name, before, stack, reloaded, times))
             return True
-        await self._keep_out(service, memory, wanted.before, stack, _with_output(reloaded))
+        await self._keep_out(service, memory, good, stack, _with_output(reloaded))
         return False
+
+    def _before(self, service: Service, wanted: Wanted) -> Stack:
+        """The newest accepted stack that is another than the wanted one: what would be gone back to."""
+        if wanted.current.id != wanted.stack.id:
+            return wanted.current
+        stacks = self._tools.store.stacks(service.name)
+        return next((stack for stack in stacks if stack.id != wanted.stack.id), Stack())
 
     async def _judge_trial(self, service: Service, memory: _Memory) -> None:
         """The main process ended soon after a reload: that is put down to the new stack."""
@@ -368,11 +376,11 @@ def _as_it_is(service: Service) -> Service:
     return service if service.main is not None and service.main.alive() else replace(service, main=None)
 
 
-def _shown_before(converged: Converged, wanted: Wanted) -> Stack:
+def _shown_before(converged: Converged, wanted: Wanted, good: Stack) -> Stack:
     """What the service showed, in the words of the accepted stack it came from, if it is one."""
     if converged.before.layers is None:  # systemd started it on its slots
-        return wanted.before if wanted.current.id == wanted.stack.id else wanted.current
-    for stack in (wanted.current, wanted.before):
+        return good
+    for stack in (wanted.current, good):
         if converged.before.stack == stack.id:
             return stack
     return as_stack(converged.before)

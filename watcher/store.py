@@ -28,13 +28,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from watcher import tree
+from watcher import owntree, tree
 from watcher.filecopy import copy_file, hash_file
 from watcher.images.probe import Probe, probe
 from watcher.known import Known
 from watcher.lease import Lease
 from watcher.model import Busy, Copy, Entry, Kind, Later, Layer, Refused, Stack, shown
-from watcher.stacks import TEMPORARY, Damaged, Stacks
+from watcher.stacks import TEMPORARY, Accepted, Damaged, Stacks
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _LOCK = ".lock"
@@ -164,12 +164,17 @@ class Store:
             return self._stacks.accept(unit, stack, entries)
 
     def accepted(self, unit: str) -> Stack | None:
-        """The accepted stack, None if there never was one.
+        """The accepted stack, None if there never was one, or its record cannot be read."""
+        record = self.record(unit)
+        return record.stack if record else None
+
+    def record(self, unit: str) -> Accepted | None:
+        """The accepted stack with its entries and its time, None if there never was one.
 
         A record that cannot be read is said once and counts as none; the slots stay, and the next `accept` replaces it.
         """
         try:
-            current = self._stacks.current(unit)
+            return self._stacks.current(unit)
         except Damaged as error:
             if str(error) not in self._warned:
                 from watcher import journal  # 190 ms that `exec` does not have, for what hardly ever happens
@@ -177,7 +182,6 @@ class Store:
                 self._warned.add(str(error))
                 journal.log.warning(str(error), service=unit)
             return None
-        return current.stack if current else None
 
     def stacks(self, unit: str) -> tuple[Stack, ...]:
         """The last accepted stacks that are kept, newest first, each once."""
@@ -216,7 +220,7 @@ class Store:
                     os.rename(name, dead[-1], src_dir_fd=self._directory, dst_dir_fd=self._directory)
             # Their names are nobody's any more, so a large tree keeps nobody waiting.
             for name in dead:
-                tree.remove(name, self._directory)
+                owntree.remove(name, self._directory)
             for name in unneeded:
                 self._copies.pop(name, None)
         return unneeded
@@ -295,7 +299,7 @@ class Store:
             yield name, fd
         finally:
             os.close(fd)
-            tree.remove(name, self._directory)
+            owntree.remove(name, self._directory)
 
     def _write_image(self, fd: int, size: int, lease: Lease) -> str:
         hasher = hashlib.sha256()
@@ -312,7 +316,7 @@ class Store:
             copied = tree.copy(root, made, signature.size)
             _require_unchanged(root, signature)
             if not self._holds(copied.digest, None):
-                tree.sync(made)
+                owntree.sync(made, signature.entries)
                 self._rename_tree(name, copied.digest)
         return copied.digest
 

@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 
-from watcher import journal, scan
+from watcher import scan
 from watcher.admission import Admission, Host
 from watcher.model import Candidate, Copy, Declared, Entry, KeptOut, Look, Stack, Sysext
 from watcher.plan import Choice, Passed, choose
-from watcher.stacks import Damaged
 from watcher.store import Store
 
 STACK = "stack:"
@@ -28,7 +26,6 @@ class Wanted:
         passed: what was passed over on the way.
         current: the accepted stack: its slots.
         good: the newest accepted stack with nothing in it that is in quarantine; mostly the current one.
-        before: the newest accepted stack that is another than `stack`: what would be gone back to.
         recorded: the slots already say all this: stack, names and entries.
         why: where the current one is not: the reason that its content is in quarantine.
         pinned: `stack` is what somebody put it on by hand.
@@ -40,7 +37,6 @@ class Wanted:
     passed: tuple[Passed, ...]
     current: Stack
     good: Stack
-    before: Stack
     recorded: bool
     why: str = ""
     pinned: bool = False
@@ -86,8 +82,10 @@ def find(
             raise KeptOut(f"kept out: {kept_out[copy.digest]}")
         return copy
 
-    stacks = _history(store, name)
-    current = stacks[0]
+    record = store.record(name)
+    current = record.stack if record is not None else Stack()
+    # The others are read only where the current one may not do.
+    stacks = (current, *store.stacks(name)) if kept_out or pin is not None else (current,)
     good = next((stack for stack in stacks if not _bad(stack, kept_out)), Stack())
     look = scan.look(declared)
     choice = choose(look, admit, good)
@@ -96,40 +94,18 @@ def find(
         stack = good
     pinned = next((one for one in stacks if one.id == pin), None) if pin is not None else None
     wanted = stack if pinned is None else pinned
+    entries = (pick.entry for pick in look.picks)
     return Wanted(
         look,
         wanted,
         choice.passed,
         current,
         current if pinned is not None else good,
-        recorded=wanted == current and _entries(store, name) == tuple(pick.entry for pick in look.picks),
-        before=next((one for one in stacks if one.id != wanted.id), Stack()),
+        recorded=wanted == current and (record.entries if record else ()) == tuple(entries),
         why=_bad(current, kept_out),
         pinned=pinned is not None,
         waiting=stack if pinned is not None and stack.id != pinned.id else None,
     )
-
-
-def accepted_stack(store: Store, name: str) -> Stack:
-    """The last accepted stack; the empty one where there is none, or where its record cannot be read."""
-    try:
-        return store.accepted(name) or Stack()
-    except Damaged as error:
-        journal.log.error(f"{name}: {error}; it is made anew from what is on disk")
-        return Stack()
-
-
-def _entries(store: Store, name: str) -> tuple[Entry, ...]:
-    with suppress(Damaged):
-        record = store.accepted_record(name)
-        return () if record is None else tuple(record.entries)
-    return ()
-
-
-def _history(store: Store, name: str) -> tuple[Stack, ...]:
-    """The current stack, and the others that are kept, newest first."""
-    current = accepted_stack(store, name)
-    return (current, *(stack for stack in store.stacks(name) if stack.id != current.id))
 
 
 def _bad(stack: Stack, reasons: Mapping[str, str]) -> str:
