@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from watcher.model import Copy, Kind, Layer, Stack
 from watcher.mounts.compare import shows
 from watcher.mounts.namespaces import Namespace, of_service
-from watcher.mounts.swap import swap
+from watcher.mounts.swap import Swapped, read_table, swap
 from watcher.mounts.table import Mounted
 from watcher.mounts.workshop import Workshop
 from watcher.process import Process
@@ -51,37 +51,44 @@ def converge(
     Args:
         pids: of all processes of the service.
         compared: what stacks without identity were found to show, so that each is compared once.
-        begin: called before the first swap, if there is one.
+        begin: called before each swap that is made.
 
     Raises:
         Whatever `of_service()` and `swap()` do.
     """
     with of_service(shop, main, pids) as namespaces:
-        before = namespaces[-1].mounted
-        behind = [one for one in namespaces if _behind(shop, one, stack, copies, compared)]
-        if behind:
-            begin()
-        done = [swap(shop, one.fd, stack, copies) for one in behind]
+        before = read_table(shop, namespaces[-1].fd).mounted() if len(namespaces) > 1 else None
+        done = [_bring(shop, one, stack, copies, begin, compared) for one in namespaces]
     remarks = dict.fromkeys(remark for swapped in done for remark in swapped.remarks)
-    return Converged(before, len(done), sum(swapped.usec for swapped in done), tuple(remarks))
+    return Converged(
+        before or done[-1].before,
+        sum(swapped.done for swapped in done),
+        sum(swapped.usec for swapped in done if swapped.done),
+        tuple(remarks),
+    )
 
 
-def _behind(
+def _bring(
     shop: Workshop,
     namespace: Namespace,
     stack: Stack,
     copies: Mapping[str, Copy],
+    begin: Callable[[], None],
     compared: dict[Compared, bool],
-) -> bool:
-    mounted = namespace.mounted
-    if mounted.layers is not None:
-        return mounted.stack != stack.id or mounted.doubled
-    key = (namespace.identity, mounted.top, stack.id)
-    if key not in compared:
+) -> Swapped:
+    def keep(mounted: Mounted) -> bool:
+        if mounted.layers is None:
+            return compared.get((namespace.identity, mounted.top, stack.id), True)
+        return mounted.stack == stack.id and not mounted.doubled
+
+    swapped = swap(shop, namespace.fd, stack, copies, begin, keep)
+    key = (namespace.identity, swapped.before.top, stack.id)
+    if swapped.before.layers is None and key not in compared:
         if len(compared) == _COMPARED_MAX:
             compared.clear()
         compared[key] = shows(shop, namespace.fd, stack, copies)
-    return not compared[key]
+        swapped = swap(shop, namespace.fd, stack, copies, begin, keep)
+    return swapped
 
 
 def as_stack(mounted: Mounted) -> Stack:

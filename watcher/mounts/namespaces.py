@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The mount namespaces of one service: its main process's, and those of others that show the same stack.
+"""The mount namespaces of one service: its main process's, and those of others that show the same `/etc`.
 
 A process of the service that made itself a namespace of its own (a worker with `unshare`, a nested sandbox) keeps
 showing the old stack unless its mounts follow by propagation. Namespaces that show something else on `/etc`
@@ -13,42 +13,43 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from watcher.mounts.table import Mounted, Table
+from watcher.mounts.swap import read_table
+from watcher.mounts.table import Mount, Table
 from watcher.mounts.workshop import HostNamespace, Workshop
 from watcher.process import Gone, Process, namespace_id
 
 
 @dataclass(frozen=True, slots=True)
 class Namespace:
-    """A mount namespace held by a descriptor, and what its `/etc` shows."""
+    """A mount namespace held by a descriptor."""
 
     fd: int
     identity: tuple[int, int]
-    mounted: Mounted
 
 
 @contextlib.contextmanager
 def of_service(shop: Workshop, main: Process, pids: Iterable[int]) -> Iterator[list[Namespace]]:
     """The namespaces in which the service's stack has to be swapped: nested ones first, the main process's last.
 
-    Runs on a worker of the workshop. Descriptors are closed at the end of the block.
+    Runs on a worker of the workshop. Descriptors are closed at the end of the block. Where there are no others, which
+    is nearly always, nothing is entered for this.
 
     Raises:
         HostNamespace: the main process shares the host's.
         Gone: the main process has ended.
     """
     with contextlib.ExitStack() as fds:
-        shop.check_foreign(_identity(main))
-        own = _look(shop, fds, main)
-        found = {own.identity: own}
+        own = _hold(fds, main)
+        shop.check_foreign(own.identity)
+        others: dict[tuple[int, int], Namespace] = {}
         for pid in pids:
-            with contextlib.suppress(Gone, PermissionError, HostNamespace), Process(pid) as process:
-                if _identity(process) in found:
-                    continue
-                other = _look(shop, fds, process)
-                if _same(other.mounted, own.mounted):
-                    found[other.identity] = other
-        yield [*(other for other in found.values() if other is not own), own]
+            # What has ended or is not ours to look at is not the service's any more, or never was.
+            with contextlib.suppress(Gone, PermissionError), Process(pid) as process:
+                if _identity(process) not in (own.identity, *others):
+                    other = _hold(fds, process)
+                    others[other.identity] = other
+        nested = _following(shop, own, others.values()) if others else []
+        yield [*nested, own]
 
 
 def _identity(process: Process) -> tuple[int, int]:
@@ -58,14 +59,32 @@ def _identity(process: Process) -> tuple[int, int]:
         raise Gone(f"process {process.pid} has ended") from None
 
 
-def _look(shop: Workshop, fds: contextlib.ExitStack, process: Process) -> Namespace:
+def _hold(fds: contextlib.ExitStack, process: Process) -> Namespace:
     fd = process.namespace()
     fds.callback(os.close, fd)
-    # From inside: /proc/PID/mountinfo of a process that has changed its root shows nothing.
-    with shop.entered(fd):
-        text = shop.mountinfo()
-    return Namespace(fd, namespace_id(fd), Table(text).mounted())
+    return Namespace(fd, namespace_id(fd))
 
 
-def _same(one: Mounted, other: Mounted) -> bool:
-    return one.overlay and other.overlay and one.stack == other.stack
+def _following(shop: Workshop, own: Namespace, others: Iterable[Namespace]) -> list[Namespace]:
+    table = read_table(shop, own.fd)
+    found = []
+    for other in others:
+        with contextlib.suppress(HostNamespace):
+            if _belongs(read_table(shop, other.fd), table):
+                found.append(other)
+    return found
+
+
+def _belongs(other: Table, main: Table) -> bool:
+    """Whether a namespace was made from the main process's: the same root, and on `/etc` the same or a stack of ours.
+
+    A stack of ours that is another one was left behind when the main process's was swapped.
+    """
+    if _shown(other.under) != _shown(main.under):
+        return False
+    mounted = other.mounted()
+    return _shown(other.top) == _shown(main.top) or (mounted.overlay and mounted.layers is not None)
+
+
+def _shown(mount: Mount) -> tuple[str, str]:
+    return mount.device, mount.root

@@ -10,8 +10,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import functools
 import os
 import struct
+from collections.abc import Callable
 
 AT_FDCWD = -100
 AT_SYMLINK_NOFOLLOW = 0x100
@@ -57,25 +59,45 @@ _FSCONFIG_SET_FLAG = 0
 _FSCONFIG_SET_STRING = 1
 _FSCONFIG_CMD_CREATE = 6
 
-_STATX_MNT_ID = 0x1000
+_RENAME_NOREPLACE = 1
 
 _LOOP_CTL_GET_FREE = 0x4C82
 _LOOP_CONFIGURE = 0x4C0A
 _LO_FLAGS_READ_ONLY = 1
 _LO_FLAGS_AUTOCLEAR = 4
 
-# The same numbers on every architecture: all calls since 5.1 share one table.
-_NR_OPEN_TREE = 428
-_NR_MOVE_MOUNT = 429
-_NR_FSOPEN = 430
-_NR_FSCONFIG = 431
-_NR_FSMOUNT = 432
-_NR_OPENAT2 = 437
-_NR_MOUNT_SETATTR = 442
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_syscall = _libc.syscall
-_syscall.restype = ctypes.c_long
+
+_Prepared = Callable[..., int]
+
+
+def _prepare(number: int, *argtypes: type) -> _Prepared:
+    """A system call that libc may not have a wrapper for. Its own function object has its own argument types: with
+    them ctypes converts by itself, and as wide as it has to be."""
+    function = _libc["syscall"]
+    function.restype = ctypes.c_long
+    function.argtypes = [ctypes.c_long, *argtypes]
+    return functools.partial(function, number)
+
+
+_int, _uint, _str, _pointer = ctypes.c_int, ctypes.c_uint, ctypes.c_char_p, ctypes.c_void_p
+
+# The same numbers on every architecture: all calls since 5.1 share one table.
+_open_tree = _prepare(428, _int, _str, _uint)
+_move_mount = _prepare(429, _int, _str, _int, _str, _uint)
+_fsopen = _prepare(430, _str, _uint)
+_fsconfig = _prepare(431, _int, _uint, _str, _str, _int)
+_fsmount = _prepare(432, _int, _uint, _uint)
+_openat2 = _prepare(437, _int, _str, _pointer, ctypes.c_size_t)
+_mount_setattr = _prepare(442, _int, _str, _uint, _pointer, ctypes.c_size_t)
+
+_umount2 = _libc.umount2
+_umount2.argtypes = [_str, _int]
+_setns = _libc.setns
+_setns.argtypes = [_int, _int]
+_mount = _libc.mount
+_mount.argtypes = [_str, _str, _str, ctypes.c_ulong, _str]
 
 
 def _check(result: int, what: str | int) -> int:
@@ -85,61 +107,49 @@ def _check(result: int, what: str | int) -> int:
     return result
 
 
-def _call(number: int, what: str | int, *args: int | bytes | ctypes.Array[ctypes.c_char] | None) -> int:
-    # Without argtypes ctypes passes int as 32 bits: everything that is a number is made a long here.
-    wide = [ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in args]
-    return _check(_syscall(ctypes.c_long(number), *wide), what)
-
-
 def unshare(flags: int) -> None:
     _check(_libc.unshare(flags), "unshare")
 
 
 def setns(fd: int, nstype: int) -> None:
-    _check(_libc.setns(fd, nstype), "setns")
+    _check(_setns(fd, nstype), "setns")
 
 
 def mount(source: str, target: str, fstype: str | None, flags: int, data: str | None = None) -> None:
-    _check(
-        _libc.mount(
-            os.fsencode(source),
-            os.fsencode(target),
-            None if fstype is None else fstype.encode(),
-            ctypes.c_ulong(flags),
-            None if data is None else data.encode(),
-        ),
-        target,
-    )
+    kind = None if fstype is None else fstype.encode()
+    options = None if data is None else data.encode()
+    _check(_mount(os.fsencode(source), os.fsencode(target), kind, flags, options), target)
 
 
 def umount2(target: str, flags: int) -> None:
-    _check(_libc.umount2(os.fsencode(target), flags), target)
+    _check(_umount2(os.fsencode(target), flags), target)
 
 
 def open_tree(dirfd: int, path: str, flags: int) -> int:
-    return _call(_NR_OPEN_TREE, path, dirfd, os.fsencode(path), flags | OPEN_TREE_CLOEXEC)
+    return _check(_open_tree(dirfd, os.fsencode(path), flags | OPEN_TREE_CLOEXEC), path)
 
 
 def move_mount(from_dirfd: int, from_path: str, to_dirfd: int, to_path: str, flags: int) -> None:
-    _call(_NR_MOVE_MOUNT, to_path, from_dirfd, os.fsencode(from_path), to_dirfd, os.fsencode(to_path), flags)
+    _check(_move_mount(from_dirfd, os.fsencode(from_path), to_dirfd, os.fsencode(to_path), flags), to_path)
 
 
 def fsopen(fstype: str) -> int:
-    return _call(_NR_FSOPEN, fstype, fstype.encode(), _FSOPEN_CLOEXEC)
+    return _check(_fsopen(fstype.encode(), _FSOPEN_CLOEXEC), fstype)
 
 
 def fsconfig_set_string(fd: int, key: str, value: str) -> None:
-    _call(_NR_FSCONFIG, f"{key}={value}", fd, _FSCONFIG_SET_STRING, key.encode(), os.fsencode(value), 0)
+    if _fsconfig(fd, _FSCONFIG_SET_STRING, key.encode(), os.fsencode(value), 0) < 0:
+        _check(-1, f"{key}={value}")
 
 
 def fsconfig_set_flag(fd: int, key: str) -> None:
-    _call(_NR_FSCONFIG, key, fd, _FSCONFIG_SET_FLAG, key.encode(), None, 0)
+    _check(_fsconfig(fd, _FSCONFIG_SET_FLAG, key.encode(), None, 0), key)
 
 
 def fsconfig_cmd_create(fd: int, what: str) -> None:
     """Make the superblock; the error carries what the file system itself had to say, where it said anything."""
     try:
-        _call(_NR_FSCONFIG, what, fd, _FSCONFIG_CMD_CREATE, None, None, 0)
+        _check(_fsconfig(fd, _FSCONFIG_CMD_CREATE, None, None, 0), what)
     except OSError as error:
         said = "; ".join(_fs_messages(fd))
         raise OSError(error.errno, f"{error.strerror} ({said})" if said else error.strerror, what) from None
@@ -156,27 +166,24 @@ def _fs_messages(fd: int) -> list[str]:
 
 
 def fsmount(fd: int, attributes: int) -> int:
-    return _call(_NR_FSMOUNT, "fsmount", fd, _FSMOUNT_CLOEXEC, attributes)
+    return _check(_fsmount(fd, _FSMOUNT_CLOEXEC, attributes), "fsmount")
 
 
 def mount_setattr(
     dirfd: int, path: str, flags: int, *, attr_set: int = 0, attr_clr: int = 0, propagation: int = 0
 ) -> None:
-    attributes = ctypes.create_string_buffer(struct.pack("=QQQQ", attr_set, attr_clr, propagation, 0), 32)
-    _call(_NR_MOUNT_SETATTR, path, dirfd, os.fsencode(path), flags, attributes, 32)
+    attributes = struct.pack("=QQQQ", attr_set, attr_clr, propagation, 0)
+    _check(_mount_setattr(dirfd, os.fsencode(path), flags, attributes, len(attributes)), path)
 
 
 def openat2(dirfd: int, path: str, flags: int, resolve: int) -> int:
-    how = ctypes.create_string_buffer(struct.pack("=QQQ", flags | os.O_CLOEXEC, 0, resolve), 24)
-    return _call(_NR_OPENAT2, path, dirfd, os.fsencode(path), how, 24)
+    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, 0, resolve)
+    return _check(_openat2(dirfd, os.fsencode(path), how, len(how)), path)
 
 
-def mount_id(path: str, dirfd: int = AT_FDCWD) -> int:
-    """ID, as in mountinfo, of the mount that is visible at `path` (statx(2), STATX_MNT_ID)."""
-    buffer = ctypes.create_string_buffer(256)
-    flags = AT_SYMLINK_NOFOLLOW | (0 if path else AT_EMPTY_PATH)
-    _check(_libc.statx(dirfd, os.fsencode(path), flags, _STATX_MNT_ID, buffer), path)
-    return int(struct.unpack_from("=Q", buffer, 0x90)[0])
+def rename_noreplace(old: str, new: str) -> None:
+    """Rename a file unless there is one of the new name (renameat2(2), RENAME_NOREPLACE)."""
+    _check(_libc.renameat2(AT_FDCWD, os.fsencode(old), AT_FDCWD, os.fsencode(new), _RENAME_NOREPLACE), new)
 
 
 def loop_attach(backing: int, label: str) -> tuple[int, str]:

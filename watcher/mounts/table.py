@@ -12,6 +12,7 @@ topmost first, with `NAME` and `VERSION` percent-encoded so that the first `_` d
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
@@ -22,6 +23,9 @@ SOURCE = "systemd-extensions"
 COVER = "cover"
 LAYERS = "layers"
 BASE = "root/etc"
+
+# Overlayfs takes 500 layers, of which two are the cover and the base.
+LAYERS_MAX = 500 - 2
 
 # Overlayfs takes 255 bytes for the path of one layer.
 _LABEL_MAX = 255 - len(LAYERS) - len("/@") - 64
@@ -90,32 +94,38 @@ class Table:
         chain: what is mounted on "/etc", lowest first, found by following parents: the position of a row says
             nothing after the host has merged its own confexts beneath.
         under: the mount that `/etc` lies on: the visible one at "/".
+        top: the mount that is visible at `/etc`.
+
+    Raises:
+        ValueError: it has no root, or what is no row.
     """
 
     def __init__(self, text: str) -> None:
-        rows = [_row(line) for line in text.split("\n") if line]
-        self._at = {(row.parent, row.point): row for row in rows}
+        rows, ids = _rows(text)
+        self._rows = frozenset(rows)
         self._children: dict[int, list[Mount]] = {}
         for row in rows:
             self._children.setdefault(row.parent, []).append(row)
-        self.under = self._root(rows)
-        self.chain: list[Mount] = []
-        top = self.under
-        while (upper := self._at.get((top.id, "/etc"))) is not None and upper is not top:
-            self.chain.append(upper)
-            top = upper
-        self.top = top
-
-    def _root(self, rows: list[Mount]) -> Mount:
-        ids = {row.id for row in rows}
-        for row in rows:
-            if row.point == "/" and (row.parent not in ids or row.parent == row.id):
-                break
-        else:
+        roots = (row for row in rows if row.point == "/" and (row.parent not in ids or row.parent == row.id))
+        root = next(roots, None)
+        if root is None:
             raise ValueError("a mount table without a root")
-        while (upper := self._at.get((row.id, "/"))) is not None and upper is not row:
-            row = upper
-        return row
+        self.under = [root, *self._upwards(root, "/")][-1]
+        self.chain = self._upwards(self.under, "/etc")
+        self.top = self.chain[-1] if self.chain else self.under
+
+    def _upwards(self, mount: Mount, point: str) -> list[Mount]:
+        """What lies on a mount at a path, and on that again; lowest first."""
+        found: list[Mount] = []
+        passed = {mount.id}
+        while True:
+            above = (row for row in self._children.get(mount.id, ()) if row.point == point)
+            upper = next((row for row in above if row.id not in passed), None)
+            if upper is None:
+                return found
+            found.append(upper)
+            passed.add(upper.id)
+            mount = upper
 
     @property
     def stacks(self) -> list[Mount]:
@@ -131,10 +141,48 @@ class Table:
         kept = len(self.chain) - len(self.stacks)
         return self.chain[kept - 1] if kept else self.under
 
-    def below_etc(self, mount: Mount) -> list[Mount]:
-        """The mounts that lie directly on `mount` somewhere below `/etc`, by path."""
-        rows = self._children.get(mount.id, [])
-        return sorted((row for row in rows if row.point.startswith("/etc/")), key=lambda row: row.point)
+    @property
+    def liftable(self) -> int:
+        """How many of `stacks`, from the top, may be lifted off.
+
+        One that systemd mounted has no cover: without it whoever still holds a directory of it would see what is
+        mounted on it no more, but the files below. Such a one stays where it is, and ours go on top.
+        """
+        count = 0
+        for mount in reversed(self.stacks):
+            if layers_of(mount) is None and self.on(mount):
+                break
+            count += 1
+        return count
+
+    @property
+    def base_on_root(self) -> bool:
+        """Whether the directory that `beneath` shows at `/etc` is that of `under`, and not only looks like it."""
+        if self.beneath is self.under:
+            return True
+        root = self.under.root.rstrip("/")
+        return (self.beneath.device, self.beneath.root) == (self.under.device, f"{root}/etc")
+
+    def on(self, mount: Mount) -> list[Mount]:
+        """What can be seen of the mounts that lie directly on `mount` somewhere below `/etc`, by path.
+
+        One that was mounted later at a path above covers those below it.
+        """
+        rows = [row for row in self._children.get(mount.id, ()) if row.point.startswith("/etc/")]
+        points = {row.point for row in rows}
+        return sorted((row for row in rows if not _covered(row.point, points)), key=lambda row: row.point)
+
+    def above(self, mount: Mount) -> Iterator[Mount]:
+        """What can be seen of all that lies on `mount`, at any depth."""
+        rows = self.on(mount)
+        while rows:
+            row = rows.pop()
+            yield row
+            rows += self.on(row)
+
+    def same_etc(self, other: Table) -> bool:
+        """Whether nothing has changed on `/etc` and below it."""
+        return self._rows == other._rows
 
     def mounted(self) -> Mounted:
         """Which stack `/etc` shows."""
@@ -144,6 +192,20 @@ class Table:
         layers = layers_of(stacks[-1])
         doubled = len(stacks) > 1 and layers_of(stacks[-2]) is not None
         return Mounted(layers, doubled, overlay=True, top=self.top.id)
+
+
+def _rows(text: str) -> tuple[list[Mount], set[int]]:
+    """The rows that have to do with `/etc`, and the IDs of all."""
+    rows = []
+    ids = []
+    for line in text.split("\n"):
+        if not line:
+            continue
+        mount_id, _, _, _, point, _ = line.split(" ", 5)
+        ids.append(mount_id)
+        if point == "/" or point == "/etc" or point.startswith("/etc/"):
+            rows.append(_row(line))
+    return rows, set(map(int, ids))
 
 
 def _row(line: str) -> Mount:
@@ -161,6 +223,11 @@ def _row(line: str) -> Mount:
         _unescape(source),
         super_options,
     )
+
+
+def _covered(point: str, points: set[str]) -> bool:
+    parts = point.split("/")
+    return any("/".join(parts[:depth]) in points for depth in range(3, len(parts)))
 
 
 def _unescape(text: str) -> str:

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Image files, mounted: each once, in the workshop, for as many stacks as want them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+from collections.abc import Iterable, Iterator
+
+from watcher.model import Copy, Kind, Refused
+from watcher.mounts import syscalls
+
+_IMAGE_ATTRIBUTES = (
+    syscalls.MOUNT_ATTR_RDONLY
+    | syscalls.MOUNT_ATTR_NOSUID
+    | syscalls.MOUNT_ATTR_NODEV
+    | syscalls.MOUNT_ATTR_NOEXEC
+)
+
+# How file systems say that what they were given is not well-formed, or uses what this kernel does not know.
+_BROKEN_IMAGE = {
+    errno.EINVAL,
+    errno.EIO,
+    errno.EUCLEAN,
+    errno.EBADMSG,
+    errno.EOPNOTSUPP,
+    errno.ENOENT,
+    errno.E2BIG,
+}
+
+
+class Images:
+    """Images mounted in the workshop: each digest once, for as long as somebody wants it.
+
+    Args:
+        place: directory of their mount points, in the workshop.
+    """
+
+    def __init__(self, place: str) -> None:
+        self._place = place
+        self._lock = threading.Lock()
+        self._users: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def attached(self, copies: Iterable[Copy]) -> Iterator[dict[str, str]]:
+        """Have the copies mounted while the block runs: absolute paths of their roots, by digest.
+
+        Raises:
+            Refused: the kernel will not mount it.
+            OSError: no loop device, no memory.
+        """
+        roots: dict[str, str] = {}
+        try:
+            for copy in copies:
+                roots[copy.digest] = self._acquire(copy)
+            yield roots
+        finally:
+            with self._lock:
+                for digest in roots.keys() & self._users.keys():
+                    self._users[digest] -= 1
+
+    def retain(self, digests: Iterable[str]) -> None:
+        """Unmount every image that is neither in use nor among these."""
+        kept = set(digests)
+        with self._lock:
+            for digest in [one for one, users in self._users.items() if not users and one not in kept]:
+                syscalls.umount2(self._path(digest), syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
+                del self._users[digest]
+                os.rmdir(self._path(digest))
+
+    def _acquire(self, copy: Copy) -> str:
+        if copy.kind is Kind.DIRECTORY:
+            return copy.path
+        path = self._path(copy.digest)
+        with self._lock:
+            if copy.digest not in self._users:
+                _mount_image(copy, path)
+                self._users[copy.digest] = 0
+            self._users[copy.digest] += 1
+        return path
+
+    def _path(self, digest: str) -> str:
+        return f"{self._place}/{digest}"
+
+
+def _mount_image(copy: Copy, target: str) -> None:
+    backing = os.open(copy.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        mounted = _fsmount_image(copy, backing)
+    finally:
+        os.close(backing)
+    try:
+        os.makedirs(target, 0o700, exist_ok=True)
+        syscalls.move_mount(mounted, "", syscalls.AT_FDCWD, target, syscalls.MOVE_MOUNT_F_EMPTY_PATH)
+    finally:
+        os.close(mounted)
+
+
+def _fsmount_image(copy: Copy, backing: int) -> int:
+    if copy.fstype == "erofs":
+        # Since Linux 6.12 straight from the file, but not on every file system (ENOTBLK); what is wrong with the
+        # image itself shows again, and is told, when it is tried through a loop device.
+        with contextlib.suppress(OSError):
+            return _fsmount_source(copy.fstype, copy.path)
+    device, name = syscalls.loop_attach(backing, copy.digest)
+    try:
+        return _fsmount_source(copy.fstype, name)
+    except OSError as error:
+        if error.errno in _BROKEN_IMAGE:
+            raise Refused(f"the kernel cannot mount it as {copy.fstype}: {error.strerror}") from error
+        raise
+    finally:
+        os.close(device)
+
+
+def _fsmount_source(fstype: str, source: str) -> int:
+    context = syscalls.fsopen(fstype)
+    try:
+        syscalls.fsconfig_set_string(context, "source", source)
+        syscalls.fsconfig_set_flag(context, "ro")
+        syscalls.fsconfig_cmd_create(context, source)
+        return syscalls.fsmount(context, _IMAGE_ATTRIBUTES)
+    finally:
+        os.close(context)
