@@ -21,7 +21,7 @@ from watcher import admit as module
 from watcher import tree
 from watcher.admit import admit, open_candidate
 from watcher.lease import coarse_now_ns
-from watcher.model import Busy, Candidate, Incomplete, Kind, Later, Refused
+from watcher.model import Busy, Candidate, Copy, Incomplete, Kind, Later, Refused
 from watcher.store import Store
 
 squashfs = tool("mksquashfs")
@@ -149,6 +149,48 @@ class TestNothingIsReadTwice:
             content[-1] = number
             raw.write_bytes(content)
             assert Path(admit(store, candidate(raw)).path).read_bytes() == content
+
+
+@squashfs
+class TestJudge:
+    """What is said of a copy is remembered as long as the content and the terms are the same."""
+
+    @staticmethod
+    def no(copy: Copy) -> None:
+        raise Refused("made for another host")
+
+    def test_a_refused_content_is_not_copied_again_after_it_was_collected(
+        self, store: Store, raw: Path, source: Path, reads: list[int]
+    ) -> None:
+        for what, terms in ((candidate(raw), ("a",)), (candidate(source, Kind.DIRECTORY), ("b",))):
+            reads.clear()
+            for _ in range(3):
+                with pytest.raises(Refused, match="made for another host"):
+                    admit(store, what, self.no, terms)
+                store.collect(())
+            assert len(reads) == 1
+
+    def test_other_terms_are_another_question(self, store: Store, raw: Path) -> None:
+        with pytest.raises(Refused):
+            admit(store, candidate(raw), self.no, "host a")
+        admit(store, candidate(raw), lambda copy: None, "host b")
+        admit(store, candidate(raw))
+        with pytest.raises(Refused):
+            admit(store, candidate(raw), lambda copy: None, "host a")
+
+    def test_other_content_is_another_question(self, store: Store, raw: Path) -> None:
+        with pytest.raises(Refused):
+            admit(store, candidate(raw), self.no, "host")
+        raw.write_bytes(raw.read_bytes() + b"padding")
+        admit(store, candidate(raw), lambda copy: None, "host")
+
+    def test_what_may_have_changed_within_the_tick_is_asked_again(
+        self, store: Store, raw: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("watcher.lease.coarse_now_ns", lambda: raw.stat().st_ctime_ns)
+        with pytest.raises(Refused):
+            admit(store, candidate(raw), self.no, "host")
+        admit(store, candidate(raw), lambda copy: None, "host")
 
 
 def refusal(store: Store, path: Path | str, kind: Kind = Kind.IMAGE) -> str:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from watcher import tree
 from watcher.images.probe import probe
@@ -22,6 +23,8 @@ from watcher.model import Busy, Candidate, Copy, Kind, Later, Refused
 from watcher.store import Store
 
 _SECOND_NS = 1_000_000_000
+
+Judge = Callable[[Copy], object]
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -46,12 +49,15 @@ def open_candidate(candidate: Candidate) -> int:
         return _open(candidate)
 
 
-def admit(store: Store, candidate: Candidate) -> Copy:
+def admit(store: Store, candidate: Candidate, judge: Judge | None = None, terms: Hashable = None) -> Copy:
     """The store's copy of the candidate, made now or before.
 
     Hold `store.using()` until a stack with the copy has been accepted.
 
-    Whether it is a confext for this host is another question: `images.extension`, `release`.
+    Args:
+        judge: whether the copy will do as a confext; raises Refused if not.
+        terms: all that the judgement depends on besides the content. A refusal is remembered with them, or else what
+            is refused, and so collected from the store, would be copied again at every look.
 
     Raises:
         Refused, Incomplete: this content will not do; the line says why, to go behind the path.
@@ -61,55 +67,77 @@ def admit(store: Store, candidate: Candidate) -> Copy:
     with _translated(), _closing(_open(candidate)) as place:
         if candidate.kind is Kind.IMAGE:
             with _closing(_reopen(place, os.O_RDONLY)) as fd:
-                return _admit_image(store, fd)
+                return _admit(store, _Image(fd), judge, terms)
         with _closing(_reopen(place, os.O_RDONLY | os.O_DIRECTORY)) as root:
-            return _admit_tree(store, root)
+            return _admit(store, _Tree(root), judge, terms)
 
 
-def _admit_image(store: Store, fd: int) -> Copy:
-    key = _image_key(os.fstat(fd))
-    with store.known.turn(key):
-        copy = store.known.recall(key)
-        return copy if copy and store.has(copy) else _copy_image(store, fd)
+class _Content(Protocol):
+    """An image or a tree, open."""
+
+    key: Key
+
+    def copy(self, store: Store) -> tuple[Copy | Refused, bool]:
+        """The verdict on it, and whether `key` stands for exactly that content from now on."""
+        ...
 
 
-def _copy_image(store: Store, fd: int) -> Copy:
-    verdict: Copy | Refused
-    with Lease(fd) as lease:
-        found = os.fstat(fd)
+def _admit(store: Store, content: _Content, judge: Judge | None, terms: Hashable) -> Copy:
+    store.known.recall((content.key, terms))
+    with store.known.turn(content.key):
+        copy = store.known.recall(content.key)
+        if copy is None or not store.has(copy):
+            copy = _copy(store, content)
+    if judge is not None:
         try:
-            verdict = store.add_image(fd, probe(fd, found.st_size), lease)
+            judge(copy)
         except Refused as refused:
-            lease.check()
-            verdict = refused
-    if _is_past(found.st_ctime_ns, lease.proven_ns):
-        store.known.remember(_image_key(found), verdict)
-    return _given(verdict)
+            if store.known.recall(content.key) == copy:
+                store.known.remember((content.key, terms), refused)
+            raise
+    return copy
 
 
-def _admit_tree(store: Store, root: int) -> Copy:
-    signature = tree.signature(root)
-    key = ("tree", signature.key)
-    with store.known.turn(key):
-        copy = store.known.recall(key)
-        return copy if copy and store.has(copy) else _copy_tree(store, root, signature)
-
-
-def _copy_tree(store: Store, root: int, signature: tree.Signature) -> Copy:
-    verdict: Copy | Refused
-    try:
-        verdict = store.add_tree(root, signature)
-    except Refused as refused:
-        verdict = refused
-    if _is_past(signature.youngest_ns, coarse_now_ns()):
-        store.known.remember(("tree", signature.key), verdict)
-    return _given(verdict)
-
-
-def _given(verdict: Copy | Refused) -> Copy:
+def _copy(store: Store, content: _Content) -> Copy:
+    verdict, lasting = content.copy(store)
+    if lasting:
+        store.known.remember(content.key, verdict)
     if isinstance(verdict, Refused):
         raise verdict
     return verdict
+
+
+class _Image:
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self.key = _image_key(os.fstat(fd))
+
+    def copy(self, store: Store) -> tuple[Copy | Refused, bool]:
+        verdict: Copy | Refused
+        with Lease(self._fd) as lease:
+            found = os.fstat(self._fd)
+            self.key = _image_key(found)
+            try:
+                verdict = store.add_image(self._fd, probe(self._fd, found.st_size), lease)
+            except Refused as refused:
+                lease.check()
+                verdict = refused
+        return verdict, _is_past(found.st_ctime_ns, lease.proven_ns)
+
+
+class _Tree:
+    def __init__(self, root: int) -> None:
+        self._root = root
+        self._signature = tree.signature(root)
+        self.key: Key = ("tree", self._signature.key)
+
+    def copy(self, store: Store) -> tuple[Copy | Refused, bool]:
+        verdict: Copy | Refused
+        try:
+            verdict = store.add_tree(self._root, self._signature)
+        except Refused as refused:
+            verdict = refused
+        return verdict, _is_past(self._signature.youngest_ns, coarse_now_ns())
 
 
 def _image_key(found: os.stat_result) -> Key:

@@ -25,8 +25,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from watcher import attributes
+from watcher.attributes import Xattrs
 from watcher.filecopy import copy_file, hash_file
-from watcher.images.extension import KEPT_STRICT_XATTR, RELEASE_DIRECTORY, RELEASE_PREFIX, STRICT_XATTR
+from watcher.images.extension import RELEASE_DIRECTORY, RELEASE_PREFIX
 from watcher.lease import Lease, coarse_now_ns
 from watcher.model import Busy, Refused, shown
 
@@ -45,12 +47,6 @@ _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 # The answers of open(2) to a node that is no longer what stat(2) saw, or that somebody holds a write lease on.
 _CHANGED = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EWOULDBLOCK})
-# xattr(7): the kernel will not have an attribute (no privilege, no support, unmapped ids in an ACL).
-_XATTR_REFUSED = frozenset({errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.EINVAL})
-# chown(2): no privilege, or an owner that this user namespace does not know.
-_CHOWN_REFUSED = frozenset({errno.EPERM, errno.EINVAL})
-
-_SETID = stat.S_ISUID | stat.S_ISGID
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +56,13 @@ class Signature:
     Attributes:
         key: SHA-256 over it.
         size: bytes in its files, as `stat` gives them.
+        entries: files, directories and links in it.
         youngest_ns: latest ctime, nanoseconds since the epoch.
     """
 
     key: bytes
     size: int
+    entries: int
     youngest_ns: int
 
 
@@ -87,7 +85,7 @@ def signature(root: int) -> Signature:
     walk = _Signing()
     walk.node(os.fstat(root), b"")
     walk.directory(root, ())
-    return Signature(walk.hash.digest(), walk.size, walk.youngest_ns)
+    return Signature(walk.hash.digest(), walk.size, walk.entries, walk.youngest_ns)
 
 
 def wait_for_clock(signature: Signature) -> None:
@@ -113,7 +111,7 @@ def copy(root: int, target: int, size_max: int) -> Copied:
     copy get `user.extension-release.strict=0`, since systemd has no `x-systemd.relax-extension-release-check` for
     directories and the slot has another name; what the source said is kept beside it, and is what counts.
 
-    Nothing is synced to the disk: see `sync`.
+    Nothing is synced to the disk: see `owntree`.
 
     Raises:
         Refused: as `signature`; a file that cannot be read.
@@ -126,40 +124,6 @@ def copy(root: int, target: int, size_max: int) -> Copied:
 def size_of(root: int) -> int:
     """Bytes in the files below `root`."""
     return signature(root).size
-
-
-def sync(root: int) -> None:
-    """Bring everything below `root` to the disk, `root` included: after the copy, all at once, it costs a fifth."""
-    for name in os.listdir(root):
-        mode = os.stat(name, dir_fd=root, follow_symlinks=False).st_mode
-        if stat.S_ISDIR(mode):
-            with _opened(name, _DIRECTORY, root, (name,)) as directory:
-                sync(directory)
-        elif stat.S_ISREG(mode):
-            with _opened(name, _FILE, root, (name,)) as file:
-                os.fsync(file)
-    os.fsync(root)
-
-
-def remove(name: str, parent: int) -> None:
-    """Remove the tree (or file) `name` of the directory `parent`; what is gone already is no error."""
-    try:
-        os.unlink(name, dir_fd=parent)
-        return
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        if error.errno not in (errno.EISDIR, errno.EPERM):
-            raise
-    # Without root, a directory's own mode may forbid to empty it. Nobody else can reach it: this is our copy.
-    os.chmod(name, 0o700, dir_fd=parent)
-    fd = os.open(name, _DIRECTORY, dir_fd=parent)
-    try:
-        for child in os.listdir(fd):
-            remove(child, fd)
-    finally:
-        os.close(fd)
-    os.rmdir(name, dir_fd=parent)
 
 
 _Path = tuple[str, ...]
@@ -280,7 +244,7 @@ class _Walk(_Bounded):
     def _string(self, value: bytes) -> None:
         self._hash.update(_LENGTH.pack(len(value)) + value)
 
-    def _node(self, kind: bytes, st: os.stat_result, xattrs: list[tuple[str, bytes]]) -> None:
+    def _node(self, kind: bytes, st: os.stat_result, xattrs: Xattrs) -> None:
         self._hash.update(_NODE.pack(kind, stat.S_IMODE(st.st_mode), st.st_uid, st.st_gid))
         self._hash.update(_LENGTH.pack(len(xattrs)))
         for name, value in xattrs:
@@ -288,7 +252,7 @@ class _Walk(_Bounded):
             self._string(value)
 
     def _directory(self, fd: int, st: os.stat_result, target: _Target | None, path: _Path) -> None:
-        xattrs = _xattrs(fd)
+        xattrs = attributes.read(fd)
         self._node(b"d", st, xattrs)
         children = self.children(fd, path)
         self._hash.update(_LENGTH.pack(len(children)))
@@ -296,7 +260,7 @@ class _Walk(_Bounded):
             self._string(os.fsencode(name))
             self._child(fd, name, child, target, (*path, name))
         if target is not None:
-            _adorn(target.fd, st, xattrs)
+            attributes.give(target.fd, st, xattrs)
 
     def _child(self, parent: int, name: str, st: os.stat_result, target: _Target | None, path: _Path) -> None:
         _require_copyable(st, path)
@@ -319,19 +283,17 @@ class _Walk(_Bounded):
 
     def _link(self, parent: int, name: str, st: os.stat_result, target: _Target | None) -> None:
         # No descriptor gives a link's own attributes; no other link is on this way to them.
-        xattrs = _xattrs(f"/proc/self/fd/{parent}/{name}")
+        xattrs = attributes.read(f"/proc/self/fd/{parent}/{name}")
         self._node(b"l", st, xattrs)
         to = os.readlink(name, dir_fd=parent)
         self._string(os.fsencode(to))
         if target is None:
             return
         os.symlink(to, name, dir_fd=target.fd)
-        _chown(name, st, target.fd)
-        _set_xattrs(f"/proc/self/fd/{target.fd}/{name}", xattrs)
-        os.utime(name, ns=(st.st_atime_ns, st.st_mtime_ns), dir_fd=target.fd, follow_symlinks=False)
+        attributes.give_to_link(name, target.fd, st, xattrs)
 
     def _file(self, fd: int, st: os.stat_result, target: _Target | None, path: _Path) -> None:
-        xattrs = _xattrs(fd)
+        xattrs = attributes.read(fd)
         self._node(b"f", st, xattrs)
         self._hash.update(_LENGTH.pack(st.st_size))
         self._size += st.st_size
@@ -351,7 +313,7 @@ class _Walk(_Bounded):
         self,
         fd: int,
         st: os.stat_result,
-        xattrs: list[tuple[str, bytes]],
+        xattrs: Xattrs,
         lease: Lease,
         target: _Target,
         path: _Path,
@@ -360,7 +322,7 @@ class _Walk(_Bounded):
         try:
             copy_file(fd, made, st.st_size, self._hash, lease)
             release = path[:-1] == RELEASE_DIRECTORY and path[-1].startswith(RELEASE_PREFIX)
-            _adorn(made, st, _relaxed(xattrs) if release else xattrs)
+            attributes.give(made, st, attributes.relaxed(xattrs) if release else xattrs)
         finally:
             os.close(made)
 
@@ -380,63 +342,3 @@ class _Walk(_Bounded):
                 return False
             raise
         return True
-
-
-def _xattrs(node: int | str) -> list[tuple[str, bytes]]:
-    """Extended attributes by name, those that count: what `copy` adds to release files does not."""
-    follow = isinstance(node, int)
-    try:
-        names = sorted(os.listxattr(node, follow_symlinks=follow), key=os.fsencode)
-    except OSError as error:
-        if error.errno == errno.EOPNOTSUPP:
-            return []
-        raise
-    values = {name: os.getxattr(node, name, follow_symlinks=follow) for name in names}
-    strict = values.pop(STRICT_XATTR, b"")
-    strict = values.pop(KEPT_STRICT_XATTR, strict)
-    if strict:
-        values[STRICT_XATTR] = strict
-    return sorted(values.items(), key=lambda item: os.fsencode(item[0]))
-
-
-def _set_xattrs(node: int | str, xattrs: list[tuple[str, bytes]]) -> None:
-    for name, value in xattrs:
-        try:
-            os.setxattr(node, name, value, follow_symlinks=isinstance(node, int))
-        except OSError as error:
-            if error.errno not in _XATTR_REFUSED:
-                raise
-
-
-def _relaxed(xattrs: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
-    """Those of a release file's copy: any name will do for systemd, and what the source said is kept."""
-    values = dict(xattrs)
-    values[KEPT_STRICT_XATTR] = values.get(STRICT_XATTR, b"")
-    values[STRICT_XATTR] = b"0"
-    return list(values.items())
-
-
-def _adorn(made: int, st: os.stat_result, xattrs: list[tuple[str, bytes]]) -> None:
-    """Owner, mode, attributes and times, in the order in which none undoes another.
-
-    Without root, user.* needs the write permission that the final mode may take away; chown(2) clears set-id bits and
-    security.capability.
-    """
-    _set_xattrs(made, [(name, value) for name, value in xattrs if name.startswith("user.")])
-    mode = stat.S_IMODE(st.st_mode)
-    if not _chown(made, st):
-        # Never hand one user's set-id program to another; and let whom it belongs to now read it.
-        mode = mode & ~_SETID | stat.S_IRUSR | (stat.S_IXUSR if stat.S_ISDIR(st.st_mode) else 0)
-    os.fchmod(made, mode)
-    _set_xattrs(made, [(name, value) for name, value in xattrs if not name.startswith("user.")])
-    os.utime(made, ns=(st.st_atime_ns, st.st_mtime_ns))
-
-
-def _chown(node: int | str, st: os.stat_result, parent: int | None = None) -> bool:
-    try:
-        os.chown(node, st.st_uid, st.st_gid, dir_fd=parent, follow_symlinks=parent is None)
-    except OSError as error:
-        if error.errno in _CHOWN_REFUSED:
-            return False
-        raise
-    return True

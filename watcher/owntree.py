@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Trees that are ours alone, where nobody else can reach them: bring one to the disk, remove one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from collections.abc import Generator
+from contextlib import closing
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+# At most so many threads, and one for so many entries.
+_THREADS = 16
+_ENTRIES = 8
+
+
+def sync(root: int, entries: int) -> None:
+    """Bring everything below `root`, of about `entries` files and directories, to the disk; `root` included.
+
+    Each fsync(2) waits for the disk's cache to be flushed, and the kernel makes one flush for those that wait at the
+    same time: sixteen threads are several times as fast as one.
+    """
+    descriptors = _descriptors(root)
+    taking = threading.Lock()
+    errors: list[OSError] = []
+
+    def work() -> None:
+        try:
+            while True:
+                with taking:
+                    fd = next(descriptors, None)
+                if fd is None:
+                    return
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+        except OSError as error:
+            errors.append(error)
+
+    started: list[threading.Thread] = []
+    with closing(descriptors):
+        for _ in range(min(_THREADS, entries // _ENTRIES)):
+            thread = threading.Thread(target=work)
+            try:
+                thread.start()
+            except RuntimeError:
+                break  # no more threads to be had: fewer will do
+            started.append(thread)
+        work()
+        for thread in started:
+            thread.join()
+    if errors:
+        raise errors[0]
+
+
+def _descriptors(root: int) -> Generator[int, None, None]:
+    """One for each file and directory, to be closed by whoever takes it."""
+    for name in os.listdir(root):
+        mode = os.stat(name, dir_fd=root, follow_symlinks=False).st_mode
+        if stat.S_ISREG(mode):
+            yield os.open(name, _FILE, dir_fd=root)
+        elif stat.S_ISDIR(mode):
+            directory = os.open(name, _DIRECTORY, dir_fd=root)
+            try:
+                yield from _descriptors(directory)
+            finally:
+                os.close(directory)
+    yield os.dup(root)
+
+
+def remove(name: str, parent: int) -> None:
+    """Remove the tree (or file) `name` of the directory `parent`; what is gone already is no error."""
+    try:
+        os.unlink(name, dir_fd=parent)
+        return
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno not in (errno.EISDIR, errno.EPERM):
+            raise
+    # Without root, a directory's own mode may forbid to empty it. Nobody else can reach it: this is our copy.
+    os.chmod(name, 0o700, dir_fd=parent)
+    fd = os.open(name, _DIRECTORY, dir_fd=parent)
+    try:
+        for child in os.listdir(fd):
+            remove(child, fd)
+    finally:
+        os.close(fd)
+    os.rmdir(name, dir_fd=parent)
