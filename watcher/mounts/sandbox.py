@@ -18,7 +18,6 @@ every mount a place to stand on in a stack that no longer has that path: one tha
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import stat
@@ -26,6 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from watcher.mounts import syscalls
+from watcher.mounts.descriptors import Descriptors
 from watcher.mounts.table import COVER, Mount, Table
 
 _EMPTY = syscalls.AT_EMPTY_PATH
@@ -84,7 +84,7 @@ class Lower:
         paths: of the layers' roots, relative to the working directory or absolute; the last one is the base.
     """
 
-    def __init__(self, fds: contextlib.ExitStack, paths: Sequence[str]) -> None:
+    def __init__(self, fds: Descriptors, paths: Sequence[str]) -> None:
         self._fds = fds
         self._paths = paths
         self._opened: list[int] = []
@@ -94,8 +94,7 @@ class Lower:
         if not self._opened:
             flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
             for path in self._paths:
-                self._opened.append(os.open(path, flags))
-                self._fds.callback(os.close, self._opened[-1])
+                self._opened.append(self._fds.add(os.open(path, flags)))
         return self._opened
 
     def has(self, path: str) -> bool:
@@ -106,9 +105,7 @@ class Lower:
         return any(_has(directory, path) for directory in self.directories[:-1])
 
 
-def gather(
-    fds: contextlib.ExitStack, table: Table, old: str, lower: Lower
-) -> tuple[list[Sandbox], list[str]]:
+def gather(fds: Descriptors, table: Table, old: str, lower: Lower) -> tuple[list[Sandbox], list[str]]:
     """All sandbox mounts of a service, each before those that lie on it; and remarks about them.
 
     Args:
@@ -124,7 +121,7 @@ def gather(
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    fds: contextlib.ExitStack
+    fds: Descriptors
     table: Table
     etc: int
     lower: Lower
@@ -165,9 +162,8 @@ class _Found:
 
     def _shows_base(self, row: Mount) -> bool:
         """Whether it is a bind mount of the base's own directory on itself, made for the sake of its flags alone."""
-        base = self.table.beneath
-        below = os.path.relpath(row.point, base.point)
-        return row.device == base.device and row.root == os.path.normpath(os.path.join(base.root, below))
+        device, root = self.table.base
+        return row.device == device and row.root == root + row.point[len("/etc") :]
 
     def _clone(self, fd: int, row: Mount) -> tuple[int, bool]:
         """A clone of a mount, and whether everything on it came with it."""
@@ -181,8 +177,7 @@ class _Found:
                 raise
             whole = True
             tree = syscalls.open_tree(fd, "", flags | syscalls.AT_RECURSIVE)
-        self.fds.callback(os.close, tree)
-        return tree, whole
+        return self.fds.add(tree), whole
 
 
 def make_cover(mounts: Sequence[Sandbox], lower: Lower, *, privileged: bool) -> None:
@@ -256,17 +251,16 @@ def _attempt(privileged: bool, function: Callable[..., None], *args: object) -> 
             raise
 
 
-def renew(mounts: Sequence[Sandbox], overlay: int, fds: contextlib.ExitStack) -> None:
+def renew(mounts: Sequence[Sandbox], overlay: int, fds: Descriptors) -> None:
     """Make those anew that show the stack, out of the new one, on which nothing is hung yet."""
     for mount in mounts:
         if mount.tree >= 0:
             continue
         source = syscalls.openat2(overlay, mount.source, os.O_PATH, _INSIDE | syscalls.RESOLVE_NO_XDEV)
         try:
-            mount.tree = syscalls.open_tree(source, "", syscalls.OPEN_TREE_CLONE | _EMPTY)
+            mount.tree = fds.add(syscalls.open_tree(source, "", syscalls.OPEN_TREE_CLONE | _EMPTY))
         finally:
             os.close(source)
-        fds.callback(os.close, mount.tree)
         flags = attributes(mount.options)
         syscalls.mount_setattr(mount.tree, "", _EMPTY, attr_set=flags, attr_clr=_CLEARED)
 
@@ -282,10 +276,8 @@ def hang(mounts: Sequence[Sandbox], overlay: int) -> None:
             os.close(place)
 
 
-def _open(fds: contextlib.ExitStack, dirfd: int, path: str, flags: int = 0) -> int:
-    fd = syscalls.openat2(dirfd, path, os.O_PATH | flags, _INSIDE)
-    fds.callback(os.close, fd)
-    return fd
+def _open(fds: Descriptors, dirfd: int, path: str, flags: int = 0) -> int:
+    return fds.add(syscalls.openat2(dirfd, path, os.O_PATH | flags, _INSIDE))
 
 
 def _has(dirfd: int, path: str) -> bool:

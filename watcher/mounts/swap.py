@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 
 from watcher.model import Copy, Refused, Stack, stack_id
 from watcher.mounts import syscalls
+from watcher.mounts.descriptors import Descriptors
 from watcher.mounts.sandbox import (
     Lower,
     Sandbox,
@@ -126,7 +127,7 @@ def build(shop: Workshop, namespace: int, stack: Stack, copies: Mapping[str, Cop
         Whatever `swap()` does.
     """
     job = _Job(shop, namespace, stack, copies)
-    with shop.attending(namespace), contextlib.ExitStack() as fds:
+    with shop.attending(namespace), Descriptors() as fds:
         survey = _survey(fds, job, lambda _: True)
         with shop.images.attached(copies[digest] for digest in stack.digests) as roots, shop.bench():
             tree, _ = _build(fds, job, survey, roots)
@@ -191,7 +192,7 @@ def _swap_once(job: _Job, begin: Callable[[], None], keep: Callable[[Mounted], b
     def swapped(*, done: bool, remarks: Sequence[str] = ()) -> Swapped:
         return Swapped(before, done, (time.perf_counter_ns() - start) // 1000, tuple(remarks))
 
-    with contextlib.ExitStack() as fds:
+    with Descriptors() as fds:
         survey = _survey(fds, job, needed)
         if lifts:
             begin()
@@ -211,11 +212,10 @@ def _swap_once(job: _Job, begin: Callable[[], None], keep: Callable[[Mounted], b
             return swapped(done=True, remarks=remarks)
 
 
-def _survey(fds: contextlib.ExitStack, job: _Job, needed: Callable[[Table], bool]) -> _Survey:
+def _survey(fds: Descriptors, job: _Job, needed: Callable[[Table], bool]) -> _Survey:
     """The first look at a namespace; with the clones if `needed()` by its mount table."""
     with job.shop.entered(job.namespace):
-        mountinfo = job.shop.open_mountinfo()
-        fds.callback(os.close, mountinfo)
+        mountinfo = fds.add(job.shop.open_mountinfo())
         survey = _Survey(Table(_read(mountinfo)), mountinfo)
         table = survey.table
         if needed(table):
@@ -236,7 +236,7 @@ class _Locked(Exception):
     """What is mounted on it came with it from a more privileged namespace, and cannot be left out of a clone."""
 
 
-def _clone(fds: contextlib.ExitStack, path: str, recursive: int) -> int:
+def _clone(fds: Descriptors, path: str, recursive: int) -> int:
     """In the service: a private clone of the mount at a path."""
     try:
         tree = syscalls.open_tree(syscalls.AT_FDCWD, path, syscalls.OPEN_TREE_CLONE | recursive)
@@ -244,7 +244,7 @@ def _clone(fds: contextlib.ExitStack, path: str, recursive: int) -> int:
         if not recursive and error.errno == errno.EINVAL:  # mount_namespaces(7)
             raise _Locked from error
         raise
-    fds.callback(os.close, tree)
+    fds.add(tree)
     syscalls.mount_setattr(tree, "", syscalls.AT_EMPTY_PATH | recursive, propagation=syscalls.MS_PRIVATE)
     return tree
 
@@ -318,9 +318,7 @@ def _lift(count: int) -> None:
         syscalls.umount2("/etc", syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
 
 
-def _build(
-    fds: contextlib.ExitStack, job: _Job, survey: _Survey, roots: Mapping[str, str]
-) -> tuple[int, list[str]]:
+def _build(fds: Descriptors, job: _Job, survey: _Survey, roots: Mapping[str, str]) -> tuple[int, list[str]]:
     """On the bench: the finished tree, as a descriptor of a detached mount; and remarks."""
     privileged = job.shop.privileged
     for directory in (_ROOT, COVER, LAYERS):
@@ -339,8 +337,7 @@ def _build(
         mounts, remarks = gather(fds, survey.table, _OLD, lower)
         make_cover(mounts, lower, privileged=privileged)
     paths = [_link_layer(layer_path(one.name, one.version, one.digest), roots) for one in job.stack.layers]
-    overlay = _overlay([COVER, *reversed(paths), BASE], _flags(survey.table), privileged=privileged)
-    fds.callback(os.close, overlay)
+    overlay = fds.add(_overlay([COVER, *reversed(paths), BASE], _flags(survey.table), privileged=privileged))
     if not mounts:
         return overlay, remarks
     os.mkdir(_NEW)
@@ -348,9 +345,7 @@ def _build(
     renew(mounts, overlay, fds)
     hang(mounts, overlay)
     flags = syscalls.OPEN_TREE_CLONE | syscalls.AT_RECURSIVE | syscalls.AT_EMPTY_PATH
-    tree = syscalls.open_tree(overlay, "", flags)
-    fds.callback(os.close, tree)
-    return tree, remarks
+    return fds.add(syscalls.open_tree(overlay, "", flags)), remarks
 
 
 def _attach(tree: int, path: str) -> None:

@@ -13,6 +13,7 @@ import fcntl
 import functools
 import os
 import struct
+import sys
 from collections.abc import Callable
 
 AT_FDCWD = -100
@@ -61,11 +62,16 @@ _FSCONFIG_CMD_CREATE = 6
 
 _RENAME_NOREPLACE = 1
 
+_STATX_MNT_ID = 0x1000
+
 _LOOP_CTL_GET_FREE = 0x4C82
 _LOOP_CONFIGURE = 0x4C0A
 _LO_FLAGS_READ_ONLY = 1
 _LO_FLAGS_AUTOCLEAR = 4
 
+
+_ENCODING = sys.getfilesystemencoding()
+_ERRORS = sys.getfilesystemencodeerrors()
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -92,6 +98,10 @@ _fsmount = _prepare(432, _int, _uint, _uint)
 _openat2 = _prepare(437, _int, _str, _pointer, ctypes.c_size_t)
 _mount_setattr = _prepare(442, _int, _str, _uint, _pointer, ctypes.c_size_t)
 
+# struct mount_attr and struct open_how, in their first versions.
+_mount_attr = struct.Struct("=QQQQ")
+_open_how = struct.Struct("=QQQ")
+
 _umount2 = _libc.umount2
 _umount2.argtypes = [_str, _int]
 _setns = _libc.setns
@@ -107,6 +117,11 @@ def _check(result: int, what: str | int) -> int:
     return result
 
 
+def _bytes(path: str) -> bytes:
+    # os.fsencode(), without what makes that also take other things.
+    return path.encode(_ENCODING, _ERRORS)
+
+
 def unshare(flags: int) -> None:
     _check(_libc.unshare(flags), "unshare")
 
@@ -118,19 +133,19 @@ def setns(fd: int, nstype: int) -> None:
 def mount(source: str, target: str, fstype: str | None, flags: int, data: str | None = None) -> None:
     kind = None if fstype is None else fstype.encode()
     options = None if data is None else data.encode()
-    _check(_mount(os.fsencode(source), os.fsencode(target), kind, flags, options), target)
+    _check(_mount(_bytes(source), _bytes(target), kind, flags, options), target)
 
 
 def umount2(target: str, flags: int) -> None:
-    _check(_umount2(os.fsencode(target), flags), target)
+    _check(_umount2(_bytes(target), flags), target)
 
 
 def open_tree(dirfd: int, path: str, flags: int) -> int:
-    return _check(_open_tree(dirfd, os.fsencode(path), flags | OPEN_TREE_CLOEXEC), path)
+    return _check(_open_tree(dirfd, _bytes(path), flags | OPEN_TREE_CLOEXEC), path)
 
 
 def move_mount(from_dirfd: int, from_path: str, to_dirfd: int, to_path: str, flags: int) -> None:
-    _check(_move_mount(from_dirfd, os.fsencode(from_path), to_dirfd, os.fsencode(to_path), flags), to_path)
+    _check(_move_mount(from_dirfd, _bytes(from_path), to_dirfd, _bytes(to_path), flags), to_path)
 
 
 def fsopen(fstype: str) -> int:
@@ -138,7 +153,7 @@ def fsopen(fstype: str) -> int:
 
 
 def fsconfig_set_string(fd: int, key: str, value: str) -> None:
-    if _fsconfig(fd, _FSCONFIG_SET_STRING, key.encode(), os.fsencode(value), 0) < 0:
+    if _fsconfig(fd, _FSCONFIG_SET_STRING, key.encode(), _bytes(value), 0) < 0:
         _check(-1, f"{key}={value}")
 
 
@@ -172,18 +187,26 @@ def fsmount(fd: int, attributes: int) -> int:
 def mount_setattr(
     dirfd: int, path: str, flags: int, *, attr_set: int = 0, attr_clr: int = 0, propagation: int = 0
 ) -> None:
-    attributes = struct.pack("=QQQQ", attr_set, attr_clr, propagation, 0)
-    _check(_mount_setattr(dirfd, os.fsencode(path), flags, attributes, len(attributes)), path)
+    packed = _mount_attr.pack(attr_set, attr_clr, propagation, 0)
+    _check(_mount_setattr(dirfd, _bytes(path), flags, packed, _mount_attr.size), path)
 
 
 def openat2(dirfd: int, path: str, flags: int, resolve: int) -> int:
-    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, 0, resolve)
-    return _check(_openat2(dirfd, os.fsencode(path), how, len(how)), path)
+    packed = _open_how.pack(flags | os.O_CLOEXEC, 0, resolve)
+    return _check(_openat2(dirfd, _bytes(path), packed, _open_how.size), path)
 
 
 def rename_noreplace(old: str, new: str) -> None:
     """Rename a file unless there is one of the new name (renameat2(2), RENAME_NOREPLACE)."""
-    _check(_libc.renameat2(AT_FDCWD, os.fsencode(old), AT_FDCWD, os.fsencode(new), _RENAME_NOREPLACE), new)
+    _check(_libc.renameat2(AT_FDCWD, _bytes(old), AT_FDCWD, _bytes(new), _RENAME_NOREPLACE), new)
+
+
+def mount_id(path: str, dirfd: int = AT_FDCWD) -> int:
+    """ID, as in mountinfo, of the mount that is visible at `path` (statx(2), STATX_MNT_ID)."""
+    buffer = ctypes.create_string_buffer(256)
+    flags = AT_SYMLINK_NOFOLLOW | (0 if path else AT_EMPTY_PATH)
+    _check(_libc.statx(dirfd, _bytes(path), flags, _STATX_MNT_ID, buffer), path)
+    return int(struct.unpack_from("=Q", buffer, 0x90)[0])
 
 
 def loop_attach(backing: int, label: str) -> tuple[int, str]:
@@ -203,7 +226,7 @@ def loop_attach(backing: int, label: str) -> tuple[int, str]:
     """
     # struct loop_config: fd, block_size, struct loop_info64 (of which lo_flags and lo_file_name), 64 reserved bytes.
     flags = _LO_FLAGS_READ_ONLY | _LO_FLAGS_AUTOCLEAR
-    config = struct.pack("=II52xI64s112x64x", backing, 0, flags, os.fsencode(label)[:63])
+    config = struct.pack("=II52xI64s112x64x", backing, 0, flags, _bytes(label)[:63])
     control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
     try:
         for attempt in range(64):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 from urllib.parse import quote, unquote
 
 from watcher.model import stack_id
@@ -33,8 +34,7 @@ _LABEL_MAX = 255 - len(LAYERS) - len("/@") - 64
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
-@dataclass(frozen=True, slots=True)
-class Mount:
+class Mount(NamedTuple):
     """One row of mountinfo (proc_pid_mountinfo(5))."""
 
     id: int
@@ -95,6 +95,8 @@ class Table:
             nothing after the host has merged its own confexts beneath.
         under: the mount that `/etc` lies on: the visible one at "/".
         top: the mount that is visible at `/etc`.
+        stacks: the overlays of ours and systemd's that lie uppermost on `/etc`, lowest first.
+        beneath: what is visible at `/etc` once `stacks` are lifted.
 
     Raises:
         ValueError: it has no root, or what is no row.
@@ -102,7 +104,7 @@ class Table:
 
     def __init__(self, text: str) -> None:
         rows, ids = _rows(text)
-        self._rows = frozenset(rows)
+        self._rows = rows
         self._children: dict[int, list[Mount]] = {}
         for row in rows:
             self._children.setdefault(row.parent, []).append(row)
@@ -113,6 +115,12 @@ class Table:
         self.under = [root, *self._upwards(root, "/")][-1]
         self.chain = self._upwards(self.under, "/etc")
         self.top = self.chain[-1] if self.chain else self.under
+        count = 0
+        while count < len(self.chain) and self.chain[-1 - count].extensions:
+            count += 1
+        kept = len(self.chain) - count
+        self.stacks = self.chain[kept:]
+        self.beneath = self.chain[kept - 1] if kept else self.under
 
     def _upwards(self, mount: Mount, point: str) -> list[Mount]:
         """What lies on a mount at a path, and on that again; lowest first."""
@@ -126,20 +134,6 @@ class Table:
             found.append(upper)
             passed.add(upper.id)
             mount = upper
-
-    @property
-    def stacks(self) -> list[Mount]:
-        """The overlays of ours and systemd's that lie uppermost on `/etc`, lowest first."""
-        count = 0
-        while count < len(self.chain) and self.chain[-1 - count].extensions:
-            count += 1
-        return self.chain[len(self.chain) - count :]
-
-    @property
-    def beneath(self) -> Mount:
-        """What is visible at `/etc` once `stacks` are lifted."""
-        kept = len(self.chain) - len(self.stacks)
-        return self.chain[kept - 1] if kept else self.under
 
     @property
     def liftable(self) -> int:
@@ -156,12 +150,17 @@ class Table:
         return count
 
     @property
+    def base(self) -> tuple[str, str]:
+        """The directory that is `/etc` without `stacks`: device, and path on that."""
+        return self._etc_of(self.beneath)
+
+    @property
     def base_on_root(self) -> bool:
-        """Whether the directory that `beneath` shows at `/etc` is that of `under`, and not only looks like it."""
-        if self.beneath is self.under:
-            return True
-        root = self.under.root.rstrip("/")
-        return (self.beneath.device, self.beneath.root) == (self.under.device, f"{root}/etc")
+        """Whether that is also the `/etc` of `under`, and not something else that was mounted there."""
+        return self.base == self._etc_of(self.under)
+
+    def _etc_of(self, mount: Mount) -> tuple[str, str]:
+        return mount.device, mount.root.rstrip("/") + "/etc" if mount is self.under else mount.root
 
     def on(self, mount: Mount) -> list[Mount]:
         """What can be seen of the mounts that lie directly on `mount` somewhere below `/etc`, by path.
@@ -169,6 +168,8 @@ class Table:
         One that was mounted later at a path above covers those below it.
         """
         rows = [row for row in self._children.get(mount.id, ()) if row.point.startswith("/etc/")]
+        if len(rows) < 2:
+            return rows
         points = {row.point for row in rows}
         return sorted((row for row in rows if not _covered(row.point, points)), key=lambda row: row.point)
 
@@ -226,8 +227,10 @@ def _row(line: str) -> Mount:
 
 
 def _covered(point: str, points: set[str]) -> bool:
-    parts = point.split("/")
-    return any("/".join(parts[:depth]) in points for depth in range(3, len(parts)))
+    while (point := point.rpartition("/")[0]) != "/etc":
+        if point in points:
+            return True
+    return False
 
 
 def _unescape(text: str) -> str:
