@@ -31,6 +31,7 @@ from watcher.managers.systemd import check as systemd_check
 from watcher.model import Busy, Remark, shown
 from watcher.mounts.workshop import Workshop
 from watcher.pending import Pending
+from watcher.process import may_mount
 from watcher.settle import Settle
 from watcher.store import Store
 from watcher.watch import Watcher
@@ -75,8 +76,7 @@ def _alone(runtime_directory: str) -> Iterator[None]:
 @contextmanager
 def _tools(settings: Settings) -> Iterator[Tools]:
     with ExitStack() as stack:
-        privileged = os.geteuid() == 0 and not in_user_namespace()
-        shop = stack.enter_context(Workshop(settings.mount_workers, privileged=privileged))
+        shop = stack.enter_context(Workshop(settings.mount_workers, privileged=may_mount()))
         store = stack.enter_context(
             Store(settings.state_directory, settings.store_max, settings.image_max, settings.keep_stacks)
         )
@@ -100,13 +100,7 @@ def _tools(settings: Settings) -> Iterator[Tools]:
 
 def on_systemd() -> bool:
     """Whether systemd runs this host (sd_booted(3)) and we are somebody it listens to."""
-    return os.path.isdir("/run/systemd/system") and os.geteuid() == 0 and not in_user_namespace()
-
-
-def in_user_namespace() -> bool:
-    """Whether we are root of a user namespace only (user_namespaces(7): the first one maps every ID to itself)."""
-    with open("/proc/self/uid_map", encoding="ascii") as file:
-        return file.read().split() != ["0", "0", "4294967295"]
+    return os.path.isdir("/run/systemd/system") and may_mount()
 
 
 class Daemon:
@@ -257,6 +251,7 @@ class Daemon:
         except OSError as error:
             journal.log.error(f"settings not read again, the old ones stay: {error}")
             return
+        journal.configure(level=settings.log_level)
         for remark in remarks:
             journal.say(remark)
         self._settings = settings

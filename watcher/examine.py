@@ -18,6 +18,7 @@ from watcher.images.probe import probe
 from watcher.lease import Lease
 from watcher.model import Candidate, Copy, Kind, Refused
 from watcher.mounts.workshop import Workshop
+from watcher.process import may_mount
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def _image(fd: int, candidate: Candidate, made_for: Host, image_max: int) -> Exa
         hasher = hashlib.sha256()
         hash_file(fd, size, hasher)
         copy = Copy(hasher.hexdigest(), os.path.realpath(candidate.path), size, Kind.IMAGE, probed.fstype)
-        names, strict_false = _mounted_release(copy) if os.geteuid() == 0 else _extracted_release(copy)
+        names, strict_false = _mounted_release(copy) if may_mount() else _extracted_release(copy)
         lease.check()
     _match(candidate, names, strict_false, made_for)
     return Examined(candidate, copy.digest, copy.fstype, size)

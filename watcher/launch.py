@@ -9,27 +9,28 @@ as soon as it sees the registration.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from watcher import journal
 from watcher.admission import Admission, host
 from watcher.config import Settings
-from watcher.daemon import in_user_namespace
-from watcher.ledger import Reader
+from watcher.ledger import LedgerError, Reader
 from watcher.managers.standalone import (
     Registration,
     declared,
     register,
     registered,
     signal_number,
+    unregister,
     valid_name,
 )
-from watcher.model import Declared, Stack, shown
+from watcher.model import Declared, Later, Refused, Stack, shown
 from watcher.mounts import syscalls
-from watcher.mounts.swap import swap
-from watcher.mounts.workshop import Workshop
-from watcher.process import Gone, Process, start_time
+from watcher.mounts.swap import Moved, swap
+from watcher.mounts.workshop import HostNamespace, Workshop
+from watcher.process import Gone, Process, may_mount, start_time
 from watcher.schema import text
 from watcher.store import Store
 from watcher.wanted import find
@@ -67,6 +68,8 @@ def launch(settings: Settings, order: Order) -> None:
         _enter_stack(settings, order)
     except OSError as error:
         raise CannotStart(f"{order.name}: its mount namespace cannot be made: {error}") from error
+    except (Refused, Later, Moved, HostNamespace, LedgerError) as error:
+        raise CannotStart(f"{order.name}: its stack cannot be put in place: {error}") from error
     status = os.stat("/proc/self/ns/mnt")
     registration = Registration(
         name=order.name,
@@ -82,9 +85,13 @@ def launch(settings: Settings, order: Order) -> None:
         health_check=order.health_check,
     )
     register(settings.runtime_directory, registration)
+    # Python ignores these two, and what is ignored stays so.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
     try:
         os.execvp(order.program[0], order.program)
     except OSError as error:
+        unregister(settings.runtime_directory, order.name)
         raise CannotStart(f"{shown(order.program[0])} cannot be executed: {error.strerror}") from error
 
 
@@ -127,9 +134,8 @@ def _check_order(settings: Settings, order: Order) -> None:
 
 def _enter_stack(settings: Settings, order: Order) -> None:
     """Move this process into a mount namespace of its own with the service's stack on `/etc`."""
-    privileged = os.geteuid() == 0 and not in_user_namespace()
     with (
-        Workshop(1, privileged=privileged) as shop,
+        Workshop(1, privileged=may_mount()) as shop,
         Store(
             settings.state_directory, settings.store_max, settings.image_max, settings.keep_stacks
         ) as store,
@@ -162,5 +168,9 @@ def _admit(settings: Settings, store: Store, shop: Workshop, order: Order) -> St
                 journal.say(remark)
         for passed in wanted.passed:
             journal.log.warning(f"{order.name}: {shown(passed.candidate.path)} passed over: {passed.reason}")
-        store.accept(order.name, wanted.stack, [pick.entry for pick in wanted.look.picks])
+        try:
+            store.accept(order.name, wanted.stack, [pick.entry for pick in wanted.look.picks])
+        except Later as error:
+            journal.log.warning(f"{order.name}: starts on its last accepted stack: {error}")
+            return wanted.current
     return wanted.stack

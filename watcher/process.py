@@ -174,6 +174,15 @@ def _children(pid: int) -> list[int]:
         ]  # a kernel without CONFIG_PROC_CHILDREN
 
 
+def may_mount() -> bool:
+    """Whether we are root of the host, who may mount images, and not of a user namespace alone.
+
+    user_namespaces(7): the first one maps every ID to itself.
+    """
+    with open("/proc/self/uid_map", encoding="ascii") as file:
+        return os.geteuid() == 0 and file.read().split() == ["0", "0", "4294967295"]
+
+
 def namespace_id(fd_or_path: int | str) -> tuple[int, int]:
     """Identity of a namespace: device and inode of its file in nsfs (namespaces(7))."""
     status = os.stat(fd_or_path)

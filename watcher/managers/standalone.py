@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import trio
 
-from watcher import inside, journal
+from watcher import inside, journal, resolve
 from watcher.config import ServiceSettings
 from watcher.managers import Reloaded, Service
 from watcher.managers.tell import send_signal
@@ -81,9 +81,7 @@ def declared(images: Sequence[str], directories: Sequence[str], confext_dirs: Se
 
 
 def _entry(path: str, kind: Kind) -> Entry:
-    optional = path.startswith("-")
-    path = path.removeprefix("-")
-    return Entry(os.path.basename(path), path, kind, optional=optional, declared=True)
+    return resolve.entry(path.removeprefix("-"), kind, optional=path.startswith("-"), declared=True)
 
 
 def valid_name(name: str) -> bool:
@@ -97,11 +95,11 @@ def signal_number(name: str) -> int:
     Raises:
         ValueError: there is no such signal.
     """
-    if name.isdecimal():
-        return signal.Signals(int(name))
     try:
+        if name.isdecimal():
+            return signal.Signals(int(name))
         return signal.Signals["SIG" + name.upper().removeprefix("SIG")]
-    except KeyError:
+    except (KeyError, ValueError):
         raise ValueError(f"there is no signal {name!r}") from None
 
 
@@ -113,9 +111,17 @@ def register(runtime_directory: str, registration: Registration) -> None:
     """
     directory = services_directory(runtime_directory)
     temporary = os.path.join(directory, f".{registration.name}.{registration.pid}")
+    # In a container every start may have the same PID, and the last one may have been killed right here.
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
     with open(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600), "w") as file:
         json.dump(dataclasses.asdict(registration), file)
     os.rename(temporary, os.path.join(directory, registration.name + _SUFFIX))
+
+
+def unregister(runtime_directory: str, name: str) -> None:
+    """Remove a registration."""
+    os.unlink(os.path.join(services_directory(runtime_directory), name + _SUFFIX))
 
 
 def services_directory(runtime_directory: str) -> str:
