@@ -236,10 +236,19 @@ def copy_attributes(source: int | str, place: str, *, privileged: bool) -> None:
     if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
         _attempt(privileged, os.chown, place, status.st_uid, status.st_gid)
     os.chmod(place, stat.S_IMODE(status.st_mode))
-    for name in os.listxattr(source, follow_symlinks=follow):
+    for name in _attributes_of(source, follow=follow):
         if ".overlay." not in name:
             value = os.getxattr(source, name, follow_symlinks=follow)
             _attempt(privileged, os.setxattr, place, name, value)
+
+
+def _attributes_of(source: int | str, *, follow: bool) -> list[str]:
+    try:
+        return os.listxattr(source, follow_symlinks=follow)
+    except OSError as error:
+        if error.errno == errno.ENOTSUP:  # an image that was made without any
+            return []
+        raise
 
 
 def _attempt(privileged: bool, function: Callable[..., None], *args: object) -> None:

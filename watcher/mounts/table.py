@@ -21,6 +21,7 @@ from watcher.model import stack_id
 
 # systemd >= 258 recognises its own overlay by this, and then a `systemctl reload` by hand finds what it expects.
 SOURCE = "systemd-extensions"
+_OF_A_UNIT = "/run/systemd/unit-extensions/"
 COVER = "cover"
 LAYERS = "layers"
 BASE = "root/etc"
@@ -50,7 +51,10 @@ class Mount(NamedTuple):
     @property
     def extensions(self) -> bool:
         """Whether this is a stack of extensions for one service: ours, or one that systemd made at its start."""
-        return self.fstype == "overlay" and self.source == SOURCE
+        if self.fstype != "overlay":
+            return False
+        # Before 258 systemd gave its own no name: it is known by where the layers of a unit were mounted.
+        return self.source == SOURCE or self.super_options.partition("lowerdir=")[2].startswith(_OF_A_UNIT)
 
 
 @dataclass(frozen=True, slots=True)
