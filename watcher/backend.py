@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from typing import TypeVar
 
@@ -26,6 +26,7 @@ from watcher.schema import (
     ServiceStatus,
     text,
 )
+from watcher.wanted import bad
 
 T = TypeVar("T")
 
@@ -90,7 +91,8 @@ class Control:
     async def rollback(self, service: str, to: str | None) -> Event:
         found = self._service(service)
         stacks = await trio.to_thread.run_sync(self._tools.store.stacks, found.name)
-        target = _target(found.name, stacks, to)
+        kept_out = await trio.to_thread.run_sync(self._kept_out, found.name)
+        target = _target(found.name, stacks, to, kept_out)
         async with self._listening() as events:
             await self._write(self._tools.ledger.pin, found.name, target.id)
             self._changed(found.name)
@@ -108,11 +110,20 @@ class Control:
         forgotten = await self._write(ledger.forget, found.name, digest)
         if digest is None:
             await self._write(ledger.unpin, found.name)
+        self.line.let_in(found.name)
         self._changed(found.name)
+        if found.settings.rollout == "rolling":
+            # What it kept out of the others with it.
+            for other in self._tools.manager.services.values():
+                if other.settings.rollout == "rolling":
+                    self._changed(other.name)
         return forgotten
 
     async def reload(self) -> None:
         self._reload_settings()
+
+    def _kept_out(self, name: str) -> dict[str, str]:
+        return {one.digest: one.reason for one in self._tools.ledger.quarantined(name)}
 
     async def _write(self, function: Callable[..., T], *arguments: object) -> T:
         try:
@@ -198,12 +209,13 @@ _NOT_YET = (Outcome.UNCHANGED, Outcome.INCOMPLETE)
 _FINAL_REFUSALS = (Outcome.REFUSED, Outcome.ROLLED_BACK)
 
 
-def _target(service: str, stacks: Sequence[Stack], to: str | None) -> Stack:
-    """The stack to go back to: the one before, or the one whose identity begins so."""
+def _target(service: str, stacks: Sequence[Stack], to: str | None, kept_out: Mapping[str, str]) -> Stack:
+    """The stack to go back to: the one before that did not prove bad, or the one whose identity begins so."""
     if to is None:
-        if len(stacks) < 2:
+        before = next((stack for stack in stacks[1:] if not bad(stack, kept_out)), None)
+        if before is None:
             raise NoSuchStack(service, "")
-        return stacks[1]
+        return before
     found = [stack for stack in stacks if to and stack.id.startswith(to)]
     if len(found) != 1:
         raise NoSuchStack(service, to)

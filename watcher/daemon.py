@@ -34,6 +34,7 @@ from watcher.pending import Pending
 from watcher.process import may_mount
 from watcher.settle import Settle
 from watcher.store import Store
+from watcher.trials import Trials
 from watcher.watch import Watcher
 
 
@@ -95,6 +96,7 @@ def _tools(settings: Settings) -> Iterator[Tools]:
             watcher=stack.enter_context(Watcher()),
             ledger=stack.enter_context(Ledger(settings.state_directory, settings.history_max)),
             pending=Pending(settings.runtime_directory),
+            trials=Trials(settings.state_directory),
         )
 
 
@@ -115,7 +117,7 @@ class Daemon:
         self._settings = settings
         self._tools = tools
         self._control = Control(tools, self.changed, self._reload_settings)
-        self._line = Line(tools, self._control.tell)
+        self._line = Line(tools, self._control.tell, self.changed)
         self._control.line = self._line
         self._settle = Settle()
         self._since: dict[str, float] = {}

@@ -13,7 +13,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from watcher import journal
+from watcher import journal, tries
 from watcher.admission import Admission, host
 from watcher.config import Settings
 from watcher.ledger import LedgerError, Reader
@@ -33,7 +33,8 @@ from watcher.mounts.workshop import HostNamespace, Workshop
 from watcher.process import Gone, Process, may_mount, start_time
 from watcher.schema import text
 from watcher.store import Store
-from watcher.wanted import find
+from watcher.trials import Trial, Trials
+from watcher.wanted import Wanted, find
 
 
 class CannotStart(Exception):
@@ -161,16 +162,30 @@ def _admit(settings: Settings, store: Store, shop: Workshop, order: Order) -> St
     ledger = Reader(settings.state_directory)
     kept_out = {one.digest: one.reason for one in ledger.quarantined(order.name)}
     pin = ledger.pins().get(text(order.name))
+    trials = Trials(settings.state_directory)
     with store.using():
-        wanted = find(store, admission, order.name, sources, host(), kept_out, pin)
+        wanted = find(store, admission, order.name, sources, host(), kept_out, pin, trials.of(order.name))
         for remark in wanted.look.remarks:
             if remark.level != "debug":
                 journal.say(remark)
         for passed in wanted.passed:
             journal.log.warning(f"{order.name}: {shown(passed.candidate.path)} passed over: {passed.reason}")
+        if wanted.new and order.check and wanted.current.layers:
+            return wanted.current  # the daemon tries the new one once the program runs
+        stack = _on_trial(trials, order.name, wanted) if wanted.new else wanted.stack
         try:
-            store.accept(order.name, wanted.stack, [pick.entry for pick in wanted.look.picks])
+            store.accept(order.name, stack, [pick.entry for pick in wanted.look.picks])
         except Later as error:
             journal.log.warning(f"{order.name}: starts on its last accepted stack: {error}")
             return wanted.current
-    return wanted.stack
+    return stack
+
+
+def _on_trial(trials: Trials, name: str, wanted: Wanted) -> Stack:
+    """A new stack, which the daemon judges when the program runs."""
+    try:
+        stack = tries.begin(wanted.stack, wanted.current.digests, name)
+    except FileNotFoundError:
+        stack = wanted.stack  # another service's attempt has just renamed it
+    trials.begin(name, Trial(stack.id))
+    return stack

@@ -8,8 +8,9 @@ although the stack is already there. Notes live in the runtime directory, since 
 
 from __future__ import annotations
 
-import contextlib
 import os
+
+from watcher.notes import Notes
 
 
 class Pending:
@@ -20,30 +21,16 @@ class Pending:
     """
 
     def __init__(self, runtime_directory: str) -> None:
-        self._directory = os.path.join(runtime_directory, "pending")
-        os.makedirs(self._directory, 0o700, exist_ok=True)
+        self._notes = Notes(os.path.join(runtime_directory, "pending"))
 
     def owe(self, service: str, invocation: str) -> None:
         """From now until `settle()` this start of the service has to be told to reload."""
-        path = self._path(service)
-        temporary = f"{path}.new"
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        # A link whose target is the note: made and read by one system call each.
-        os.symlink(invocation or "-", temporary)
-        os.rename(temporary, path)
+        self._notes.write(service, invocation or "-")
 
     def owed(self, service: str, invocation: str) -> bool:
         """Whether this start of the service (a later one read everything anew) is still to be told."""
-        try:
-            return os.readlink(self._path(service)) == (invocation or "-")
-        except FileNotFoundError:
-            return False
+        return self._notes.read(service) == (invocation or "-")
 
     def settle(self, service: str) -> None:
         """It has been told, or there is nothing to tell."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path(service))
-
-    def _path(self, service: str) -> str:
-        return os.path.join(self._directory, service)
+        self._notes.remove(service)

@@ -68,6 +68,10 @@ class Record:
             self._needs_restart[service] = invocation
             await self.outcome(report.needs_restart(service, reason))
 
+    def kept_out(self, service: str) -> dict[str, str]:
+        """What is in quarantine for a service, with the reasons."""
+        return {one.digest: one.reason for one in self._ledger.quarantined(service)}
+
     async def quarantine(self, service: str, before: Stack, bad: Stack, reason: str) -> dict[str, str]:
         """Keep what is new in a stack out of the service; the stack itself where nothing in it is new.
 
@@ -80,7 +84,8 @@ class Record:
         held = {}
         for digest, source in (new or {STACK + bad.id: ""}).items():
             counters = tries.counted(source)
-            if counters is not None and counters.left:
+            # Another service's success may have removed the counters meanwhile: then there is no other try.
+            if counters is not None and counters.left and os.path.lexists(source):
                 held[digest] = f"{reason}; tries left: {counters.left}"
                 continue
             try:

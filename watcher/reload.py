@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """After the swap: ask the service to reload, and judge how it takes it.
 
-Judged are the reload's own result, the main process (the same, and alive), and what the unit asks for: `HealthCheck=`,
-tried again until it succeeds or `HealthCheckSec=` is over, and `HealthWatchSec=`, for which the service must stay up.
+Judged are the reload's own result, the main process (the same, and alive), the unit (not failed), and what the unit
+asks for: `HealthCheck=`, tried again until it succeeds or `HealthCheckSec=` is over, and `HealthWatchSec=`, for which
+the service must stay up. A service that was started on its stack is judged likewise, but for the reload.
 """
 
 from __future__ import annotations
@@ -17,31 +18,111 @@ from watcher.managers import Manager, Reloaded, Service
 from watcher.process import Gone, Process
 
 _RETRY_SEC = 0.2
+_POLL_SEC = 0.02
+
+# How long a manager may take to notice what has become of a process, in seconds.
+_NOTICED_SEC = 2.0
+
+# With Rollout=rolling others follow when it was good here: one that a signal ends must be seen to have ended.
+_ROLLING_WATCH_USEC = 1_000_000
 
 
-async def reload_and_judge(manager: Manager, service: Service, main: Process) -> Reloaded:
+async def reload_and_judge(manager: Manager, service: Service, main: Process) -> Reloaded | None:
     """Ask a running service to reload; `ok` only if it came through.
 
     Args:
         main: its main process, held by the caller.
+
+    Returns:
+        None if it was stopped or started anew by somebody while it was watched.
     """
     reloaded = await manager.reload(service)
     if not reloaded.ok:
         return reloaded
     if reloaded.told == "restart":
-        return reloaded  # another process now, which its manager has seen come up
+        after = await _restarted(manager, service)
+        if after is None or after.main is None:
+            return reloaded  # stopped by somebody meanwhile
+        with after.main.hold() as new:
+            return await _judge(manager, after, new, reloaded)
     if not main.alive():
         return _ended(reloaded, "when it was told to reload")
-    reloaded = await _health(manager, service, main, reloaded)
+    return await _judge(manager, service, main, reloaded)
+
+
+async def judge_start(manager: Manager, service: Service, main: Process) -> Reloaded | None:
+    """Judge a service that was started on its stack.
+
+    Args:
+        main: its main process, held by the caller.
+
+    Returns:
+        None if its start did not get to its end.
+    """
+    up = False
+
+    async def ended() -> None:
+        await trio.lowlevel.wait_readable(main.pidfd)
+        nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ended)
+        up = await manager.started(service)
+        nursery.cancel_scope.cancel()
+    return await _judge(manager, service, main, Reloaded(ok=True), "its start") if up else None
+
+
+async def _judge(
+    manager: Manager, service: Service, main: Process, reloaded: Reloaded, since: str = "its reload"
+) -> Reloaded | None:
+    reloaded = await _health(manager, service, main, reloaded, since)
     watch = service.settings.health_watch_usec
+    if service.settings.rollout == "rolling":
+        watch = max(watch, _ROLLING_WATCH_USEC)
     if reloaded.ok and watch:
         with trio.move_on_after(watch / 1_000_000):
             await trio.lowlevel.wait_readable(main.pidfd)
-            return _ended(reloaded, f"within {watch / 1_000_000:g} s of its reload")
+            if not await _went_down(manager, service, main):
+                return None
+            return _ended(reloaded, f"within {watch / 1_000_000:g} s of {since}")
+    return _as_before(manager, service, main, reloaded) if reloaded.ok else reloaded
+
+
+def _as_before(manager: Manager, service: Service, main: Process, reloaded: Reloaded) -> Reloaded:
+    """`reloaded`, unless the manager says that the service is not what it was."""
+    now = manager.services.get(service.name)
+    if now is None or now.invocation != service.invocation:
+        return reloaded
+    if now.failed:
+        return replace(reloaded, ok=False, reason="its unit failed")
+    if now.main is not None and now.main.pid != main.pid:
+        return replace(reloaded, ok=False, reason="another process took the place of its main process")
     return reloaded
 
 
-async def _health(manager: Manager, service: Service, main: Process, reloaded: Reloaded) -> Reloaded:
+async def _went_down(manager: Manager, service: Service, main: Process) -> bool:
+    """Whether a service whose main process has ended went down by itself, rather than being stopped or restarted."""
+    with trio.move_on_after(_NOTICED_SEC):
+        while (now := manager.services.get(service.name)) and now.main and now.main.pid == main.pid:
+            await trio.sleep(_POLL_SEC)
+    now = manager.services.get(service.name)
+    return now is not None and now.failed
+
+
+async def _restarted(manager: Manager, service: Service) -> Service | None:
+    """The service after a restart, None if it is not running."""
+    with trio.move_on_after(_NOTICED_SEC):
+        while True:
+            now = manager.services.get(service.name)
+            if now is not None and now.main is not None and now.invocation != service.invocation:
+                return now
+            await trio.sleep(_POLL_SEC)
+    return None
+
+
+async def _health(
+    manager: Manager, service: Service, main: Process, reloaded: Reloaded, since: str
+) -> Reloaded:
     settings = service.settings
     if not settings.health_check:
         return reloaded
@@ -49,7 +130,7 @@ async def _health(manager: Manager, service: Service, main: Process, reloaded: R
     try:
         namespace = main.namespace()
     except Gone:
-        return _ended(reloaded, "after its reload")
+        return _ended(reloaded, f"after {since}")
     try:
         while True:
             left = max(deadline - trio.current_time(), _RETRY_SEC)
@@ -63,9 +144,11 @@ async def _health(manager: Manager, service: Service, main: Process, reloaded: R
                     "health check",
                 )
             except Gone:
-                return _ended(reloaded, "after its reload")
+                return _ended(reloaded, f"after {since}")
             if not verdict.reason:
                 return reloaded
+            if not main.alive():
+                return _ended(reloaded, f"after {since}")
             if trio.current_time() + _RETRY_SEC >= deadline:
                 return replace(reloaded, ok=False, reason=verdict.reason, output=verdict.output)
             await trio.sleep(_RETRY_SEC)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 from watcher.managers import Reloaded
 from watcher.model import Event, Incomplete, Layer, Outcome, Stack, shown
@@ -45,19 +46,35 @@ def failed(service: str, before: Stack, stack: Stack, reloaded: Reloaded, times:
 
 
 def rolled_back(
-    service: str, bad: Stack, good: Stack, why: str, reloaded: Reloaded, times: Times, *, running: bool
+    service: str,
+    bad: Stack,
+    good: Stack,
+    why: str,
+    reloaded: Reloaded,
+    times: Times,
+    *,
+    running: bool,
+    output: str = "",
 ) -> Event:
-    """The last good stack is back."""
+    """The last good stack is back.
+
+    Args:
+        output: what the command printed that the bad one failed by.
+    """
     was = ", ".join(new.label for new in _new_layers(good, bad)) or "the stack without it"
     back = ", ".join(layer.label for layer in reversed(good.layers)) or "its own /etc"
     sentence = f"{was} taken out again: {why}; "
-    if not running:
+    if not running and reloaded.ok:
         sentence += f"it is not running, its next start gets {back}"
     elif reloaded.ok:
         sentence += f"back on {back} in {duration(times.swap + times.reload)}"
+        sentence += f", {reloaded.told} done" if reloaded.told == "start" else ""
     else:
         sentence += f"back on {back}, but that failed too: {reloaded.reason}; it is not tried again"
-    return replace(_of_stack(service, Outcome.ROLLED_BACK, sentence, bad, good, reloaded, times), reason=why)
+    both = "\n".join(part.rstrip("\n") for part in (output, reloaded.output) if part)
+    event = _of_stack(service, Outcome.ROLLED_BACK, sentence, bad, good, reloaded, times)
+    # Whoever waits for the image that was dropped waits for this.
+    return replace(event, reason=why, output=both, **_about(good, bad))
 
 
 def accepted(service: str, before: Stack, stack: Stack) -> Event:
@@ -130,8 +147,6 @@ def _of_stack(
     reloaded: Reloaded,
     times: Times,
 ) -> Event:
-    changed = _new_layers(before, stack) or list(stack.layers)
-    top = changed[-1] if changed else None
     return Event(
         service,
         outcome,
@@ -139,16 +154,22 @@ def _of_stack(
         when=now(),
         stack=stack.id,
         previous=before.id,
-        image=top.name if top else "",
-        version=top.version if top else "",
-        digest=top.digest if top else "",
-        source=top.source if top else "",
         reason=reloaded.reason,
         output=reloaded.output,
         swap_usec=times.swap,
         total_usec=times.total,
         layers=stack.layers,
+        **_about(before, stack),
     )
+
+
+def _about(before: Stack, stack: Stack) -> dict[str, Any]:
+    """The image that an outcome is about: the topmost that a stack has and the one before had not."""
+    changed = _new_layers(before, stack) or list(stack.layers)
+    if not changed:
+        return {}
+    top = changed[-1]
+    return {"image": top.name, "version": top.version, "digest": top.digest, "source": top.source}
 
 
 def _new_layers(before: Stack, after: Stack) -> list[Layer]:

@@ -1,90 +1,108 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """One after another (`Rollout=rolling`): new content is tried on one service first, then on the others.
 
-Services belong together when they are about to get the same new content: the instances of a template, or services
-that share an image. The first to come is the one it is tried on; the others wait for its verdict. If that is good they
-follow, `RolloutParallel=` at a time; if it is not, none of them is touched.
+Services belong together when they are about to get the same content: the instances of a template, or services that
+share an image. While it is on trial with one of them the others stay on what they have; once it proved good they
+follow, `RolloutParallel=` at a time; where it proved bad, none of the others gets it (`Line` keeps it out of them for
+as long as it is in quarantine for the one).
+
+What decides is what outlives a restart of the watcher: who has accepted the content, and whether it is still on trial
+there. Only who is at it right now is kept in memory. Nobody waits: a service that may not go on stays on its stack for
+this round, and is looked at again when a round of another of them is over.
+
+A service that runs does not wait for one that does not, whose trial begins with its next start. One that does not run
+leaves the first turn to those that do; and where nothing was accepted for it yet, it has nothing to lose.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-
-import trio
-
-# Verdicts that are remembered. One that was forgotten is found again by trying.
-_KEPT = 1024
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 
-@dataclass(slots=True)
-class _Group:
-    limit: trio.CapacityLimiter
-    done: trio.Event = field(default_factory=trio.Event)
-    good: bool | None = None
-    reason: str = ""
-
-
-@dataclass(slots=True)
-class Turn:
-    """A service's turn.
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Another service with `Rollout=rolling`, as far as the new content is concerned.
 
     Attributes:
-        refused: why it is not to be touched, "" if it may go on.
-        good: set by the service whose turn it is, when it knows.
-        reason: why it was not good.
+        offered: the content is among what it could have.
+        accepted: the content is part of its accepted stack.
+        on_trial: that stack was not judged yet.
     """
 
-    refused: str = ""
-    good: bool | None = None
-    reason: str = ""
+    name: str
+    running: bool
+    offered: bool = False
+    accepted: bool = False
+    on_trial: bool = False
 
 
 class Rollout:
-    """Decides whose turn it is."""
+    """Decides whose turn it is.
 
-    def __init__(self) -> None:
-        self._groups: dict[frozenset[str], _Group] = {}
+    Args:
+        changed: asks for a round of a service.
+    """
 
-    @asynccontextmanager
-    async def turn(self, service: str, new: frozenset[str], parallel: int) -> AsyncIterator[Turn]:
-        """Wait until a service may have new content.
+    def __init__(self, changed: Callable[[str], None]) -> None:
+        self._changed = changed
+        self._at_it: dict[str, frozenset[str]] = {}
+        self._waiting: set[str] = set()
+
+    @contextmanager
+    def turn(
+        self,
+        service: str,
+        new: frozenset[str],
+        parallel: int,
+        *,
+        running: bool,
+        fresh: bool,
+        peers: Iterable[Peer],
+    ) -> Iterator[bool]:
+        """Whether a service may have new content now; while the block lasts it is at it.
 
         Args:
-            new: its digests.
+            new: the content's digests.
             parallel: `RolloutParallel=`.
+            running: the service itself runs.
+            fresh: nothing was accepted for it yet.
         """
-        turn = Turn()
-        while (group := self._groups.get(new)) is not None:
-            await group.done.wait()
-            if group.good is None:
-                continue  # whoever tried it was stopped in the middle: somebody else is the first
-            if not group.good:
-                turn.refused = group.reason
-                yield turn
-                return
-            async with group.limit:
-                yield turn
+        at_it = {name for name, content in self._at_it.items() if content & new}
+        if not may_go(parallel, at_it, running=running, fresh=fresh, peers=list(peers)):
+            self._waiting.add(service)
+            yield False
             return
-        group = self._groups[new] = _Group(trio.CapacityLimiter(parallel))
+        self._at_it[service] = new
         try:
-            yield turn
+            yield True
         finally:
-            self._end(service, new, group, turn)
+            del self._at_it[service]
 
-    def forget(self) -> None:
-        """Forget all verdicts: what was kept out by hand is let in again."""
-        self._groups = {new: group for new, group in self._groups.items() if not group.done.is_set()}
+    def begin(self, service: str) -> None:
+        """A round of a service with `Rollout=rolling` begins."""
+        self._waiting.discard(service)
 
-    def _end(self, service: str, new: frozenset[str], group: _Group, turn: Turn) -> None:
-        group.good = turn.good
-        group.reason = f"it did not do on {service}: {turn.reason}"
-        if turn.good is None:
-            del self._groups[new]
-        group.done.set()
-        while len(self._groups) > _KEPT:
-            oldest = next(iter(self._groups))
-            if not self._groups[oldest].done.is_set():
-                break
-            del self._groups[oldest]
+    def end(self, service: str) -> None:
+        """Its round is over: unless it waits itself, those that wait may have their turn."""
+        if service not in self._waiting:
+            waiting, self._waiting = self._waiting, set()
+            for name in sorted(waiting):
+                self._changed(name)
+
+
+def may_go(parallel: int, at_it: set[str], *, running: bool, fresh: bool, peers: list[Peer]) -> bool:
+    """Whether a service may have new content.
+
+    Args:
+        at_it: names of those whose attempt with it is going on.
+    """
+    if any(peer.accepted and not peer.on_trial and peer.name not in at_it for peer in peers):
+        return len(at_it) < parallel
+    trying = [peer for peer in peers if peer.name in at_it or (peer.accepted and peer.on_trial)]
+    if not running and fresh:
+        return True
+    if running:
+        return not any(peer.running for peer in trying)
+    return not trying and not any(peer.running and peer.offered for peer in peers)

@@ -4,26 +4,41 @@
 Before each attempt one is taken from what is left and added to what is done; after a success the counters are removed.
 A file with nothing left is not picked while there is another (`vpick.py`). One that failed and has tries left is
 tried again at the next start of the service or of the watcher, or after `rollback --forget`; one that failed its last
-try is in quarantine like any other.
+try is in quarantine like any other. An attempt is whatever may show that the file is bad: a check, a reload, and for a
+service that does not run its next start.
 
 The count belongs to the file. Services that share a directory share it: every attempt of any of them counts, and the
-first success of any of them removes the counters.
+first success of any of them removes the counters. Two attempts at once are two: who comes second finds the name that
+the first has made. What one service has put into quarantine stays there, whatever becomes of the file's name.
 
 A rename never overwrites (RENAME_NOREPLACE) and is one step, so that a kill in between leaves one of the two names.
+Only files in a directory of the form `.v/` have counters; "+3" in any other name is part of that.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
+from watcher import journal
+from watcher.model import Layer, Stack, shown
 from watcher.mounts import syscalls
 
 # As vpick.py reads them: at the end of the name, before the suffix of an image.
 _COUNTERS = re.compile(
     r"(?P<stem>.+)\+(?P<left>[0-9]+)(?:-(?P<done>[0-9]+))?(?P<suffix>(?:\.raw)?)", re.DOTALL
 )
+
+Renaming = Callable[[str, str], AbstractContextManager[None]]
+"""Called with the old and the new path; the rename happens inside (`Watcher.renaming`)."""
+
+
+def unseen(old: str, new: str) -> AbstractContextManager[None]:
+    """For one who watches nothing."""
+    return nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,34 +58,85 @@ class Counted:
         """Its name after a try that went well."""
         return self.stem + self.suffix
 
+    def is_later(self, other: Counted) -> bool:
+        """Whether `other` may be the same file after further tries: each moves one from left to done."""
+        same = (self.stem, self.suffix) == (other.stem, other.suffix)
+        return same and other.done >= self.done and other.left + other.done == self.left + self.done
+
 
 def counted(path: str) -> Counted | None:
     """The counters in the name of a file, None if it has none."""
-    match = _COUNTERS.fullmatch(os.path.basename(path))
+    directory, name = os.path.split(path)
+    match = _COUNTERS.fullmatch(name) if directory.endswith(".v") else None
     if match is None:
         return None
     return Counted(match["stem"], int(match["left"]), int(match["done"] or 0), match["suffix"])
 
 
-def begin(path: str) -> str:
-    """Count one try; returns the file's path from now on.
+def begin(stack: Stack, known: Collection[str], service: str, renaming: Renaming = unseen) -> Stack:
+    """Count one try of each layer of a stack that is new; the stack with the files' names from now on.
+
+    Args:
+        known: digests that the service has already.
 
     Raises:
-        FileNotFoundError: somebody renamed or removed it meanwhile.
-        FileExistsError: there is a file of the new name.
-        OSError: it cannot be renamed.
+        FileNotFoundError: somebody renamed or removed one meanwhile; look again.
     """
-    counters = counted(path)
-    return path if counters is None else _renamed(path, counters.next())
+    return Stack(
+        tuple(
+            layer if layer.digest in known else _counted_once(layer, service, renaming)
+            for layer in stack.layers
+        )
+    )
 
 
-def succeed(path: str) -> str:
-    """Remove the counters; returns the file's path from now on. Raises as `begin()`."""
-    counters = counted(path)
-    return path if counters is None else _renamed(path, counters.good())
+def succeed(stack: Stack, service: str, renaming: Renaming = unseen) -> Stack:
+    """Remove the counters of all layers of a stack; the stack with the files' names from now on."""
+    return Stack(tuple(_proved_good(layer, service, renaming) for layer in stack.layers))
 
 
-def _renamed(path: str, name: str) -> str:
+def _counted_once(layer: Layer, service: str, renaming: Renaming) -> Layer:
+    counters = counted(layer.source)
+    if counters is None:
+        return layer
+    try:
+        return _renamed(layer, layer.source, counters.next(), renaming)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        return _not_counted(layer, service, error)
+
+
+def _proved_good(layer: Layer, service: str, renaming: Renaming) -> Layer:
+    counters = counted(layer.source)
+    if counters is None:
+        return layer
+    try:
+        return _renamed(layer, _now(layer.source, counters), counters.good(), renaming)
+    except FileNotFoundError:
+        return layer  # removed, or another service's success was first
+    except OSError as error:
+        return _not_counted(layer, service, error)
+
+
+def _now(path: str, counters: Counted) -> str:
+    """Where a counted file is now: another service's attempts may have renamed it."""
+    directory = os.path.dirname(path)
+    for name in os.listdir(directory):
+        found = counted(os.path.join(directory, name))
+        if found is not None and counters.is_later(found):
+            return os.path.join(directory, name)
+    return path
+
+
+def _renamed(layer: Layer, path: str, name: str, renaming: Renaming) -> Layer:
     new = os.path.join(os.path.dirname(path), name)
-    syscalls.rename_noreplace(path, new)
-    return new
+    with renaming(path, new):
+        syscalls.rename_noreplace(path, new)
+    return replace(layer, source=new)
+
+
+def _not_counted(layer: Layer, service: str, error: OSError) -> Layer:
+    problem = f"{service}: {shown(layer.source)}: its tries cannot be counted: {error.strerror}"
+    journal.log.warning(problem, service=service)
+    return layer

@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from watcher import scan
 from watcher.admission import Admission, Host
 from watcher.model import Candidate, Copy, Declared, Entry, KeptOut, Look, Stack, Sysext
 from watcher.plan import Choice, Passed, choose
 from watcher.store import Store
+from watcher.trials import Trial
 
 STACK = "stack:"
 """A stack as a whole in the quarantine, for a change that brought no new content (a removal): with its identity."""
@@ -25,9 +26,11 @@ class Wanted:
         stack: what it should have.
         passed: what was passed over on the way.
         current: the accepted stack: its slots.
-        good: the newest accepted stack with nothing in it that is in quarantine; mostly the current one.
         recorded: the slots already say all this: stack, names and entries.
-        why: where the current one is not: the reason that its content is in quarantine.
+        trial: what is on trial.
+        bad: the stack that is to go, or has gone a moment ago, because it proved bad; `stack` is the newest accepted
+            one with nothing in it that is in quarantine, whatever else is on disk.
+        why: the reason that its content is in quarantine.
         pinned: `stack` is what somebody put it on by hand.
         waiting: for a pinned service, the stack that it would have otherwise.
     """
@@ -36,8 +39,9 @@ class Wanted:
     stack: Stack
     passed: tuple[Passed, ...]
     current: Stack
-    good: Stack
     recorded: bool
+    trial: Trial | None = None
+    bad: Stack | None = None
     why: str = ""
     pinned: bool = False
     waiting: Stack | None = None
@@ -56,8 +60,22 @@ class Wanted:
 
     @property
     def rolling_back(self) -> bool:
-        """Whether the current stack has to go because it proved bad, rather than because something new is there."""
-        return self.current.id != self.good.id
+        """Whether the stack before has to come back, rather than that something new is there."""
+        return self.bad is not None
+
+    @property
+    def new(self) -> bool:
+        """Whether it is a stack that has not proved itself yet."""
+        return self.stack.id != self.current.id and not self.rolling_back and not self.pinned
+
+    @property
+    def on_trial(self) -> bool:
+        """Whether it was accepted, but not judged yet."""
+        return self.trial is not None and self.trial.stack == self.stack.id
+
+    def staying(self) -> Wanted:
+        """The same service on the stack that it has, for the time being."""
+        return replace(self, stack=self.current, recorded=True)
 
 
 def find(
@@ -68,47 +86,65 @@ def find(
     made_for: Host,
     kept_out: Mapping[str, str],
     pin: str | None,
+    trial: Trial | None,
+    elsewhere: Mapping[str, str] | None = None,
 ) -> Wanted:
     """What a service should have. Blocks, for as long as copying takes; hold `store.using()`.
 
     Args:
         kept_out: digests (or `STACK` and an identity) that it must not get, with the reason.
         pin: identity of the stack that it was put on by hand.
+        trial: what is on trial.
+        elsewhere: digests that it must not get unless it has them already, with the reason.
     """
+    record = store.record(name)
+    current = record.stack if record is not None else Stack()
+    reasons = {key: why for key, why in (elsewhere or {}).items() if key not in current.digests} | dict(
+        kept_out
+    )
 
     def admit(candidate: Candidate) -> Copy:
         copy = admission.admit(candidate, made_for)
-        if copy.digest in kept_out:
-            raise KeptOut(f"kept out: {kept_out[copy.digest]}")
+        if copy.digest in reasons:
+            raise KeptOut(f"kept out: {reasons[copy.digest]}")
         return copy
 
-    record = store.record(name)
-    current = record.stack if record is not None else Stack()
     # The others are read only where the current one may not do.
     stacks = (current, *store.stacks(name)) if kept_out or pin is not None else (current,)
-    good = next((stack for stack in stacks if not _bad(stack, kept_out)), Stack())
+    good = next((stack for stack in stacks if not bad(stack, kept_out)), Stack())
     look = scan.look(declared)
     choice = choose(look, admit, good)
     stack = choice.stack
     if STACK + stack.id in kept_out:
         stack = good
     pinned = next((one for one in stacks if one.id == pin), None) if pin is not None else None
-    wanted = stack if pinned is None else pinned
+    gone = None if pinned is not None else _gone(stacks, kept_out, trial)
+    wanted = pinned or (stack if gone is None else good)
     entries = (pick.entry for pick in look.picks)
     return Wanted(
         look,
         wanted,
         choice.passed,
         current,
-        current if pinned is not None else good,
         recorded=wanted == current and (record.entries if record else ()) == tuple(entries),
-        why=_bad(current, kept_out),
+        trial=trial,
+        bad=gone,
+        why=bad(gone, kept_out) if gone is not None else "",
         pinned=pinned is not None,
         waiting=stack if pinned is not None and stack.id != pinned.id else None,
     )
 
 
-def _bad(stack: Stack, reasons: Mapping[str, str]) -> str:
+def _gone(stacks: Sequence[Stack], kept_out: Mapping[str, str], trial: Trial | None) -> Stack | None:
+    """The stack that proved bad and is still accepted, or was until a kill came between that and its outcome."""
+    current, *others = stacks
+    if bad(current, kept_out):
+        return current
+    tried = (stack for stack in others if trial is not None and stack.id == trial.stack != current.id)
+    return next((stack for stack in tried if bad(stack, kept_out)), None)
+
+
+def bad(stack: Stack, reasons: Mapping[str, str]) -> str:
     """Why a stack is not to be used, "" if it may be."""
     for key in (STACK + stack.id, *stack.digests):
         if key in reasons:

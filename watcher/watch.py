@@ -16,13 +16,14 @@ system changed elsewhere, and truncate(2) by path of an image.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import os
 import re
 import select
 import threading
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 
 import trio
 from inotify_simple import INotify, flags
@@ -50,6 +51,9 @@ class Watcher:
         self._bounds: dict[Interest, Bound] = {}
         self._keys: dict[str, set[Bound]] = {}
         self._retry_at = math.inf
+        # Renames of our own whose events are still to come, with the key that made them.
+        self._renames: dict[tuple[int, int, str], str] = {}
+        self._others: set[str] = set()
         self._poke = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._mounts = _Mounts(self._poke)
         self._epoll = select.epoll()
@@ -93,6 +97,29 @@ class Watcher:
         """`key` is concerned by nothing any more. An unknown one does no harm."""
         self._leave(key, self._keys.pop(key, set()))
 
+    @contextlib.contextmanager
+    def renaming(self, key: str, old: str, new: str) -> Iterator[None]:
+        """While a file is renamed in its directory on behalf of `key`, which knows of that already: of the two events
+        of this rename it is not told, the others are.
+
+        A directory tree's path is followed all the same: that it is another one now does concern its key.
+        """
+        directory, name = os.path.split(old)
+        both = (flags.MOVED_FROM | flags.MOVED_TO) | flags.MASK_ADD | flags.ONLYDIR
+        wd = self._inotify.add_watch(directory, both)
+        if not self._chase.nodes(wd):
+            self._inotify.rm_watch(wd)
+            yield
+            return
+        expected = [(wd, int(flags.MOVED_FROM), name), (wd, int(flags.MOVED_TO), os.path.basename(new))]
+        self._renames.update(dict.fromkeys(expected, key))
+        try:
+            yield
+        except BaseException:
+            for event in expected:
+                self._renames.pop(event, None)
+            raise
+
     def remarks(self) -> tuple[Remark, ...]:
         """What cannot be watched at the moment, and why; the caller remembers what it has said."""
         gaps = sorted(((bound.interest.path, reason) for bound, reason in self._chase.gaps().items()))
@@ -127,8 +154,9 @@ class Watcher:
         self._read_mounts()
         self._follow_all()
         changed, self._chase.changed = self._chase.changed, set()
+        others, self._others = self._others, set()
         self._wake_if_needed()
-        return frozenset().union(*(bound.keys for bound in changed))
+        return frozenset(others).union(*(bound.keys for bound in changed))
 
     def _follow_all(self) -> bool:
         """Bring all watches up to date; False: not done yet, somebody keeps changing things under our hands."""
@@ -159,8 +187,12 @@ class Watcher:
         nodes = self._chase.nodes(wd)
         if mask & flags.IGNORED:
             self._chase.lost(wd)
+        renamed_by = self._renames.pop((wd, mask & (flags.MOVED_FROM | flags.MOVED_TO), name), None)
         for node in nodes:
-            if name:
+            if renamed_by is not None and not mask & flags.ISDIR:
+                ends = (bound for bound in node.ends if bound.matches(name))
+                self._others.update(*(bound.keys - {renamed_by} for bound in ends))
+            elif name:
                 self._entry_changed(node, name, mask)
             else:
                 self._node_changed(node, mask)
@@ -200,6 +232,7 @@ class Watcher:
 
     def _lost_events(self) -> None:
         """Anything may have happened."""
+        self._renames.clear()
         self._chase.lost_events()
         self._chase.changed.update(self._bounds.values())
 

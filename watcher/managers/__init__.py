@@ -87,6 +87,9 @@ class Manager(Protocol):
     async def reload(self, service: Service) -> Reloaded:
         """Ask the service to reload as its settings say, and follow that to its end."""
 
+    async def started(self, service: Service) -> bool:
+        """Wait until a service whose main process is there has completed its start; False: it is on its way down."""
+
     async def revive(self, service: Service) -> Reloaded:
         """Start a service again whose main process has ended by itself, if that is the manager's to do."""
 

@@ -36,6 +36,9 @@ class Several:
     async def reload(self, service: Service) -> Reloaded:
         return await self._of(service).reload(service)
 
+    async def started(self, service: Service) -> bool:
+        return await self._of(service).started(service)
+
     async def revive(self, service: Service) -> Reloaded:
         return await self._of(service).revive(service)
 

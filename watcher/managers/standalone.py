@@ -237,6 +237,10 @@ class Standalone:
         reason = f"reload command {shown(shlex.join(words))} {ended.reason}" if ended.reason else ""
         return Reloaded(not reason, "reload", reason, ended.output)
 
+    async def started(self, service: Service) -> bool:
+        """Nobody says when its start is complete: it is when it has been executed."""
+        return True
+
     async def revive(self, service: Service) -> Reloaded:
         """Whoever ran `exec` starts it again, or does not."""
         return Reloaded(ok=True)

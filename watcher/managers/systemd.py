@@ -126,6 +126,10 @@ class Systemd:
             return Reloaded(ok=False, reason="Reload=unit is set, but its unit says no way to reload it")
         return reloaded or Reloaded(ok=True)
 
+    async def started(self, service: Service) -> bool:
+        """See `Manager.started`."""
+        return await self._unit_jobs.is_up(service.name, service.invocation)
+
     async def revive(self, service: Service) -> Reloaded:
         """See `Manager.revive`; the job is systemd's own way to start it."""
         return await self._unit_jobs.start(service.name)

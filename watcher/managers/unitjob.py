@@ -83,7 +83,7 @@ class UnitJobs:
             invocation: of the process that is meant.
         """
         try:
-            if not await self._is_up(unit, invocation):
+            if not await self.is_up(unit, invocation):
                 return Reloaded(ok=True)
             return await self._judge(unit, await self._follow(unit, "ReloadUnit"))
         except dbus.Error as error:
@@ -165,7 +165,7 @@ class UnitJobs:
                     raise
                 await trio.sleep(_POLL_SEC)
 
-    async def _is_up(self, unit: str, invocation: str) -> bool:
+    async def is_up(self, unit: str, invocation: str) -> bool:
         """Whether it runs, having waited while it is still starting: it may have read the old files already, and a
         reload that is asked for during the start is taken as part of that, without anything being reloaded."""
         if self._up.get(unit) == invocation:

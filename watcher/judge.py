@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What becomes of a stack that was put in place: it proved good, it is kept out from now on, or it stays as it is.
+
+A stack that proves bad goes into the quarantine, and nothing else is done here: the next look then finds that the
+accepted stack is not to be used, and the newest one that is gets back in its place. Only a stack on trial
+(`trials.py`) can be found bad. If the way back fails too, that is said, and nothing more is tried.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import trio
+
+from watcher import journal, report, tries
+from watcher.managers import Reloaded, Service
+from watcher.memory import Afterglow, Memory
+from watcher.model import Stack, shown
+from watcher.mounts.converge import Converged, as_stack
+from watcher.record import Record
+from watcher.report import Times
+from watcher.store import Store
+from watcher.trials import Trials
+from watcher.wanted import Wanted, bad
+from watcher.watch import Watcher
+
+# Seconds after a reload in which the end of the main process is put down to it. Nothing waits for this.
+_AFTERGLOW_SEC = 1.0
+
+
+class Judge:
+    """Verdicts, and what follows from them."""
+
+    def __init__(self, store: Store, trials: Trials, record: Record, watcher: Watcher) -> None:
+        self._store = store
+        self._trials = trials
+        self._record = record
+        self._watcher = watcher
+
+    async def before_look(self, service: Service, memory: Memory) -> None:
+        """What has become of the last stack since: the service may have gone down with it."""
+        if not service.settings.rollback:
+            return
+        glow, memory.afterglow = memory.afterglow, None
+        if glow is not None and trio.current_time() < glow.until:
+            if service.invocation == glow.invocation and service.main is not None and service.main.alive():
+                memory.afterglow = glow
+            elif service.failed:
+                await self.keep_out(
+                    service, memory, glow.stack, "its main process ended soon after the reload"
+                )
+        await self._failed_to_start(service, memory)
+
+    async def _failed_to_start(self, service: Service, memory: Memory) -> None:
+        # Why a standalone service ended only its parent is told: short-lived programs are no failures.
+        if (
+            service.main is not None
+            or service.starting
+            or not service.failed
+            or service.manager == "standalone"
+        ):
+            return
+        trial, current = self._trials.of(service.name), self._store.accepted(service.name)
+        if trial is None or trial.was_down or current is None or current.id != trial.stack:
+            return
+        await self.keep_out(service, memory, current, "the service failed on it before it had proved good")
+
+    async def reloaded(
+        self,
+        service: Service,
+        memory: Memory,
+        wanted: Wanted,
+        converged: Converged,
+        reloaded: Reloaded,
+        times: Times,
+    ) -> bool:
+        """A stack is in place and the service was told; False: something else is wanted now."""
+        name, stack = service.name, wanted.stack
+        memory.afterglow = None
+        if wanted.bad is not None:
+            event = report.rolled_back(
+                name, wanted.bad, stack, wanted.why, reloaded, times, running=True, output=memory.output
+            )
+            await self._record.outcome(event, critical=not reloaded.ok)
+            self._trials.end(name)
+            return False
+        good = self._before(service, wanted)
+        before = _shown_before(converged, wanted, good)
+        if reloaded.ok:
+            swapped = bool(converged.swaps)
+            await self._record.outcome(report.applied(name, before, stack, reloaded, times, swapped=swapped))
+            await self._proved_good(service, memory, wanted)
+            return True
+        if not service.settings.rollback or wanted.pinned or not wanted.on_trial:
+            await self._record.outcome(report.failed(name, before, stack, reloaded, times))
+            self._trials.end(name)
+            return True
+        await self.keep_out(service, memory, stack, _with_output(reloaded), reloaded.output)
+        return False
+
+    async def started(self, service: Service, memory: Memory, wanted: Wanted, judged: Reloaded) -> bool:
+        """A service was started on a stack on trial; False: something else is wanted now."""
+        if judged.ok:
+            journal.log.info(f"{service.name}: started well on {_labels(wanted.stack)}", service=service.name)
+            await self._proved_good(service, memory, wanted)
+            return True
+        if not service.settings.rollback:
+            event = report.failed(service.name, self._before(service, wanted), wanted.stack, judged, Times())
+            await self._record.outcome(event)
+            self._trials.end(service.name)
+            return True
+        await self.keep_out(service, memory, wanted.stack, _with_output(judged), judged.output)
+        return False
+
+    async def interrupted(self, service: Service, memory: Memory, wanted: Wanted) -> bool:
+        """It was stopped or started anew in the middle of its trial; False: once too often to be chance."""
+        if wanted.rolling_back or not wanted.on_trial or wanted.stack.id not in memory.chances:
+            memory.chances = {wanted.stack.id}
+            return True
+        memory.chances.clear()
+        await self.keep_out(
+            service, memory, wanted.stack, "its main process ended again before it had proved good"
+        )
+        return False
+
+    async def stopped(self, service: Service, memory: Memory, wanted: Wanted, revived: Reloaded) -> None:
+        """The slots of a service that does not run have a good stack again."""
+        assert wanted.bad is not None
+        event = report.rolled_back(
+            service.name,
+            wanted.bad,
+            wanted.stack,
+            wanted.why,
+            revived,
+            Times(),
+            running=bool(revived.told),
+            output=memory.output,
+        )
+        await self._record.outcome(event, critical=not revived.ok)
+        self._trials.end(service.name)
+
+    async def keep_out(
+        self, service: Service, memory: Memory, stack: Stack, reason: str, output: str = ""
+    ) -> None:
+        """Whatever is new in a stack is not to come (back) into the service."""
+        memory.output = output
+        good = await trio.to_thread.run_sync(self._newest_good, service.name, stack, dict(memory.held))
+        memory.held |= await self._record.quarantine(service.name, good, stack, reason)
+
+    def _newest_good(self, name: str, stack: Stack, held: dict[str, str]) -> Stack:
+        kept_out = held | self._record.kept_out(name)
+        stacks = (self._store.accepted(name) or Stack(), *self._store.stacks(name))
+        return next((one for one in stacks if one.id != stack.id and not bad(one, kept_out)), Stack())
+
+    def _before(self, service: Service, wanted: Wanted) -> Stack:
+        """The newest accepted stack that is another than the wanted one."""
+        if wanted.current.id != wanted.stack.id:
+            return wanted.current
+        stacks = self._store.stacks(service.name)
+        return next((stack for stack in stacks if stack.id != wanted.stack.id), Stack())
+
+    async def _proved_good(self, service: Service, memory: Memory, wanted: Wanted) -> None:
+        renaming = functools.partial(self._watcher.renaming, service.name)
+        stack = tries.succeed(wanted.stack, service.name, renaming)
+        if stack != wanted.stack:
+            entries = [pick.entry for pick in wanted.look.picks]
+            await trio.to_thread.run_sync(self._store.accept, service.name, stack, entries)
+        if wanted.on_trial:
+            until = trio.current_time() + _AFTERGLOW_SEC
+            memory.afterglow = Afterglow(service.invocation, until, stack)
+        self._trials.end(service.name)
+        memory.chances.clear()
+
+
+def _shown_before(converged: Converged, wanted: Wanted, good: Stack) -> Stack:
+    """What the service showed, in the words of the accepted stack it came from, if it is one."""
+    if converged.before.layers is None:  # systemd started it on its slots
+        return good
+    for stack in (wanted.current, good):
+        if converged.before.stack == stack.id:
+            return stack
+    return as_stack(converged.before)
+
+
+def _labels(stack: Stack) -> str:
+    return ", ".join(layer.label for layer in reversed(stack.layers)) or "its own /etc"
+
+
+def _with_output(reloaded: Reloaded) -> str:
+    lines = [line.strip() for line in reloaded.output.splitlines() if line.strip()]
+    return f"{reloaded.reason} ({shown(lines[-1][:200])})" if lines else reloaded.reason

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What is worth remembering of a service between rounds: to spare work, and to be patient. Nothing that decides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from watcher.model import Stack
+from watcher.mounts.converge import Compared
+
+
+@dataclass(frozen=True, slots=True)
+class Afterglow:
+    """A stack that proved good just now: should the main process end within a moment, that is put down to it."""
+
+    invocation: str
+    until: float
+    stack: Stack
+
+
+@dataclass(slots=True)
+class Memory:
+    """Of one service.
+
+    Attributes:
+        interests: what is watched for it.
+        attempts: rounds in a row that left something to wait for.
+        mounted: digests of what it runs on, None while that is not known.
+        compared: see `converge()`.
+        held: what is kept out of it for the moment: digests (or `STACK` and an identity) with the reason.
+        held_for: the start of the service for which `held` holds.
+        output: what the command printed that the last stack failed by.
+        chances: stacks that were stopped in the middle of their trial, perhaps by somebody: they get a second one.
+    """
+
+    interests: tuple[object, ...] | None = None
+    attempts: int = 0
+    mounted: frozenset[str] | None = None
+    afterglow: Afterglow | None = None
+    compared: dict[Compared, bool] = field(default_factory=dict)
+    held: dict[str, str] = field(default_factory=dict)
+    held_for: str = ""
+    output: str = ""
+    chances: set[str] = field(default_factory=set)
