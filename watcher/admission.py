@@ -16,10 +16,14 @@ from dataclasses import dataclass
 from watcher import admit, arch, release
 from watcher.images.extension import read_release
 from watcher.model import Candidate, Copy, Kind, Later, shown
+from watcher.mounts import syscalls
 from watcher.mounts.workshop import Workshop
 from watcher.store import Store
 
 Release = tuple[Mapping[str, str], frozenset[str]]
+
+_OS_RELEASE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
+_OS_RELEASE_MAX = 64 * 1024
 
 # What the kernel says when it is short of something, rather than displeased with the image.
 _SHORT = {
@@ -44,15 +48,23 @@ class Host:
 def host(root: str = "/") -> Host:
     """The host of a service, os-release(5): `/etc/os-release` of its root, else `/usr/lib/os-release`.
 
+    Links lead nowhere out of that root, whoever made them.
+
     Raises:
         FileNotFoundError: there is neither.
+        OSError: it cannot be read.
     """
-    for name in ("etc/os-release", "usr/lib/os-release"):
-        try:
-            with open(os.path.join(root, name), encoding="utf-8", errors="replace") as file:
-                return Host(release.parse_os_release(file.read()), arch.native())
-        except FileNotFoundError:
-            continue
+    directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for name in ("etc/os-release", "usr/lib/os-release"):
+            try:
+                fd = syscalls.openat2(directory, name, _OS_RELEASE, syscalls.RESOLVE_IN_ROOT)
+            except FileNotFoundError:
+                continue
+            with open(fd, encoding="utf-8", errors="replace") as file:
+                return Host(release.parse_os_release(file.read(_OS_RELEASE_MAX)), arch.native())
+    finally:
+        os.close(directory)
     raise FileNotFoundError(errno.ENOENT, "no os-release in it", root)
 
 
