@@ -285,7 +285,8 @@ class Line:
             await self._judge.stopped(service, memory, wanted, revived)
             return False
         if wanted.stack.id != wanted.current.id:
-            await self._record.outcome(report.accepted(service.name, wanted.current, wanted.stack))
+            accepted = report.accepted(service.name, wanted.current, wanted.stack, starting=service.starting)
+            await self._record.outcome(accepted)
         return True
 
     async def _into_service(
