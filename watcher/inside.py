@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Running a command where a service is: in its mount namespace, as its user, with its environment.
+"""Running a command where a service is: in its mount namespace, as its user, with its environment, and no more rights.
 
 A worker that stands in a service's namespace can start an ordinary subprocess, which inherits that. The rest
 (descriptors, numbers of user and groups, words) is made ready before: inside, every path and every name would resolve
-in the service's files.
+in the service's files. What only the child itself can do to itself (control group, root directory, capabilities) it
+does between fork and exec: system calls on what was made ready, nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -18,26 +20,44 @@ from dataclasses import dataclass, field
 
 import trio
 
+from watcher.managers import cgroup
+from watcher.mounts import syscalls
 from watcher.mounts.workshop import Workshop
-from watcher.process import Process
+from watcher.process import Gone, Process
+
+with open("/proc/sys/kernel/cap_last_cap", encoding="ascii") as _file:
+    _LAST_CAPABILITY = int(_file.read())
 
 OUTPUT_MAX = 64 * 1024
 """Bytes of a command's output that are kept."""
 
 
+_ALL = (1 << 64) - 1
+
+
 @dataclass(frozen=True, slots=True)
 class Like:
-    """Whose user, groups and environment a command gets.
+    """Whose user, groups, environment, root directory, capabilities and limits a command gets.
 
     Attributes:
         user, group, groups: numbers; the file system's and the real ones are set alike.
         environment: of the process when it was started, and what is added to it.
+        bounding: capabilities that a program may get at most, a mask.
+        ambient: capabilities that it gets although its user is not root, a mask.
+        no_new_privs: as of the process.
+        root: its root directory, a path in its mount namespace.
+        cgroup: path of `cgroup.procs` of its control group, "" if that is also ours.
     """
 
     user: int
     group: int
     groups: tuple[int, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
+    bounding: int = _ALL
+    ambient: int = 0
+    no_new_privs: bool = False
+    root: str = "/"
+    cgroup: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +69,7 @@ class Ended:
 
 
 def like(process: Process, extra: Mapping[str, str]) -> Like:
-    """The credentials and the environment of a process, with `extra` added to the latter.
+    """What a process has and is limited to, with `extra` added to its environment.
 
     Raises:
         Gone: it has ended.
@@ -60,7 +80,48 @@ def like(process: Process, extra: Mapping[str, str]) -> Like:
     groups = tuple(int(group) for group in fields["Groups"].split())
     # Uid: and Gid: list real, effective, saved and file system's.
     user, group = int(fields["Uid"].split()[1]), int(fields["Gid"].split()[1])
-    return Like(user, group, groups, {**environment, **extra})
+    bounding = int(fields["CapBnd"], 16)
+    return Like(
+        user,
+        group,
+        groups,
+        {**environment, **extra},
+        # A program that root executes gets all that is in the bounding set, one that dropped some must not see it get
+        # them back.
+        bounding=bounding & int(fields["CapPrm"], 16) if user == 0 else bounding,
+        ambient=int(fields["CapAmb"], 16),
+        no_new_privs=fields["NoNewPrivs"].strip() == "1",
+        root=_root(process),
+        cgroup=_cgroup(process),
+    )
+
+
+def _root(process: Process) -> str:
+    try:
+        root = os.readlink(f"/proc/{process.pid}/root")
+    except FileNotFoundError:
+        raise Gone(f"process {process.pid} has ended") from None
+    if not process.alive():
+        raise Gone(f"process {process.pid} has ended")
+    return root
+
+
+def _cgroup(process: Process) -> str:
+    """`cgroup.procs` of a process's control group, "" if it is ours too, or cannot be seen from here."""
+    group = _unified(process.read("cgroup"))
+    with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as file:
+        own = _unified(file.read())
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        mount = cgroup.mount_point(file.read())
+    path = f"{mount}{group}/cgroup.procs"
+    return path if mount and group not in ("", own) and os.access(path, os.W_OK) else ""
+
+
+def _unified(text: str) -> str:
+    """The path in the line "0::/path" of cgroups(7), "" if there is none, or one outside of our cgroup namespace."""
+    rows = (line.removeprefix("0::") for line in text.splitlines() if line.startswith("0::"))
+    path = next(rows, "")
+    return "" if path.startswith("/..") else path
 
 
 async def run(
@@ -88,6 +149,8 @@ async def run(
         os.close(reading)
         if isinstance(error, OSError):
             return Ended(f"cannot be started: {error.strerror}", "")
+        if isinstance(error, subprocess.SubprocessError):
+            return Ended("cannot be started: it cannot be given the service's user, root or capabilities", "")
         raise
     finally:
         os.close(writing)
@@ -102,11 +165,15 @@ def _start(
     stdin: int,
     stdout: int,
 ) -> subprocess.Popen[bytes]:
-    # All three, or a command of an unprivileged service would keep root's groups. In a user namespace of one user
-    # there is nothing to change to, and setgroups() is not allowed.
-    other = (who.user, who.group) != (os.geteuid(), os.getegid())
-    user, group, groups = (who.user, who.group, who.groups) if other else (None, None, None)
-    with place():
+    with contextlib.ExitStack() as held:
+        group = -1
+        if who.cgroup:
+            group = os.open(who.cgroup, os.O_WRONLY | os.O_CLOEXEC)
+            held.callback(os.close, group)
+        # In a user namespace of one user there is nothing to change to, and setgroups() is not allowed.
+        other = (who.user, who.group) != (os.geteuid(), os.getegid())
+        become = functools.partial(_become, who, group, other=other)
+        held.enter_context(place())
         return subprocess.Popen(
             words,
             stdin=stdin,
@@ -114,11 +181,35 @@ def _start(
             stderr=subprocess.STDOUT,
             cwd="/",
             env=who.environment,
-            user=user,
-            group=group,
-            extra_groups=groups,
             start_new_session=True,
+            preexec_fn=become,  # noqa: PLW1509 -- makes system calls and takes no lock
         )
+
+
+def _become(who: Like, group: int, *, other: bool) -> None:
+    """In the child, before it executes the command."""
+    if group >= 0:
+        os.write(group, b"0")
+    if who.root != "/":
+        os.chroot(who.root)
+        os.chdir("/")
+    for capability in range(_LAST_CAPABILITY + 1):
+        if not who.bounding >> capability & 1:
+            syscalls.prctl_capbset_drop(capability)
+    if other:
+        # All three, or a command of an unprivileged service would keep root's groups.
+        syscalls.prctl_keepcaps()
+        os.setgroups(who.groups)
+        os.setresgid(who.group, who.group, who.group)
+        os.setresuid(who.user, who.user, who.user)
+    if other or who.user != 0:
+        # Programs of root get what is in the bounding set, those of others what is ambient.
+        syscalls.capset(who.ambient, who.ambient, who.ambient)
+        for capability in range(_LAST_CAPABILITY + 1):
+            if who.ambient >> capability & 1:
+                syscalls.prctl_cap_ambient_raise(capability)
+    if who.no_new_privs:
+        syscalls.prctl_no_new_privs()
 
 
 async def _follow(child: subprocess.Popen[bytes], reading: int, timeout_sec: float) -> Ended:

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import trio
 
 from watcher.config import ServiceSettings
-from watcher.inside import Ended
 from watcher.model import Declared, Entry
 from watcher.process import Process
+
+if TYPE_CHECKING:
+    from watcher.inside import Ended
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,14 @@ _FSCONFIG_CMD_CREATE = 6
 
 _RENAME_NOREPLACE = 1
 
+_PR_SET_KEEPCAPS = 8
+_PR_CAPBSET_READ = 23
+_PR_CAPBSET_DROP = 24
+_PR_SET_NO_NEW_PRIVS = 38
+_PR_CAP_AMBIENT = 47
+_PR_CAP_AMBIENT_RAISE = 2
+_LINUX_CAPABILITY_VERSION_3 = 0x20080522
+
 _STATX_MNT_ID = 0x1000
 
 _LOOP_CTL_GET_FREE = 0x4C82
@@ -102,6 +110,15 @@ _mount_setattr = _prepare(442, _int, _str, _uint, _pointer, ctypes.c_size_t)
 # struct mount_attr and struct open_how, in their first versions.
 _mount_attr = struct.Struct("=QQQQ")
 _open_how = struct.Struct("=QQQ")
+
+# struct __user_cap_header_struct, and two of __user_cap_data_struct: effective, permitted, inheritable.
+_cap_header = struct.Struct("=Ii")
+_cap_data = struct.Struct("=6I")
+
+_prctl = _libc.prctl
+_prctl.argtypes = [_int, *[ctypes.c_ulong] * 4]
+_capset = _libc.capset
+_capset.argtypes = [_str, _str]
 
 _umount2 = _libc.umount2
 _umount2.argtypes = [_str, _int]
@@ -208,6 +225,35 @@ def mount_id(path: str, dirfd: int = AT_FDCWD) -> int:
     flags = AT_SYMLINK_NOFOLLOW | (0 if path else AT_EMPTY_PATH)
     _check(_libc.statx(dirfd, _bytes(path), flags, _STATX_MNT_ID, buffer), path)
     return int(struct.unpack_from("=Q", buffer, 0x90)[0])
+
+
+def prctl_keepcaps() -> None:
+    """Keep the permitted capabilities when the user changes (PR_SET_KEEPCAPS)."""
+    _check(_prctl(_PR_SET_KEEPCAPS, 1, 0, 0, 0), "PR_SET_KEEPCAPS")
+
+
+def prctl_capbset_drop(capability: int) -> None:
+    """Remove a capability from the bounding set; one that is not in it needs nothing."""
+    if _check(_prctl(_PR_CAPBSET_READ, capability, 0, 0, 0), "PR_CAPBSET_READ"):
+        _check(_prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0), "PR_CAPBSET_DROP")
+
+
+def prctl_cap_ambient_raise(capability: int) -> None:
+    """Have programs get a capability that is permitted and inheritable."""
+    _check(_prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, capability, 0, 0), "PR_CAP_AMBIENT_RAISE")
+
+
+def prctl_no_new_privs() -> None:
+    """From now on no program gives more than there is (PR_SET_NO_NEW_PRIVS)."""
+    _check(_prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
+
+
+def capset(effective: int, permitted: int, inheritable: int) -> None:
+    """The capability sets of the calling thread, as masks."""
+    sets = (effective, permitted, inheritable)
+    low, high = (each & 0xFFFFFFFF for each in sets), (each >> 32 for each in sets)
+    header = _cap_header.pack(_LINUX_CAPABILITY_VERSION_3, 0)
+    _check(_capset(header, _cap_data.pack(*low, *high)), "capset")
 
 
 def loop_attach(backing: int, label: str) -> tuple[int, str]:
