@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from watcher import journal
 from watcher.config import Settings
 from watcher.ledger import Reader
 from watcher.managers.standalone import registered, registrations
@@ -18,40 +21,62 @@ from watcher.stacks import Damaged, Stacks
 
 
 def without_daemon(settings: Settings, service: str | None = None) -> list[ServiceStatus]:
-    """The standalone services, or one of them, without asking the daemon.
+    """The services, or one of them, without asking the daemon.
 
     Raises:
-        ServiceNotFound: it is not registered.
+        ServiceNotFound: nobody has ever started it here.
         PermissionError: this user may not look at its process.
         LedgerError: the history is there and cannot be read.
     """
     ledger = Reader(settings.state_directory)
     newest, pins, quarantined = ledger.newest(), ledger.pins(), ledger.quarantined()
     found = []
-    for name in registrations(settings.runtime_directory):
-        if service not in (None, name):
-            continue
-        with contextlib.suppress(ValueError), contextlib.ExitStack() as held:
-            registration = registered(settings.runtime_directory, name)
-            if registration is None:
-                continue
-            main = None
-            with contextlib.suppress(Gone):
-                main = held.enter_context(Process(registration.pid, registration.started))
-            found.append(
-                of_service(
-                    settings.state_directory,
-                    name,
-                    "standalone",
-                    main,
-                    newest.get(text(name)),
-                    pins.get(text(name)),
-                    [one for one in quarantined if one.service == text(name)],
-                )
-            )
+    with contextlib.ExitStack() as held:
+        for name, manager, main in _known(settings, held):
+            key = text(name)
+            if service in (None, name):
+                kept_out = [one for one in quarantined if one.service == key]
+                last, pin = newest.get(key), pins.get(key)
+                found.append(of_service(settings.state_directory, name, manager, main, last, pin, kept_out))
     if service is not None and not found:
         raise ServiceNotFound(service)
-    return found
+    return sorted(found, key=lambda one: one.service)
+
+
+def _known(settings: Settings, held: contextlib.ExitStack) -> Iterator[tuple[str, str, Process | None]]:
+    """Name, manager and main process of every service: those that are registered, and units that have slots."""
+    standalone = set()
+    for name in registrations(settings.runtime_directory):
+        with contextlib.suppress(ValueError):
+            registration = registered(settings.runtime_directory, name)
+            if registration is not None:
+                standalone.add(name)
+                yield name, "standalone", _hold(held, registration.pid, registration.started)
+    if os.path.isdir("/run/systemd/system") and os.path.isdir(f"{settings.state_directory}/units"):
+        units = sorted(set(Stacks(settings.state_directory).units()) - standalone)
+        for name, pid in _main_pids(units).items():
+            yield name, "systemd", _hold(held, pid) if pid else None
+
+
+def _hold(held: contextlib.ExitStack, pid: int, started: int | None = None) -> Process | None:
+    try:
+        return held.enter_context(Process(pid, started))
+    except Gone:
+        return None
+
+
+def _main_pids(units: Sequence[str]) -> dict[str, int]:
+    """Main PIDs by unit, 0 for one that does not run; empty if systemd does not answer."""
+    if not units:
+        return {}
+    words = ["systemctl", "show", "--property=Id,MainPID", "--", *units]
+    try:
+        answer = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        journal.log.warning(f"systemd cannot be asked about its units: {error}")
+        return {}
+    blocks = (dict(line.split("=", 1) for line in block.splitlines()) for block in answer.split("\n\n"))
+    return {block["Id"]: int(block["MainPID"]) for block in blocks if "MainPID" in block}
 
 
 def of_service(
@@ -108,6 +133,8 @@ def shown_layers(mounted: Mounted, stacks: Sequence[Stack]) -> tuple[Layer, ...]
 
 def _kept(state_directory: str, name: str) -> list[Stack]:
     """The accepted stacks of a service, newest first: they know the whole names of what the kernel shows cut."""
+    if not os.path.isdir(f"{state_directory}/stacks"):
+        return []  # and none is made: this may be a user who only looks
     with contextlib.suppress(Damaged):
         return [accepted.stack for accepted in Stacks(state_directory).history(name)]
     return []
