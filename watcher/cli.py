@@ -9,7 +9,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from watcher import __version__, config
 from watcher.config import Settings
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 refused or failed, 2 usage, 3 not running, 4 timed out."""
     options = _parser().parse_args(arguments)
     try:
-        settings, remarks = config.load()
+        settings, remarks = config.load(root=_as_root(options))
         if options.command in (_run, _exec):
             _require_kernel()
             _begin_log(settings, remarks)
@@ -40,6 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(_os_error(error), FAILED)
     except KeyboardInterrupt:
         return 130
+
+
+def _as_root(options: argparse.Namespace) -> bool:
+    """Whether the system's daemon is meant: by root, and by a user who only asks and has no daemon of his own."""
+    if os.geteuid() == 0:
+        return True
+    own = config.directories(os.environ, root=False)
+    system = config.directories(os.environ, root=True)
+    asks = options.command not in (_run, _exec)
+    return asks and not os.path.isdir(own["runtime_directory"]) and os.path.isdir(system["runtime_directory"])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -289,6 +299,7 @@ def _rollback(settings: Settings, options: argparse.Namespace) -> int:
         _print_json(to_dict(event))
     else:
         print(event.message)
+        print(f"It stays there until `confext-watcher rollback --forget {shown(options.service)}`.")
     return FAILED if event.outcome in (Outcome.FAILED, Outcome.NEEDS_RESTART) else DONE
 
 
@@ -361,6 +372,19 @@ def _print_services(services: Sequence[ServiceStatus]) -> None:
     # Only a terminal has a width that lines must fit; elsewhere a line stays one line.
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=10_000)
     console.print(table)
+    for service in services:
+        for note in _notes(service):
+            print(f"{shown(service.service)}: {note}")
+
+
+def _notes(service: ServiceStatus) -> Iterator[str]:
+    """What is out of the ordinary about a service."""
+    if service.state == "needs-restart":
+        yield "shares the host's mount namespace; restart it once to have its stack"
+    if service.pinned is not None:
+        yield "stays on this stack, by hand, until `confext-watcher rollback --forget`"
+    for content in service.quarantined:
+        yield f"kept out: {shown(content.source or content.digest)}: {content.reason}"
 
 
 def _when(usec: int | None) -> str:
