@@ -142,6 +142,15 @@ class TestNothingIsReadTwice:
         admit(store, candidate(raw))
         assert len(reads) == 2
 
+    def test_but_a_time_in_the_future_is_told_from_any_other(
+        self, store: Store, raw: Path, reads: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The clock was set back: what is written now gets another time."""
+        monkeypatch.setattr("watcher.lease.coarse_now_ns", lambda: raw.stat().st_ctime_ns - 10**10)
+        admit(store, candidate(raw))
+        admit(store, candidate(raw))
+        assert len(reads) == 1
+
     def test_a_change_is_noticed_however_fast_it_comes(self, store: Store, raw: Path) -> None:
         """Same name, same size, same inode, as fast as it goes."""
         content = bytearray(raw.read_bytes())
@@ -267,6 +276,50 @@ def test_open_for_writing_is_busy_and_fine_afterwards(store: Store, raw: Path) -
     with raw.open("ab"), pytest.raises(Busy, match="open for writing"):
         admit(store, candidate(raw))
     admit(store, candidate(raw))
+
+
+@squashfs
+def test_a_refusal_of_what_somebody_began_to_change_does_not_count(
+    store: Store, raw: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def probe(fd: int, size: int) -> None:
+        with pytest.raises(BlockingIOError):  # a writer that does not wait breaks the lease all the same
+            os.open(raw, os.O_WRONLY | os.O_NONBLOCK)
+        raise Refused("half of the old and half of the new")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "probe", probe)
+        with pytest.raises(Busy):
+            admit(store, candidate(raw))
+    admit(store, candidate(raw))
+
+
+HOLDER = """
+import fcntl, os, signal, sys
+signal.signal(signal.SIGIO, signal.SIG_IGN)
+fd = os.open(sys.argv[1], os.O_RDWR)
+fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@squashfs
+@pytest.mark.limit(20)
+@pytest.mark.parametrize("kind", [Kind.IMAGE, Kind.DIRECTORY])
+def test_a_write_lease_of_somebody_else_is_not_waited_for(
+    store: Store, raw: Path, source: Path, kind: Kind
+) -> None:
+    """As a file server holds it for a client that has the file open; it has 45 s to give it up."""
+    image = kind is Kind.IMAGE
+    command = [sys.executable, "-S", "-c", HOLDER, raw if image else source / "etc/web.conf"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(Busy):
+            admit(store, candidate(raw if image else source, kind))
+        holder.communicate()
+    admit(store, candidate(raw if image else source, kind))
 
 
 @squashfs

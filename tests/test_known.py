@@ -35,9 +35,11 @@ def test_a_refusal_is_raised_anew_with_its_words() -> None:
 def test_the_oldest_is_forgotten_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(known, "_MAX", 3)
     verdicts = Known()
-    for key in (1, 2, 3, 1, 4):
+    for key in (1, 2, 3, 2):  # 2 is the newest now, and nothing had to go
         verdicts.remember((key,), COPY)
-    assert [key for key in (1, 2, 3, 4) if verdicts.recall((key,))] == [1, 3, 4]
+    assert [key for key in (1, 2, 3) if verdicts.recall((key,))] == [1, 2, 3]
+    verdicts.remember((4,), COPY)
+    assert [key for key in (1, 2, 3, 4) if verdicts.recall((key,))] == [2, 3, 4]
 
 
 def test_one_turn_at_a_time_for_a_key_and_none_for_others() -> None:

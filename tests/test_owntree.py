@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from images import confext
+from images import confext, program
 
+from needs import root, tool
 from watcher import owntree
 
 
@@ -97,3 +99,17 @@ class TestRemove:
 
     def test_nothing_there_is_no_error(self, parent: int) -> None:
         owntree.remove("nothing", parent)
+
+    @root
+    @tool("setpriv")
+    def test_with_only_the_rights_of_an_owner(self, tree: Path, tmp_path: Path) -> None:
+        """Root without CAP_DAC_OVERRIDE is an ordinary user with files of his own."""
+        (tree / "etc/d1").chmod(0o500)
+        (tree / "etc/d2").chmod(0)
+        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]
+        subprocess.run([*command, *program("test_owntree", "remove", tmp_path)], check=True)
+        assert not tree.exists()
+
+
+def remove(path: str) -> None:
+    owntree.remove("tree", os.open(path, os.O_RDONLY))

@@ -193,6 +193,14 @@ class TestSquashfsThatLies:
         with pytest.raises(Refused):
             probed(patched(made(tree, "squashfs"), offset, "<Q", 2**62))
 
+    def test_about_an_inode_table_within_its_header(self, tree: Path) -> None:
+        with pytest.raises(Refused, match="lies about its size"):
+            probed(patched(made(tree, "squashfs"), 64, "<Q", 95))
+
+    def test_except_about_fragments_that_it_does_not_have(self, tree: Path) -> None:
+        content = patched(patched(made(tree, "squashfs"), 16, "<I", 0), 80, "<Q", 2**62)
+        assert probed(content).fstype == "squashfs"
+
     @pytest.mark.parametrize(
         ("offset", "form", "value", "text"),
         [
@@ -233,6 +241,18 @@ class TestErofsThatLies:
         for offset in range(1024, 1024 + 128):
             with pytest.raises(Refused):
                 probed(patched(content, offset, "<B", content[offset] ^ 0x10))
+
+    def test_except_where_it_has_no_checksum(self, tree: Path) -> None:
+        content = patched(made(tree, "erofs"), 1024 + 4, "<II", 0, 0)
+        assert probed(content).fstype == "erofs"
+
+    def test_about_a_size_in_48_bits(self, tree: Path) -> None:
+        content = patched(made(tree, "erofs"), 1024 + 4, "<II", 0, 0)
+        blocks = struct.unpack_from("<I", content, 1024 + 36)[0]
+        wide = patched(patched(content, 1024 + 80, "<I", 0x80), 1024 + 14, "<H", 1)
+        with pytest.raises(Incomplete, match=str((blocks + 2**32) << 12)):
+            probed(wide)
+        assert probed(patched(wide, 1024 + 14, "<H", 0)).fstype == "erofs"
 
     def test_about_further_devices(self, tree: Path) -> None:
         content = patched(patched(made(tree, "erofs"), 1024 + 80, "<I", 0x8), 1024 + 86, "<H", 1)

@@ -119,6 +119,12 @@ def test_prune_never_takes_the_current_one(stacks: Stacks, keep: int) -> None:
     assert stacks.prune(keep) == set(stack("2").digests)
 
 
+def test_prune_removes_what_forget_left(stacks: Stacks, tmp_path: Path) -> None:
+    (tmp_path / "stacks" / UNIT).mkdir()
+    assert stacks.prune(3) == set()
+    assert os.listdir(tmp_path / "stacks") == []
+
+
 def test_a_stack_killed_half_way_is_cleared_away(stacks: Stacks, tmp_path: Path) -> None:
     stacks.accept(UNIT, stack("1"), ENTRIES)
     left = tmp_path / "stacks" / UNIT / ".tmp-00000002-0123456789abcdef"

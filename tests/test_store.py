@@ -25,6 +25,7 @@ from watcher import tree
 from watcher.images.probe import Probe
 from watcher.lease import Lease
 from watcher.model import Busy, Copy, Kind, Later, Layer, Refused, Stack
+from watcher.stacks import Stacks
 from watcher.store import Store, StoreFull
 
 UNIT = "web.service"
@@ -189,6 +190,49 @@ class TestTrees:
             add(store, source)
         assert inside(tmp_path) == set()
 
+    def test_nor_when_there_is_no_room_and_only_its_digest_is_asked_for(
+        self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source = confext(tmp_path / "web", "web", {"etc/web.conf": b"x = 1\n"})
+        add(store, source)
+        store.configure(20, 20, 2)
+        digest = tree.digest
+
+        def changed(root: int) -> tree.Copied:
+            found = digest(root)
+            (source / "etc/web.conf").write_bytes(b"x = 2\n")
+            return found
+
+        monkeypatch.setattr(tree, "digest", changed)
+        with pytest.raises(Busy, match="changed while it was read"):
+            add(store, source)
+
+    def test_a_copy_waits_until_a_change_could_be_told_by_its_time(
+        self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source = confext(tmp_path / "web", "web")
+        with opened(source) as fd:
+            signature = tree.signature(fd)
+            times = [signature.youngest_ns, signature.youngest_ns - 1, signature.youngest_ns + 1]
+            copy = tree.copy
+
+            def checked(*arguments: int) -> tree.Copied:
+                assert not times
+                return copy(*arguments)
+
+            monkeypatch.setattr(tree, "coarse_now_ns", lambda: times.pop(0))
+            monkeypatch.setattr(tree, "copy", checked)
+            store.add_tree(fd, signature)
+
+    def test_all_of_it_is_on_the_disk_before_it_has_its_name(
+        self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        synced = []
+        monkeypatch.setattr(os, "fsync", lambda fd: synced.append(inside(tmp_path)))
+        copy = add(store, confext(tmp_path / "web", "web"))
+        assert len(synced) == 4
+        assert all(copy.digest not in names for names in synced)
+
     def test_nothing_of_a_refused_tree_is_left(self, store: Store, tmp_path: Path) -> None:
         source = confext(tmp_path / "web", "web")
         with opened(source) as fd:
@@ -257,6 +301,37 @@ class TestLimits:
         monkeypatch.setattr(os, "fdatasync", lambda fd: (used.append(store.usage()), sync(fd)))
         add(store, dropped(tmp_path, bytes(3000)))
         assert used == [3000]
+
+    def test_two_at_once_do_not_take_the_same_room(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        paths = [dropped(tmp_path, b"%d" % number * 800, f"{number}.raw") for number in range(2)]
+        both = threading.Barrier(2)
+        results: list[object] = []
+        with Store(str(tmp_path / "state"), 1000, 1000, 2) as store:
+            usage = store.usage
+
+            def measured() -> int:
+                used = usage()
+                try:
+                    both.wait(0.3)  # only without the lock do both come so far
+                except threading.BrokenBarrierError:
+                    pass
+                return used
+
+            def work(path: Path) -> None:
+                try:
+                    results.append(add(store, path).size)
+                except StoreFull:
+                    results.append("full")
+
+            monkeypatch.setattr(store, "usage", measured)
+            threads = [threading.Thread(target=work, args=(path,)) for path in paths]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert sorted(map(str, results)) == ["800", "full"]
 
     def test_room_found_by_another_process(self, store: Store, tmp_path: Path) -> None:
         add(store, dropped(tmp_path, bytes(3000)))
@@ -382,6 +457,20 @@ class TestStacks:
         assert Path(store.slot_path(UNIT, "web.raw")).read_bytes() == b"content"
         store.forget(UNIT)
         assert store.accepted(UNIT) is None
+
+    def test_nothing_is_collected_while_a_stack_is_recorded(
+        self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        copy = add(store, dropped(tmp_path, b"content"))
+        accept = Stacks.accept
+
+        def interrupted(*arguments: object) -> bool:
+            with pytest.raises(Busy):
+                store.collect(())
+            return accept(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(Stacks, "accept", interrupted)
+        assert store.accept(UNIT, Stack((layer(copy),)), ())
 
     def test_a_layer_without_a_copy_is_not_accepted(self, store: Store, tmp_path: Path) -> None:
         copy = add(store, dropped(tmp_path, b"content"))
@@ -593,6 +682,20 @@ def test_threads_that_add_the_same_at_once(store: Store, tmp_path: Path) -> None
     assert len(found) == 12
     assert inside(tmp_path) == {copy.digest for copy in found}
     assert len(inside(tmp_path)) == 2
+
+
+def test_no_space_at_the_very_end_is_said_as_such(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where space is only found when the data goes to the disk (NFS, quotas), the lease has been given back by then."""
+
+    def full(fd: int) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(os, "fdatasync", full)
+    with pytest.raises(StoreFull, match="Disk quota exceeded"):
+        add(store, dropped(tmp_path, b"x"))
+    assert inside(tmp_path) == set()
 
 
 def test_an_error_of_the_disk_is_no_verdict(

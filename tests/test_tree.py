@@ -318,6 +318,44 @@ def test_links_are_never_followed(source: Path, tmp_path: Path) -> None:
     assert os.readlink(tmp_path / "copy/etc/loop") == "loop"
 
 
+@pytest.mark.parametrize("becomes", ["link", "other file", "fifo", "nothing"])
+def test_what_changes_between_two_looks_is_busy(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, becomes: str
+) -> None:
+    """The file that was seen is swapped for something else just before it is opened."""
+    (tmp_path / "secret").write_bytes(b"secret")
+    path = source / "etc/web.conf"
+    real = os.open
+
+    def swapped(name: str, flags: int, *arguments: int, **where: int) -> int:
+        if name == "web.conf" and not flags & os.O_CREAT:
+            path.rename(tmp_path / "before")  # kept, so that its inode is not the next one's
+            if becomes == "link":
+                path.symlink_to(tmp_path / "secret")
+            elif becomes == "other file":
+                path.write_bytes(b"x = 2\n")
+            elif becomes == "fifo":
+                os.mkfifo(path)
+        return real(name, flags, *arguments, **where)
+
+    monkeypatch.setattr(os, "open", swapped)
+    with pytest.raises(Busy, match=r"etc/web.conf in it changed"):
+        copied(source, tmp_path / "copy")
+
+
+def test_a_hard_link_too_far_down_for_a_path_is_a_file(source: Path, tmp_path: Path) -> None:
+    parent = os.open(source, os.O_RDONLY)
+    for _ in range(20):
+        os.mkdir("a" * 250, dir_fd=parent)
+        child = os.open("a" * 250, os.O_RDONLY, dir_fd=parent)
+        os.close(parent)
+        parent = child
+    os.link(source / "etc/web.conf", "twin", dst_dir_fd=parent)
+    os.close(parent)
+    assert copied(source, tmp_path / "copy").digest == digest(tmp_path / "copy")
+    assert (tmp_path / "copy/etc/web.conf").stat().st_nlink == 1
+
+
 def test_too_deep(source: Path) -> None:
     deep = source.joinpath(*["d"] * (tree.DEPTH_MAX - 1))
     deep.mkdir(parents=True)
