@@ -698,6 +698,16 @@ def test_no_space_at_the_very_end_is_said_as_such(
     assert inside(tmp_path) == set()
 
 
+def test_no_memory_for_a_copy(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*arguments: object, **options: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("watcher.store.copy_file", no_memory)
+    with pytest.raises(StoreFull, match="no memory"):
+        add(store, dropped(tmp_path, b"x"))
+    assert inside(tmp_path) == set()
+
+
 def test_an_error_of_the_disk_is_no_verdict(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

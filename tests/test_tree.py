@@ -127,8 +127,14 @@ def test_odd_names(source: Path, tmp_path: Path, name: str) -> None:
 
 
 def test_posix_acls(source: Path, tmp_path: Path) -> None:
-    # version 2; user::rw-, user:1:r--, group::r--, mask::r--, other::---
-    entries = [(1, 6, 0xFFFFFFFF), (2, 4, 1), (4, 4, 0xFFFFFFFF), (16, 4, 0xFFFFFFFF), (32, 0, 0xFFFFFFFF)]
+    # version 2; user::rw-, user:me:r--, group::r--, mask::r--, other::---
+    entries = [
+        (1, 6, 0xFFFFFFFF),
+        (2, 4, os.getuid()),
+        (4, 4, 0xFFFFFFFF),
+        (16, 4, 0xFFFFFFFF),
+        (32, 0, 0xFFFFFFFF),
+    ]
     acl = (2).to_bytes(4, "little") + b"".join(
         tag.to_bytes(2, "little") + rights.to_bytes(2, "little") + who.to_bytes(4, "little")
         for tag, rights, who in entries

@@ -284,7 +284,8 @@ class Store:
     def _set_aside(self, size: int, kind: Kind) -> Iterator[tuple[str, int]]:
         """A temporary file or directory with `size` bytes of the store's room, by name and descriptor.
 
-        What still has that name at the end is removed.
+        What still has that name at the end is removed. Threads take room in turn; two processes that ask in the same
+        microseconds may both get the last of it, and `store_max` is exceeded by one image.
         """
         name = f"{TEMPORARY}{size}-{secrets.token_hex(8)}"
         with self._room:
