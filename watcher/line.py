@@ -226,8 +226,18 @@ class Line:
     ) -> Wanted:
         tools, name = self._tools, service.name
         pin, trial = tools.ledger.pinned(name), tools.trials.of(name)
+        memory = self._memory.get(name)
         return find(
-            tools.store, tools.admission, name, service.declared, made_for, kept_out, pin, trial, elsewhere
+            tools.store,
+            tools.admission,
+            name,
+            service.declared,
+            made_for,
+            kept_out,
+            pin,
+            trial,
+            elsewhere,
+            None if memory is None else memory.origins,
         )
 
     def _kept_out(self, service: Service) -> tuple[dict[str, str], dict[str, str]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from watcher.model import Stack
 from watcher.mounts.converge import Compared
+from watcher.origins import Origins
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class Memory:
         held_for: the start of the service for which `held` holds.
         output: what the command printed that the last stack failed by.
         chances: stacks that were stopped in the middle of their trial, perhaps by somebody: they get a second one.
+        origins: where its layers were found.
     """
 
     interests: tuple[object, ...] | None = None
@@ -42,3 +44,4 @@ class Memory:
     held_for: str = ""
     output: str = ""
     chances: set[str] = field(default_factory=set)
+    origins: Origins = field(default_factory=Origins)

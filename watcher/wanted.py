@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from watcher import scan
 from watcher.admission import Admission, Host
-from watcher.model import Candidate, Copy, Declared, Entry, KeptOut, Look, Stack, Sysext
+from watcher.model import Candidate, Copy, Declared, Entry, KeptOut, Look, Remark, Stack, Sysext
+from watcher.origins import Origins
 from watcher.plan import Choice, Passed, choose
 from watcher.store import Store
 from watcher.trials import Trial
@@ -88,6 +89,7 @@ def find(
     pin: str | None,
     trial: Trial | None,
     elsewhere: Mapping[str, str] | None = None,
+    origins: Origins | None = None,
 ) -> Wanted:
     """What a service should have. Blocks, for as long as copying takes; hold `store.using()`.
 
@@ -96,6 +98,7 @@ def find(
         pin: identity of the stack that it was put on by hand.
         trial: what is on trial.
         elsewhere: digests that it must not get unless it has them already, with the reason.
+        origins: where its layers were found at former looks.
     """
     record = store.record(name)
     current = record.stack if record is not None else Stack()
@@ -113,8 +116,13 @@ def find(
     stacks = (current, *store.stacks(name)) if kept_out or pin is not None else (current,)
     good = next((stack for stack in stacks if not bad(stack, kept_out)), Stack())
     look = scan.look(declared)
+    if origins is not None and (directory := origins.unmounted(good)):
+        remark = Remark("warning", directory, "its file system is gone, what was accepted from it stays")
+        look = replace(look, unknown=True, remarks=(*look.remarks, remark))
     choice = choose(look, admit, good)
     stack = choice.stack
+    if origins is not None:
+        origins.note(stack)
     if STACK + stack.id in kept_out:
         stack = good
     pinned = next((one for one in stacks if one.id == pin), None) if pin is not None else None

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a file system took away when it was unmounted is not removed; what somebody removed is."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from needs import root
+from watcher.model import Kind, Layer, Stack
+from watcher.origins import Origins
+
+
+def _stack(source: Path) -> Stack:
+    return Stack((Layer("web.raw", "web", "1", "0" * 64, Kind.IMAGE, str(source)),))
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Path]:
+    subprocess.run(["mount", "-t", "tmpfs", "none", tmp_path], check=True)
+    yield tmp_path
+    subprocess.run(["umount", tmp_path], check=False, capture_output=True)
+
+
+@root
+def test_what_was_unmounted_is_told_from_what_was_removed(mounted: Path) -> None:
+    source = mounted / "web.raw.v" / "web_1.raw"
+    source.parent.mkdir()
+    source.touch()
+    stack, origins = _stack(source), Origins()
+    origins.note(stack)
+    assert origins.unmounted(stack) == ""
+    subprocess.run(["umount", mounted], check=True)
+    assert origins.unmounted(stack) == str(source.parent)
+    origins.note(stack)
+    assert origins.unmounted(stack) == str(source.parent)
+
+
+def test_what_was_removed_is_removed(tmp_path: Path) -> None:
+    source = tmp_path / "web.raw.v" / "web_1.raw"
+    source.parent.mkdir()
+    source.touch()
+    stack, origins = _stack(source), Origins()
+    origins.note(stack)
+    source.unlink()
+    assert origins.unmounted(stack) == ""
+    source.parent.rmdir()
+    assert origins.unmounted(stack) == ""
+
+
+@root
+def test_a_link_that_leads_elsewhere_now_is_not_an_unmount(
+    mounted: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    links = tmp_path_factory.mktemp("links")
+    (mounted / "web_1.raw").touch()
+    (links / "web.raw.v").symlink_to(mounted)
+    stack, origins = _stack(links / "web.raw.v" / "web_1.raw"), Origins()
+    origins.note(stack)
+    (links / "web.raw.v").unlink()
+    (links / "web.raw.v").symlink_to(links)
+    assert origins.unmounted(stack) == ""
