@@ -126,7 +126,8 @@ class Process:
             return True
         fields = dict(line.split(":\t", 1) for line in self.read("status").splitlines() if ":\t" in line)
         masks = (int(fields[name], 16) for name in ("SigCgt", "SigIgn", "SigBlk"))
-        return any(mask >> (number - 1) & 1 for mask in masks)
+        # While a thread is in sigwait(3) the kernel takes what it waits for off its mask.
+        return any(mask >> (number - 1) & 1 for mask in masks) or "sigtimedwait" in self.read("wchan")
 
     def signal(self, number: int) -> None:
         """Send a signal.

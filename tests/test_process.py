@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What is known of a process that is held: here, whether a signal would end it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from watcher.process import Process
+
+WAYS = {
+    "catches": "signal.signal(signal.SIGHUP, lambda *_: None); signal.pause()",
+    "ignores": "signal.signal(signal.SIGHUP, signal.SIG_IGN); signal.pause()",
+    "blocks": "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP]); signal.pause()",
+    "waits for": "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP]); signal.sigwait([signal.SIGHUP])",
+    "knows nothing of": "signal.pause()",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_whether_a_signal_would_end_a_process_that_(way: str) -> None:
+    program = f"import signal; print('ready', flush=True); {WAYS[way]}"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        with Process(child.pid) as process:
+            while process.read("wchan") in ("", "0") or "R" in process.read("stat").split(")")[1][:2]:
+                pass  # until it sleeps in its last call
+            assert process.survives(signal.SIGHUP) == (way != "knows nothing of")
+        child.kill()
