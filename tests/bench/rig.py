@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What is measured on: a real daemon, real processes in mount namespaces of their own, and images.
+
+Services are forked from here rather than started by `exec`, which does the same (a namespace, a registration) but
+starts an interpreter for each: a hundred of them would take minutes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from images import confext, image, noise
+
+from watcher.managers.standalone import Registration, register
+from watcher.mounts import syscalls
+from watcher.process import start_time
+
+CHECKOUT = Path(__file__).resolve().parent.parent.parent
+SECONDS = 60.0
+"""Nothing takes this long: what does is a failure."""
+
+MARK = b"@version-00000000"
+STAMP = "etc/bench/version"
+_TOLD = struct.Struct("=qq17s")
+
+
+class Failed(Exception):
+    """A measurement did not come about: one line that says why."""
+
+
+class Image:
+    """An image of 1 MiB as a pattern for any number of versions that differ in a few bytes only.
+
+    Nothing in it is compressed, so that a version can be made by writing over a mark; that keeps mksquashfs and its
+    kin out of what is measured.
+    """
+
+    def __init__(self, where: Path, fstype: str, size: int = 1 << 20) -> None:
+        # Blocks of its own for the mark: erofs has a checksum over the first.
+        files = {STAMP: MARK + bytes(8192 - len(MARK)), "etc/bench/data": noise(size - (64 << 10))}
+        tree = confext(where / f"tree-{fstype}", "web", files)
+        options = ("-noI", "-noD", "-noF", "-noX", "-no-fragments") if fstype == "squashfs" else ()
+        self.fstype = fstype
+        self._data = bytearray(image(tree, where / f"pattern.{fstype}", fstype, *options).read_bytes())
+        self._place = self._data.index(MARK)
+
+    def version(self, number: int) -> bytes:
+        """The bytes of a version; its STAMP starts with `stamp(number)`."""
+        self._data[self._place : self._place + len(MARK)] = stamp(number)
+        return bytes(self._data)
+
+
+def stamp(number: int) -> bytes:
+    return b"@version-%08d" % number
+
+
+@contextlib.contextmanager
+def dying() -> Iterator[None]:
+    """In a forked child: whatever happens, nothing of the parent's runs in it afterwards."""
+    try:
+        yield
+    except BaseException:  # noqa: BLE001 -- told, and the end
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+@dataclass(slots=True)
+class Service:
+    """A process in a mount namespace of its own that says when it was told to reload, and what it then saw."""
+
+    name: str
+    pid: int
+    told: int
+    pidfd: int
+
+    def handled(self) -> tuple[int, bytes]:
+        """When its reload handler ran (CLOCK_MONOTONIC, ns), and the STAMP it saw. Waits."""
+        _, when, seen = _TOLD.unpack(os.read(self.told, _TOLD.size))
+        return when, seen
+
+    def end(self) -> None:
+        signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        os.close(self.pidfd)
+        os.close(self.told)
+
+
+@contextlib.contextmanager
+def service(
+    name: str, runtime_directory: Path | None, confext_dir: Path, *, program: Sequence[str] = ()
+) -> Iterator[Service]:
+    """A service, registered where the daemon looks; without a runtime directory it is nobody's.
+
+    Args:
+        program: what it becomes; nothing: a process that answers every SIGHUP.
+    """
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        with dying():
+            os.close(reading)
+            _be_service(name, runtime_directory, confext_dir, writing, program)
+    os.close(writing)
+    made = Service(name, pid, reading, os.pidfd_open(pid))
+    try:
+        if not program:
+            made.handled()  # it is ready
+        yield made
+    finally:
+        made.end()
+
+
+def _be_service(
+    name: str, runtime_directory: Path | None, confext_dir: Path, told: int, program: Sequence[str]
+) -> None:
+    syscalls.unshare(syscalls.CLONE_NEWNS)
+    syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_SLAVE)
+    syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_SHARED)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    if runtime_directory is not None:
+        status = os.stat("/proc/self/ns/mnt")
+        registration = Registration(
+            name=name,
+            pid=os.getpid(),
+            started=start_time(os.getpid()),
+            namespace=(status.st_dev, status.st_ino),
+            confext_dirs=(str(confext_dir),),
+            # Ignored by a program that knows nothing of it.
+            reload_signal="SIGWINCH" if program else "SIGHUP",
+        )
+        register(str(runtime_directory), registration)
+    if program:
+        os.execvp(program[0], list(program))
+    os.write(told, _TOLD.pack(os.getpid(), 0, b""))
+    while True:
+        signal.sigwait({signal.SIGHUP})
+        when = time.monotonic_ns()
+        os.write(told, _TOLD.pack(os.getpid(), when, _seen(f"/{STAMP}")))
+
+
+def _seen(path: str) -> bytes:
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return b""
+    try:
+        return os.read(fd, len(MARK))
+    finally:
+        os.close(fd)
+
+
+class Rig:
+    """A scratch directory, with the daemon's directories in it and `SettleSec=0`."""
+
+    def __init__(self, where: Path) -> None:
+        self.where = where
+        self.runtime_directory = where / "run"
+        self.state_directory = where / "state"
+        (where / "conf").mkdir()
+        (where / "conf/watcher.conf").write_text("[Watcher]\nSettleSec=0\n")
+        self._environment = os.environ | {
+            "PYTHONPATH": str(CHECKOUT),
+            "RUNTIME_DIRECTORY": str(self.runtime_directory),
+            "STATE_DIRECTORY": str(self.state_directory),
+            "CONFIGURATION_DIRECTORY": str(where / "conf"),
+        }
+
+    def directory(self, name: str) -> Path:
+        """A `.confext.d` of that name with a `web.raw.v` in it; the latter."""
+        drop = self.where / name / "web.raw.v"
+        drop.mkdir(parents=True)
+        return drop
+
+    @contextlib.contextmanager
+    def daemon(self) -> Iterator[Daemon]:
+        """The daemon, ready; its log is in `daemon.log`."""
+        # As a service manager would be told (sd_notify(3)): no polling of a log.
+        with (
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready,
+            open(self.where / "daemon.log", "ab") as log,
+        ):
+            address = f"\0confext-bench-{os.getpid()}-{time.monotonic_ns()}"
+            ready.bind(address)
+            ready.settimeout(SECONDS)
+            start = time.monotonic()
+            process = subprocess.Popen(
+                [sys.executable, "-m", "watcher.cli", "run"],
+                env=self._environment | {"NOTIFY_SOCKET": "@" + address[1:]},
+                stdout=log,
+                stderr=log,
+                cwd=CHECKOUT,
+            )
+            try:
+                while b"READY=1" not in ready.recv(4096):
+                    pass
+                yield Daemon(process.pid, time.monotonic() - start)
+            except TimeoutError as error:
+                raise Failed(f"the daemon was not ready after {SECONDS:.0f} s") from error
+            finally:
+                process.terminate()
+                process.wait(SECONDS)
+
+
+@dataclass(frozen=True, slots=True)
+class Daemon:
+    """The daemon; `started` is how long it took to be ready, seconds."""
+
+    pid: int
+    started: float
+
+    def cpu(self) -> float:
+        """Processor time of all its threads so far, milliseconds."""
+        return cpu(self.pid)
+
+    def wakeups(self) -> int:
+        """How often any of its threads was switched to so far."""
+        total = 0
+        for status in Path(f"/proc/{self.pid}/task").glob("*/status"):
+            for line in status.read_text().splitlines():
+                if "ctxt_switches" in line:
+                    total += int(line.split()[1])
+        return total
+
+    def memory(self) -> dict[str, float]:
+        return memory(self.pid)
+
+
+def cpu(pid: int) -> float:
+    total = 0
+    for schedstat in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        total += int(schedstat.read_text().split()[0])
+    return total / 1e6
+
+
+def memory(pid: int) -> dict[str, float]:
+    """`Rss` and `Pss` in MiB (proc_pid_smaps(5))."""
+    rows = (line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+    return {row[0].rstrip(":"): int(row[1]) / 1024 for row in rows if row[0] in ("Rss:", "Pss:")}
+
+
+@contextlib.contextmanager
+def rig() -> Iterator[Rig]:
+    with tempfile.TemporaryDirectory(prefix="confext-bench-") as directory:
+        yield Rig(Path(directory))
+
+
+def drop(data: bytes, directory: Path, name: str = "web_1.raw") -> int:
+    """Put an image into a directory as rsync does: under a hidden name, then by rename. When (ns) that happened."""
+    hidden = directory / f".{name}.Xa81b"
+    hidden.write_bytes(data)
+    when = time.monotonic_ns()
+    os.rename(hidden, directory / name)
+    return when
+
+
+class Eye:
+    """Sees a service's `/etc` from outside, and when it changes."""
+
+    def __init__(self, pid: int) -> None:
+        self._path = f"/proc/{pid}/root/{STAMP}"
+        self._table = os.open(f"/proc/{pid}/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+        self._poll = select.poll()
+        self._poll.register(self._table, select.POLLPRI)
+
+    def close(self) -> None:
+        os.close(self._table)
+
+    def sees(self, wanted: bytes) -> int:
+        """When (ns) `/etc` was first seen to hold the wanted STAMP. Waits for the mount table to change."""
+        while _seen(self._path) != wanted:
+            if not self._poll.poll(SECONDS * 1000):
+                raise Failed(f"{wanted.decode()} was not seen in /etc after {SECONDS:.0f} s")
+        return time.monotonic_ns()
