@@ -160,6 +160,13 @@ def _add_exec(parser: argparse.ArgumentParser) -> None:
         help="run after a reload, repeated for up to 10 s; rolled back if it goes on failing",
     )
     parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any other setting of [X-Confext], such as HealthWatchSec=5s",
+    )
+    parser.add_argument(
         "program", nargs="+", metavar="PROGRAM", help="the program and its arguments, after --"
     )
     parser.set_defaults(command=_exec)
@@ -179,11 +186,15 @@ def _run(settings: Settings, options: argparse.Namespace) -> int:
 
 def _exec(settings: Settings, options: argparse.Namespace) -> int:
     from watcher.launch import CannotStart, Order, launch
+    from watcher.managers.standalone import service_settings
 
     try:
         command = tuple(shlex.split(options.reload_command))
     except ValueError as error:
         return _fail(f"--reload-command: {error}", USAGE)
+    _, wrong = service_settings(options.set, options.check, options.health_check)
+    if wrong:
+        return _fail(f"{wrong[0].text}", USAGE)
     order = Order(
         name=options.name,
         program=tuple(options.program),
@@ -194,6 +205,7 @@ def _exec(settings: Settings, options: argparse.Namespace) -> int:
         reload_command=command,
         check=tuple(options.check),
         health_check=tuple(options.health_check),
+        settings=tuple(options.set),
     )
     try:
         launch(settings, order)

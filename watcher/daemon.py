@@ -19,7 +19,7 @@ import trio
 from watcher import config, journal, notify
 from watcher.admission import Admission
 from watcher.backend import Control
-from watcher.config import ServiceSettings, Settings
+from watcher.config import Settings
 from watcher.control import serve
 from watcher.ledger import Ledger
 from watcher.line import Line, Tools
@@ -81,7 +81,7 @@ def _tools(settings: Settings) -> Iterator[Tools]:
         store = stack.enter_context(
             Store(settings.state_directory, settings.store_max, settings.image_max, settings.keep_stacks)
         )
-        standalone = Standalone(settings.runtime_directory, shop, ServiceSettings())
+        standalone = Standalone(settings.runtime_directory, shop)
         stack.callback(standalone.close)
         manager: Manager = standalone
         if on_systemd():

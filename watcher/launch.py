@@ -54,6 +54,7 @@ class Order:
     reload_command: tuple[str, ...] = ()
     check: tuple[str, ...] = ()
     health_check: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
 
 
 def launch(settings: Settings, order: Order) -> None:
@@ -84,6 +85,7 @@ def launch(settings: Settings, order: Order) -> None:
         reload_command=order.reload_command,
         check=order.check,
         health_check=order.health_check,
+        settings=order.settings,
     )
     register(settings.runtime_directory, registration)
     # Python ignores these two, and what is ignored stays so.

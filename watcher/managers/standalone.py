@@ -19,18 +19,19 @@ import select
 import shlex
 import signal
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import trio
 
-from watcher import inside, journal, resolve
+from watcher import config, inside, journal, resolve
 from watcher.config import ServiceSettings
 from watcher.managers import Reloaded, Service
 from watcher.managers.tell import send_signal
-from watcher.model import Declared, Entry, Interest, Kind, shown
+from watcher.model import Declared, Entry, Interest, Kind, Remark, shown
 from watcher.mounts.workshop import Workshop
 from watcher.process import Gone, Process, descendants
+from watcher.unitfile import Assignment
 from watcher.watch import Watcher
 
 # A unit's name (systemd.unit(5)), so that the same service can later be run by systemd under the same slots.
@@ -52,6 +53,7 @@ class Registration:
         reload_signal: name of a signal, "" for none.
         reload_command: words of a command that is run in the service's mount namespace as its user.
         check, health_check: command lines, as `Check=` and `HealthCheck=` have them.
+        settings: others of `[X-Confext]`, "KEY=VALUE".
     """
 
     name: str
@@ -65,6 +67,7 @@ class Registration:
     reload_command: tuple[str, ...] = ()
     check: tuple[str, ...] = ()
     health_check: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
 
     @property
     def declared(self) -> Declared:
@@ -82,6 +85,21 @@ def declared(images: Sequence[str], directories: Sequence[str], confext_dirs: Se
 
 def _entry(path: str, kind: Kind) -> Entry:
     return resolve.entry(path.removeprefix("-"), kind, optional=path.startswith("-"), declared=True)
+
+
+def service_settings(
+    settings: Iterable[str], check: Sequence[str] = (), health_check: Sequence[str] = ()
+) -> tuple[ServiceSettings, tuple[Remark, ...]]:
+    """Settings of a standalone service, and what is wrong with them."""
+    pairs = [setting.partition("=")[::2] for setting in settings]
+    pairs += [("Check", command) for command in check] + [
+        ("HealthCheck", command) for command in health_check
+    ]
+    section = config.SERVICE_SECTION
+    return config.service_settings(
+        Assignment(section, key.strip(), value.strip(), "--set", line)
+        for line, (key, value) in enumerate(pairs, 1)
+    )
 
 
 def valid_name(name: str) -> bool:
@@ -174,10 +192,9 @@ def registrations(runtime_directory: str) -> Iterator[str]:
 class Standalone:
     """The manager of services that were started with `confext-watcher exec`."""
 
-    def __init__(self, runtime_directory: str, shop: Workshop, settings: ServiceSettings) -> None:
+    def __init__(self, runtime_directory: str, shop: Workshop) -> None:
         self._runtime_directory = runtime_directory
         self._shop = shop
-        self._settings = settings
         self._services: dict[str, Service] = {}
         self._registrations: dict[str, Registration] = {}
         # All pidfds in one epoll instance, so that one task waits for the end of any service.
@@ -286,13 +303,13 @@ class Standalone:
 
     def _adopt(self, registration: Registration) -> None:
         self._registrations[registration.name] = registration
+        # `exec` has refused what is wrong with them.
+        settings, _ = service_settings(registration.settings, registration.check, registration.health_check)
         service = Service(
             name=registration.name,
             declared=registration.declared,
             manager="standalone",
-            settings=dataclasses.replace(
-                self._settings, check=registration.check, health_check=registration.health_check
-            ),
+            settings=settings,
         )
         with contextlib.suppress(Gone):
             main = Process(registration.pid, registration.started)
