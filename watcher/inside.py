@@ -14,7 +14,7 @@ import functools
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -142,9 +142,10 @@ async def run(
         HostNamespace: the namespace is the host's.
     """
     reading, writing = os.pipe2(os.O_CLOEXEC)
-    null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        child = await shop.run(_start, place, who, tuple(words), null, writing)
+        # Here: where a worker stands there are neither devices nor control groups.
+        with open("/dev/null", "rb") as null, _opened(who.cgroup) as group:
+            child = await shop.run(_start, place, who, tuple(words), null.fileno(), writing, group)
     except BaseException as error:
         os.close(reading)
         if isinstance(error, OSError):
@@ -154,8 +155,17 @@ async def run(
         raise
     finally:
         os.close(writing)
-        os.close(null)
     return await _follow(child, reading, timeout_sec)
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[int]:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC) if path else -1
+    try:
+        yield fd
+    finally:
+        if path:
+            os.close(fd)
 
 
 def _start(
@@ -164,16 +174,12 @@ def _start(
     words: Sequence[str],
     stdin: int,
     stdout: int,
+    group: int,
 ) -> subprocess.Popen[bytes]:
-    with contextlib.ExitStack() as held:
-        group = -1
-        if who.cgroup:
-            group = os.open(who.cgroup, os.O_WRONLY | os.O_CLOEXEC)
-            held.callback(os.close, group)
-        # In a user namespace of one user there is nothing to change to, and setgroups() is not allowed.
-        other = (who.user, who.group) != (os.geteuid(), os.getegid())
-        become = functools.partial(_become, who, group, other=other)
-        held.enter_context(place())
+    # In a user namespace of one user there is nothing to change to, and setgroups() is not allowed.
+    other = (who.user, who.group) != (os.geteuid(), os.getegid())
+    become = functools.partial(_become, who, group, other=other)
+    with place():
         return subprocess.Popen(
             words,
             stdin=stdin,

@@ -103,6 +103,8 @@ class Judge:
         if judged.ok:
             journal.log.info(f"{service.name}: started well on {_labels(wanted.stack)}", service=service.name)
             await self._proved_good(service, memory, wanted)
+            if service.manager == "standalone":
+                memory.afterglow = None  # as in _failed_to_start()
             return True
         if not service.settings.rollback:
             event = report.failed(service.name, self._before(service, wanted), wanted.stack, judged, Times())

@@ -21,6 +21,7 @@ class Notes:
     def __init__(self, directory: str) -> None:
         self._directory = directory
         os.makedirs(directory, 0o700, exist_ok=True)
+        self._tidy()
 
     def write(self, service: str, text: str) -> None:
         """Write a note, not empty, in place of the one that is there."""
@@ -43,6 +44,14 @@ class Notes:
         """Remove the note about a service, if there is one."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path(service))
+
+    def _tidy(self) -> None:
+        """Remove what a writer left that was killed."""
+        for name in os.listdir(self._directory):
+            pid = name.rpartition(".")[2]
+            if name.startswith(".") and not os.path.exists(f"/proc/{pid}"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(self._directory, name))
 
     def _path(self, service: str) -> str:
         return os.path.join(self._directory, service)

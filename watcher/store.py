@@ -230,10 +230,11 @@ class Store:
         flags = os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(_LOCK, flags, 0o600, dir_fd=self._directory)
         try:
-            fcntl.flock(fd, operation)
+            try:
+                fcntl.flock(fd, operation)
+            except BlockingIOError as error:
+                raise Busy("copies are being made") from error
             yield
-        except BlockingIOError as error:
-            raise Busy("copies are being made") from error
         finally:
             os.close(fd)
 

@@ -211,7 +211,11 @@ def mount_setattr(
 
 def openat2(dirfd: int, path: str, flags: int, resolve: int) -> int:
     packed = _open_how.pack(flags | os.O_CLOEXEC, 0, resolve)
-    return _check(_openat2(dirfd, _bytes(path), packed, _open_how.size), path)
+    while True:
+        try:
+            return _check(_openat2(dirfd, _bytes(path), packed, _open_how.size), path)
+        except BlockingIOError:
+            continue  # something was renamed or mounted anywhere, while a ".." had to be kept inside
 
 
 def rename_noreplace(old: str, new: str) -> None:
