@@ -11,6 +11,7 @@ Paths and names are `str` as `os.fsdecode()` makes them: bytes that are not UTF-
 from __future__ import annotations
 
 import enum
+import functools
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -221,6 +222,11 @@ class Stack:
 
 def stack_id(digests: Iterable[str]) -> str:
     """Identity of a stack by the digests of its layers, bottom to top: 16 hexadecimal digits, "" if there are none."""
+    return _stack_id(tuple(digests))
+
+
+@functools.lru_cache(maxsize=1024)
+def _stack_id(digests: tuple[str, ...]) -> str:
     joined = "\n".join(digests)
     return hashlib.sha256(joined.encode()).hexdigest()[:16] if joined else ""
 

@@ -9,6 +9,7 @@ number could not have been given to another.
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 from types import TracebackType
@@ -124,10 +125,11 @@ class Process:
         """
         if number in _HARMLESS:
             return True
-        fields = dict(line.split(":\t", 1) for line in self.read("status").splitlines() if ":\t" in line)
-        masks = (int(fields[name], 16) for name in ("SigCgt", "SigIgn", "SigBlk"))
+        masks = re.findall(r"^Sig(?:Blk|Ign|Cgt):\t(\w+)$", self.read("status"), re.MULTILINE)
         # While a thread is in sigwait(3) the kernel takes what it waits for off its mask.
-        return any(mask >> (number - 1) & 1 for mask in masks) or "sigtimedwait" in self.read("wchan")
+        return any(int(mask, 16) >> (number - 1) & 1 for mask in masks) or "sigtimedwait" in self.read(
+            "wchan"
+        )
 
     def signal(self, number: int) -> None:
         """Send a signal.

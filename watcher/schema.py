@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -279,13 +280,16 @@ ERRORS: dict[str, type[CallError]] = {
 }
 
 
+_NOT_PLAIN = re.compile("[\0\ud800-\udfff]")
+
+
 def text(value: str) -> str:
     """`value` as JSON and SQLite can carry it: bytes that are not UTF-8 (surrogates) and NUL become "\\xNN".
 
     Everything else stays, so that an ordinary path is itself. Names that are to be compared go through this on both
     sides.
     """
-    if "\0" not in value and not any("\ud800" <= char <= "\udfff" for char in value):
+    if not _NOT_PLAIN.search(value):
         return value
     return "".join(_plain(char) for char in value)
 

@@ -257,7 +257,7 @@ def _write_record(directory: int, accepted: Accepted) -> None:
     }
     fd = os.open(_RECORD, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=directory)
     with open(fd, "w", encoding="ascii") as file:
-        json.dump(record, file, indent=1)
+        file.write(json.dumps(record))
         file.flush()
         start_writing(fd)
 

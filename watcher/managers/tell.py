@@ -21,12 +21,11 @@ async def send_signal(main: Process, number: signal.Signals) -> Reloaded:
     Raises:
         Gone: it has ended.
     """
-    with trio.move_on_after(_HANDLER_SEC):
-        while not main.survives(number):
-            await trio.sleep(0.02)
-    if not main.survives(number):
-        return Reloaded(
-            ok=True, reason=f"{number.name} was not sent, it has no handler and would be ended by it"
-        )
+    deadline = trio.current_time() + _HANDLER_SEC
+    while not main.survives(number):
+        if trio.current_time() > deadline:
+            reason = f"{number.name} was not sent, it has no handler and would be ended by it"
+            return Reloaded(ok=True, reason=reason)
+        await trio.sleep(0.02)
     main.signal(number)
     return Reloaded(ok=True, told=number.name)
