@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from watcher.model import Copy, Kind, Layer, Stack
 from watcher.mounts.compare import shows
 from watcher.mounts.namespaces import Namespace, of_service
-from watcher.mounts.swap import Swapped, read_table, swap
+from watcher.mounts.swap import Moved, Swapped, swap
 from watcher.mounts.table import Mounted
 from watcher.mounts.workshop import Workshop
 from watcher.process import Process
@@ -56,25 +57,39 @@ def converge(
     Raises:
         Whatever `of_service()` and `swap()` do.
     """
-    with of_service(shop, main, pids) as namespaces:
-        before = read_table(shop, namespaces[-1].fd).mounted() if len(namespaces) > 1 else None
-        done = [_bring(shop, one, stack, copies, begin, compared) for one in namespaces]
-    remarks = dict.fromkeys(remark for swapped in done for remark in swapped.remarks)
+    done: list[Swapped] = []
+    remarks: list[str] = []
+    with of_service(shop, main, pids) as found:
+        bring = functools.partial(_bring, shop, stack, copies, begin, compared)
+        for nested in found.apart:
+            _try(bring, nested, done, remarks)
+        own = bring(found.main)
+        for nested in found.following:
+            _try(bring, nested, done, remarks)
+    made = [swapped for swapped in (*done, own) if swapped.done]
+    remarks += [remark for swapped in made for remark in swapped.remarks]
     return Converged(
-        before or done[-1].before,
-        sum(swapped.done for swapped in done),
-        sum(swapped.usec for swapped in done if swapped.done),
-        tuple(remarks),
+        own.before, len(made), sum(swapped.usec for swapped in made), tuple(dict.fromkeys(remarks))
     )
+
+
+def _try(
+    bring: Callable[[Namespace], Swapped], nested: Namespace, done: list[Swapped], remarks: list[str]
+) -> None:
+    """A sandbox with users of its own, where what came with it is locked, may not be helped; the service must."""
+    try:
+        done.append(bring(nested))
+    except (OSError, Moved) as error:
+        remarks.append(f"a process in a mount namespace of its own keeps the old stack: {error}")
 
 
 def _bring(
     shop: Workshop,
-    namespace: Namespace,
     stack: Stack,
     copies: Mapping[str, Copy],
     begin: Callable[[], None],
     compared: dict[Compared, bool],
+    namespace: Namespace,
 ) -> Swapped:
     def keep(mounted: Mounted) -> bool:
         if mounted.layers is None:

@@ -9,10 +9,10 @@ showing the old stack unless its mounts follow by propagation. Namespaces that s
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from watcher.mounts.descriptors import Descriptors
 from watcher.mounts.swap import read_table
 from watcher.mounts.table import Mount, Table
 from watcher.mounts.workshop import HostNamespace, Workshop
@@ -27,18 +27,34 @@ class Namespace:
     identity: tuple[int, int]
 
 
-@contextlib.contextmanager
-def of_service(shop: Workshop, main: Process, pids: Iterable[int]) -> Iterator[list[Namespace]]:
-    """The namespaces in which the service's stack has to be swapped: nested ones first, the main process's last.
+@dataclass(frozen=True, slots=True)
+class Namespaces:
+    """Where the stack of a service has to be swapped, in this order.
 
-    Runs on a worker of the workshop. Descriptors are closed at the end of the block. Where there are no others, which
-    is nearly always, nothing is entered for this.
+    Attributes:
+        apart: nested ones with mounts of their own below `/etc`. If they follow the main one they would keep the old
+            stack because of these, without what was lifted off it there: they have to be done before.
+        main: the main process's.
+        following: the other nested ones; most have followed once the main one is done.
+    """
+
+    apart: list[Namespace]
+    main: Namespace
+    following: list[Namespace]
+
+
+@contextlib.contextmanager
+def of_service(shop: Workshop, main: Process, pids: Iterable[int]) -> Iterator[Namespaces]:
+    """The namespaces of one service. Runs on a worker of the workshop.
+
+    Descriptors are closed at the end of the block. Where there are no nested ones, which is nearly always, nothing is
+    entered for this.
 
     Raises:
         HostNamespace: the main process shares the host's.
         Gone: the main process has ended.
     """
-    with contextlib.ExitStack() as fds:
+    with Descriptors() as fds:
         own = _hold(fds, main)
         shop.check_foreign(own.identity)
         others: dict[tuple[int, int], Namespace] = {}
@@ -48,8 +64,10 @@ def of_service(shop: Workshop, main: Process, pids: Iterable[int]) -> Iterator[l
                 if _identity(process) not in (own.identity, *others):
                     other = _hold(fds, process)
                     others[other.identity] = other
-        nested = _following(shop, own, others.values()) if others else []
-        yield [*nested, own]
+        found = Namespaces([], own, [])
+        if others:
+            _sort(shop, found, others.values())
+        yield found
 
 
 def _identity(process: Process) -> tuple[int, int]:
@@ -59,20 +77,19 @@ def _identity(process: Process) -> tuple[int, int]:
         raise Gone(f"process {process.pid} has ended") from None
 
 
-def _hold(fds: contextlib.ExitStack, process: Process) -> Namespace:
-    fd = process.namespace()
-    fds.callback(os.close, fd)
+def _hold(fds: Descriptors, process: Process) -> Namespace:
+    fd = fds.add(process.namespace())
     return Namespace(fd, namespace_id(fd))
 
 
-def _following(shop: Workshop, own: Namespace, others: Iterable[Namespace]) -> list[Namespace]:
-    table = read_table(shop, own.fd)
-    found = []
+def _sort(shop: Workshop, found: Namespaces, others: Iterable[Namespace]) -> None:
+    main = read_table(shop, found.main.fd)
     for other in others:
         with contextlib.suppress(HostNamespace):
-            if _belongs(read_table(shop, other.fd), table):
-                found.append(other)
-    return found
+            table = read_table(shop, other.fd)
+            if _belongs(table, main):
+                follows = main.carries(main.top, table.top, table)
+                (found.following if follows else found.apart).append(other)
 
 
 def _belongs(other: Table, main: Table) -> bool:

@@ -50,7 +50,9 @@ _CLEARED = sum(_FLAGS.values()) | syscalls.MOUNT_ATTR_ATIME
 
 def attributes(options: Sequence[str]) -> int:
     """The flags of a row of mountinfo, as fsmount(2) and mount_setattr(2) take them."""
-    flags = sum(_FLAGS.get(option, 0) for option in options)
+    flags = 0
+    for option in options:
+        flags |= _FLAGS.get(option, 0)
     if "noatime" not in options and "relatime" not in options:
         flags |= syscalls.MOUNT_ATTR_STRICTATIME
     return flags

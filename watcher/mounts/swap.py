@@ -208,7 +208,7 @@ def _swap_once(job: _Job, begin: Callable[[], None], keep: Callable[[Mounted], b
             begin()
             with job.shop.entered(job.namespace):
                 _require(survey)
-                _put(tree, survey.table.liftable)
+                _put(tree, survey.table)
             return swapped(done=True, remarks=remarks)
 
 
@@ -270,11 +270,12 @@ def _require_directory() -> None:
 
 def _only_lift(table: Table, stack: Stack) -> int:
     """How many overlays to lift where that is all there is to do, else 0."""
-    stacks, liftable = table.stacks, table.liftable
-    if liftable > 1 and _identity(stacks[-2]) == stack.id:
-        return 1  # killed between beneath and lift: what is wanted already lies beneath
-    if not stack.layers and liftable == len(stacks) and _are_on(table, table.top, table.beneath):
-        return liftable
+    for count in range(1, table.surplus + 1):
+        if _identity(table.stacks[-1 - count]) == stack.id:
+            return count
+    everything = len(table.stacks)
+    if not stack.layers and table.liftable == everything and table.carries(table.beneath, table.top):
+        return everything
     return 0
 
 
@@ -283,32 +284,19 @@ def _identity(mount: Mount) -> str | None:
     return None if layers is None else stack_id(layer.digest for layer in layers)
 
 
-def _are_on(table: Table, upper: Mount, lower: Mount) -> bool:
-    """Whether what is mounted on one mount is also mounted on another, or is nothing but a part of the stack itself."""
-    there = {row.point: row for row in table.on(lower)}
-    for row in table.on(upper):
-        twin = there.get(row.point)
-        if twin is None or not _are_on(table, row, twin):
-            return False
-        if (row.device, row.root) != (twin.device, twin.root) and row.device != table.top.device:
-            return False
-    return True
-
-
 def _require(survey: _Survey) -> None:
     """In the service: `/etc` must still be what the stack was made for."""
     if not survey.still_holds():
         raise Moved
 
 
-def _put(tree: int, liftable: int) -> None:
+def _put(tree: int, table: Table) -> None:
     """In the service: the atomic step."""
     flags = syscalls.MOVE_MOUNT_F_EMPTY_PATH
-    if not liftable:
+    if not table.liftable:
         syscalls.move_mount(tree, "", syscalls.AT_FDCWD, "/etc", flags)
         return
-    # More than one: somebody was killed between beneath and lift. All of them are complete.
-    _lift(liftable - 1)
+    _lift(table.surplus)
     syscalls.move_mount(tree, "", syscalls.AT_FDCWD, "/etc", flags | syscalls.MOVE_MOUNT_BENEATH)
     _lift(1)
 

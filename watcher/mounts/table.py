@@ -154,6 +154,35 @@ class Table:
         return count
 
     @property
+    def surplus(self) -> int:
+        """How many of `stacks`, from the top, hide one that could take their place at once.
+
+        Somebody was killed between beneath and lift. What a namespace that follows another has mounted below `/etc`
+        for itself is only on the upper one: then that is no surplus.
+        """
+        count = 0
+        while count < min(self.liftable, len(self.stacks) - 1):
+            upper, lower = self.stacks[-1 - count], self.stacks[-2 - count]
+            if layers_of(lower) is None or not self.carries(lower, upper):
+                break
+            count += 1
+        return count
+
+    def carries(self, lower: Mount, upper: Mount, other: Table | None = None) -> bool:
+        """Whether on `lower` is mounted what is on the stack `upper` (of another table), apart from parts of that."""
+        return self._carries(lower, other or self, upper, upper.device)
+
+    def _carries(self, lower: Mount, other: Table, upper: Mount, stack: str) -> bool:
+        there = {row.point: row for row in self.on(lower)}
+        for row in other.on(upper):
+            twin = there.get(row.point)
+            if twin is None or not self._carries(twin, other, row, stack):
+                return False
+            if (row.device, row.root) != (twin.device, twin.root) and row.device != stack:
+                return False
+        return True
+
+    @property
     def base(self) -> tuple[str, str]:
         """The directory that is `/etc` without `stacks`: device, and path on that."""
         return self._etc_of(self.beneath)
@@ -191,12 +220,9 @@ class Table:
 
     def mounted(self) -> Mounted:
         """Which stack `/etc` shows."""
-        stacks = self.stacks
-        if not stacks:
+        if not self.stacks:
             return Mounted(top=self.top.id)
-        layers = layers_of(stacks[-1])
-        doubled = len(stacks) > 1 and layers_of(stacks[-2]) is not None
-        return Mounted(layers, doubled, overlay=True, top=self.top.id)
+        return Mounted(layers_of(self.top), self.surplus > 0, overlay=True, top=self.top.id)
 
 
 def _rows(text: str) -> tuple[list[Mount], set[int]]:

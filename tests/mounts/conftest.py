@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A workshop, services, and stacks of small layers."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from images import confext, image
+from service import Service, make_root
+
+from watcher.model import Copy, Kind, Layer, Stack
+from watcher.mounts.swap import Swapped, swap
+from watcher.mounts.workshop import Workshop
+from watcher.process import may_mount
+
+BASE = {
+    "base.conf": "base",
+    "secret": "to be hidden",
+    "app/a.conf": "base",
+    "app/private": "to be hidden",
+    "app/sub/deep.conf": "base",
+    "empty/": "",
+}
+
+
+class Layers:
+    """Makes layers, and keeps the copies that a swap needs of them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.copies: dict[str, Copy] = {}
+        self._directory = directory
+        self._numbers = itertools.count()
+
+    def tree(self, files: Mapping[str, str], name: str = "web", version: str = "") -> Layer:
+        """A layer that is a directory tree, with files by their path below `etc`."""
+        root = self._tree(files, name)
+        return self._layer(root, Kind.DIRECTORY, "", name, version)
+
+    def image(self, files: Mapping[str, str], fstype: str, version: str = "") -> Layer:
+        root = self._tree(files, "web")
+        path = image(root, root.with_suffix(f".{fstype}"), fstype)
+        return self._layer(path, Kind.IMAGE, fstype, "web", version)
+
+    def _tree(self, files: Mapping[str, str], name: str) -> Path:
+        contents = {f"etc/{path}": text.encode() for path, text in files.items()}
+        return confext(self._directory / f"layer-{next(self._numbers)}", name, contents)
+
+    def _layer(self, path: Path, kind: Kind, fstype: str, name: str, version: str) -> Layer:
+        digest = hashlib.sha256(str(path).encode()).hexdigest()
+        self.copies[digest] = Copy(digest, str(path), 0, kind, fstype)
+        return Layer(path.name, name, version, digest, kind, str(path))
+
+
+class Swaps:
+    """Swaps stacks of these layers in the workshop."""
+
+    def __init__(self, shop: Workshop, layers: Layers) -> None:
+        self.shop = shop
+        self.layers = layers
+
+    def __call__(self, service: Service, *stack: Layer, begin: Callable[[], None] = lambda: None) -> Swapped:
+        copies = self.layers.copies
+        return self.shop.submit(swap, self.shop, service.namespace, Stack(stack), copies, begin).result()
+
+
+@pytest.fixture(scope="module")
+def shop() -> Iterator[Workshop]:
+    with Workshop(2, privileged=may_mount()) as made:
+        yield made
+
+
+@pytest.fixture
+def layers(tmp_path: Path) -> Layers:
+    return Layers(tmp_path)
+
+
+@pytest.fixture
+def swaps(shop: Workshop, layers: Layers) -> Swaps:
+    return Swaps(shop, layers)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Service]]:
+    """Starts services with a root of their own; `files` is their base instead of BASE, `inside` another service."""
+    numbers = itertools.count()
+    with contextlib.ExitStack() as running:
+
+        def started(*options: str, files: Mapping[str, str] = BASE, inside: Service | None = None) -> Service:
+            root = None if inside else make_root(tmp_path / f"root-{next(numbers)}", files)
+            return running.enter_context(Service(root, *options, inside=inside.pid if inside else None))
+
+        yield started
+
+
+@pytest.fixture
+def service(start: Callable[..., Service]) -> Service:
+    return start()
