@@ -26,13 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import structlog
 import trio
 import varlink
 from varlink.scanner import Interface
 
 import watcher
 from watcher import schema
+from watcher.lean import structlog
 from watcher.model import Event, shown
 from watcher.schema import CallError, Failed, NotPermitted, PlannedChange, Quarantined, ServiceStatus
 from watcher.wire import Connection, Peer, Places, Request, listening

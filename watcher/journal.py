@@ -20,12 +20,13 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Final, Literal, TextIO
+from typing import TYPE_CHECKING, Final, Literal, TextIO
 
-import structlog
-from structlog.typing import EventDict, Processor, WrappedLogger
-
+from watcher.lean import structlog
 from watcher.model import Event, Outcome, Remark, shown
+
+if TYPE_CHECKING:
+    from structlog.typing import EventDict, Processor, WrappedLogger
 
 Mode = Literal["auto", "console", "logfmt", "journal"]
 
