@@ -32,6 +32,8 @@ class Record:
     def __init__(self, ledger: Ledger, told: Callable[[Event], None] = lambda event: None) -> None:
         self._ledger = ledger
         self._told = told
+        self._unwritten: list[Event] = []
+        self._writing = trio.Lock()
         self._said: dict[str, frozenset[_Key]] = {}
         self._not_placed: dict[str, str] = {}
         self._needs_restart: dict[str, str] = {}
@@ -42,13 +44,25 @@ class Record:
             memory.pop(service, None)
 
     async def outcome(self, event: Event, *, critical: bool = False) -> None:
-        """One entry in the journal, one line of history."""
+        """One entry in the journal, one line of history.
+
+        While the disk is busy with one commit, the outcomes of other services gather for the next.
+        """
         journal.record(event, "critical" if critical else None)
+        self._unwritten.append(event)
+        with trio.CancelScope(shield=True):  # it has happened, also when we are about to end
+            async with self._writing:
+                await self._write()
+        self._told(event)
+
+    async def _write(self) -> None:
+        events, self._unwritten = self._unwritten, []
+        if not events:
+            return  # they were in somebody else's commit
         try:
-            await trio.to_thread.run_sync(self._ledger.append, event)
+            await trio.to_thread.run_sync(self._ledger.append, *events)
         except LedgerError as error:
             journal.log.error(f"history: {error}")
-        self._told(event)
 
     def placed(self, service: str) -> None:
         """Its stack could be put in place: what prevented that before is over."""

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Outcomes reach the history, all of them, in few commits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from watcher.ledger import Ledger, Reader
+from watcher.model import Event, Outcome
+from watcher.record import Record
+
+
+class Counting(Ledger):
+    """Counts its commits."""
+
+    commits = 0
+
+    def append(self, *events: Event) -> None:
+        self.commits += 1
+        super().append(*events)
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Counting]:
+    ledger = Counting(str(tmp_path))
+    yield ledger
+    ledger.close()
+
+
+def event(number: int) -> Event:
+    return Event(f"web{number}.service", Outcome.APPLIED, f"outcome {number}", when=number + 1)
+
+
+async def test_outcomes_of_many_services_at_once_share_a_commit(ledger: Counting, tmp_path: Path) -> None:
+    told: list[Event] = []
+    record = Record(ledger, told.append)
+    async with trio.open_nursery() as nursery:
+        for number in range(50):
+            nursery.start_soon(record.outcome, event(number))
+    history = Reader(str(tmp_path)).history(limit=100)
+    assert {one.message for one in history} == {f"outcome {number}" for number in range(50)}
+    assert len(told) == 50
+    assert ledger.commits <= 2  # the first one may have been alone
+
+
+async def test_an_outcome_is_written_also_when_we_are_told_to_end(ledger: Counting, tmp_path: Path) -> None:
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await Record(ledger).outcome(event(1))
+    assert [one.message for one in Reader(str(tmp_path)).history()] == ["outcome 1"]
