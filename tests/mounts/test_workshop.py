@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Workers stand in a namespace nobody sees, come back from wherever they were, and are replaced when they do not."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from service import Service
+
+from needs import filesystem, loop, root, tool
+from watcher.model import Kind, Layer, Refused, Stack
+from watcher.mounts import syscalls, workshop
+from watcher.mounts.swap import swap
+from watcher.mounts.workshop import PLACE, HostNamespace, Hung, Lost, Workshop
+from watcher.process import may_mount
+
+from .conftest import Layers, Swaps
+
+pytestmark = root
+
+Start = Callable[..., Service]
+
+
+def where() -> int:
+    return os.stat("/proc/thread-self/ns/mnt").st_ino
+
+
+def table() -> str:
+    return Path("/proc/thread-self/mountinfo").read_text()
+
+
+def tids() -> set[str]:
+    return set(os.listdir("/proc/self/task"))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what nothing announces: that the kernel has taken a thread apart."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def benches(shop: Workshop) -> list[str]:
+    """Those that are still there."""
+    points = [line.split()[4] for line in shop.submit(table).result().splitlines()]
+    return [point for point in points if point.removeprefix(PLACE + "/").isdecimal()]
+
+
+def both(shop: Workshop, function: Callable[[], object]) -> list[object]:
+    """What a function gives on each of two workers, which are known to do nothing else then."""
+    at_once = threading.Barrier(2)
+    futures = [shop.submit(lambda: (at_once.wait(10), function())) for _ in range(2)]
+    return [future.result()[1] for future in futures]
+
+
+@contextlib.contextmanager
+def strace(shop: Workshop, *injections: str) -> Iterator[None]:
+    """Inject faults into the one worker of a workshop."""
+    tid = shop.submit(threading.get_native_id).result()
+    words = [word for injection in injections for word in ("-e", f"inject={injection}")]
+    tracer = subprocess.Popen(
+        ["strace", "-p", str(tid), *words, "-o", "/dev/null"], stderr=subprocess.PIPE, text=True
+    )
+    with tracer:
+        assert tracer.stderr is not None and "attached" in tracer.stderr.readline()
+        try:
+            yield
+        finally:
+            tracer.send_signal(signal.SIGINT)
+
+
+# ---- apart from the rest
+
+
+def test_workers_share_one_namespace_that_nobody_else_is_in(shop: Workshop) -> None:
+    inside = both(shop, where)
+    assert inside[0] == inside[1] != where()
+    assert PLACE not in {line.split()[4] for line in table().splitlines() if "confext-watcher" in line}
+
+
+def test_what_is_mounted_there_is_seen_nowhere_else(shop: Workshop) -> None:
+    before = table()
+
+    def mounted() -> str:
+        with shop.bench():
+            syscalls.mount("none", ".", "tmpfs", 0)
+            return table()
+
+    assert shop.submit(mounted).result().count("\n") == before.count("\n") + 3
+    assert table() == before
+
+
+def test_results_and_errors_come_back(shop: Workshop) -> None:
+    assert shop.submit(divmod, 7, 2).result() == (3, 1)
+    with pytest.raises(ZeroDivisionError):
+        shop.submit(divmod, 7, 0).result()
+    assert shop.submit(divmod, 7, 2).result() == (3, 1)
+
+
+async def test_a_task_can_wait_for_them(shop: Workshop) -> None:
+    assert await shop.run(divmod, 7, 2) == (3, 1)
+    with pytest.raises(ZeroDivisionError):
+        await shop.run(divmod, 7, 0)
+
+
+def test_it_ends_with_everything_in_it() -> None:
+    before = tids(), len(os.listdir("/proc/self/fd"))
+    with Workshop(2) as shop:
+        assert len(tids() - before[0]) == 2
+        both(shop, where)
+    assert len(os.listdir("/proc/self/fd")) == before[1]
+    until(lambda: tids() == before[0])
+
+
+# ---- entering
+
+
+def test_inside_it_is_the_service_and_afterwards_it_is_not(shop: Workshop, service: Service) -> None:
+    def look() -> list[object]:
+        seen: list[object] = [where()]
+        with shop.entered(service.namespace):
+            seen += [os.stat("/proc/thread-self/ns/mnt").st_ino, os.listdir("/etc"), os.getcwd()]
+        return [*seen, where(), os.getcwd()]
+
+    before, inside, listed, directory, after, back = shop.submit(look).result()
+    assert inside == os.fstat(service.namespace).st_ino
+    assert "base.conf" in str(listed)
+    assert before == after != inside
+    assert directory == back == "/"
+
+
+def test_it_comes_back_from_an_error(shop: Workshop, service: Service) -> None:
+    def fail() -> None:
+        with shop.entered(service.namespace):
+            os.stat("/nothing-there")
+
+    before = both(shop, where)
+    with pytest.raises(FileNotFoundError):
+        shop.submit(fail).result()
+    assert both(shop, where) == before
+
+
+def test_the_mount_table_is_that_of_where_it_stands_and_tells_of_changes(
+    shop: Workshop, service: Service
+) -> None:
+    def look() -> tuple[str, bool, bool, bool]:
+        with shop.entered(service.namespace):
+            fd = shop.open_mountinfo()
+        poll = select.poll()
+        poll.register(fd, select.POLLPRI)
+        text = os.read(fd, 1 << 20).decode()
+        before = bool(poll.poll(0))
+        service("tmpfs('/mnt')")
+        after = bool(poll.poll(0)), bool(poll.poll(0))
+        os.close(fd)
+        return text, before, *after
+
+    expected = service("read('/proc/self/mountinfo')")
+    text, *changes = shop.submit(look).result()
+    assert text == expected
+    assert changes == [False, True, False]
+
+
+def test_it_does_not_enter_what_is_not_a_services(shop: Workshop) -> None:
+    def enter() -> None:
+        with open("/proc/self/ns/mnt") as file, shop.entered(file.fileno()):
+            raise AssertionError("inside")
+
+    with pytest.raises(HostNamespace):
+        shop.submit(enter).result()
+
+
+def test_two_workers_swap_at_the_same_time(start: Start, swaps: Swaps, layers: Layers) -> None:
+    services = [start(), start()]
+    made = [layers.tree({"web.conf": version}, version=version) for version in ("1", "2")]
+    shop = swaps.shop
+    for _ in range(20):
+        futures = [
+            shop.submit(swap, shop, service.namespace, Stack((layer,)), layers.copies)
+            for service, layer in zip(services, made, strict=True)
+        ]
+        assert all(future.result().done for future in futures)
+        shown = [service.read("/etc/web.conf") for service in services]
+        assert shown == [layer.version for layer in made]
+        made.reverse()
+
+
+# ---- lost and hanging workers
+
+
+@tool("strace")
+def test_a_worker_that_cannot_come_back_is_replaced(service: Service, layers: Layers) -> None:
+    stack = Stack((layers.tree({"web.conf": "1"}),))
+    with Workshop(1, privileged=may_mount()) as shop:
+        shop.submit(where).result()
+        count, descriptors = len(tids()), len(os.listdir("/proc/self/fd"))
+        for when in (2, 4):  # back from the look, back from the swap
+            with strace(shop, f"setns:error=EPERM:when={when}"), pytest.raises(Lost):
+                shop.submit(swap, shop, service.namespace, stack, layers.copies).result()
+            assert benches(shop) == [], "another has taken its bench apart"
+            until(lambda: len(tids()) == count)
+            assert len(os.listdir("/proc/self/fd")) == descriptors
+        assert service.read("/etc/web.conf") == "1"
+        assert shop.submit(swap, shop, service.namespace, Stack(), {}).result().done
+
+
+@tool("strace")
+def test_a_bench_that_cannot_be_taken_apart_is_later(service: Service, layers: Layers) -> None:
+    stack = Stack((layers.tree({"web.conf": "1"}),))
+    with Workshop(1, privileged=may_mount()) as shop:
+        for call in ("umount2", "rmdir"):
+            with strace(shop, f"{call}:error=EBUSY:when=1"):
+                assert shop.submit(swap, shop, service.namespace, stack, layers.copies).result().done
+                shop.submit(where).result()
+            assert benches(shop) == []
+            assert shop.submit(os.listdir, PLACE).result() == ["images"]
+            assert shop.submit(swap, shop, service.namespace, Stack(), {}).result().done
+
+
+async def test_a_worker_that_hangs_is_replaced_and_leaves_when_it_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(workshop, "HANGS_SEC", 0.2)
+    free = threading.Event()
+    with Workshop(1, privileged=may_mount()) as shop:
+        before = tids()
+        with pytest.raises(Hung):
+            await shop.run(free.wait)
+        assert await shop.run(divmod, 7, 2) == (3, 1)
+        assert len(tids()) == len(before) + 1
+        free.set()
+        until(lambda: len(tids()) == len(before))
+        assert await shop.run(divmod, 7, 2) == (3, 1)
+
+
+async def test_what_waits_behind_one_that_hangs_is_not_done_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workshop, "HANGS_SEC", 0.2)
+    free, done = threading.Event(), []
+    with Workshop(1, privileged=may_mount()) as shop:
+        hangs = shop.submit(free.wait)
+        with pytest.raises(Hung, match="all workers"):
+            await shop.run(done.append, 1)
+        free.set()
+        hangs.result()
+        await shop.run(done.append, 2)
+    assert done == [2]
+
+
+def test_a_service_that_hangs_costs_one_worker(
+    monkeypatch: pytest.MonkeyPatch, service: Service, start: Start, layers: Layers
+) -> None:
+    monkeypatch.setattr(workshop, "HANGS_SEC", 0.1)
+    stack = Stack((layers.tree({"web.conf": "1"}),))
+    free, inside = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        inside.set()
+        free.wait()
+
+    with Workshop(2, privileged=may_mount()) as shop:
+        hangs = shop.submit(swap, shop, service.namespace, stack, layers.copies, hang)
+        inside.wait()
+        time.sleep(0.1)  # the limit itself
+        with pytest.raises(Hung):
+            shop.submit(swap, shop, service.namespace, stack, layers.copies).result()
+        other = start()
+        assert shop.submit(swap, shop, other.namespace, stack, layers.copies).result().done
+        free.set()
+        assert hangs.result().done
+        assert shop.submit(swap, shop, service.namespace, stack, layers.copies).result().done
+
+
+async def test_one_that_hangs_does_not_keep_the_program_from_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workshop, "HANGS_SEC", 0.1)
+    free = threading.Event()
+    shop = Workshop(1, privileged=may_mount())
+    with pytest.raises(Hung):
+        await shop.run(free.wait)
+    shop.close()
+    free.set()
+
+
+# ---- images
+
+
+@pytest.fixture
+def squashfs(layers: Layers) -> Layer:
+    return layers.image({"web.conf": "1"}, "squashfs")
+
+
+def loops(layers: Layers, layer: Layer) -> int:
+    path = layers.copies[layer.digest].path
+    backing = Path("/sys/block").glob("loop*/loop/backing_file")
+    return sum(one.read_text().strip() == path for one in backing if one.exists())
+
+
+@loop
+@tool("mksquashfs")
+@pytest.mark.skipif(not may_mount(), reason="needs root of the machine")
+class TestImages:
+    def test_an_image_is_mounted_once_for_all_its_users(self, layers: Layers, squashfs: Layer) -> None:
+        copy = layers.copies[squashfs.digest]
+        with Workshop(2) as shop:
+
+            def use() -> str:
+                with shop.images.attached([copy]) as roots:
+                    return Path(roots[copy.digest], "etc/web.conf").read_text()
+
+            assert both(shop, use) == both(shop, use) == ["1", "1"]
+            assert loops(layers, squashfs) == 1
+            shop.submit(shop.images.retain, [copy.digest]).result()
+            assert loops(layers, squashfs) == 1
+            shop.submit(shop.images.retain, []).result()
+            until(lambda: loops(layers, squashfs) == 0)
+            assert shop.submit(use).result() == "1"
+            assert loops(layers, squashfs) == 1
+
+    def test_one_in_use_is_not_unmounted(self, layers: Layers, squashfs: Layer) -> None:
+        copy = layers.copies[squashfs.digest]
+        with Workshop(1) as shop:
+
+            def use() -> str:
+                with shop.images.attached([copy]) as roots:
+                    shop.images.retain([])
+                    return Path(roots[copy.digest], "etc/web.conf").read_text()
+
+            assert shop.submit(use).result() == "1"
+
+    def test_a_service_keeps_its_stack_when_the_workshop_has_gone(
+        self, service: Service, layers: Layers, squashfs: Layer
+    ) -> None:
+        with Workshop(1) as shop:
+            shop.submit(swap, shop, service.namespace, Stack((squashfs,)), layers.copies).result()
+        assert service.read("/etc/web.conf") == "1"
+        assert loops(layers, squashfs) == 1
+
+    @filesystem("erofs")
+    @tool("mkfs.erofs")
+    def test_erofs_needs_no_loop_device_where_the_kernel_can_do_without(self, layers: Layers) -> None:
+        layer = layers.image({"web.conf": "1"}, "erofs")
+        with Workshop(1) as shop:
+
+            def use() -> str:
+                with shop.images.attached([layers.copies[layer.digest]]) as roots:
+                    return Path(roots[layer.digest], "etc/web.conf").read_text()
+
+            assert shop.submit(use).result() == "1"
+            release = tuple(map(int, os.uname().release.split(".")[:2]))
+            assert loops(layers, layer) == (0 if release >= (6, 12) else 1)
+
+    @pytest.mark.parametrize("fstype", ["squashfs", pytest.param("erofs", marks=filesystem("erofs"))])
+    def test_a_broken_image_is_refused_and_leaves_nothing(
+        self, layers: Layers, squashfs: Layer, tmp_path: Path, fstype: str
+    ) -> None:
+        broken = tmp_path / "broken.raw"
+        broken.write_bytes(os.urandom(1 << 16))
+        copy = layers.copies[squashfs.digest]
+        bad = type(copy)("b" * 64, str(broken), 1 << 16, Kind.IMAGE, fstype)
+        with Workshop(1) as shop:
+
+            def use() -> None:
+                with shop.images.attached([copy, bad]):
+                    raise AssertionError("mounted")
+
+            for _ in range(3):
+                with pytest.raises(Refused, match=f"the kernel cannot mount it as {fstype}: [^\n]+$"):
+                    shop.submit(use).result()
+            shop.submit(shop.images.retain, []).result()
+            assert "images/" not in shop.submit(table).result()
