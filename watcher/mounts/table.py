@@ -284,10 +284,20 @@ def layers_of(mount: Mount) -> tuple[MountedLayer, ...] | None:
 
 def layer_path(name: str, version: str, digest: str) -> str:
     """The path, relative to the directory in which a stack is put together, by which overlayfs is told a layer."""
-    label = _quote(name) + "_" + _quote(version)
-    # A cut through an escape would be another character.
-    cut = re.sub(r"%.?$", "", label[:_LABEL_MAX])
-    return f"{LAYERS}/{cut}@{digest}"
+    label = f"{_quote(name)}_{_quote(version)}"
+    if len(label) > _LABEL_MAX:
+        label = _cut(name, version)
+    return f"{LAYERS}/{label}@{digest}"
+
+
+def _cut(name: str, version: str) -> str:
+    """As much of it as there is room for, in whole characters."""
+    label = ""
+    for piece in (*map(_quote, name), "_", *map(_quote, version)):
+        if len(label) + len(piece) > _LABEL_MAX:
+            break
+        label += piece
+    return label
 
 
 def _quote(text: str) -> str:
