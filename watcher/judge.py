@@ -45,10 +45,13 @@ class Judge:
         if glow is not None and trio.current_time() < glow.until:
             if service.invocation == glow.invocation and service.main is not None and service.main.alive():
                 memory.afterglow = glow
-            elif service.failed:
+            elif service.failed or memory.restarted == glow.stack.id:
                 await self.keep_out(
                     service, memory, glow.stack, "its main process ended soon after the reload"
                 )
+            else:
+                # By somebody, or by systemd because it had ended (Restart=)? The second time it is no chance.
+                memory.restarted = glow.stack.id
         await self._failed_to_start(service, memory)
 
     async def _failed_to_start(self, service: Service, memory: Memory) -> None:

@@ -348,7 +348,7 @@ class Line:
 
 def _as_it_is(service: Service) -> Service:
     """Its manager may not have noticed yet that its main process has ended."""
-    if service.main is not None and service.main.alive():
+    if service.main is not None and service.main.pidfd >= 0 and service.main.alive():
         return service
     return replace(service, main=None, failed=service.failed or service.main is not None)
 

@@ -31,6 +31,7 @@ class Memory:
         held: what is kept out of it for the moment: digests (or `STACK` and an identity) with the reason.
         held_for: the start of the service for which `held` holds.
         output: what the command printed that the last stack failed by.
+        restarted: the stack on which the service was started anew just after it had been told: crash or chance.
         chances: stacks that were stopped in the middle of their trial, perhaps by somebody: they get a second one.
         origins: where its layers were found.
     """
@@ -43,5 +44,6 @@ class Memory:
     held: dict[str, str] = field(default_factory=dict)
     held_for: str = ""
     output: str = ""
+    restarted: str = ""
     chances: set[str] = field(default_factory=set)
     origins: Origins = field(default_factory=Origins)
