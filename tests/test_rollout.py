@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`Rollout=rolling`: who may have new content, and who waits."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from watcher.rollout import Peer, Rollout, may_go
+
+NEW = frozenset({"a"})
+
+
+def go(
+    *peers: Peer, running: bool = True, fresh: bool = False, parallel: int = 1, at_it: set[str] | None = None
+) -> bool:
+    return may_go(parallel, at_it or set(), running=running, fresh=fresh, peers=list(peers))
+
+
+def test_the_first_goes_and_the_others_wait_for_its_verdict() -> None:
+    assert go(Peer("b", running=True, offered=True))
+    assert not go(Peer("b", running=True, offered=True), at_it={"b"})
+    assert not go(Peer("b", running=True, accepted=True, on_trial=True))  # the watcher was killed in between
+    assert go(Peer("b", running=True, accepted=True))
+
+
+def test_then_so_many_at_a_time() -> None:
+    good, busy = Peer("b", running=True, accepted=True), Peer("c", running=True, accepted=True, on_trial=True)
+    assert not go(good, busy, at_it={"c"})
+    assert go(good, busy, at_it={"c"}, parallel=2)
+
+
+def test_one_that_runs_does_not_wait_for_one_that_does_not() -> None:
+    assert go(Peer("b", running=False, accepted=True, on_trial=True))
+
+
+def test_one_that_does_not_run_leaves_the_first_turn_to_those_that_do() -> None:
+    assert not go(Peer("b", running=True, offered=True), running=False)
+    assert go(Peer("b", running=True, offered=False), running=False)
+    assert go(Peer("b", running=True, offered=True), running=False, fresh=True)
+    assert not go(Peer("b", running=False, accepted=True, on_trial=True), running=False)
+
+
+@given(st.integers(2, 6), st.integers(1, 3), st.data())
+def test_never_more_than_one_has_what_nobody_has_proved_good(
+    count: int, parallel: int, data: st.DataObject
+) -> None:
+    asked: list[str] = []
+    rollout = Rollout(asked.append)
+    names = [f"s{number}" for number in range(count)]
+    accepted: set[str] = set()
+    proved: set[str] = set()
+    active: dict[str, object] = {}
+    for _ in range(data.draw(st.integers(1, 20))):
+        name = data.draw(st.sampled_from(names))
+        if name in active:
+            turn = active.pop(name)
+            proved.add(name)
+            turn.__exit__(None, None, None)  # type: ignore[attr-defined]
+            rollout.end(name)
+        elif name not in accepted:
+            peers = [
+                Peer(other, True, True, other in accepted, other not in proved)
+                for other in names
+                if other != name
+            ]
+            rollout.begin(name)
+            turn = rollout.turn(name, NEW, parallel, running=True, fresh=False, peers=peers)
+            if turn.__enter__():
+                active[name] = turn
+                accepted.add(name)
+            else:
+                turn.__exit__(None, None, None)
+                rollout.end(name)
+                asked.clear()
+        assert len(active) <= (parallel if proved else 1)
+
+
+def test_who_waits_is_asked_again_when_a_round_of_another_is_over() -> None:
+    asked: list[str] = []
+    rollout = Rollout(asked.append)
+    rollout.begin("a")
+    with rollout.turn("a", NEW, 1, running=True, fresh=False, peers=[]) as its_turn:
+        assert its_turn
+        rollout.begin("b")
+        with rollout.turn("b", NEW, 1, running=True, fresh=False, peers=[Peer("a", True)]) as its_turn:
+            assert not its_turn
+        rollout.end("b")
+        assert asked == []
+    rollout.end("a")
+    assert asked == ["b"]
