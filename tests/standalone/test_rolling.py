@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`Rollout=rolling` of services without systemd that share a directory; their tries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from needs import root, tool
+from place import Place, eventually
+
+pytestmark = [root, tool("mksquashfs")]
+
+NAMES = ("a.service", "b.service", "c.service")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    with Place(tmp_path) as made:
+        yield made
+
+
+def start(place: Place, *more: str) -> None:
+    place.image("1", "one")
+    place.start_daemon()
+    reload = f"sh -c 'echo $NAME >>{place.scratch}/told; ! grep -q broken /etc/web.conf'"
+    for name in NAMES:
+        place.environment["NAME"] = name
+        place.start("sleep", "infinity", name=name, options=("--reload-command", reload, *more))
+    for _ in NAMES:
+        place.until("started well")
+
+
+def told(place: Place) -> list[str]:
+    return (place.scratch / "told").read_text().split()
+
+
+def test_where_the_first_takes_it_badly_none_of_the_others_is_touched(place: Place) -> None:
+    start(place, "--set", "Rollout=rolling")
+    place.image("2", "broken")
+    line = place.until("outcome=rolled-back")
+    first = next(name for name in NAMES if f"service={name}" in line)
+    for _ in NAMES[1:]:
+        assert f"it did not do on {first}" in place.until("outcome=refused")
+    place.stop_daemon()
+    place.start_daemon()
+    place.image("0", "old")
+    assert told(place) == [first, first]
+    place.image("3", "three")
+    for _ in NAMES:
+        place.until("outcome=applied")
+    assert sorted(told(place)[2:]) == sorted(NAMES)
+
+
+def test_an_image_with_tries_is_counted_and_freed_of_them(place: Place) -> None:
+    start(place)
+    place.image("2+3", "broken")
+    for _ in NAMES:
+        place.until("outcome=rolled-back")
+    eventually(lambda: place.dropped() == ["web_1.raw", "web_2+0-3.raw"])
+    place.image("3+5", "fine")
+    for _ in NAMES:
+        place.until("outcome=applied")
+    eventually(lambda: "web_3.raw" in place.dropped())
