@@ -158,6 +158,29 @@ def test_what_the_watcher_needs_does_not_wait_for_it(host: Host, name: str) -> N
     assert "[Unit]" not in host.dropin(name)
 
 
+@pytest.mark.parametrize(
+    ("setting", "allowed"),
+    [
+        ("PrivateDevices=yes", True),
+        ("DevicePolicy=closed", True),
+        ("DeviceAllow=/dev/null rw", True),
+        ("PrivateDevices=no", False),
+        ("DevicePolicy=auto", False),
+        ("PrivateDevices=yes\nPrivateDevices=off", False),
+    ],
+)
+def test_a_unit_without_devices_may_use_loop_devices_and_one_with_all_is_not_restricted(
+    host: Host, setting: str, allowed: bool
+) -> None:
+    host.unit("web.service", PLAIN + setting + "\n", "web.raw")
+    assert ("DeviceAllow=block-loop rw\n" in host.dropin("web.service")) is allowed
+
+
+def test_trees_need_no_devices(host: Host) -> None:
+    host.unit("web.service", PLAIN + "PrivateDevices=yes\n", "tree")
+    assert "DeviceAllow" not in host.dropin("web.service")
+
+
 def test_enabled_no_leaves_a_unit_to_systemd(host: Host) -> None:
     host.unit("web.service", PLAIN + "[X-Confext]\nEnabled=no\n", "web.raw")
     assert host.generate() == []

@@ -90,12 +90,12 @@ def text(
 ) -> str:
     """The drop-in of one unit."""
     # Nothing in these words, nothing to parse: most units that take part declare nothing of it.
-    interesting = index.mentions(unit, b"Extension", b"DefaultDependencies", b"Before")
+    interesting = index.mentions(unit, b"Extension", b"DefaultDependencies", b"Before", b"Device")
     parsed = index.parse(unit) if interesting else unitfile.Parsed(())
     head = "" if _starts_before_us(unit.name, parsed) else _unit_section(state_directory)
     listed = _listed(index, unit, parsed, state_directory, complain)
     return f"# By {WATCHER}: this unit starts on its last accepted stack.\n{head}" + _service_section(
-        f"{state_directory}/units", unit.name, listed
+        f"{state_directory}/units", unit.name, listed, _restricts_devices(parsed)
     )
 
 
@@ -103,7 +103,7 @@ def _unit_section(state_directory: str) -> str:
     return f"[Unit]\nWants={WATCHER}\nAfter={WATCHER}\nRequiresMountsFor={state_directory}\n"
 
 
-def _service_section(slots: str, name: str, listed: Sequence[Listed]) -> str:
+def _service_section(slots: str, name: str, listed: Sequence[Listed], restricts_devices: bool) -> str:
     lines = ["[Service]", "ExtensionImages="]
     of_images = [item for item in listed if item.kind is Kind.IMAGE]
     of_directories = [item for item in listed if item.kind is Kind.DIRECTORY]
@@ -117,6 +117,8 @@ def _service_section(slots: str, name: str, listed: Sequence[Listed]) -> str:
         else:
             options = f":{item.options}" if item.options else ""
             lines.append(f"ExtensionImages={'-' * item.optional}{_image_word(item.path)}{options}")
+    if of_images and restricts_devices:
+        lines += ["DeviceAllow=/dev/loop-control rw", "DeviceAllow=block-loop rw"]
     lines.append("ExtensionDirectories=")
     unit = _directory_word(name) if units.is_template(name) else "%n"
     for item in of_directories:
@@ -241,6 +243,29 @@ def _starts_before_us(name: str, parsed: unitfile.Parsed) -> bool:
         return True
     before = unitfile.values(parsed.assignments, "Unit", "Before")
     return any(word in _BEFORE_US for assignment in before for word in assignment.value.split())
+
+
+def _restricts_devices(parsed: unitfile.Parsed) -> bool:
+    """Whether the unit keeps its processes from devices, and so systemd from the loop devices of its own images.
+
+    systemd lets itself through for `RootImage=` but not for `ExtensionImages=` (257 and 262): with `PrivateDevices=`
+    and an image no process of the unit can be started (226/NAMESPACE). Where nothing is restricted, `DeviceAllow=`
+    must not be set: it would be the first restriction.
+    """
+    private = unitfile.last(parsed.assignments, "Service", "PrivateDevices")
+    policy = unitfile.last(parsed.assignments, "Service", "DevicePolicy")
+    return (
+        (private is not None and _is_true(private.value))
+        or (policy is not None and policy.value in ("closed", "strict"))
+        or bool(unitfile.values(parsed.assignments, "Service", "DeviceAllow"))
+    )
+
+
+def _is_true(text: str) -> bool:
+    try:
+        return unitfile.boolean(text)
+    except ValueError:
+        return False
 
 
 def _enabled(index: Index, unit: Unit) -> bool:

@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import math
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,12 +18,9 @@ import pytest
 
 import needs
 from beds.bed import Bed
+from beds.host import SECONDS, SLEEP, UNITS, Host, install
 
 pytestmark = needs.bed
-
-SLEEP = "[Service]\nExecStart=/bin/sleep infinity\n"
-UNITS = "/etc/systemd/system"
-SECONDS = 20
 
 # A service as manager_probe.py shows it, None for one that takes no part (any more).
 Shown = dict[str, Any] | None
@@ -106,53 +101,20 @@ class Probe:
         return reloaded
 
 
-class Host:
-    """A bed with units made for a test, removed at its end."""
-
-    def __init__(self, bed: Bed, stack: contextlib.ExitStack) -> None:
-        self.bed = bed
-        self._stack = stack
-        self._made: list[Path] = []
-
-    def unit(self, name: str, text: str = SLEEP, *, takes_part: bool = True) -> None:
-        path = self.bed.path(f"{UNITS}/{name}")
-        path.write_text(text)
-        self._stack.callback(self._remove, name)
-        if takes_part:
-            self.bed.path(f"{UNITS}/{name}.confext.d").mkdir()
-        self.systemctl("daemon-reload")
-
-    def _remove(self, name: str) -> None:
-        pattern = name.replace("@.", "@*.")
-        self.bed.run(["systemctl", "stop", pattern], check=False)
-        self.bed.run(["systemctl", "reset-failed", pattern], check=False)
-        self.bed.run(["sh", "-c", f"rm -rf {UNITS}/{name}*; systemctl daemon-reload"])
-
-    def systemctl(self, *arguments: str) -> None:
-        self.bed.run(["systemctl", *arguments])
+class Managed(Host):
+    """A host on which the manager runs alone."""
 
     def probe(self) -> Probe:
         probe = Probe(self.bed)
-        self._stack.callback(probe.close)
+        self.stack.callback(probe.close)
         return probe
-
-    def main_pid(self, name: str) -> int:
-        return int(self.bed.property(name, "MainPID"))
-
-
-@functools.cache
-def install(bed: Bed) -> None:
-    """The generator and the units, besides the program itself."""
-    installer = Path(__file__).parents[2] / "contrib/packaging/install.py"
-    destination = ["--destdir", str(bed.path("/")), "--prefix", "/usr", "--no-compile"]
-    subprocess.run([sys.executable, str(installer), *destination], check=True)
 
 
 @pytest.fixture
-def host(bed: Bed) -> Iterator[Host]:
+def host(bed: Bed) -> Iterator[Managed]:
     install(bed)
     with contextlib.ExitStack() as stack:
-        yield Host(bed, stack)
+        yield Managed(bed, stack)
 
 
 def running(service: Shown) -> bool:
@@ -171,7 +133,7 @@ def gone(service: Shown) -> bool:
     return service is None
 
 
-def test_a_service_is_followed_through_start_stop_and_restart(host: Host) -> None:
+def test_a_service_is_followed_through_start_stop_and_restart(host: Managed) -> None:
     host.unit("followed.service")
     probe = host.probe()
     probe.until("followed.service", stopped)
@@ -185,7 +147,7 @@ def test_a_service_is_followed_through_start_stop_and_restart(host: Host) -> Non
     probe.until("followed.service", stopped)
 
 
-def test_a_service_that_goes_down_by_itself_is_told_from_one_that_was_stopped(host: Host) -> None:
+def test_a_service_that_goes_down_by_itself_is_told_from_one_that_was_stopped(host: Managed) -> None:
     host.unit("dies.service")
     host.systemctl("start", "dies.service")
     probe = host.probe()
@@ -198,7 +160,7 @@ def test_a_service_that_goes_down_by_itself_is_told_from_one_that_was_stopped(ho
     assert not probe.until("dies.service", stopped)["failed"]
 
 
-def test_the_executor_of_systemd_is_never_taken_for_the_service(host: Host) -> None:
+def test_the_executor_of_systemd_is_never_taken_for_the_service(host: Managed) -> None:
     # ProtectSystem= and its kin make the executor take its time.
     host.unit(
         "slow.service",
@@ -214,7 +176,7 @@ def test_the_executor_of_systemd_is_never_taken_for_the_service(host: Host) -> N
     assert all("(" not in (line.get("service") or {}).get("comm", "") for line in probe.seen)
 
 
-def test_a_confext_directory_is_noticed_without_daemon_reload_and_brings_the_drop_in(host: Host) -> None:
+def test_a_confext_directory_is_noticed_without_daemon_reload_and_brings_the_drop_in(host: Managed) -> None:
     host.unit("later.service", takes_part=False)
     probe = host.probe()
     host.bed.path(f"{UNITS}/later.service.confext.d").mkdir()
@@ -227,7 +189,7 @@ def test_a_confext_directory_is_noticed_without_daemon_reload_and_brings_the_dro
     probe.until("later.service", gone)
 
 
-def test_what_is_declared_is_read_from_the_files_and_followed_through_edit(host: Host) -> None:
+def test_what_is_declared_is_read_from_the_files_and_followed_through_edit(host: Managed) -> None:
     host.unit("declares.service", SLEEP + "ExtensionImages=-/srv/one.raw\n", takes_part=False)
     probe = host.probe()
     assert probe.until("declares.service", stopped)["images"] == ["/srv/one.raw"]
@@ -238,7 +200,7 @@ def test_what_is_declared_is_read_from_the_files_and_followed_through_edit(host:
     assert (found["directories"], found["reload"]) == (["/srv/tree"], "none")
 
 
-def test_an_alias_is_the_same_service(host: Host) -> None:
+def test_an_alias_is_the_same_service(host: Managed) -> None:
     host.unit("real.service", takes_part=False)
     host.bed.run(["ln", "-s", "real.service", f"{UNITS}/real.service-alias.service"])
     host.bed.path(f"{UNITS}/real.service-alias.service.confext.d").mkdir()
@@ -250,7 +212,7 @@ def test_an_alias_is_the_same_service(host: Host) -> None:
     assert f"{UNITS}/real.service-alias.service.confext.d" in found["confext_dirs"]
 
 
-def test_instances_of_a_template_are_followed_once_they_are_there(host: Host) -> None:
+def test_instances_of_a_template_are_followed_once_they_are_there(host: Managed) -> None:
     host.unit("many@.service")
     probe = host.probe()
     probe.until("many@.service", stopped)
@@ -261,7 +223,7 @@ def test_instances_of_a_template_are_followed_once_they_are_there(host: Host) ->
         assert f"{UNITS}/many@.service.confext.d" in found["confext_dirs"]
 
 
-def test_a_masked_unit_leaves_and_comes_back(host: Host) -> None:
+def test_a_masked_unit_leaves_and_comes_back(host: Managed) -> None:
     host.unit("masked.service")
     probe = host.probe()
     probe.until("masked.service", stopped)
@@ -275,7 +237,7 @@ def test_a_masked_unit_leaves_and_comes_back(host: Host) -> None:
 
 
 @pytest.mark.parametrize("action", ["restart dbus", "daemon-reexec"])
-def test_a_bus_or_a_systemd_that_starts_anew_is_found_again(host: Host, action: str) -> None:
+def test_a_bus_or_a_systemd_that_starts_anew_is_found_again(host: Managed, action: str) -> None:
     host.unit("lasting.service")
     host.systemctl("start", "lasting.service")
     probe = host.probe()
@@ -287,7 +249,7 @@ def test_a_bus_or_a_systemd_that_starts_anew_is_found_again(host: Host, action: 
     assert probe.reload("lasting.service")["ok"]
 
 
-def test_a_reload_runs_all_commands_and_is_done_when_they_are(host: Host) -> None:
+def test_a_reload_runs_all_commands_and_is_done_when_they_are(host: Managed) -> None:
     commands = "ExecReload=/bin/sleep 0.3\nExecReload=/bin/touch /run/reloaded\n"
     host.unit("reloads.service", SLEEP + commands)
     host.systemctl("start", "reloads.service")
@@ -298,7 +260,7 @@ def test_a_reload_runs_all_commands_and_is_done_when_they_are(host: Host) -> Non
     host.bed.path("/run/reloaded").unlink()
 
 
-def test_a_failing_reload_says_which_command_and_what_it_printed(host: Host) -> None:
+def test_a_failing_reload_says_which_command_and_what_it_printed(host: Managed) -> None:
     commands = (
         "ExecReload=-/bin/false\nExecReload=/bin/sh -c 'echo it will not do; echo really >&2; exit 7'\n"
     )
@@ -314,7 +276,7 @@ def test_a_failing_reload_says_which_command_and_what_it_printed(host: Host) -> 
     }
 
 
-def test_a_reload_that_hangs_times_out(host: Host) -> None:
+def test_a_reload_that_hangs_times_out(host: Managed) -> None:
     host.unit("hangs.service", SLEEP + "ExecReload=/bin/sleep 60\nTimeoutStartSec=1\n")
     host.systemctl("start", "hangs.service")
     probe = host.probe()
@@ -346,7 +308,7 @@ while True:
 """
 
 
-def test_a_notify_reload_service_gets_its_own_signal_and_is_waited_for(host: Host) -> None:
+def test_a_notify_reload_service_gets_its_own_signal_and_is_waited_for(host: Managed) -> None:
     host.bed.path("/root/notify_reload.py").write_text(NOTIFY_RELOAD_PROGRAM)
     host.unit("notifies.service", NOTIFY_RELOAD)
     host.systemctl("start", "notifies.service")
@@ -367,7 +329,7 @@ def test_a_notify_reload_service_gets_its_own_signal_and_is_waited_for(host: Hos
     ],
 )
 def test_a_service_that_cannot_reload_is_told_as_its_settings_say(
-    host: Host, setting: str, expected: dict[str, Any]
+    host: Managed, setting: str, expected: dict[str, Any]
 ) -> None:
     host.unit("mute.service", SLEEP + f"[X-Confext]\nReload={setting}\n")
     host.systemctl("start", "mute.service")
@@ -378,7 +340,7 @@ def test_a_service_that_cannot_reload_is_told_as_its_settings_say(
         probe.until("mute.service", lambda s: running(s) and s["invocation"] != before["invocation"])
 
 
-def test_a_reload_that_is_insisted_on_and_impossible_is_a_failure(host: Host) -> None:
+def test_a_reload_that_is_insisted_on_and_impossible_is_a_failure(host: Managed) -> None:
     host.unit("insists.service", SLEEP + "[X-Confext]\nReload=unit\n")
     host.systemctl("start", "insists.service")
     probe = host.probe()
@@ -386,7 +348,7 @@ def test_a_reload_that_is_insisted_on_and_impossible_is_a_failure(host: Host) ->
     assert not probe.reload("insists.service")["ok"]
 
 
-def test_a_reload_does_not_get_in_the_way_of_a_stop(host: Host) -> None:
+def test_a_reload_does_not_get_in_the_way_of_a_stop(host: Managed) -> None:
     host.unit("stops.service", SLEEP + "ExecReload=/bin/true\nExecStop=/bin/sleep 2\n")
     host.systemctl("start", "stops.service")
     probe = host.probe()
@@ -397,7 +359,7 @@ def test_a_reload_does_not_get_in_the_way_of_a_stop(host: Host) -> None:
     assert host.bed.property("stops.service", "ActiveState") == "inactive"
 
 
-def test_a_service_that_is_still_starting_is_reloaded_once_it_runs(host: Host) -> None:
+def test_a_service_that_is_still_starting_is_reloaded_once_it_runs(host: Managed) -> None:
     host.unit(
         "starts.service",
         "[Service]\nType=notify\nNotifyAccess=all\nExecReload=/bin/touch /run/reloaded-late\n"
@@ -411,7 +373,7 @@ def test_a_service_that_is_still_starting_is_reloaded_once_it_runs(host: Host) -
     host.bed.path("/run/reloaded-late").unlink()
 
 
-def test_all_processes_of_a_service_are_known(host: Host) -> None:
+def test_all_processes_of_a_service_are_known(host: Managed) -> None:
     host.unit("family.service", "[Service]\nExecStart=/bin/sh -c 'sleep infinity & sleep infinity & wait'\n")
     host.systemctl("start", "family.service")
     probe = host.probe()
@@ -445,7 +407,7 @@ def write_record(bed: Bed, unit: str, slots: list[str]) -> None:
     (units / ".tmp").rename(units / unit)
 
 
-def test_a_hundred_new_entries_in_a_second_make_one_or_two_daemon_reloads(host: Host) -> None:
+def test_a_hundred_new_entries_in_a_second_make_one_or_two_daemon_reloads(host: Managed) -> None:
     host.unit("burst.service")
     probe = host.probe()
     probe.until("burst.service", stopped)

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A bed as an administrator's host: units made for one test, confexts dropped, what services see and what is said."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from images import confext, image
+
+from beds.bed import Bed
+
+UNITS = "/etc/systemd/system"
+SLEEP = "[Service]\nExecStart=/bin/sleep infinity\n"
+SECONDS = 20
+"""How long something that is going to happen may take."""
+
+Entry = dict[str, Any]
+
+
+@functools.cache
+def install(bed: Bed) -> None:
+    """The program with its generator and units, as the package would."""
+    installer = Path(__file__).parents[2] / "contrib/packaging/install.py"
+    destination = ["--destdir", str(bed.path("/")), "--prefix", "/usr", "--no-compile"]
+    subprocess.run([sys.executable, str(installer), *destination], check=True)
+    bed.run(["python3", "-m", "compileall", "-q", "/usr/lib/confext-watcher"])
+    bed.run(["journalctl", "--update-catalog"])
+    bed.run(["systemctl", "daemon-reload"])
+
+
+class Host:
+    """A bed with units made for a test, removed at its end."""
+
+    def __init__(self, bed: Bed, stack: contextlib.ExitStack) -> None:
+        self.bed = bed
+        self.stack = stack
+
+    # --- units ---
+
+    def unit(self, name: str, text: str = SLEEP, *, takes_part: bool = True) -> None:
+        """Make a unit (and its `.confext.d/`); it is gone after the test, with all that belongs to it."""
+        self.bed.path(f"{UNITS}/{name}").write_text(text)
+        self.stack.callback(self._remove, name)
+        if takes_part:
+            self.confext_dir(name).mkdir()
+        self.systemctl("daemon-reload")
+
+    def take_part(self, name: str) -> None:
+        """Give a unit that is there anyway (of a package) a `.confext.d/`, for the length of the test."""
+        self.stack.callback(self._remove, name)
+        self.confext_dir(name).mkdir()
+
+    def confext_dir(self, name: str) -> Path:
+        return self.bed.path(f"{UNITS}/{name}.confext.d")
+
+    def _remove(self, name: str) -> None:
+        pattern = name.replace("@.", "@*.")
+        self.bed.run(["systemctl", "stop", pattern], check=False)
+        self.bed.run(["systemctl", "reset-failed", pattern], check=False)
+        state = "/var/lib/confext-watcher"
+        slots = f"{state}/units/{pattern} {state}/stacks/{pattern}"
+        self.bed.run(["sh", "-c", f"rm -rf {UNITS}/{name}* {slots}; systemctl daemon-reload"])
+
+    def systemctl(self, *arguments: str) -> None:
+        self.bed.run(["systemctl", *arguments])
+
+    def main_pid(self, name: str) -> int:
+        return int(self.bed.property(name, "MainPID"))
+
+    # --- the watcher ---
+
+    def watch(self) -> None:
+        """Start the watcher; it is stopped, and what it kept is gone, after the test."""
+        self.stack.callback(self.bed.run, ["sh", "-c", "rm -rf /var/lib/confext-watcher/*"])
+        self.stack.callback(self.systemctl, "stop", "confext-watcher")
+        self.systemctl("start", "confext-watcher")
+
+    # --- confexts ---
+
+    def image(
+        self, name: str, files: dict[str, str], *, mode: dict[str, tuple[int, int]] | None = None
+    ) -> Path:
+        """An image outside of the bed, `NAME.raw`, with `files` below /etc.
+
+        Args:
+            mode: (user, permissions) of some of the files.
+        """
+        scratch = Path(tempfile.mkdtemp(dir=self.bed.root.parent))
+        self.stack.callback(shutil.rmtree, scratch)
+        extension = name.partition("_")[0]
+        tree = confext(
+            scratch / "tree", extension, {f"etc/{path}": text.encode() for path, text in files.items()}
+        )
+        for path, (user, permissions) in (mode or {}).items():
+            os.chown(tree / "etc" / path, user, user)
+            (tree / "etc" / path).chmod(permissions)
+        return image(tree, scratch / f"{name}.raw")
+
+    def drop(self, source: Path, unit: str, name: str = "") -> Path:
+        """Copy a file into a unit's `.confext.d/` as scp would: in place, under its own name (or `name`)."""
+        target = self.confext_dir(unit) / (name or source.name)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, target)
+        return target
+
+    # --- what is to be seen ---
+
+    def see(self, unit: str, path: str) -> str:
+        """A file as the main process of a unit sees it; "" if it does not."""
+        pid = str(self.started(unit))
+        inside = ["nsenter", "--target", pid, "--mount", "--root", "--", "cat", path]
+        return self.bed.run(inside, check=False).stdout.strip()
+
+    def started(self, unit: str) -> int:
+        """The main process of a unit, once systemd's executor has become it; systemd does not wait for that."""
+        pid = self.main_pid(unit)
+        look = f"while readlink /proc/{pid}/exe | grep -q systemd-executor; do sleep 0.01; done"
+        self.bed.run(["sh", "-c", look], timeout=SECONDS)
+        return pid
+
+    def mounts(self, unit: str) -> list[list[str]]:
+        """The mount table of a unit's main process: fields of each row."""
+        text = self.bed.run(["cat", f"/proc/{self.started(unit)}/mountinfo"]).stdout
+        return [line.split(" ") for line in text.splitlines()]
+
+    def own_mounts(self) -> str:
+        """The bed's own mount table."""
+        return self.bed.run(["cat", "/proc/1/mountinfo"]).stdout
+
+    def journal(self) -> Journal:
+        """What the journal gets from now on."""
+        return Journal(self)
+
+
+class Journal:
+    """New entries of the journal, read as they come."""
+
+    def __init__(self, host: Host) -> None:
+        # From a known place on, so that nothing is missed until it follows.
+        last = host.bed.run(["journalctl", "--lines=1", "--output=json", "--output-fields=MESSAGE"]).stdout
+        cursor = json.loads(last)["__CURSOR"]
+        follow = f"journalctl --follow --no-tail --output=json --all --after-cursor='{cursor}'"
+        # nsenter does not pass signals on: it ends when its standard input does.
+        self._process = host.bed.popen(
+            ["sh", "-c", f"{follow} SYSLOG_IDENTIFIER=confext-watcher & cat; kill $!"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self._entries: queue.Queue[Entry] = queue.Queue()
+        self.seen: list[Entry] = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+        host.stack.callback(self._close)
+
+    def _read(self) -> None:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            self._entries.put(json.loads(line))
+
+    def _close(self) -> None:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.close()
+        self._process.wait(timeout=SECONDS)
+        self._reader.join()
+        self._process.stdout.close()
+
+    def until(self, condition: Callable[[Entry], object]) -> Entry:
+        """The next entry for which the condition holds."""
+        while True:
+            try:
+                entry = self._entries.get(timeout=SECONDS)
+            except queue.Empty:
+                said = "\n".join(entry["MESSAGE"] for entry in self.seen[-10:])
+                raise AssertionError(f"the journal has nothing more; before:\n{said}") from None
+            self.seen.append(entry)
+            if condition(entry):
+                return entry
+
+    def outcome(self, unit: str, outcome: str) -> Entry:
+        """The next entry of this outcome for a unit; one of another is a failure."""
+        entry = self.until(lambda entry: entry.get("CONFEXT_SERVICE") == unit and "CONFEXT_OUTCOME" in entry)
+        assert entry["CONFEXT_OUTCOME"] == outcome, entry["MESSAGE"]
+        return entry
+
+    def applied(self, unit: str) -> Entry:
+        return self.outcome(unit, "applied")
+
+    def said(self) -> list[Entry]:
+        """All that has come by now."""
+        while not self._entries.empty():
+            self.seen.append(self._entries.get())
+        return self.seen

@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The whole program as a service on real systemd: what a dropped file does, and what never happens."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+import needs
+from beds.bed import Bed
+from beds.host import SLEEP, UNITS, Host, install
+from watcher.units import DROPIN
+
+pytestmark = needs.bed
+
+# Tells what it sees at each step of its life; the running process is asked by nsenter.
+TALKS = """[Service]
+ExecStartPre=/bin/sh -c 'cat /etc/web.txt >/run/seen-pre; :'
+ExecStart=/bin/sh -c 'cat /etc/web.txt >/run/seen-start; exec sleep infinity'
+ExecReload=/bin/sh -c 'cat /etc/web.txt >/run/seen-reload; :'
+"""
+VERSIONS = "web.raw.v"
+
+
+@pytest.fixture
+def host(bed: Bed) -> Iterator[Host]:
+    install(bed)
+    with contextlib.ExitStack() as stack:
+        yield Host(bed, stack)
+
+
+def drop_version(host: Host, unit: str, version: str, text: str | None = None) -> None:
+    source = host.image(f"web_{version}", {"web.txt": text or version})
+    host.drop(source, unit, f"{VERSIONS}/{source.name}")
+
+
+def seen(host: Host, step: str) -> str:
+    path = host.bed.path(f"/run/seen-{step}")
+    return path.read_text().strip() if path.exists() else ""
+
+
+def test_a_dropped_file_reaches_the_running_service(host: Host) -> None:
+    host.unit("talks.service", TALKS)
+    host.watch()
+    journal = host.journal()
+    host.systemctl("start", "talks.service")
+    drop_version(host, "talks.service", "1")
+    journal.applied("talks.service")
+    assert (host.see("talks.service", "/etc/web.txt"), seen(host, "reload")) == ("1", "1")
+    pid = host.main_pid("talks.service")
+    drop_version(host, "talks.service", "2")
+    assert "web 1 -> 2" in journal.applied("talks.service")["MESSAGE"]
+    assert (host.see("talks.service", "/etc/web.txt"), seen(host, "reload")) == ("2", "2")
+    assert host.main_pid("talks.service") == pid
+    assert not host.bed.path("/etc/web.txt").exists()
+
+
+def test_every_process_of_a_unit_shows_the_last_accepted_stack(host: Host) -> None:
+    host.unit("talks.service", TALKS)
+    host.watch()
+    journal = host.journal()
+    host.systemctl("start", "talks.service")
+    drop_version(host, "talks.service", "1")
+    journal.applied("talks.service")
+    drop_version(host, "talks.service", "2")
+    journal.applied("talks.service")
+    # Something that was never accepted: it must not be seen by anything, whoever runs.
+    whole = host.image("web_3", {"web.txt": "3", "noise": os.urandom(50_000).hex()}).read_bytes()
+    (host.confext_dir("talks.service") / VERSIONS / "web_3.raw").write_bytes(whole[:20_000])
+    journal.outcome("talks.service", "incomplete")
+    for watcher in ("running", "stopped"):
+        if watcher == "stopped":
+            host.systemctl("stop", "confext-watcher")
+        host.systemctl("restart", "talks.service")
+        host.systemctl("reload", "talks.service")
+        views = (seen(host, step) for step in ("pre", "start", "reload"))
+        assert [*views, host.see("talks.service", "/etc/web.txt")] == ["2"] * 4, watcher
+
+
+def test_what_was_dropped_while_the_watcher_was_away_is_applied_and_nothing_else_is_touched(
+    host: Host,
+) -> None:
+    for name in ("one.service", "two.service"):
+        host.unit(name, TALKS.replace("/run/seen", f"/run/{name}"))
+    host.watch()
+    journal = host.journal()
+    for name in ("one.service", "two.service"):
+        host.systemctl("start", name)
+        drop_version(host, name, "1")
+        journal.applied(name)
+    host.systemctl("kill", "--signal=KILL", "confext-watcher")
+    host.systemctl("stop", "confext-watcher")
+    host.bed.path("/run/two.service-reload").unlink()
+    assert host.see("one.service", "/etc/web.txt") == "1"
+    drop_version(host, "one.service", "2")
+    host.systemctl("start", "confext-watcher")
+    assert host.see("one.service", "/etc/web.txt") == "2"
+    assert not host.bed.path("/run/two.service-reload").exists()
+    assert host.see("two.service", "/etc/web.txt") == "1"
+
+
+def test_a_service_waits_for_what_was_dropped_before_its_first_start(host: Host) -> None:
+    host.unit("talks.service", TALKS)
+    drop_version(host, "talks.service", "1")
+    host.systemctl("daemon-reload")
+    host.stack.callback(host.bed.run, ["sh", "-c", "rm -rf /var/lib/confext-watcher/*"])
+    host.stack.callback(host.systemctl, "stop", "confext-watcher")
+    host.systemctl("start", "talks.service")
+    assert host.bed.property("confext-watcher", "ActiveState") == "active"
+    assert (seen(host, "pre"), host.see("talks.service", "/etc/web.txt")) == ("1", "1")
+
+
+def test_removal_goes_back_and_to_the_original_at_last(host: Host) -> None:
+    host.unit("talks.service", TALKS)
+    host.watch()
+    journal = host.journal()
+    host.systemctl("start", "talks.service")
+    for version in ("1", "2"):
+        drop_version(host, "talks.service", version)
+        journal.applied("talks.service")
+    directory = host.confext_dir("talks.service") / VERSIONS
+    (directory / "web_2.raw").unlink()
+    journal.applied("talks.service")
+    assert host.see("talks.service", "/etc/web.txt") == "1"
+    host.bed.run(["rm", "-r", f"{UNITS}/talks.service.confext.d"])
+    journal.applied("talks.service")
+    assert host.see("talks.service", "/etc/web.txt") == ""
+    assert host.see("talks.service", "/etc/hostname") == host.bed.name
+
+
+def test_an_entry_more_brings_one_daemon_reload_and_a_version_more_brings_none(host: Host) -> None:
+    host.unit("talks.service", TALKS)
+    host.watch()
+    journal = host.journal()
+    host.systemctl("start", "talks.service")
+    drop_version(host, "talks.service", "1")
+    journal.applied("talks.service")
+    drop_in = host.bed.path(f"/run/systemd/generator/talks.service.d/{DROPIN}")
+    before = drop_in.stat().st_mtime_ns
+    drop_version(host, "talks.service", "2")
+    journal.applied("talks.service")
+    assert drop_in.stat().st_mtime_ns == before
+    host.drop(host.image("more", {"more.txt": "more"}), "talks.service")
+    journal.applied("talks.service")
+    assert drop_in.stat().st_mtime_ns != before
+    host.systemctl("restart", "talks.service")
+    assert host.see("talks.service", "/etc/more.txt") == "more"
+    assert host.see("talks.service", "/etc/web.txt") == "2"
+
+
+def test_what_a_unit_declares_itself_goes_the_same_way(host: Host) -> None:
+    host.bed.path("/srv/declared.raw.v").mkdir(parents=True)
+    host.stack.callback(host.bed.run, ["rm", "-r", "/srv/declared.raw.v"])
+    host.unit("declares.service", TALKS + "ExtensionImages=-/srv/declared.raw.v\n", takes_part=False)
+    host.watch()
+    journal = host.journal()
+    host.systemctl("start", "declares.service")
+    for version in ("1", "2"):
+        source = host.image(f"declared_{version}", {"web.txt": version})
+        host.bed.path(f"/srv/declared.raw.v/{source.name}").write_bytes(source.read_bytes())
+        journal.applied("declares.service")
+        assert host.see("declares.service", "/etc/web.txt") == version
+    host.systemctl("reload", "declares.service")
+    assert seen(host, "reload") == "2"
+
+
+SANDBOX = """
+InaccessiblePaths=/etc/hidden
+BindReadOnlyPaths=/etc/os-release:/etc/bound
+ReadOnlyPaths=/etc/app
+TemporaryFileSystem=/etc/temporary
+"""
+
+
+def test_neither_our_swap_nor_a_reload_by_hand_undoes_the_sandbox_or_the_order(host: Host) -> None:
+    prepare = "mkdir -p /etc/app /etc/temporary; echo secret >/etc/hidden; touch /etc/bound"
+    host.bed.run(["sh", "-c", prepare])
+    host.stack.callback(host.bed.run, ["sh", "-c", "rm -r /etc/app /etc/temporary /etc/hidden /etc/bound"])
+    host.unit("boxed.service", TALKS + "ProtectSystem=full\n" + SANDBOX)
+    for name, text in (("a", "lower"), ("b", "upper")):
+        host.drop(host.image(name, {"web.txt": text, f"{name}.txt": "1"}), "boxed.service")
+    host.watch()
+    host.systemctl("start", "boxed.service")
+
+    def in_force() -> None:
+        assert host.see("boxed.service", "/etc/web.txt") == "upper"
+        assert host.see("boxed.service", "/etc/hidden") == ""
+        assert "ID=" in host.see("boxed.service", "/etc/bound")
+        flags = {row[4]: row[5].split(",") for row in host.mounts("boxed.service")}
+        assert "ro" in flags["/etc"] and "ro" in flags["/etc/app"] and "/etc/temporary" in flags
+
+    in_force()
+    journal = host.journal()
+    host.drop(host.image("a", {"web.txt": "lower", "a.txt": "2"}), "boxed.service")
+    journal.applied("boxed.service")
+    assert host.see("boxed.service", "/etc/a.txt") == "2"
+    in_force()
+    for _ in range(2):
+        host.systemctl("reload", "boxed.service")
+        in_force()
+        assert host.see("boxed.service", "/etc/a.txt") == "2"
+    host.systemctl("restart", "boxed.service")
+    in_force()
+
+
+HARDENED = {
+    "strict": "ProtectSystem=strict\nReadWritePaths=/etc/app\n",
+    "full": "ProtectSystem=full\n",
+    "private-users": "PrivateUsers=yes\n",
+    "dynamic-user": "DynamicUser=yes\n",
+    "private-devices": "PrivateDevices=yes\nProtectKernelTunables=yes\nNoNewPrivileges=yes\n",
+    "protect-proc": "ProtectProc=invisible\nProcSubset=pid\nUser=nobody\n",
+    "bind": "BindPaths=/etc/os-release:/etc/app/os-release\n",
+    "credential": "LoadCredential=secret:/etc/os-release\nPrivateMounts=yes\n",
+    "private-tmp": "PrivateTmp=yes\nProtectHome=yes\nPrivateIPC=yes\n",
+}
+
+
+@pytest.mark.parametrize("how", HARDENED)
+def test_services_as_people_harden_them(host: Host, how: str) -> None:
+    host.bed.run(["sh", "-c", "mkdir -p /etc/app; touch /etc/app/os-release"])
+    host.stack.callback(host.bed.run, ["rm", "-r", "/etc/app"])
+    host.unit("hard.service", SLEEP + "ExecReload=/bin/cat /etc/web.txt\n" + HARDENED[how])
+    host.watch()
+    journal = host.journal()
+    host.systemctl("start", "hard.service")
+    before = host.mounts("hard.service")
+    for version in ("1", "2", "3"):
+        drop_version(host, "hard.service", version)
+        journal.applied("hard.service")
+        assert host.see("hard.service", "/etc/web.txt") == version
+    host.systemctl("restart", "hard.service")
+    assert host.see("hard.service", "/etc/web.txt") == "3"
+    # The sandbox outside of /etc is what it was.
+    outside = [row[4] for row in before if not row[4].startswith("/etc")]
+    assert [row[4] for row in host.mounts("hard.service") if not row[4].startswith("/etc")] == outside
+
+
+def test_a_root_directory_has_its_own_etc_and_its_own_os_release(host: Host) -> None:
+    make = (
+        "mkdir -p /srv/root/etc /srv/root/usr /srv/root/proc /srv/root/dev /srv/root/run /srv/root/tmp /srv/root/var;"
+        "cd /srv/root; ln -sf usr/bin bin; ln -sf usr/lib lib; ln -sf usr/lib64 lib64; ln -sf usr/sbin sbin;"
+        "printf 'ID=elsewhere\\nVERSION_ID=1\\n' >etc/os-release"
+    )
+    host.bed.run(["sh", "-c", make])
+    host.stack.callback(host.bed.run, ["rm", "-r", "/srv/root"])
+    host.unit("rooted.service", SLEEP + "RootDirectory=/srv/root\nBindReadOnlyPaths=/usr\nMountAPIVFS=yes\n")
+    host.watch()
+    journal = host.journal()
+    host.systemctl("start", "rooted.service")
+    drop_version(host, "rooted.service", "1")
+    journal.applied("rooted.service")
+    assert host.see("rooted.service", "/etc/web.txt") == "1"
+    assert "elsewhere" in host.see("rooted.service", "/etc/os-release")
+
+
+def test_a_service_in_the_hosts_namespace_is_never_touched_until_its_restart(host: Host) -> None:
+    host.unit("plain.service", TALKS, takes_part=False)
+    host.watch()
+    host.systemctl("start", "plain.service")
+    journal = host.journal()
+    mounts = host.own_mounts()
+    host.confext_dir("plain.service").mkdir()
+    drop_version(host, "plain.service", "1")
+    journal.outcome("plain.service", "needs-restart")
+    drop_version(host, "plain.service", "2")
+    assert host.own_mounts() == mounts
+    host.systemctl("restart", "plain.service")
+    assert host.see("plain.service", "/etc/web.txt") in ("1", "2")
+    drop_version(host, "plain.service", "3")
+    journal.until(lambda entry: "applied in" in entry["MESSAGE"])
+    assert host.see("plain.service", "/etc/web.txt") == "3"
+    outcomes = [entry.get("CONFEXT_OUTCOME") for entry in journal.said()]
+    assert outcomes.count("needs-restart") == 1
+
+
+def test_a_file_that_only_the_services_user_may_read_can_be_read_by_it(host: Host) -> None:
+    unit = "[Service]\nUser=nobody\nExecStart=/bin/sleep infinity\nExecReload=/bin/cat /etc/private.txt\n"
+    host.unit("private.service", unit)
+    host.watch()
+    journal = host.journal()
+    host.systemctl("start", "private.service")
+    source = host.image("private", {"private.txt": "mine"}, mode={"private.txt": (65534, 0o600)})
+    host.drop(source, "private.service")
+    journal.applied("private.service")
+    pid = str(host.main_pid("private.service"))
+    as_nobody = ["nsenter", "--target", pid, "--mount", "--setuid", "65534", "--setgid", "65534", "--"]
+    assert host.bed.run([*as_nobody, "cat", "/etc/private.txt"]).stdout.strip() == "mine"
+
+
+def test_the_journal_has_the_fields_and_explains_them(host: Host) -> None:
+    host.unit("talks.service", TALKS)
+    host.watch()
+    journal = host.journal()
+    host.systemctl("start", "talks.service")
+    drop_version(host, "talks.service", "1")
+    journal.applied("talks.service")
+    drop_version(host, "talks.service", "2")
+    entry = journal.applied("talks.service")
+    assert (entry["CONFEXT_IMAGE"], entry["CONFEXT_VERSION"]) == ("web", "2")
+    assert len(entry["CONFEXT_DIGEST"]) == 64 and entry["CONFEXT_STACK"] != entry["CONFEXT_PREVIOUS"]
+    assert int(entry["CONFEXT_SWAP_USEC"]) < int(entry["CONFEXT_TOTAL_USEC"])
+    assert entry["OBJECT_SYSTEMD_UNIT"] == "talks.service" and entry["PRIORITY"] == "6"
+    asked = host.bed.run(["journalctl", "CONFEXT_SERVICE=talks.service", "--output=json", "--lines=1"]).stdout
+    assert json.loads(asked)["MESSAGE"] == entry["MESSAGE"]
+    assert entry["MESSAGE"] in host.bed.journal("--unit=talks.service")
+    assert "is in place for talks.service" in host.bed.journal("--unit=talks.service", "--catalog")
+
+
+def test_a_reload_that_fails_is_told_with_its_output(host: Host) -> None:
+    reload = "ExecReload=/bin/sh -c 'grep -q bad /etc/web.txt || exit 0; echo it is bad; exit 3'\n"
+    host.unit("picky.service", SLEEP + reload)
+    host.watch()
+    journal = host.journal()
+    host.systemctl("start", "picky.service")
+    drop_version(host, "picky.service", "1", "good")
+    journal.applied("picky.service")
+    drop_version(host, "picky.service", "2", "bad")
+    entry = journal.until(lambda entry: entry.get("CONFEXT_OUTCOME") in ("failed", "rolled-back"))
+    assert "exited with status 3" in entry["MESSAGE"]
+    assert entry["CONFEXT_OUTPUT"].strip() == "it is bad"
+
+
+def test_sigterm_leaves_every_service_its_stack(host: Host) -> None:
+    host.unit("talks.service", TALKS)
+    host.watch()
+    journal = host.journal()
+    host.systemctl("start", "talks.service")
+    drop_version(host, "talks.service", "1")
+    journal.applied("talks.service")
+    host.bed.run(["systemctl", "kill", f"--signal={signal.SIGTERM.name}", "confext-watcher"])
+    assert host.see("talks.service", "/etc/web.txt") == "1"
+
+
+def test_the_watcher_reloads_its_settings_as_a_job(host: Host) -> None:
+    host.watch()
+    host.systemctl("reload", "confext-watcher")
+    assert host.bed.property("confext-watcher", "ActiveState") == "active"
+
+
+STORM_TYPES = ["simple", "exec", "notify", "notify-reload", "forking", "oneshot", "idle", "dbus"]
+
+
+def storm_unit(kind: str) -> str:
+    start = {
+        "notify": "/bin/sh -c 'systemd-notify --ready; exec sleep infinity'",
+        "notify-reload": "/bin/sh -c 'systemd-notify --ready; exec sleep infinity'",
+        "forking": "/bin/sh -c 'sleep infinity & '",
+        "oneshot": "/bin/sleep 0.2",
+        "dbus": "/usr/bin/busctl monitor org.example.storm",
+    }.get(kind, "/bin/sleep infinity")
+    more = {"notify": "NotifyAccess=all\n", "notify-reload": "NotifyAccess=all\n"}.get(kind, "")
+    if kind == "dbus":
+        more = "BusName=org.freedesktop.systemd1\n"
+    return f"[Unit]\nStartLimitIntervalSec=0\n[Service]\nType={kind}\n{more}ExecStart={start}\n"
+
+
+@pytest.mark.limit(400)
+def test_a_storm_of_starts_never_touches_the_hosts_etc(host: Host) -> None:
+    for kind in STORM_TYPES:
+        host.unit(f"storm-{kind}.service", storm_unit(kind))
+    host.watch()
+    mounts = host.own_mounts()
+    images = [host.image(f"web_{version}", {"web.txt": str(version)}) for version in range(1, 40)]
+    restart = ["systemctl", "--no-block", "restart", *(f"storm-{kind}.service" for kind in STORM_TYPES)]
+    for source in images:
+        for kind in STORM_TYPES:
+            host.drop(source, f"storm-{kind}.service", "web.raw")
+        host.bed.run(restart)
+    assert host.own_mounts() == mounts
+    assert not host.bed.path("/etc/web.txt").exists()
+    assert host.bed.property("confext-watcher", "NRestarts") == "0"
+    host.systemctl("restart", "storm-simple.service")
+    assert host.own_mounts() == mounts
