@@ -28,7 +28,7 @@ def image(tree: Path, path: Path, fstype: str = "squashfs", *options: str) -> Pa
     """An image of the tree at `path`; pad it with `noise` for a size that compression leaves alone."""
     tool = which(TOOLS[fstype])
     assert tool is not None, f"{TOOLS[fstype]} is missing: mark the test"
-    arguments = [tree, path, *options, "-quiet", "-no-progress", "-noappend"]
+    arguments: list[str | Path] = [tree, path, *options, "-quiet", "-no-progress", "-noappend"]
     if fstype == "erofs":
         arguments = ["--quiet", *options, path, tree]
     subprocess.run([tool, *map(os.fspath, arguments)], check=True, stdout=subprocess.DEVNULL)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from place import Place, eventually
 
 from needs import root, tool
-from place import Place, eventually
 
 pytestmark = [root, tool("mksquashfs")]
 
