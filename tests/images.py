@@ -31,7 +31,9 @@ def image(tree: Path, path: Path, fstype: str = "squashfs", *options: str) -> Pa
     arguments: list[str | Path] = [tree, path, *options, "-quiet", "-no-progress", "-noappend"]
     if fstype == "erofs":
         arguments = ["--quiet", *options, path, tree]
-    subprocess.run([tool, *map(os.fspath, arguments)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [tool, *(os.fspath(argument) for argument in arguments)], check=True, stdout=subprocess.DEVNULL
+    )
     return path
 
 
