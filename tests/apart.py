@@ -38,7 +38,7 @@ def apart(*command: str) -> Callable[[Test[Parameters]], Test[Parameters]]:
             if INSIDE in os.environ:
                 await test(*args, **kwargs)
                 return
-            name = os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0].rpartition("/")[2]
+            name = os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0].partition("::")[2]
             passed, output = _run(command, file)
             assert name in passed, f"under {' '.join(command)}:\n{output}"
 
@@ -61,5 +61,5 @@ def _run(command: Command, file: str) -> tuple[frozenset[str], str]:
         text=True,
         check=False,
     )
-    names = re.findall(r"^PASSED (?:.*/)?(\S+\.py::.*)$", done.stdout, re.MULTILINE)
+    names = re.findall(r"^PASSED \S+?\.py::(.*)$", done.stdout, re.MULTILINE)
     return frozenset(names), done.stdout

@@ -290,11 +290,11 @@ async def test_nor_where_mounts_change() -> None:
 
 
 class Between:
-    """Makes a change before the `number`-th system call that watching does; as a context manager."""
+    """Makes changes before the system calls of these numbers, of those that watching makes; as a context manager."""
 
-    def __init__(self, number: int, change: Callable[[], None]) -> None:
-        self.left = number
-        self._change = change
+    def __init__(self, changes: dict[int, Callable[[], None]]) -> None:
+        self._changes = changes
+        self.calls = 0
 
     def __enter__(self) -> Between:
         sys.setprofile(self._step)
@@ -303,16 +303,26 @@ class Between:
     def __exit__(self, *exc: object) -> None:
         sys.setprofile(None)
 
+    @property
+    def over(self) -> bool:
+        """There were not that many."""
+        return self.calls < max(self._changes)
+
     def _step(self, frame: FrameType, event: str, what: Any) -> None:
         ours = event == "c_call" and frame.f_code.co_filename == chase.__file__
-        if (ours and what.__module__ == "posix") or (event == "call" and frame.f_code.co_name == "add_watch"):
-            self.left -= 1
-            if self.left == 0:
-                sys.setprofile(None)
-                try:
-                    self._change()
-                except OSError as error:  # or the code that is interrupted would take it for its own
-                    pytest.fail(f"the test's own change failed: {error}")
+        if not (
+            (ours and what.__module__ == "posix") or (event == "call" and frame.f_code.co_name == "add_watch")
+        ):
+            return
+        self.calls += 1
+        if self.calls not in self._changes:
+            return
+        sys.setprofile(None)
+        try:
+            self._changes[self.calls]()
+        except OSError as error:  # or the code that is interrupted would take it for its own
+            pytest.fail(f"the test's own change failed: {error}")
+        sys.setprofile(self._step)
 
 
 HERE = [(deep, "a/b/c", "")]
@@ -366,17 +376,45 @@ def test_a_change_between_any_two_steps_of_a_later_chase_is_seen(race: str) -> N
     at_every_step(prepare, change)
 
 
-def at_every_step(prepare: Callable[[str, Watcher], Callable[[], Daemon]], change: list[Step]) -> None:
-    """Carry out `change` before the first, second, ... last system call of what `prepare` returns."""
+@root
+@own_mounts
+@pytest.mark.parametrize("length", [10, 40, 80])
+@pytest.mark.parametrize("place", ["a", "a/b/c/d"])
+async def test_what_is_mounted_only_between_two_steps_does_not_matter(place: str, length: int) -> None:
+    def prepare(root: str, watcher: Watcher) -> Callable[[], Daemon]:
+        carry_out([*TREE, (deep, "x/b/c/d/e/f", "")], root)
+        return lambda: Daemon(watcher, {"web": Interest(f"{root}/a/b/c", Scope.TREE)})
+
+    mount: list[Step] = [(bind, place, f"x{place[1:]}")]
+    # In the mount table that is read next, only something else is new.
+    unmount_again: list[Step] = [(unmount, place, ""), (mount_empty, "x", "")]
+    await trio.to_thread.run_sync(at_every_step, prepare, mount, unmount_again, length)
+
+
+def at_every_step(
+    prepare: Callable[[str, Watcher], Callable[[], Daemon]],
+    change: list[Step],
+    undo: list[Step] | None = None,
+    length: int = 1,
+) -> None:
+    """Carry out `change` before the first, second, ... last system call of what `prepare` returns.
+
+    `undo` is carried out `length` system calls later.
+    """
     for number in itertools.count(1):
         with world() as root, Watcher() as watcher:
             follow = prepare(root, watcher)
-            with Between(number, partial(carry_out, change, root)) as between:
+            changes = {number: partial(carry_out, change, root)}
+            if undo:
+                changes[number + length] = partial(carry_out, undo, root)
+            with Between(changes) as between:
                 daemon = follow()
+            if undo and between.calls < number + length:
+                return
             daemon.listen()
             assert not daemon.missed()
             assert_still_watching(daemon, root)
-            if between.left > 0:
+            if between.over:
                 assert number > 10
                 return
 

@@ -213,6 +213,31 @@ async def test_what_was_dropped_is_not_told_any_more(told: Told, drop: Path) -> 
     assert await told.keys() == set()
 
 
+async def test_a_rename_of_ones_own_is_told_to_the_others_only(told: Told, drop: Path) -> None:
+    told.watch(drop, pattern=IMAGES)
+    told.watch(drop, key="app")
+    (drop / "web_1+3.raw").touch()
+    await told.keys()
+    old, new = drop / "web_1+3.raw", drop / "web_1+2-1.raw"
+    with told.watcher.renaming("web", str(old), str(new)):
+        old.rename(new)
+    assert await told.keys() == {"app"}
+    new.rename(old)
+    assert await told.keys() == {"web", "app"}
+
+
+async def test_a_rename_of_ones_own_that_failed_hides_no_later_one(told: Told, drop: Path) -> None:
+    told.watch(drop, pattern=IMAGES)
+    with (
+        pytest.raises(FileNotFoundError),
+        told.watcher.renaming("web", str(drop / "web_1.raw"), str(drop / "web_2.raw")),
+    ):
+        (drop / "web_1.raw").rename(drop / "web_2.raw")
+    (drop / ".hidden").touch()
+    (drop / ".hidden").rename(drop / "web_2.raw")
+    assert await told.keys() == {"web"}
+
+
 def test_a_relative_path_is_a_mistake_of_the_caller(told: Told) -> None:
     with pytest.raises(ValueError, match="not an absolute path: 'etc/web'"):
         told.watch("etc/web")
@@ -623,6 +648,18 @@ async def test_mounts_that_do_not_matter_are_not_told(told: Told, drop: Path, tm
         assert await told.keys() == set(), place
         run("umount", place)
         assert await told.keys() == set(), place
+
+
+@root
+@own_mounts
+async def test_what_was_mounted_and_unmounted_again_is_told_to_all_for_they_may_have_looked(
+    told: Told, drop: Path
+) -> None:
+    told.watch(drop)
+    await told.keys()
+    mount_tmpfs(drop)
+    run("umount", drop)
+    assert await told.keys() == {"web"}
 
 
 @root

@@ -107,7 +107,6 @@ class Chase:
         dirty: interests whose path must be chased again.
         relist: directories of trees whose subdirectories may be others now.
         changed: interests that show something else now, for the caller to take away.
-        chased: interests whose path was chased since the caller cleared this.
     """
 
     def __init__(self, inotify: INotify) -> None:
@@ -121,7 +120,6 @@ class Chase:
         self.dirty: set[Bound] = set()
         self.relist: set[Node] = set()
         self.changed: set[Bound] = set()
-        self.chased: set[Bound] = set()
 
     def nodes(self, wd: int) -> Iterable[Node]:
         """Whose directory it is that the kernel has an event for; none if the watch was given up meanwhile."""
@@ -139,24 +137,15 @@ class Chase:
             if not self.dirty and not self.relist:
                 return True
             dirty, self.dirty = self.dirty, set()
-            self.chased |= dirty
             with _Opened() as opened:
                 for bound in dirty:
                     opened.make_room()
                     self._chase(bound, opened)
                 relist, self.relist = self.relist, set()
-                self.chased.update(bound for node in relist for bound in node.trees())
                 for node in relist:
                     opened.make_room()
                     self._list(node, opened)
         return False
-
-    def again(self) -> None:
-        """Once more, what was chased already: the ground has moved."""
-        self.dirty |= self.chased
-        for bound in self.chased:
-            if bound.deep:
-                self.relist.update(node for node in bound.nodes[-1].below() if node.deep)
 
     def retry(self) -> None:
         """See whether what could not be watched can be now."""
@@ -180,7 +169,6 @@ class Chase:
         """Nobody has this interest any more."""
         self.dirty.discard(bound)
         self.changed.discard(bound)
-        self.chased.discard(bound)
         self._gaps.pop(bound, None)
         for node in bound.nodes:
             self._leave(bound, node)

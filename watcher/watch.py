@@ -53,7 +53,7 @@ class Watcher:
         self._retry_at = math.inf
         # Renames of our own whose events are still to come, with the key that made them.
         self._renames: dict[tuple[int, int, str], str] = {}
-        self._others: set[str] = set()
+        self._others: set[str] = set()  # to be told of such a rename
         self._poke = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._mounts = _Mounts(self._poke)
         self._epoll = select.epoll()
@@ -86,7 +86,6 @@ class Watcher:
             bound.keys.add(key)
         fresh = {bound for bound in new if bound.state == 0}
         self._chase.dirty |= fresh
-        self._read_mounts()
         if self._follow_all():
             self._chase.changed -= fresh
         self._leave(key, before - bounds)
@@ -151,7 +150,6 @@ class Watcher:
             pass
         for wd, mask, _, name in self._inotify.read(timeout=0):
             self._event(wd, mask, name)
-        self._read_mounts()
         self._follow_all()
         changed, self._chase.changed = self._chase.changed, set()
         others, self._others = self._others, set()
@@ -160,13 +158,13 @@ class Watcher:
 
     def _follow_all(self) -> bool:
         """Bring all watches up to date; False: not done yet, somebody keeps changing things under our hands."""
-        self._chase.chased.clear()
+        self._read_mounts()
         for _ in range(ROUNDS):
             done = self._chase.run()
-            # What was mounted when a path was chased, and is not any more, would be in neither table.
             if not self._read_mounts():
                 return done
-            self._chase.again()
+            # What was mounted only while paths were chased is in neither table: where do they lead really?
+            self._chase.lost_events()
         return False
 
     def _read_mounts(self) -> bool:
@@ -187,22 +185,23 @@ class Watcher:
         nodes = self._chase.nodes(wd)
         if mask & flags.IGNORED:
             self._chase.lost(wd)
-        renamed_by = self._renames.pop((wd, mask & (flags.MOVED_FROM | flags.MOVED_TO), name), None)
+        spared = self._renames.pop((wd, mask & (flags.MOVED_FROM | flags.MOVED_TO), name), None)
         for node in nodes:
-            if renamed_by is not None and not mask & flags.ISDIR:
-                ends = (bound for bound in node.ends if bound.matches(name))
-                self._others.update(*(bound.keys - {renamed_by} for bound in ends))
-            elif name:
-                self._entry_changed(node, name, mask)
+            if name:
+                self._entry_changed(node, name, mask, None if mask & flags.ISDIR else spared)
             else:
                 self._node_changed(node, mask)
 
-    def _entry_changed(self, node: Node, name: str, mask: int) -> None:
-        """Something happened to `name` in the directory of `node`."""
+    def _entry_changed(self, node: Node, name: str, mask: int, spared: str | None = None) -> None:
+        """Something happened to `name` in the directory of `node`, which need not be told to the key `spared`."""
         if mask & NAMED and (child := node.children.get(name)):
             self._chase.dirty |= child.users_below()
         if mask & CHILDREN:
-            self._chase.changed.update(bound for bound in node.ends if bound.matches(name))
+            concerned = [bound for bound in node.ends if bound.matches(name)]
+            if spared is None:
+                self._chase.changed.update(concerned)
+            else:
+                self._others.update(*(bound.keys - {spared} for bound in concerned))
         if node.deep:
             self._chase.changed.update(node.trees())
             if mask & flags.ISDIR:
