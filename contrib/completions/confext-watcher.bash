@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+# Completion for bash: /usr/share/bash-completion/completions/confext-watcher
+
+_confext_watcher_services() {
+    local state=${STATE_DIRECTORY:-/var/lib/confext-watcher} path
+    for path in "$state"/units/*; do
+        [[ -L $path ]] && printf '%s\n' "${path##*/}"
+    done
+}
+
+_confext_watcher() {
+    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]}
+    local commands="run exec status plan history wait rollback check" command= word options= i
+    COMPREPLY=()
+    for ((i = 1; i < COMP_CWORD; i++)); do
+        word=${COMP_WORDS[i]}
+        # What comes after the program's name belongs to the program.
+        [[ $command = exec && $word = -- ]] && { compopt -o default; return; }
+        [[ -z $command && $word != -* ]] && command=$word
+    done
+    if [[ -z $command ]]; then
+        mapfile -t COMPREPLY < <(compgen -W "$commands --help --version" -- "$cur")
+        return
+    fi
+    case $prev in
+        --confext-dir | --extension-directory) mapfile -t COMPREPLY < <(compgen -d -- "$cur"); return ;;
+        --extension-image) compopt -o default; return ;;
+        --reload-signal) mapfile -t COMPREPLY < <(compgen -A signal -- "$cur"); return ;;
+        --reload-command | --check | --health-check) compopt -o default; return ;;
+        --name | --set | --lines | -n | --timeout | --to) return ;;
+    esac
+    case $command in
+        exec)
+            options="--name --confext-dir --extension-image --extension-directory --reload-signal
+                --reload-command --check --health-check --set --" ;;
+        status | plan) options="--json" ;;
+        history) options="--lines --json" ;;
+        wait) options="--timeout --json" ;;
+        rollback) options="--to --forget --json" ;;
+        check) options="--json" ;;
+    esac
+    if [[ $cur = -* ]]; then
+        mapfile -t COMPREPLY < <(compgen -W "$options --help" -- "$cur")
+    elif [[ $command = check || ($command = wait && $prev != wait) ]]; then
+        compopt -o default
+    elif [[ $command != run && $command != exec ]]; then
+        mapfile -t COMPREPLY < <(compgen -W "$(_confext_watcher_services)" -- "$cur")
+    fi
+}
+
+complete -F _confext_watcher confext-watcher

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+# Completion for fish: /usr/share/fish/vendor_completions.d/confext-watcher.fish
+
+function __confext_watcher_services
+    set -l state /var/lib/confext-watcher
+    set -q STATE_DIRECTORY; and set state $STATE_DIRECTORY
+    for path in $state/units/*
+        test -L $path; and string replace -r '.*/' '' -- $path
+    end
+end
+
+set -l c complete -c confext-watcher
+set -l first __fish_use_subcommand
+set -l asks '__fish_seen_subcommand_from status plan history wait rollback'
+set -l execs '__fish_seen_subcommand_from exec'
+
+$c -f
+$c -s h -l help -d 'Show the options'
+$c -n $first -l version -d 'Show the version'
+$c -n $first -a run -d 'the daemon, in the foreground'
+$c -n $first -a exec -d 'start a program on its stack, without systemd'
+$c -n $first -a status -d 'services, their stacks and versions, since when, last outcome'
+$c -n $first -a plan -d 'what a look now would change, without doing it'
+$c -n $first -a history -d 'what was applied, refused, rolled back, when and why'
+$c -n $first -a wait -d 'block until an image is applied or refused'
+$c -n $first -a rollback -d 'back to the stack before, and stay there'
+$c -n $first -a check -d 'would this image be admitted here?'
+$c -n $asks -a '(__confext_watcher_services)'
+$c -n '__fish_seen_subcommand_from status plan history wait rollback check' -l json -d 'print one JSON object'
+$c -n '__fish_seen_subcommand_from history' -x -s n -l lines -d 'the newest N'
+$c -n '__fish_seen_subcommand_from wait' -x -l timeout -d 'give up after so many seconds'
+$c -n '__fish_seen_subcommand_from wait check' -F
+$c -n '__fish_seen_subcommand_from rollback' -x -l to -d 'to this stack'
+$c -n '__fish_seen_subcommand_from rollback' -l forget -d undo
+$c -n $execs -x -l name -d 'name of the service'
+$c -n $execs -r -F -l confext-dir -d 'directory that images are dropped into'
+$c -n $execs -r -F -l extension-image -d 'an image, or a directory PATH.raw.v/'
+$c -n $execs -r -F -l extension-directory -d 'a tree, or a directory PATH.v/'
+$c -n $execs -x -l reload-signal -d 'sent after a change'
+$c -n $execs -x -l reload-command -d 'run after a change'
+$c -n $execs -x -l check -d 'run before the program sees a change'
+$c -n $execs -x -l health-check -d 'run after a reload'
+$c -n $execs -x -l set -d 'any other setting, KEY=VALUE'

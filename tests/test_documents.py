@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Man pages and completions say what the program does: all of it, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from needs import tool, which
+from watcher import config
+
+CONTRIB = Path(__file__).parent.parent / "contrib"
+MAN = CONTRIB / "man"
+PAGES = sorted(path for path in MAN.iterdir() if path.suffix[1:].isdigit())
+COMPLETIONS = CONTRIB / "completions"
+
+
+@cache
+def help_of(*command: str) -> str:
+    words = [sys.executable, "-m", "watcher.cli", *command, "--help"]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+
+def commands() -> list[str]:
+    listed = help_of().partition("COMMAND\n")[2]
+    return re.findall(r"^ {4}(\w+)", listed, re.MULTILINE)
+
+
+def options(*command: str) -> set[str]:
+    """What `--help` of a command lists: "--json", "-n"."""
+    listed = re.findall(r"^ {2}(-.*?)(?: {2,}|$)", help_of(*command), re.MULTILINE)
+    return {option for line in listed for option in re.findall(r"(?<!\S)--?[a-z][a-z-]*", line)}
+
+
+ALL = {option for command in commands() for option in options(command)} | options()
+
+
+def flags(text: str) -> set[str]:
+    """The options that mdoc source marks as such."""
+    return {f"-{flag}" for flag in re.findall(r"\bFl (-?[a-z][a-z-]*)", text)}
+
+
+def section(page: str, start: str, end: str) -> str:
+    return page[page.index(start) : page.index(end)]
+
+
+# --- man pages ---
+
+
+def test_every_command_is_in_the_man_page() -> None:
+    page = (MAN / "confext-watcher.8").read_text()
+    listed = re.findall(r"^\.It Cm (\w+)$", section(page, ".Sh COMMANDS", ".Sh ENVIRONMENT"), re.MULTILINE)
+    assert sorted(listed) == sorted(commands())
+    synopsis = section(page, ".Sh SYNOPSIS", ".Sh DESCRIPTION")
+    assert sorted(re.findall(r"^\.Cm (\w+)$", synopsis, re.MULTILINE)) == sorted(commands())
+
+
+def test_every_option_is_in_the_man_page_and_no_other() -> None:
+    page = (MAN / "confext-watcher.8").read_text()
+    described = section(page, ".Sh COMMANDS", ".Sh ENVIRONMENT")
+    items = "\n".join(re.findall(r"^\.It Fl .*$", described, re.MULTILINE))
+    assert flags(items) == ALL
+
+
+@pytest.mark.parametrize("command", commands())
+def test_the_synopsis_has_the_options_of_(command: str) -> None:
+    page = (MAN / "confext-watcher.8").read_text()
+    synopsis = section(page, ".Sh SYNOPSIS", ".Sh DESCRIPTION")
+    lines = next(part for part in synopsis.split(".Nm\n") if part.startswith(f".Cm {command}\n"))
+    own = options(command) - {"-h", "--help", "-n"}
+    assert flags(lines) == ({"--name"} if command == "exec" else own)
+
+
+@pytest.mark.parametrize(
+    ("heading", "keys"),
+    [
+        ("WATCHER SETTINGS", config._WATCHER_KEYS),
+        ("SERVICE SETTINGS", config._SERVICE_KEYS),
+    ],
+)
+def test_every_setting_is_in_the_man_page_and_no_other(heading: str, keys: dict[str, object]) -> None:
+    page = (MAN / "watcher.conf.5").read_text()
+    described = page.partition(f".Sh {heading}\n")[2].partition("\n.Sh ")[0]
+    items = re.findall(r"^\.It Va (.*)$", described, re.MULTILINE)
+    assert sorted(key for item in items for key in re.findall(r"(\w+)=", item)) == sorted(keys)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@tool("groff")
+def test_groff_has_nothing_to_say_about_(page: Path) -> None:
+    done = subprocess.run(
+        ["groff", "-ww", "-mdoc", "-Tutf8", "-z", page], capture_output=True, text=True, check=True
+    )
+    assert done.stdout + done.stderr == ""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@tool("mandoc")
+def test_mandoc_has_nothing_to_say_about_(page: Path) -> None:
+    done = subprocess.run(["mandoc", "-T", "lint", page], capture_output=True, text=True, check=False)
+    said = [line for line in done.stdout.splitlines() if "referenced manual not found" not in line]
+    assert said == []
+
+
+# --- completions ---
+
+
+def complete(shell: str, *words: str, state: Path | None = None) -> set[str]:
+    """What a shell offers for the last of the words."""
+    if shell == "bash":
+        script = (
+            f'source {COMPLETIONS}/confext-watcher.bash; COMP_WORDS=(confext-watcher "$@"); COMP_CWORD=$#;'
+            " _confext_watcher 2>/dev/null; printf '%s\\n' \"${COMPREPLY[@]}\""
+        )
+        arguments = ["bash", "-c", script, "bash", *words]
+    else:
+        line = " ".join(("confext-watcher", *words))
+        arguments = ["fish", "-c", f"source {COMPLETIONS}/confext-watcher.fish; complete -C'{line}'"]
+    environment = os.environ | ({"STATE_DIRECTORY": str(state)} if state else {})
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True)
+    return {line.split("\t")[0] for line in done.stdout.splitlines()}
+
+
+SHELLS = [pytest.param(shell, marks=tool(shell)) for shell in ("bash", "fish")]
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_all_commands_are_completed(shell: str) -> None:
+    assert {word for word in complete(shell, "") if not word.startswith("-")} == set(commands())
+
+
+@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("shell", SHELLS)
+def test_all_options_are_completed(shell: str, command: str) -> None:
+    wanted = {option for option in options(command) if option.startswith("--")}
+    assert {word for word in complete(shell, command, "--") if word != "--"} == wanted
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_names_of_services_are_completed(shell: str, tmp_path: Path) -> None:
+    (tmp_path / "units").mkdir()
+    (tmp_path / "units/web.service").symlink_to("../stacks/web.service/00000001-empty")
+    assert complete(shell, "status", "w", state=tmp_path) == {"web.service"}
+
+
+def test_zsh_has_all_commands_and_options() -> None:
+    path = COMPLETIONS / "_confext-watcher"
+    text = path.read_text()
+    assert re.findall(r"^ {8}'(\w+):", text, re.MULTILINE) == commands()
+    assert set(re.findall(r"(?<![\w(-])--[a-z][a-z-]*(?=[\[}])", text)) == {
+        option for option in ALL if option.startswith("--")
+    }
+    if which("zsh"):
+        subprocess.run(["zsh", "-n", path], check=True)
