@@ -85,7 +85,7 @@ def _tools(settings: Settings) -> Iterator[Tools]:
         stack.callback(standalone.close)
         manager: Manager = standalone
         if on_systemd():
-            systemd = Systemd(settings, shop)
+            systemd = Systemd(settings)
             stack.callback(systemd.close)
             manager = Several([systemd, standalone])
         yield Tools(
@@ -211,6 +211,9 @@ class Daemon:
         started = False
         while True:
             await self._idle.wait()
+            self._idle = (
+                trio.Event()
+            )  # before tidying up: what is over before that ends must be tidied up too
             if not started:
                 started = True
                 # Units are started after us so that what was dropped while the host was down is admitted first.
@@ -218,13 +221,6 @@ class Daemon:
                 journal.log.info(f"watching for {count} {'service' if count == 1 else 'services'}")
                 notify.ready()
             await self._tidy()
-            self._idle = trio.Event()
-            await self._busy()
-
-    async def _busy(self) -> None:
-        """Wait until something is going on again."""
-        while not self._running and not self._since:
-            await self._wake.wait()
 
     async def _tidy(self) -> None:
         """Let go of copies and mounted images that nobody needs."""

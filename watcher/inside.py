@@ -16,48 +16,17 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import trio
 
+from watcher.become import Like, become
 from watcher.managers import cgroup
-from watcher.mounts import syscalls
 from watcher.mounts.workshop import Workshop
 from watcher.process import Gone, Process
 
-with open("/proc/sys/kernel/cap_last_cap", encoding="ascii") as _file:
-    _LAST_CAPABILITY = int(_file.read())
-
 OUTPUT_MAX = 64 * 1024
 """Bytes of a command's output that are kept."""
-
-
-_ALL = (1 << 64) - 1
-
-
-@dataclass(frozen=True, slots=True)
-class Like:
-    """Whose user, groups, environment, root directory, capabilities and limits a command gets.
-
-    Attributes:
-        user, group, groups: numbers; the file system's and the real ones are set alike.
-        environment: of the process when it was started, and what is added to it.
-        bounding: capabilities that a program may get at most, a mask.
-        ambient: capabilities that it gets although its user is not root, a mask.
-        no_new_privs: as of the process.
-        root: its root directory, a path in its mount namespace.
-        cgroup: path of `cgroup.procs` of its control group, "" if that is also ours.
-    """
-
-    user: int
-    group: int
-    groups: tuple[int, ...]
-    environment: Mapping[str, str] = field(default_factory=dict)
-    bounding: int = _ALL
-    ambient: int = 0
-    no_new_privs: bool = False
-    root: str = "/"
-    cgroup: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +147,7 @@ def _start(
 ) -> subprocess.Popen[bytes]:
     # In a user namespace of one user there is nothing to change to, and setgroups() is not allowed.
     other = (who.user, who.group) != (os.geteuid(), os.getegid())
-    become = functools.partial(_become, who, group, other=other)
+    prepare = functools.partial(become, who, group, other=other)
     with place():
         return subprocess.Popen(
             words,
@@ -188,34 +157,8 @@ def _start(
             cwd="/",
             env=who.environment,
             start_new_session=True,
-            preexec_fn=become,  # noqa: PLW1509 -- makes system calls and takes no lock
+            preexec_fn=prepare,  # noqa: PLW1509 -- makes system calls and takes no lock
         )
-
-
-def _become(who: Like, group: int, *, other: bool) -> None:
-    """In the child, before it executes the command."""
-    if group >= 0:
-        os.write(group, b"0")
-    if who.root != "/":
-        os.chroot(who.root)
-        os.chdir("/")
-    for capability in range(_LAST_CAPABILITY + 1):
-        if not who.bounding >> capability & 1:
-            syscalls.prctl_capbset_drop(capability)
-    if other:
-        # All three, or a command of an unprivileged service would keep root's groups.
-        syscalls.prctl_keepcaps()
-        os.setgroups(who.groups)
-        os.setresgid(who.group, who.group, who.group)
-        os.setresuid(who.user, who.user, who.user)
-    if other or who.user != 0:
-        # Programs of root get what is in the bounding set, those of others what is ambient.
-        syscalls.capset(who.ambient, who.ambient, who.ambient)
-        for capability in range(_LAST_CAPABILITY + 1):
-            if who.ambient >> capability & 1:
-                syscalls.prctl_cap_ambient_raise(capability)
-    if who.no_new_privs:
-        syscalls.prctl_no_new_privs()
 
 
 async def _follow(child: subprocess.Popen[bytes], reading: int, timeout_sec: float) -> Ended:
@@ -238,7 +181,7 @@ async def _follow(child: subprocess.Popen[bytes], reading: int, timeout_sec: flo
     text = output.decode(errors="replace")
     if scope.cancelled_caught:
         return Ended(f"was killed: it took longer than {timeout_sec:g} s", text)
-    return Ended(_reason(child.returncode), text)
+    return Ended(reason_of(child.returncode), text)
 
 
 async def _gather(stream: trio.abc.ReceiveStream, output: bytearray) -> None:
@@ -246,7 +189,8 @@ async def _gather(stream: trio.abc.ReceiveStream, output: bytearray) -> None:
         output += chunk[: OUTPUT_MAX - len(output)]
 
 
-def _reason(status: int) -> str:
+def reason_of(status: int) -> str:
+    """An exit status, negative for a signal, in words that follow the name of a command; "" for success."""
     if status < 0:
         return f"was ended by {signal.Signals(-status).name}"
     return f"failed with exit status {status}" if status else ""

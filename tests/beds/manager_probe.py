@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any, cast
+from typing import Any
 
 import trio
 
@@ -20,7 +20,6 @@ from watcher.config import Settings
 from watcher.managers import Service
 from watcher.managers.systemd import Systemd, check
 from watcher.managers.systemd1 import Unsupported
-from watcher.mounts.workshop import Workshop
 
 
 def say(**fields: Any) -> None:
@@ -70,7 +69,7 @@ async def main() -> None:
     except Unsupported as error:
         say(unsupported=str(error))
         return
-    manager = Systemd(Settings(), cast(Workshop, None))  # nothing is mounted here
+    manager = Systemd(Settings())
 
     def changed(name: str) -> None:
         say(changed=name, service=shown(manager.services.get(name)))

@@ -47,24 +47,11 @@ ExecStart=/bin/sh -c 'trap "! grep -q bad /etc/web.conf || {{ {bad}; }}" HUP; wh
 Reload={reload}
 {settings}
 """
-# Until checks have units of their own they are in the watcher's sandbox.
-LOOSE = """[Service]
-PrivateNetwork=no
-IPAddressDeny=
-RestrictAddressFamilies=
-SystemCallFilter=
-CapabilityBoundingSet=~
-MemoryDenyWriteExecute=no
-RestrictNamespaces=no
-"""
 
 
 @pytest.fixture
 def host(bed: Bed) -> Iterator[Host]:
     install(bed)
-    loose = bed.path("/run/systemd/system/confext-watcher.service.d/loose.conf")
-    loose.parent.mkdir(parents=True, exist_ok=True)
-    loose.write_text(LOOSE)
     with contextlib.ExitStack() as stack:
         yield Host(bed, stack)
 

@@ -8,7 +8,6 @@ itself anew) and is then made again.
 
 from __future__ import annotations
 
-import functools
 import signal
 from collections.abc import Callable, Mapping, Sequence
 
@@ -22,9 +21,9 @@ from watcher.managers.daemonreload import DaemonReload, Refused
 from watcher.managers.described import stale
 from watcher.managers.following import Following
 from watcher.managers.systemd1 import DAEMON_RELOAD_SEC, Jobs, Systemd1, Unsupported
+from watcher.managers.transient import Transient
 from watcher.managers.unitjob import UnitJobs
 from watcher.model import Entry, Interest
-from watcher.mounts.workshop import Workshop
 from watcher.process import Gone, Process
 from watcher.unitname import UNIT_PATHS
 from watcher.watch import Watcher
@@ -63,17 +62,16 @@ class Systemd:
 
     Args:
         settings: the watcher's; its `state_directory` must be the one that the generator knows.
-        shop: where checks are run.
     """
 
-    def __init__(self, settings: Settings, shop: Workshop) -> None:
-        self._shop = shop
+    def __init__(self, settings: Settings) -> None:
         self._state_directory = settings.state_directory
         self._systemd: Systemd1 | None = None
         self._connected = trio.Event()
         self._following = Following(settings.state_directory)
         self._jobs = Jobs()
         self._unit_jobs = UnitJobs(self._connection, self._jobs)
+        self._transient = Transient(self._connection, self._jobs)
         self._reloads = DaemonReload(
             self._daemon_reload, settings.reload_limit_burst, settings.reload_limit_interval_usec / 1_000_000
         )
@@ -141,8 +139,7 @@ class Systemd:
         if service.main is None:
             raise Gone(f"{service.name} is not running")
         who = inside.like(service.main, {"MAINPID": str(service.main.pid)})
-        place = functools.partial(self._shop.entered, namespace)
-        return await inside.run(self._shop, place, who, words, timeout_sec=timeout_sec)
+        return await self._transient.run(service.name, service.main, namespace, who, words, timeout_sec)
 
     async def processes(self, service: Service) -> list[int]:
         """See `Manager.processes`."""

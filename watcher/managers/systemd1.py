@@ -210,6 +210,11 @@ class Systemd1:
         """A property that only services have."""
         return await self._bus.get(NAME, unit_path(unit), SERVICE, name)
 
+    async def service_properties(self, unit: str) -> dict[str, Any]:
+        """All properties that only services have, by name."""
+        reply = await self._bus.call(NAME, unit_path(unit), PROPERTIES, "GetAll", "s", SERVICE)
+        return {name: value for name, (_signature, value) in reply[0].items()}
+
     async def invocation(self, unit: str) -> str:
         """InvocationID, 32 hexadecimal digits."""
         return bytes(await self.unit(unit, "InvocationID")).hex()

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Running a service's check in a unit of its own: outside of the watcher's sandbox, inside of the service's limits.
+
+A child of the watcher would have its system call filter and its private network, and `nginx -t` or a health check
+would fail for reasons that have nothing to do with the configuration. A transient unit has what systemd gives every
+unit, its control group has the service's limits and is emptied at its end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import sys
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+import watcher
+from watcher import dbus, enter
+from watcher.become import Like
+from watcher.inside import OUTPUT_MAX, Ended, reason_of
+from watcher.managers.systemd1 import Jobs, Systemd1
+from watcher.process import Process
+
+_LIBRARY: Final = str(Path(watcher.__file__).resolve().parents[1])
+_PROGRAM: Final = (
+    f"import sys; sys.path.insert(0, {_LIBRARY!r}); from watcher.enter import main; main(sys.argv[1])"
+)
+# What a unit's control group and its processes may use: taken over from the service as they are.
+_LIMITS: Final = {
+    "Slice": "s",
+    "MemoryHigh": "t",
+    "MemoryMax": "t",
+    "MemorySwapMax": "t",
+    "TasksMax": "t",
+    "CPUQuotaPerSecUSec": "t",
+    "CPUWeight": "t",
+    "LimitNOFILE": "t",
+    "LimitNPROC": "t",
+    "LimitAS": "t",
+    "LimitMEMLOCK": "t",
+}
+_NAMESPACES: Final = ("net", "ipc", "uts", "user")
+# Seconds more than the command may take, for systemd to start and to end it.
+_GRACE_SEC: Final = 10.0
+
+
+class Transient:
+    """Runs commands in transient units.
+
+    Args:
+        systemd: gives the connection, waiting for one if there is none.
+        jobs: told of the end of every job.
+    """
+
+    def __init__(self, systemd: Callable[[], Awaitable[Systemd1]], jobs: Jobs) -> None:
+        self._systemd = systemd
+        self._jobs = jobs
+
+    async def run(
+        self, service: str, main: Process, namespace: int, who: Like, words: Sequence[str], timeout_sec: float
+    ) -> Ended:
+        """Run a command in a mount namespace (a descriptor) and in the other namespaces of a service.
+
+        Raises:
+            Gone: its main process has ended.
+        """
+        output = bytearray()
+        with contextlib.ExitStack() as held:
+            reading, writing = os.pipe2(os.O_CLOEXEC)
+            ours = held.enter_context(open(writing, "wb", buffering=0))
+            stream = trio.lowlevel.FdStream(reading)
+            held.callback(stream.close)
+            told = held.enter_context(_told(held.enter_context(_namespaces(main, namespace)), who, words))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_gather, stream, output)
+                reason = await self._attempt(service, told, _path(writing), timeout_sec)
+                ours.close()
+                # What it left running, for as long as that lives, may hold the pipe open.
+                nursery.cancel_scope.deadline = trio.current_time() + 0.1
+        return Ended(reason, output.decode(errors="replace"))
+
+    async def _attempt(self, service: str, told: str, output: str, timeout_sec: float) -> str:
+        try:
+            return await self._follow(service, told, output, timeout_sec)
+        except (dbus.Error, dbus.Lost) as error:
+            return f"could not be run: {error}"
+        except trio.TooSlowError:
+            return "could not be run: systemd did not start or end it in time"
+
+    async def _follow(self, service: str, told: str, output: str, timeout_sec: float) -> str:
+        systemd = await self._systemd()
+        name = f"confext-watcher-check-{secrets.token_hex(8)}.service"
+        properties = [
+            ("Description", ("s", f"Check of {service} by confext-watcher")),
+            ("Type", ("s", "oneshot")),
+            ("ExecStart", ("a(sasb)", [(sys.executable, [sys.executable, "-ISBc", _PROGRAM, told], False)])),
+            ("StandardInput", ("s", "null")),
+            ("StandardOutputFile", ("s", output)),
+            ("StandardError", ("s", "inherit")),
+            ("TimeoutStartUSec", ("t", round(timeout_sec * 1_000_000))),
+            ("TimeoutStopUSec", ("t", 1_000_000)),
+            ("CollectMode", ("s", "inactive-or-failed")),
+            # While we are there to ask how it ended; if we are not, nobody will.
+            ("AddRef", ("b", True)),
+            *await _limits(systemd, service),
+        ]
+        with self._jobs.listening() as listener, trio.fail_after(timeout_sec + _GRACE_SEC):
+            job = await systemd.manager(
+                "StartTransientUnit", "ssa(sv)a(sa(sv))", name, "fail", properties, []
+            )
+            result = await listener.result(job)
+            try:
+                return await _reason(systemd, name, result, timeout_sec)
+            finally:
+                with contextlib.suppress(dbus.Error):
+                    await systemd.manager("UnrefUnit", "s", name)
+
+
+async def _limits(systemd: Systemd1, service: str) -> list[tuple[str, tuple[str, Any]]]:
+    values = await systemd.service_properties(service)
+    return [(key, (kind, values[key])) for key, kind in _LIMITS.items() if values.get(key) not in (None, "")]
+
+
+async def _reason(systemd: Systemd1, name: str, result: str, timeout_sec: float) -> str:
+    if result == "done":
+        return ""
+    if result == "timeout":
+        return f"was killed: it took longer than {timeout_sec:g} s"
+    if result == "failed":
+        values = await systemd.service_properties(name)
+        if values["Result"] == "timeout":
+            return f"was killed: it took longer than {timeout_sec:g} s"
+        if values["Result"] == "oom-kill":
+            return "was killed: it took more memory than the service may have"
+        status = int(values["ExecMainStatus"])
+        if values["Result"] == "exit-code":
+            return "cannot be started" if status == enter.EXIT_EXEC else reason_of(status)
+        if values["Result"] in ("signal", "core-dump"):
+            return reason_of(-status)
+        return f"failed: {values['Result']}"
+    return f"could not be followed: {result or 'systemd cannot be reached'}"
+
+
+async def _gather(stream: trio.abc.ReceiveStream, output: bytearray) -> None:
+    async for chunk in stream:
+        output += chunk[: OUTPUT_MAX - len(output)]
+
+
+def _path(fd: int) -> str:
+    """How root finds one of our descriptors."""
+    return f"/proc/{os.getpid()}/fd/{fd}"
+
+
+@contextlib.contextmanager
+def _namespaces(main: Process, namespace: int) -> Iterator[list[str]]:
+    """Paths of a mount namespace and of those others in which a service is; its user namespace comes last, because
+    nothing else can be entered from there."""
+    with contextlib.ExitStack() as held:
+        paths = [_path(namespace)]
+        for kind in _NAMESPACES:
+            fd = main.namespace(kind)
+            held.callback(os.close, fd)
+            # To enter one's own user namespace is an error.
+            if kind != "user" or os.fstat(fd).st_ino != os.stat("/proc/1/ns/user").st_ino:
+                paths.append(_path(fd))
+        yield paths
+
+
+@contextlib.contextmanager
+def _told(namespaces: Sequence[str], who: Like, words: Sequence[str]) -> Iterator[str]:
+    fd = os.memfd_create("confext-watcher-check", os.MFD_CLOEXEC)
+    try:
+        os.write(fd, enter.order(namespaces, who, words))
+        yield _path(fd)
+    finally:
+        os.close(fd)
