@@ -181,6 +181,25 @@ def test_trees_need_no_devices(host: Host) -> None:
     assert "DeviceAllow" not in host.dropin("web.service")
 
 
+def test_a_sandboxed_unit_is_left_as_it_is_until_it_has_a_stack_and_keeps_its_sandbox_then(
+    host: Host,
+) -> None:
+    host.unit("web.service", PLAIN + "ProtectSystem=full\n", "web.raw")
+    assert host.listed("web.service") == ([], [])
+    host.accept("web.service", "web.raw")
+    assert host.listed("web.service")[0]
+    assert 'ReadOnlyPaths=-"/usr/bin"\n' in host.dropin("web.service")
+
+
+def test_a_unit_that_would_lose_its_sandbox_gets_no_drop_in_and_that_is_said(host: Host) -> None:
+    host.unit("web.service", PLAIN + "TemporaryFileSystem=/opt\n", "web.raw")
+    assert host.generate() == []
+    assert host.complaints == [
+        "web.service: no drop-in, it starts without a stack and gets it then: "
+        "systemd would forget TemporaryFileSystem=/opt"
+    ]
+
+
 def test_enabled_no_leaves_a_unit_to_systemd(host: Host) -> None:
     host.unit("web.service", PLAIN + "[X-Confext]\nEnabled=no\n", "web.raw")
     assert host.generate() == []

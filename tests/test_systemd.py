@@ -193,3 +193,13 @@ def test_a_service_whose_directory_was_removed_stays_until_its_stack_is_empty(ho
     known = described.seen(str(host.state))
     assert known == {"web.service": False}
     assert described.describe_all(host.index, known) == {}
+
+
+def test_a_sandboxed_unit_is_stale_while_it_lists_what_is_not_there(host: Host) -> None:
+    host.accept("web.service", ["web.raw"])
+    (host.units / "web.service").write_text(WEB + "[Service]\nProtectSystem=full\n")
+    host.generate()
+    host.accept("web.service", [])
+    assert host.stale() == ["web.service"]
+    host.generate()
+    assert host.stale() == []

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from . import unitfile, units
+from . import hierarchies, unitfile, units
 from .model import Declared, Entry, Kind, shown
 from .units import DROPIN, Index, Unit
 
@@ -77,7 +77,10 @@ def generate(output: str, index: Index, state_directory: str, complain: Callable
     os.makedirs(output, exist_ok=True)
     for name, unit in index.services(_seen(state_directory)).items():
         try:
-            if _enabled(index, unit):
+            reason = refusal(index, unit)
+            if reason:
+                complain(f"{shown(name)}: no drop-in, it starts without a stack and gets it then: {reason}")
+            elif _enabled(index, unit):
                 _write(f"{output}/{name}.d", text(index, unit, state_directory, complain))
                 done.append(name)
         except (OSError, ValueError) as error:
@@ -89,26 +92,54 @@ def text(
     index: Index, unit: Unit, state_directory: str, complain: Callable[[str], None] = lambda text: None
 ) -> str:
     """The drop-in of one unit."""
-    # Nothing in these words, nothing to parse: most units that take part declare nothing of it.
-    interesting = index.mentions(unit, b"Extension", b"DefaultDependencies", b"Before", b"Device")
-    parsed = index.parse(unit) if interesting else unitfile.Parsed(())
+    parsed = _parsed(index, unit)
     head = "" if _starts_before_us(unit.name, parsed) else _unit_section(state_directory)
+    kept = hierarchies.repair(parsed.assignments)
     listed = _listed(index, unit, parsed, state_directory, complain)
-    return f"# By {WATCHER}: this unit starts on its last accepted stack.\n{head}" + _service_section(
-        f"{state_directory}/units", unit.name, listed, _restricts_devices(parsed)
-    )
+    if kept.needed and _is_known_empty(state_directory, unit.name):
+        # It has a namespace without us, and keeps all of its sandbox until there is something to mount.
+        listed = [item for item in listed if not item.slot]
+    elif not listed:
+        listed = [Listed(Kind.IMAGE, EMPTY_SLOT)]
+    lines = _service_section(f"{state_directory}/units", unit.name, listed)
+    if listed:
+        lines += kept.lines
+    if any(item.kind is Kind.IMAGE for item in listed) and _restricts_devices(parsed):
+        lines += ["DeviceAllow=/dev/loop-control rw", "DeviceAllow=block-loop rw"]
+    body = "\n".join(lines) + "\n"
+    return f"# By {WATCHER}: this unit starts on its last accepted stack.\n{head}{body}"
+
+
+def refusal(index: Index, unit: Unit) -> str:
+    """Why a unit must not be given images in a drop-in, "" if it may: see `watcher.hierarchies`."""
+    if not index.mentions(unit, *hierarchies.WORDS):
+        return ""
+    lost = hierarchies.repair(_parsed(index, unit).assignments).lost
+    return f"systemd would forget {shown(lost[0])}" if lost else ""
+
+
+def _parsed(index: Index, unit: Unit) -> unitfile.Parsed:
+    # None of these words in it, nothing to parse: most units that take part say nothing of the kind.
+    interesting = (b"Extension", b"DefaultDependencies", b"Before", b"Device", *hierarchies.WORDS)
+    return index.parse(unit) if index.mentions(unit, *interesting) else unitfile.Parsed(())
+
+
+def _is_known_empty(state_directory: str, unit: str) -> bool:
+    """Whether it is known (the state directory is there) that the unit has no stack."""
+    try:
+        return all(name.startswith(".") for name in os.listdir(f"{state_directory}/units/{unit}"))
+    except OSError:
+        return os.path.isdir(state_directory)
 
 
 def _unit_section(state_directory: str) -> str:
     return f"[Unit]\nWants={WATCHER}\nAfter={WATCHER}\nRequiresMountsFor={state_directory}\n"
 
 
-def _service_section(slots: str, name: str, listed: Sequence[Listed], restricts_devices: bool) -> str:
+def _service_section(slots: str, name: str, listed: Sequence[Listed]) -> list[str]:
     lines = ["[Service]", "ExtensionImages="]
     of_images = [item for item in listed if item.kind is Kind.IMAGE]
     of_directories = [item for item in listed if item.kind is Kind.DIRECTORY]
-    if not listed:
-        of_images = [Listed(Kind.IMAGE, EMPTY_SLOT)]
     # Instances of a template that were never seen have the slots of their template.
     unit = _image_word(name) if units.is_template(name) else "%n"
     for item in of_images:
@@ -117,8 +148,6 @@ def _service_section(slots: str, name: str, listed: Sequence[Listed], restricts_
         else:
             options = f":{item.options}" if item.options else ""
             lines.append(f"ExtensionImages={'-' * item.optional}{_image_word(item.path)}{options}")
-    if of_images and restricts_devices:
-        lines += ["DeviceAllow=/dev/loop-control rw", "DeviceAllow=block-loop rw"]
     lines.append("ExtensionDirectories=")
     unit = _directory_word(name) if units.is_template(name) else "%n"
     for item in of_directories:
@@ -126,7 +155,7 @@ def _service_section(slots: str, name: str, listed: Sequence[Listed], restricts_
             lines.append(f"ExtensionDirectories=-{slots}/{unit}/{item.slot}")
         else:
             lines.append(f'ExtensionDirectories="{"-" * item.optional}{_directory_word(item.path)}"')
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _listed(

@@ -37,6 +37,7 @@ def install(bed: Bed) -> None:
     subprocess.run([sys.executable, str(installer), *destination], check=True)
     bed.run(["python3", "-m", "compileall", "-q", "/usr/lib/confext-watcher"])
     bed.run(["journalctl", "--update-catalog"])
+    bed.run(["systemd-tmpfiles", "--create", "confext-watcher.conf"])
     bed.run(["systemctl", "daemon-reload"])
 
 

@@ -208,6 +208,42 @@ def test_neither_our_swap_nor_a_reload_by_hand_undoes_the_sandbox_or_the_order(h
     in_force()
 
 
+def writable(host: Host, unit: str, path: str) -> bool:
+    inside = ["nsenter", "--target", str(host.started(unit)), "--mount", "--root", "--"]
+    return host.bed.run([*inside, "test", "-w", path], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("setting", ["ProtectSystem=full", "ProtectSystem=yes", "ReadOnlyPaths=/usr"])
+def test_what_was_read_only_stays_so_on_a_stack_too(host: Host, setting: str) -> None:
+    host.unit("guarded.service", TALKS.replace("/run/", "/var/tmp/") + setting + "\n")
+    host.watch()
+    journal = host.journal()
+    host.systemctl("start", "guarded.service")
+    assert not writable(host, "guarded.service", "/usr")
+    assert writable(host, "guarded.service", "/etc") is (setting != "ProtectSystem=full")
+    drop_version(host, "guarded.service", "1")
+    journal.applied("guarded.service")
+    for _ in range(2):
+        assert host.see("guarded.service", "/etc/web.txt") == "1"
+        assert not writable(host, "guarded.service", "/usr/lib")
+        assert not writable(host, "guarded.service", "/usr/bin")
+        host.systemctl("restart", "guarded.service")
+
+
+def test_what_systemd_would_forget_keeps_a_unit_from_its_drop_in_but_not_from_its_stack(host: Host) -> None:
+    host.bed.run(["sh", "-c", "mkdir -p /opt; touch /opt/secret"])
+    host.stack.callback(host.bed.run, ["rm", "/opt/secret"])
+    host.unit("hides.service", SLEEP + "ExecReload=/bin/cat /etc/web.txt\nTemporaryFileSystem=/opt\n")
+    host.watch()
+    journal = host.journal()
+    host.systemctl("start", "hides.service")
+    drop_version(host, "hides.service", "1")
+    journal.until(lambda entry: entry.get("CONFEXT_SERVICE") == "hides.service" and "web" in entry["MESSAGE"])
+    host.systemctl("restart", "hides.service")
+    pid = str(host.started("hides.service"))
+    assert host.bed.run(["ls", f"/proc/{pid}/root/opt"]).stdout == ""
+
+
 HARDENED = {
     "strict": "ProtectSystem=strict\nReadWritePaths=/etc/app\n",
     "full": "ProtectSystem=full\n",

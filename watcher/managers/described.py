@@ -112,15 +112,13 @@ def stale(
     found = {}
     for name in names:
         unit = index.unit(name)
-        if unit is None or not index.takes_part(unit):
+        if unit is None or not index.takes_part(unit) or generator.refusal(index, unit):
             continue  # and has no drop-in then
         if unitname.UnitName(name).instance and not _has_slots(name, state_directory):
             continue  # an instance that was never seen goes by its template's
         wanted = generator.text(index, unit, state_directory)
         loaded = _read(f"{generated}/{name}.d/{DROPIN}")
-        if loaded is None or _effective(loaded, name, state_directory) != _effective(
-            wanted, name, state_directory
-        ):
+        if loaded is None or not _equivalent(loaded, wanted, name, state_directory):
             found[name] = wanted
     return found
 
@@ -129,17 +127,25 @@ def _has_slots(name: str, state_directory: str) -> bool:
     return os.path.lexists(f"{state_directory}/units/{name}")
 
 
-def _effective(text: str, name: str, state_directory: str) -> list[str]:
-    """The sources in a drop-in of ours that are there, or that are not slots."""
-    found = []
-    for line in text.splitlines():
-        key, _, value = line.partition("=")
-        if key not in ("ExtensionImages", "ExtensionDirectories") or not value:
-            continue
-        path = value.removeprefix("-").partition(":")[0].replace("%n", name)
-        if not path.startswith(f"{state_directory}/units/") or os.path.lexists(path):
-            found.append(f"{key}={value}")
-    return found
+def _equivalent(loaded: str, wanted: str, name: str, state_directory: str) -> bool:
+    before, after = _sources(loaded), _sources(wanted)
+    if before and not after:
+        return False  # also what is not there costs a unit some of its sandbox: see watcher.hierarchies
+    slots = f"{state_directory}/units/"
+
+    def there(source: tuple[str, str]) -> bool:
+        path = source[1].removeprefix("-").partition(":")[0].replace("%n", name)
+        return not path.startswith(slots) or os.path.lexists(path)
+
+    return list(filter(there, before)) == list(filter(there, after))
+
+
+def _sources(text: str) -> list[tuple[str, str]]:
+    """What a drop-in of ours lists, as (key, value)."""
+    pairs = (line.partition("=")[::2] for line in text.splitlines())
+    return [
+        (key, value) for key, value in pairs if key in ("ExtensionImages", "ExtensionDirectories") and value
+    ]
 
 
 def _read(path: str) -> str | None:
