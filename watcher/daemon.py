@@ -55,7 +55,7 @@ def main(settings: Settings) -> None:
 
 
 async def _run(settings: Settings, tools: Tools) -> None:
-    if on_systemd():
+    if on_systemd(settings):
         await systemd_check()
     await Daemon(settings, tools).run()
 
@@ -84,7 +84,7 @@ def _tools(settings: Settings) -> Iterator[Tools]:
         standalone = Standalone(settings.runtime_directory, shop)
         stack.callback(standalone.close)
         manager: Manager = standalone
-        if on_systemd():
+        if on_systemd(settings):
             systemd = Systemd(settings)
             stack.callback(systemd.close)
             manager = Several([systemd, standalone])
@@ -100,9 +100,14 @@ def _tools(settings: Settings) -> Iterator[Tools]:
         )
 
 
-def on_systemd() -> bool:
-    """Whether systemd runs this host (sd_booted(3)) and we are somebody it listens to."""
-    return os.path.isdir("/run/systemd/system") and may_mount()
+def on_systemd(settings: Settings) -> bool:
+    """Whether systemd runs this host (sd_booted(3)), and we are the daemon that is to see to its units.
+
+    A unit's slots are in the system's state directory, where its drop-in looks for them. A daemon with another one (a
+    demonstration, a test) leaves units alone, also as root.
+    """
+    ours = settings.state_directory == Settings().state_directory
+    return ours and os.path.isdir("/run/systemd/system") and may_mount()
 
 
 class Daemon:
