@@ -77,7 +77,7 @@ def check_story(output: str, refusal: str) -> None:
 def test_root_sees_it_done_with_images(tmp_path: Path) -> None:
     output = show(tmp_path)
     assert "with images (squashfs and erofs)" in output
-    check_story(output, "incomplete: 100000 of ")
+    check_story(output, "web_4.raw incomplete: 100000 of ")
 
 
 @userns

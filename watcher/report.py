@@ -93,7 +93,7 @@ def refused(service: str, passed: Passed, kept: Layer | None, stack: Stack) -> E
     return event(
         service,
         Outcome.INCOMPLETE if incomplete else Outcome.REFUSED,
-        f"{shown(candidate.path)} {word}: {reason}; {keeps}",
+        f"{shown(candidate.path)} {word}: {reason.removeprefix('incomplete: ')}; {keeps}",
         stack=stack.id,
         image=candidate.name,
         version=candidate.version,
