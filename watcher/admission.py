@@ -44,6 +44,11 @@ class Host:
     os_release: Mapping[str, str]
     architecture: str
 
+    @property
+    def terms(self) -> tuple[object, ...]:
+        """All of that in a form that can be compared and hashed."""
+        return (*sorted(self.os_release.items()), self.architecture)
+
 
 def host(root: str = "/") -> Host:
     """The host of a service, os-release(5): `/etc/os-release` of its root, else `/usr/lib/os-release`.
@@ -86,20 +91,18 @@ class Admission:
             Busy: somebody is writing to it.
             Later: something is missing here, not in the image.
         """
-        copy = admit.admit(self._store, candidate)
-        names, strict_false = self._release(copy)
-        name = release.choose_release_file(candidate.filename, names, strict_false, candidate.kind)
-        release.match(release.parse_os_release(names[name]), made_for.os_release, made_for.architecture)
-        return copy
+
+        def judge(copy: Copy) -> None:
+            names, strict_false = self._release(copy)
+            name = release.choose_release_file(candidate.filename, names, strict_false, candidate.kind)
+            release.match(release.parse_os_release(names[name]), made_for.os_release, made_for.architecture)
+
+        return admit.admit(self._store, candidate, judge, (candidate.filename, made_for.terms))
 
     def forget(self, digests: Iterable[str]) -> None:
         """Drop what is remembered of content that has left the store."""
         for digest in digests:
             self._releases.pop(digest, None)
-
-    def clear(self) -> None:
-        """Judge everything anew: the settings have changed."""
-        self._store.known.clear()
 
     def _release(self, copy: Copy) -> Release:
         known = self._releases.get(copy.digest)

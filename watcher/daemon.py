@@ -258,10 +258,7 @@ class Daemon:
         for remark in remarks:
             journal.say(remark)
         self._settings = settings
-        self._tools.store.store_max = settings.store_max
-        self._tools.store.image_max = settings.image_max
-        self._tools.store.keep_stacks = settings.keep_stacks
-        self._tools.admission.clear()
+        self._tools.store.configure(settings.store_max, settings.image_max, settings.keep_stacks)
         journal.log.info("settings read again")
         self._look_at_everything()
 
