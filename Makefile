@@ -83,3 +83,5 @@ lock: venv ## pin the newest versions again (needs uv)
 clean: ## remove what make made (root file systems of the containers stay in their cache)
 	rm -rf $(VENV) $(OLDEST) .venv.lock .venv-debian13.lock build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+include contrib/packaging/packaging.mk
