@@ -9,9 +9,11 @@ microseconds.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from watcher import admit, arch, release
 from watcher.images.extension import read_release
@@ -50,6 +52,12 @@ class Host:
         return (*sorted(self.os_release.items()), self.architecture)
 
 
+@functools.lru_cache(maxsize=64)
+def _parsed(text: str) -> Mapping[str, str]:
+    """The same few texts are met again and again."""
+    return MappingProxyType(release.parse_os_release(text))
+
+
 def host(root: str = "/") -> Host:
     """The host of a service, os-release(5): `/etc/os-release` of its root, else `/usr/lib/os-release`.
 
@@ -67,7 +75,7 @@ def host(root: str = "/") -> Host:
             except FileNotFoundError:
                 continue
             with open(fd, encoding="utf-8", errors="replace") as file:
-                return Host(release.parse_os_release(file.read(_OS_RELEASE_MAX)), arch.native())
+                return Host(_parsed(file.read(_OS_RELEASE_MAX)), arch.native())
     finally:
         os.close(directory)
     raise FileNotFoundError(errno.ENOENT, "no os-release in it", root)
@@ -95,7 +103,7 @@ class Admission:
         def judge(copy: Copy) -> None:
             names, strict_false = self._release(copy)
             name = release.choose_release_file(candidate.filename, names, strict_false, candidate.kind)
-            release.match(release.parse_os_release(names[name]), made_for.os_release, made_for.architecture)
+            release.match(_parsed(names[name]), made_for.os_release, made_for.architecture)
 
         return admit.admit(self._store, candidate, judge, (candidate.filename, made_for.terms))
 

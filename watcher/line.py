@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import trio
 
 from watcher import journal, report, scan, tries
-from watcher.admission import Admission, Host, host
+from watcher.admission import Admission, host
 from watcher.check import check
 from watcher.judge import Judge
 from watcher.ledger import Ledger
@@ -123,9 +123,7 @@ class Line:
     async def look(self, service: Service) -> Wanted:
         """What a round would find now, without doing anything about it."""
         with self._tools.store.using():
-            return await trio.to_thread.run_sync(
-                self._find, service, host(service.root), *self._kept_out(service)
-            )
+            return await trio.to_thread.run_sync(self._find, service, *self._kept_out(service))
 
     def let_in(self, name: str) -> None:
         """What is kept out of a service for the moment may be tried again."""
@@ -212,18 +210,16 @@ class Line:
 
     async def _look(self, service: Service, memory: Memory) -> Wanted:
         """What is on disk, watched from before it is read, so that no change in between is missed."""
-        made_for = host(service.root)
         while True:
-            wanted = await trio.to_thread.run_sync(self._find, service, made_for, *self._kept_out(service))
+            wanted = await trio.to_thread.run_sync(self._find, service, *self._kept_out(service))
             if wanted.look.interests == memory.interests:
                 return wanted
             memory.interests = wanted.look.interests
             if not self._tools.watcher.set(service.name, wanted.look.interests):
                 return wanted
 
-    def _find(
-        self, service: Service, made_for: Host, kept_out: dict[str, str], elsewhere: dict[str, str]
-    ) -> Wanted:
+    def _find(self, service: Service, kept_out: dict[str, str], elsewhere: dict[str, str]) -> Wanted:
+        """Blocks, also on the service's root and on where it gets its images from, which may be dead network mounts."""
         tools, name = self._tools, service.name
         pin, trial = tools.ledger.pinned(name), tools.trials.of(name)
         memory = self._memory.get(name)
@@ -232,7 +228,7 @@ class Line:
             tools.admission,
             name,
             service.declared,
-            made_for,
+            host(service.root),
             kept_out,
             pin,
             trial,
