@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`confext-watcher exec`: the program is the very process, on its stack from its first instruction on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+
+import pytest
+
+from standalone.place import PYTHON, Place
+
+trees_only = pytest.mark.parametrize("place", ["trees"], indirect=True)
+
+# Prints what a program inherits.
+INHERITED = """
+import json, os
+status = dict(line.split(":\\t", 1) for line in open("/proc/self/status").read().splitlines())
+print("started", json.dumps({
+    "pid": os.getpid(), "parent": os.getppid(), "cwd": os.getcwd(), "own": os.environ.get("OWN"),
+    "descriptors": sorted(int(fd) for fd in os.listdir("/proc/self/fd"))[:-1],
+    "blocked": status["SigBlk"], "threads": status["Threads"],
+}))
+"""
+
+
+def test_it_is_the_same_process(place: Place) -> None:
+    place.environment["OWN"] = "kept"
+    service = place.start(program=(sys.executable, "-ISc", INHERITED), wait=False, cwd=place.path)
+    found = json.loads(service.said.wait_for("^started").partition(" ")[2])
+    assert found["pid"] == service.pid
+    assert found["parent"] == os.getpid()
+    assert found["cwd"] == ("/" if place.trees else str(place.path))  # nsenter(1) goes there
+    assert found["own"] == "kept"
+    assert found["descriptors"] == [0, 1, 2]
+    assert found["threads"] == "1"
+    assert int(found["blocked"], 16) == 0
+    assert service.wait() == 0
+
+
+@trees_only
+def test_no_signal_is_ignored_that_was_not_before(place: Place) -> None:
+    """Python ignores SIGPIPE and SIGXFSZ, and what is ignored is inherited."""
+    service = place.start(program=("sh", "-c", "grep SigIgn /proc/self/status"), wait=False)
+    assert service.wait() == 0
+    assert int(service.said.wait_for_end()[0].split()[1], 16) == 0
+
+
+def test_exit_status_and_signals_are_its_own(shared: Place) -> None:
+    service = shared.start()
+    service.send(signal.SIGUSR2)
+    assert service.wait() == 7
+    service = shared.start()
+    service.send(signal.SIGTERM)
+    assert service.wait() == -signal.SIGTERM
+
+
+def test_it_starts_on_its_stack_without_any_daemon(place: Place) -> None:
+    place.start(name="web.service").put("1.3")
+    place.services.pop().kill()
+    service = place.start(name="web.service")
+    assert service.heard == ["1.3"]
+    assert service.status()["layers"][0]["version"] == "1.3"
+    assert service.status()["last"] is None
+
+
+def test_a_daemon_that_is_started_later_takes_over(place: Place) -> None:
+    place.versions("web.service").mkdir(parents=True)
+    service = place.start(name="web.service")
+    service.put("1.3")
+    place.start_daemon()
+    service.reloaded("1.3")
+    service.put("1.4")
+    service.reloaded("1.4")
+    assert service.heard == ["nothing", "1.3", "1.4"]
+
+
+def test_a_daemon_that_finds_it_on_its_stack_tells_it_nothing(place: Place) -> None:
+    service = place.start(name="web.service")
+    service.put("1.3")
+    service.kill()
+    service = place.start(name="web.service")
+    place.start_daemon()
+    service.put("1.4")
+    service.reloaded("1.4")
+    assert service.heard == ["1.3", "1.4"]
+
+
+def test_a_name_runs_once(shared: Place) -> None:
+    service = shared.start()
+    second = shared.start(name=service.name, wait=False)
+    assert second.wait() == 1
+    assert second.errors.wait_for_end() == [
+        f"confext-watcher: {service.name} is running already, as process {service.pid}"
+    ]
+    service.put("1.3")
+    service.reloaded("1.3")
+
+
+def test_it_starts_again_under_its_name(shared: Place) -> None:
+    service = shared.start()
+    service.kill()
+    service.put("1.3")
+    service.logged("web 1.3 added, accepted; it is not running, its next start gets it")
+    again = shared.start(name=service.name)
+    again.put("1.4")
+    again.reloaded("1.4")
+    assert again.heard == ["1.3", "1.4"]
+
+
+@pytest.mark.parametrize("shared", ["trees"], indirect=True)
+@pytest.mark.parametrize(
+    ("options", "program", "words"),
+    [
+        (["--name", "../web"], PYTHON, "cannot be the name of a service"),
+        (["--name", ".web"], PYTHON, "cannot be the name of a service"),
+        (["--name", "x", "--reload-signal", "SIGFOO"], PYTHON, "there is no signal 'SIGFOO'"),
+        (["--name", "x", "--reload-signal", "0"], PYTHON, "there is no signal '0'"),
+        (["--name", "x", "--reload-command", "a 'b"], PYTHON, "--reload-command: No closing quotation"),
+        (
+            ["--name", "x"],
+            ["/nowhere/program"],
+            "/nowhere/program cannot be executed: No such file or directory",
+        ),
+        (["--name", "x"], ["/etc/passwd"], "/etc/passwd cannot be executed: Permission denied"),
+    ],
+)
+def test_what_cannot_be_started_is_said_in_one_line(
+    shared: Place, options: list[str], program: list[str], words: str
+) -> None:
+    done = shared.run("exec", *options, "--", *program, check=False)
+    assert done.returncode != 0
+    assert words in done.stderr
+    assert done.stderr.startswith("confext-watcher: ")
+    assert done.stderr.count("\n") == 1
+    assert shared.run("status", "x", check=False).returncode != 0
+
+
+@trees_only
+def test_a_registration_left_half_written_is_no_obstacle(place: Place) -> None:
+    """In a container every start may have the same PID."""
+    services = place.runtime / "services"
+    services.mkdir(parents=True)
+    leave = f': > {services}/.web.service.$$; exec "$@"'
+    place.start(name="web.service", prefix=("sh", "-c", leave, "sh"))
