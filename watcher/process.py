@@ -113,9 +113,12 @@ class Process:
             fd = os.open(f"/proc/{self.pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
         except (FileNotFoundError, ProcessLookupError):
             raise Gone(f"process {self.pid} has ended") from None
-        if not self.alive():
+        try:
+            if not self.alive():
+                raise Gone(f"process {self.pid} has ended")
+        except BaseException:
             os.close(fd)
-            raise Gone(f"process {self.pid} has ended")
+            raise
         return fd
 
     def survives(self, number: int) -> bool:

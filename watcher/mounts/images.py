@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 
+from watcher import journal
 from watcher.model import Copy, Kind, Refused
 from watcher.mounts import syscalls
 
@@ -66,9 +67,12 @@ class Images:
         kept = set(digests)
         with self._lock:
             for digest in [one for one, users in self._users.items() if not users and one not in kept]:
-                syscalls.umount2(self._path(digest), syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
-                del self._users[digest]
-                os.rmdir(self._path(digest))
+                try:
+                    syscalls.umount2(self._path(digest), syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
+                    del self._users[digest]
+                    os.rmdir(self._path(digest))
+                except OSError as error:  # it is tried again; a directory that stays is used again
+                    journal.log.warning(f"workshop: an image stays mounted for the moment: {error}")
 
     def _acquire(self, copy: Copy) -> str:
         if copy.kind is Kind.DIRECTORY:

@@ -226,9 +226,9 @@ class Workshop:
             os.chdir(place)
             yield
         finally:
+            self._litter.put(place)
             # The tmpfs could not go while somebody stands in it.
             os.chdir("/")
-            self._litter.put(place)
 
     def _start_thread(self) -> None:
         ready: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
