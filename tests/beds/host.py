@@ -192,8 +192,17 @@ class Journal:
                 return entry
 
     def outcome(self, unit: str, outcome: str) -> Entry:
-        """The next entry of this outcome for a unit; one of another is a failure."""
-        entry = self.until(lambda entry: entry.get("CONFEXT_SERVICE") == unit and "CONFEXT_OUTCOME" in entry)
+        """The next entry of this outcome for a unit; one of another is a failure.
+
+        That something was accepted while the unit was being started does not count: its application follows.
+        """
+        entry = self.until(
+            lambda entry: (
+                entry.get("CONFEXT_SERVICE") == unit
+                and "CONFEXT_OUTCOME" in entry
+                and "being started" not in entry["MESSAGE"]
+            )
+        )
         assert entry["CONFEXT_OUTCOME"] == outcome, entry["MESSAGE"]
         return entry
 

@@ -20,8 +20,10 @@ pytestmark = needs.bed
 
 # Tells what it sees at each step of its life; the running process is asked by nsenter.
 TALKS = """[Service]
+Type=notify
+NotifyAccess=all
 ExecStartPre=/bin/sh -c 'cat /etc/web.txt >/run/seen-pre; :'
-ExecStart=/bin/sh -c 'cat /etc/web.txt >/run/seen-start; exec sleep infinity'
+ExecStart=/bin/sh -c 'cat /etc/web.txt >/run/seen-start; systemd-notify --ready; exec sleep infinity'
 ExecReload=/bin/sh -c 'cat /etc/web.txt >/run/seen-reload; :'
 """
 VERSIONS = "web.raw.v"
