@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from needs import tool, which
-from watcher import config
+from watcher import config, journal
+from watcher.model import Event, Outcome
 
 CONTRIB = Path(__file__).parent.parent / "contrib"
 MAN = CONTRIB / "man"
@@ -89,6 +93,23 @@ def test_every_setting_is_in_the_man_page_and_no_other(heading: str, keys: dict[
     described = page.partition(f".Sh {heading}\n")[2].partition("\n.Sh ")[0]
     items = re.findall(r"^\.It Va (.*)$", described, re.MULTILINE)
     assert sorted(key for item in items for key in re.findall(r"(\w+)=", item)) == sorted(keys)
+
+
+def test_the_fields_of_the_journal_are_in_the_man_page() -> None:
+    values: dict[str, Any] = {field.name: field.name for field in dataclasses.fields(Event)}
+    event = Event(**values | {"outcome": Outcome.APPLIED, "layers": ()})
+    with capture_logs() as entries:
+        journal.record(event)
+    fields = set(entries[0]) - {"event", "log_level", "message_id", "notice"}
+    page = (MAN / "confext-watcher.service.8").read_text()
+    assert set(re.findall(r"\bCONFEXT_(\w+)=(?= ,|$)", page, re.MULTILINE)) == {
+        name.upper() for name in fields
+    }
+
+
+def test_the_journals_catalog_names_commands_that_there_are() -> None:
+    catalog = (CONTRIB.parent / "units/confext-watcher.catalog").read_text()
+    assert set(re.findall(r"\bconfext-watcher ([a-z]+)", catalog)) <= set(commands())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

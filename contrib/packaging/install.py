@@ -38,6 +38,21 @@ UNITS = {
     "confext-watcher.catalog": ("systemd/catalog/confext-watcher.catalog", False),
     "confext-watcher.tmpfiles": ("tmpfiles.d/confext-watcher.conf", False),
 }
+# What people read and type with, and where it goes below PREFIX/share. Debian's zsh looks elsewhere than a local one.
+DOCUMENTS = {
+    "man/confext-watcher.8": "man/man8/confext-watcher.8",
+    "man/confext-watcher.service.8": "man/man8/confext-watcher.service.8",
+    "man/watcher.conf.5": "man/man5/watcher.conf.5",
+    "completions/confext-watcher.bash": "bash-completion/completions/confext-watcher",
+    "completions/_confext-watcher": "zsh/{zsh}/_confext-watcher",
+    "completions/confext-watcher.fish": "fish/vendor_completions.d/confext-watcher.fish",
+}
+
+
+def documents(prefix: str) -> dict[str, str]:
+    """Where each of `DOCUMENTS` goes."""
+    zsh = "vendor-completions" if prefix == "/usr" else "site-functions"
+    return {source: f"{prefix}/share/{target}".format(zsh=zsh) for source, target in DOCUMENTS.items()}
 
 
 def install(destdir: Path, prefix: str, python: str, vendor: Iterable[str]) -> None:
@@ -64,6 +79,8 @@ def install(destdir: Path, prefix: str, python: str, vendor: Iterable[str]) -> N
         for word, value in words.items():
             text = text.replace(word, value)
         write(below(destdir, f"{prefix}/lib/{target}"), text, program)
+    for document, place in documents(prefix).items():
+        write(below(destdir, place), (SOURCE / "contrib" / document).read_text(), program=False)
 
 
 def byte_compile(destdir: Path, prefix: str) -> None:
@@ -83,6 +100,8 @@ def uninstall(destdir: Path, prefix: str) -> None:
     below(destdir, f"{prefix}/bin/{NAME}").unlink(missing_ok=True)
     for target, _ in UNITS.values():
         below(destdir, f"{prefix}/lib/{target}").unlink(missing_ok=True)
+    for place in documents(prefix).values():
+        below(destdir, place).unlink(missing_ok=True)
 
 
 def below(destdir: Path, path: str) -> Path:
