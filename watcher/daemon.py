@@ -216,9 +216,8 @@ class Daemon:
         started = False
         while True:
             await self._idle.wait()
-            self._idle = (
-                trio.Event()
-            )  # before tidying up: what is over before that ends must be tidied up too
+            # Before tidying up: what comes and is over while that goes on leaves something to tidy up, too.
+            self._idle = trio.Event()
             if not started:
                 started = True
                 # Units are started after us so that what was dropped while the host was down is admitted first.
