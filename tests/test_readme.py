@@ -102,7 +102,8 @@ def test_it_names_the_settings_as_they_are() -> None:
 def test_it_links_to_what_is_there() -> None:
     for path in re.findall(r"`(?:man )?(contrib/[^`, ]+)`", README):
         assert (CHECKOUT / path).exists(), path
-    targets = (CHECKOUT / "Makefile").read_text()
+    makefiles = [CHECKOUT / "Makefile", *CHECKOUT.glob("contrib/packaging/*.mk")]
+    targets = "".join(path.read_text() for path in makefiles)
     for target in re.findall(r"\bmake ([a-z-]+)\b", README):
         if target not in ("a", "it"):
             assert f"\n{target}:" in targets, target
