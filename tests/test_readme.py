@@ -85,8 +85,10 @@ def test_following_it_from_top_to_bottom(place: Path) -> None:
         "web.service: no change",  # plan
     ):
         assert line in output, output + log
-    reloads = (place / "reloads").read_text().split("\n")
-    assert [line for line in reloads if line][-4:] == [f"port = 808{last}" for last in (1, 0, 1, 0)]
+    # Two signals in quick succession are one to a shell.
+    reloads = (place / "reloads").read_text().splitlines()
+    assert "port = 8081" in reloads
+    assert reloads[-1] == "port = 8080"
     assert process.returncode == 0, output + log
 
 
