@@ -11,8 +11,9 @@ topmost first, with `NAME` and `VERSION` percent-encoded so that the first `_` d
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 from urllib.parse import quote, unquote
@@ -107,15 +108,10 @@ class Table:
     """
 
     def __init__(self, text: str) -> None:
-        rows, ids = _rows(text)
-        self._rows = rows
-        self._children: dict[int, list[Mount]] = {}
-        for row in rows:
-            self._children.setdefault(row.parent, []).append(row)
-        roots = (row for row in rows if row.point == "/" and (row.parent not in ids or row.parent == row.id))
-        root = next(roots, None)
-        if root is None:
-            raise ValueError("a mount table without a root")
+        # Rows are taken apart when they are asked for: most are about something else.
+        self._lines: dict[str, list[tuple[str, str]]] = {}
+        self._on: dict[int, list[Mount]] = {}
+        root = self._sort(text)
         self.under = [root, *self._upwards(root, "/")][-1]
         self.chain = self._upwards(self.under, "/etc")
         self.top = self.chain[-1] if self.chain else self.under
@@ -126,12 +122,30 @@ class Table:
         self.stacks = self.chain[kept:]
         self.beneath = self.chain[kept - 1] if kept else self.under
 
+    def _sort(self, text: str) -> Mount:
+        """Put the rows that have to do with `/etc` below their parents; the root."""
+        ids = set()
+        roots = []
+        for line in text.split("\n"):
+            if not line:
+                continue
+            mount_id, parent, _, _, point, _ = line.split(" ", 5)
+            ids.add(mount_id)
+            if point == "/":
+                roots.append((mount_id, parent, line))
+            if point == "/" or point == "/etc" or point.startswith("/etc/"):
+                self._lines.setdefault(parent, []).append((point, line))
+        for mount_id, parent, line in roots:
+            if parent not in ids or parent == mount_id:
+                return _row(line)
+        raise ValueError("a mount table without a root")
+
     def _upwards(self, mount: Mount, point: str) -> list[Mount]:
         """What lies on a mount at a path, and on that again; lowest first."""
         found: list[Mount] = []
         passed = {mount.id}
         while True:
-            above = (row for row in self._children.get(mount.id, ()) if row.point == point)
+            above = (_row(line) for where, line in self._lines.get(str(mount.id), ()) if where == point)
             upper = next((row for row in above if row.id not in passed), None)
             if upper is None:
                 return found
@@ -195,20 +209,22 @@ class Table:
     def _etc_of(self, mount: Mount) -> tuple[str, str]:
         return mount.device, mount.root.rstrip("/") + "/etc" if mount is self.under else mount.root
 
-    def on(self, mount: Mount) -> list[Mount]:
+    def on(self, mount: Mount) -> Sequence[Mount]:
         """What can be seen of the mounts that lie directly on `mount` somewhere below `/etc`, by path.
 
         One that was mounted later at a path above covers those below it.
         """
-        rows = [row for row in self._children.get(mount.id, ()) if row.point.startswith("/etc/")]
-        if len(rows) < 2:
-            return rows
-        points = {row.point for row in rows}
-        return sorted((row for row in rows if not _covered(row.point, points)), key=lambda row: row.point)
+        if mount.id not in self._on:
+            lines = self._lines.get(str(mount.id), ())
+            rows = [_row(line) for point, line in lines if point.startswith("/etc/")]
+            points = {row.point for row in rows}
+            seen = [row for row in rows if not _covered(row.point, points)]
+            self._on[mount.id] = sorted(seen, key=lambda row: row.point)
+        return self._on[mount.id]
 
     def above(self, mount: Mount) -> Iterator[Mount]:
         """What can be seen of all that lies on `mount`, at any depth."""
-        rows = self.on(mount)
+        rows = list(self.on(mount))
         while rows:
             row = rows.pop()
             yield row
@@ -216,27 +232,13 @@ class Table:
 
     def same_etc(self, other: Table) -> bool:
         """Whether nothing has changed on `/etc` and below it."""
-        return self._rows == other._rows
+        return self._lines == other._lines
 
     def mounted(self) -> Mounted:
         """Which stack `/etc` shows."""
         if not self.stacks:
             return Mounted(top=self.top.id)
         return Mounted(layers_of(self.top), self.surplus > 0, overlay=True, top=self.top.id)
-
-
-def _rows(text: str) -> tuple[list[Mount], set[int]]:
-    """The rows that have to do with `/etc`, and the IDs of all."""
-    rows = []
-    ids = []
-    for line in text.split("\n"):
-        if not line:
-            continue
-        mount_id, _, _, _, point, _ = line.split(" ", 5)
-        ids.append(mount_id)
-        if point == "/" or point == "/etc" or point.startswith("/etc/"):
-            rows.append(_row(line))
-    return rows, set(map(int, ids))
 
 
 def _row(line: str) -> Mount:
@@ -267,6 +269,7 @@ def _unescape(text: str) -> str:
     return _ESCAPE.sub(lambda match: chr(int(match[1], 8)), text) if "\\" in text else text
 
 
+@functools.lru_cache(maxsize=128)
 def layers_of(mount: Mount) -> tuple[MountedLayer, ...] | None:
     """The layers of an overlay of ours, bottom to top; None where it is not one of ours."""
     # Split first, then undo the escapes: an escaped comma is part of a path.
