@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +52,15 @@ class Host:
 
     def unit(self, name: str, text: str = SLEEP, *, takes_part: bool = True) -> None:
         """Make a unit (and its `.confext.d/`); it is gone after the test, with all that belongs to it."""
-        self.bed.path(f"{UNITS}/{name}").write_text(text)
-        self.stack.callback(self._remove, name)
-        if takes_part:
-            self.confext_dir(name).mkdir()
+        self.units({name: text}, takes_part=takes_part)
+
+    def units(self, texts: Mapping[str, str], *, takes_part: bool = True) -> None:
+        """Several units at once: a daemon-reload takes its time."""
+        for name, text in texts.items():
+            self.bed.path(f"{UNITS}/{name}").write_text(text)
+            self.stack.callback(self._remove, name)
+            if takes_part:
+                self.confext_dir(name).mkdir()
         self.systemctl("daemon-reload")
 
     def take_part(self, name: str) -> None:
@@ -67,12 +72,14 @@ class Host:
         return self.bed.path(f"{UNITS}/{name}.confext.d")
 
     def _remove(self, name: str) -> None:
+        # Without a daemon-reload: the next test makes one, and nothing of this unit is there any more.
         pattern = name.replace("@.", "@*.")
-        self.bed.run(["systemctl", "stop", pattern], check=False)
-        self.bed.run(["systemctl", "reset-failed", pattern], check=False)
         state = "/var/lib/confext-watcher"
-        slots = f"{state}/units/{pattern} {state}/stacks/{pattern}"
-        self.bed.run(["sh", "-c", f"rm -rf {UNITS}/{name}* {slots}; systemctl daemon-reload"])
+        remove = (
+            f"systemctl stop '{pattern}'; systemctl reset-failed '{pattern}';"
+            f"rm -rf {UNITS}/{name}* {state}/units/{pattern} {state}/stacks/{pattern}"
+        )
+        self.bed.run(["sh", "-c", remove])
 
     def systemctl(self, *arguments: str) -> None:
         self.bed.run(["systemctl", *arguments])

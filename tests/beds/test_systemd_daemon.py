@@ -87,8 +87,7 @@ def test_every_process_of_a_unit_shows_the_last_accepted_stack(host: Host) -> No
 def test_what_was_dropped_while_the_watcher_was_away_is_applied_and_nothing_else_is_touched(
     host: Host,
 ) -> None:
-    for name in ("one.service", "two.service"):
-        host.unit(name, TALKS.replace("/run/seen", f"/run/{name}"))
+    host.units({name: TALKS.replace("/run/seen", f"/run/{name}") for name in ("one.service", "two.service")})
     host.watch()
     journal = host.journal()
     for name in ("one.service", "two.service"):
@@ -215,21 +214,25 @@ def writable(host: Host, unit: str, path: str) -> bool:
     return host.bed.run([*inside, "test", "-w", path], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("setting", ["ProtectSystem=full", "ProtectSystem=yes", "ReadOnlyPaths=/usr"])
-def test_what_was_read_only_stays_so_on_a_stack_too(host: Host, setting: str) -> None:
-    host.unit("guarded.service", TALKS.replace("/run/", "/var/tmp/") + setting + "\n")
+def test_what_was_read_only_stays_so_on_a_stack_too(host: Host) -> None:
+    settings = {"full": "ProtectSystem=full", "yes": "ProtectSystem=yes", "paths": "ReadOnlyPaths=/usr"}
+    names = {f"guarded-{kind}.service": setting for kind, setting in settings.items()}
+    host.units({name: SLEEP + "ExecReload=/bin/true\n" + setting + "\n" for name, setting in names.items()})
     host.watch()
     journal = host.journal()
-    host.systemctl("start", "guarded.service")
-    assert not writable(host, "guarded.service", "/usr")
-    assert writable(host, "guarded.service", "/etc") is (setting != "ProtectSystem=full")
-    drop_version(host, "guarded.service", "1")
-    journal.applied("guarded.service")
+    host.systemctl("start", *names)
+    for name, setting in names.items():
+        assert not writable(host, name, "/usr")
+        assert writable(host, name, "/etc") is (setting != "ProtectSystem=full")
+    for name in names:
+        drop_version(host, name, "1")
+        journal.applied(name)
     for _ in range(2):
-        assert host.see("guarded.service", "/etc/web.txt") == "1"
-        assert not writable(host, "guarded.service", "/usr/lib")
-        assert not writable(host, "guarded.service", "/usr/bin")
-        host.systemctl("restart", "guarded.service")
+        for name in names:
+            assert host.see(name, "/etc/web.txt") == "1"
+            assert not writable(host, name, "/usr/lib")
+            assert not writable(host, name, "/usr/bin")
+        host.systemctl("restart", *names)
 
 
 def test_what_systemd_would_forget_keeps_a_unit_from_its_drop_in_but_not_from_its_stack(host: Host) -> None:
@@ -259,24 +262,27 @@ HARDENED = {
 }
 
 
-@pytest.mark.parametrize("how", HARDENED)
-def test_services_as_people_harden_them(host: Host, how: str) -> None:
+def test_services_as_people_harden_them(host: Host) -> None:
     host.bed.run(["sh", "-c", "mkdir -p /etc/app; touch /etc/app/os-release"])
     host.stack.callback(host.bed.run, ["rm", "-r", "/etc/app"])
-    host.unit("hard.service", SLEEP + "ExecReload=/bin/cat /etc/web.txt\n" + HARDENED[how])
+    names = {f"hard-{how}.service": settings for how, settings in HARDENED.items()}
+    host.units({name: SLEEP + "ExecReload=/bin/cat /etc/web.txt\n" + names[name] for name in names})
     host.watch()
     journal = host.journal()
-    host.systemctl("start", "hard.service")
-    before = host.mounts("hard.service")
+    host.systemctl("start", *names)
+    before = {name: host.mounts(name) for name in names}
     for version in ("1", "2", "3"):
-        drop_version(host, "hard.service", version)
-        journal.applied("hard.service")
-        assert host.see("hard.service", "/etc/web.txt") == version
-    host.systemctl("restart", "hard.service")
-    assert host.see("hard.service", "/etc/web.txt") == "3"
-    # The sandbox outside of /etc is what it was; /usr is kept by its parts (watcher.hierarchies).
-    after = host.mounts("hard.service")
-    assert [row[4] for row in after if elsewhere(row)] == [row[4] for row in before if elsewhere(row)]
+        source = host.image(f"web_{version}", {"web.txt": version})
+        for name in names:
+            host.drop(source, name, f"{VERSIONS}/{source.name}")
+            journal.applied(name)
+            assert host.see(name, "/etc/web.txt") == version
+    host.systemctl("restart", *names)
+    for name in names:
+        assert host.see(name, "/etc/web.txt") == "3"
+        # The sandbox outside of /etc is what it was; /usr is kept by its parts (watcher.hierarchies).
+        after = [row[4] for row in host.mounts(name) if elsewhere(row)]
+        assert after == [row[4] for row in before[name] if elsewhere(row)], name
 
 
 def elsewhere(row: list[str]) -> bool:
@@ -404,8 +410,7 @@ def storm_unit(kind: str) -> str:
 
 @pytest.mark.limit(400)
 def test_a_storm_of_starts_never_touches_the_hosts_etc(host: Host) -> None:
-    for kind in STORM_TYPES:
-        host.unit(f"storm-{kind}.service", storm_unit(kind))
+    host.units({f"storm-{kind}.service": storm_unit(kind) for kind in STORM_TYPES})
     host.watch()
     mounts = host.own_mounts()
     images = [host.image(f"web_{version}", {"web.txt": str(version)}) for version in range(1, 40)]

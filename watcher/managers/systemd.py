@@ -219,6 +219,8 @@ class Systemd:
         before = await trio.to_thread.run_sync(
             stale, self._following.index, list(self.services), self._state_directory
         )
+        if all(self._hopeless.get(name) == text for name, text in before.items()):
+            return  # one that began meanwhile, ours or somebody else's, has done it
         try:
             systemd = await self._connection()
             await systemd.manager("Reload", timeout=DAEMON_RELOAD_SEC)
