@@ -19,11 +19,12 @@ from watcher.schema import CallError, Quarantined, ServiceStatus, to_dict
 DONE, FAILED, USAGE, NOT_RUNNING, TIMED_OUT = range(5)
 
 _KERNEL = (6, 8)
+_SOURCES = ("--extension-image", "--extension-directory")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 refused or failed, 2 usage, 3 not running, 4 timed out."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args(_joined(sys.argv[1:] if arguments is None else arguments))
     try:
         settings, remarks = config.load(root=_as_root(options))
         if options.command in (_run, _exec):
@@ -50,6 +51,17 @@ def _as_root(options: argparse.Namespace) -> bool:
     system = config.directories(os.environ, root=True)
     asks = options.command not in (_run, _exec)
     return asks and not os.path.isdir(own["runtime_directory"]) and os.path.isdir(system["runtime_directory"])
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """With `--extension-image -PATH` written as one word: argparse would take the `-` for an option's."""
+    words: list[str] = []
+    for word in arguments:
+        if word.startswith("-") and word != "--" and words and words[-1] in _SOURCES and "--" not in words:
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
 
 
 def _parser() -> argparse.ArgumentParser:
