@@ -299,9 +299,10 @@ def squashfs(layers: Layers) -> Layer:
 
 
 def loops(layers: Layers, layer: Layer) -> int:
-    path = layers.copies[layer.digest].path
+    """How many loop devices there are on a layer's file, whose path is cut when its namespace has gone."""
+    name = "/".join(layers.copies[layer.digest].path.split("/")[-2:])
     backing = Path("/sys/block").glob("loop*/loop/backing_file")
-    return sum(one.read_text().strip() == path for one in backing if one.exists())
+    return sum(one.read_text().strip().endswith(name) for one in backing if one.exists())
 
 
 @loop
@@ -355,8 +356,10 @@ class TestImages:
                     return Path(roots[layer.digest], "etc/web.conf").read_text()
 
             assert shop.submit(use).result() == "1"
+            path = layers.copies[layer.digest].path
+            kind = subprocess.check_output(["stat", "-f", "-c", "%T", path], text=True).strip()
             release = tuple(map(int, os.uname().release.split(".")[:2]))
-            assert loops(layers, layer) == (0 if release >= (6, 12) else 1)
+            assert loops(layers, layer) == (1 if release < (6, 12) or kind == "tmpfs" else 0)
 
     @pytest.mark.parametrize("fstype", ["squashfs", pytest.param("erofs", marks=filesystem("erofs"))])
     def test_a_broken_image_is_refused_and_leaves_nothing(
