@@ -13,8 +13,6 @@ from typing import Any
 
 import trio
 
-sys.path.insert(0, "/usr/lib/confext-watcher")
-
 from watcher import journal
 from watcher.config import Settings
 from watcher.managers import Service

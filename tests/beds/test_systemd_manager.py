@@ -35,6 +35,7 @@ class Probe:
         )
         self.process = bed.popen(
             ["python3", "/root/manager_probe.py"],
+            env={"PYTHONPATH": "/usr/lib/confext-watcher"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -166,7 +166,9 @@ def test_back_by_hand_stays_until_it_is_undone(place: Reloading) -> None:
     service = place.run()
     place.image("2", "two")
     place.outcome("applied")
-    first = place.history()[0].previous
+    while not (events := place.history()):  # written down a moment after it was said
+        pass
+    first = events[0].previous
     done = place.command("rollback", "web.service")
     assert "web 2 -> 1 applied" in done.stdout and place.shown(service) == "one"
     place.image("3", "three")
