@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Registrations that are not what they seem: nothing is mounted anywhere because of one, and no signal is sent."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from needs import root
+from standalone.place import Place
+from watcher.process import start_time
+
+# From a user namespace no process outside of it can be looked at.
+pytestmark = [root, pytest.mark.parametrize("place", ["images"], indirect=True)]
+
+
+@pytest.fixture
+def bystander() -> Iterator[subprocess.Popen[bytes]]:
+    """A process of the host, which a signal would end."""
+    process = subprocess.Popen(["sleep", "infinity"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def register(place: Place, process: subprocess.Popen[bytes], started: int) -> None:
+    """A registration of a process that `exec` has not started."""
+    status = os.stat("/proc/self/ns/mnt")
+    registration = {
+        "name": "web.service",
+        "pid": process.pid,
+        "started": started,
+        "namespace": [status.st_dev, status.st_ino],
+        "confext_dirs": [str(place.drops("web.service"))],
+        "reload_signal": "SIGHUP",
+    }
+    services = place.runtime / "services"
+    services.mkdir(parents=True, exist_ok=True)
+    (services / "web.service.json").write_text(json.dumps(registration))
+
+
+def drop(place: Place) -> None:
+    versions = place.versions("web.service")
+    versions.mkdir(parents=True, exist_ok=True)
+    place.bring(place.confext("1"), versions / f"web_1{place.suffix}")
+
+
+def test_a_process_in_the_hosts_namespace_is_never_touched(
+    place: Place, bystander: subprocess.Popen[bytes]
+) -> None:
+    before = Path("/proc/self/mountinfo").read_text()
+    register(place, bystander, start_time(bystander.pid))
+    drop(place)
+    daemon = place.start_daemon(wait=False)
+    line = daemon.log.wait_for("needs-restart")
+    assert "web.service: not touched" in line and "restart it once" in line
+    assert bystander.poll() is None
+    assert Path("/proc/self/mountinfo").read_text() == before
+    daemon.stop()
+    assert sum("needs-restart" in line for line in daemon.log.wait_for_end()) == 1
+
+
+def test_a_pid_that_is_another_process_by_now_is_not_the_service(
+    place: Place, bystander: subprocess.Popen[bytes]
+) -> None:
+    register(place, bystander, start_time(bystander.pid) - 1)
+    drop(place)
+    daemon = place.start_daemon(wait=False)
+    daemon.log.wait_for("it is not running, its next start gets it")
+    assert bystander.poll() is None
+    daemon.stop()
+    assert not any("needs-restart" in line for line in daemon.log.wait_for_end())
+
+
+def test_what_is_no_registration_is_told_and_passed_over(place: Place) -> None:
+    services = place.runtime / "services"
+    services.mkdir(parents=True)
+    (services / "web.service.json").write_text("[")
+    (services / "link.service.json").symlink_to("/etc/shadow")
+    daemon = place.start_daemon(wait=False)
+    assert "ignored" in daemon.log.wait_for("link.service.json")
+    assert "ignored" in daemon.log.wait_for("web.service.json")
