@@ -18,6 +18,8 @@ _SQUASHFS = struct.Struct("<4s4I6H8Q")
 _SQUASHFS_MAGIC = b"hsqs"
 _SQUASHFS_COMPRESSORS = range(1, 7)  # gzip, lzma, lzo, xz, lz4, zstd
 _SQUASHFS_NO_TABLE = 0xFFFFFFFFFFFFFFFF
+# The kernel reads it in blocks of so many bytes, and no part of one (SQUASHFS_DEVBLK_SIZE).
+_SQUASHFS_BLOCK = 1024
 
 # fs/erofs/erofs_fs.h: struct erofs_super_block at byte 1024, little endian, up to and with `devt_slotoff`.
 _EROFS_OFFSET = 1024
@@ -109,10 +111,21 @@ def _squashfs(head: bytes, size: int) -> Probe:
     if compression not in _SQUASHFS_COMPRESSORS:
         raise Refused(f"a broken squashfs image: unknown compression {compression}")
     _require(bytes_used, _SQUASHFS.size, size)
+    _require_padding(bytes_used, size)
     if not fragments:
         tables[4] = _SQUASHFS_NO_TABLE  # the kernel does not look at it then
     _squashfs_tables(root_inode, bytes_used, tables)
     return Probe("squashfs", bytes_used)
+
+
+def _require_padding(bytes_used: int, size: int) -> None:
+    """The last block too is whole. Otherwise the kernel would speak of an input/output error."""
+    need = -(-bytes_used // _SQUASHFS_BLOCK) * _SQUASHFS_BLOCK
+    if size < need:
+        raise Incomplete(
+            f"incomplete: {size} of {need} bytes are here (padding is missing: if it was built with -nopad,"
+            " build it without)"
+        )
 
 
 def _squashfs_tables(root_inode: int, bytes_used: int, tables: list[int]) -> None:
