@@ -13,7 +13,7 @@ import trio
 
 from watcher import journal, report, tries
 from watcher.ledger import Ledger, LedgerError
-from watcher.model import Event, KeptOut, Later, Refused, Stack, Sysext, shown
+from watcher.model import Event, KeptOut, Later, Refused, Stack, shown
 from watcher.plan import Passed
 from watcher.schema import Quarantined, text
 from watcher.wanted import STACK, Wanted
@@ -135,7 +135,7 @@ class Record:
     async def _passed(self, service: str, passed: Passed, wanted: Wanted) -> None:
         path = shown(passed.candidate.path)
         known = isinstance(passed.reason, KeptOut) and self._is_known(service, passed)
-        if known or isinstance(passed.reason, Sysext):
+        if known or passed.slot in {entry.slot for entry in wanted.sysexts}:
             _log("debug", f"{service}: {path} {passed.reason}", service)
         elif isinstance(passed.reason, Refused):
             kept = next((one for one in wanted.stack.layers if one.slot == passed.slot), None)
