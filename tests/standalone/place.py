@@ -35,7 +35,7 @@ COMMAND = Path(sys.executable).with_name("confext-watcher")
 SCRATCH = "CONFEXT_WATCHER_TEST_SCRATCH"
 """Environment variable: where confexts are made, once for all tests."""
 
-PATIENCE = 30.0
+PATIENCE = 15.0
 """Seconds after which something that should have happened has not."""
 
 # Says what it read at its start and at each SIGHUP. SIGUSR1 makes it become itself anew, SIGUSR2 end with status 7.
@@ -96,8 +96,10 @@ class Output:
             if self._ended or left <= 0:
                 why = "it ended" if self._ended else f"{PATIENCE:.0f} s"
                 beside = self.beside.read() if self.beside else []
-                said = ["...", *self.lines[-15:], "beside:", *beside[-15:]]
-                raise AssertionError("\n".join([f"no {words} ({why}) in:", *said]))
+                said = [line.split(" message_id=")[0] for line in self.lines[-8:]]
+                raise AssertionError(
+                    "\n".join([f"no {words} ({why}) in:", "...", *said, "beside:", *beside[-40:]])
+                )
             self._read(left)
 
     def mark(self, reader: str) -> None:
