@@ -228,8 +228,6 @@ class Chase:
             node = self.root if target.startswith("/") else node
         turns.append(node)
         refused = self._arm(node, opened[node], TREE if bound.deep else CHILDREN)
-        if refused not in (0, errno.EACCES):
-            self._gaps[bound] = refused
         return tuple(turns), -refused or node.wd or 0
 
     def _pass(self, bound: Bound, node: Node, opened: _Opened) -> None:

@@ -210,11 +210,9 @@ class Watcher:
     def _node_changed(self, node: Node, mask: int) -> None:
         """The directory of `node` itself was moved, deleted or unmounted, or its mode or owner changed."""
         self._chase.dirty |= node.users_below()
-        self._chase.changed.update(node.trees())
+        self._chase.changed.update(node.trees())  # of the top of a mount nothing is told to its parent
         if mask & flags.ATTRIB:
             self._chase.changed.update(node.ends)
-        if node.parent is not None and node.parent.deep:
-            self._chase.relist.add(node.parent)
 
     def _mount_changed(self, path: str) -> None:
         """Something was mounted on `path`, or is not any more."""
