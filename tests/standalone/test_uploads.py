@@ -130,9 +130,7 @@ def test_a_connection_that_dropped_and_came_back(service: Service) -> None:
     made = image("web_1.4", "1.4")
     target = service.versions / "web_1.4.raw"
     shell("head -c 1500 {0} > {1}", made, target)
-    line = service.logged(
-        "web_1.4.raw incomplete: 1500 of [0-9]+ bytes are here", "it keeps web 1.3"
-    )
+    line = service.logged("web_1.4.raw incomplete: 1500 of [0-9]+ bytes are here", "it keeps web 1.3")
     assert "level=warning" in line
     shell("tail -c +1501 {0} >> {1}", made, target)
     service.reloaded("1.4")
