@@ -30,11 +30,11 @@ def test_what_was_unmounted_is_told_from_what_was_removed(mounted: Path) -> None
     source.touch()
     stack, origins = _stack(source), Origins()
     origins.note(stack)
-    assert origins.unmounted(stack) == ""
+    assert origins.unmounted(stack) == {}
     subprocess.run(["umount", mounted], check=True)
-    assert origins.unmounted(stack) == str(source.parent)
+    assert origins.unmounted(stack) == {"web.raw": str(source.parent)}
     origins.note(stack)
-    assert origins.unmounted(stack) == str(source.parent)
+    assert origins.unmounted(stack) == {"web.raw": str(source.parent)}
 
 
 def test_what_was_removed_is_removed(tmp_path: Path) -> None:
@@ -44,9 +44,9 @@ def test_what_was_removed_is_removed(tmp_path: Path) -> None:
     stack, origins = _stack(source), Origins()
     origins.note(stack)
     source.unlink()
-    assert origins.unmounted(stack) == ""
+    assert origins.unmounted(stack) == {}
     source.parent.rmdir()
-    assert origins.unmounted(stack) == ""
+    assert origins.unmounted(stack) == {}
 
 
 @root
@@ -60,4 +60,50 @@ def test_a_link_that_leads_elsewhere_now_is_not_an_unmount(
     origins.note(stack)
     (links / "web.raw.v").unlink()
     (links / "web.raw.v").symlink_to(links)
-    assert origins.unmounted(stack) == ""
+    assert origins.unmounted(stack) == {}
+
+
+@root
+def test_what_is_mounted_there_next_counts_as_it_is(mounted: Path) -> None:
+    (mounted / "web_1.raw").touch()
+    stack, origins = _stack(mounted / "web_1.raw"), Origins()
+    origins.note(stack)
+    subprocess.run(["umount", mounted], check=True)
+    assert origins.unmounted(stack)
+    subprocess.run(["mount", "-t", "tmpfs", "other", mounted], check=True)
+    assert origins.unmounted(stack) == {}
+
+
+@root
+def test_a_mount_that_covers_the_directory_is_no_unmount(tmp_path: Path) -> None:
+    (tmp_path / "web_1.raw").touch()
+    stack, origins = _stack(tmp_path / "web_1.raw"), Origins()
+    origins.note(stack)
+    subprocess.run(["mount", "-t", "tmpfs", "over", tmp_path], check=True)
+    try:
+        assert origins.unmounted(stack) == {}
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+@root
+def test_a_bind_mount_is_one_too(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    real = tmp_path_factory.mktemp("real")
+    (real / "web_1.raw").touch()
+    subprocess.run(["mount", "--bind", real, tmp_path], check=True)
+    stack, origins = _stack(tmp_path / "web_1.raw"), Origins()
+    origins.note(stack)
+    subprocess.run(["umount", tmp_path], check=True)
+    assert origins.unmounted(stack) == {"web.raw": str(tmp_path)}
+
+
+def test_a_file_in_the_place_of_the_directory_has_replaced_it(tmp_path: Path) -> None:
+    source = tmp_path / "web.raw.v" / "web_1.raw"
+    source.parent.mkdir()
+    source.touch()
+    stack, origins = _stack(source), Origins()
+    origins.note(stack)
+    source.unlink()
+    source.parent.rmdir()
+    source.parent.touch()
+    assert origins.unmounted(stack) == {}

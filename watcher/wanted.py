@@ -116,9 +116,8 @@ def find(
     stacks = (current, *store.stacks(name)) if kept_out or pin is not None else (current,)
     good = next((stack for stack in stacks if not bad(stack, kept_out)), Stack())
     look = scan.look(declared)
-    if origins is not None and (directory := origins.unmounted(good)):
-        remark = Remark("warning", directory, "its file system is gone, what was accepted from it stays")
-        look = replace(look, unknown=True, remarks=(*look.remarks, remark))
+    for slot, directory in (origins.unmounted(good) if origins is not None else {}).items():
+        look = _unmounted(look, slot, directory)
     choice = choose(look, admit, good)
     stack = choice.stack
     if origins is not None:
@@ -141,6 +140,19 @@ def find(
         pinned=pinned is not None,
         waiting=stack if pinned is not None and stack.id != pinned.id else None,
     )
+
+
+def _unmounted(look: Look, slot: str, directory: str) -> Look:
+    """With what was accepted for a slot kept, unless something else is there for it now."""
+    pick = next((one for one in look.picks if one.entry.slot == slot), None)
+    if pick is not None and pick.candidates:
+        return look
+    remark = Remark("warning", directory, "its file system is gone, what was accepted from it stays")
+    remarks = (*look.remarks, remark)
+    if pick is None:
+        return replace(look, unknown=True, remarks=remarks)
+    picks = tuple(replace(one, unknown=True) if one is pick else one for one in look.picks)
+    return replace(look, picks=picks, remarks=remarks)
 
 
 def _gone(stacks: Sequence[Stack], kept_out: Mapping[str, str], trial: Trial | None) -> Stack | None:
