@@ -179,7 +179,7 @@ def test_back_by_hand_stays_until_it_is_undone(place: Reloading) -> None:
     assert place.command("rollback", "web.service", "--to", "nonsense", check=False).returncode == 1
     assert place.command("rollback", "nobody.service", check=False).returncode == 1
     place.command("rollback", "web.service", "--forget")
-    place.outcome("applied")
+    place.until("web 1 -> 3 applied")
     assert place.shown(service) == "three"
 
 
