@@ -13,7 +13,7 @@ from collections.abc import Callable
 from needs import which
 from watcher.mounts import syscalls
 
-from . import drops, idle, swap
+from . import drops, idle, swap, systemd
 from .report import Figure, as_json, show
 from .rig import Failed
 
@@ -29,6 +29,7 @@ def parts(quick: bool) -> dict[str, Part]:
         "many": functools.partial(drops.run_many, count=5 if quick else 20),
         "events": idle.run_events,
         "idle": idle.run,
+        "systemd": functools.partial(systemd.run, *((10, 3, 50) if quick else ())),
     }
     return found
 
