@@ -11,11 +11,10 @@ import time
 from collections.abc import Callable
 
 from needs import which
-from watcher.mounts import syscalls
 
 from . import drops, idle, swap, systemd
 from .report import Figure, as_json, show
-from .rig import Failed
+from .rig import Failed, leave_the_hosts_mounts
 
 Part = Callable[[], list[Figure]]
 
@@ -44,7 +43,7 @@ def main() -> int:
         return _fail("it needs root, to mount images")
     if missing := [tool for tool in ("mksquashfs", "mkfs.erofs") if not which(tool)]:
         return _fail(f"it needs {' and '.join(missing)}")
-    _leave_the_hosts_mounts()
+    leave_the_hosts_mounts()
     figures: list[Figure] = []
     chosen = {name: part for name, part in parts(options.quick).items() if name in (options.part or [name])}
     try:
@@ -59,12 +58,6 @@ def main() -> int:
     else:
         show(figures)
     return 0
-
-
-def _leave_the_hosts_mounts() -> None:
-    """A mount table of our own: what others mount on this machine meanwhile would wake the daemon."""
-    syscalls.unshare(syscalls.CLONE_NEWNS)
-    syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
 
 
 def _fail(text: str) -> int:

@@ -8,6 +8,7 @@ starts an interpreter for each: a hundred of them would take minutes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import select
 import signal
@@ -31,6 +32,8 @@ from watcher.process import start_time
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 SECONDS = 60.0
 """Nothing takes this long: what does is a failure."""
+
+_MS_BIND = 0x1000  # mount(2)
 
 MARK = b"@version-00000000"
 STAMP = "etc/bench/version"
@@ -171,9 +174,6 @@ class Rig:
         self.runtime_directory = where / "run"
         self.state_directory = where / "state"
         (where / "conf").mkdir()
-        # As on a host: /run is in memory.
-        self.runtime_directory.mkdir()
-        syscalls.mount("confext-bench", str(self.runtime_directory), "tmpfs", 0)
         (where / "conf/watcher.conf").write_text("[Watcher]\nSettleSec=0\n")
         self._environment = os.environ | {
             "PYTHONPATH": str(CHECKOUT),
@@ -253,14 +253,31 @@ def memory(pid: int) -> dict[str, float]:
     return {row[0].rstrip(":"): int(row[1]) / 1024 for row in rows if row[0] in ("Rss:", "Pss:")}
 
 
+@functools.cache
+def leave_the_hosts_mounts() -> None:
+    """A mount table of our own: what others mount on this machine meanwhile would wake the daemon."""
+    syscalls.unshare(syscalls.CLONE_NEWNS)
+    syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
+
+
 @contextlib.contextmanager
 def rig() -> Iterator[Rig]:
-    with tempfile.TemporaryDirectory(prefix="confext-bench-") as directory:
-        place = Rig(Path(directory))
-        try:
-            yield place
-        finally:
-            syscalls.umount2(str(place.runtime_directory), syscalls.MNT_DETACH)
+    """A scratch directory, seen at a path in which nobody else does anything.
+
+    The daemon watches every directory on the way for a rename of the next: in a busy /tmp it would be woken all the
+    time by what is no concern of it.
+    """
+    leave_the_hosts_mounts()
+    with tempfile.TemporaryDirectory(prefix="confext-bench-") as directory, contextlib.ExitStack() as stack:
+        for source, target, fstype, flags in (
+            ("confext-bench", "/mnt", "tmpfs", 0),
+            (directory, "/mnt/bench", None, _MS_BIND),
+            ("confext-bench", "/mnt/bench/run", "tmpfs", 0),  # as on a host: /run is in memory
+        ):
+            os.makedirs(target, exist_ok=True)
+            syscalls.mount(source, target, fstype, flags)
+            stack.callback(syscalls.umount2, target, syscalls.MNT_DETACH)
+        yield Rig(Path("/mnt/bench"))
 
 
 def drop(data: bytes, directory: Path, name: str = "web_1.raw") -> int:
