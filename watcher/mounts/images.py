@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterable, Iterator
 
 from watcher import journal
-from watcher.model import Copy, Kind, Refused
+from watcher.model import Copy, Kind, Later, Refused
 from watcher.mounts import syscalls
 
 _IMAGE_ATTRIBUTES = (
@@ -108,7 +108,7 @@ def _fsmount_image(copy: Copy, backing: int) -> int:
         # image itself shows again, and is told, when it is tried through a loop device.
         with contextlib.suppress(OSError):
             return _fsmount_source(copy.fstype, copy.path)
-    device, name = syscalls.loop_attach(backing, copy.digest)
+    device, name = _loop_device(backing, copy.digest)
     try:
         return _fsmount_source(copy.fstype, name)
     except OSError as error:
@@ -117,6 +117,14 @@ def _fsmount_image(copy: Copy, backing: int) -> int:
         raise
     finally:
         os.close(device)
+
+
+def _loop_device(backing: int, label: str) -> tuple[int, str]:
+    try:
+        return syscalls.loop_attach(backing, label)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise Later(f"no loop device is to be had: {where}{error.strerror}") from error
 
 
 def _fsmount_source(fstype: str, source: str) -> int:
