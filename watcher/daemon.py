@@ -258,6 +258,7 @@ class Daemon:
             journal.say(remark)
         self._settings = settings
         self._tools.store.configure(settings.store_max, settings.image_max, settings.keep_stacks)
+        self._tools.watcher.retry()
         journal.log.info("settings read again")
         self._look_at_everything()
 

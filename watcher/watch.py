@@ -119,6 +119,11 @@ class Watcher:
                 self._renames.pop(event, None)
             raise
 
+    def retry(self) -> None:
+        """Watch now what could not be watched, rather than within RETRY_SEC: somebody may have raised the limit."""
+        self._retry()
+        self._wake_if_needed()
+
     def remarks(self) -> tuple[Remark, ...]:
         """What cannot be watched at the moment, and why; the caller remembers what it has said."""
         gaps = sorted(((bound.interest.path, reason) for bound, reason in self._chase.gaps().items()))
