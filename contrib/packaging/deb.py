@@ -2,6 +2,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Builds the Debian package with nothing but dpkg-deb: `deb.py DIRECTORY [VERSION]` prints the path of the package.
 
+No debhelper: there is nothing to compile, what it would do for a unit is the few lines of `debian/postinst`, and so the
+package can be built wherever there is dpkg, whatever its release.
+
 It depends on Debian 13's own Python packages; inotify-simple, which Debian does not have, comes along in the program's
 private directory. Upgrading restarts the watcher and leaves every service on its stack; removing it gives every unit
 back to systemd at its next start.
@@ -9,6 +12,7 @@ back to systemd at its next start.
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -34,44 +38,19 @@ Description: drop a configuration extension, and the running service has it
  them on the /etc of the running service: checked before, all files at once, the service
  asked to reload, and taken back if that goes wrong.
 """
-POSTINST = """\
-#!/bin/sh
-set -e
-if [ "$1" = configure ]; then
-    python3 -m compileall -q -f --invalidation-mode unchecked-hash /usr/lib/confext-watcher
-    systemd-tmpfiles --create confext-watcher.conf || :
-    journalctl --update-catalog || :
-    if [ -z "$2" ]; then
-        systemctl preset confext-watcher.service || :
-    fi
-    if [ -d /run/systemd/system ]; then
-        systemctl daemon-reload || :
-        if [ -z "$2" ]; then
-            if systemctl -q is-enabled confext-watcher.service; then systemctl start confext-watcher.service || :; fi
-        else
-            systemctl try-restart confext-watcher.service || :
-        fi
-    fi
-fi
+COPYRIGHT = """\
+Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/
+Upstream-Name: confext-watcher
+
+Files: *
+Copyright: the confext-watcher developers
+License: LGPL-2.1-or-later
+ On Debian systems, the text of the license is in /usr/share/common-licenses/LGPL-2.1.
+
+Files: inotify_simple.py
+Copyright: {vendored}
 """
-PRERM = """\
-#!/bin/sh
-set -e
-if [ "$1" = remove ] && [ -d /run/systemd/system ]; then
-    systemctl --no-reload disable --now confext-watcher.service || :
-fi
-find /usr/lib/confext-watcher -name __pycache__ -type d -prune -exec rm -rf {} +
-"""
-POSTRM = """\
-#!/bin/sh
-set -e
-if [ -d /run/systemd/system ]; then
-    systemctl daemon-reload || :
-fi
-if [ "$1" = purge ]; then
-    rm -rf /var/lib/confext-watcher /run/confext-watcher /etc/confext-watcher
-fi
-"""
+SCRIPTS = Path(__file__).with_name("debian")
 
 
 def version() -> str:
@@ -79,6 +58,19 @@ def version() -> str:
     found = re.search(r'__version__ = "([^"]+)"', text)
     assert found, "watcher/__init__.py has no __version__"
     return found[1]
+
+
+def copyright_file() -> str:
+    """What Debian's copyright file says, the license of what comes along included."""
+    files = importlib.metadata.files("inotify-simple") or []
+    license_file = next(file for file in files if file.name == "LICENSE")
+    who, *terms = (line.rstrip() for line in license_file.read_text().splitlines())
+    lines = [
+        who.removeprefix("Copyright (c) "),
+        "License: BSD-2-Clause",
+        *(f" {line or '.'}" for line in terms),
+    ]
+    return COPYRIGHT.format(vendored="\n".join(lines))
 
 
 def build(directory: Path, number: str) -> Path:
@@ -92,16 +84,14 @@ def build(directory: Path, number: str) -> Path:
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) / "root"
         install.install(root, "/usr", "/usr/bin/python3", ["inotify-simple"])
-        documents = root / "usr/share/doc" / NAME
-        documents.mkdir(parents=True)
-        (documents / "copyright").write_text((install.SOURCE / "LICENSE").read_text())
+        install.write(root / "usr/share/doc" / NAME / "copyright", copyright_file(), False)
         kilobytes = sum(path.stat().st_size for path in root.rglob("*") if path.is_file()) // 1024
         install.write(root / "DEBIAN/control", CONTROL.format(version=number, kilobytes=kilobytes), False)
-        for name, script in (("postinst", POSTINST), ("prerm", PRERM), ("postrm", POSTRM)):
-            install.write(root / "DEBIAN" / name, script, True)
+        for script in SCRIPTS.iterdir():
+            install.write(root / "DEBIAN" / script.name, script.read_text(), True)
         for path in (root, *root.rglob("*")):
-            if path.is_dir():
-                path.chmod(0o755)
+            # Whatever the umask is of who builds it.
+            path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
         command = ["dpkg-deb", "--root-owner-group", "--build", str(root), str(package)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return package

@@ -13,11 +13,10 @@ installed for the Python that runs this. Everything else is the distribution's.
 from __future__ import annotations
 
 import argparse
-import compileall
 import importlib.metadata
-import py_compile
 import shutil
 import stat
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -83,13 +82,15 @@ def install(destdir: Path, prefix: str, python: str, vendor: Iterable[str]) -> N
         write(below(destdir, place), (SOURCE / "contrib" / document).read_text(), program=False)
 
 
-def byte_compile(destdir: Path, prefix: str) -> None:
-    """For the Python that runs this; never checked again: the directory changes only as a whole."""
-    mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+def byte_compile(destdir: Path, prefix: str, python: str) -> None:
+    """For the Python that will run it; never checked again: the directory changes only as a whole.
+
+    Raises:
+        subprocess.CalledProcessError: that Python has said why.
+    """
     library = f"{prefix}/lib/{NAME}"
-    compileall.compile_dir(
-        below(destdir, library), quiet=1, invalidation_mode=mode, stripdir=str(destdir), prependdir="/"
-    )
+    told = ["-q", "--invalidation-mode", "unchecked-hash", "-s", str(destdir), "-p", "/"]
+    subprocess.run([python, "-m", "compileall", *told, str(below(destdir, library))], check=True)
 
 
 def uninstall(destdir: Path, prefix: str) -> None:
@@ -121,7 +122,8 @@ def copy_distribution(name: str, target: Path) -> None:
     """The modules of an installed distribution, without its metadata and tests."""
     for file in importlib.metadata.files(name) or []:
         source = Path(str(file.locate()))
-        if file.parts[0] == ".." or file.suffix != ".py" or not stat.S_ISREG(source.stat().st_mode):
+        beside = {"..", "tests", "_tests"}.intersection(file.parts) or ".dist-info" in file.parts[0]
+        if beside or file.suffix == ".pyc" or not stat.S_ISREG(source.stat().st_mode):
             continue
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target / file)
@@ -138,10 +140,21 @@ def main() -> None:
     options = parser.parse_args()
     if options.uninstall:
         uninstall(options.destdir, options.prefix)
+        next_step(options.destdir, "systemctl daemon-reload")
         return
     install(options.destdir, options.prefix, options.python, options.vendor or ["inotify-simple"])
     if not options.no_compile:
-        byte_compile(options.destdir, options.prefix)
+        byte_compile(options.destdir, options.prefix, options.python)
+    next_step(
+        options.destdir,
+        f"systemctl daemon-reload && journalctl --update-catalog && systemctl enable --now {NAME}",
+    )
+
+
+def next_step(destdir: Path, command: str) -> None:
+    """Say what is left to do, on the system itself."""
+    if destdir == Path("/"):
+        print(f"on a host with systemd, now: {command}")
 
 
 if __name__ == "__main__":

@@ -13,5 +13,5 @@ uninstall: venv ## remove it again; the state directory stays
 	@$(VENV)/bin/python contrib/packaging/install.py --uninstall --destdir "$(DESTDIR)" --prefix "$(PREFIX)"
 
 .PHONY: deb
-deb: venv ## a Debian package in dist/, for Debian 13 and later
-	@$(VENV)/bin/python contrib/packaging/deb.py dist
+deb: venv ## a Debian package in dist/, for Debian 13 and later (VERSION=)
+	@$(VENV)/bin/python contrib/packaging/deb.py dist $(VERSION)

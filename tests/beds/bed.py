@@ -248,12 +248,19 @@ class Bed:
             bed.run(["ip", "link", "set", link, "up"])
         return addresses
 
-    def stop(self) -> None:
-        """End it and take everything away: processes, cgroup, root directory. May be called twice.
+    def reboot(self) -> None:
+        """As after a power cut: nothing is stopped, then systemd starts on the same root directory.
 
         Raises:
-            LeftBehind: a loop device or a mount outlived it (loop devices are detached all the same).
+            BootFailed
         """
+        self._end()
+        _detach_loops(self.root)
+        (self.root / ".boot").unlink(missing_ok=True)
+        self._start()
+
+    def _end(self) -> None:
+        """End all of its processes."""
         if self._unshare is not None:
             if self.pid:
                 with contextlib.suppress(ProcessLookupError):
@@ -265,6 +272,14 @@ class Bed:
             self._unshare.wait()
             self._unshare, self.pid = None, 0
         _remove_cgroup(self._cgroup)
+
+    def stop(self) -> None:
+        """End it and take everything away: processes, cgroup, root directory. May be called twice.
+
+        Raises:
+            LeftBehind: a loop device or a mount outlived it (loop devices are detached all the same).
+        """
+        self._end()
         left = _detach_loops(self.root)
         _remove_tree(self._run)
         if self._lock is not None:

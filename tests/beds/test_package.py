@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The Debian package in fresh containers: installed, upgraded, removed."""
+"""The Debian package in fresh containers: installed, booted, upgraded, removed, purged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ from beds.host import SLEEP, Host
 pytestmark = [needs.bed, needs.tool("dpkg-deb")]
 
 BUILDER = Path(__file__).parents[2] / "contrib/packaging/deb.py"
-RELOADS = "ExecReload=/bin/sh -c 'echo >>/run/reloads'\n"
+DROPS = "/srv/web.raw.v"
+# It declares its images itself, so that systemd has something to go by once the package is gone.
+WEB = f"""{SLEEP}ExecReload=/bin/sh -c 'echo >>/var/reloads'
+ExtensionImages=-{DROPS}
+[Install]
+WantedBy=multi-user.target
+"""
 
 
 @pytest.fixture(scope="module")
@@ -49,38 +55,80 @@ def install(host: Host, package: Path) -> None:
     host.bed.run(["dpkg", "--install", f"/root/{package.name}"])
 
 
-@pytest.mark.limit(300)
-def test_installed_upgraded_and_removed(fresh: Host, packages: dict[str, Path]) -> None:
+def drop(host: Host, version: str) -> None:
+    """A version of what web.service declares; returns when it is applied."""
+    built = host.image(f"web_{version}", {"web.txt": version})
+    shutil.copyfile(built, host.bed.path(f"{DROPS}/{built.name}"))
+    host.bed.run(["confext-watcher", "wait", "web.service", f"{DROPS}/{built.name}", "--timeout=30"])
+
+
+def state(host: Host) -> tuple[str, str]:
+    return (
+        host.bed.property("confext-watcher", "ActiveState"),
+        host.bed.property("confext-watcher", "UnitFileState"),
+    )
+
+
+def running(host: Host) -> tuple[int, list[list[str]], str]:
+    """What an upgrade must not touch."""
+    return (
+        host.main_pid("web.service"),
+        host.mounts("web.service"),
+        host.bed.path("/var/reloads").read_text(),
+    )
+
+
+@pytest.mark.limit(400)
+def test_the_life_of_the_package(fresh: Host, packages: dict[str, Path]) -> None:
     host = fresh
     install(host, packages["1.0"])
-    state = (host.bed.property("confext-watcher", name) for name in ("ActiveState", "UnitFileState"))
-    assert list(state) == ["active", "enabled"]
-    host.unit("web.service", SLEEP + RELOADS)
-    host.systemctl("start", "web.service")
-    journal = host.journal()
-    host.drop(host.image("web", {"web.txt": "1"}), "web.service")
-    journal.applied("web.service")
-    before = (
-        host.main_pid("web.service"),
-        host.mounts("web.service"),
-        host.bed.path("/run/reloads").read_text(),
-    )
-
-    install(host, packages["1.1"])
-    assert host.bed.property("confext-watcher", "ActiveState") == "active"
-    assert "1.1" in host.bed.run(["dpkg-query", "--show", "confext-watcher"]).stdout
-    after = (
-        host.main_pid("web.service"),
-        host.mounts("web.service"),
-        host.bed.path("/run/reloads").read_text(),
-    )
-    assert after == before
-
-    host.bed.run(["dpkg", "--remove", "confext-watcher"])
+    assert state(host) == ("active", "enabled")
+    host.bed.path(DROPS).mkdir()
+    host.bed.path("/etc/systemd/system/web.service").write_text(WEB)
+    host.systemctl("daemon-reload")
+    host.systemctl("enable", "--now", "web.service")
+    drop(host, "1")
     assert host.see("web.service", "/etc/web.txt") == "1"
+    assert "is in place for web.service" in host.bed.journal("--catalog", "--unit=web.service")
+
+    # After a power cut, both are there again, and all is as before.
+    host.bed.reboot()
+    assert state(host) == ("active", "enabled")
+    assert host.see("web.service", "/etc/web.txt") == "1"
+    drop(host, "2")
+    assert host.see("web.service", "/etc/web.txt") == "2"
+
+    # An upgrade is another watcher, and nothing else.
+    before, watcher = running(host), host.main_pid("confext-watcher")
+    install(host, packages["1.1"])
+    assert state(host) == ("active", "enabled")
+    assert "1.1" in host.bed.run(["dpkg-query", "--show", "confext-watcher"]).stdout
+    assert host.main_pid("confext-watcher") != watcher
+    assert running(host) == before
+    drop(host, "3")
+    assert host.see("web.service", "/etc/web.txt") == "3"
+
+    # Removed, it leaves the running service alone; from its next start on, it is systemd's.
+    pid = host.main_pid("web.service")
+    host.bed.run(["dpkg", "--remove", "confext-watcher"])
+    assert (host.main_pid("web.service"), host.see("web.service", "/etc/web.txt")) == (pid, "3")
+    assert host.bed.property("web.service", "DropInPaths") == ""
+    assert DROPS in host.bed.property("web.service", "ExtensionImages")
+    built = host.image("web_4", {"web.txt": "4"})
+    shutil.copyfile(built, host.bed.path(f"{DROPS}/{built.name}"))
+    assert host.see("web.service", "/etc/web.txt") == "3"
     host.systemctl("restart", "web.service")
-    assert host.see("web.service", "/etc/web.txt") == ""
-    assert "confext" not in host.bed.property("web.service", "DropInPaths")
+    assert host.see("web.service", "/etc/web.txt") == "4"
+
+    # It comes back as if it had not been away; what an administrator then chooses outlives an upgrade.
+    install(host, packages["1.0"])
+    assert state(host) == ("active", "enabled")
+    host.systemctl("disable", "--now", "confext-watcher")
+    install(host, packages["1.1"])
+    assert state(host) == ("inactive", "disabled")
+
     host.bed.run(["dpkg", "--purge", "confext-watcher"])
-    left = host.bed.run(["find", "/usr", "/etc", "/var/lib", "-name", "*confext-watcher*"]).stdout.split()
-    assert [path for path in left if "/dpkg/" not in path and "/systemd/deb-" not in path] == []
+    assert host.see("web.service", "/etc/web.txt") == "4"
+    everywhere = ["/usr", "/etc", "/var", "/run"]
+    left = host.bed.run(["find", *everywhere, "-xdev", "-name", "*confext*watcher*"], check=False).stdout
+    assert left == ""
