@@ -188,11 +188,15 @@ class Place:
         return [event.outcome.value for event in reversed(self.history(name))]
 
 
-def eventually(condition: Callable[[], object]) -> None:
-    """Wait for what nothing announces."""
+def eventually(condition: Callable[[], object], say: Callable[[], object] = lambda: "") -> None:
+    """Wait for what nothing announces.
+
+    Args:
+        say: what is worth knowing when it did not come about.
+    """
     deadline = time.monotonic() + SECONDS
     while not condition():
-        assert time.monotonic() < deadline, "did not come about"
+        assert time.monotonic() < deadline, f"did not come about {say()}"
         time.sleep(0.01)
 
 

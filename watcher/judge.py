@@ -15,8 +15,9 @@ import trio
 from watcher import journal, report, tries
 from watcher.managers import Reloaded, Service
 from watcher.memory import Afterglow, Memory
-from watcher.model import Stack, shown
+from watcher.model import Event, Stack, shown
 from watcher.mounts.converge import Converged, as_stack
+from watcher.pending import Pending
 from watcher.record import Record
 from watcher.report import Times
 from watcher.store import Store
@@ -29,10 +30,18 @@ _AFTERGLOW_SEC = 1.0
 
 
 class Judge:
-    """Verdicts, and what follows from them."""
+    """Verdicts, and what follows from them.
 
-    def __init__(self, store: Store, trials: Trials, record: Record, watcher: Watcher) -> None:
+    Who is killed in between leaves the next one to go on, so the order matters: the outcome is recorded, then the
+    service is owed no reload any more, then its stack is on trial no more. The other way round, a reload that is still
+    owed for a stack that was judged already would be made again, and recorded as an outcome of its own.
+    """
+
+    def __init__(
+        self, store: Store, pending: Pending, trials: Trials, record: Record, watcher: Watcher
+    ) -> None:
         self._store = store
+        self._pending = pending
         self._trials = trials
         self._record = record
         self._watcher = watcher
@@ -84,22 +93,27 @@ class Judge:
             event = report.rolled_back(
                 name, wanted.bad, stack, wanted.why, reloaded, times, running=True, output=memory.output
             )
-            await self._record.outcome(event, critical=not reloaded.ok)
+            await self._outcome(event, critical=not reloaded.ok)
             self._trials.end(name)
             return False
         good = self._before(service, wanted)
         before = _shown_before(converged, wanted, good)
         if reloaded.ok:
             swapped = bool(converged.swaps)
-            await self._record.outcome(report.applied(name, before, stack, reloaded, times, swapped=swapped))
+            await self._outcome(report.applied(name, before, stack, reloaded, times, swapped=swapped))
             await self._proved_good(service, memory, wanted)
             return True
         if not service.settings.rollback or wanted.pinned or not wanted.on_trial:
-            await self._record.outcome(report.failed(name, before, stack, reloaded, times))
+            await self._outcome(report.failed(name, before, stack, reloaded, times))
             self._trials.end(name)
             return True
         await self.keep_out(service, memory, stack, _with_output(reloaded), reloaded.output)
+        self._pending.settle(name)
         return False
+
+    async def _outcome(self, event: Event, *, critical: bool = False) -> None:
+        await self._record.outcome(event, critical=critical)
+        self._pending.settle(event.service)
 
     async def started(self, service: Service, memory: Memory, wanted: Wanted, judged: Reloaded) -> bool:
         """A service was started on a stack on trial; False: something else is wanted now."""
@@ -119,6 +133,7 @@ class Judge:
 
     async def interrupted(self, service: Service, memory: Memory, wanted: Wanted) -> bool:
         """It was stopped or started anew in the middle of its trial; False: once too often to be chance."""
+        self._pending.settle(service.name)
         if wanted.rolling_back or not wanted.on_trial or wanted.stack.id not in memory.chances:
             memory.chances = {wanted.stack.id}
             return True

@@ -75,7 +75,7 @@ class Line:
     ) -> None:
         self._tools = tools
         self._record = Record(tools.ledger, told)
-        self._judge = Judge(tools.store, tools.trials, self._record, tools.watcher)
+        self._judge = Judge(tools.store, tools.pending, tools.trials, self._record, tools.watcher)
         self._rollout = Rollout(changed)
         self._memory: dict[str, Memory] = {}
 
@@ -323,13 +323,10 @@ class Line:
             else:
                 return True
         if reloaded is None:
-            good = await self._judge.interrupted(service, memory, wanted)
-        else:
-            now = trio.current_time()
-            times = Times(converged.usec, _usec(now - told), _usec(now - since))
-            good = await self._judge.reloaded(service, memory, wanted, converged, reloaded, times)
-        tools.pending.settle(service.name)
-        return good
+            return await self._judge.interrupted(service, memory, wanted)
+        now = trio.current_time()
+        times = Times(converged.usec, _usec(now - told), _usec(now - since))
+        return await self._judge.reloaded(service, memory, wanted, converged, reloaded, times)
 
     async def _started(self, service: Service, main: Process, wanted: Wanted, memory: Memory) -> bool:
         """It was started on a stack that has not proved itself yet."""
