@@ -286,6 +286,26 @@ async def test_nor_where_mounts_change() -> None:
     )
 
 
+REPLACED: dict[str, list[Step]] = {
+    "exchanged": [(exchange, "b", "c")],
+    "moved away, another moved there": [(move, "b", "a"), (move, "c", "b")],
+    "removed and made anew": [(remove, "b", ""), (make_deep, "b", "")],
+}
+
+
+@pytest.mark.parametrize("way", REPLACED)
+def test_a_tree_in_place_of_another_is_watched_all_the_way_down(way: str) -> None:
+    check([[(make_deep, "b", ""), (make_deep, "c", "")], REPLACED[way], [(write, "b/a/b/c/a", "")]])
+
+
+@root
+@own_mounts
+async def test_a_tree_that_shows_again_is_watched_all_the_way_down() -> None:
+    hidden: list[Step] = [(make_deep, "b", ""), (mount_empty, "b", "")]
+    shown = partial(check, [hidden, [(unmount, "b", "")], [(write, "b/a/b/c/a", "")]])
+    await trio.to_thread.run_sync(shown)
+
+
 # A change between any two steps
 
 

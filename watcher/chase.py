@@ -346,6 +346,8 @@ class Chase:
             node.wd = wd
             watch.nodes.append(node)
             self._armed = True
+            if node.deep:
+                self.relist.add(node)  # it is another directory now, with others in it
         return 0
 
     def _disarm(self, node: Node) -> None:
