@@ -153,13 +153,22 @@ class Place:
 
     # --- images ---
 
-    def image(self, version: str, content: str, *, drops: Path | None = None, name: str = "web") -> Path:
-        """Drop `web_VERSION.raw` with `/etc/web.conf`, by rename as `rsync` does it."""
+    def image(
+        self,
+        version: str,
+        content: str,
+        *,
+        drops: Path | None = None,
+        name: str = "web",
+        versions: str = "web.raw.v",
+    ) -> Path:
+        """Drop `NAME_VERSION.raw` with `/etc/NAME.conf`, by rename as `rsync` does it."""
         made = images.confext(
-            self.scratch / f"tree-{time.monotonic_ns()}", name, {"etc/web.conf": content.encode()}
+            self.scratch / f"tree-{time.monotonic_ns()}", name, {f"etc/{name}.conf": content.encode()}
         )
         hidden = images.image(made, self.scratch / f"{name}_{version}.raw")
-        target = (drops or self.drops) / "web.raw.v" / hidden.name
+        target = (drops or self.drops) / versions / hidden.name
+        target.parent.mkdir(exist_ok=True)
         return hidden.rename(target)
 
     def shown(self, service: subprocess.Popen[bytes], path: str = "/etc/web.conf") -> str | None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from watcher.rollout import Peer, Rollout, may_go
+from watcher.rollout import Bid, Peer, Rollout, may_go
 
 NEW = frozenset({"a"})
 
@@ -14,7 +14,7 @@ NEW = frozenset({"a"})
 def go(
     *peers: Peer, running: bool = True, fresh: bool = False, parallel: int = 1, at_it: set[str] | None = None
 ) -> bool:
-    return may_go(parallel, at_it or set(), running=running, fresh=fresh, peers=list(peers))
+    return may_go(Bid(NEW, parallel, running, fresh, peers), at_it or set())
 
 
 def test_the_first_goes_and_the_others_wait_for_its_verdict() -> None:
@@ -65,7 +65,7 @@ def test_never_more_than_one_has_what_nobody_has_proved_good(
                 if other != name
             ]
             rollout.begin(name)
-            turn = rollout.turn(name, NEW, parallel, running=True, fresh=False, peers=peers)
+            turn = rollout.turn(name, Bid(NEW, parallel, running=True, fresh=False, peers=peers))
             if turn.__enter__():
                 active[name] = turn
                 accepted.add(name)
@@ -80,10 +80,10 @@ def test_who_waits_is_asked_again_when_a_round_of_another_is_over() -> None:
     asked: list[str] = []
     rollout = Rollout(asked.append)
     rollout.begin("a")
-    with rollout.turn("a", NEW, 1, running=True, fresh=False, peers=[]) as its_turn:
+    with rollout.turn("a", Bid(NEW, 1, running=True, fresh=False, peers=[])) as its_turn:
         assert its_turn
         rollout.begin("b")
-        with rollout.turn("b", NEW, 1, running=True, fresh=False, peers=[Peer("a", True)]) as its_turn:
+        with rollout.turn("b", Bid(NEW, 1, running=True, fresh=False, peers=[Peer("a", True)])) as its_turn:
             assert not its_turn
         rollout.end("b")
         assert asked == []

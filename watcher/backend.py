@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, suppress
-from typing import TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 
 import trio
 
-from watcher import report, status
+from watcher import report, status, tries
 from watcher.control import Tell
 from watcher.ledger import LedgerError
 from watcher.line import Line, Tools
@@ -28,7 +27,7 @@ from watcher.schema import (
 )
 from watcher.wanted import bad
 
-T = TypeVar("T")
+Write = Callable[..., Awaitable[None]]
 
 # Outcomes waiting for one slow client; whoever does not keep up misses the oldest.
 _BACKLOG = 64
@@ -54,15 +53,12 @@ class Control:
         self._tools = tools
         self._changed = changed
         self._reload_settings = reload_settings
-        self._listeners: set[trio.MemorySendChannel[Event]] = set()
+        self._listeners: list[Callable[[Event], None]] = []
 
     def tell(self, event: Event) -> None:
         """Pass an outcome on to whoever waits for one."""
         for listener in self._listeners:
-            try:
-                listener.send_nowait(event)
-            except trio.WouldBlock:
-                continue
+            listener(event)
 
     async def status(self, service: str | None) -> Sequence[ServiceStatus]:
         services = self._services(service)
@@ -93,23 +89,40 @@ class Control:
         stacks = await trio.to_thread.run_sync(self._tools.store.stacks, found.name)
         kept_out = await trio.to_thread.run_sync(self._kept_out, found.name)
         target = _target(found.name, stacks, to, kept_out)
-        async with self._listening() as events:
-            await self._write(self._tools.ledger.pin, found.name, target.id)
-            self._changed(found.name)
-            if target.id == stacks[0].id:
-                sentence = "is on that stack already, and stays on it until `rollback --forget`"
-                return report.event(found.name, Outcome.UNCHANGED, sentence, stack=target.id)
-            async for event in events:
-                if event.service == found.name and event.stack in (target.id, ""):
-                    return event
-        raise Failed("the daemon is stopping")
+        async with self._writing() as write:
+            await write(self._tools.ledger.pin, found.name, target.id)
+            done = [event for event in await self._next_round(found.name) if event.stack in (target.id, "")]
+            return done[-1] if done else await self._without_outcome(found.name, target)
+
+    async def _next_round(self, name: str) -> list[Event]:
+        """Have a round made for a service; what it did."""
+        events: list[Event] = []
+        over = self.line.next_round(name)
+        self._changed(name)
+        with self._listener(events.append):
+            await over.wait()
+        return [event for event in events if event.service == name and event.outcome in _DONE]
+
+    async def _without_outcome(self, name: str, target: Stack) -> Event:
+        """What to say of a round that had nothing to do, or could not do it and has said why before."""
+        now = await trio.to_thread.run_sync(self._status, self._service(name), {})
+        if now.stack == target.id or now.state == "stopped":
+            sentence = "is on that stack already, and stays on it until `rollback --forget`"
+            return report.event(name, Outcome.UNCHANGED, sentence, stack=target.id)
+        sentence = "is to go back to that stack, but could not yet: it is tried again, the log says why"
+        return report.event(name, Outcome.FAILED, sentence, stack=target.id)
 
     async def forget(self, service: str, digest: str | None) -> Sequence[Quarantined]:
         found = self._service(service)
+        async with self._writing() as write:
+            return await self._forget(found, digest, write)
+
+    async def _forget(self, found: Service, digest: str | None, write: Write) -> Sequence[Quarantined]:
         ledger = self._tools.ledger
-        forgotten = await self._write(ledger.forget, found.name, digest)
+        forgotten = [one for one in ledger.quarantined(found.name) if digest in (None, one.digest)]
+        await write(ledger.forget, found.name, digest)
         if digest is None:
-            await self._write(ledger.unpin, found.name)
+            await write(ledger.unpin, found.name)
         self.line.let_in(found.name)
         self._changed(found.name)
         if found.settings.rollout == "rolling":
@@ -125,11 +138,23 @@ class Control:
     def _kept_out(self, name: str) -> dict[str, str]:
         return {one.digest: one.reason for one in self._tools.ledger.quarantined(name)}
 
-    async def _write(self, function: Callable[..., T], *arguments: object) -> T:
-        try:
-            return await trio.to_thread.run_sync(function, *arguments)
-        except LedgerError as error:
-            raise Failed(f"it holds until the daemon ends, but could not be written down: {error}") from error
+    @asynccontextmanager
+    async def _writing(self) -> AsyncIterator[Write]:
+        """Changes of the ledger, which hold in memory where they cannot be written down: that is said at the end of the
+        block, when all has been done."""
+        failed: list[LedgerError] = []
+
+        async def write(function: Callable[..., object], *arguments: object) -> None:
+            try:
+                await trio.to_thread.run_sync(function, *arguments)
+            except LedgerError as error:
+                failed.append(error)
+
+        yield write
+        if failed:
+            raise Failed(
+                f"done, and it holds until the daemon ends, but could not be written down: {failed[0]}"
+            )
 
     def _services(self, service: str | None) -> list[Service]:
         if service is not None:
@@ -168,6 +193,11 @@ class Control:
             before = wanted.current
         changes = before.id != after.id
         remarks = [remark for remark in wanted.look.remarks if remark.level != "debug"]
+        waits = await self.line.waits(service, wanted) if changes else ""
+        if waits:
+            new = [layer for layer in after.layers if layer.digest not in before.digests]
+            remarks += [Remark("info", layer.source, waits) for layer in new]
+            after, changes = before, False
         remarks += [Remark("warning", one.candidate.path, str(one.reason)) for one in wanted.passed]
         return PlannedChange(
             service=service.name,
@@ -196,14 +226,25 @@ class Control:
     @asynccontextmanager
     async def _listening(self) -> AsyncIterator[trio.MemoryReceiveChannel[Event]]:
         send, receive = trio.open_memory_channel[Event](_BACKLOG)
-        self._listeners.add(send)
+
+        def pass_on(event: Event) -> None:
+            with suppress(trio.WouldBlock):
+                send.send_nowait(event)
+
+        with send, receive, self._listener(pass_on):
+            yield receive
+
+    @contextmanager
+    def _listener(self, listener: Callable[[Event], None]) -> Iterator[None]:
+        self._listeners.append(listener)
         try:
-            with send, receive:
-                yield receive
+            yield
         finally:
-            self._listeners.discard(send)
+            self._listeners.remove(listener)
 
 
+# What a round can have done, rather than said on the way.
+_DONE = (Outcome.APPLIED, Outcome.FAILED, Outcome.ROLLED_BACK, Outcome.NEEDS_RESTART)
 # An upload that broke off may be taken up again.
 _NOT_YET = (Outcome.UNCHANGED, Outcome.INCOMPLETE)
 _FINAL_REFUSALS = (Outcome.REFUSED, Outcome.ROLLED_BACK)
@@ -227,8 +268,9 @@ def _is_about(event: Event, image: str) -> bool:
 
 
 def _is(source: str, image: str) -> bool:
-    """Whether a file is what somebody calls `image`: its path, or its name."""
-    return bool(source) and image in (text(source), text(os.path.basename(source)))
+    """Whether a file is what somebody calls `image`: its path, or its name; attempts may have changed its counters."""
+    known = text(source)
+    return bool(source) and tries.plain(image) in (tries.plain(known), tries.plain(os.path.basename(known)))
 
 
 def _stands(event: Event) -> bool:

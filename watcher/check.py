@@ -16,7 +16,7 @@ import trio
 
 from watcher import unitfile
 from watcher.managers import Manager, Service
-from watcher.model import Copy, Stack, shown
+from watcher.model import Copy, Later, Stack, shown
 from watcher.mounts.shadow import kill_all, shadow
 from watcher.mounts.workshop import Workshop
 from watcher.process import Process
@@ -42,6 +42,7 @@ async def check(
 
     Raises:
         Gone: the service has ended.
+        Later: a test could not be run.
         HostNamespace, Refused, OSError, ...: as `swap()`.
     """
     if not service.settings.check:
@@ -64,10 +65,18 @@ async def check(
 async def run_all(
     manager: Manager, service: Service, namespace: int, commands: tuple[str, ...], usec: int, what: str
 ) -> Verdict:
-    """Run command lines one after the other, each for at most `usec` microseconds, until one fails."""
+    """Run command lines one after the other, each for at most `usec` microseconds, until one fails.
+
+    Raises:
+        Gone: the service has ended.
+        Later: one could not be run, which says nothing about the stack.
+    """
     output = ""
     for command in commands:
-        ended = await manager.execute(service, namespace, unitfile.split(command), usec / 1_000_000)
+        try:
+            ended = await manager.execute(service, namespace, unitfile.split(command), usec / 1_000_000)
+        except Later as error:
+            raise Later(f"{what} {shown(command)!r} {error}") from error
         output += ended.output
         if ended.reason:
             return Verdict(f"{what} {shown(command)!r} {ended.reason}{_last_line(ended.output)}", output)

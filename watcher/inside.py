@@ -10,10 +10,12 @@ does between fork and exec: system calls on what was made ready, nothing else.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,11 +24,18 @@ import trio
 
 from watcher.become import Like, become
 from watcher.managers import cgroup
+from watcher.model import Later
 from watcher.mounts.workshop import Workshop
 from watcher.process import Gone, Process
 
 OUTPUT_MAX = 64 * 1024
 """Bytes of a command's output that are kept."""
+
+# Seconds that a killed command is waited for; one that the kernel does not let go of is left to it.
+_DYING_SEC = 5.0
+
+# What the machine is short of, which says nothing about the command.
+_SHORT = frozenset({errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC})
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +118,7 @@ async def run(
 
     Raises:
         HostNamespace: the namespace is the host's.
+        Later: the machine could not start it now.
     """
     reading, writing = os.pipe2(os.O_CLOEXEC)
     try:
@@ -117,6 +127,8 @@ async def run(
             child = await shop.run(_start, place, who, tuple(words), null.fileno(), writing, group)
     except BaseException as error:
         os.close(reading)
+        if isinstance(error, OSError) and error.errno in _SHORT:
+            raise Later(f"could not be run: {error.strerror}") from error
         if isinstance(error, OSError):
             return Ended(f"cannot be started: {error.strerror}", "")
         if isinstance(error, subprocess.SubprocessError):
@@ -176,12 +188,20 @@ async def _follow(child: subprocess.Popen[bytes], reading: int, timeout_sec: flo
         # The session is killed before its leader is waited for: until then its number is not given to another.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+        await _reap(child, pidfd)
         os.close(pidfd)
     text = output.decode(errors="replace")
-    if scope.cancelled_caught:
+    if scope.cancelled_caught or child.returncode is None:
         return Ended(f"was killed: it took longer than {timeout_sec:g} s", text)
     return Ended(reason_of(child.returncode), text)
+
+
+async def _reap(child: subprocess.Popen[bytes], pidfd: int) -> None:
+    with trio.move_on_after(_DYING_SEC, shield=True):
+        await trio.lowlevel.wait_readable(pidfd)
+        child.wait()
+        return
+    threading.Thread(target=child.wait, name="reaper", daemon=True).start()
 
 
 async def _gather(stream: trio.abc.ReceiveStream, output: bytearray) -> None:
@@ -192,5 +212,6 @@ async def _gather(stream: trio.abc.ReceiveStream, output: bytearray) -> None:
 def reason_of(status: int) -> str:
     """An exit status, negative for a signal, in words that follow the name of a command; "" for success."""
     if status < 0:
-        return f"was ended by {signal.Signals(-status).name}"
+        known = -status in set(signal.Signals)
+        return f"was ended by {signal.Signals(-status).name if known else f'signal {-status}'}"
     return f"failed with exit status {status}" if status else ""

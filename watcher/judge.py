@@ -21,7 +21,7 @@ from watcher.pending import Pending
 from watcher.record import Record
 from watcher.report import Times
 from watcher.store import Store
-from watcher.trials import Trials
+from watcher.trials import Trial, Trials
 from watcher.wanted import Wanted, bad
 from watcher.watch import Watcher
 
@@ -34,7 +34,8 @@ class Judge:
 
     Who is killed in between leaves the next one to go on, so the order matters: the outcome is recorded, then the
     service is owed no reload any more, then its stack is on trial no more. The other way round, a reload that is still
-    owed for a stack that was judged already would be made again, and recorded as an outcome of its own.
+    owed for a stack that was judged already would be made again, and recorded as an outcome of its own. What may come
+    twice is the same outcome.
     """
 
     def __init__(
@@ -104,12 +105,20 @@ class Judge:
             await self._proved_good(service, memory, wanted)
             return True
         if not service.settings.rollback or wanted.pinned or not wanted.on_trial:
+            self._end_as_bad(service, wanted)
             await self._outcome(report.failed(name, before, stack, reloaded, times))
-            self._trials.end(name)
             return True
+        # Its reload stays owed until the way back has been judged: what is kept out for the moment only is forgotten by
+        # who is killed now, and the next one has to find out again that this stack does not do.
         await self.keep_out(service, memory, stack, _with_output(reloaded), reloaded.output)
-        self._pending.settle(name)
         return False
+
+    def _end_as_bad(self, service: Service, wanted: Wanted) -> None:
+        """End the trial of what did not do and stays. Before the outcome: on trial it would be taken for good next."""
+        if wanted.on_trial and service.settings.rollout == "rolling":
+            self._trials.begin(service.name, Trial(wanted.stack.id, bad=True))
+        else:
+            self._trials.end(service.name)
 
     async def _outcome(self, event: Event, *, critical: bool = False) -> None:
         await self._record.outcome(event, critical=critical)
@@ -125,15 +134,14 @@ class Judge:
             return True
         if not service.settings.rollback:
             event = report.failed(service.name, self._before(service, wanted), wanted.stack, judged, Times())
+            self._end_as_bad(service, wanted)
             await self._record.outcome(event)
-            self._trials.end(service.name)
             return True
         await self.keep_out(service, memory, wanted.stack, _with_output(judged), judged.output)
         return False
 
     async def interrupted(self, service: Service, memory: Memory, wanted: Wanted) -> bool:
         """It was stopped or started anew in the middle of its trial; False: once too often to be chance."""
-        self._pending.settle(service.name)
         if wanted.rolling_back or not wanted.on_trial or wanted.stack.id not in memory.chances:
             memory.chances = {wanted.stack.id}
             return True
@@ -156,16 +164,27 @@ class Judge:
             running=bool(revived.told),
             output=memory.output,
         )
-        await self._record.outcome(event, critical=not revived.ok)
+        await self._outcome(event, critical=not revived.ok)
         self._trials.end(service.name)
 
     async def keep_out(
-        self, service: Service, memory: Memory, stack: Stack, reason: str, output: str = ""
+        self,
+        service: Service,
+        memory: Memory,
+        stack: Stack,
+        reason: str,
+        output: str = "",
+        event: Event | None = None,
     ) -> None:
-        """Whatever is new in a stack is not to come (back) into the service."""
+        """Whatever is new in a stack is not to come (back) into the service.
+
+        Args:
+            output: what the command printed that the stack failed by.
+            event: the outcome, if it is one already (`Record.quarantine`).
+        """
         memory.output = output
         good = await trio.to_thread.run_sync(self._newest_good, service.name, stack, dict(memory.held))
-        memory.held |= await self._record.quarantine(service.name, good, stack, reason)
+        memory.held |= await self._record.quarantine(service.name, good, stack, reason, event)
 
     def _newest_good(self, name: str, stack: Stack, held: dict[str, str]) -> Stack:
         kept_out = held | self._record.kept_out(name)

@@ -32,7 +32,7 @@ from watcher.process import Gone, Process
 from watcher.record import Record
 from watcher.reload import judge_start, reload_and_judge
 from watcher.report import Times
-from watcher.rollout import Peer, Rollout
+from watcher.rollout import Bid, Peer, Rollout
 from watcher.store import Store
 from watcher.trials import Trial, Trials
 from watcher.wanted import Wanted, find
@@ -78,6 +78,7 @@ class Line:
         self._judge = Judge(tools.store, tools.pending, tools.trials, self._record, tools.watcher)
         self._rollout = Rollout(changed)
         self._memory: dict[str, Memory] = {}
+        self._awaited: dict[str, list[trio.Event]] = {}
 
     @property
     def mounted(self) -> frozenset[str] | None:
@@ -105,6 +106,20 @@ class Line:
         Returns:
             Seconds after which to look again even if nothing happens; None: there is no need.
         """
+        awaited = self._awaited.pop(service.name, ())
+        try:
+            return await self._one(service, since)
+        finally:
+            for over in awaited:
+                over.set()
+
+    def next_round(self, name: str) -> trio.Event:
+        """Set when a round of the service is over that begins after this call; somebody has to ask for it."""
+        over = trio.Event()
+        self._awaited.setdefault(name, []).append(over)
+        return over
+
+    async def _one(self, service: Service, since: float) -> float | None:
         memory = self._memory.setdefault(service.name, Memory())
         try:
             settled = await self._round(service, memory, since)
@@ -125,6 +140,15 @@ class Line:
         with self._tools.store.using():
             return await trio.to_thread.run_sync(self._find, service, *self._kept_out(service))
 
+    async def waits(self, service: Service, wanted: Wanted) -> str:
+        """Why a service would not get its new stack now, "" if it would."""
+        if wanted.new and self._has_to_wait(service, wanted):
+            return "it is not running, and Check= needs that: it is tried once it runs"
+        rolling = wanted.new and service.settings.rollout == "rolling"
+        if rolling and not self._rollout.may_go(await self._bid(service, wanted)):
+            return "it waits for its turn (Rollout=rolling)"
+        return ""
+
     def let_in(self, name: str) -> None:
         """What is kept out of a service for the moment may be tried again."""
         memory = self._memory.get(name)
@@ -134,9 +158,7 @@ class Line:
     async def _round(self, service: Service, memory: Memory, since: float) -> bool:
         """Whether there is nothing left to wait for."""
         await self._judge.before_look(service, memory)
-        if memory.held_for != service.invocation and service.invocation:
-            memory.held.clear()
-            memory.held_for = service.invocation
+        _let_in_at_start(service, memory)
         rolling = service.settings.rollout == "rolling"
         if rolling:
             self._rollout.begin(service.name)
@@ -158,17 +180,18 @@ class Line:
             wanted = wanted.staying()
         if not wanted.new or service.settings.rollout != "rolling":
             return await self._attempt(service, wanted, memory, since)
+        with self._rollout.turn(service.name, await self._bid(service, wanted)) as its_turn:
+            return await self._attempt(service, wanted if its_turn else wanted.staying(), memory, since)
+
+    async def _bid(self, service: Service, wanted: Wanted) -> Bid:
         new = frozenset(wanted.stack.digests) - frozenset(wanted.current.digests)
-        peers = await trio.to_thread.run_sync(self._peers, service, wanted, new)
-        with self._rollout.turn(
-            service.name,
-            new,
-            service.settings.rollout_parallel,
+        return Bid(
+            new=new,
+            parallel=service.settings.rollout_parallel,
             running=service.main is not None,
             fresh=not wanted.current.layers,
-            peers=peers,
-        ) as its_turn:
-            return await self._attempt(service, wanted if its_turn else wanted.staying(), memory, since)
+            peers=await trio.to_thread.run_sync(self._peers, service, wanted, new),
+        )
 
     def _peers(self, service: Service, wanted: Wanted, new: frozenset[str]) -> list[Peer]:
         """The others with `Rollout=rolling`. Blocks."""
@@ -195,15 +218,19 @@ class Line:
     async def _attempt(self, service: Service, wanted: Wanted, memory: Memory, since: float) -> bool:
         if wanted.new:
             renaming = functools.partial(self._tools.watcher.renaming, service.name)
+            counted = {*wanted.current.digests, *memory.counted}
             try:
-                stack = tries.begin(wanted.stack, wanted.current.digests, service.name, renaming)
+                stack = tries.begin(wanted.stack, counted, service.name, renaming)
             except FileNotFoundError:
                 return False  # another service's attempt has just renamed it
+            memory.counted = frozenset(stack.digests)
             wanted = replace(wanted, stack=stack, recorded=False)
-        if not await self._passes(service, wanted, memory):
-            return False
-        if not wanted.recorded:
+        passed = await self._passes(service, wanted, memory)
+        if passed and not wanted.recorded:
             wanted = await self._accept(service, wanted)
+        memory.counted = frozenset()
+        if not passed:
+            return False
         if service.main is not None:
             return await self._into_service(service, service.main, wanted, memory, since)
         return await self._stopped(service, wanted, memory)
@@ -261,9 +288,8 @@ class Line:
         if not verdict.reason:
             return True
         reason = verdict.reason
-        await self._judge.keep_out(service, memory, wanted.stack, reason)
         event = report.check_failed(service.name, wanted.current, wanted.stack, reason, verdict.output)
-        await self._record.outcome(event)
+        await self._judge.keep_out(service, memory, wanted.stack, reason, event=event)
         return False
 
     def _has_to_wait(self, service: Service, wanted: Wanted) -> bool:
@@ -337,6 +363,20 @@ class Line:
 
     def _copies(self, stack: Stack) -> dict[str, Copy]:
         return {layer.digest: self._tools.store.copy(layer) for layer in stack.layers}
+
+
+def _let_in_at_start(service: Service, memory: Memory) -> None:
+    """What is kept out for the moment is tried again once somebody has started the service anew.
+
+    Not when systemd or a rollback did, because the service went down: each try would be the next outage. (Why a
+    standalone service ended nobody tells us; its `exec` has made the try already.)
+    """
+    if service.main is None and not service.starting:
+        memory.fell = service.failed and service.manager != "standalone"
+    if service.invocation and memory.held_for != service.invocation:
+        if not memory.fell:
+            memory.held.clear()
+        memory.held_for, memory.fell = service.invocation, False
 
 
 def _as_it_is(service: Service) -> Service:

@@ -28,8 +28,10 @@ class Memory:
         attempts: rounds in a row that left something to wait for.
         mounted: digests of what it runs on, None while that is not known.
         compared: see `converge()`.
+        counted: digests of a stack whose try was counted, and which has to wait before it can be made.
         held: what is kept out of it for the moment: digests (or `STACK` and an identity) with the reason.
         held_for: the start of the service for which `held` holds.
+        fell: what the service starts anew after is its own end, or our doing: a start that changes nothing of that.
         output: what the command printed that the last stack failed by.
         restarted: the stack on which the service was started anew just after it had been told: crash or chance.
         chances: stacks that were stopped in the middle of their trial, perhaps by somebody: they get a second one.
@@ -41,8 +43,10 @@ class Memory:
     mounted: frozenset[str] | None = None
     afterglow: Afterglow | None = None
     compared: dict[Compared, bool] = field(default_factory=dict)
+    counted: frozenset[str] = frozenset()
     held: dict[str, str] = field(default_factory=dict)
     held_for: str = ""
+    fell: bool = False
     output: str = ""
     restarted: str = ""
     chances: set[str] = field(default_factory=set)

@@ -7,7 +7,7 @@ What was said is remembered, so that it is said once for as long as it lasts; no
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import trio
 
@@ -70,10 +70,14 @@ class Record:
         self._needs_restart.pop(service, None)
 
     async def not_placed(self, service: str, error: Exception) -> None:
-        """Its stack could not be put in place."""
+        """Its stack could not be put in place, or what was begun has to wait: said once for as long as it is so."""
         reason = shown(str(error))
-        if self._not_placed.get(service) != reason:
-            self._not_placed[service] = reason
+        if self._not_placed.get(service) == reason:
+            return
+        self._not_placed[service] = reason
+        if isinstance(error, Later):
+            _log("warning", f"{service}: {reason}; it is tried again by itself", service)
+        else:
             await self.outcome(report.not_placed(service, reason))
 
     async def needs_restart(self, service: str, invocation: str, reason: str) -> None:
@@ -86,8 +90,14 @@ class Record:
         """What is in quarantine for a service, with the reasons."""
         return {one.digest: one.reason for one in self._ledger.quarantined(service)}
 
-    async def quarantine(self, service: str, before: Stack, bad: Stack, reason: str) -> dict[str, str]:
+    async def quarantine(
+        self, service: str, before: Stack, bad: Stack, reason: str, event: Event | None = None
+    ) -> dict[str, str]:
         """Keep what is new in a stack out of the service; the stack itself where nothing in it is new.
+
+        Args:
+            event: the outcome that this is, if it is one already: recorded in the same commit, since what is in
+                quarantine is not said again.
 
         Returns:
             What is kept out for the moment only, because it has tries left: reasons by digest.
@@ -96,18 +106,31 @@ class Record:
         new = {layer.digest: layer.source for layer in bad.layers if layer.digest not in known}
         when = report.now()
         held = {}
+        contents = []
         for digest, source in (new or {STACK + bad.id: ""}).items():
             counters = tries.counted(source)
             # Another service's success may have removed the counters meanwhile: then there is no other try.
             if counters is not None and counters.left and os.path.lexists(source):
                 held[digest] = f"{reason}; tries left: {counters.left}"
-                continue
+            else:
+                contents.append(Quarantined(service, digest, reason, when, source))
+        if event is not None:
+            journal.record(event)
+        with trio.CancelScope(shield=True):
             try:
-                content = Quarantined(service, digest, reason, when, source)
-                await trio.to_thread.run_sync(self._ledger.quarantine, content)
+                await trio.to_thread.run_sync(self._write_quarantine, contents, event)
             except LedgerError as error:
                 journal.log.error(f"quarantine, kept in memory only: {error}")
+        if event is not None:
+            self._told(event)
         return held
+
+    def _write_quarantine(self, contents: Sequence[Quarantined], event: Event | None) -> None:
+        with self._ledger.round() as made:
+            for content in contents:
+                made.quarantine(content)
+            if event is not None:
+                made.append(event)
 
     async def look(self, service: str, wanted: Wanted) -> None:
         """What a look found that is worth a line, unless it was said already and has been so ever since."""

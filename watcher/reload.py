@@ -15,6 +15,7 @@ import trio
 
 from watcher.check import run_all
 from watcher.managers import Manager, Reloaded, Service
+from watcher.model import Later
 from watcher.process import Gone, Process
 
 _RETRY_SEC = 0.2
@@ -35,18 +36,27 @@ async def reload_and_judge(manager: Manager, service: Service, main: Process) ->
 
     Returns:
         None if it was stopped or started anew by somebody while it was watched.
+
+    Raises:
+        Later: whether it has reloaded could not be found out.
     """
     reloaded = await manager.reload(service)
+    if reloaded.interrupted:
+        if not main.alive() and not await _went_down(manager, service, main):
+            return None
+        raise Later(f"its {reloaded.told or 'reload'} was interrupted: {reloaded.reason}")
     if not reloaded.ok:
         return reloaded
     if reloaded.told == "restart":
         after = await _restarted(manager, service)
-        if after is None or after.main is None:
+        if after is None:
             return reloaded  # stopped by somebody meanwhile
+        if after.main is None:
+            return _ended(reloaded, "after its restart")
         with after.main.hold() as new:
             return await _judge(manager, after, new, reloaded)
     if not main.alive():
-        return _ended(reloaded, "when it was told to reload")
+        return await _why_ended(manager, service, main, reloaded, "when it was told to reload")
     return await _judge(manager, service, main, reloaded)
 
 
@@ -75,16 +85,18 @@ async def judge_start(manager: Manager, service: Service, main: Process) -> Relo
 async def _judge(
     manager: Manager, service: Service, main: Process, reloaded: Reloaded, since: str = "its reload"
 ) -> Reloaded | None:
-    reloaded = await _health(manager, service, main, reloaded, since)
+    health = await _health(manager, service, main, reloaded, since)
+    if health is None:
+        return None
+    reloaded = health
     watch = service.settings.health_watch_usec
     if service.settings.rollout == "rolling":
         watch = max(watch, _ROLLING_WATCH_USEC)
     if reloaded.ok and watch:
         with trio.move_on_after(watch / 1_000_000):
             await trio.lowlevel.wait_readable(main.pidfd)
-            if not await _went_down(manager, service, main):
-                return None
-            return _ended(reloaded, f"within {watch / 1_000_000:g} s of {since}")
+            when = f"within {watch / 1_000_000:g} s of {since}"
+            return await _why_ended(manager, service, main, reloaded, when)
     return _as_before(manager, service, main, reloaded) if reloaded.ok else reloaded
 
 
@@ -100,6 +112,13 @@ def _as_before(manager: Manager, service: Service, main: Process, reloaded: Relo
     return reloaded
 
 
+async def _why_ended(
+    manager: Manager, service: Service, main: Process, reloaded: Reloaded, when: str
+) -> Reloaded | None:
+    """The verdict on a service whose main process has ended; None if somebody stopped or restarted it."""
+    return _ended(reloaded, when) if await _went_down(manager, service, main) else None
+
+
 async def _went_down(manager: Manager, service: Service, main: Process) -> bool:
     """Whether a service whose main process has ended went down by itself, rather than being stopped or restarted."""
     with trio.move_on_after(_NOTICED_SEC):
@@ -110,11 +129,13 @@ async def _went_down(manager: Manager, service: Service, main: Process) -> bool:
 
 
 async def _restarted(manager: Manager, service: Service) -> Service | None:
-    """The service after a restart, None if it is not running."""
+    """The service after a restart, without a main process if that has failed; None if it was stopped."""
     with trio.move_on_after(_NOTICED_SEC):
         while True:
             now = manager.services.get(service.name)
             if now is not None and now.main is not None and now.invocation != service.invocation:
+                return now
+            if now is not None and now.main is None and now.failed:
                 return now
             await trio.sleep(_POLL_SEC)
     return None
@@ -122,7 +143,7 @@ async def _restarted(manager: Manager, service: Service) -> Service | None:
 
 async def _health(
     manager: Manager, service: Service, main: Process, reloaded: Reloaded, since: str
-) -> Reloaded:
+) -> Reloaded | None:
     settings = service.settings
     if not settings.health_check:
         return reloaded
@@ -130,7 +151,7 @@ async def _health(
     try:
         namespace = main.namespace()
     except Gone:
-        return _ended(reloaded, f"after {since}")
+        return await _why_ended(manager, service, main, reloaded, f"after {since}")
     try:
         while True:
             left = max(deadline - trio.current_time(), _RETRY_SEC)
@@ -144,11 +165,11 @@ async def _health(
                     "health check",
                 )
             except Gone:
-                return _ended(reloaded, f"after {since}")
+                return await _why_ended(manager, service, main, reloaded, f"after {since}")
             if not verdict.reason:
                 return reloaded
             if not main.alive():
-                return _ended(reloaded, f"after {since}")
+                return await _why_ended(manager, service, main, reloaded, f"after {since}")
             if trio.current_time() + _RETRY_SEC >= deadline:
                 return replace(reloaded, ok=False, reason=verdict.reason, output=verdict.output)
             await trio.sleep(_RETRY_SEC)

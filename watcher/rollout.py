@@ -16,7 +16,7 @@ leaves the first turn to those that do; and where nothing was accepted for it ye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -38,6 +38,24 @@ class Peer:
     on_trial: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Bid:
+    """A service that could have new content, and what its turn depends on.
+
+    Attributes:
+        new: the content's digests.
+        parallel: `RolloutParallel=`.
+        running: the service itself runs.
+        fresh: nothing was accepted for it yet.
+    """
+
+    new: frozenset[str]
+    parallel: int
+    running: bool
+    fresh: bool
+    peers: Sequence[Peer]
+
+
 class Rollout:
     """Decides whose turn it is.
 
@@ -51,34 +69,21 @@ class Rollout:
         self._waiting: set[str] = set()
 
     @contextmanager
-    def turn(
-        self,
-        service: str,
-        new: frozenset[str],
-        parallel: int,
-        *,
-        running: bool,
-        fresh: bool,
-        peers: Iterable[Peer],
-    ) -> Iterator[bool]:
-        """Whether a service may have new content now; while the block lasts it is at it.
-
-        Args:
-            new: the content's digests.
-            parallel: `RolloutParallel=`.
-            running: the service itself runs.
-            fresh: nothing was accepted for it yet.
-        """
-        at_it = {name for name, content in self._at_it.items() if content & new}
-        if not may_go(parallel, at_it, running=running, fresh=fresh, peers=list(peers)):
+    def turn(self, service: str, bid: Bid) -> Iterator[bool]:
+        """Whether a service may have new content now; while the block lasts it is at it."""
+        if not self.may_go(bid):
             self._waiting.add(service)
             yield False
             return
-        self._at_it[service] = new
+        self._at_it[service] = bid.new
         try:
             yield True
         finally:
             del self._at_it[service]
+
+    def may_go(self, bid: Bid) -> bool:
+        """Whether a service may have new content now."""
+        return may_go(bid, {name for name, content in self._at_it.items() if content & bid.new})
 
     def begin(self, service: str) -> None:
         """A round of a service with `Rollout=rolling` begins."""
@@ -92,17 +97,17 @@ class Rollout:
                 self._changed(name)
 
 
-def may_go(parallel: int, at_it: set[str], *, running: bool, fresh: bool, peers: list[Peer]) -> bool:
+def may_go(bid: Bid, at_it: set[str]) -> bool:
     """Whether a service may have new content.
 
     Args:
         at_it: names of those whose attempt with it is going on.
     """
-    if any(peer.accepted and not peer.on_trial and peer.name not in at_it for peer in peers):
-        return len(at_it) < parallel
-    trying = [peer for peer in peers if peer.name in at_it or (peer.accepted and peer.on_trial)]
-    if not running and fresh:
+    if any(peer.accepted and not peer.on_trial and peer.name not in at_it for peer in bid.peers):
+        return len(at_it) < bid.parallel
+    trying = [peer for peer in bid.peers if peer.name in at_it or (peer.accepted and peer.on_trial)]
+    if not bid.running and bid.fresh:
         return True
-    if running:
+    if bid.running:
         return not any(peer.running for peer in trying)
-    return not trying and not any(peer.running and peer.offered for peer in peers)
+    return not trying and not any(peer.running and peer.offered for peer in bid.peers)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from watcher.notes import Notes
 
 _FAILED = "failed"
+_BAD = "bad"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +25,13 @@ class Trial:
     Attributes:
         stack: its identity.
         was_down: the service had failed already when the stack was accepted: that it has does not speak against it.
+        bad: it was judged, did not do, and stays all the same (`Rollback=no`). No other service is to follow
+            (`Rollout=rolling`).
     """
 
     stack: str
     was_down: bool = False
+    bad: bool = False
 
 
 class Trials:
@@ -42,7 +46,8 @@ class Trials:
 
     def begin(self, service: str, trial: Trial) -> None:
         """From now until `end()` this stack is on trial."""
-        self._notes.write(service, f"{trial.stack or '-'} {_FAILED if trial.was_down else ''}")
+        flag = _BAD if trial.bad else _FAILED if trial.was_down else ""
+        self._notes.write(service, f"{trial.stack or '-'} {flag}")
 
     def of(self, service: str) -> Trial | None:
         """What is on trial for a service, None if nothing is."""
@@ -50,7 +55,7 @@ class Trials:
         if text is None:
             return None
         stack, _, flag = text.partition(" ")
-        return Trial("" if stack == "-" else stack, flag == _FAILED)
+        return Trial("" if stack == "-" else stack, was_down=flag == _FAILED, bad=flag == _BAD)
 
     def end(self, service: str) -> None:
         """It was judged."""

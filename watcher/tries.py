@@ -73,6 +73,13 @@ def counted(path: str) -> Counted | None:
     return Counted(match["stem"], int(match["left"]), int(match["done"] or 0), match["suffix"])
 
 
+def plain(path: str) -> str:
+    """A path, or a name alone, without counters."""
+    directory, name = os.path.split(path)
+    match = _COUNTERS.fullmatch(name)
+    return os.path.join(directory, match["stem"] + match["suffix"]) if match else path
+
+
 def begin(stack: Stack, known: Collection[str], service: str, renaming: Renaming = unseen) -> Stack:
     """Count one try of each layer of a stack that is new; the stack with the files' names from now on.
 

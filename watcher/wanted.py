@@ -72,7 +72,7 @@ class Wanted:
     @property
     def on_trial(self) -> bool:
         """Whether it was accepted, but not judged yet."""
-        return self.trial is not None and self.trial.stack == self.stack.id
+        return self.trial is not None and self.trial.stack == self.stack.id and not self.trial.bad
 
     def staying(self) -> Wanted:
         """The same service on the stack that it has, for the time being."""

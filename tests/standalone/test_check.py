@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -136,16 +135,19 @@ def test_what_it_leaves_running_is_killed_and_what_it_mounts_is_gone(place: Plac
     place.image("1", "one")
     place.start_daemon()
     pids = place.scratch / "pids"
-    script = f"sleep 1000 & echo $! >>{pids}; setsid setsid sleep 1000 & echo $! >>{pids}; mount -t tmpfs none /mnt"
-    service = place.start(*SLEEP, options=("--check", f"/bin/sh -c '{script}'"))
+    away = f"echo $$ >>{pids}; exec sleep 1000"
+    script = place.scratch / "leave-running"
+    script.write_text(
+        f"sleep 1000 & echo $! >>{pids}\nsetsid -f sh -c '{away}'\n"
+        f"until [ $(wc -l <{pids}) = 2 ]; do :; done\nmount -t tmpfs none /mnt\n"
+    )
+    service = place.start(*SLEEP, options=("--check", f"/bin/sh {script}"))
     place.until("started well")
     place.image("2", "two")
     place.outcome("applied")
     found = pids.read_text().split()
     assert len(found) == 2 and not [pid for pid in found if Path(f"/proc/{pid}/exe").exists()]
     assert " /mnt " not in Path(f"/proc/{service.pid}/mountinfo").read_text()
-    running = subprocess.run(["pgrep", "-f", "sleep 1000", "-P", "1"], capture_output=True, check=False)
-    assert not set(found) & set(running.stdout.decode().split())
 
 
 def test_several_run_in_order_until_one_fails(place: Place) -> None:

@@ -22,14 +22,14 @@ def place(tmp_path: Path) -> Iterator[Place]:
         yield made
 
 
-def start(place: Place, *more: str) -> None:
+def start(place: Place, *more: str, names: tuple[str, ...] = NAMES, reload: str = "") -> None:
     place.image("1", "one")
     place.start_daemon()
-    reload = f"sh -c 'echo $NAME >>{place.scratch}/told; ! grep -q broken /etc/web.conf'"
-    for name in NAMES:
+    reload = reload or f"sh -c 'echo $NAME >>{place.scratch}/told; ! grep -q broken /etc/web.conf'"
+    for name in names:
         place.environment["NAME"] = name
         place.start("sleep", "infinity", name=name, options=("--reload-command", reload, *more))
-    for _ in NAMES:
+    for _ in names:
         place.until("started well")
 
 
@@ -52,6 +52,44 @@ def test_where_the_first_takes_it_badly_none_of_the_others_is_touched(place: Pla
     for _ in NAMES:
         place.until("outcome=applied")
     assert sorted(told(place)[2:]) == sorted(NAMES)
+
+
+def test_where_it_proves_good_the_rest_follow_so_many_at_a_time(place: Place) -> None:
+    names = (*NAMES, "d.service", "e.service")
+    note = f"echo {{}} $NAME >>{place.scratch}/told"
+    # Long enough for a third to show itself, if it were let.
+    reload = f"sh -c '{note.format('begins')}; sleep 0.3; {note.format('ends')}'"
+    start(place, "--set", "Rollout=rolling", "--set", "RolloutParallel=2", names=names, reload=reload)
+    place.image("2", "two")
+    for _ in names:
+        place.until("web 1 -> 2 applied")
+    words = told(place)
+    first = words[1]
+    assert words[:4] == ["begins", first, "ends", first]
+    at_it: set[str] = set()
+    most = 0
+    for word, name in zip(words[4::2], words[5::2], strict=True):
+        at_it ^= {name}
+        assert (word == "begins") == (name in at_it)
+        most = max(most, len(at_it))
+    assert most == 2 and not at_it
+    assert {name for name in words if name.endswith(".service")} == set(names)
+
+
+def test_where_the_first_keeps_what_it_took_badly_none_of_the_others_follows(place: Place) -> None:
+    start(place, "--set", "Rollout=rolling", "--set", "Rollback=no")
+    place.image("2", "broken")
+    place.until("outcome=failed")
+    plan = place.command("plan").stdout
+    assert plan.count("waits for its turn") == len(NAMES) - 1
+    place.stop_daemon()
+    place.start_daemon()
+    assert place.command("plan").stdout.count("waits for its turn") == len(NAMES) - 1
+    assert len(told(place)) == 1
+    place.image("3", "three")
+    for _ in NAMES:
+        place.until("outcome=applied")
+    assert len(told(place)) == 1 + len(NAMES)
 
 
 def test_an_image_with_tries_is_counted_and_freed_of_them(place: Place) -> None:

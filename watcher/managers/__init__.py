@@ -56,12 +56,14 @@ class Reloaded:
         told: what was done, for the log: "reload", "SIGHUP", "restart", "" when nothing was told.
         reason: why it failed, or why nothing was told although there is a way; one line, else "".
         output: what a reload command printed, at most 64 KiB.
+        interrupted: nobody judged: it was canceled or could not be followed; it says nothing about the stack.
     """
 
     ok: bool
     told: str = ""
     reason: str = ""
     output: str = ""
+    interrupted: bool = False
 
 
 class Manager(Protocol):
@@ -105,6 +107,7 @@ class Manager(Protocol):
 
         Raises:
             Gone: the service has ended.
+            Later: it could not be run now.
         """
 
     async def processes(self, service: Service) -> list[int]:

@@ -23,6 +23,7 @@ from watcher import dbus, enter
 from watcher.become import Like
 from watcher.inside import OUTPUT_MAX, Ended, reason_of
 from watcher.managers.systemd1 import Jobs, Systemd1
+from watcher.model import Later
 from watcher.process import Process
 
 _LIBRARY: Final = str(Path(watcher.__file__).resolve().parents[1])
@@ -67,8 +68,11 @@ class Transient:
 
         Raises:
             Gone: its main process has ended.
+            Later: systemd could not run it now, or could not be asked how it ended.
         """
         output = bytearray()
+        later: Later | None = None
+        reason = ""
         with contextlib.ExitStack() as held:
             reading, writing = os.pipe2(os.O_CLOEXEC)
             ours = held.enter_context(open(writing, "wb", buffering=0))
@@ -77,19 +81,24 @@ class Transient:
             told = held.enter_context(_told(held.enter_context(_namespaces(main, namespace)), who, words))
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_gather, stream, output)
-                reason = await self._attempt(service, told, _path(writing), timeout_sec)
+                try:
+                    reason = await self._attempt(service, told, _path(writing), timeout_sec)
+                except Later as error:
+                    later = error
                 ours.close()
                 # What it left running, for as long as that lives, may hold the pipe open.
                 nursery.cancel_scope.deadline = trio.current_time() + 0.1
+        if later is not None:
+            raise later
         return Ended(reason, output.decode(errors="replace"))
 
     async def _attempt(self, service: str, told: str, output: str, timeout_sec: float) -> str:
         try:
             return await self._follow(service, told, output, timeout_sec)
         except (dbus.Error, dbus.Lost) as error:
-            return f"could not be run: {error}"
-        except trio.TooSlowError:
-            return "could not be run: systemd did not start or end it in time"
+            raise Later(f"could not be run: {error}") from error
+        except trio.TooSlowError as error:
+            raise Later("could not be run: systemd did not start or end it in time") from error
 
     async def _follow(self, service: str, told: str, output: str, timeout_sec: float) -> str:
         systemd = await self._systemd()
@@ -116,7 +125,7 @@ class Transient:
             try:
                 return await _reason(systemd, name, result, timeout_sec)
             finally:
-                with contextlib.suppress(dbus.Error):
+                with contextlib.suppress(dbus.Error, dbus.Lost), trio.move_on_after(_GRACE_SEC, shield=True):
                     await systemd.manager("UnrefUnit", "s", name)
 
 
@@ -142,7 +151,8 @@ async def _reason(systemd: Systemd1, name: str, result: str, timeout_sec: float)
         if values["Result"] in ("signal", "core-dump"):
             return reason_of(-status)
         return f"failed: {values['Result']}"
-    return f"could not be followed: {result or 'systemd cannot be reached'}"
+    # Canceled by a shutdown, say: the command did not get to say anything.
+    raise Later(f"could not be followed to its end: {result or 'systemd cannot be reached'}")
 
 
 async def _gather(stream: trio.abc.ReceiveStream, output: bytearray) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Mapping
 
 from watcher.model import Copy, Stack
@@ -17,6 +18,8 @@ from watcher.mounts import syscalls
 from watcher.mounts.swap import build
 from watcher.mounts.workshop import Workshop
 from watcher.process import Gone, Process, namespace_id
+
+_DYING_SEC = 5.0
 
 
 def shadow(shop: Workshop, namespace: int, stack: Stack, copies: Mapping[str, Copy]) -> int:
@@ -33,9 +36,15 @@ def shadow(shop: Workshop, namespace: int, stack: Stack, copies: Mapping[str, Co
 
 
 def kill_all(namespace: int) -> None:
-    """Kill every process that is in a mount namespace, however it got away from who started it."""
+    """Kill every process that is in a mount namespace, however it got away from who started it.
+
+    One that the kernel does not let go of (a dead file system) is left to it after a moment.
+    """
     wanted = namespace_id(namespace)
-    while pids := [pid for pid in os.listdir("/proc") if pid.isdecimal() and _is_in(pid, wanted)]:
+    deadline = time.monotonic() + _DYING_SEC
+    while time.monotonic() < deadline and (
+        pids := [pid for pid in os.listdir("/proc") if pid.isdecimal() and _is_in(pid, wanted)]
+    ):
         for pid in pids:
             with contextlib.suppress(Gone), Process(int(pid)) as process:
                 if _is_in(pid, wanted):
