@@ -56,9 +56,8 @@ class Judge:
             if service.invocation == glow.invocation and service.main is not None and service.main.alive():
                 memory.afterglow = glow
             elif service.failed or memory.restarted == glow.stack.id:
-                await self.keep_out(
-                    service, memory, glow.stack, "its main process ended soon after the reload"
-                )
+                reason = "its main process ended soon after the reload"
+                await self.keep_out(service, memory, glow.stack, reason, down=True)
             else:
                 # By somebody, or by systemd because it had ended (Restart=)? The second time it is no chance.
                 memory.restarted = glow.stack.id
@@ -146,9 +145,8 @@ class Judge:
             memory.chances = {wanted.stack.id}
             return True
         memory.chances.clear()
-        await self.keep_out(
-            service, memory, wanted.stack, "its main process ended again before it had proved good"
-        )
+        reason = "its main process ended again before it had proved good"
+        await self.keep_out(service, memory, wanted.stack, reason, down=True)
         return False
 
     async def stopped(self, service: Service, memory: Memory, wanted: Wanted, revived: Reloaded) -> None:
@@ -175,14 +173,19 @@ class Judge:
         reason: str,
         output: str = "",
         event: Event | None = None,
+        *,
+        down: bool = False,
     ) -> None:
         """Whatever is new in a stack is not to come (back) into the service.
 
         Args:
             output: what the command printed that the stack failed by.
             event: the outcome, if it is one already (`Record.quarantine`).
+            down: the service went down with it, though it may have been started again since.
         """
         memory.output = output
+        # Why a standalone service ended nobody tells us; its next `exec` makes the next try by itself.
+        memory.fell = service.manager != "standalone" and (down or not _runs(service))
         good = await trio.to_thread.run_sync(self._newest_good, service.name, stack, dict(memory.held))
         memory.held |= await self._record.quarantine(service.name, good, stack, reason, event)
 
@@ -219,6 +222,10 @@ def _shown_before(converged: Converged, wanted: Wanted, good: Stack) -> Stack:
         if converged.before.stack == stack.id:
             return stack
     return as_stack(converged.before)
+
+
+def _runs(service: Service) -> bool:
+    return service.main is not None and service.main.pidfd >= 0 and service.main.alive()
 
 
 def _labels(stack: Stack) -> str:

@@ -368,11 +368,8 @@ class Line:
 def _let_in_at_start(service: Service, memory: Memory) -> None:
     """What is kept out for the moment is tried again once somebody has started the service anew.
 
-    Not when systemd or a rollback did, because the service went down: each try would be the next outage. (Why a
-    standalone service ended nobody tells us; its `exec` has made the try already.)
+    Not when systemd or a rollback did, because the service went down: each try would be the next outage.
     """
-    if service.main is None and not service.starting:
-        memory.fell = service.failed and service.manager != "standalone"
     if service.invocation and memory.held_for != service.invocation:
         if not memory.fell:
             memory.held.clear()

@@ -31,7 +31,7 @@ class Memory:
         counted: digests of a stack whose try was counted, and which has to wait before it can be made.
         held: what is kept out of it for the moment: digests (or `STACK` and an identity) with the reason.
         held_for: the start of the service for which `held` holds.
-        fell: what the service starts anew after is its own end, or our doing: a start that changes nothing of that.
+        fell: it went down with what is kept out, so that its next start is systemd's or our doing.
         output: what the command printed that the last stack failed by.
         restarted: the stack on which the service was started anew just after it had been told: crash or chance.
         chances: stacks that were stopped in the middle of their trial, perhaps by somebody: they get a second one.

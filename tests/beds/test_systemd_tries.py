@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""An image with tries left, and a service that goes down on it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+
+import needs
+from beds.bed import Bed
+from beds.host import Host, install
+
+pytestmark = [needs.bed, needs.tool("mksquashfs")]
+
+WEB = "web.service"
+DIES = """[Service]
+ExecStart=/bin/sh -c 'trap "! grep -q bad /etc/web.conf || exit 1" HUP; while :; do sleep 0.05; done'
+"""
+SETTINGS = "[X-Confext]\nReload=signal:SIGHUP\nHealthWatchSec=3s\n"
+
+
+@pytest.fixture
+def host(bed: Bed) -> Iterator[Host]:
+    install(bed)
+    with contextlib.ExitStack() as stack:
+        yield Host(bed, stack)
+
+
+@pytest.mark.parametrize("restart", ["", "Restart=always\nRestartSec=200ms\n"])
+def test_is_not_sent_down_again_by_the_next_try(host: Host, restart: str) -> None:
+    host.unit(WEB, DIES + restart + SETTINGS)
+    host.drop(host.image("site_1", {"web.conf": "good"}), WEB, "site.raw.v/site_1.raw")
+    host.watch()
+    journal = host.journal()
+    host.systemctl("start", WEB)
+    journal.until(lambda entry: "started well" in entry["MESSAGE"])
+    bad = host.image("site_2", {"web.conf": "bad"})
+    host.drop(bad, WEB, "site.raw.v/site_2+3.raw")
+    journal.until(lambda entry: entry.get("CONFEXT_OUTCOME") == "rolled-back")
+    versions = host.confext_dir(WEB) / "site.raw.v"
+    names = sorted(path.name for path in versions.iterdir())
+    tries = [name for name in names if "+" in name]
+    # Where systemd starts it again on the new stack before anybody can judge, that start fails nothing, and counts.
+    assert tries in (["site_2+2-1.raw"], ["site_2+1-2.raw"])
+    # A later drop is applied; until then there was no other try.
+    host.drop(host.image("base_1", {"base.conf": "base"}), WEB, "base.raw")
+    journal.until(
+        lambda entry: entry.get("CONFEXT_IMAGE") == "base" and entry["CONFEXT_OUTCOME"] == "applied"
+    )
+    assert sorted(path.name for path in versions.iterdir()) == names
+    assert host.see(WEB, "/etc/web.conf") == "good"
+    # Somebody starts it anew: the next try.
+    host.systemctl("restart", WEB)
+    journal.until(lambda entry: "1 -> 2, accepted" in entry["MESSAGE"])
+    assert sorted(path.name for path in versions.iterdir()) != names
