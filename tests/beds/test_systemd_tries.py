@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An image with tries left, and a service that goes down on it."""
+"""A service that goes down: on an image with tries left, and before it got one that is bad."""
 
 from __future__ import annotations
 
@@ -57,3 +57,22 @@ def test_is_not_sent_down_again_by_the_next_try(host: Host, restart: str) -> Non
         lambda entry: "1 -> 2, accepted" in entry["MESSAGE"] or entry.get("CONFEXT_OUTCOME") == "rolled-back"
     )
     assert sorted(path.name for path in versions.iterdir()) != names
+
+
+def test_one_that_was_down_before_is_judged_by_its_next_start(host: Host) -> None:
+    start = "/bin/sh -c 'sleep 0.2; ! grep -q bad /etc/web.conf && exec sleep 1000'"
+    host.unit(WEB, f"[Service]\nExecStart={start}\n[X-Confext]\nHealthWatchSec=1s\n")
+    host.drop(host.image("site_1", {"web.conf": "good"}), WEB, "site.raw.v/site_1.raw")
+    host.watch()
+    journal = host.journal()
+    host.systemctl("start", WEB)
+    journal.until(lambda entry: "started well" in entry["MESSAGE"])
+    host.systemctl("restart", "confext-watcher")  # or the kill would be put down to what was judged just now
+    host.systemctl("kill", "--signal=KILL", WEB)
+    host.bed.run(["sh", "-c", f"until systemctl is-failed {WEB}; do sleep 0.02; done"])
+    host.drop(host.image("site_2", {"web.conf": "bad"}), WEB, "site.raw.v/site_2.raw")
+    journal.until(lambda entry: "1 -> 2, accepted; it is not running" in entry["MESSAGE"])
+    host.systemctl("start", WEB)
+    assert "site 2 taken out again" in journal.outcome(WEB, "rolled-back")["MESSAGE"]
+    host.bed.run(["sh", "-c", f"until systemctl is-active {WEB}; do sleep 0.02; done"])
+    assert host.see(WEB, "/etc/web.conf") == "good"
