@@ -119,7 +119,8 @@ class Systemd:
                 return await self._unit_jobs.restart(service.name)
             reloaded = await self._unit_jobs.reload(service.name, service.invocation)
         except (dbus.Error, dbus.Lost) as error:
-            return Reloaded(ok=False, told="reload", reason=f"reload could not be followed: {error}")
+            reason = f"reload could not be followed: {error}"
+            return Reloaded(ok=False, told="reload", reason=reason, interrupted=True)
         if reloaded is None and kind == "unit":
             return Reloaded(ok=False, reason="Reload=unit is set, but its unit says no way to reload it")
         return reloaded or Reloaded(ok=True)

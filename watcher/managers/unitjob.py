@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import trio
@@ -34,6 +34,8 @@ _ENDS: Final = {
     "frozen": "was not tried, the unit is frozen",
     "concurrency": "was not tried, too many are running in its slice",
 }
+# How it took the job. Any other end came about without the unit: somebody stopped it, the host went down.
+_VERDICTS: Final = frozenset({"failed", "timeout"})
 # The unit was no longer running when it came to it.
 _POINTLESS: Final = frozenset({"skipped", "invalid", "collected", "once"})
 _NOT_THERE: Final = frozenset({NO_SUCH_UNIT, DESTRUCTIVE})
@@ -91,7 +93,7 @@ class UnitJobs:
                 return None
             if error.name in _NOT_THERE:
                 return Reloaded(ok=True)
-            return Reloaded(ok=False, told="reload", reason=f"reload was not possible: {error}")
+            return _not_possible("reload", error)
 
     async def restart(self, unit: str) -> Reloaded:
         """Restart it, unless it has been stopped meanwhile."""
@@ -103,9 +105,9 @@ class UnitJobs:
             await (await self._systemd()).manager("ResetFailedUnit", "s", unit)
         except dbus.Error as error:
             if error.name != NO_SUCH_UNIT:
-                return Reloaded(ok=False, told="start", reason=f"start was not possible: {error}")
+                return _not_possible("start", error)
         except dbus.Lost as error:
-            return Reloaded(ok=False, told="start", reason=f"start was not possible: {error}")
+            return _not_possible("start", error)
         return await self._run(unit, "StartUnit", "start")
 
     async def _run(self, unit: str, member: str, word: str) -> Reloaded:
@@ -114,10 +116,10 @@ class UnitJobs:
         except (dbus.Error, dbus.Lost) as error:
             if isinstance(error, dbus.Error) and error.name in _NOT_THERE:
                 return Reloaded(ok=True)
-            return Reloaded(ok=False, told=word, reason=f"{word} was not possible: {error}")
+            return _not_possible(word, error)
         if result == "done" or result in _POINTLESS:
             return Reloaded(ok=True, told=word)
-        return Reloaded(ok=False, told=word, reason=f"{word} {_ENDS.get(result, result)}")
+        return _ended_badly(word, result)
 
     async def _follow(self, unit: str, member: str) -> str:
         """The result of a job. If it can no longer be heard: by what the unit looks like afterwards."""
@@ -181,18 +183,30 @@ class UnitJobs:
             return Reloaded(ok=True, told="reload")
         if result in _POINTLESS:
             return Reloaded(ok=True)
-        reason = f"reload {_ENDS.get(result, result)}"
+        reloaded = _ended_badly("reload", result)
+        if reloaded.interrupted:
+            return reloaded
         try:
             command = await self._failed_command(unit)
         except (dbus.Error, dbus.Lost):
             command = None  # the result is known, only its details are not
         if command is None:
-            return Reloaded(ok=False, told="reload", reason=reason)
-        return Reloaded(False, "reload", f"{reason}: {command.end}", await _said(unit, command))
+            return reloaded
+        reason = f"{reloaded.reason}: {command.end}"
+        return replace(reloaded, reason=reason, output=await _said(unit, command))
 
     async def _failed_command(self, unit: str) -> Command | None:
         rows = await (await self._systemd()).service(unit, "ExecReload")
         return next((command for row in rows if (command := _command(row)).failed), None)
+
+
+def _not_possible(word: str, error: dbus.Error | dbus.Lost) -> Reloaded:
+    return Reloaded(ok=False, told=word, reason=f"{word} was not possible: {error}", interrupted=True)
+
+
+def _ended_badly(word: str, result: str) -> Reloaded:
+    reason = f"{word} {_ENDS.get(result, result)}"
+    return Reloaded(ok=False, told=word, reason=reason, interrupted=result not in _VERDICTS)
 
 
 def _command(row: tuple[Any, ...]) -> Command:
