@@ -46,7 +46,7 @@ class Following:
         self._starting: dict[str, tuple[Process, str]] = {}
         # What to look at again, and the event that says so.
         self._everything = True
-        self._dirty: set[str] = set()
+        self._dirty: dict[str, None] = {}  # first come, first served
         self._resubscribe = False
         self._news = trio.Event()
 
@@ -62,7 +62,7 @@ class Following:
         self._news.set()
 
     def look_at(self, name: str) -> None:
-        self._dirty.add(name)
+        self._dirty[name] = None
         self._news.set()
 
     def note(self, message: Message) -> None:
@@ -82,10 +82,10 @@ class Following:
 
     def _note_unit(self, name: str) -> None:
         """An instance that was loaded takes part if its template does."""
-        if name in self.services or name in self._per_connection or not name.endswith(".service"):
+        known = name in self.services or name in self._described or name in self._per_connection
+        if known or not name.endswith(".service"):
             return
-        template = UnitName(name).template
-        if template in self.services:
+        if UnitName(name).template in self._described:
             self.look_at_everything()
 
     async def news(self) -> None:
@@ -110,19 +110,26 @@ class Following:
         Returns:
             Whether the unit files were read again.
         """
+        # What is due is struck off before it is looked at: a signal that comes meanwhile makes it due again.
         self._news = trio.Event()
-        if self._resubscribe:
-            await _subscribe(systemd)
-            self._resubscribe = False
+        resubscribe, self._resubscribe = self._resubscribe, False
         everything, self._everything = self._everything, False
         try:
+            if resubscribe:
+                await _subscribe(systemd)
+                resubscribe = False
             if everything:
                 await self._look_at_files(systemd, changed)
             while self._dirty:
-                name = min(self._dirty)
-                await self._look_at_unit(systemd, name, changed)
-                self._dirty.discard(name)
+                name = next(iter(self._dirty))
+                del self._dirty[name]
+                try:
+                    await self._look_at_unit(systemd, name, changed)
+                except BaseException:
+                    self._dirty[name] = None
+                    raise
         except BaseException:
+            self._resubscribe = self._resubscribe or resubscribe
             self._everything = self._everything or everything
             raise
         return everything
@@ -131,17 +138,19 @@ class Following:
         paths = await systemd.unit_paths()
         self.index = await trio.to_thread.run_sync(Index, paths or UNIT_PATHS)
         known = await trio.to_thread.run_sync(seen, self._state_directory)
-        described = await trio.to_thread.run_sync(describe_all, self.index, known)
+        # Entered before anything is asked: an instance that is loaded from now on is noted by its template.
+        self._described = described = await trio.to_thread.run_sync(describe_all, self.index, known)
         patterns = [name.replace("@.", "@*.") for name in described if units.is_template(name)]
-        loaded = {row.name: row for row in await systemd.loaded([*described, *patterns])}
-        instances = [name for name in loaded if name not in described]
+        found = [row.name for row in await systemd.loaded(patterns)] if patterns else []
+        instances = [name for name in found if name not in described]
         if instances:
             own = await self._own_instances(systemd, instances)
             described |= await trio.to_thread.run_sync(describe_all, self.index, dict.fromkeys(own, False))
         self._say(remark for each in described.values() for remark in each.remarks)
-        self._described = described
         self._names = {unit_path(name): name for name in described}
         await systemd.follow_units(name for name in described if not units.is_template(name))
+        # Asked only now: of what happened before the bus was asked for it there was no signal.
+        loaded = {row.name: row for row in await systemd.loaded(described)} if described else {}
         for name in [name for name in self.services if name not in described]:
             self._drop(name)
             changed(name)
@@ -150,7 +159,7 @@ class Following:
             if row is None or row.active in _STOPPED:
                 self._put(name, changed, failed=row is not None and row.active == "failed")
             else:
-                self._dirty.add(name)
+                self._dirty[name] = None
 
     async def _own_instances(self, systemd: Systemd1, names: Iterable[str]) -> list[str]:
         """Those that are more than the server of one connection (`Accept=yes`): these end soon, and are a new name

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""That nothing systemd does while it is being asked is missed; a real one is followed in tests/beds/."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from jeepney import HeaderFields, Message
+
+from watcher.managers.following import Following
+from watcher.managers.systemd1 import Loaded, Systemd1, unit_path
+
+
+class Host(Systemd1):
+    """systemd with units that can be started between any two answers of it.
+
+    Attributes:
+        before: what happens on the host before a question is answered, by the question; once.
+    """
+
+    def __init__(self, base: Path) -> None:
+        self.units, self.state = base / "units", base / "state"
+        self.units.mkdir()
+        self.following = Following(str(self.state))
+        self.before: dict[str, Callable[[], None]] = {}
+        self.asked: list[str] = []
+        self.pids: dict[str, int] = {}
+        self._loaded: set[str] = set()
+        self._followed: set[str] = set()
+        self._changed: list[str] = []
+
+    def unit_file(self, name: str) -> None:
+        (self.units / name).write_text("[Service]\nExecStart=/bin/true\n")
+        (self.units / f"{name}.confext.d").mkdir()
+        self._loaded.add(name)
+
+    def start(self, name: str) -> None:
+        """Start a unit, which systemd tells to those that have asked for it."""
+        if name not in self._loaded:
+            self._loaded.add(name)
+            self.following.note(_signal("UnitNew", "/", name, unit_path(name)))
+        self.pids[name] = os.getpid()
+        if name in self._followed:
+            self.following.note(_signal("PropertiesChanged", unit_path(name)))
+
+    async def update(self) -> None:
+        """As often as there is something to look at."""
+        while self.following._news.is_set() or self.following._everything:
+            await self.following.update(self, self._changed.append)
+
+    def main(self, name: str) -> int:
+        """PID of the main process, as it is known."""
+        process = self.following.services[name].main
+        return process.pid if process else 0
+
+    def _is_asked(self, question: str) -> None:
+        self.asked.append(question)
+        self.before.pop(question, lambda: None)()
+
+    async def unit_paths(self) -> tuple[str, ...]:
+        return (str(self.units),)
+
+    async def manager(self, member: str, signature: str = "", *arguments: Any, timeout: float = 30.0) -> Any:
+        self._is_asked(member)
+
+    async def loaded(self, patterns: Iterable[str]) -> list[Loaded]:
+        state = {True: ("active", "running"), False: ("inactive", "dead")}
+        prefixes = tuple(pattern.partition("*")[0] for pattern in patterns)
+        assert prefixes, "no pattern at all matches everything"
+        names = sorted(name for name in self._loaded if name.startswith(prefixes))
+        rows = [Loaded(name, "loaded", *state[name in self.pids]) for name in names if "@." not in name]
+        self._is_asked("ListUnits")
+        return rows
+
+    async def follow_units(self, names: Iterable[str]) -> None:
+        self._is_asked("AddMatch")
+        self._followed = set(names)
+
+    async def service(self, unit: str, name: str) -> Any:
+        pid = self.pids.get(unit, 0)
+        self._is_asked(name)
+        return pid
+
+    async def unit(self, unit: str, name: str) -> Any:
+        values = {"ActiveState": "inactive", "SubState": "dead", "TriggeredBy": []}
+        self._is_asked(name)
+        return values[name]
+
+    async def invocation(self, unit: str) -> str:
+        return "1" * 32
+
+
+def _signal(member: str, path: str, *body: object) -> Message:
+    fields = {HeaderFields.member: member, HeaderFields.path: path}
+    return cast(Message, SimpleNamespace(header=SimpleNamespace(fields=fields), body=body))
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    host = Host(tmp_path)
+    yield host
+    host.following.close()
+
+
+@pytest.mark.parametrize("question", ["MainPID", "ActiveState", "SubState"])
+async def test_a_start_while_the_same_unit_is_being_asked_about(host: Host, question: str) -> None:
+    host.unit_file("web.service")
+    await host.update()
+    host.before[question] = lambda: host.start("web.service")
+    host.following.look_at("web.service")
+    await host.update()
+    assert host.main("web.service") == os.getpid()
+
+
+@pytest.mark.parametrize("question", ["AddMatch", "ListUnits"])
+async def test_a_start_while_all_units_are_being_asked_about(host: Host, question: str) -> None:
+    host.unit_file("web.service")
+    host.before[question] = lambda: host.start("web.service")
+    await host.update()
+    assert host.main("web.service") == os.getpid()
+
+
+@pytest.mark.parametrize("question", ["AddMatch", "ListUnits"])
+async def test_an_instance_that_starts_while_all_units_are_being_asked_about(
+    host: Host, question: str
+) -> None:
+    host.unit_file("web@.service")
+    host.before[question] = lambda: host.start("web@one.service")
+    await host.update()
+    assert host.main("web@one.service") == os.getpid()
+
+
+async def test_a_systemd_that_starts_anew_while_it_is_subscribed_to_is_subscribed_to_again(
+    host: Host,
+) -> None:
+    host.unit_file("web.service")
+    anew = _signal("NameOwnerChanged", "/", "org.freedesktop.systemd1", "", ":1.7")
+    await host.update()
+    host.before["Subscribe"] = lambda: host.following.note(anew)
+    host.following.note(anew)
+    await host.update()
+    assert host.asked.count("Subscribe") == 2
