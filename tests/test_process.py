@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from watcher.process import Process
+from watcher.process import Gone, Process
 
 WAYS = {
     "catches": "signal.signal(signal.SIGHUP, lambda *_: None); signal.pause()",
@@ -30,4 +30,15 @@ def test_whether_a_signal_would_end_a_process_that_(way: str) -> None:
             while process.read("wchan") in ("", "0") or "R" in process.read("stat").split(")")[1][:2]:
                 pass  # until it sleeps in its last call
             assert process.survives(signal.SIGHUP) == (way != "knows nothing of")
+        child.kill()
+
+
+def test_a_process_that_was_let_go_of_gets_no_signal_and_counts_as_gone() -> None:
+    with subprocess.Popen(["sleep", "60"]) as child:
+        process = Process(child.pid)
+        process.close()
+        assert not process.alive()
+        for use in (lambda: process.signal(0), process.hold, process.mountinfo, process.namespace):
+            with pytest.raises(Gone):
+                use()
         child.kill()

@@ -65,7 +65,9 @@ class Process:
             self.pidfd = -1
 
     def alive(self) -> bool:
-        """Whether it has not ended (a zombie has)."""
+        """Whether it has not ended (a zombie has); not known any more of one that has been let go of: False."""
+        if self.pidfd < 0:
+            return False
         poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
         return not poll.poll(0)
@@ -140,6 +142,8 @@ class Process:
         Raises:
             Gone: it has ended.
         """
+        if self.pidfd < 0:
+            raise Gone(f"process {self.pid} has been let go of")
         try:
             signal.pidfd_send_signal(self.pidfd, number)
         except ProcessLookupError:

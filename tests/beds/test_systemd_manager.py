@@ -15,6 +15,7 @@ from queue import Empty, Queue
 from typing import Any
 
 import pytest
+from place import eventually
 
 import needs
 from beds.bed import Bed
@@ -339,6 +340,32 @@ def test_a_service_that_cannot_reload_is_told_as_its_settings_say(
     assert probe.reload("mute.service") == expected
     if setting == "restart":
         probe.until("mute.service", lambda s: running(s) and s["invocation"] != before["invocation"])
+
+
+def test_a_signal_that_would_end_a_service_is_not_sent_to_it(host: Managed) -> None:
+    host.unit("deaf.service", SLEEP + "[X-Confext]\nReload=signal:HUP\n")
+    host.systemctl("start", "deaf.service")
+    probe = host.probe()
+    before = probe.until("deaf.service", running)
+    reloaded = probe.reload("deaf.service")
+    assert reloaded["ok"] and not reloaded["told"] and "it has no handler" in reloaded["reason"]
+    assert host.main_pid("deaf.service") == before["pid"]
+
+
+def test_a_signal_waits_for_the_handler_of_a_service_that_is_still_starting(host: Managed) -> None:
+    host.unit(
+        "wakes.service",
+        "[Service]\nType=notify\nNotifyAccess=all\n"
+        'ExecStart=/bin/sh -c \'sleep 1; trap "touch /run/signalled" HUP; systemd-notify --ready; sleep 1;'
+        " while :; do sleep 1; done'\n[X-Confext]\nReload=signal:HUP\n",
+    )
+    probe = host.probe()
+    host.systemctl("start", "--no-block", "wakes.service")
+    before = probe.until("wakes.service", running)
+    assert probe.reload("wakes.service")["told"] == "SIGHUP"
+    eventually(lambda: host.bed.path("/run/signalled").exists())
+    assert host.main_pid("wakes.service") == before["pid"]
+    host.bed.path("/run/signalled").unlink()
 
 
 def test_a_reload_that_is_insisted_on_and_impossible_is_a_failure(host: Managed) -> None:

@@ -21,6 +21,7 @@ from watcher.managers.daemonreload import DaemonReload, Refused
 from watcher.managers.described import stale
 from watcher.managers.following import Following
 from watcher.managers.systemd1 import DAEMON_RELOAD_SEC, Jobs, Systemd1, Unsupported
+from watcher.managers.tell import send_signal
 from watcher.managers.transient import Transient
 from watcher.managers.unitjob import UnitJobs
 from watcher.model import Entry, Interest
@@ -112,9 +113,9 @@ class Systemd:
         kind = service.settings.reload
         if kind == "none" or service.main is None:
             return Reloaded(ok=True)
-        if kind.startswith("signal:"):
-            return _signal(service.main, kind.removeprefix("signal:"))
         try:
+            if kind.startswith("signal:"):
+                return await self._signal(service, service.main, signal.Signals[kind.removeprefix("signal:")])
             if kind == "restart":
                 return await self._unit_jobs.restart(service.name)
             reloaded = await self._unit_jobs.reload(service.name, service.invocation)
@@ -124,6 +125,16 @@ class Systemd:
         if reloaded is None and kind == "unit":
             return Reloaded(ok=False, reason="Reload=unit is set, but its unit says no way to reload it")
         return reloaded or Reloaded(ok=True)
+
+    async def _signal(self, service: Service, held: Process, number: signal.Signals) -> Reloaded:
+        try:
+            # Held for as long as this takes: the service may be started anew meanwhile.
+            with held.hold() as main:
+                if not await self._unit_jobs.is_up(service.name, service.invocation):
+                    return Reloaded(ok=True)
+                return await send_signal(main, number)
+        except Gone:
+            return Reloaded(False, number.name, "its main process has ended", interrupted=True)
 
     async def started(self, service: Service) -> bool:
         """See `Manager.started`."""
@@ -239,11 +250,3 @@ class Systemd:
                 service=name,
             )
         self._hopeless = after
-
-
-def _signal(main: Process, name: str) -> Reloaded:
-    try:
-        main.signal(signal.Signals[name])
-    except Gone:
-        return Reloaded(ok=False, told=name, reason="its main process has ended")
-    return Reloaded(ok=True, told=name)
