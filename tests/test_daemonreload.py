@@ -84,3 +84,24 @@ async def test_what_systemd_refuses_is_tried_again(autojump_clock: trio.testing.
         await shared.request()
         nursery.cancel_scope.cancel()
     assert len(systemd.begun) == 1
+
+
+async def test_what_goes_wrong_is_tried_again_and_holds_nobody_up(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    systemd = Systemd()
+    errors = [OSError(24, "Too many open files"), ValueError()]
+
+    async def reload() -> None:
+        if errors:
+            raise errors.pop()
+        await systemd.reload()
+
+    shared = DaemonReload(reload, 5, 10)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(shared.run)
+        await shared.request()
+        assert not systemd.begun
+        await trio.sleep(60)
+        assert len(systemd.begun) == 1
+        nursery.cancel_scope.cancel()

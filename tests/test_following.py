@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -10,8 +11,12 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import trio
+import trio.testing
 from jeepney import HeaderFields, Message
 
+from watcher import dbus
+from watcher.managers import following
 from watcher.managers.following import Following
 from watcher.managers.systemd1 import Loaded, Systemd1, unit_path
 
@@ -52,6 +57,12 @@ class Host(Systemd1):
         """As often as there is something to look at."""
         while self.following._news.is_set() or self.following._everything:
             await self.following.update(self, self._changed.append)
+
+    async def follow(self) -> None:
+        """For ever."""
+        while True:
+            await self.update()
+            await self.following.news()
 
     def main(self, name: str) -> int:
         """PID of the main process, as it is known."""
@@ -101,7 +112,13 @@ def _signal(member: str, path: str, *body: object) -> Message:
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Iterator[Host]:
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    async def run_sync(function: Callable[..., object], *arguments: object) -> object:
+        await trio.lowlevel.checkpoint()
+        return function(*arguments)
+
+    # A thread takes time that a clock which jumps knows nothing of.
+    monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
     host = Host(tmp_path)
     yield host
     host.following.close()
@@ -133,6 +150,85 @@ async def test_an_instance_that_starts_while_all_units_are_being_asked_about(
     host.before[question] = lambda: host.start("web@one.service")
     await host.update()
     assert host.main("web@one.service") == os.getpid()
+
+
+def fail(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, "Too many open files"),
+        dbus.Error("org.freedesktop.DBus.Error.UnknownObject", ""),
+        ValueError(),
+    ],
+)
+@pytest.mark.parametrize("question", ["MainPID", "ListUnits"])
+async def test_what_cannot_be_found_out_costs_nobody_else_anything_and_is_tried_again(
+    host: Host, question: str, error: Exception, autojump_clock: trio.testing.MockClock
+) -> None:
+    for name in ("a.service", "b.service"):
+        host.unit_file(name)
+        host.start(name)
+    if question == "MainPID":
+        host.before[question] = lambda: fail(error)
+        await host.update()
+        assert (host.main("b.service"), "a.service" in host.following.services) == (os.getpid(), False)
+    else:
+        await host.update()
+        host.unit_file("c.service")
+        host.start("c.service")
+        host.before[question] = lambda: fail(error)
+        host.following.look_at_everything()
+        await host.update()
+        assert host.main("a.service") == os.getpid()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(host.follow)
+        await trio.sleep(60)
+        assert [host.main(name) for name in host.pids] == [os.getpid()] * len(host.pids)
+        asked = len(host.asked)
+        await trio.sleep(3600)
+        assert len(host.asked) == asked
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("error", [dbus.Lost(), dbus.Error("org.freedesktop.DBus.Error.NoReply", "")])
+async def test_a_systemd_that_cannot_be_reached_is_for_whoever_holds_the_connection(
+    host: Host, error: Exception
+) -> None:
+    host.unit_file("web.service")
+    host.start("web.service")
+    host.before["MainPID"] = lambda: fail(error)
+    with pytest.raises(type(error)):
+        await host.update()
+    await host.update()
+    assert host.main("web.service") == os.getpid()
+
+
+@pytest.mark.parametrize("takes", [0.03, 1.0, 30.0])
+async def test_an_executor_that_waits_for_long_is_looked_at_less_and_less(
+    host: Host, takes: float, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    looks: list[float] = []
+    begun = trio.current_time()
+
+    def is_executor(process: object) -> bool:
+        looks.append(trio.current_time())
+        return trio.current_time() < begun + takes
+
+    monkeypatch.setattr(following, "is_executor", is_executor)
+    host.unit_file("web.service")
+    host.start("web.service")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(host.follow)
+        await trio.sleep(takes * 1.3 + 0.01)
+        assert host.main("web.service") == os.getpid()
+        assert len(looks) < 50
+        looks.clear()
+        await trio.sleep(3600)
+        assert not looks
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_systemd_that_starts_anew_while_it_is_subscribed_to_is_subscribed_to_again(

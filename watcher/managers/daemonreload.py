@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from watcher import journal
+
 GATHER_SEC = 0.1
 """Requests that come within this time of the first are served together."""
 
@@ -42,6 +44,7 @@ class DaemonReload:
         self._waiting: list[trio.Event] = []
         self._begun: deque[float] = deque()
         self._ended = float("-inf")
+        self._failure = ""
 
     async def request(self) -> None:
         """Wait for the end of a reload that began after this call. Needs `run()` in another task."""
@@ -63,7 +66,14 @@ class DaemonReload:
             await trio.sleep_until(self._allowed(trio.current_time()))
             waiting, self._waiting = self._waiting, []
             self._wanted = trio.Event()
-            await self._once()
+            try:
+                await self._once()
+            except Exception as error:  # noqa: BLE001 -- must not end the daemon, nor hold up those who wait
+                self._say(error)
+                self._wanted.set()
+                await trio.sleep(RETRY_SEC)
+            else:
+                self._failure = ""
             for done in waiting:
                 done.set()
 
@@ -77,6 +87,11 @@ class DaemonReload:
             else:
                 self._ended = trio.current_time()
                 return
+
+    def _say(self, error: Exception) -> None:
+        if self._failure != repr(error):
+            self._failure = repr(error)
+            journal.log.exception("daemon-reload went wrong, it is tried again")
 
     def _allowed(self, now: float) -> float:
         """When the next one may begin."""

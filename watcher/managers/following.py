@@ -9,10 +9,10 @@ daemon-reload by anyone, everything is asked again.
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import trio
 from jeepney import HeaderFields, Message
@@ -28,7 +28,10 @@ from watcher.units import Index
 
 _ALREADY_SUBSCRIBED = "org.freedesktop.systemd1.AlreadySubscribed"
 _EXECUTOR = "systemd-executor"
-_EXECUTOR_POLL_SEC = (0.002, 0.002, 0.005, 0.005, 0.01, 0.01, 0.02, 0.02, 0.05, 0.05, 0.1)
+# How often the executor is looked at: less and less, it may wait for long (for a terminal, or with Type=idle). What it
+# becomes is noticed late by at most a quarter of the time that it took.
+_POLL_SEC, _POLL_GROWTH, _POLL_MAX_SEC = 0.002, 1.25, 10.0
+_RETRY_SEC = 5.0
 _STOPPED = frozenset({"inactive", "failed"})
 
 
@@ -49,6 +52,9 @@ class Following:
         self._dirty: dict[str, None] = {}  # first come, first served
         self._resubscribe = False
         self._news = trio.Event()
+        # What could not be looked at, by unit ("": the files), with the reason; and when that is tried again.
+        self._failures: dict[str, str] = {}
+        self._retry_at = math.inf
 
     def close(self) -> None:
         """Let go of all processes."""
@@ -93,22 +99,32 @@ class Following:
 
         Nothing tells when systemd's executor has become the service: while there is one, it is looked at.
         """
-        for delay in itertools.chain(_EXECUTOR_POLL_SEC, itertools.repeat(_EXECUTOR_POLL_SEC[-1])):
-            with trio.move_on_after(delay if self._starting else math.inf):
+        delay = _POLL_SEC
+        while True:
+            poll_at = trio.current_time() + delay if self._starting else math.inf
+            with trio.move_on_at(min(poll_at, self._retry_at)):
                 await self._news.wait()
+            delay = min(delay * _POLL_GROWTH, _POLL_MAX_SEC)
             for name, (process, _invocation) in self._starting.items():
                 if not is_executor(process):
                     self.look_at(name)
+            if trio.current_time() >= self._retry_at:
+                self._try_again()
             if self._news.is_set():
                 return
 
     # --- looking ---
 
     async def update(self, systemd: Systemd1, changed: Callable[[str], None]) -> bool:
-        """Look at all that is due; raises as `Systemd1` does, and is then to be called again.
+        """Look at all that is due.
+
+        Where that fails for one unit alone, this is said, and tried again later.
 
         Returns:
             Whether the unit files were read again.
+
+        Raises:
+            dbus.Lost, dbus.Error: systemd cannot be reached. Everything is then to be looked at again.
         """
         # What is due is struck off before it is looked at: a signal that comes meanwhile makes it due again.
         self._news = trio.Event()
@@ -117,22 +133,55 @@ class Following:
         try:
             if resubscribe:
                 await _subscribe(systemd)
-                resubscribe = False
             if everything:
-                await self._look_at_files(systemd, changed)
+                with self._trying(""):
+                    await self._look_at_files(systemd, changed)
             while self._dirty:
                 name = next(iter(self._dirty))
                 del self._dirty[name]
-                try:
+                with self._trying(name):
                     await self._look_at_unit(systemd, name, changed)
-                except BaseException:
-                    self._dirty[name] = None
-                    raise
         except BaseException:
-            self._resubscribe = self._resubscribe or resubscribe
-            self._everything = self._everything or everything
+            self._everything = True
             raise
         return everything
+
+    # --- what could not be looked at ---
+
+    @contextmanager
+    def _trying(self, name: str) -> Iterator[None]:
+        """What is wrong with one unit (or a bug that shows with it) must not cost the others theirs."""
+        try:
+            yield
+        except dbus.Lost:
+            raise
+        except Exception as error:
+            if isinstance(error, dbus.Error) and error.name in dbus.DISCONNECTED:
+                raise
+            self._put_off(name, error)
+        else:
+            self._failures.pop(name, None)
+
+    def _put_off(self, name: str, error: Exception) -> None:
+        self._retry_at = min(self._retry_at, trio.current_time() + _RETRY_SEC)
+        if self._failures.get(name) == repr(error):
+            return  # said already
+        self._failures[name] = repr(error)
+        what = f"{name}: what became of it" if name else "which units take part"
+        if isinstance(error, (OSError, dbus.Error)):
+            journal.log.error(f"{what} cannot be found out, it is tried again: {error}")
+        else:
+            journal.log.exception(f"{what} cannot be found out, it is tried again: a bug in confext-watcher")
+
+    def _try_again(self) -> None:
+        self._retry_at = math.inf
+        for name in self._failures:
+            if name:
+                self.look_at(name)
+            else:
+                self.look_at_everything()
+
+    # --- what is found ---
 
     async def _look_at_files(self, systemd: Systemd1, changed: Callable[[str], None]) -> None:
         paths = await systemd.unit_paths()
@@ -190,7 +239,7 @@ class Following:
             try:
                 process = Process(pid)
             except Gone:
-                await trio.sleep(_EXECUTOR_POLL_SEC[0])  # systemd will have noticed in a moment
+                await trio.sleep(_POLL_SEC)  # systemd will have noticed in a moment
                 continue
             invocation = await systemd.invocation(name)
             # Still the same by systemd's word: then it was not reaped in between, and it is the one we hold.

@@ -199,8 +199,14 @@ class Systemd:
     async def _update(self, changed: Callable[[str], None]) -> None:
         assert self._systemd is not None
         files_were_read = await self._following.update(self._systemd, changed)
-        if files_were_read and await self._stale(self.services):
+        if files_were_read and await self._needs_daemon_reload():
             self._reloads.ask()
+
+    async def _needs_daemon_reload(self) -> bool:
+        try:
+            return bool(await self._stale(self.services))
+        except Exception:  # noqa: BLE001 -- where a daemon-reload is done it shows again, is said and tried again
+            return True
 
     async def _connection(self) -> Systemd1:
         while self._systemd is None:
