@@ -4,18 +4,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import trio
 import trio.testing
+from jeepney import HeaderFields, Message
 
 from watcher import generator
-from watcher.managers import described, systemd1
+from watcher.config import Settings
+from watcher.managers import described, systemd, systemd1
 from watcher.managers.systemd1 import Jobs
 from watcher.managers.unitjob import _command
 from watcher.model import Entry, Kind, Layer, Stack
 from watcher.stacks import Stacks
 from watcher.units import Index
+
+
+def signal(member: str, *body: object) -> Message:
+    return cast(
+        Message, SimpleNamespace(header=SimpleNamespace(fields={HeaderFields.member: member}), body=body)
+    )
+
 
 WEB = "[Service]\nExecStart=/bin/true\nRootDirectory=/srv/root/.\n[X-Confext]\nReload=signal:HUP\nCheckSec=soon\n"
 
@@ -60,6 +71,13 @@ async def test_a_lost_connection_ends_the_waiting() -> None:
     jobs = Jobs()
     with jobs.listening() as listener:
         jobs.lost()
+        assert await listener.result("/job/1") == ""
+
+
+async def test_a_systemd_that_starts_anew_ends_the_waiting(tmp_path: Path) -> None:
+    manager = systemd.Systemd(Settings(state_directory=str(tmp_path)))
+    with manager._jobs.listening() as listener:
+        manager._on_signal(signal("NameOwnerChanged", systemd1.NAME, ":1.0", ""))
         assert await listener.result("/job/1") == ""
 
 

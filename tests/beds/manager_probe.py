@@ -52,7 +52,8 @@ async def serve(manager: Systemd) -> None:
 async def obey(manager: Systemd, verb: str, service: Service) -> None:
     if verb == "reload":
         reloaded = await manager.reload(service)
-        say(reloaded={field: getattr(reloaded, field) for field in ("ok", "told", "reason", "output")})
+        fields = ("ok", "told", "reason", "output", *(("interrupted",) if reloaded.interrupted else ()))
+        say(reloaded={field: getattr(reloaded, field) for field in fields})
     elif verb == "processes":
         say(processes=await manager.processes(service))
     elif verb == "learn":

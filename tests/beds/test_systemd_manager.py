@@ -93,6 +93,9 @@ class Probe:
 
     def ask(self, verb: str, name: str, answer: str) -> Any:
         self.send(verb, name)
+        return self.answer(answer)
+
+    def answer(self, answer: str) -> Any:
         while True:
             line = self.next()
             if answer in line:
@@ -249,6 +252,46 @@ def test_a_bus_or_a_systemd_that_starts_anew_is_found_again(host: Managed, actio
     second = probe.until("lasting.service", lambda s: running(s) and s["invocation"] != first["invocation"])
     assert second["pid"] == host.main_pid("lasting.service")
     assert probe.reload("lasting.service")["ok"]
+
+
+@pytest.mark.parametrize("action", ["restart dbus", "daemon-reexec", "daemon-reload"])
+@pytest.mark.parametrize("command", ["true", "false"])
+def test_a_reload_is_followed_through_a_new_start_of_the_bus_or_of_systemd(
+    host: Managed, action: str, command: str
+) -> None:
+    host.unit("patient.service", SLEEP + f"ExecReload=/bin/sleep 3\nExecReload=/bin/{command}\n")
+    host.systemctl("start", "patient.service")
+    probe = host.probe()
+    probe.until("patient.service", running)
+    probe.send("reload", "patient.service")
+    eventually(lambda: host.bed.property("patient.service", "ActiveState") == "reloading")
+    host.systemctl(*action.split())
+    reloaded = probe.answer("reloaded")
+    assert reloaded["ok"] == (command == "true")
+    assert reloaded["told"] == "reload" and "interrupted" not in reloaded
+    assert host.bed.property("patient.service", "ActiveState") == "active"
+
+
+def test_a_reload_that_ends_while_systemd_starts_anew_is_not_waited_for_for_ever(host: Managed) -> None:
+    # SIGTERM is daemon-reexec to it, and the command has ended before it is back on the bus.
+    host.unit("sudden.service", SLEEP + "ExecReload=/bin/sh -c 'sleep 0.5; kill -TERM 1'\n")
+    host.systemctl("start", "sudden.service")
+    probe = host.probe()
+    probe.until("sudden.service", running)
+    for _ in range(2):
+        assert probe.reload("sudden.service")["ok"]
+
+
+def test_a_reload_that_a_stop_puts_an_end_to_says_nothing_about_the_stack(host: Managed) -> None:
+    host.unit("patient.service", SLEEP + "ExecReload=/bin/sleep 60\n")
+    host.systemctl("start", "patient.service")
+    probe = host.probe()
+    probe.until("patient.service", running)
+    probe.send("reload", "patient.service")
+    eventually(lambda: host.bed.property("patient.service", "ActiveState") == "reloading")
+    host.systemctl("stop", "--no-block", "patient.service")
+    reloaded = probe.answer("reloaded")
+    assert not reloaded["ok"] and reloaded["interrupted"], reloaded
 
 
 def test_a_reload_runs_all_commands_and_is_done_when_they_are(host: Managed) -> None:

@@ -214,10 +214,13 @@ class Systemd:
         return self._systemd
 
     def _on_signal(self, message: Message) -> None:
-        if message.header.fields.get(HeaderFields.member) == "JobRemoved":
+        member = message.header.fields.get(HeaderFields.member)
+        if member == "JobRemoved":
             self._jobs.ended(message.body[1], message.body[3])
-        else:
-            self._following.note(message)
+            return
+        if member == "NameOwnerChanged":
+            self._jobs.lost()  # what it said before it had its name was not heard
+        self._following.note(message)
 
     async def _follow_directories(self, watcher: Watcher) -> None:
         """A `<unit>.confext.d/` that comes or goes needs no daemon-reload to be noticed."""
