@@ -64,6 +64,13 @@ class Command:
         return f"{self.path} {how} {self.status}"
 
 
+class _Ordered(Exception):
+    """The unit has a job that waits for us to have started: another one would be merged with it, and wait as well."""
+
+    def __init__(self) -> None:
+        super().__init__("another job of it waits for confext-watcher to have started")
+
+
 class UnitJobs:
     """Jobs of units.
 
@@ -94,10 +101,15 @@ class UnitJobs:
             if error.name in _NOT_THERE:
                 return Reloaded(ok=True)
             return _not_possible("reload", error)
+        except _Ordered as error:
+            return _not_possible("reload", error)
 
     async def restart(self, unit: str) -> Reloaded:
         """Restart it, unless it has been stopped meanwhile."""
-        return await self._run(unit, "TryRestartUnit", "restart")
+        try:
+            return await self._run(unit, "TryRestartUnit", "restart")
+        except _Ordered as error:
+            return _not_possible("restart", error)
 
     async def start(self, unit: str) -> Reloaded:
         """Start it again, also if it failed too often."""
@@ -108,7 +120,10 @@ class UnitJobs:
                 return _not_possible("start", error)
         except dbus.Lost as error:
             return _not_possible("start", error)
-        return await self._run(unit, "StartUnit", "start")
+        try:
+            return await self._run(unit, "StartUnit", "start")
+        except _Ordered:
+            return Reloaded(ok=True)  # it is started as soon as we are
 
     async def _run(self, unit: str, member: str, word: str) -> Reloaded:
         try:
@@ -142,9 +157,11 @@ class UnitJobs:
     async def _mode(self, systemd: Systemd1, unit: str) -> str:
         """ "fail", unless our own start is not complete: units that take part are ordered after it, and so are all of
         their jobs; the reload would wait for us, and we for it. ("ignore-dependencies" would cancel a queued stop.)"""
-        if notify.is_starting() and (await systemd.unit(unit, "Job"))[0] == 0:
-            return "ignore-dependencies"
-        return "fail"
+        if not notify.is_starting():
+            return "fail"
+        if (await systemd.unit(unit, "Job"))[0]:
+            raise _Ordered
+        return "ignore-dependencies"
 
     async def _afterwards(self, unit: str, member: str) -> str:
         while (await self._patiently("unit", unit, "Job"))[0]:
@@ -200,7 +217,7 @@ class UnitJobs:
         return next((command for row in rows if (command := _command(row)).failed), None)
 
 
-def _not_possible(word: str, error: dbus.Error | dbus.Lost) -> Reloaded:
+def _not_possible(word: str, error: Exception) -> Reloaded:
     return Reloaded(ok=False, told=word, reason=f"{word} was not possible: {error}", interrupted=True)
 
 
