@@ -13,6 +13,7 @@ import needs
 from beds.bed import Bed
 from beds.host import SLEEP, Host, install
 from beds.test_systemd_manager import NOTIFY_RELOAD, NOTIFY_RELOAD_PROGRAM
+from watcher.units import DROPIN
 
 pytestmark = needs.bed
 
@@ -169,3 +170,30 @@ def test_a_notify_reload_service_reads_the_new_files_on_its_own_signal(host: Hos
         drop_version(host, "notifies.service", version)
         assert "reload done" in journal.applied("notifies.service")["MESSAGE"]
     assert host.bed.path("/run/notify-reloaded").read_text().split() == ["1", "2"]
+
+
+@pytest.fixture
+def limited(host: Host) -> Host:
+    """A systemd that does one daemon-reload in so many seconds."""
+    settings = host.bed.path("/etc/systemd/system.conf.d")
+    settings.mkdir()
+    (settings / "limit.conf").write_text("[Manager]\nReloadLimitIntervalSec=5\nReloadLimitBurst=1\n")
+    # SIGTERM is daemon-reexec, which `systemctl` would not get past the limit.
+    anew = "kill -TERM 1; until systemctl daemon-reload; do sleep 0.1; done"
+    host.stack.callback(host.bed.run, ["sh", "-c", f"rm -r /etc/systemd/system.conf.d; {anew}"])
+    host.systemctl("daemon-reexec")
+    return host
+
+
+def test_a_daemon_reload_that_systemd_puts_off_comes_about_all_the_same(limited: Host) -> None:
+    limited.unit("limited.service")  # that was the one
+    limited.watch()
+    journal = limited.journal()
+    limited.systemctl("start", "limited.service")
+    for name in ("one", "two"):
+        limited.drop(limited.image(name, {f"{name}.txt": "1"}), "limited.service")
+    drop_in = limited.bed.path(f"/run/systemd/generator/limited.service.d/{DROPIN}")
+    while not all(slot in drop_in.read_text() for slot in ("one.raw", "two.raw")):
+        journal.applied("limited.service")
+    refused = [entry for entry in journal.said() if "daemon-reload was not possible" in entry["MESSAGE"]]
+    assert 1 <= len(refused) <= 2, [entry["MESSAGE"] for entry in refused]

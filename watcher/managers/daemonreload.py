@@ -72,8 +72,6 @@ class DaemonReload:
                 self._say(error)
                 self._wanted.set()
                 await trio.sleep(RETRY_SEC)
-            else:
-                self._failure = ""
             for done in waiting:
                 done.set()
 
@@ -82,15 +80,22 @@ class DaemonReload:
             self._begun.append(trio.current_time())
             try:
                 await self._reload()
-            except Refused:
+            except Refused as error:
+                self._say(error)
                 await trio.sleep(RETRY_SEC)
             else:
                 self._ended = trio.current_time()
+                self._failure = ""
                 return
 
     def _say(self, error: Exception) -> None:
-        if self._failure != repr(error):
-            self._failure = repr(error)
+        """Once, however often it is tried."""
+        if self._failure == repr(error):
+            return
+        self._failure = repr(error)
+        if isinstance(error, Refused):
+            journal.log.warning(f"daemon-reload was not possible, it is tried again: {error}")
+        else:
             journal.log.exception("daemon-reload went wrong, it is tried again")
 
     def _allowed(self, now: float) -> float:

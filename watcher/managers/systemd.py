@@ -246,7 +246,6 @@ class Systemd:
             systemd = await self._connection()
             await systemd.manager("Reload", timeout=DAEMON_RELOAD_SEC)
         except (dbus.Lost, dbus.Error) as error:
-            journal.log.warning(f"daemon-reload was not possible, it is tried again: {error}")
             raise Refused(str(error)) from error
         after = await trio.to_thread.run_sync(
             stale, self._following.index, list(before), self._state_directory
