@@ -40,7 +40,10 @@ class Answers(Systemd1):
         return {"ActiveState": "active", "Job": (0, "/")}[name]
 
     async def service(self, unit: str, name: str) -> Any:
-        return {"ExecReload": []}[name]
+        raise KeyError(name)
+
+    async def service_properties(self, unit: str) -> dict[str, Any]:
+        return {}
 
 
 def unit_jobs(result: str | dbus.Error) -> UnitJobs:

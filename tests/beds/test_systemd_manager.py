@@ -321,6 +321,22 @@ def test_a_failing_reload_says_which_command_and_what_it_printed(host: Managed) 
     }
 
 
+def test_a_command_that_fails_after_the_reload_is_told_as_well(bed262: Bed) -> None:
+    install(bed262)
+    with contextlib.ExitStack() as stack:
+        host = Managed(bed262, stack)
+        commands = "ExecReload=/bin/true\nExecReloadPost=/bin/sh -c 'echo not to be had; exit 3'\n"
+        host.unit("after.service", SLEEP + commands)
+        host.systemctl("start", "after.service")
+        probe = host.probe()
+        probe.until("after.service", running)
+        reloaded = probe.reload("after.service")
+    assert (reloaded["reason"], reloaded["output"]) == (
+        "reload failed: /bin/sh exited with status 3",
+        "not to be had\n",
+    )
+
+
 def test_a_reload_that_hangs_times_out(host: Managed) -> None:
     host.unit("hangs.service", SLEEP + "ExecReload=/bin/sleep 60\nTimeoutStartSec=1\n")
     host.systemctl("start", "hangs.service")

@@ -39,6 +39,7 @@ _VERDICTS: Final = frozenset({"failed", "timeout"})
 # The unit was no longer running when it came to it.
 _POINTLESS: Final = frozenset({"skipped", "invalid", "collected", "once"})
 _NOT_THERE: Final = frozenset({NO_SUCH_UNIT, DESTRUCTIVE})
+_COMMANDS: Final = ("ExecReload", "ExecReloadPost")  # the second in newer systemd only
 _RUNNING: Final = frozenset({"active", "reloading", "refreshing"})
 _CLD_EXITED: Final = 1
 
@@ -213,7 +214,8 @@ class UnitJobs:
         return replace(reloaded, reason=reason, output=await _said(unit, command))
 
     async def _failed_command(self, unit: str) -> Command | None:
-        rows = await (await self._systemd()).service(unit, "ExecReload")
+        values = await (await self._systemd()).service_properties(unit)
+        rows = [row for name in _COMMANDS for row in values.get(name, ())]
         return next((command for row in rows if (command := _command(row)).failed), None)
 
 
