@@ -317,7 +317,13 @@ class Line:
             await self._judge.stopped(service, memory, wanted, revived)
             return False
         if wanted.stack.id != wanted.current.id:
-            accepted = report.accepted(service.name, wanted.current, wanted.stack, starting=service.starting)
+            accepted = report.accepted(
+                service.name,
+                wanted.current,
+                wanted.stack,
+                starting=service.starting,
+                headless=service.headless,
+            )
             await self._record.outcome(accepted)
         return True
 

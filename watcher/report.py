@@ -77,9 +77,13 @@ def rolled_back(
     return replace(event, reason=why, output=both, **_about(good, bad))
 
 
-def accepted(service: str, before: Stack, stack: Stack, *, starting: bool) -> Event:
-    """The service does not run, or not yet: its slots were set."""
-    when = "it is being started, and gets it" if starting else "it is not running, its next start gets it"
+def accepted(service: str, before: Stack, stack: Stack, *, starting: bool, headless: bool = False) -> Event:
+    """The service does not run, or not yet, or not with a main process: its slots were set."""
+    when = "it is not running, its next start gets it"
+    if starting:
+        when = "it is being started, and gets it"
+    elif headless:
+        when = "systemd knows no main process of it, its next start gets it: restart it"
     sentence = f"{describe(before, stack)}, accepted; {when}"
     return _of_stack(service, Outcome.APPLIED, sentence, before, stack, Reloaded(ok=True), Times())
 

@@ -88,6 +88,23 @@ def test_all_mount_namespaces_of_a_service_get_the_stack(host: Host) -> None:
         assert [sees(host, pid) for pid in processes(host, "apart.service")] == [version] * 3
 
 
+def test_a_service_without_a_main_process_is_not_said_to_be_stopped(host: Host) -> None:
+    # Of several processes systemd does not guess which one it is.
+    start = "ExecStart=/bin/sh -c 'sleep infinity & sleep infinity &'\n"
+    host.unit("headless.service", "[Service]\nType=forking\n" + start)
+    host.watch()
+    journal = host.journal()
+    host.systemctl("start", "headless.service")
+    assert host.main_pid("headless.service") == 0
+    drop_version(host, "headless.service", "1")
+    assert "no main process" in journal.applied("headless.service")["MESSAGE"]
+    host.systemctl("restart", "headless.service")
+    assert [sees(host, pid) for pid in processes(host, "headless.service")] == ["1", "1"]
+    host.systemctl("stop", "headless.service")
+    drop_version(host, "headless.service", "2")
+    assert "it is not running" in journal.applied("headless.service")["MESSAGE"]
+
+
 def test_a_container_in_a_delegated_subtree_is_none_of_ours(host: Host) -> None:
     group = "/sys/fs/cgroup$$(sed -n s/^0:://p /proc/self/cgroup)"
     container = "echo 0 >$$group/inside/cgroup.procs; exec unshare --mount sleep infinity"

@@ -30,6 +30,8 @@ class Service:
         failed: it ended by itself, or went down, rather than being stopped by somebody; not known to every manager,
             which then says so.
         starting: main is there but may still be systemd's executor on its way to becoming the service.
+        headless: it is active, but systemd knows no main process of it (`RemainAfterExit=`, or `Type=forking` without
+            `PIDFile=`): nothing of it can be given another stack before its next start.
         root: path of the root directory whose os-release decides which images match (`RootDirectory=`), "/" if its own
         aliases: other names of it.
         manager: "systemd" or "standalone".
@@ -42,6 +44,7 @@ class Service:
     invocation: str = ""
     starting: bool = False
     failed: bool = False
+    headless: bool = False
     root: str = "/"
     aliases: tuple[str, ...] = ()
     manager: str = "systemd"

@@ -32,6 +32,7 @@ _EXECUTOR = "systemd-executor"
 # becomes is noticed late by at most a quarter of the time that it took.
 _POLL_SEC, _POLL_GROWTH, _POLL_MAX_SEC = 0.002, 1.25, 10.0
 _RETRY_SEC = 5.0
+_ACTIVE = frozenset({"active", "reloading", "refreshing"})
 _STOPPED = frozenset({"inactive", "failed"})
 
 
@@ -227,8 +228,15 @@ class Following:
     async def _look_at_unit(self, systemd: Systemd1, name: str, changed: Callable[[str], None]) -> None:
         if name in self._described:
             process, invocation = await self._main(systemd, name)
-            failed = process is None and await _has_failed(systemd, name)
-            self._put(name, changed, process, invocation, failed)
+            failed = headless = False
+            if process is None:
+                failed = await _has_failed(systemd, name)
+                headless = not failed and await systemd.unit(name, "ActiveState") in _ACTIVE
+            if headless:
+                # Unless it has been started since.
+                process, invocation = await self._main(systemd, name)
+                headless = process is None
+            self._put(name, changed, process, invocation, failed=failed, headless=headless)
 
     async def _main(self, systemd: Systemd1, name: str) -> tuple[Process | None, str]:
         """The main process that a unit has now, and since which start."""
@@ -262,7 +270,9 @@ class Following:
         changed: Callable[[str], None],
         process: Process | None = None,
         invocation: str = "",
+        *,
         failed: bool = False,
+        headless: bool = False,
     ) -> None:
         """Enter what is known of a service now; `process` is owned from here on."""
         described = self._described[name]
@@ -277,6 +287,7 @@ class Following:
             invocation=invocation,
             starting=starting,
             failed=failed,
+            headless=headless,
             root=root,
             aliases=described.names[1:],
         )
