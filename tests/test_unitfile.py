@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,13 @@ def test_files_are_read_one_after_another(tmp_path: Path) -> None:
     assert [(a.value, a.path) for a in parsed.assignments] == [("1", f"{tmp_path}/a"), ("2", f"{tmp_path}/b")]
     assert [r.path for r in parsed.remarks] == [f"{tmp_path}/b:1", f"{tmp_path}/b:3"]
     assert parsed.assignments[0].remark("x").path == f"{tmp_path}/a:2"
+
+
+def test_what_is_no_file_is_said_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.conf")
+    with pytest.raises(OSError, match="not a regular file"):
+        unitfile.load([f"{tmp_path}/a.conf"])
+    assert unitfile.read("/dev/null") == b""
 
 
 @pytest.mark.parametrize(

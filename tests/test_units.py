@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,32 @@ def test_links_that_chase_their_tails_are_nothing(paths: Paths) -> None:
     (paths.etc / "b.service").symlink_to(paths.etc / "a.service")
     (paths.etc / "a.service.confext.d").mkdir()
     assert paths.services() == []
+
+
+@pytest.mark.parametrize("form", ["loop", "through a file", "fifo"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x.service",
+        "web.service.d",
+        "web.service.d/x.conf",
+        "service.d",
+        "service.d/x.conf",
+        "x.service.confext.d",
+    ],
+)
+def test_one_file_that_cannot_be_read_costs_no_unit_its_part(paths: Paths, name: str, form: str) -> None:
+    # Enough of them for some to come after it in the order of the directory.
+    units_there = [f"web{number or ''}.service" for number in range(20)]
+    for unit in units_there:
+        (paths.etc / unit).write_text(DECLARES)
+    path = paths.etc / name
+    path.parent.mkdir(exist_ok=True)
+    if form == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(path if form == "loop" else "/etc/passwd/nothing")
+    assert paths.services() == sorted(units_there)
 
 
 def test_a_template_takes_part_and_so_do_its_known_instances(paths: Paths) -> None:

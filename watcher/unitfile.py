@@ -9,8 +9,10 @@ Standard library only: the generator uses this at boot.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -113,6 +115,27 @@ def parse(text: str, path: str) -> Parsed:
     return Parsed(tuple(assignments), tuple(remarks))
 
 
+def read(path: str) -> bytes:
+    """Contents of a file; a link to /dev/null is empty. Never waits: what is no file (a FIFO) may never have an end.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(fd)
+        if stat.S_ISCHR(status.st_mode) and status.st_rdev == os.makedev(1, 3):
+            return b""
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        content = b""
+        while more := os.read(fd, max(status.st_size - len(content), 0) + 1):
+            content += more
+        return content
+    finally:
+        os.close(fd)
+
+
 def load(paths: Iterable[str]) -> Parsed:
     """Several files read one after another: a unit and its drop-ins. One that is gone meanwhile is not there.
 
@@ -123,8 +146,7 @@ def load(paths: Iterable[str]) -> Parsed:
     remarks: list[Remark] = []
     for path in paths:
         try:
-            with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-                parsed = parse(file.read(), path)
+            parsed = parse(read(path).decode("utf-8", "surrogateescape"), path)
         except FileNotFoundError:
             continue
         assignments += parsed.assignments

@@ -110,8 +110,15 @@ def drop_ins(unit: str, unit_paths: Sequence[str] = UNIT_PATHS, aliases: Iterabl
     return config_files(directories)
 
 
-def config_files(directories: Iterable[str], suffix: str = ".conf") -> list[str]:
+def config_files(
+    directories: Iterable[str],
+    suffix: str = ".conf",
+    listing: Callable[[str], Iterable[str]] = os.listdir,
+) -> list[str]:
     """The files of several drop-in directories, highest precedence first, in the order in which they are read.
+
+    Args:
+        listing: names in a directory.
 
     Raises:
         OSError: a directory is there and cannot be read.
@@ -119,7 +126,7 @@ def config_files(directories: Iterable[str], suffix: str = ".conf") -> list[str]
     chosen: dict[str, str] = {}
     for directory in directories:
         try:
-            names = os.listdir(directory)
+            names = listing(directory)
         except (FileNotFoundError, NotADirectoryError):
             continue
         for name in names:
@@ -145,10 +152,10 @@ def fragment(unit: str, unit_paths: Sequence[str] = UNIT_PATHS) -> str | None:
 
 
 def is_masked(path: str) -> bool:
-    """A link to /dev/null, or an empty regular file."""
+    """A link to /dev/null, or an empty regular file; not what leads nowhere, such as a link to itself."""
     try:
         status = os.stat(path)
-    except FileNotFoundError:
+    except OSError:
         return False
     if stat.S_ISREG(status.st_mode):
         return status.st_size == 0

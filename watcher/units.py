@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import unitfile, unitname
 from .model import Declared, Remark
@@ -26,6 +26,11 @@ SUFFIX = ".confext.d"
 _SERVICE = ".service"
 _DECLARING = (b"ExtensionImages", b"ExtensionDirectories")
 _OF_INSTANCE = frozenset("iInNfd")  # specifiers that a template itself has no value for
+
+
+def generators_search_path() -> tuple[str, ...]:
+    """Where a generator finds units: not in what generators make."""
+    return tuple(path for path in UNIT_PATHS if not _is_generated(path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,17 @@ def is_template(name: str) -> bool:
 def is_portable(fragment: str) -> bool:
     """Whether portablectl attached the unit: it decides what is mounted there."""
     return os.path.basename(os.path.dirname(fragment)) == "system.attached"
+
+
+def as_generators_see(unit: Unit) -> Unit:
+    """A unit without what generators make (podman's, those for SysV scripts): all run at once, on empty directories."""
+    fragment = "" if _is_generated(os.path.dirname(unit.fragment)) else unit.fragment
+    dropins = (path for path in unit.dropins if not _is_generated(os.path.dirname(os.path.dirname(path))))
+    return replace(unit, fragment=fragment, dropins=tuple(dropins))
+
+
+def _is_generated(directory: str) -> bool:
+    return os.path.basename(directory) in ("generator", "generator.early", "generator.late")
 
 
 def declared(
@@ -126,6 +142,7 @@ class Index:
         self._links: dict[str, str] = {}
         self._dirs: set[str] = set()
         self._texts: dict[str, bytes] = {}
+        self._listings: dict[str, list[str]] = {}
         for directory in self.search_path:
             self._scan(directory)
         self._aliases: dict[str, list[str]] = {}
@@ -139,17 +156,23 @@ class Index:
             known: instances that were seen before; they take part if their template does.
         """
         found: dict[str, Unit] = {}
-        for name in dict.fromkeys((*self._candidates(), *known)):
+        for name in self.candidates(known):
             unit = self.unit(name)
-            if unit and unit.name not in found and not is_portable(unit.fragment) and self.takes_part(unit):
+            if unit and unit.name not in found and self.takes_part(unit):
                 found[unit.name] = unit
         return found
 
-    def unit(self, name: str) -> Unit | None:
-        """A unit under any of its names; None if it has no file or is masked."""
+    def unit(self, name: str, *, unwritten: bool = False) -> Unit | None:
+        """A unit under any of its names; None if it has no file or is masked.
+
+        Args:
+            unwritten: also one that has no file; `fragment` is "" then.
+        """
         own = self.own_name(name)
         fragment = next((self._files[n] for n in with_template(own) if n in self._files), "")
-        if not fragment or not self.text(fragment):
+        if not fragment and not unwritten:
+            return None
+        if fragment and not self.text(fragment):
             return None
         names = (own, *self._aliases_of(own))
         directories = (
@@ -160,7 +183,7 @@ class Index:
         )
         general = (f"{path}/service.d" for path in self.search_path)
         there = [path for path in (*directories, *general) if path in self._dirs]
-        dropins = unitname.config_files(there) if there else []
+        dropins = unitname.config_files(there, listing=self._listing) if there else []
         return Unit(own, fragment, tuple(p for p in dropins if os.path.basename(p) != DROPIN), names)
 
     def own_name(self, name: str) -> str:
@@ -181,8 +204,7 @@ class Index:
         """Contents of a file, b"" if it cannot be read."""
         if path not in self._texts:
             try:
-                with open(path, "rb", buffering=0) as file:
-                    self._texts[path] = file.read()
+                self._texts[path] = unitfile.read(path)
             except OSError:
                 self._texts[path] = b""
         return self._texts[path]
@@ -216,9 +238,10 @@ class Index:
     def _note(self, directory: str, entry: os.DirEntry[str]) -> None:
         name = entry.name
         if name.endswith((f"{_SERVICE}.d", f"{_SERVICE}{SUFFIX}")) or name == "service.d":
-            if entry.is_dir():
+            # entry.is_dir() of a link to itself is an error, and all that comes after it would be lost.
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                 self._dirs.add(entry.path)
-        elif not _is_service(name) or name in self._files or name in self._links:
+        elif not is_service(name) or name in self._files or name in self._links:
             return
         elif entry.is_symlink() and (target := self._alias(directory, entry.path)):
             self._links[name] = target
@@ -236,7 +259,7 @@ class Index:
         except OSError:
             return None
         name, other = os.path.basename(path), os.path.basename(target)
-        if other == name or not _is_service(other):
+        if other == name or not is_service(other):
             return None
         if not any(_same(os.path.dirname(target), searched) for searched in self.search_path):
             return None
@@ -249,8 +272,12 @@ class Index:
             if is_template(alias):
                 yield alias.replace("@.", f"@{parts.instance}.")
 
-    def _candidates(self) -> Iterator[str]:
-        """Names of units that may take part, without looking at each unit's drop-ins in turn."""
+    def candidates(self, known: Iterable[str] = ()) -> Iterator[str]:
+        """Names of units that may take part, and `known`, each once."""
+        return iter(dict.fromkeys((*self._named(), *known)))
+
+    def _named(self) -> Iterator[str]:
+        """Without looking at each unit's drop-ins in turn."""
         for name, path in self._files.items():
             if any(word in self.text(path) for word in _DECLARING):
                 yield name
@@ -258,7 +285,7 @@ class Index:
             name = os.path.basename(path)
             if name.endswith(SUFFIX):
                 yield from _if_service(name.removesuffix(SUFFIX))
-            elif any(word in self.text(file) for file in _files_in(path) for word in _DECLARING):
+            elif any(word in self.text(file) for file in self._files_in(path) for word in _DECLARING):
                 yield from self._configured_by(name.removesuffix(".d"))
 
     def _configured_by(self, name: str) -> Iterator[str]:
@@ -272,8 +299,22 @@ class Index:
         else:
             yield from _if_service(name)
 
+    def _files_in(self, directory: str) -> list[str]:
+        names = self._listing(directory)
+        return [f"{directory}/{name}" for name in names if name.endswith(".conf") and name != DROPIN]
+
+    def _listing(self, directory: str) -> list[str]:
+        if directory not in self._listings:
+            try:
+                self._listings[directory] = os.listdir(directory)
+            except OSError:
+                self._listings[directory] = []
+        return self._listings[directory]
+
     def takes_part(self, unit: Unit) -> bool:
-        """Whether a unit's files or directories say so."""
+        """Whether a unit's files or directories say so; portable services never do."""
+        if is_portable(unit.fragment):
+            return False
         if self.existing_confext_dirs(unit):
             return True
         if not self.mentions(unit, *_DECLARING):
@@ -282,20 +323,13 @@ class Index:
         return bool(found.images or found.directories)
 
 
-def _files_in(directory: str) -> list[str]:
-    try:
-        names = os.listdir(directory)
-    except OSError:
-        return []
-    return [f"{directory}/{name}" for name in names if name.endswith(".conf") and name != DROPIN]
-
-
 def _same(directory: str, searched: str) -> bool:
     """Whether two paths are one directory (`/lib` is `/usr/lib`)."""
     return directory == searched or os.path.realpath(directory) == os.path.realpath(searched)
 
 
-def _is_service(name: str) -> bool:
+def is_service(name: str) -> bool:
+    """Whether a service unit may be called that."""
     try:
         return unitname.UnitName(name).type == "service"
     except ValueError:
@@ -303,5 +337,5 @@ def _is_service(name: str) -> bool:
 
 
 def _if_service(name: str) -> Iterator[str]:
-    if _is_service(name):
+    if is_service(name):
         yield name
