@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from watcher import generator, unitfile
 from watcher.model import Entry, Kind, Layer, Stack
 from watcher.stacks import Stacks
-from watcher.units import DROPIN, Index
+from watcher.units import DROPIN, Index, Unit
 
 PLAIN = "[Service]\nExecStart=/bin/true\n"
 
@@ -158,6 +158,12 @@ def test_what_the_watcher_needs_does_not_wait_for_it(host: Host, name: str) -> N
     assert "[Unit]" not in host.dropin(name)
 
 
+def test_what_the_watcher_needs_may_be_called_otherwise(host: Host) -> None:
+    host.unit("dbus-daemon.service", PLAIN, "web.raw")
+    (host.units / "dbus.service").symlink_to("dbus-daemon.service")
+    assert "[Unit]" not in host.dropin("dbus-daemon.service")
+
+
 @pytest.mark.parametrize(
     ("setting", "allowed"),
     [
@@ -200,6 +206,15 @@ def test_a_unit_that_would_lose_its_sandbox_gets_no_drop_in_and_that_is_said(hos
     ]
 
 
+def test_a_unit_that_has_lost_its_sandbox_by_its_own_images_starts_on_the_accepted_ones(host: Host) -> None:
+    host.unit("web.service", PLAIN + "TemporaryFileSystem=/opt\nExtensionImages=/srv/web.raw.v\n")
+    assert host.listed("web.service") == ([], [])
+    host.accept("web.service", "web.raw")
+    (image,) = host.listed("web.service")[0]
+    assert image.startswith(f"-{host.state}/units/%n/web.raw:")
+    assert host.complaints == []
+
+
 def test_enabled_no_leaves_a_unit_to_systemd(host: Host) -> None:
     host.unit("web.service", PLAIN + "[X-Confext]\nEnabled=no\n", "web.raw")
     assert host.generate() == []
@@ -213,6 +228,38 @@ def test_an_instance_has_the_slots_of_its_template_until_it_was_seen(host: Host)
     host.accept("app@one.service", "web.raw")
     assert host.generate() == ["app@.service", "app@one.service"]
     assert host.listed("app@one.service")[0][0].startswith(f"-{host.state}/units/%n/web.raw:")
+
+
+def test_a_unit_that_another_generator_writes_meanwhile_gets_its_drop_in(host: Host) -> None:
+    host.drop("quad.service", "web.raw")
+    host.drop("masked.service", "web.raw")
+    (host.units / "masked.service").symlink_to("/dev/null")
+    assert host.generate() == ["quad.service"]
+    assert "/units/%n/web.raw:" in host.dropin("quad.service")
+
+
+@pytest.mark.parametrize("name", ["web", "my@thing", "x@.", "web.exec", "nginx.service.exec"])
+def test_what_is_not_of_a_unit_among_the_slots_costs_no_unit_its_drop_in(host: Host, name: str) -> None:
+    host.unit("web.service", PLAIN, "web.raw")
+    host.accept(name, "web.raw")
+    assert host.generate() == ["web.service"]
+    assert host.complaints == []
+
+
+def test_a_bug_that_shows_with_one_unit_does_not_touch_the_others(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.unit("bad.service", PLAIN, "web.raw")
+    host.unit("good.service", PLAIN, "web.raw")
+    takes_part = Index.takes_part
+
+    def broken(index: Index, unit: Unit) -> bool:
+        assert unit.name != "bad.service"
+        return takes_part(index, unit)
+
+    monkeypatch.setattr(Index, "takes_part", broken)
+    assert host.generate() == ["good.service"]
+    assert host.complaints and host.complaints[0].startswith("bad.service: no drop-in")
 
 
 def test_a_declared_sysext_tree_passes_through_as_it_is(host: Host, tmp_path: Path) -> None:

@@ -140,6 +140,31 @@ def test_a_unit_without_its_drop_in_is_stale(host: Host) -> None:
     assert host.stale() == []
 
 
+def test_a_unit_of_another_generator_has_the_drop_in_that_ours_could_write(
+    host: Host, tmp_path: Path
+) -> None:
+    host.drop("quad.service", "web.raw")
+    generator.generate(
+        str(host.generated), Index([str(host.units)]), str(host.state), print
+    )  # which has not seen it
+    others = tmp_path / "generator"
+    others.mkdir()
+    (others / "quad.service").write_text("[Service]\nExecStart=/bin/true\nProtectSystem=full\n")
+    index = Index([str(host.units), str(others)])
+    assert "quad.service" in described.describe_all(index, {})
+    assert described.stale(index, ["quad.service"], str(host.state), str(host.generated)) == {}
+    host.accept("quad.service", ["other.raw"])
+    assert described.stale(index, ["quad.service"], str(host.state), str(host.generated))
+
+
+@pytest.mark.parametrize("name", ["web", "my@thing", "web.exec", "nginx.service.exec"])
+def test_what_is_not_of_a_unit_among_the_slots_is_no_unit(host: Host, name: str) -> None:
+    (host.units / "nginx.service").write_text("[Service]\nExecStart=/bin/true\n")
+    host.accept(name, ["web.raw"])
+    known = described.seen(str(host.state))
+    assert list(described.describe_all(host.index, known)) == ["web.service"]
+
+
 def test_the_first_version_for_an_entry_that_is_listed_makes_nothing_stale(host: Host) -> None:
     host.generate()
     host.accept("web.service", ["web.raw"])

@@ -63,28 +63,37 @@ def main(argv: Sequence[str] = tuple(sys.argv), environ: Mapping[str, str] = os.
         print("usage: confext-watcher-generator DIRECTORY [EARLY LATE]", file=sys.stderr)
         return 2
     state = environ.get("STATE_DIRECTORY") or STATE_DIRECTORY
-    generate(argv[1], Index(), state, lambda text: print(f"confext-watcher: {text}", file=sys.stderr))
+    index = Index(units.generators_search_path())
+    generate(argv[1], index, state, lambda text: print(f"confext-watcher: {text}", file=sys.stderr))
     return 0
 
 
 def generate(output: str, index: Index, state_directory: str, complain: Callable[[str], None]) -> list[str]:
     """Write the drop-ins of all services that take part below `output`; the names of the units that got one.
 
+    A unit without a file gets one, too: another generator may be writing it at this moment. If nobody does, systemd
+    has no use for the drop-in.
+
     Args:
         complain: is told what went wrong, one line each.
     """
     done = []
     os.makedirs(output, exist_ok=True)
-    for name, unit in index.services(_seen(state_directory)).items():
+    for name in index.candidates(_seen(state_directory)):
         try:
-            reason = refusal(index, unit)
-            if reason:
-                complain(f"{shown(name)}: no drop-in, it starts without a stack and gets it then: {reason}")
-            elif _enabled(index, unit):
-                _write(f"{output}/{name}.d", text(index, unit, state_directory, complain))
-                done.append(name)
-        except (OSError, ValueError) as error:
-            complain(f"{shown(name)}: no drop-in, it starts on what it picks itself: {error}")
+            unit = index.unit(name, unwritten=True)
+            if unit and unit.name not in done and index.takes_part(unit) and _enabled(index, unit):
+                reason = refusal(index, unit)
+                if reason:
+                    complain(
+                        f"{shown(name)}: no drop-in, it starts without a stack and gets it then: {reason}"
+                    )
+                else:
+                    _write(f"{output}/{unit.name}.d", text(index, unit, state_directory, complain))
+                    done.append(unit.name)
+        except Exception as error:  # noqa: BLE001 -- whatever it is, the others get theirs, and the host boots
+            what = str(error) if isinstance(error, OSError) else repr(error)
+            complain(f"{shown(name)}: no drop-in, it starts on what it picks itself: {what}")
     return done
 
 
@@ -93,7 +102,7 @@ def text(
 ) -> str:
     """The drop-in of one unit."""
     parsed = _parsed(index, unit)
-    head = "" if _starts_before_us(unit.name, parsed) else _unit_section(state_directory)
+    head = "" if _starts_before_us(unit.names, parsed) else _unit_section(state_directory)
     kept = hierarchies.repair(parsed.assignments)
     listed = _listed(index, unit, parsed, state_directory, complain)
     if kept.needed and _is_known_empty(state_directory, unit.name):
@@ -111,11 +120,20 @@ def text(
 
 
 def refusal(index: Index, unit: Unit) -> str:
-    """Why a unit must not be given images in a drop-in, "" if it may: see `watcher.hierarchies`."""
+    """Why a unit must not be given images in a drop-in, "" if it may: see `watcher.hierarchies`.
+
+    One that declares images has lost as much by them already; with a drop-in they are at least accepted ones.
+    """
     if not index.mentions(unit, *hierarchies.WORDS):
         return ""
-    lost = hierarchies.repair(_parsed(index, unit).assignments).lost
-    return f"systemd would forget {shown(lost[0])}" if lost else ""
+    parsed = _parsed(index, unit)
+    lost = hierarchies.repair(parsed.assignments).lost
+    return f"systemd would forget {shown(lost[0])}" if lost and not _declares(parsed) else ""
+
+
+def _declares(parsed: unitfile.Parsed) -> bool:
+    keys = ("ExtensionImages", "ExtensionDirectories")
+    return any(unitfile.values(parsed.assignments, "Service", key) for key in keys)
 
 
 def _parsed(index: Index, unit: Unit) -> unitfile.Parsed:
@@ -264,8 +282,8 @@ def _passed_through(entry: Entry) -> Listed | None:
     return Listed(entry.kind, path=path, options=entry.options, optional=entry.optional)
 
 
-def _starts_before_us(name: str, parsed: unitfile.Parsed) -> bool:
-    if name in _BEFORE_US or name.startswith("systemd-"):
+def _starts_before_us(names: Iterable[str], parsed: unitfile.Parsed) -> bool:
+    if any(name in _BEFORE_US or name.startswith("systemd-") for name in names):
         return True
     default = unitfile.last(parsed.assignments, "Unit", "DefaultDependencies")
     if default and default.value.lower() in ("no", "false", "off", "0", "n", "f"):
@@ -314,7 +332,7 @@ def _seen(state_directory: str) -> list[str]:
         names = os.listdir(f"{state_directory}/units")
     except OSError:
         return []  # nothing accepted yet, or /var is not there yet
-    return [name for name in names if "@" in name and not name.startswith(".")]
+    return [name for name in names if "@" in name and units.is_service(name)]
 
 
 def _image_word(path: str) -> str:

@@ -46,9 +46,7 @@ def seen(state_directory: str) -> dict[str, bool]:
         names = os.listdir(f"{state_directory}/units")
     except FileNotFoundError:
         return {}
-    return {
-        name: _has_layers(f"{state_directory}/units/{name}") for name in names if not name.startswith(".")
-    }
+    return {name: _has_layers(f"{state_directory}/units/{name}") for name in names if units.is_service(name)}
 
 
 def _has_layers(path: str) -> bool:
@@ -111,7 +109,8 @@ def stale(
     """
     found = {}
     for name in names:
-        unit = index.unit(name)
+        found_unit = index.unit(name)
+        unit = units.as_generators_see(found_unit) if found_unit else None
         if unit is None or not index.takes_part(unit) or generator.refusal(index, unit):
             continue  # and has no drop-in then
         if unitname.UnitName(name).instance and not _has_slots(name, state_directory):
