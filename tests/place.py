@@ -181,7 +181,7 @@ class Place:
     def slot(self, name: str = "web.service") -> str | None:
         """The digest that the next start gets."""
         try:
-            return os.path.basename(os.readlink(self.state / "units" / name / "web.raw"))
+            return os.path.basename(os.readlink(self.state / "units" / f"{name}.exec" / "web.raw"))
         except FileNotFoundError:
             return None
 

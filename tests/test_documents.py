@@ -166,8 +166,9 @@ def test_all_options_are_completed(shell: str, command: str) -> None:
 @pytest.mark.parametrize("shell", SHELLS)
 def test_names_of_services_are_completed(shell: str, tmp_path: Path) -> None:
     (tmp_path / "units").mkdir()
-    (tmp_path / "units/web.service").symlink_to("../stacks/web.service/00000001-empty")
-    assert complete(shell, "status", "w", state=tmp_path) == {"web.service"}
+    for slots in ("web.service", "web-app.exec"):  # of a unit, and of a service that `exec` started
+        (tmp_path / "units" / slots).symlink_to(f"../stacks/{slots}/00000001-empty")
+    assert complete(shell, "status", "w", state=tmp_path) == {"web.service", "web-app"}
 
 
 def test_zsh_has_all_commands_and_options() -> None:

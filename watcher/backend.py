@@ -86,7 +86,7 @@ class Control:
 
     async def rollback(self, service: str, to: str | None) -> Event:
         found = self._service(service)
-        stacks = await trio.to_thread.run_sync(self._tools.store.stacks, found.name)
+        stacks = await trio.to_thread.run_sync(self._tools.store.stacks, found.slots)
         kept_out = await trio.to_thread.run_sync(self._kept_out, found.name)
         target = _target(found.name, stacks, to, kept_out)
         async with self._writing() as write:

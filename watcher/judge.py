@@ -72,7 +72,7 @@ class Judge:
             or service.manager == "standalone"
         ):
             return
-        trial, current = self._trials.of(service.name), self._store.accepted(service.name)
+        trial, current = self._trials.of(service.name), self._store.accepted(service.slots)
         if trial is None or trial.was_down or current is None or current.id != trial.stack:
             return
         await self.keep_out(service, memory, current, "the service failed on it before it had proved good")
@@ -186,19 +186,19 @@ class Judge:
         memory.output = output
         # Why a standalone service ended nobody tells us; its next `exec` makes the next try by itself.
         memory.fell = service.manager != "standalone" and (down or not _runs(service))
-        good = await trio.to_thread.run_sync(self._newest_good, service.name, stack, dict(memory.held))
+        good = await trio.to_thread.run_sync(self._newest_good, service, stack, dict(memory.held))
         memory.held |= await self._record.quarantine(service.name, good, stack, reason, event)
 
-    def _newest_good(self, name: str, stack: Stack, held: dict[str, str]) -> Stack:
-        kept_out = held | self._record.kept_out(name)
-        stacks = (self._store.accepted(name) or Stack(), *self._store.stacks(name))
+    def _newest_good(self, service: Service, stack: Stack, held: dict[str, str]) -> Stack:
+        kept_out = held | self._record.kept_out(service.name)
+        stacks = (self._store.accepted(service.slots) or Stack(), *self._store.stacks(service.slots))
         return next((one for one in stacks if one.id != stack.id and not bad(one, kept_out)), Stack())
 
     def _before(self, service: Service, wanted: Wanted) -> Stack:
         """The newest accepted stack that is another than the wanted one."""
         if wanted.current.id != wanted.stack.id:
             return wanted.current
-        stacks = self._store.stacks(service.name)
+        stacks = self._store.stacks(service.slots)
         return next((stack for stack in stacks if stack.id != wanted.stack.id), Stack())
 
     async def _proved_good(self, service: Service, memory: Memory, wanted: Wanted) -> None:
@@ -206,7 +206,7 @@ class Judge:
         stack = tries.succeed(wanted.stack, service.name, renaming)
         if stack != wanted.stack:
             entries = [pick.entry for pick in wanted.look.picks]
-            await trio.to_thread.run_sync(self._store.accept, service.name, stack, entries)
+            await trio.to_thread.run_sync(self._store.accept, service.slots, stack, entries)
         if wanted.on_trial:
             until = trio.current_time() + _AFTERGLOW_SEC
             memory.afterglow = Afterglow(service.invocation, until, stack)

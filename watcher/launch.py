@@ -17,6 +17,7 @@ from watcher import journal, tries
 from watcher.admission import Admission, host
 from watcher.config import Settings
 from watcher.ledger import LedgerError, Reader
+from watcher.managers import slots_of
 from watcher.managers.standalone import (
     Registration,
     declared,
@@ -160,13 +161,14 @@ def _enter_stack(settings: Settings, order: Order) -> None:
 def _admit(settings: Settings, store: Store, shop: Workshop, order: Order) -> Stack:
     """The stack that the service starts on: its slots are set to it."""
     sources: Declared = declared(order.images, order.directories, order.confext_dirs)
+    slots = slots_of(order.name, "standalone")
     admission = Admission(store, shop)
     ledger = Reader(settings.state_directory)
     kept_out = {one.digest: one.reason for one in ledger.quarantined(order.name)}
     pin = ledger.pins().get(text(order.name))
     trials = Trials(settings.state_directory)
     with store.using():
-        wanted = find(store, admission, order.name, sources, host(), kept_out, pin, trials.of(order.name))
+        wanted = find(store, admission, slots, sources, host(), kept_out, pin, trials.of(order.name))
         for remark in wanted.look.remarks:
             if remark.level != "debug":
                 journal.say(remark)
@@ -176,7 +178,7 @@ def _admit(settings: Settings, store: Store, shop: Workshop, order: Order) -> St
             return wanted.current  # the daemon tries the new one once the program runs
         stack = _on_trial(trials, order.name, wanted) if wanted.new else wanted.stack
         try:
-            store.accept(order.name, stack, [pick.entry for pick in wanted.look.picks])
+            store.accept(slots, stack, [pick.entry for pick in wanted.look.picks])
         except Later as error:
             journal.log.warning(f"{order.name}: starts on its last accepted stack: {error}")
             return wanted.current

@@ -203,7 +203,7 @@ class Line:
         ]
 
     def _peer(self, other: Service, new: frozenset[str], sources: set[str]) -> Peer:
-        accepted = self._tools.store.accepted(other.name) or Stack()
+        accepted = self._tools.store.accepted(other.slots) or Stack()
         trial = self._tools.trials.of(other.name)
         picks = scan.look(other.declared).picks
         offers = {os.path.realpath(candidate.path) for pick in picks for candidate in pick.candidates}
@@ -253,7 +253,7 @@ class Line:
         return find(
             tools.store,
             tools.admission,
-            name,
+            service.slots,
             service.declared,
             host(service.root),
             kept_out,
@@ -304,7 +304,7 @@ class Line:
             self._tools.trials.begin(service.name, wanted.trial)
         entries = [pick.entry for pick in wanted.look.picks]
         accept = self._tools.store.accept
-        await trio.to_thread.run_sync(accept, service.name, wanted.stack, entries)
+        await trio.to_thread.run_sync(accept, service.slots, wanted.stack, entries)
         await self._tools.manager.learn(service, entries, wanted.sysexts)
         return wanted
 

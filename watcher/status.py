@@ -12,12 +12,14 @@ from dataclasses import replace
 from watcher import journal
 from watcher.config import Settings
 from watcher.ledger import Reader
+from watcher.managers import slots_of
 from watcher.managers.standalone import registered, registrations
 from watcher.model import Event, Kind, Layer, Stack
 from watcher.mounts.table import Mounted, Table
 from watcher.process import Gone, Process, namespace_id
 from watcher.schema import Quarantined, ServiceNotFound, ServiceStatus, text
 from watcher.stacks import Damaged, Stacks
+from watcher.units import is_service
 
 
 def without_daemon(settings: Settings, service: str | None = None) -> list[ServiceStatus]:
@@ -53,7 +55,7 @@ def _known(settings: Settings, held: contextlib.ExitStack) -> Iterator[tuple[str
                 standalone.add(name)
                 yield name, "standalone", _hold(held, registration.pid, registration.started)
     if os.path.isdir("/run/systemd/system") and os.path.isdir(f"{settings.state_directory}/units"):
-        units = sorted(set(Stacks(settings.state_directory).units()) - standalone)
+        units = sorted(filter(is_service, set(Stacks(settings.state_directory).units()) - standalone))
         for name, pid in _main_pids(units).items():
             yield name, "systemd", _hold(held, pid) if pid else None
 
@@ -89,7 +91,7 @@ def of_service(
     quarantined: Sequence[Quarantined],
 ) -> ServiceStatus:
     """One service: `main` is its main process, None if it does not run; the rest comes from the ledger."""
-    stacks = _kept(state_directory, name)
+    stacks = _kept(state_directory, slots_of(name, manager))
     status = ServiceStatus(
         service=name,
         manager=manager,
@@ -131,12 +133,12 @@ def shown_layers(mounted: Mounted, stacks: Sequence[Stack]) -> tuple[Layer, ...]
     return tuple(_layer(one.name, one.version, one.digest, stacks) for one in mounted.layers)
 
 
-def _kept(state_directory: str, name: str) -> list[Stack]:
-    """The accepted stacks of a service, newest first: they know the whole names of what the kernel shows cut."""
+def _kept(state_directory: str, slots: str) -> list[Stack]:
+    """The accepted stacks kept under a name, newest first: they know the whole names of what the kernel shows cut."""
     if not os.path.isdir(f"{state_directory}/stacks"):
         return []  # and none is made: this may be a user who only looks
     with contextlib.suppress(Damaged):
-        return [accepted.stack for accepted in Stacks(state_directory).history(name)]
+        return [accepted.stack for accepted in Stacks(state_directory).history(slots)]
     return []
 
 

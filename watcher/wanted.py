@@ -82,7 +82,7 @@ class Wanted:
 def find(
     store: Store,
     admission: Admission,
-    name: str,
+    slots: str,
     declared: Declared,
     made_for: Host,
     kept_out: Mapping[str, str],
@@ -94,13 +94,14 @@ def find(
     """What a service should have. Blocks, for as long as copying takes; hold `store.using()`.
 
     Args:
+        slots: what its stacks are kept under.
         kept_out: digests (or `STACK` and an identity) that it must not get, with the reason.
         pin: identity of the stack that it was put on by hand.
         trial: what is on trial.
         elsewhere: digests that it must not get unless it has them already, with the reason.
         origins: where its layers were found at former looks.
     """
-    record = store.record(name)
+    record = store.record(slots)
     current = record.stack if record is not None else Stack()
     reasons = {key: why for key, why in (elsewhere or {}).items() if key not in current.digests} | dict(
         kept_out
@@ -113,7 +114,7 @@ def find(
         return copy
 
     # The others are read only where the current one may not do.
-    stacks = (current, *store.stacks(name)) if kept_out or pin is not None else (current,)
+    stacks = (current, *store.stacks(slots)) if kept_out or pin is not None else (current,)
     good = next((stack for stack in stacks if not bad(stack, kept_out)), Stack())
     look = scan.look(declared)
     for slot, directory in (origins.unmounted(good) if origins is not None else {}).items():

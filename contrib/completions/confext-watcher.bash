@@ -4,7 +4,7 @@
 _confext_watcher_services() {
     local state=${STATE_DIRECTORY:-/var/lib/confext-watcher} path
     for path in "$state"/units/*; do
-        [[ -L $path ]] && printf '%s\n' "${path##*/}"
+        [[ -L $path ]] && path=${path%.exec} && printf '%s\n' "${path##*/}"
     done
 }
 

@@ -5,7 +5,7 @@ function __confext_watcher_services
     set -l state /var/lib/confext-watcher
     set -q STATE_DIRECTORY; and set state $STATE_DIRECTORY
     for path in $state/units/*
-        test -L $path; and string replace -r '.*/' '' -- $path
+        test -L $path; and string replace -r '.*/(.*?)(\.exec)?$' '$1' -- $path
     end
 end
 

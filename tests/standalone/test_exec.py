@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from standalone.place import PYTHON, Place
+from watcher.managers import described
 
 trees_only = pytest.mark.parametrize("place", ["trees"], indirect=True)
 
@@ -149,3 +150,10 @@ def test_a_registration_left_half_written_is_no_obstacle(place: Place) -> None:
     services.mkdir(parents=True)
     leave = f': > {services}/.web.service.$$; exec "$@"'
     place.start(name="web.service", prefix=("sh", "-c", leave, "sh"))
+
+
+def test_its_slots_are_not_those_of_a_unit_of_the_same_name(shared: Place) -> None:
+    service = shared.start(name="nginx.service")
+    assert list((shared.state / "units").iterdir())
+    assert described.seen(str(shared.state)) == {}
+    service.kill()

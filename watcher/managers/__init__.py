@@ -49,6 +49,20 @@ class Service:
     aliases: tuple[str, ...] = ()
     manager: str = "systemd"
 
+    @property
+    def slots(self) -> str:
+        """See `slots_of`."""
+        return slots_of(self.name, self.manager)
+
+
+def slots_of(name: str, manager: str) -> str:
+    """The name that the accepted stacks of a service are kept under.
+
+    A unit's own, where its drop-in looks for its slots. A standalone service may be called like a unit with which it
+    has nothing else in common: what it is kept under is the name of no unit.
+    """
+    return name if manager == "systemd" else f"{name}.exec"
+
 
 @dataclass(frozen=True, slots=True)
 class Reloaded:

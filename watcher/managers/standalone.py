@@ -34,7 +34,7 @@ from watcher.process import Gone, Process, descendants
 from watcher.unitfile import Assignment
 from watcher.watch import Watcher
 
-# A unit's name (systemd.unit(5)), so that the same service can later be run by systemd under the same slots.
+# What a unit may be called (systemd.unit(5)), with or without its type; ".exec" and ".json" have to fit behind it.
 _NAME = re.compile(r"[A-Za-z0-9:_.\\@-]{1,250}")
 _SUFFIX = ".json"
 _RELOAD_SEC = 90.0
