@@ -250,3 +250,22 @@ def test_no_value_makes_it_fail(value: str) -> None:
 )
 def test_paths_are_simplified_as_systemd_does(path: str, clean: str) -> None:
     assert unitfile.normalized(path) == clean
+
+
+_PIECES = st.sampled_from(
+    [
+        *("Before", "After=", "=", "[Unit]", "[", "]", "x", " ", "\t", "\n", "\n", "\n", "\\", "#", ";"),
+        *("\r", "\0", "\x0b", "\udcff", "\u00e9", "\ufeff", "\u2028"),
+    ]
+)
+
+
+@given(st.lists(_PIECES, max_size=30).map("".join))
+def test_a_quick_look_for_some_keys_finds_what_all_of_it_says_of_them(text: str) -> None:
+    def of_interest(parsed: unitfile.Parsed) -> list[tuple[str, str, str]]:
+        return [(a.section, a.key, a.value) for a in parsed.assignments if a.key == "Before"]
+
+    content = text.encode("utf-8", "surrogateescape")
+    quick = unitfile.parse_only(content, "/f", unitfile.lines_of(["Before"]))
+    whole = unitfile.parse(content.decode("utf-8", "surrogateescape"), "/f")
+    assert of_interest(quick) == of_interest(whole)

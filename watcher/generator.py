@@ -46,6 +46,10 @@ _BEFORE_US = frozenset(
 )
 
 
+class Forgotten(Exception):
+    """With images a unit would lose some of its sandbox for good, see `watcher.hierarchies`: `str()` says what."""
+
+
 @dataclass(frozen=True, slots=True)
 class Listed:
     """One line of the drop-in: a slot (`path` ""), or a sysext passed through."""
@@ -77,33 +81,36 @@ def generate(output: str, index: Index, state_directory: str, complain: Callable
     Args:
         complain: is told what went wrong, one line each.
     """
-    done = []
+    done: dict[str, None] = {}
     os.makedirs(output, exist_ok=True)
     for name in index.candidates(_seen(state_directory)):
         try:
             unit = index.unit(name, unwritten=True)
             if unit and unit.name not in done and index.takes_part(unit) and _enabled(index, unit):
-                reason = refusal(index, unit)
-                if reason:
-                    complain(
-                        f"{shown(name)}: no drop-in, it starts without a stack and gets it then: {reason}"
-                    )
-                else:
-                    _write(f"{output}/{unit.name}.d", text(index, unit, state_directory, complain))
-                    done.append(unit.name)
+                _write(f"{output}/{unit.name}.d", text(index, unit, state_directory, complain))
+                done[unit.name] = None
+        except Forgotten as error:
+            complain(f"{shown(name)}: no drop-in, it starts without a stack and gets it then: {error}")
         except Exception as error:  # noqa: BLE001 -- whatever it is, the others get theirs, and the host boots
             what = str(error) if isinstance(error, OSError) else repr(error)
             complain(f"{shown(name)}: no drop-in, it starts on what it picks itself: {what}")
-    return done
+    return list(done)
 
 
 def text(
     index: Index, unit: Unit, state_directory: str, complain: Callable[[str], None] = lambda text: None
 ) -> str:
-    """The drop-in of one unit."""
-    parsed = _parsed(index, unit)
+    """The drop-in of one unit.
+
+    Raises:
+        Forgotten: it must not be given images. (One that declares images has lost as much by them already; with a
+            drop-in they are at least accepted ones.)
+    """
+    parsed = index.relevant(unit)
+    kept = hierarchies.repair(parsed.assignments, index.children)
+    if kept.lost and not _declares(parsed):
+        raise Forgotten(f"systemd would forget {shown(kept.lost[0])}")
     head = "" if _starts_before_us(unit.names, parsed) else _unit_section(state_directory)
-    kept = hierarchies.repair(parsed.assignments)
     listed = _listed(index, unit, parsed, state_directory, complain)
     if kept.needed and _is_known_empty(state_directory, unit.name):
         # It has a namespace without us, and keeps all of its sandbox until there is something to mount.
@@ -119,27 +126,9 @@ def text(
     return f"# By {WATCHER}: this unit starts on its last accepted stack.\n{head}{body}"
 
 
-def refusal(index: Index, unit: Unit) -> str:
-    """Why a unit must not be given images in a drop-in, "" if it may: see `watcher.hierarchies`.
-
-    One that declares images has lost as much by them already; with a drop-in they are at least accepted ones.
-    """
-    if not index.mentions(unit, *hierarchies.WORDS):
-        return ""
-    parsed = _parsed(index, unit)
-    lost = hierarchies.repair(parsed.assignments).lost
-    return f"systemd would forget {shown(lost[0])}" if lost and not _declares(parsed) else ""
-
-
 def _declares(parsed: unitfile.Parsed) -> bool:
     keys = ("ExtensionImages", "ExtensionDirectories")
     return any(unitfile.values(parsed.assignments, "Service", key) for key in keys)
-
-
-def _parsed(index: Index, unit: Unit) -> unitfile.Parsed:
-    # None of these words in it, nothing to parse: most units that take part say nothing of the kind.
-    interesting = (b"Extension", b"DefaultDependencies", b"Before", b"Device", *hierarchies.WORDS)
-    return index.parse(unit) if index.mentions(unit, *interesting) else unitfile.Parsed(())
 
 
 def _is_known_empty(state_directory: str, unit: str) -> bool:
@@ -185,9 +174,9 @@ def _listed(
 ) -> list[Listed]:
     """What was accepted last, and the sysexts among what is declared."""
     slots = read_slots(state_directory, unit.name, complain)
-    if slots is not None and not parsed.assignments:
+    if slots is not None and not _declares(parsed):
         return [Listed(kind, slot) for slot, kind in slots]
-    declared, _remarks = units.declared(unit, parsed, index.search_path)
+    declared = index.declared(unit)
     passed = read_passed(state_directory, unit.name)
     sysexts = [
         listed
@@ -317,9 +306,7 @@ def _is_true(text: str) -> bool:
 
 def _enabled(index: Index, unit: Unit) -> bool:
     """Unless `Enabled=no` in its `[X-Confext]` leaves it to systemd."""
-    if not index.mentions(unit, b"X-Confext"):
-        return True
-    enabled = unitfile.last(index.parse(unit).assignments, "X-Confext", "Enabled")
+    enabled = unitfile.last(index.relevant(unit).assignments, "X-Confext", "Enabled")
     try:
         return enabled is None or unitfile.boolean(enabled.value)
     except ValueError:

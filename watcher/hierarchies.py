@@ -20,8 +20,6 @@ from . import unitfile
 from .unitfile import Assignment
 
 HIERARCHIES = ("/usr", "/opt", "/etc")
-WORDS = (b"ProtectSystem", b"ReadOnlyPaths", b"BindPaths", b"TemporaryFileSystem", b"MountImages")
-"""Unless one of these stands in a unit's files, there is nothing to repair. (BindReadOnlyPaths has two of them.)"""
 
 _USUAL = ("bin", "games", "include", "lib", "lib32", "lib64", "libexec", "local", "sbin", "share", "src")
 

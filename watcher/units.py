@@ -11,11 +11,12 @@ aliases unit_file_build_name_map() in src/basic/unit-file.c.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from . import unitfile, unitname
+from . import hierarchies, unitfile, unitname
 from .model import Declared, Remark
 from .unitname import UNIT_PATHS
 
@@ -25,6 +26,14 @@ DROPIN = "zzzz-confext-watcher.conf"
 SUFFIX = ".confext.d"
 _SERVICE = ".service"
 _DECLARING = (b"ExtensionImages", b"ExtensionDirectories")
+RELEVANT = (
+    *("ExtensionImages", "ExtensionDirectories", "Enabled"),
+    *("DefaultDependencies", "Before", "PrivateDevices", "DevicePolicy", "DeviceAllow"),
+    *("RootDirectory", "ProtectSystem", "ReadOnlyPaths", "BindPaths", "BindReadOnlyPaths"),
+    *("TemporaryFileSystem", "MountImages"),
+)
+"""The settings that decide whether a unit takes part and what its drop-in says."""
+_RELEVANT_LINES = unitfile.lines_of(RELEVANT)
 _OF_INSTANCE = frozenset("iInNfd")  # specifiers that a template itself has no value for
 
 
@@ -66,12 +75,12 @@ def confext_dirs(names: Iterable[str], search_path: Sequence[str] = UNIT_PATHS) 
 
 def with_template(name: str) -> tuple[str, ...]:
     """A unit's name, and for an instance its template's."""
-    template = unitname.UnitName(name).template
+    template = unitname.UnitName(name).template if "@" in name else None
     return (name, template) if template else (name,)
 
 
 def is_template(name: str) -> bool:
-    return unitname.UnitName(name).instance == ""
+    return "@" in name and unitname.UnitName(name).instance == ""
 
 
 def is_portable(fragment: str) -> bool:
@@ -140,9 +149,12 @@ class Index:
         self.search_path = tuple(search_path)
         self._files: dict[str, str] = {}
         self._links: dict[str, str] = {}
-        self._dirs: set[str] = set()
+        self._dirs: dict[str, list[str]] = {}
+        self.children = functools.cache(hierarchies.children)
         self._texts: dict[str, bytes] = {}
         self._listings: dict[str, list[str]] = {}
+        self._relevant: dict[tuple[str, ...], unitfile.Parsed] = {}
+        self._declared: dict[Unit, Declared] = {}
         for directory in self.search_path:
             self._scan(directory)
         self._aliases: dict[str, list[str]] = {}
@@ -175,14 +187,10 @@ class Index:
         if fragment and not self.text(fragment):
             return None
         names = (own, *self._aliases_of(own))
-        directories = (
-            f"{path}/{related}.d"
-            for each in names
-            for path in self.search_path
-            for related in unitname.drop_in_names(each)
-        )
-        general = (f"{path}/service.d" for path in self.search_path)
-        there = [path for path in (*directories, *general) if path in self._dirs]
+        there = [
+            path for each in names for path in self._existing(f"{n}.d" for n in unitname.drop_in_names(each))
+        ]
+        there += self._existing(["service.d"])
         dropins = unitname.config_files(there, listing=self._listing) if there else []
         return Unit(own, fragment, tuple(p for p in dropins if os.path.basename(p) != DROPIN), names)
 
@@ -193,9 +201,9 @@ class Index:
                 name = self._links[name]
                 continue
             # An alias of a template is one for each of its instances.
-            parts = unitname.UnitName(name)
-            target = self._links.get(parts.template or "")
-            if not target or not is_template(target):
+            parts = unitname.UnitName(name) if "@" in name else None
+            target = self._links.get(parts.template or "") if parts else None
+            if not parts or not target or not is_template(target):
                 break
             name = target.replace("@.", f"@{parts.instance}.")
         return name
@@ -224,8 +232,26 @@ class Index:
             tuple(r for each in parsed for r in each.remarks),
         )
 
-    def existing_confext_dirs(self, unit: Unit) -> tuple[str, ...]:
-        return tuple(path for path in confext_dirs(unit.names, self.search_path) if path in self._dirs)
+    def relevant(self, unit: Unit) -> unitfile.Parsed:
+        """Of the unit's file and drop-ins what `RELEVANT` begins to say; without the lines' numbers."""
+        paths = unit.fragment, *unit.dropins
+        if paths not in self._relevant:
+            parsed = (unitfile.parse_only(self.text(path), path, _RELEVANT_LINES) for path in paths)
+            self._relevant[paths] = unitfile.Parsed(tuple(a for each in parsed for a in each.assignments))
+        return self._relevant[paths]
+
+    def declared(self, unit: Unit) -> Declared:
+        """Where the unit's layers come from."""
+        if unit not in self._declared:
+            self._declared[unit], _ = declared(unit, self.relevant(unit), self.search_path)
+        return self._declared[unit]
+
+    def _existing(self, names: Iterable[str]) -> list[str]:
+        """The directories of these names, in the order of the search path, there in the order of the names."""
+        found = [(path, number) for number, name in enumerate(names) for path in self._dirs.get(name, ())]
+        if len(found) > 1:
+            found.sort(key=lambda one: (self.search_path.index(os.path.dirname(one[0])), one[1]))
+        return [path for path, _ in found]
 
     def _scan(self, directory: str) -> None:
         try:
@@ -240,7 +266,7 @@ class Index:
         if name.endswith((f"{_SERVICE}.d", f"{_SERVICE}{SUFFIX}")) or name == "service.d":
             # entry.is_dir() of a link to itself is an error, and all that comes after it would be lost.
             if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
-                self._dirs.add(entry.path)
+                self._dirs.setdefault(name, []).append(entry.path)
         elif not is_service(name) or name in self._files or name in self._links:
             return
         elif entry.is_symlink() and (target := self._alias(directory, entry.path)):
@@ -267,10 +293,11 @@ class Index:
 
     def _aliases_of(self, own: str) -> Iterator[str]:
         yield from self._aliases.get(own, ())
-        parts = unitname.UnitName(own)
-        for alias in self._aliases.get(parts.template or "", ()):
-            if is_template(alias):
-                yield alias.replace("@.", f"@{parts.instance}.")
+        if "@" in own:
+            parts = unitname.UnitName(own)
+            for alias in self._aliases.get(parts.template or "", ()):
+                if is_template(alias):
+                    yield alias.replace("@.", f"@{parts.instance}.")
 
     def candidates(self, known: Iterable[str] = ()) -> Iterator[str]:
         """Names of units that may take part, and `known`, each once."""
@@ -281,7 +308,7 @@ class Index:
         for name, path in self._files.items():
             if any(word in self.text(path) for word in _DECLARING):
                 yield name
-        for path in sorted(self._dirs):
+        for path in sorted(path for paths in self._dirs.values() for path in paths):
             name = os.path.basename(path)
             if name.endswith(SUFFIX):
                 yield from _if_service(name.removesuffix(SUFFIX))
@@ -315,11 +342,11 @@ class Index:
         """Whether a unit's files or directories say so; portable services never do."""
         if is_portable(unit.fragment):
             return False
-        if self.existing_confext_dirs(unit):
+        if any(f"{related}{SUFFIX}" in self._dirs for name in unit.names for related in with_template(name)):
             return True
         if not self.mentions(unit, *_DECLARING):
             return False
-        found, _ = declared(unit, self.parse(unit), self.search_path)
+        found = self.declared(unit)
         return bool(found.images or found.directories)
 
 

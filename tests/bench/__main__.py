@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from needs import which
 
-from . import drops, idle, swap, systemd
+from . import drops, generator, idle, swap, systemd
 from .report import Figure, as_json, show
 from .rig import Failed, leave_the_hosts_mounts
 
@@ -28,6 +28,7 @@ def parts(quick: bool) -> dict[str, Part]:
         "many": functools.partial(drops.run_many, count=5 if quick else 20),
         "events": idle.run_events,
         "idle": idle.run,
+        "generator": functools.partial(generator.run, 3 if quick else 10),
         "systemd": functools.partial(systemd.run, *((10, 3, 50) if quick else ())),
     }
     return found

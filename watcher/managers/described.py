@@ -111,11 +111,14 @@ def stale(
     for name in names:
         found_unit = index.unit(name)
         unit = units.as_generators_see(found_unit) if found_unit else None
-        if unit is None or not index.takes_part(unit) or generator.refusal(index, unit):
-            continue  # and has no drop-in then
+        if unit is None or not index.takes_part(unit):
+            continue
         if unitname.UnitName(name).instance and not _has_slots(name, state_directory):
             continue  # an instance that was never seen goes by its template's
-        wanted = generator.text(index, unit, state_directory)
+        try:
+            wanted = generator.text(index, unit, state_directory)
+        except generator.Forgotten:
+            continue  # and has no drop-in
         loaded = _read(f"{generated}/{name}.d/{DROPIN}")
         if loaded is None or not _equivalent(loaded, wanted, name, state_directory):
             found[name] = wanted

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The generator on a host with 500 units that take part: systemd waits for it at boot and at every daemon-reload.
+
+Processor time of the whole process, the start of Python included, so that it can be told on a busy machine too; the
+floor is a Python that does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from watcher.model import Entry, Kind, Layer, Stack
+from watcher.stacks import Stacks
+
+from .report import Figure, figure
+from .rig import CHECKOUT
+
+UNITS = 500
+KINDS = {
+    "plain": "",
+    "ProtectSystem=full": "ProtectSystem=full\n",
+    "declares": "ExtensionImages=/srv/web.raw.v\n",
+    "declares, ProtectSystem=full": "ProtectSystem=full\nExtensionImages=/srv/web.raw.v\n",
+}
+# As a packaged unit is: what it says of itself, and a sandbox.
+_TEXT = """\
+[Unit]
+Description=Number {number}
+Documentation=man:number(8)
+After=network.target remote-fs.target nss-lookup.target
+
+[Service]
+Type=notify
+ExecStartPre=/usr/sbin/number -t -q -g 'daemon on; master_process on;'
+ExecStart=/usr/sbin/number -g 'daemon on; master_process on;'
+ExecReload=/usr/sbin/number -g 'daemon on; master_process on;' -s reload
+TimeoutStopSec=5
+KillMode=mixed
+NoNewPrivileges=yes
+PrivateTmp=yes
+{setting}
+[Install]
+WantedBy=multi-user.target
+"""
+_RUN = """\
+import sys
+sys.path.insert(0, sys.argv[1])
+from watcher.generator import generate
+from watcher.units import Index
+generate(sys.argv[2], Index(sys.argv[3:4]), sys.argv[4], print)
+"""
+
+
+def run(count: int = 10) -> list[Figure]:
+    """One row for each kind of unit, with accepted stacks and before any was."""
+    # The memory file system: generators write to /run.
+    with tempfile.TemporaryDirectory(prefix="confext-bench-", dir="/dev/shm") as scratch:
+        library = _library(Path(scratch))
+        return [
+            _measure(Path(scratch), library, kind, accepted, count)
+            for kind in KINDS
+            for accepted in (True, False)
+        ]
+
+
+def _library(scratch: Path) -> Path:
+    """The program as it is installed, compiled."""
+    library = scratch / "lib"
+    command = [sys.executable, str(CHECKOUT / "contrib/packaging/install.py"), "--prefix", "/"]
+    subprocess.run([*command, "--destdir", str(scratch), "--python", sys.executable], check=True)
+    return library / "confext-watcher"
+
+
+def _measure(scratch: Path, library: Path, kind: str, accepted: bool, count: int) -> Figure:
+    directory = Path(tempfile.mkdtemp(dir=scratch))
+    units, state = directory / "system", directory / "state"
+    for path in (units, state):
+        path.mkdir()
+    for name in _units(units, KINDS[kind]):
+        if accepted:
+            layer = Layer("web.raw", "web", "1", "0" * 64, Kind.IMAGE, "/srv/web_1.raw")
+            entry = Entry("web.raw", "/srv/web_1.raw", Kind.IMAGE)
+            Stacks(str(state)).accept(name, Stack((layer,)), [entry])
+    python = [sys.executable, "-ISB", "-c"]
+    times, floor = [], []
+    for number in range(count):
+        output = directory / f"output{number}"
+        times.append(_cpu([*python, _RUN, *map(str, (library, output, units, state))]))
+        floor.append(_cpu([*python, "pass"]))
+        assert len(list(output.iterdir())) == UNITS
+    what = f"generator, {UNITS} units: {kind}, {'accepted' if accepted else 'nothing accepted yet'}, CPU"
+    return figure(what, "ms", times, floor, "100 ms")
+
+
+def _units(directory: Path, setting: str) -> Iterator[str]:
+    for number in range(UNITS):
+        name = f"number{number}.service"
+        (directory / name).write_text(_TEXT.format(number=number, setting=setting))
+        if "Extension" not in setting:
+            (directory / f"{name}.confext.d").mkdir()
+            (directory / f"{name}.confext.d/web.raw").touch()
+        yield name
+
+
+def _cpu(command: list[str]) -> float:
+    """Milliseconds of processor time, in user space and in the kernel."""
+    pid = os.posix_spawn(command[0], command, {})
+    _, status, used = os.wait4(pid, 0)
+    assert status == 0, command
+    return (used.ru_utime + used.ru_stime) * 1000
