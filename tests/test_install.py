@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from watcher import cli
 
 CHECKOUT = Path(__file__).parent.parent
 INSTALLER = CHECKOUT / "contrib/packaging/install.py"
@@ -48,3 +51,22 @@ def test_installed_it_runs_and_uninstalled_it_is_gone(tmp_path: Path, prefix: st
     assert f'"{prefix}/lib/confext-watcher"' in wrapper
     run(tmp_path, prefix, "--uninstall")
     assert files(tmp_path) == set()
+
+
+UNIT = (CHECKOUT / "units/confext-watcher.service.in").read_text()
+
+
+def test_the_unit_is_not_restarted_where_nothing_helps() -> None:
+    assert f"\nRestartPreventExitStatus={cli.UNSUPPORTED}\n" in UNIT
+
+
+def test_the_unit_has_descriptors_for_more_services_than_a_host_has() -> None:
+    found = re.search(r"^LimitNOFILE=(\d+)$", UNIT, re.MULTILINE)
+    assert found and int(found[1]) >= 16 * 1024
+
+
+def test_every_capability_of_the_unit_has_its_reason() -> None:
+    explained = UNIT[UNIT.index("# What it does:") : UNIT.index("CapabilityBoundingSet=")]
+    reasons = set(re.findall(r"\b[A-Z_]{4,}\b", explained.replace("DAC_*", "DAC_OVERRIDE DAC_READ_SEARCH")))
+    allowed = re.findall(r"CAP_(\w+)", UNIT)
+    assert set(allowed) == reasons

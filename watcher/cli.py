@@ -13,17 +13,17 @@ from collections.abc import Iterator, Sequence
 
 from watcher import __version__, config
 from watcher.config import Settings
-from watcher.model import Busy, Outcome, Refused, Remark, shown
+from watcher.model import Busy, Outcome, Refused, Remark, Unsupported, shown
 from watcher.schema import CallError, Quarantined, ServiceStatus, to_dict
 
-DONE, FAILED, USAGE, NOT_RUNNING, TIMED_OUT = range(5)
+DONE, FAILED, USAGE, NOT_RUNNING, TIMED_OUT, UNSUPPORTED = range(6)
 
 _KERNEL = (6, 8)
 _SOURCES = ("--extension-image", "--extension-directory")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 refused or failed, 2 usage, 3 not running, 4 timed out."""
+    """Run one command; returns the exit code, see `--help`."""
     options = _parser().parse_args(_joined(sys.argv[1:] if arguments is None else arguments))
     try:
         settings, remarks = config.load(root=_as_root(options))
@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.command(settings, options))
     except CallError as error:
         return _fail(str(error), error.exit_code)
+    except Unsupported as error:
+        return _fail(str(error), UNSUPPORTED)
     except BrokenPipeError:
         # Whoever read our output has seen enough; nothing is left to be flushed at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -69,7 +71,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="confext-watcher",
         description="Changing a service's configuration is copying one file: drops of confext images are put on the"
         " /etc of the running service, atomically, and it is asked to reload.",
-        epilog="Exit status: 0 done, 1 refused or failed, 2 usage, 3 the daemon is not running, 4 timed out.",
+        epilog="Exit status: 0 done, 1 refused or failed, 2 usage, 3 the daemon is not running, 4 timed out,"
+        " 5 this kernel or systemd is too old.",
     )
     parser.add_argument("--version", action="version", version=f"confext-watcher {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -187,11 +190,10 @@ def _add_exec(parser: argparse.ArgumentParser) -> None:
 def _run(settings: Settings, options: argparse.Namespace) -> int:
     from watcher import daemon
     from watcher.dbus import Lost
-    from watcher.managers.systemd1 import Unsupported
 
     try:
         daemon.main(settings)
-    except (daemon.AlreadyRunning, Unsupported, Lost) as error:
+    except (daemon.AlreadyRunning, Lost) as error:
         return _fail(str(error), FAILED)
     return DONE
 
@@ -433,8 +435,8 @@ def _begin_log(settings: Settings, remarks: Sequence[Remark]) -> None:
 def _require_kernel() -> None:
     release = tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2])
     if release < _KERNEL:
-        raise OSError(
-            None, f"Linux {platform.release()} is too old: 6.8 or newer is needed (overlayfs lowerdir+)"
+        raise Unsupported(
+            f"Linux {platform.release()} is too old: 6.8 or newer is needed (overlayfs lowerdir+)"
         )
 
 

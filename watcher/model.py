@@ -24,6 +24,10 @@ class Kind(enum.Enum):
     DIRECTORY = "directory"
 
 
+class Unsupported(Exception):
+    """This kernel or this systemd is too old: `str()` is one line for the administrator."""
+
+
 class Refused(Exception):
     """This content will not do, and will not do later either: `str()` is one line for the administrator."""
 

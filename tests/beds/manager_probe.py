@@ -17,7 +17,7 @@ from watcher import journal
 from watcher.config import Settings
 from watcher.managers import Service
 from watcher.managers.systemd import Systemd, check
-from watcher.managers.systemd1 import Unsupported
+from watcher.model import Unsupported
 
 
 def say(**fields: Any) -> None:

@@ -20,11 +20,11 @@ from watcher.managers import Reloaded, Service, cgroup
 from watcher.managers.daemonreload import DaemonReload, Refused
 from watcher.managers.described import stale
 from watcher.managers.following import Following
-from watcher.managers.systemd1 import DAEMON_RELOAD_SEC, Jobs, Systemd1, Unsupported
+from watcher.managers.systemd1 import DAEMON_RELOAD_SEC, Jobs, Systemd1
 from watcher.managers.tell import send_signal
 from watcher.managers.transient import Transient
 from watcher.managers.unitjob import UnitJobs
-from watcher.model import Entry, Interest
+from watcher.model import Entry, Interest, Unsupported
 from watcher.process import Gone, Process
 from watcher.unitname import UNIT_PATHS
 from watcher.watch import Watcher

@@ -16,6 +16,7 @@ import trio
 from jeepney import MatchRule
 
 from watcher.dbus import BUS, PROPERTIES, Bus
+from watcher.model import Unsupported
 
 NAME: Final = "org.freedesktop.systemd1"
 PATH: Final = "/org/freedesktop/systemd1"
@@ -27,15 +28,10 @@ OLDEST: Final = 255
 """The first systemd with confexts for services."""
 
 DAEMON_RELOAD_SEC: Final = 300.0
-_LIMITS: Final = "org.freedesktop.DBus.Error.LimitsExceeded"
 NO_SUCH_UNIT: Final = f"{NAME}.NoSuchUnit"
 # ReloadUnit() of a unit that has no way to reload, and while a stop is queued.
 NOT_APPLICABLE: Final = f"{NAME}.JobTypeNotApplicable"
 DESTRUCTIVE: Final = f"{NAME}.TransactionIsDestructive"
-
-
-class Unsupported(Exception):
-    """This systemd is too old: `str()` is one line for the administrator."""
 
 
 @dataclass(frozen=True, slots=True)
