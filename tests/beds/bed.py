@@ -28,7 +28,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from beds import payload, roots
 
@@ -75,7 +75,7 @@ class Bed:
         self._lock: IO[str] | None = None
         self._unshare: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> Bed:
+    def __enter__(self) -> Self:
         self.boot()
         return self
 

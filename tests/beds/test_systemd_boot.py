@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from watcher.stacks import Stacks
 
 pytestmark = needs.bed
 
+WATCHER = "confext-watcher.service"
 GENERATOR = "/usr/lib/systemd/system-generators/confext-watcher-generator"
 WEB = "[Service]\nExecStart=/bin/sleep infinity\n"
 EARLY = (
@@ -31,25 +34,41 @@ EARLY = (
 
 
 class Prepared(Bed):
-    """A container with the program, two units that take part and what they were given before, at its next boot."""
+    """A container with the program, two units that take part and what they were given before, at its next boot.
 
-    def __init__(self, version: str, watcher: bool) -> None:
+    Args:
+        spoil: what else is done to its root directory before.
+    """
+
+    def __init__(
+        self,
+        version: str,
+        watcher: bool,
+        prefix: str = "/usr",
+        spoil: Callable[[Path], None] = lambda root: None,
+    ) -> None:
         super().__init__(version, project=False)
         self._watcher = watcher
+        self._prefix = prefix
+        self._spoil = spoil
 
     def _copy(self, cached: Path) -> None:
         super()._copy(cached)
-        installer = Path(__file__).parents[2] / "contrib/packaging/install.py"
-        install = ["--destdir", str(self.root), "--prefix", "/usr", "--no-compile"]
-        subprocess.run([sys.executable, str(installer), *install], check=True)
+        self.installer("--no-compile")
         for name, text, target in (("web", WEB, "multi-user"), ("early", EARLY, "sysinit")):
             self._unit(f"{name}.service", text, f"{target}.target")
         units = self.root / "etc/systemd/system"
         if self._watcher:
             wants = units / "multi-user.target.wants"
-            (wants / "confext-watcher.service").symlink_to("/usr/lib/systemd/system/confext-watcher.service")
+            (wants / WATCHER).symlink_to(f"{self._prefix}/lib/systemd/system/{WATCHER}")
         else:
-            (units / "confext-watcher.service").symlink_to("/dev/null")
+            (units / WATCHER).symlink_to("/dev/null")
+        self._spoil(self.root)
+
+    def installer(self, *options: str) -> None:
+        installer = Path(__file__).parents[2] / "contrib/packaging/install.py"
+        where = ["--destdir", str(self.root), "--prefix", self._prefix]
+        subprocess.run([sys.executable, str(installer), *where, *options], check=True)
 
     def _unit(self, name: str, text: str, target: str) -> None:
         units = self.root / "etc/systemd/system"
@@ -82,6 +101,119 @@ def test_a_boot_brings_each_unit_up_on_its_accepted_stack(version: str, watcher:
         assert not bed.path("/etc/web.txt").exists()
         assert "ordering cycle" not in bed.journal("--boot", "_PID=1")
         assert bed.property("confext-watcher", "ActiveState") == ("active" if watcher else "inactive")
+
+
+def failed(bed: Bed) -> list[str]:
+    listed = bed.run(["systemctl", "list-units", "--failed", "--plain", "--no-legend"]).stdout
+    return [line.split()[0] for line in listed.splitlines()]
+
+
+def break_the_library(root: Path) -> None:
+    (root / "usr/lib/confext-watcher/watcher/generator.py").write_text("raise RuntimeError('broken')\n")
+
+
+@pytest.mark.parametrize("version", ["262", "257"])
+def test_a_broken_program_does_not_break_the_boot(version: str) -> None:
+    with Prepared(version, False, spoil=break_the_library) as bed:
+        assert failed(bed) == ["early.service"]  # it cannot do without its stack
+        assert bed.property("web.service", "ActiveState") == "active"
+        assert bed.property("web.service", "DropInPaths") == ""
+        done = bed.run([GENERATOR, "/tmp/out", "/tmp/out", "/tmp/out"])
+        assert "RuntimeError: broken" in done.stderr
+
+
+def put_odd_files(root: Path) -> None:
+    """Links to themselves, a file that never ends, names that are none; among units and among what was accepted."""
+    units = root / "etc/systemd/system"
+    for directory in ("web.service.d", "other.service.d", "service.d"):
+        (units / directory).mkdir()
+        (units / directory / "x.conf").symlink_to("x.conf")
+    for name in ("loop.service", "loop.service.d", "loop.service.confext.d"):
+        (units / name).symlink_to(name)
+    os.mkfifo(units / "fifo.service")
+    for name in ("my@thing", "web", "a b@c.service"):
+        Stacks(str(root / "var/lib/confext-watcher")).accept(name, Stack(), [])
+
+
+@pytest.mark.parametrize("version", ["262", "257"])
+def test_odd_files_and_names_cost_no_unit_its_stack(version: str) -> None:
+    with Prepared(version, True, spoil=put_odd_files) as bed, contextlib.ExitStack() as stack:
+        host = hosts.Host(bed, stack)
+        assert failed(bed) == []
+        assert host.see("web.service", "/etc/web.txt") == "accepted"
+        # Nor do those of services without systemd.
+        bed.path("/srv/drops").mkdir()
+        journal = host.journal()
+        exec_ = ["confext-watcher", "exec", "--name", "web@1", "--confext-dir", "/srv/drops"]
+        bed.run(["systemd-run", "--quiet", "--unit=standalone", *exec_, "--", "sleep", "infinity"])
+        bed.run(["sh", "-c", "until confext-watcher status web@1; do sleep 0.1; done"])
+        shutil.copyfile(host.image("web", {"web.txt": "2"}), bed.path("/srv/drops/web.raw"))
+        journal.applied("web@1")
+        host.systemctl("daemon-reload")
+        host.drop(host.image("web", {"web.txt": "2"}), "web.service")
+        journal.applied("web.service")
+        assert host.see("web.service", "/etc/web.txt") == "2"
+        assert bed.property(WATCHER, "NRestarts") == "0"
+
+
+def add_a_generator(root: Path) -> None:
+    generators = root / "etc/systemd/system-generators"
+    generators.mkdir()
+    quad = "[Service]\\nExecStart=/bin/sleep infinity\\nProtectSystem=full\\n"
+    (generators / "quad").write_text(f"#!/bin/sh\nprintf '{quad}' >\"$1/quad.service\"\n")
+    (generators / "quad").chmod(0o755)
+    (root / "etc/systemd/system/quad.service.confext.d").mkdir()
+
+
+@pytest.mark.parametrize("version", ["262", "257"])
+def test_a_unit_of_another_generator_takes_part_without_a_daemon_reload(version: str) -> None:
+    with Prepared(version, True, spoil=add_a_generator) as bed, contextlib.ExitStack() as stack:
+        host = hosts.Host(bed, stack)
+        assert "generator/quad.service.d/zzzz-confext" in bed.property("quad.service", "DropInPaths")
+        host.systemctl("start", "quad.service")
+        journal = host.journal()
+        host.drop(host.image("web", {"web.txt": "1"}), "quad.service")
+        journal.applied("quad.service")
+        assert host.see("quad.service", "/etc/web.txt") == "1"
+        host.systemctl("restart", WATCHER)
+        assert bed.property(WATCHER, "ActiveState") == "active"
+        said = bed.journal("--boot", f"--unit={WATCHER}")
+        assert "did not give it its drop-in" not in said
+
+
+@pytest.mark.parametrize("version", ["262", "257"])
+def test_the_default_prefix_does_as_well(version: str) -> None:
+    with Prepared(version, True, prefix="/usr/local") as bed, contextlib.ExitStack() as stack:
+        host = hosts.Host(bed, stack)
+        assert host.see("web.service", "/etc/web.txt") == "accepted"
+        assert bed.property(WATCHER, "ActiveState") == "active"
+        bed.run(["journalctl", "--update-catalog"])
+        journal = host.journal()
+        host.drop(host.image("web", {"web.txt": "2"}), "web.service")
+        journal.applied("web.service")
+        assert "is in place for web.service" in bed.journal("--catalog", "--unit=web.service")
+        host.systemctl("disable", WATCHER)
+        host.systemctl("preset", WATCHER)
+        assert bed.property(WATCHER, "UnitFileState") == "enabled"
+        host.systemctl("disable", "--now", WATCHER)
+        bed.installer("--uninstall")
+        host.systemctl("daemon-reload")
+        assert bed.property("web.service", "DropInPaths") == ""
+        assert bed.property(WATCHER, "LoadState") == "not-found"
+
+
+def test_an_old_systemd_is_refused_in_one_line_and_not_asked_again(bed254: Bed) -> None:
+    done = bed254.run(["confext-watcher", "run"], check=False)
+    assert done.returncode == 5
+    assert done.stderr.startswith("confext-watcher: systemd 254") and done.stderr.count("\n") == 1
+    assert bed254.run(["systemctl", "start", WATCHER], check=False).returncode != 0
+    assert bed254.property(WATCHER, "SubState") == "failed"
+    assert bed254.property(WATCHER, "NRestarts") == "0"
+    bed254.run(["systemctl", "reset-failed", WATCHER])
+
+
+def test_the_watcher_is_not_exposed(bed: Bed) -> None:
+    bed.run(["systemd-analyze", "security", "--no-pager", "--threshold=40", WATCHER])
 
 
 def test_the_generator_starts_no_python_where_nobody_takes_part(bed: Bed) -> None:
