@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from watcher import config, unitfile
+from watcher import config, inside, unitfile
 from watcher.config import ServiceSettings, Settings
 
 
@@ -134,10 +135,31 @@ def test_bad_values_of_a_service(line: str, reason: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "name"), [("SIGHUP", "SIGHUP"), ("hup", "SIGHUP"), ("1", "SIGHUP"), ("USR1", "SIGUSR1")]
+    ("text", "name"),
+    [
+        ("SIGHUP", "SIGHUP"),
+        ("hup", "SIGHUP"),
+        ("1", "SIGHUP"),
+        ("USR1", "SIGUSR1"),
+        ("RTMIN", "SIGRTMIN"),
+        ("sigrtmin+2", "SIGRTMIN+2"),
+        ("SIGRTMAX", "SIGRTMAX"),
+    ],
 )
 def test_signals_by_any_of_their_names(text: str, name: str) -> None:
     assert config.reload_kind(f"signal:{text}") == f"signal:{name}"
+
+
+@pytest.mark.parametrize("text", ["", "SIG", "0", "-1", "99", "33", "HUP+1", "RTMIN+60", "²"])
+def test_what_is_no_signal(text: str) -> None:
+    with pytest.raises(ValueError, match="not a signal"):
+        config.signal_number(text)
+
+
+def test_every_signal_that_may_end_a_command_has_a_name() -> None:
+    for number in range(1, 65):
+        assert inside.reason_of(-number).startswith("was ended by ")
+    assert inside.reason_of(-signal.SIGRTMIN - 1) == "was ended by SIGRTMIN+1"
 
 
 def test_directories_as_systemd_sets_them() -> None:

@@ -8,6 +8,7 @@ default is used. Values are written as systemd writes them (`5s`, `64M`, `yes`).
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -21,6 +22,10 @@ SERVICE_SECTION = "X-Confext"
 WATCHER_SECTION = "Watcher"
 _NAME = "confext-watcher"
 _VENDOR_DIRECTORIES = (f"/run/{_NAME}", f"/usr/local/lib/{_NAME}", f"/usr/lib/{_NAME}")
+
+_SIGNAL = re.compile(
+    r"(?P<number>[0-9]{1,3})|(?:SIG)?(?P<name>[A-Z0-9]+)(?P<further>(?<=RTMIN|RTMAX)[+-][0-9]{1,2})?"
+)
 
 _MiB = 1024**2
 _GiB = 1024**3
@@ -188,22 +193,35 @@ def reload_kind(text: str) -> str:
         return text
     kind, _, name = text.partition(":")
     if kind == "signal" and name:
-        return f"signal:{signal_name(name)}"
+        return f"signal:{signal_name(signal_number(name))}"
     raise ValueError(f"not auto, unit, signal:SIGNAL, restart or none: {shown(text)}")
 
 
-def signal_name(text: str) -> str:
-    """ "SIGHUP" for "SIGHUP", "HUP", "hup" and "1".
+def signal_number(text: str) -> int:
+    """1 for "SIGHUP", "HUP", "hup" and "1"; "SIGRTMIN+2" and "SIGRTMAX-2" as kill(1) has them.
 
     Raises:
         ValueError: not a signal that this system has.
     """
+    match = _SIGNAL.fullmatch(text.upper())
+    number = 0
+    if match and match["number"]:
+        number = int(match["number"])
+    elif match and (name := f"SIG{match['name']}") in signal.Signals.__members__:
+        number = signal.Signals[name] + int(match["further"] or 0)
+    if number not in signal.valid_signals():
+        raise ValueError(f"not a signal: {shown(text)}")
+    return number
+
+
+def signal_name(number: int) -> str:
+    """ "SIGHUP" for 1, whatever the number."""
+    if signal.SIGRTMIN < number < signal.SIGRTMAX:
+        return f"SIGRTMIN+{number - signal.SIGRTMIN}"
     try:
-        if text.isdecimal():
-            return signal.Signals(int(text)).name
-        return signal.Signals["SIG" + text.upper().removeprefix("SIG")].name
-    except (KeyError, ValueError):
-        raise ValueError(f"not a signal: {shown(text)}") from None
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"  # of those that the C library keeps for itself
 
 
 def _read(

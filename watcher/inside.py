@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import trio
 
 from watcher.become import Like, become
+from watcher.config import signal_name
 from watcher.managers import cgroup
 from watcher.model import Later
 from watcher.mounts.workshop import Workshop
@@ -212,6 +213,5 @@ async def _gather(stream: trio.abc.ReceiveStream, output: bytearray) -> None:
 def reason_of(status: int) -> str:
     """An exit status, negative for a signal, in words that follow the name of a command; "" for success."""
     if status < 0:
-        known = -status in set(signal.Signals)
-        return f"was ended by {signal.Signals(-status).name if known else f'signal {-status}'}"
+        return f"was ended by {signal_name(-status)}"
     return f"failed with exit status {status}" if status else ""

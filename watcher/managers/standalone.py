@@ -17,7 +17,6 @@ import os
 import re
 import select
 import shlex
-import signal
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,8 +34,12 @@ from watcher.unitfile import Assignment
 from watcher.watch import Watcher
 
 # What a unit may be called (systemd.unit(5)), with or without its type; ".exec" and ".json" have to fit behind it.
-_NAME = re.compile(r"[A-Za-z0-9:_.\\@-]{1,250}")
+_NAME = re.compile(r"[A-Za-z0-9:_.\\@-]{1,240}")
 _SUFFIX = ".json"
+_OF_UNITS = {
+    "Reload": "use --reload-signal or --reload-command",
+    "Enabled": "a service that is not to take part needs no exec",
+}
 _RELOAD_SEC = 90.0
 
 
@@ -95,30 +98,21 @@ def service_settings(
     pairs += [("Check", command) for command in check] + [
         ("HealthCheck", command) for command in health_check
     ]
-    section = config.SERVICE_SECTION
-    return config.service_settings(
-        Assignment(section, key.strip(), value.strip(), "--set", line)
+    assignments = [
+        Assignment(config.SERVICE_SECTION, key.strip(), value.strip(), "--set", line)
         for line, (key, value) in enumerate(pairs, 1)
+    ]
+    values, remarks = config.service_settings(assignments)
+    useless = (one for one in assignments if one.key in _OF_UNITS)
+    return values, (
+        *remarks,
+        *(one.remark(f"{one.key}= does nothing here: {_OF_UNITS[one.key]}") for one in useless),
     )
 
 
 def valid_name(name: str) -> bool:
     """Whether a service may be called that: what systemd allows as the name of a unit."""
     return bool(_NAME.fullmatch(name)) and not name.startswith(".")
-
-
-def signal_number(name: str) -> int:
-    """The number of "HUP", "SIGHUP" or "1".
-
-    Raises:
-        ValueError: there is no such signal.
-    """
-    try:
-        if name.isdecimal():
-            return signal.Signals(int(name))
-        return signal.Signals["SIG" + name.upper().removeprefix("SIG")]
-    except (KeyError, ValueError):
-        raise ValueError(f"there is no signal {name!r}") from None
 
 
 def register(runtime_directory: str, registration: Registration) -> None:
@@ -235,9 +229,7 @@ class Standalone:
             return Reloaded(ok=True)
         try:
             if registration.reload_signal:
-                return await send_signal(
-                    service.main, signal.Signals(signal_number(registration.reload_signal))
-                )
+                return await send_signal(service.main, config.signal_number(registration.reload_signal))
             if registration.reload_command:
                 return await self._run_command(service.main, registration)
         except Gone:

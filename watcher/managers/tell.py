@@ -3,17 +3,16 @@
 
 from __future__ import annotations
 
-import signal
-
 import trio
 
+from watcher.config import signal_name
 from watcher.managers import Reloaded
 from watcher.process import Process
 
 _HANDLER_SEC = 5.0
 
 
-async def send_signal(main: Process, number: signal.Signals) -> Reloaded:
+async def send_signal(main: Process, number: int) -> Reloaded:
     """Send a signal that asks for a reload, but not to a process that it would end.
 
     One that was started just now is given the time to install its handler.
@@ -24,8 +23,8 @@ async def send_signal(main: Process, number: signal.Signals) -> Reloaded:
     deadline = trio.current_time() + _HANDLER_SEC
     while not main.survives(number):
         if trio.current_time() > deadline:
-            reason = f"{number.name} was not sent, it has no handler and would be ended by it"
+            reason = f"{signal_name(number)} was not sent, it has no handler and would be ended by it"
             return Reloaded(ok=True, reason=reason)
         await trio.sleep(0.02)
     main.signal(number)
-    return Reloaded(ok=True, told=number.name)
+    return Reloaded(ok=True, told=signal_name(number))
