@@ -314,6 +314,8 @@ class Line:
             # Not what somebody has stopped.
             down = service.failed and not service.starting
             revived = await self._tools.manager.revive(service) if down else Reloaded(ok=True)
+            if revived.interrupted:
+                raise Later(f"it could not be started again on its old stack: {revived.reason}")
             await self._judge.stopped(service, memory, wanted, revived)
             return False
         if wanted.stack.id != wanted.current.id:
