@@ -33,7 +33,7 @@ from watcher.process import Gone, Process, descendants
 from watcher.unitfile import Assignment
 from watcher.watch import Watcher
 
-# What a unit may be called (systemd.unit(5)), with or without its type; ".exec" and ".json" have to fit behind it.
+# What a unit may be called (systemd.unit(5)), with or without its type; with room for what names of files add to it.
 _NAME = re.compile(r"[A-Za-z0-9:_.\\@-]{1,240}")
 _SUFFIX = ".json"
 _OF_UNITS = {

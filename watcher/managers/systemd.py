@@ -8,13 +8,12 @@ itself anew) and is then made again.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Mapping, Sequence
 
 import trio
 from jeepney import HeaderFields, Message
 
-from watcher import dbus, generator, inside, journal
+from watcher import config, dbus, generator, inside, journal
 from watcher.config import Settings
 from watcher.managers import Reloaded, Service, cgroup
 from watcher.managers.daemonreload import DaemonReload, Refused
@@ -115,7 +114,7 @@ class Systemd:
             return Reloaded(ok=True)
         try:
             if kind.startswith("signal:"):
-                return await self._signal(service, service.main, signal.Signals[kind.removeprefix("signal:")])
+                return await self._signal(service, service.main, config.signal_number(kind.removeprefix("signal:")))
             if kind == "restart":
                 return await self._unit_jobs.restart(service.name)
             reloaded = await self._unit_jobs.reload(service.name, service.invocation)
@@ -126,7 +125,7 @@ class Systemd:
             return Reloaded(ok=False, reason="Reload=unit is set, but its unit says no way to reload it")
         return reloaded or Reloaded(ok=True)
 
-    async def _signal(self, service: Service, held: Process, number: signal.Signals) -> Reloaded:
+    async def _signal(self, service: Service, held: Process, number: int) -> Reloaded:
         try:
             # Held for as long as this takes: the service may be started anew meanwhile.
             with held.hold() as main:
@@ -134,7 +133,7 @@ class Systemd:
                     return Reloaded(ok=True)
                 return await send_signal(main, number)
         except Gone:
-            return Reloaded(False, number.name, "its main process has ended", interrupted=True)
+            return Reloaded(False, config.signal_name(number), "its main process has ended", interrupted=True)
 
     async def started(self, service: Service) -> bool:
         """See `Manager.started`."""
