@@ -7,18 +7,20 @@ import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
 
 from watcher import __version__, config
 from watcher.config import Settings
-from watcher.model import Busy, Outcome, Refused, Remark, Unsupported, shown
+from watcher.model import Busy, Outcome, Refused, Remark, Unsupported, problem, shown
 from watcher.schema import CallError, Quarantined, ServiceStatus, to_dict
 
 DONE, FAILED, USAGE, NOT_RUNNING, TIMED_OUT, UNSUPPORTED = range(6)
 
 _KERNEL = (6, 8)
+_CAP_SYS_ADMIN = 21
 _SOURCES = ("--extension-image", "--extension-directory")
 
 
@@ -29,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings, remarks = config.load(root=_as_root(options))
         if options.command in (_run, _exec):
             _require_kernel()
+            _require_mounting()
             _begin_log(settings, remarks)
         return int(options.command(settings, options))
     except CallError as error:
@@ -40,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:
-        return _fail(_os_error(error), FAILED)
+        return _fail(problem(error), FAILED)
     except KeyboardInterrupt:
         return 130
 
@@ -200,12 +203,19 @@ def _run(settings: Settings, options: argparse.Namespace) -> int:
 
 def _exec(settings: Settings, options: argparse.Namespace) -> int:
     from watcher.launch import CannotStart, Order, launch
-    from watcher.managers.standalone import service_settings
+    from watcher.managers.standalone import service_settings, valid_name
 
+    if not valid_name(options.name):
+        refused = f"{shown(options.name)!r} cannot be the name of a service: use one like web.service"
+        return _fail(f"--name: {refused}", USAGE)
     try:
         command = tuple(shlex.split(options.reload_command))
     except ValueError as error:
         return _fail(f"--reload-command: {error}", USAGE)
+    try:
+        config.signal_number(options.reload_signal or "HUP")
+    except ValueError as error:
+        return _fail(f"--reload-signal: {error}", USAGE)
     _, wrong = service_settings(options.set, options.check, options.health_check)
     if wrong:
         return _fail(f"{wrong[0].text}", USAGE)
@@ -433,16 +443,19 @@ def _begin_log(settings: Settings, remarks: Sequence[Remark]) -> None:
 
 
 def _require_kernel() -> None:
-    release = tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2])
+    # "6.12.43+deb13-amd64", "6.9rc1", "6.12+"
+    release = tuple(int(part) for part in re.findall(r"\d+", platform.release())[:2])
     if release < _KERNEL:
         raise Unsupported(
             f"Linux {platform.release()} is too old: 6.8 or newer is needed (overlayfs lowerdir+)"
         )
 
 
-def _os_error(error: OSError) -> str:
-    name = f"{shown(str(error.filename))}: " if error.filename else ""
-    return f"{name}{error.strerror or error}"
+def _require_mounting() -> None:
+    with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
+        fields = dict(line.partition(":")[::2] for line in file)
+    if not int(fields["CapEff"], 16) >> _CAP_SYS_ADMIN & 1:
+        raise OSError(None, "needs root, or a user namespace: unshare --user --map-root-user --mount")
 
 
 def _fail(text: str, code: int) -> int:

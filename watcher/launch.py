@@ -8,9 +8,11 @@ as soon as it sees the registration.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from watcher import journal, tries
@@ -23,11 +25,11 @@ from watcher.managers.standalone import (
     declared,
     register,
     registered,
-    signal_number,
+    service_settings,
+    services_directory,
     unregister,
-    valid_name,
 )
-from watcher.model import Declared, Later, Refused, Stack, shown
+from watcher.model import Later, Refused, Stack, problem, shown
 from watcher.mounts import syscalls
 from watcher.mounts.swap import Moved, swap
 from watcher.mounts.workshop import HostNamespace, Workshop
@@ -65,16 +67,34 @@ def launch(settings: Settings, order: Order) -> None:
         CannotStart: and nothing was changed but the service's slots.
     """
     order = _absolute(order)
-    _check_order(settings, order)
-    os.makedirs(settings.runtime_directory, 0o755, exist_ok=True)
+    _require_ended(_registered(settings, order.name))
     try:
+        os.makedirs(settings.runtime_directory, 0o755, exist_ok=True)
         _enter_stack(settings, order)
+    except (OSError, Refused, Later, Moved, HostNamespace) as error:
+        raise CannotStart(f"{order.name}: its stack cannot be put in place: {problem(error)}") from error
+    with _registering(settings):
+        # Again: of two that were started at once, the other one may have been quicker.
+        former = _registered(settings, order.name)
+        _require_ended(former)
+        register(settings.runtime_directory, _registration(order))
+    # Python ignores these two, and what is ignored stays so.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        os.execvp(order.program[0], order.program)
     except OSError as error:
-        raise CannotStart(f"{order.name}: its mount namespace cannot be made: {error}") from error
-    except (Refused, Later, Moved, HostNamespace, LedgerError) as error:
-        raise CannotStart(f"{order.name}: its stack cannot be put in place: {error}") from error
+        if former is None:
+            unregister(settings.runtime_directory, order.name)
+        else:
+            register(settings.runtime_directory, former)
+        raise CannotStart(f"{shown(order.program[0])} cannot be executed: {error.strerror}") from error
+
+
+def _registration(order: Order) -> Registration:
+    """Of this process."""
     status = os.stat("/proc/self/ns/mnt")
-    registration = Registration(
+    return Registration(
         name=order.name,
         pid=os.getpid(),
         started=start_time(os.getpid()),
@@ -88,15 +108,17 @@ def launch(settings: Settings, order: Order) -> None:
         health_check=order.health_check,
         settings=order.settings,
     )
-    register(settings.runtime_directory, registration)
-    # Python ignores these two, and what is ignored stays so.
-    for number in (signal.SIGPIPE, signal.SIGXFSZ):
-        signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def _registering(settings: Settings) -> Iterator[None]:
+    """Nobody else who starts a service registers one meanwhile."""
+    directory = os.open(services_directory(settings.runtime_directory), os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.execvp(order.program[0], order.program)
-    except OSError as error:
-        unregister(settings.runtime_directory, order.name)
-        raise CannotStart(f"{shown(order.program[0])} cannot be executed: {error.strerror}") from error
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(directory)
 
 
 def _absolute(order: Order) -> Order:
@@ -115,25 +137,21 @@ def _absolute(order: Order) -> Order:
     )
 
 
-def _check_order(settings: Settings, order: Order) -> None:
-    if not valid_name(order.name):
-        raise CannotStart(f"{shown(order.name)!r} cannot be the name of a service: use one like web.service")
-    if order.reload_signal:
-        try:
-            signal_number(order.reload_signal)
-        except ValueError as error:
-            raise CannotStart(f"--reload-signal: {error}") from error
+def _registered(settings: Settings, name: str) -> Registration | None:
     try:
-        other = registered(settings.runtime_directory, order.name)
+        return registered(settings.runtime_directory, name)
     except (OSError, ValueError):
-        return  # whatever lies there is replaced
+        return None  # whatever lies there is replaced
+
+
+def _require_ended(other: Registration | None) -> None:
     if other is None:
         return
     try:
         Process(other.pid, other.started).close()
     except Gone:
         return
-    raise CannotStart(f"{order.name} is running already, as process {other.pid}")
+    raise CannotStart(f"{other.name} is running already, as process {other.pid}")
 
 
 def _enter_stack(settings: Settings, order: Order) -> None:
@@ -160,29 +178,64 @@ def _enter_stack(settings: Settings, order: Order) -> None:
 
 def _admit(settings: Settings, store: Store, shop: Workshop, order: Order) -> Stack:
     """The stack that the service starts on: its slots are set to it."""
-    sources: Declared = declared(order.images, order.directories, order.confext_dirs)
-    slots = slots_of(order.name, "standalone")
-    admission = Admission(store, shop)
-    ledger = Reader(settings.state_directory)
-    kept_out = {one.digest: one.reason for one in ledger.quarantined(order.name)}
-    pin = ledger.pins().get(text(order.name))
+    _mention_absent(order)
     trials = Trials(settings.state_directory)
     with store.using():
-        wanted = find(store, admission, slots, sources, host(), kept_out, pin, trials.of(order.name))
+        try:
+            wanted = _find(settings, Admission(store, shop), store, trials, order)
+        except LedgerError as error:
+            journal.log.warning(f"{order.name}: starts on its last accepted stack: {error}")
+            return store.accepted(slots_of(order.name, "standalone")) or Stack()
         for remark in wanted.look.remarks:
             if remark.level != "debug":
                 journal.say(remark)
         for passed in wanted.passed:
             journal.log.warning(f"{order.name}: {shown(passed.candidate.path)} passed over: {passed.reason}")
-        if wanted.new and order.check and wanted.current.layers:
-            return wanted.current  # the daemon tries the new one once the program runs
+        if wanted.new and wanted.current.layers and _is_tried_by_the_daemon(order):
+            return wanted.current
         stack = _on_trial(trials, order.name, wanted) if wanted.new else wanted.stack
         try:
-            store.accept(slots, stack, [pick.entry for pick in wanted.look.picks])
+            store.accept(
+                slots_of(order.name, "standalone"), stack, [pick.entry for pick in wanted.look.picks]
+            )
         except Later as error:
             journal.log.warning(f"{order.name}: starts on its last accepted stack: {error}")
             return wanted.current
     return stack
+
+
+def _mention_absent(order: Order) -> None:
+    for directory in order.confext_dirs:
+        if not os.path.lexists(directory):
+            journal.log.info(f"{order.name}: {shown(directory)} does not exist yet, it is watched for")
+
+
+def _find(settings: Settings, admission: Admission, store: Store, trials: Trials, order: Order) -> Wanted:
+    """What the service should have.
+
+    Raises:
+        LedgerError: what must not get in is not known, while something is accepted that has been in.
+    """
+    name, slots = order.name, slots_of(order.name, "standalone")
+    ledger = Reader(settings.state_directory)
+    kept_out: dict[str, str] = {}
+    pin = None
+    try:
+        kept_out = {one.digest: one.reason for one in ledger.quarantined(name)}
+        pin = ledger.pins().get(text(name))
+    except LedgerError as error:
+        if store.accepted(slots) is not None:
+            raise
+        # It never ran: there is nothing yet that could have proved bad.
+        journal.log.warning(f"{name}: starts without regard to history: {error}")
+    sources = declared(order.images, order.directories, order.confext_dirs)
+    return find(store, admission, slots, sources, host(), kept_out, pin, trials.of(name))
+
+
+def _is_tried_by_the_daemon(order: Order) -> bool:
+    """Whether something new has to wait until the program runs: for its check, or for its turn."""
+    own, _ = service_settings(order.settings, order.check, order.health_check)
+    return bool(own.check) or own.rollout == "rolling"
 
 
 def _on_trial(trials: Trials, name: str, wanted: Wanted) -> Stack:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import enum
 import functools
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -273,6 +274,14 @@ def shown(text: str) -> str:
     if text.isprintable() and "\\" not in text:
         return text
     return "".join(_escape(char) for char in text)
+
+
+def problem(error: Exception) -> str:
+    """An error in words, of the system's with the file first: "/var/lib/x: No space left on device"."""
+    if not isinstance(error, OSError):
+        return str(error)
+    name = f"{shown(os.fsdecode(error.filename))}: " if isinstance(error.filename, str | bytes) else ""
+    return f"{name}{error.strerror or error}"
 
 
 def _escape(char: str) -> str:

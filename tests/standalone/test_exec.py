@@ -11,7 +11,8 @@ import sys
 
 import pytest
 
-from standalone.place import PYTHON, Place
+from needs import root
+from standalone.place import PYTHON, Place, until
 from watcher.managers import described
 
 trees_only = pytest.mark.parametrize("place", ["trees"], indirect=True)
@@ -117,26 +118,30 @@ def test_it_starts_again_under_its_name(shared: Place) -> None:
 
 @pytest.mark.parametrize("shared", ["trees"], indirect=True)
 @pytest.mark.parametrize(
-    ("options", "program", "words"),
+    ("options", "program", "code", "words"),
     [
-        (["--name", "../web"], PYTHON, "cannot be the name of a service"),
-        (["--name", ".web"], PYTHON, "cannot be the name of a service"),
-        (["--name", "x", "--reload-signal", "SIGFOO"], PYTHON, "there is no signal 'SIGFOO'"),
-        (["--name", "x", "--reload-signal", "0"], PYTHON, "there is no signal '0'"),
-        (["--name", "x", "--reload-command", "a 'b"], PYTHON, "--reload-command: No closing quotation"),
+        (["--name", "../web"], PYTHON, 2, "cannot be the name of a service"),
+        (["--name", ".web"], PYTHON, 2, "cannot be the name of a service"),
+        (["--name", "x" * 241], PYTHON, 2, "cannot be the name of a service"),
+        (["--name", "x", "--reload-signal", "SIGFOO"], PYTHON, 2, "not a signal: SIGFOO"),
+        (["--name", "x", "--reload-signal", "0"], PYTHON, 2, "not a signal: 0"),
+        (["--name", "x", "--reload-command", "a 'b"], PYTHON, 2, "--reload-command: No closing quotation"),
+        (["--name", "x", "--set", "Reload=restart"], PYTHON, 2, "Reload= does nothing here"),
+        (["--name", "x", "--set", "Enabled=no"], PYTHON, 2, "Enabled= does nothing here"),
         (
             ["--name", "x"],
             ["/nowhere/program"],
+            1,
             "/nowhere/program cannot be executed: No such file or directory",
         ),
-        (["--name", "x"], ["/etc/passwd"], "/etc/passwd cannot be executed: Permission denied"),
+        (["--name", "x"], ["/etc/passwd"], 1, "/etc/passwd cannot be executed: Permission denied"),
     ],
 )
 def test_what_cannot_be_started_is_said_in_one_line(
-    shared: Place, options: list[str], program: list[str], words: str
+    shared: Place, options: list[str], program: list[str], code: int, words: str
 ) -> None:
     done = shared.run("exec", *options, "--", *program, check=False)
-    assert done.returncode != 0
+    assert done.returncode == code
     assert words in done.stderr
     assert done.stderr.startswith("confext-watcher: ")
     assert done.stderr.count("\n") == 1
@@ -157,3 +162,109 @@ def test_its_slots_are_not_those_of_a_unit_of_the_same_name(shared: Place) -> No
     assert list((shared.state / "units").iterdir())
     assert described.seen(str(shared.state)) == {}
     service.kill()
+
+
+def test_a_name_as_long_as_can_be(shared: Place) -> None:
+    service = shared.start(name="x" * 240)
+    service.put("1.3")
+    service.reloaded("1.3")
+
+
+def spoil_the_ledger(place: Place) -> None:
+    (place.state / "ledger.sqlite").write_bytes(b"\xff" * 8192)
+
+
+@trees_only
+def test_a_broken_ledger_does_not_stop_it(place: Place) -> None:
+    """What must not get in is not known then: it starts on what it had, and the daemon sees to the rest."""
+    service = place.start(name="web.service")
+    service.put("1.3")
+    service.kill()
+    place.start(name="web.service").kill()
+    service.put("1.4")
+    spoil_the_ledger(place)
+    service = place.start(name="web.service")
+    assert service.heard == ["1.3"]
+    said = [
+        line for line in service.errors.read() if "web.service: starts on its last accepted stack" in line
+    ]
+    assert len(said) == 1 and "ledger.sqlite" in said[0]
+    daemon = place.start_daemon()
+    assert sum("ledger.sqlite" in line for line in daemon.log.lines) == 1
+    service.reloaded("1.4")
+
+
+@trees_only
+def test_a_broken_ledger_does_not_stop_its_first_start(place: Place) -> None:
+    versions = place.versions("web.service")
+    versions.mkdir(parents=True)
+    place.bring(place.confext("1.3"), versions / "web_1.3")
+    place.state.mkdir()
+    spoil_the_ledger(place)
+    service = place.start(name="web.service")
+    assert service.heard == ["1.3"]
+
+
+@trees_only
+def test_a_rollout_is_not_gone_round(place: Place) -> None:
+    """One that is started while something new lies there has what it had until it is its turn."""
+    options = ("--reload-signal", "HUP", "--set", "Rollout=rolling")
+    place.start(*options, name="web.service").put("1.3")
+    place.services.pop().kill()
+    service = place.start(*options, name="web.service")
+    service.put("1.4")
+    service.kill()
+    service = place.start(*options, name="web.service")
+    assert service.heard == ["1.3"]
+    place.start_daemon()
+    service.reloaded("1.4")
+
+
+@trees_only
+def test_of_many_at_once_with_one_name_one_lives(place: Place) -> None:
+    started = [place.start(name="web.service", wait=False) for _ in range(6)]
+    until(lambda: sum(one.process.poll() is not None for one in started) == len(started) - 1)
+    (alive,) = [one for one in started if one.process.poll() is None]
+    for one in started:
+        if one is not alive:
+            assert "is running already" in one.errors.wait_for_end()[-1], one.errors.lines
+    assert json.loads((place.runtime / "services/web.service.json").read_text())["pid"] == alive.pid
+
+
+def test_a_program_that_cannot_be_executed_leaves_a_stopped_service_as_it_was(shared: Place) -> None:
+    service = shared.start()
+    service.kill()
+    words = ("--name", service.name, "--confext-dir", str(service.drops), "--", "/nowhere/program")
+    assert shared.run("exec", *words, check=False).returncode == 1
+    service.put("1.3")
+    service.logged("web 1.3 added, accepted; it is not running")
+
+
+@trees_only
+def test_a_directory_that_is_not_there_is_mentioned(place: Place) -> None:
+    service = place.start("--confext-dir", str(place.path / "typo"), declared=False, name="web.service")
+    (line,) = service.errors.read()
+    assert f"web.service: {place.path}/typo does not exist yet, it is watched for" in line
+
+
+@root
+@pytest.mark.parametrize("place", ["images"], indirect=True)
+@pytest.mark.parametrize("words", [("run",), ("exec", "--name", "web.service", "--", "true")])
+def test_who_may_not_mount_is_told_what_is_needed(place: Place, words: tuple[str, ...]) -> None:
+    place.environment["CONFIGURATION_DIRECTORY"] = "/nowhere"
+    nobody = ("setpriv", "--bounding-set=-all", "--reuid=65534", "--regid=65534", "--clear-groups")
+    done = place.run(*words, check=False, prefix=nobody)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "confext-watcher: needs root, or a user namespace: unshare --user --map-root-user --mount\n"
+    )
+
+
+@root
+@pytest.mark.parametrize("place", ["images"], indirect=True)
+def test_what_is_in_the_way_of_the_state_directory_is_named(place: Place) -> None:
+    place.state.write_text("a file")
+    done = place.run("exec", "--name", "web.service", "--", "true", check=False)
+    assert done.stderr == (
+        f"confext-watcher: web.service: its stack cannot be put in place: {place.state}: File exists\n"
+    )

@@ -114,7 +114,9 @@ class Systemd:
             return Reloaded(ok=True)
         try:
             if kind.startswith("signal:"):
-                return await self._signal(service, service.main, config.signal_number(kind.removeprefix("signal:")))
+                return await self._signal(
+                    service, service.main, config.signal_number(kind.removeprefix("signal:"))
+                )
             if kind == "restart":
                 return await self._unit_jobs.restart(service.name)
             reloaded = await self._unit_jobs.reload(service.name, service.invocation)
