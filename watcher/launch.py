@@ -33,7 +33,7 @@ from watcher.model import Later, Refused, Stack, problem, shown
 from watcher.mounts import syscalls
 from watcher.mounts.swap import Moved, swap
 from watcher.mounts.workshop import HostNamespace, Workshop
-from watcher.process import Gone, Process, may_mount, start_time
+from watcher.process import Gone, Process, may_mount, shares_host, start_time
 from watcher.schema import text
 from watcher.store import Store
 from watcher.trials import Trial, Trials
@@ -164,9 +164,11 @@ def _enter_stack(settings: Settings, order: Order) -> None:
     ):
         stack = _admit(settings, store, shop, order)
         # As systemd does it: what the host mounts arrives, nothing goes back, and namespaces that the program makes
-        # for its own children follow.
+        # for its own children follow. But from where another service starts us, its swaps would arrive: each would
+        # bring a stack beneath ours and lift ours off.
+        arrives = syscalls.MS_SLAVE if shares_host("self") else syscalls.MS_PRIVATE
         syscalls.unshare(syscalls.CLONE_NEWNS)
-        syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_SLAVE)
+        syscalls.mount("none", "/", None, syscalls.MS_REC | arrives)
         syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_SHARED)
         namespace = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         try:

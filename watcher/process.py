@@ -12,6 +12,7 @@ import os
 import re
 import select
 import signal
+from collections.abc import Collection
 from types import TracebackType
 
 import psutil
@@ -160,12 +161,16 @@ def start_time(pid: int) -> int:
     return int(_read(f"/proc/{pid}/stat").rpartition(")")[2].split()[19])
 
 
-def descendants(pid: int) -> list[int]:
-    """PIDs of the children of a process, of theirs, and so on; hints, like every PID."""
+def descendants(pid: int, apart: Collection[int] = ()) -> list[int]:
+    """PIDs of the children of a process, of theirs, and so on; hints, like every PID.
+
+    Args:
+        apart: PIDs that are left out, with their own children.
+    """
     found: list[int] = []
     todo = [pid]
     while todo:
-        children = _children(todo.pop())
+        children = [child for child in _children(todo.pop()) if child not in apart]
         found += children
         todo += children
     return found
@@ -197,6 +202,20 @@ def namespace_id(fd_or_path: int | str) -> tuple[int, int]:
     """Identity of a namespace: device and inode of its file in nsfs (namespaces(7))."""
     status = os.stat(fd_or_path)
     return status.st_dev, status.st_ino
+
+
+def shares_host(pid: int | str) -> bool:
+    """Whether a process ("self" for our own) is in the mount namespace of PID 1.
+
+    Raises:
+        FileNotFoundError: it has ended.
+        PermissionError: not ours to look at.
+    """
+    own = namespace_id(f"/proc/{pid}/ns/mnt")
+    try:
+        return own == namespace_id("/proc/1/ns/mnt")
+    except PermissionError:  # in a user namespace: what is PID 1's cannot be ours
+        return False
 
 
 def _read(path: str) -> str:

@@ -16,7 +16,7 @@ from watcher.managers import slots_of
 from watcher.managers.standalone import registered, registrations
 from watcher.model import Event, Kind, Layer, Stack
 from watcher.mounts.table import Mounted, Table
-from watcher.process import Gone, Process, namespace_id
+from watcher.process import Gone, Process, shares_host
 from watcher.schema import Quarantined, ServiceNotFound, ServiceStatus, text
 from watcher.stacks import Damaged, Stacks
 from watcher.units import is_service
@@ -104,7 +104,7 @@ def of_service(
     if main is None:
         return status
     try:
-        if _shares_host(main):
+        if shares_host(main.pid):
             return replace(status, state="needs-restart", pid=main.pid)
         mounted = Table(main.mountinfo()).mounted()
     except (Gone, FileNotFoundError):
@@ -113,13 +113,6 @@ def of_service(
     stack = Stack(layers).id
     since = last.when if last is not None and last.stack == stack else None
     return replace(status, state="running", pid=main.pid, stack=stack, layers=layers, since=since)
-
-
-def _shares_host(main: Process) -> bool:
-    try:
-        return namespace_id(f"/proc/{main.pid}/ns/mnt") == namespace_id("/proc/1/ns/mnt")
-    except PermissionError:  # in a user namespace: what is PID 1's cannot be ours
-        return False
 
 
 def shown_layers(mounted: Mounted, stacks: Sequence[Stack]) -> tuple[Layer, ...]:

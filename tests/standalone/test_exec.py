@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from needs import root
-from standalone.place import PYTHON, Place, until
+from standalone.place import COMMAND, PYTHON, Place, until
 from watcher.managers import described
 
 trees_only = pytest.mark.parametrize("place", ["trees"], indirect=True)
@@ -268,3 +270,32 @@ def test_what_is_in_the_way_of_the_state_directory_is_named(place: Place) -> Non
     assert done.stderr == (
         f"confext-watcher: web.service: its stack cannot be put in place: {place.state}: File exists\n"
     )
+
+
+def test_a_service_that_another_one_starts_has_a_stack_of_its_own(place: Place) -> None:
+    """A supervisor that was started by `exec`, and starts a service by `exec`: each follows its own directory."""
+    place.start_daemon()
+    versions = place.versions("inner.service")
+    versions.mkdir(parents=True)
+    place.bring(place.confext("1", "inner 1"), versions / f"web_1{place.suffix}")
+    words = [str(COMMAND), "exec", "--name", "inner.service", "--confext-dir", str(versions.parent)]
+    inner = shlex.join([*words, "--reload-signal", "HUP", "--", *PYTHON])
+    outer = place.start(
+        *("--reload-command", "true"), name="outer.service", program=("sh", "-c", f"{inner}; :"), wait=False
+    )
+    outer.said.wait_for("^started inner 1$")
+    main = json.loads((place.runtime / "services/inner.service.json").read_text())["pid"]
+    shown = Path(f"/proc/{main}/root/etc/web.conf")
+    try:
+        for number in (1, 2, 3):
+            outer.put(str(number), value=f"outer {number}")
+            outer.logged("applied in", f"version={number} ")
+            assert outer.has(f"outer {number}")
+            assert shown.read_text() == f"inner {number}\n"
+            made = place.confext(f"{number + 1}", f"inner {number + 1}")
+            place.bring(made, versions / f"web_{number + 1}{place.suffix}")
+            outer.said.wait_for(f"^reloaded inner {number + 1}$")
+            assert outer.has(f"outer {number}")
+        assert [line for line in outer.said.read() if "outer" in line] == []
+    finally:
+        os.kill(main, signal.SIGKILL)

@@ -272,7 +272,9 @@ class Standalone:
     async def processes(self, service: Service) -> list[int]:
         if service.main is None:
             return []
-        return [service.main.pid, *descendants(service.main.pid)]
+        # A supervisor may have started another service, which has a stack of its own.
+        mains = {other.main.pid for other in self._services.values() if other.main is not None}
+        return [service.main.pid, *descendants(service.main.pid, apart=mains)]
 
     def _look(self, changed: Callable[[str], None]) -> None:
         """Compare what is registered with what is known."""
