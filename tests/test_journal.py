@@ -16,7 +16,7 @@ import pytest
 import structlog
 
 from watcher import journal
-from watcher.model import Event, Outcome
+from watcher.model import Event, Outcome, printable
 
 APPLIED = Event(
     service="nginx.service",
@@ -225,6 +225,7 @@ def test_auto_takes_the_journal_only_if_standard_error_leads_there(tmp_path: Pat
 
 def test_printable_text_is_left_alone_and_escapes_are_stable() -> None:
     text: Any = "über\tweb\n\x07\udc80"
-    once = journal.printable(text)
+    once = printable(text, keep="\n\t")
     assert once == "über\tweb\n\\x07\\x80"
-    assert journal.printable(once) == once
+    assert printable(once, keep="\n\t") == once
+    assert printable(once) == "über\\tweb\\n\\x07\\x80"

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 from watcher import __version__, config
 from watcher.config import Settings
-from watcher.model import Busy, Outcome, Refused, Remark, Unsupported, problem, shown
+from watcher.model import Busy, Outcome, Refused, Remark, Unsupported, printable, problem, shown
 from watcher.schema import CallError, Quarantined, ServiceStatus, to_dict
 
 DONE, FAILED, USAGE, NOT_RUNNING, TIMED_OUT, UNSUPPORTED = range(6)
@@ -275,7 +275,7 @@ def _plan(settings: Settings, options: argparse.Namespace) -> int:
         what = describe(Stack(change.layers), Stack(change.wanted_layers)) if change.changes else "no change"
         print(f"{shown(change.service)}: {what}")
         for remark in change.remarks:
-            print(f"  {shown(remark.path)}: {remark.text}")
+            print(f"  {shown(remark.path)}: {printable(remark.text)}")
     if not changes:
         print("no service takes part")
     return DONE
@@ -294,7 +294,9 @@ def _history(settings: Settings, options: argparse.Namespace) -> int:
         _print_json({"events": to_dict(events)})
         return DONE
     for event in reversed(events):
-        print(f"{_when(event.when)}  {event.outcome.value:<13}  {event.stack or '-':<16}  {event.message}")
+        print(
+            f"{_when(event.when)}  {event.outcome.value:<13}  {event.stack or '-':<16}  {printable(event.message)}"
+        )
         for line in event.output.splitlines():
             print(f"    {shown(line)}")
     if not events:
@@ -311,7 +313,7 @@ def _wait(settings: Settings, options: argparse.Namespace) -> int:
     with Client(settings.runtime_directory, timeout=options.timeout) as client:
         for last in client.wait(options.service, image):
             if not options.json:
-                print(last.message)
+                print(printable(last.message))
     if last is None:
         raise Failed("the daemon ended before there was an outcome")
     if options.json:
@@ -334,7 +336,7 @@ def _rollback(settings: Settings, options: argparse.Namespace) -> int:
     if options.json:
         _print_json(to_dict(event))
     else:
-        print(event.message)
+        print(printable(event.message))
         print(f"It stays there until `confext-watcher rollback --forget {shown(options.service)}`.")
     return FAILED if event.outcome in (Outcome.FAILED, Outcome.NEEDS_RESTART) else DONE
 
@@ -343,7 +345,7 @@ def _print_forgotten(service: str, forgotten: Sequence[Quarantined]) -> None:
     print(f"{shown(service)}: free to have what is newest")
     for content in forgotten:
         what = content.source or content.digest
-        print(f"  {shown(what)} is let in again; it was kept out because: {content.reason}")
+        print(f"  {shown(what)} is let in again; it was kept out because: {printable(content.reason)}")
 
 
 def _check(settings: Settings, options: argparse.Namespace) -> int:
@@ -381,8 +383,8 @@ def _check(settings: Settings, options: argparse.Namespace) -> int:
 def _check_line(result: dict[str, object]) -> str:
     image = shown(str(result["image"]))
     if not result["admitted"]:
-        return f"{image}: would be refused: {result['reason']}"
-    label = f"{result['name']} {result['version']}".rstrip()
+        return f"{image}: would be refused: {printable(str(result['reason']))}"
+    label = shown(f"{result['name']} {result['version']}".rstrip())
     return f"{image}: good: {label}, {result['format']}, {result['size']} bytes, sha256 {result['digest']}"
 
 
@@ -395,14 +397,14 @@ def _print_services(services: Sequence[ServiceStatus]) -> None:
     for column in ("SERVICE", "PID", "STACK", "SINCE", "LAST OUTCOME"):
         table.add_column(column, overflow="fold")
     for service in services:
-        layers = [f"{shown(layer.label)} ({layer.digest[:12]})" for layer in service.layers]
+        layers = [f"{layer.label} ({layer.digest[:12]})" for layer in service.layers]
         last = service.last
         row = (
             shown(service.service),
             str(service.pid or "-"),
             "\n".join(reversed(layers)) or ("its own /etc" if service.pid else service.state),
             _when(service.since),
-            f"{last.outcome.value}, {_when(last.when)}: {last.message}" if last else "-",
+            f"{last.outcome.value}, {_when(last.when)}: {printable(last.message)}" if last else "-",
         )
         table.add_row(*(Text(cell) for cell in row))
     # Only a terminal has a width that lines must fit; elsewhere a line stays one line.
@@ -420,7 +422,7 @@ def _notes(service: ServiceStatus) -> Iterator[str]:
     if service.pinned is not None:
         yield "stays on this stack, by hand, until `confext-watcher rollback --forget`"
     for content in service.quarantined:
-        yield f"kept out: {shown(content.source or content.digest)}: {content.reason}"
+        yield f"kept out: {shown(content.source or content.digest)}: {printable(content.reason)}"
 
 
 def _when(usec: int | None) -> str:
@@ -459,7 +461,7 @@ def _require_mounting() -> None:
 
 
 def _fail(text: str, code: int) -> int:
-    print(f"confext-watcher: {text}", file=sys.stderr)
+    print(f"confext-watcher: {printable(text)}", file=sys.stderr)
     return code
 
 

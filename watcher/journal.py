@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Final, Literal, TextIO
 
 from watcher.lean import structlog
-from watcher.model import Event, Outcome, Remark, shown
+from watcher.model import Event, Outcome, Remark, printable, shown
 
 if TYPE_CHECKING:
     from structlog.typing import EventDict, Processor, WrappedLogger
@@ -166,24 +166,10 @@ def _level(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
 def _printable(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     """Make every text harmless: names of files and output of programs come from anywhere."""
     for key, value in event.items():
-        if isinstance(value, str):
-            event[key] = printable(value)
-        elif isinstance(value, bytes):
-            event[key] = printable(os.fsdecode(value))
+        if isinstance(value, str | bytes):
+            # What is said is one line: nobody's name of a file may look like another.
+            event[key] = printable(os.fsdecode(value), keep="" if key == "event" else "\n\t")
     return event
-
-
-def printable(text: str) -> str:
-    """`text` with escapes for undecodable bytes and control characters (but newline and tab); idempotent."""
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() or char in "\n\t" else _escape(char) for char in text)
-
-
-def _escape(char: str) -> str:
-    if 0xDC80 <= ord(char) <= 0xDCFF:
-        return f"\\x{ord(char) - 0xDC00:02x}"
-    return char.encode("unicode_escape").decode("ascii")
 
 
 class _Console:

@@ -205,8 +205,8 @@ class Layer:
 
     @property
     def label(self) -> str:
-        """What a person calls it: "web 1.4"."""
-        return f"{self.name} {self.version}" if self.version else self.name
+        """What a person calls it, fit for a line: "web 1.4"."""
+        return shown(f"{self.name} {self.version}" if self.version else self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +273,18 @@ def shown(text: str) -> str:
     """`text` on one line, printable, unambiguous: control characters, surrogates and backslashes become escapes."""
     if text.isprintable() and "\\" not in text:
         return text
-    return "".join(_escape(char) for char in text)
+    return "".join("\\\\" if char == "\\" else _escape(char) for char in text)
+
+
+def printable(text: str, keep: str = "") -> str:
+    """A sentence on one line, printable, whatever got into it: what `shown()` made of its parts stays as it is.
+
+    Args:
+        keep: control characters that may stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char in keep else _escape(char) for char in text)
 
 
 def problem(error: Exception) -> str:
@@ -285,8 +296,6 @@ def problem(error: Exception) -> str:
 
 
 def _escape(char: str) -> str:
-    if char == "\\":
-        return "\\\\"
     if char.isprintable():
         return char
     if 0xDC80 <= ord(char) <= 0xDCFF:

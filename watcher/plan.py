@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from watcher.model import Busy, Candidate, Copy, KeptOut, Layer, Look, Picks, Refused, Stack
+from watcher.model import Busy, Candidate, Copy, KeptOut, Layer, Look, Picks, Refused, Stack, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,5 +118,5 @@ def _words(old: Layer | None, new: Layer | None) -> str:
     if old.name == new.name:
         if old.version == new.version:
             return f"{new.label} with new content"
-        return f"{old.label} -> {new.version or new.name}"
+        return f"{old.label} -> {shown(new.version or new.name)}"
     return f"{old.label} -> {new.label}"

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from . import vpick
-from .model import Declared, Entry, Kind, Remark
+from .model import Declared, Entry, Kind, Remark, shown
 from .unitfile import normalized
 from .vpick import Dirent
 
@@ -161,7 +161,9 @@ def _mismatch(path: str, dirent: Dirent, name: str, kind: Kind, versioned: bool)
         return None  # an entry whose file has yet to come, or cannot be reached: whoever opens it says so
     if dirent.type == "directory":
         if telling and not versioned:
-            return Remark("warning", path, f"ignored: a directory, no image (versions go into {name}.raw.v/)")
+            return Remark(
+                "warning", path, f"ignored: a directory, no image (versions go into {shown(name)}.raw.v/)"
+            )
         return None
     if kind is Kind.IMAGE and not versioned and dirent.type in ("file", "block"):
         return None

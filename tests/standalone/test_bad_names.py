@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from standalone.place import Place, Service
+from standalone.place import COMMAND, Place, Service
 
 trees_only = pytest.mark.parametrize("shared", ["trees"], indirect=True)
 
@@ -19,7 +24,7 @@ NAMES = {
     "single quotes": ("it's", "it's", True),
     "double quotes": ('"quoted"', r"\\\"quoted\\\"", True),
     "a colon": ("a:b", "a:b", True),
-    "a backslash": ("a\\b", r"a\\\\b", True),
+    "a backslash": ("a\\b", r"a\\\\\\\\b", True),
     "a comma": ("a,b=c", "a,b=c", True),
     "a percent sign": ("100%n", "100%n", True),
     "UTF-8": ("größe", "größe", True),
@@ -99,3 +104,54 @@ def test_output_is_printable_for_any_name(shared: Place, tmp_path: Path) -> None
     assert done.stdout.endswith("/caf\\xe9\\n.raw: would be refused: empty\n")
     (found,) = json.loads(shared.run("check", "--json", str(path), check=False).stdout)["images"]
     assert found["reason"] == "empty"
+
+
+FORGED = "red\x1b[31m\nweb.service: web 9 applied"
+
+
+@trees_only
+def test_an_admitted_name_forges_no_line(shared: Place, service: Service) -> None:
+    """By this attribute any name goes with any release file."""
+    made, target = shared.path / f"{next(shared.numbers)}", service.drops / FORGED
+    shutil.copytree(shared.confext("", "odd"), made)
+    os.setxattr(made / "etc/extension-release.d/extension-release.web", "user.extension-release.strict", b"0")
+    made.rename(target)
+    assert "9 applied added, applied in" in service.logged("red")
+    assert FORGED in [layer["name"] for layer in service.status()["layers"]]
+    printed = [
+        shared.run(*words).stdout
+        for words in (
+            ("status", service.name),
+            ("history", service.name),
+            ("wait", service.name, str(target)),
+        )
+    ]
+    target.rename(shared.path / f"gone-{next(shared.numbers)}")
+    service.logged("red", "removed")
+    printed.append(shared.run("history", service.name).stdout)
+    printed.append(shared.run("rollback", service.name).stdout)
+    printed.append(shared.run("plan", service.name).stdout)
+    printed.append(shared.run("rollback", "--forget", service.name).stdout)
+    text = "".join(printed)
+    assert text.count("red\\x1b") >= 6, text
+    assert "\x1b" not in text
+    assert not [line for line in text.splitlines() if line.startswith("web.service")]
+
+
+@pytest.mark.parametrize("place", ["images"], indirect=True)
+def test_a_terminal_gets_lines_for_people(place: Place) -> None:
+    """With the name of a file in them, which is not told to the terminal."""
+    drops = place.drops("web.service")
+    (drops / f"{FORGED}.raw").mkdir(parents=True)
+    leader, follower = pty.openpty()
+    words = [str(COMMAND), "exec", "--name", "web.service", "--confext-dir", str(drops), "--", "true"]
+    environment = place.environment | {"NO_COLOR": "1"}
+    subprocess.run(words, env=environment, stderr=follower, stdin=subprocess.DEVNULL, check=True)
+    os.close(follower)
+    written = b""
+    with contextlib.suppress(OSError), open(leader, "rb", buffering=0) as terminal:
+        while part := terminal.read(65536):
+            written += part
+    (line,) = written.decode().splitlines()
+    assert re.match(r"\d\d:\d\d:\d\d  /", line)
+    assert "red\\x1b[31m" in line and "\x1b" not in line
