@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,9 @@ def bystander() -> Iterator[subprocess.Popen[bytes]]:
     process.wait()
 
 
-def register(place: Place, process: subprocess.Popen[bytes], started: int) -> None:
+def register(
+    place: Place, process: subprocess.Popen[bytes], started: int, wrong: dict[str, object] | None = None
+) -> None:
     """A registration of a process that `exec` has not started."""
     status = os.stat("/proc/self/ns/mnt")
     registration = {
@@ -38,6 +41,7 @@ def register(place: Place, process: subprocess.Popen[bytes], started: int) -> No
         "namespace": [status.st_dev, status.st_ino],
         "confext_dirs": [str(place.drops("web.service"))],
         "reload_signal": "SIGHUP",
+        **(wrong or {}),
     }
     services = place.runtime / "services"
     services.mkdir(parents=True, exist_ok=True)
@@ -85,3 +89,56 @@ def test_what_is_no_registration_is_told_and_passed_over(place: Place) -> None:
     daemon = place.start_daemon(wait=False)
     assert "ignored" in daemon.log.wait_for("link.service.json")
     assert "ignored" in daemon.log.wait_for("web.service.json")
+
+
+WRONG: dict[str, dict[str, object]] = {
+    "a PID that is text": {"pid": "7"},
+    "a PID below 0": {"pid": -1},
+    "PID 0": {"pid": 0},
+    "a PID too large": {"pid": 2**40},
+    "a start time that is text": {"started": "7"},
+    "true for a number": {"started": True},
+    "numbers for paths": {"images": [3]},
+    "a text for paths": {"confext_dirs": "/srv"},
+    "a NUL in a path": {"images": ["/srv/a\0b"]},
+    "half a namespace": {"namespace": 4},
+    "an unknown signal": {"reload_signal": "NOPE"},
+    "an unknown key": {"colour": "blue"},
+    "another's name": {"name": "other.service"},
+    "deep nesting": {"settings": "deep"},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_what_is_wrong_in_a_registration_is_one_line(
+    place: Place, bystander: subprocess.Popen[bytes], wrong: dict[str, object]
+) -> None:
+    register(place, bystander, start_time(bystander.pid), wrong)
+    path = place.runtime / "services/web.service.json"
+    path.write_text(path.read_text().replace('"deep"', "[" * 100_000 + "]" * 100_000))
+    daemon = place.start_daemon()
+    place.start().put("1.3")
+    daemon.log.wait_for("web 1.3 added, applied")
+    said = [line for line in daemon.log.lines if f"{path}: ignored, start the service again" in line]
+    assert len(said) == 1, daemon.log.lines
+    assert not any("Traceback" in line for line in daemon.log.lines)
+    assert bystander.poll() is None
+
+
+def test_no_descriptor_for_a_registration(place: Place) -> None:
+    """What cannot be read for a while is not gone, and what came meanwhile is not missed."""
+    daemon = place.start_daemon()
+    service = place.start()
+    service.put("1.3")
+    service.reloaded("1.3")
+    service.logged("web 1.3 added")
+    limits = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+    other = place.start()
+    daemon.log.wait_for("cannot be read, it is tried again: Too many open files")
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, limits)
+    other.put("1.3")
+    other.reloaded("1.3")
+    service.put("1.4")
+    service.reloaded("1.4")
+    assert not any("ignored" in line for line in daemon.log.lines)

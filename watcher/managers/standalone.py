@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -41,6 +42,8 @@ _OF_UNITS = {
     "Enabled": "a service that is not to take part needs no exec",
 }
 _RELOAD_SEC = 90.0
+_AGAIN_SEC = 1.0
+_PID_MAX = 2**22  # PID_MAX_LIMIT of 64-bit kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,19 +131,29 @@ def register(runtime_directory: str, registration: Registration) -> None:
         os.unlink(temporary)
     with open(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600), "w") as file:
         json.dump(dataclasses.asdict(registration), file)
-    os.rename(temporary, os.path.join(directory, registration.name + _SUFFIX))
+    os.rename(temporary, registration_path(runtime_directory, registration.name))
 
 
 def unregister(runtime_directory: str, name: str) -> None:
     """Remove a registration."""
-    os.unlink(os.path.join(services_directory(runtime_directory), name + _SUFFIX))
+    os.unlink(registration_path(runtime_directory, name))
 
 
 def services_directory(runtime_directory: str) -> str:
     """Where registrations lie; made if it is not there."""
-    directory = os.path.join(runtime_directory, "services")
+    directory = services_path(runtime_directory)
     os.makedirs(directory, 0o755, exist_ok=True)
     return directory
+
+
+def services_path(runtime_directory: str) -> str:
+    """Where registrations lie, if there are any."""
+    return os.path.join(runtime_directory, "services")
+
+
+def registration_path(runtime_directory: str, name: str) -> str:
+    """The file of one registration."""
+    return os.path.join(services_path(runtime_directory), name + _SUFFIX)
 
 
 def registered(runtime_directory: str, name: str) -> Registration | None:
@@ -148,13 +161,17 @@ def registered(runtime_directory: str, name: str) -> Registration | None:
 
     Raises:
         ValueError: the file is not one of ours.
-        OSError: it cannot be read.
+        OSError: it cannot be read now.
     """
-    path = os.path.join(runtime_directory, "services", name + _SUFFIX)
+    path = registration_path(runtime_directory, name)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EACCES, errno.ENXIO):
+            raise ValueError("not a regular file of ours") from error
+        raise
     with open(fd, encoding="utf-8") as file:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_uid not in (0, os.geteuid()):
@@ -163,22 +180,37 @@ def registered(runtime_directory: str, name: str) -> Registration | None:
 
 
 def _registration(text: str, name: str) -> Registration:
-    data = json.loads(text)
-    if not isinstance(data, dict) or data.get("name") != name:
-        raise ValueError("not a registration")
-    for field in dataclasses.fields(Registration):
-        if isinstance(data.get(field.name), list):
-            data[field.name] = tuple(data[field.name])
     try:
-        return Registration(**data)
-    except TypeError as error:
-        raise ValueError(f"not a registration: {error}") from error
+        data = json.loads(text)
+        lists = {key: tuple(value) for key, value in data.items() if isinstance(value, list)}
+        made = Registration(**data | lists)
+        good = made.name == name and _is_sound(made)
+    except (TypeError, AttributeError, RecursionError) as error:
+        raise ValueError("not a registration") from error
+    if not good:
+        raise ValueError("not a registration")
+    if made.reload_signal:
+        config.signal_number(made.reload_signal)
+    return made
+
+
+def _is_sound(made: Registration) -> bool:
+    """Whether everything is of its type, and possible."""
+    for field in dataclasses.fields(made):
+        value: object = getattr(made, field.name)
+        items = value if isinstance(value, tuple) else (value,)
+        kind = int if "int" in str(field.type) else str
+        if isinstance(value, tuple) != str(field.type).startswith("tuple"):
+            return False
+        if any(type(item) is not kind or (isinstance(item, str) and "\0" in item) for item in items):
+            return False
+    return 0 < made.pid <= _PID_MAX
 
 
 def registrations(runtime_directory: str) -> Iterator[str]:
     """Names of all that are registered, running or not any more."""
     with contextlib.suppress(FileNotFoundError):
-        for entry in sorted(os.listdir(os.path.join(runtime_directory, "services"))):
+        for entry in sorted(os.listdir(services_path(runtime_directory))):
             if entry.endswith(_SUFFIX) and not entry.startswith("."):
                 yield entry.removesuffix(_SUFFIX)
 
@@ -194,6 +226,8 @@ class Standalone:
         # All pidfds in one epoll instance, so that one task waits for the end of any service.
         self._ends = select.epoll()
         self._names: dict[int, str] = {}
+        self._remarks: set[Remark] = set()
+        self._unread = trio.Event()
 
     @property
     def services(self) -> Mapping[str, Service]:
@@ -208,6 +242,7 @@ class Standalone:
             task_status.started()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._follow_ends, changed)
+                nursery.start_soon(self._look_again, changed)
                 async for _ in watcher.changes():
                     self._look(changed)
 
@@ -224,9 +259,9 @@ class Standalone:
 
     async def reload(self, service: Service) -> Reloaded:
         """Send the signal or run the command that the service was registered with."""
-        registration = self._registrations[service.name]
-        if service.main is None:
-            return Reloaded(ok=True)
+        registration = self._registrations.get(service.name)
+        if service.main is None or registration is None:
+            return Reloaded(ok=True)  # it is not running, or takes no part any more
         try:
             if registration.reload_signal:
                 return await send_signal(service.main, config.signal_number(registration.reload_signal))
@@ -276,26 +311,70 @@ class Standalone:
         mains = {other.main.pid for other in self._services.values() if other.main is not None}
         return [service.main.pid, *descendants(service.main.pid, apart=mains)]
 
+    async def _look_again(self, changed: Callable[[str], None]) -> None:
+        """What could not be read for want of descriptors, say, nobody tells us of."""
+        while True:
+            await self._unread.wait()
+            await trio.sleep(_AGAIN_SEC)
+            self._unread = trio.Event()
+            self._look(changed)
+
     def _look(self, changed: Callable[[str], None]) -> None:
-        """Compare what is registered with what is known."""
-        names = set(registrations(self._runtime_directory))
-        for name in sorted(names | set(self._registrations)):
-            registration = self._read(name) if name in names else None
-            if registration != self._registrations.get(name):
-                self._forget(name)
-                if registration is not None:
-                    self._adopt(registration)
-                changed(name)
-
-    def _read(self, name: str) -> Registration | None:
+        """Compare what is registered with what is known. What cannot be read now stays as it is, and is read again."""
+        remarks: set[Remark] = set()
         try:
-            return registered(self._runtime_directory, name)
-        except (OSError, ValueError) as error:
-            path = os.path.join(self._runtime_directory, "services", name + _SUFFIX)
-            journal.log.warning(f"{shown(path)}: ignored, start the service again with `exec`: {error}")
-            return None
+            names = set(registrations(self._runtime_directory))
+        except OSError as error:
+            remarks.add(self._not_read(services_path(self._runtime_directory), error))
+        else:
+            for name in sorted(names | set(self._registrations)):
+                try:
+                    if self._update(name, name in names, remarks):
+                        changed(name)
+                except OSError as error:
+                    remarks.add(self._not_read(registration_path(self._runtime_directory, name), error))
+        for remark in sorted(remarks - self._remarks, key=lambda remark: remark.path):
+            journal.say(remark)
+        self._remarks = remarks
 
-    def _adopt(self, registration: Registration) -> None:
+    def _not_read(self, path: str, error: OSError) -> Remark:
+        self._unread.set()
+        return Remark("warning", path, f"cannot be read, it is tried again: {error.strerror}")
+
+    def _update(self, name: str, there: bool, remarks: set[Remark]) -> bool:
+        """Whether a service came, changed, or went.
+
+        Raises:
+            OSError: that cannot be found out now; nothing was changed.
+        """
+        registration = None
+        try:
+            registration = registered(self._runtime_directory, name) if there else None
+        except ValueError as error:
+            text = f"ignored, start the service again with `exec`: {error}"
+            remarks.add(Remark("warning", registration_path(self._runtime_directory, name), text))
+        if registration == self._registrations.get(name):
+            return False
+        main = self._hold(registration) if registration is not None else None
+        self._forget(name)
+        if registration is not None:
+            self._adopt(registration, main)
+        return True
+
+    def _hold(self, registration: Registration) -> Process | None:
+        """Its process, and the end of that from now on."""
+        try:
+            main = Process(registration.pid, registration.started)
+        except Gone:
+            return None
+        try:
+            self._ends.register(main.pidfd, select.EPOLLIN)
+        except OSError:
+            main.close()
+            raise
+        return main
+
+    def _adopt(self, registration: Registration, main: Process | None) -> None:
         self._registrations[registration.name] = registration
         # `exec` has refused what is wrong with them.
         settings, _ = service_settings(registration.settings, registration.check, registration.health_check)
@@ -305,12 +384,10 @@ class Standalone:
             manager="standalone",
             settings=settings,
         )
-        with contextlib.suppress(Gone):
-            main = Process(registration.pid, registration.started)
+        if main is not None:
             invocation = f"{registration.pid}-{registration.started}"
             service = dataclasses.replace(service, main=main, invocation=invocation)
             self._names[main.pidfd] = registration.name
-            self._ends.register(main.pidfd, select.EPOLLIN)
         self._services[registration.name] = service
 
     def _forget(self, name: str) -> None:
