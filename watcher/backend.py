@@ -183,6 +183,7 @@ class Control:
                 newest.get(key),
                 tools.ledger.pinned(service.name),
                 tools.ledger.quarantined(service.name),
+                tools.ledger.placed,
             )
 
     async def _plan(self, service: Service) -> PlannedChange:

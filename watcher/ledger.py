@@ -57,6 +57,9 @@ _FORMAT = database.Format(application=0x43464558, version=1, tables=_TABLES)
 _COLUMNS = tuple(field.name for field in dataclasses.fields(Event))
 _SELECTED = ", ".join(f'"{column}"' for column in _COLUMNS)
 _APPEND = f"INSERT INTO history ({_SELECTED}) VALUES ({', '.join('?' * len(_COLUMNS))})"
+# Those that are about another image than the ones in the stack have not swapped anything.
+_PLACED = """SELECT max("when") FROM history WHERE service = ? AND stack = ? AND swap_usec IS NOT NULL
+    AND outcome IN ('applied', 'failed', 'rolled-back')"""
 _PRUNE = "DELETE FROM history WHERE id <= (SELECT max(id) FROM history) - ?"
 _PRUNE_OUTPUTS = """UPDATE history SET output = '' WHERE output <> '' AND id <=
     (SELECT id FROM history WHERE output <> '' ORDER BY id DESC LIMIT 1 OFFSET ?)"""
@@ -95,6 +98,14 @@ class _Reading:
         """The newest outcome of each service. Raises LedgerError."""
         sql = f"SELECT {_SELECTED} FROM history WHERE id IN (SELECT max(id) FROM history GROUP BY service)"
         return {event.service: event for event in map(_event, self._rows(sql))}
+
+    def placed(self, service: str, stack: str) -> int | None:
+        """When the service was last given a stack, microseconds since the epoch; None: not known.
+
+        Raises:
+            LedgerError: it cannot be read.
+        """
+        return next((when for (when,) in self._rows(_PLACED, [text(service), stack])), None)
 
 
 class Reader(_Reading):

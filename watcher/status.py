@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from watcher import journal
@@ -18,7 +18,7 @@ from watcher.model import Event, Kind, Layer, Stack
 from watcher.mounts.table import Mounted, Table
 from watcher.process import Gone, Process, shares_host
 from watcher.schema import Quarantined, ServiceNotFound, ServiceStatus, text
-from watcher.stacks import Damaged, Stacks
+from watcher.stacks import Accepted, Damaged, Stacks
 from watcher.units import is_service
 
 
@@ -39,7 +39,11 @@ def without_daemon(settings: Settings, service: str | None = None) -> list[Servi
             if service in (None, name):
                 kept_out = [one for one in quarantined if one.service == key]
                 last, pin = newest.get(key), pins.get(key)
-                found.append(of_service(settings.state_directory, name, manager, main, last, pin, kept_out))
+                found.append(
+                    of_service(
+                        settings.state_directory, name, manager, main, last, pin, kept_out, ledger.placed
+                    )
+                )
     if service is not None and not found:
         raise ServiceNotFound(service)
     return sorted(found, key=lambda one: one.service)
@@ -89,9 +93,15 @@ def of_service(
     last: Event | None,
     pinned: str | None,
     quarantined: Sequence[Quarantined],
+    placed: Callable[[str, str], int | None],
 ) -> ServiceStatus:
-    """One service: `main` is its main process, None if it does not run; the rest comes from the ledger."""
-    stacks = _kept(state_directory, slots_of(name, manager))
+    """One service: `main` is its main process, None if it does not run; the rest comes from the ledger.
+
+    Args:
+        placed: when a service was last given a stack, by their names; None: not known.
+    """
+    kept = _kept(state_directory, slots_of(name, manager))
+    stacks = [accepted.stack for accepted in kept]
     status = ServiceStatus(
         service=name,
         manager=manager,
@@ -111,7 +121,9 @@ def of_service(
         return status
     layers = shown_layers(mounted, stacks)
     stack = Stack(layers).id
-    since = last.when if last is not None and last.stack == stack else None
+    # `exec` starts a service on its stack, and writes no history.
+    accepted = (one.when for one in kept if one.stack.id == stack)
+    since = placed(name, stack) or next(accepted, None)
     return replace(status, state="running", pid=main.pid, stack=stack, layers=layers, since=since)
 
 
@@ -126,12 +138,12 @@ def shown_layers(mounted: Mounted, stacks: Sequence[Stack]) -> tuple[Layer, ...]
     return tuple(_layer(one.name, one.version, one.digest, stacks) for one in mounted.layers)
 
 
-def _kept(state_directory: str, slots: str) -> list[Stack]:
+def _kept(state_directory: str, slots: str) -> list[Accepted]:
     """The accepted stacks kept under a name, newest first: they know the whole names of what the kernel shows cut."""
     if not os.path.isdir(f"{state_directory}/stacks"):
         return []  # and none is made: this may be a user who only looks
     with contextlib.suppress(Damaged):
-        return [accepted.stack for accepted in Stacks(state_directory).history(slots)]
+        return list(Stacks(state_directory).history(slots))
     return []
 
 
