@@ -194,11 +194,22 @@ def _run(settings: Settings, options: argparse.Namespace) -> int:
     from watcher import daemon
     from watcher.dbus import Lost
 
+    stopped: Exception | None = None
     try:
         daemon.main(settings)
-    except (daemon.AlreadyRunning, Lost) as error:
-        return _fail(str(error), FAILED)
-    return DONE
+    except* (daemon.AlreadyRunning, Unsupported, Lost, OSError) as group:
+        stopped = _first(group)
+    if stopped is None:
+        return DONE
+    return _fail(problem(stopped), UNSUPPORTED if isinstance(stopped, Unsupported) else FAILED)
+
+
+def _first(error: BaseException) -> Exception:
+    """What a group of exceptions is about: the first one that came."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, Exception)
+    return error
 
 
 def _exec(settings: Settings, options: argparse.Namespace) -> int:
@@ -282,12 +293,18 @@ def _plan(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def _history(settings: Settings, options: argparse.Namespace) -> int:
+    from watcher.client import Client, NotRunning
     from watcher.ledger import LedgerError, Reader
 
     if options.lines < 1:
         return _fail("--lines: at least 1", USAGE)
     try:
-        events = Reader(settings.state_directory).history(options.service, options.lines)
+        try:
+            # It may read what this user may not, and knows who may see the output of commands.
+            with Client(settings.runtime_directory, timeout=30) as client:
+                events = client.history(options.service, options.lines)
+        except NotRunning:
+            events = Reader(settings.state_directory).history(options.service, options.lines)
     except LedgerError as error:
         return _fail(str(error), FAILED)
     if options.json:

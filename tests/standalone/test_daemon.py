@@ -25,6 +25,22 @@ def test_a_signal_ends_it_and_services_keep_their_stacks(place: Place, number: i
     assert service.process.poll() is None
 
 
+@pytest.mark.parametrize("name", ["services", "io.confext.Watcher"])
+@pytest.mark.parametrize("place", ["trees"], indirect=True)
+def test_what_is_in_its_way_at_the_start_is_said_in_one_line(place: Place, name: str) -> None:
+    in_the_way = place.runtime / name
+    if name == "services":
+        place.runtime.mkdir()
+        in_the_way.write_text("a file")
+    else:
+        in_the_way.mkdir(parents=True)
+    daemon = place.start_daemon(wait=False)
+    assert daemon.wait() == 1
+    *_, last = daemon.log.wait_for_end()
+    assert last.startswith("confext-watcher: ") and name in last
+    assert not [line for line in daemon.log.lines if "Traceback" in line or "|" in line], daemon.log.lines
+
+
 def test_it_does_not_wait_for_a_reload_that_hangs(place: Place) -> None:
     """90 s is what a reload command may take; what is still running is killed."""
     daemon = place.start_daemon()

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -79,11 +82,67 @@ def test_a_broken_image_does_not_change_since_when(shared: Place) -> None:
     service.put("1.3")
     service.logged("web 1.3 added")
     since = service.status()["since"]
-    (service.versions / f"web_1.4{shared.suffix}").symlink_to("nowhere")
-    service.logged("web_1.4", "leads nowhere")
+    made = shared.confext("1.4")
+    if shared.trees:
+        shutil.copytree(made, service.versions / ".new")
+        (service.versions / ".new/etc/extension-release.d/extension-release.web").write_text("ID=other\n")
+    else:
+        (service.versions / ".new").write_bytes(made.read_bytes()[:4096])
+    (service.versions / ".new").rename(service.versions / f"web_1.4{shared.suffix}")
+    service.logged("web_1.4", "refused|incomplete", "it keeps web 1.3")
     found = service.status()
     assert [layer["version"] for layer in found["layers"]] == ["1.3"]
-    assert found["since"] == since
+    assert found["since"] == since < found["last"]["when"]
+
+
+@pytest.mark.parametrize("place", ["trees"], indirect=True)
+def test_since_when_is_known_without_history(place: Place) -> None:
+    versions = place.versions("web.service")
+    versions.mkdir(parents=True)
+    place.bring(place.confext("1.3"), versions / "web_1.3")
+    before = time.time_ns() // 1000
+    service = place.start(name="web.service")
+    since = service.status()["since"]
+    assert before < since < time.time_ns() // 1000
+    place.start_daemon()
+    assert service.status()["since"] == since
+
+
+@root
+@tool("mksquashfs")
+def test_anybody_may_ask_the_daemon_for_history() -> None:
+    """Who may not read the file may have the daemon do it, but for what commands printed."""
+    nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    with tempfile.TemporaryDirectory() as path:
+        os.chmod(path, 0o755)
+        with Place(Path(path)) as place:
+            daemon = place.start_daemon()
+            service = place.start(
+                "--check", "sh -c 'echo $((40 + 2))nd; echo last; false'", "--reload-signal", "HUP"
+            )
+            service.put("1.3")
+            service.logged("refused")
+            printed = place.run("history", service.name, prefix=nobody).stdout
+            assert "web 1.3 added, refused" in printed and "42nd" not in printed
+            assert "42nd" in place.run("history", service.name).stdout
+            daemon.stop()
+            done = place.run("history", service.name, prefix=nobody, check=False)
+            assert done.returncode == 1
+            assert done.stderr.endswith("ledger.sqlite: this user may not read it\n")
+            assert "42nd" in place.run("history", service.name).stdout
+
+
+@images_only
+def test_exit_statuses(place: Place) -> None:
+    assert place.run("plan", check=False).returncode == 3
+    assert place.run("wait", "web.service", "web_1.raw", check=False).returncode == 3
+    assert place.run("history", "-n", "0", check=False).returncode == 2
+    assert place.run("history", "--nonsense", check=False).returncode == 2
+    place.start_daemon()
+    assert place.run("wait", "web.service", "web_1.raw", check=False).returncode == 1
+    place.start(name="web.service")
+    words = ("wait", "--timeout", "0.1", "web.service", "web_1.raw")
+    assert place.run(*words, check=False).returncode == 4
 
 
 @images_only
