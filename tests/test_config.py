@@ -183,10 +183,18 @@ def test_directories_of_a_person() -> None:
     }
     environment = {"XDG_STATE_HOME": "/s", "XDG_CONFIG_HOME": "/c"}
     assert config.directories(environment, root=False) == {
-        "runtime_directory": f"/tmp/confext-watcher-{os.geteuid()}/confext-watcher",
+        "runtime_directory": "/s/confext-watcher/run",
         "state_directory": "/s/confext-watcher",
         "configuration_directory": "/c/confext-watcher",
     }
+
+
+def test_root_of_a_user_namespace_alone_has_a_persons_directories(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != ("/run", os.W_OK))
+    settings, _ = config.load({"HOME": "/home/me", "XDG_RUNTIME_DIR": "/run/user/7"})
+    assert settings.runtime_directory == "/run/user/7/confext-watcher"
+    assert settings.state_directory == "/home/me/.local/state/confext-watcher"
 
 
 def test_the_file_of_the_first_place_and_the_drop_ins_of_all(

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _as_root(options: argparse.Namespace) -> bool:
     """Whether the system's daemon is meant: by root, and by a user who only asks and has no daemon of his own."""
-    if os.geteuid() == 0:
+    if config.is_root():
         return True
     own = config.directories(os.environ, root=False)
     system = config.directories(os.environ, root=True)

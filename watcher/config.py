@@ -114,19 +114,26 @@ def directories(environment: Mapping[str, str], *, root: bool) -> dict[str, str]
         root: without the former, the system's directories rather than a user's.
     """
     home = environment.get("HOME") or "/"
-    runtime = environment.get("XDG_RUNTIME_DIR") or f"/tmp/{_NAME}-{os.geteuid()}"
+    state = f"{environment.get('XDG_STATE_HOME') or f'{home}/.local/state'}/{_NAME}"
+    runtime = environment.get("XDG_RUNTIME_DIR")
     own = {
-        "runtime_directory": runtime,
-        "state_directory": environment.get("XDG_STATE_HOME") or f"{home}/.local/state",
-        "configuration_directory": environment.get("XDG_CONFIG_HOME") or f"{home}/.config",
+        # Not in /tmp, where anybody may be there first: what lies in it survives a reboot without harm.
+        "runtime_directory": f"{runtime}/{_NAME}" if runtime else f"{state}/run",
+        "state_directory": state,
+        "configuration_directory": f"{environment.get('XDG_CONFIG_HOME') or f'{home}/.config'}/{_NAME}",
     }
     system = {field.name: field.default for field in fields(Settings) if field.name in own}
     found = {}
-    for attribute, base in own.items():
+    for attribute, default in own.items():
         given = environment.get(attribute.upper(), "").split(":")[0]
-        chosen = given or (str(system[attribute]) if root else f"{base}/{_NAME}")
-        found[attribute] = os.path.abspath(chosen)
+        found[attribute] = os.path.abspath(given or (str(system[attribute]) if root else default))
     return found
+
+
+def is_root() -> bool:
+    """Whether the system's directories are ours: root's, and in a container its root's; not those of a user who is root
+    in a user namespace of his own only."""
+    return os.geteuid() == 0 and os.access("/run", os.W_OK)
 
 
 def load(
@@ -138,12 +145,12 @@ def load(
     earliest place's counts, and the later in the order of their names win.
 
     Args:
-        root: whether the system's directories are meant; None: by the effective user.
+        root: whether the system's directories are meant; None: if they are ours.
 
     Raises:
         OSError: a file is there and cannot be read.
     """
-    paths = directories(environment, root=os.geteuid() == 0 if root is None else root)
+    paths = directories(environment, root=is_root() if root is None else root)
     places = (paths["configuration_directory"], *_VENDOR_DIRECTORIES)
     main = next((path for place in places if os.path.exists(path := f"{place}/watcher.conf")), None)
     drop_ins = unitname.config_files(f"{place}/watcher.conf.d" for place in places)
