@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from watcher import journal, tries
 from watcher.admission import Admission, host
-from watcher.config import Settings
+from watcher.config import ServiceSettings, Settings
 from watcher.ledger import LedgerError, Reader
 from watcher.managers import slots_of
 from watcher.managers.standalone import (
@@ -231,12 +231,18 @@ def _find(settings: Settings, admission: Admission, store: Store, trials: Trials
         # It never ran: there is nothing yet that could have proved bad.
         journal.log.warning(f"{name}: starts without regard to history: {error}")
     sources = declared(order.images, order.directories, order.confext_dirs)
-    return find(store, admission, slots, sources, host(), kept_out, pin, trials.of(name))
+    policy = _own_settings(order).image_policy
+    return find(store, admission, slots, sources, host(), kept_out, pin, trials.of(name), policy=policy)
+
+
+def _own_settings(order: Order) -> ServiceSettings:
+    own, _ = service_settings(order.settings, order.check, order.health_check)
+    return own
 
 
 def _is_tried_by_the_daemon(order: Order) -> bool:
     """Whether something new has to wait until the program runs: for its check, or for its turn."""
-    own, _ = service_settings(order.settings, order.check, order.health_check)
+    own = _own_settings(order)
     return bool(own.check) or own.rollout == "rolling"
 
 

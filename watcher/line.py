@@ -261,6 +261,7 @@ class Line:
             trial,
             elsewhere,
             None if memory is None else memory.origins,
+            service.settings.image_policy,
         )
 
     def _kept_out(self, service: Service) -> tuple[dict[str, str], dict[str, str]]:

@@ -8,7 +8,19 @@ from dataclasses import dataclass, replace
 
 from watcher import scan
 from watcher.admission import Admission, Host
-from watcher.model import Candidate, Copy, Declared, Entry, KeptOut, Look, Remark, Stack, Sysext
+from watcher.model import (
+    Candidate,
+    Copy,
+    Declared,
+    Entry,
+    KeptOut,
+    Look,
+    Refused,
+    Remark,
+    Stack,
+    Sysext,
+    shown,
+)
 from watcher.origins import Origins
 from watcher.plan import Choice, Passed, choose
 from watcher.store import Store
@@ -90,6 +102,7 @@ def find(
     trial: Trial | None,
     elsewhere: Mapping[str, str] | None = None,
     origins: Origins | None = None,
+    policy: str = "",
 ) -> Wanted:
     """What a service should have. Blocks, for as long as copying takes; hold `store.using()`.
 
@@ -100,6 +113,7 @@ def find(
         trial: what is on trial.
         elsewhere: digests that it must not get unless it has them already, with the reason.
         origins: where its layers were found at former looks.
+        policy: `ImagePolicy=`, systemd.image-policy(7). Nothing is verified yet: unless it is "*", nothing new gets in.
     """
     record = store.record(slots)
     current = record.stack if record is not None else Stack()
@@ -111,6 +125,8 @@ def find(
         copy = admission.admit(candidate, made_for)
         if copy.digest in reasons:
             raise KeptOut(f"kept out: {reasons[copy.digest]}")
+        if policy not in ("", "*"):
+            raise Refused(f"nothing is verified yet, as ImagePolicy={shown(policy)} asks for")
         return copy
 
     # The others are read only where the current one may not do.

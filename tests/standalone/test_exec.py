@@ -299,3 +299,19 @@ def test_a_service_that_another_one_starts_has_a_stack_of_its_own(place: Place) 
         assert [line for line in outer.said.read() if "outer" in line] == []
     finally:
         os.kill(main, signal.SIGKILL)
+
+
+@trees_only
+def test_an_image_policy_that_cannot_be_met_lets_nothing_in(place: Place) -> None:
+    options = ("--reload-signal", "HUP", "--set", "ImagePolicy=signed")
+    service = place.start(*options)
+    service.put("1.3")
+    place.start_daemon(wait=False)
+    service.logged("refused: nothing is verified yet, as ImagePolicy=signed asks for")
+    service.kill()
+    service = place.start(*options, name=service.name)
+    assert service.heard == ["nothing"]
+    assert any("ImagePolicy=signed" in line for line in service.errors.read())
+    service.kill()
+    service = place.start(*options[:2], "--set", "ImagePolicy=*", name=service.name)
+    assert service.heard == ["1.3"]
