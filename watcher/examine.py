@@ -5,20 +5,26 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 import subprocess
 import tempfile
 from dataclasses import dataclass
 
-from watcher import admit, release, tree, vpick
+from watcher import admit, release, resolve, tree, vpick
 from watcher.admission import Host
 from watcher.filecopy import hash_file
 from watcher.images.extension import RELEASE_DIRECTORY, read_release
 from watcher.images.probe import probe
+from watcher.inside import reason_of
 from watcher.lease import Lease
-from watcher.model import Candidate, Copy, Kind, Refused
+from watcher.model import Busy, Candidate, Copy, Kind, Refused, shown
 from watcher.mounts.workshop import Workshop
 from watcher.process import may_mount
+
+# Seconds for a tool that reads an image without root, whoever made that.
+_TOOL_SEC = 60
+_DIRENTS: dict[Kind, vpick.Type] = {Kind.IMAGE: "file", Kind.DIRECTORY: "directory"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +53,11 @@ def examine(path: str, made_for: Host, image_max: int) -> Examined:
         OSError: it cannot be read, or not be mounted.
     """
     kind = Kind.DIRECTORY if stat.S_ISDIR(os.stat(path).st_mode) else Kind.IMAGE
-    filename = os.path.basename(os.path.abspath(path))
-    if kind is Kind.IMAGE and not filename.endswith(".raw"):
-        raise Refused("its name does not end in .raw: it would not be looked at")
+    path = os.path.abspath(path)
+    directory, filename = os.path.split(path)
+    _require_name(directory, filename, kind)
     name, version = vpick.split(filename, kind)
-    candidate = Candidate(os.path.abspath(path), filename, name, version, kind)
+    candidate = Candidate(path, filename, name, version, kind)
     place = admit.open_candidate(candidate)
     try:
         fd = os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC)
@@ -59,7 +65,7 @@ def examine(path: str, made_for: Host, image_max: int) -> Examined:
         os.close(place)
     try:
         return (
-            _tree(fd, candidate, made_for)
+            _tree(fd, candidate, made_for, image_max)
             if kind is Kind.DIRECTORY
             else _image(fd, candidate, made_for, image_max)
         )
@@ -67,24 +73,48 @@ def examine(path: str, made_for: Host, image_max: int) -> Examined:
         os.close(fd)
 
 
-def _tree(root: int, candidate: Candidate, made_for: Host) -> Examined:
+def _require_name(directory: str, filename: str, kind: Kind) -> None:
+    """Refuse what would not be looked at where it lies, or is not one image or tree."""
+    if kind is Kind.DIRECTORY and filename.endswith(".v"):
+        raise Refused("it is a directory for versions: name the versions in it")
+    if not re.fullmatch(resolve.ENTRY_NAME, filename):
+        raise Refused("it would not be looked at: called like a copy in progress, or hidden")
+    if kind is Kind.IMAGE and not filename.endswith(".raw"):
+        raise Refused("it would not be looked at: its name does not end in .raw")
+    spec = vpick.parse_path(directory, kind)
+    if spec is not None:
+        for passed in vpick.passed_over(spec, [vpick.Dirent(filename, _DIRENTS[kind])]):
+            raise Refused(f"it would not be looked at: {passed.reason}")
+
+
+def _tree(root: int, candidate: Candidate, made_for: Host, image_max: int) -> Examined:
+    size = tree.size_of(root)
+    if size > image_max:
+        raise _too_large(size, image_max)
     names, strict_false = read_release(root)
     _match(candidate, names, strict_false, made_for)
     found = tree.digest(root)
-    return Examined(candidate, found.digest, "", tree.size_of(root))
+    return Examined(candidate, found.digest, "", size)
+
+
+def _too_large(size: int, image_max: int) -> Refused:
+    return Refused(f"too large: {size} bytes, {image_max} are allowed (ImageMax=)")
 
 
 def _image(fd: int, candidate: Candidate, made_for: Host, image_max: int) -> Examined:
     with Lease(fd) as lease:
         size = os.fstat(fd).st_size
         if size > image_max:
-            raise Refused(f"has {size} bytes, {image_max} are allowed (ImageMax=)")
+            raise _too_large(size, image_max)
         probed = probe(fd, size)
         hasher = hashlib.sha256()
         hash_file(fd, size, hasher)
         copy = Copy(hasher.hexdigest(), os.path.realpath(candidate.path), size, Kind.IMAGE, probed.fstype)
         names, strict_false = _mounted_release(copy) if may_mount() else _extracted_release(copy)
         lease.check()
+        # It was mounted, or taken apart, by its path.
+        if not os.path.samestat(os.fstat(fd), os.stat(copy.path)):
+            raise Busy("it was replaced meanwhile")
     _match(candidate, names, strict_false, made_for)
     return Examined(candidate, copy.digest, copy.fstype, size)
 
@@ -113,15 +143,18 @@ def _extracted_release(copy: Copy) -> tuple[dict[str, str], set[str]]:
         else:
             words = ["fsck.erofs", f"--extract={target}", copy.path]
         try:
-            done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
+            done = subprocess.run(
+                words, capture_output=True, text=True, errors="replace", check=False, timeout=_TOOL_SEC
+            )
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 error.errno, f"not root, and {words[0]} is not installed: the release file cannot be read"
             ) from None
+        except subprocess.TimeoutExpired as error:
+            raise Refused(f"{words[0]} has not read it in {_TOOL_SEC} s") from error
         if done.returncode:
-            raise Refused(
-                f"{words[0]} cannot read it: {(done.stderr or done.stdout).strip().splitlines()[-1]}"
-            )
+            said = (done.stderr or done.stdout).strip().splitlines() or [reason_of(done.returncode)]
+            raise Refused(f"{words[0]} cannot read it: {shown(said[-1])}")
         return _read(target)
 
 

@@ -201,3 +201,47 @@ def test_check_needs_no_root(tmp_path: Path) -> None:
         assert (
             subprocess.run(["losetup", "--associated", path], capture_output=True, check=True).stdout == b""
         )
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        (".web_1", "called like a copy in progress, or hidden"),
+        ("web.v", "it is a directory for versions: name the versions in it"),
+        ("web.v/web_1 4", "not called web_VERSION"),
+        ("web.v/other_1", "not called web_VERSION"),
+        ("web.v/web_1_s390x", "made for s390x"),
+    ],
+)
+@pytest.mark.parametrize("place", ["trees"], indirect=True)
+def test_check_refuses_what_would_not_be_looked_at(place: Place, path: str, reason: str) -> None:
+    target = place.path / path
+    target.parent.mkdir(exist_ok=True)
+    place.bring(tree("web_1.4", "1.4"), target)
+    done = place.run("check", str(target), check=False)
+    assert done.returncode == 1
+    assert done.stdout.startswith(f"{target}: would be refused: it") and reason in done.stdout
+
+
+@pytest.mark.parametrize("place", ["trees"], indirect=True)
+def test_check_holds_a_tree_against_its_limit(place: Place) -> None:
+    place.configure("ImageMax=10K")
+    target = place.path / "web"
+    place.bring(tree("web_1.4", "1.4"), target)
+    done = place.run("check", str(target), check=False)
+    assert "would be refused: too large" in done.stdout and "10240 are allowed (ImageMax=)" in done.stdout
+
+
+@root
+@tool("mksquashfs")
+def test_a_tool_that_dies_silently_is_one_line(tmp_path: Path) -> None:
+    with Place(tmp_path, trees=True) as place:
+        path = tmp_path / "web_1.4.raw"
+        place.bring(image("web_1.4", "1.4"), path)
+        tools = tmp_path / "tools"
+        tools.mkdir()
+        (tools / "unsquashfs").write_text("#!/bin/sh\nkill -SEGV $$\n")
+        (tools / "unsquashfs").chmod(0o755)
+        place.environment["PATH"] = f"{tools}:{os.environ['PATH']}"
+        done = place.run("check", str(path), check=False)
+        assert done.stdout == f"{path}: would be refused: unsquashfs cannot read it: was ended by SIGSEGV\n"
