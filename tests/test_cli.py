@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the command line answers before there is anything to ask."""
+"""The command line itself: what it refuses before anything is begun, and how."""
 
 from __future__ import annotations
 
@@ -8,12 +8,37 @@ import platform
 import pytest
 
 from watcher import cli
+from watcher.client import NotRunning
 
 
-def test_an_old_kernel_is_refused_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(platform, "release", lambda: "6.7.12-amd64")
+@pytest.fixture
+def release(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    value: str = request.param
+    monkeypatch.setattr(platform, "release", lambda: value)
+    return value
+
+
+@pytest.mark.parametrize("release", ["6.7.12", "5.15.0-91-generic", "6.7+", "4"], indirect=True)
+def test_an_old_kernel_is_refused_in_one_line(release: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["run"]) == cli.UNSUPPORTED
-    said = capsys.readouterr().err
-    assert said.startswith("confext-watcher: Linux 6.7.12-amd64 is too old") and said.count("\n") == 1
+    assert cli.main(["exec", "--name", "web.service", "--", "true"]) == cli.UNSUPPORTED
+    line = f"confext-watcher: Linux {release} is too old: 6.8 or newer is needed (overlayfs lowerdir+)\n"
+    assert capsys.readouterr().err == 2 * line
+
+
+@pytest.mark.parametrize(
+    "release", ["6.8.0", "6.8", "6.12+", "6.9rc1", "7.0-rc2", "6.12.43+deb13-amd64"], indirect=True
+)
+def test_a_new_kernel_is_taken_however_it_is_called(release: str) -> None:
+    cli._require_kernel()
+
+
+def test_what_is_said_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> int:
+        raise NotRunning("two\nlines \x1b[31m")
+
+    monkeypatch.setattr(cli, "_check", broken)
+    assert cli.main(["check", "web.raw"]) == 3
+    assert capsys.readouterr().err == "confext-watcher: two\\nlines \\x1b[31m\n"

@@ -16,7 +16,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from needs import tool, which
-from watcher import config, journal
+from watcher import config, journal, tries
 from watcher.model import Event, Outcome
 
 CONTRIB = Path(__file__).parent.parent / "contrib"
@@ -93,6 +93,17 @@ def test_every_setting_is_in_the_man_page_and_no_other(heading: str, keys: dict[
     described = page.partition(f".Sh {heading}\n")[2].partition("\n.Sh ")[0]
     items = re.findall(r"^\.It Va (.*)$", described, re.MULTILINE)
     assert sorted(key for item in items for key in re.findall(r"(\w+)=", item)) == sorted(keys)
+
+
+def test_counted_tries_are_in_the_man_page_as_they_are_made() -> None:
+    page = (MAN / "confext-watcher.8").read_text()
+    text = page.partition(".Ss Counted tries\n")[2].partition("\n.Ss ")[0]
+    first, then, good = re.findall(r"^\.Pa (web_1\.4.*\.raw) ?[:.,]?$", text, re.MULTILINE)
+    counters = tries.counted(f"/srv/web.raw.v/{first}")
+    assert counters is not None
+    assert (counters.next(), counters.good()) == (then, good)
+    for words in ("Services that share a directory share it", ".Cm rollback Fl -forget", ".Pa +0\n"):
+        assert words in text
 
 
 def test_the_fields_of_the_journal_are_in_the_man_page() -> None:

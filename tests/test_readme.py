@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from needs import root, tool
-from watcher import cli
+from watcher import cli, tries
 from watcher.config import Settings
 
 CHECKOUT = Path(__file__).parent.parent
@@ -102,6 +102,21 @@ def test_it_names_the_settings_as_they_are() -> None:
     assert f"{settings.store_max >> 30} GiB in all" in text
     assert f"{settings.image_max >> 30} GiB for one" in text
     assert "Linux 6.8" in text and cli._KERNEL == (6, 8)
+
+
+def test_counted_tries_are_as_it_says() -> None:
+    first, then, good = re.findall(r"`(web_1\.6.*?\.raw)`", README)
+    counters = tries.counted(f"/srv/web.raw.v/{first}")
+    assert counters is not None
+    assert (counters.next(), counters.good()) == (then, good)
+
+
+def test_what_is_not_there_yet_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    missing = README.partition("**Not yet:**")[2].partition("\n- **")[0]
+    for command in ("diff", "origin"):
+        assert f"`{command}`" in missing
+        with pytest.raises(SystemExit, match="2"):
+            cli.main([command, "web.service"])
 
 
 def test_it_links_to_what_is_there() -> None:
