@@ -34,7 +34,7 @@ from watcher.mounts import syscalls
 from watcher.mounts.swap import Moved, swap
 from watcher.mounts.workshop import HostNamespace, Workshop
 from watcher.process import Gone, Process, may_mount, shares_host, start_time
-from watcher.schema import text
+from watcher.schema import Quarantined, text
 from watcher.store import Store
 from watcher.trials import Trial, Trials
 from watcher.wanted import Wanted, find
@@ -219,11 +219,14 @@ def _find(settings: Settings, admission: Admission, store: Store, trials: Trials
         LedgerError: what must not get in is not known, while something is accepted that has been in.
     """
     name, slots = order.name, slots_of(order.name, "standalone")
-    ledger = Reader(settings.state_directory)
     kept_out: dict[str, str] = {}
+    elsewhere: dict[str, str] = {}
     pin = None
     try:
-        kept_out = {one.digest: one.reason for one in ledger.quarantined(name)}
+        ledger = Reader(settings.state_directory)
+        quarantined = ledger.quarantined()
+        kept_out = {one.digest: one.reason for one in quarantined if one.service == text(name)}
+        elsewhere = _kept_out_elsewhere(settings, order, quarantined)
         pin = ledger.pins().get(text(name))
     except LedgerError as error:
         if store.accepted(slots) is not None:
@@ -232,10 +235,24 @@ def _find(settings: Settings, admission: Admission, store: Store, trials: Trials
         journal.log.warning(f"{name}: starts without regard to history: {error}")
     sources = declared(order.images, order.directories, order.confext_dirs)
     policy = _own_settings(order).image_policy
-    return find(store, admission, slots, sources, host(), kept_out, pin, trials.of(name), policy=policy)
+    trial = trials.of(name)
+    return find(store, admission, slots, sources, host(), kept_out, pin, trial, elsewhere, policy=policy)
 
 
-def _own_settings(order: Order) -> ServiceSettings:
+def _kept_out_elsewhere(
+    settings: Settings, order: Order, quarantined: Sequence[Quarantined]
+) -> dict[str, str]:
+    """With `Rollout=rolling`: what proved bad for others that have it so, with the reasons."""
+    found: dict[str, str] = {}
+    if _own_settings(order).rollout == "rolling":
+        for one in quarantined:
+            other = _registered(settings, one.service) if one.service != text(order.name) else None
+            if other is not None and _own_settings(other).rollout == "rolling":
+                found[one.digest] = f"it did not do on {one.service}: {one.reason}"
+    return found
+
+
+def _own_settings(order: Order | Registration) -> ServiceSettings:
     own, _ = service_settings(order.settings, order.check, order.health_check)
     return own
 

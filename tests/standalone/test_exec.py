@@ -315,3 +315,19 @@ def test_an_image_policy_that_cannot_be_met_lets_nothing_in(place: Place) -> Non
     service.kill()
     service = place.start(*options[:2], "--set", "ImagePolicy=*", name=service.name)
     assert service.heard == ["1.3"]
+
+
+@trees_only
+def test_what_did_not_do_on_another_is_not_what_a_new_one_begins_with(place: Place) -> None:
+    """With Rollout=rolling."""
+    place.start_daemon()
+    command = "sh -c '! grep -q broken /etc/web.conf'"
+    first = place.start("--reload-command", command, "--set", "Rollout=rolling", name="a.service")
+    first.put("1.3")
+    first.logged("web 1.3 added, applied")
+    first.put("1.4", value="broken")
+    first.logged("web 1.4 taken out again")
+    options = ("--confext-dir", str(first.drops), "--set", "Rollout=rolling")
+    second = place.start(*options, name="b.service", declared=False)
+    assert second.heard == ["1.3"]
+    assert any("it did not do on a.service" in line for line in second.errors.read())
