@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from watcher.ledger import Ledger, Reader
-from watcher.model import Event, Outcome
+from watcher.model import Event, Outcome, Refused
 from watcher.record import Record
 
 
@@ -52,3 +52,30 @@ async def test_an_outcome_is_written_also_when_we_are_told_to_end(ledger: Counti
         scope.cancel()
         await Record(ledger).outcome(event(1))
     assert [one.message for one in Reader(str(tmp_path)).history()] == ["outcome 1"]
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (
+            OSError(12, "Cannot allocate memory", "overlay"),
+            ", it is tried again: overlay: Cannot allocate memory",
+        ),
+        (
+            FileNotFoundError(2, "no os-release in it", "/srv/a\nb"),
+            r", it is tried again: /srv/a\nb: no os-release in it",
+        ),
+        (
+            Refused("/etc in the service's root is a symbolic link"),
+            ": /etc in the service's root is a symbolic link",
+        ),
+    ],
+)
+async def test_what_is_in_the_way_of_a_stack_is_said_in_words(
+    ledger: Counting, error: Exception, sentence: str
+) -> None:
+    told: list[Event] = []
+    record = Record(ledger, told.append)
+    for _ in range(2):
+        await record.not_placed("web.service", error)
+    assert [one.message for one in told] == [f"web.service: its stack could not be put in place{sentence}"]

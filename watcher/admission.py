@@ -17,7 +17,7 @@ from types import MappingProxyType
 
 from watcher import admit, arch, release
 from watcher.images.extension import read_release
-from watcher.model import Candidate, Copy, Kind, Later, shown
+from watcher.model import Candidate, Copy, Kind, Later, problem
 from watcher.mounts import syscalls
 from watcher.mounts.workshop import Workshop
 from watcher.store import Store
@@ -124,7 +124,7 @@ class Admission:
                 short = _SHORT.get(error.errno or 0)
                 if short is None:
                     raise
-                raise Later(f"{short}: {shown(str(error))}") from error
+                raise Later(f"{short}: {problem(error)}") from error
             self._releases[copy.digest] = known
         return known
 

@@ -28,7 +28,7 @@ from watcher.managers.several import Several
 from watcher.managers.standalone import Standalone
 from watcher.managers.systemd import Systemd
 from watcher.managers.systemd import check as systemd_check
-from watcher.model import Busy, Remark, shown
+from watcher.model import Busy, Remark, problem, shown
 from watcher.mounts.workshop import Workshop
 from watcher.pending import Pending
 from watcher.process import may_mount
@@ -251,7 +251,7 @@ class Daemon:
         try:
             settings, remarks = config.load()
         except OSError as error:
-            journal.log.error(f"settings not read again, the old ones stay: {error}")
+            journal.log.error(f"settings not read again, the old ones stay: {problem(error)}")
             return
         journal.configure(level=settings.log_level)
         for remark in remarks:

@@ -13,7 +13,7 @@ import trio
 
 from watcher import journal, report, tries
 from watcher.ledger import Ledger, LedgerError
-from watcher.model import Event, KeptOut, Later, Refused, Stack, shown
+from watcher.model import Event, KeptOut, Later, Refused, Stack, printable, problem, shown
 from watcher.plan import Passed
 from watcher.schema import Quarantined, text
 from watcher.wanted import STACK, Wanted
@@ -71,14 +71,15 @@ class Record:
 
     async def not_placed(self, service: str, error: Exception) -> None:
         """Its stack could not be put in place, or what was begun has to wait: said once for as long as it is so."""
-        reason = shown(str(error))
+        reason = printable(problem(error))
         if self._not_placed.get(service) == reason:
             return
         self._not_placed[service] = reason
         if isinstance(error, Later):
             _log("warning", f"{service}: {reason}; it is tried again by itself", service)
         else:
-            await self.outcome(report.not_placed(service, reason))
+            # What is refused waits for somebody to see to it.
+            await self.outcome(report.not_placed(service, reason, again=not isinstance(error, Refused)))
 
     async def needs_restart(self, service: str, invocation: str, reason: str) -> None:
         """Its main process shares the host's namespace; said once for each start of the service."""

@@ -119,9 +119,9 @@ def needs_restart(service: str, reason: str) -> Event:
     return event(service, Outcome.NEEDS_RESTART, sentence, reason=reason)
 
 
-def not_placed(service: str, reason: str) -> Event:
+def not_placed(service: str, reason: str, *, again: bool) -> Event:
     """The kernel did not let us put the stack in place."""
-    sentence = f"its stack could not be put in place, it is tried again: {reason}"
+    sentence = f"its stack could not be put in place{', it is tried again' if again else ''}: {reason}"
     return event(service, Outcome.FAILED, sentence, reason=reason)
 
 

@@ -14,7 +14,7 @@ from watcher.config import Settings
 from watcher.ledger import Reader
 from watcher.managers import slots_of
 from watcher.managers.standalone import registered, registrations
-from watcher.model import Event, Kind, Layer, Stack
+from watcher.model import Event, Kind, Layer, Stack, problem
 from watcher.mounts.table import Mounted, Table
 from watcher.process import Gone, Process, shares_host
 from watcher.schema import Quarantined, ServiceNotFound, ServiceStatus, text
@@ -79,7 +79,7 @@ def _main_pids(units: Sequence[str]) -> dict[str, int]:
     try:
         answer = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        journal.log.warning(f"systemd cannot be asked about its units: {error}")
+        journal.log.warning(f"systemd cannot be asked about its units: {problem(error)}")
         return {}
     blocks = (dict(line.split("=", 1) for line in block.splitlines()) for block in answer.split("\n\n"))
     return {block["Id"]: int(block["MainPID"]) for block in blocks if "MainPID" in block}

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from watcher.model import Copy, Kind, Layer, Stack
+from watcher.model import Copy, Kind, Layer, Stack, problem
 from watcher.mounts.compare import shows
 from watcher.mounts.namespaces import Namespace, of_service
 from watcher.mounts.swap import Moved, Swapped, swap
@@ -80,7 +80,7 @@ def _try(
     try:
         done.append(bring(nested))
     except (OSError, Moved) as error:
-        remarks.append(f"a process in a mount namespace of its own keeps the old stack: {error}")
+        remarks.append(f"a process in a mount namespace of its own keeps the old stack: {problem(error)}")
 
 
 def _bring(

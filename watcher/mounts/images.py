@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterable, Iterator
 
 from watcher import journal
-from watcher.model import Copy, Kind, Later, Refused
+from watcher.model import Copy, Kind, Later, Refused, problem
 from watcher.mounts import syscalls
 
 _IMAGE_ATTRIBUTES = (
@@ -72,7 +72,7 @@ class Images:
                     del self._users[digest]
                     os.rmdir(self._path(digest))
                 except OSError as error:  # it is tried again; a directory that stays is used again
-                    journal.log.warning(f"workshop: an image stays mounted for the moment: {error}")
+                    journal.log.warning(f"workshop: an image stays mounted for the moment: {problem(error)}")
 
     def _acquire(self, copy: Copy) -> str:
         if copy.kind is Kind.DIRECTORY:
