@@ -35,6 +35,7 @@ class Host(Systemd1):
         self.before: dict[str, Callable[[], None]] = {}
         self.asked: list[str] = []
         self.pids: dict[str, int] = {}
+        self.sockets: dict[str, list[str]] = {}
         self._loaded: set[str] = set()
         self._followed: set[str] = set()
         self._changed: list[str] = []
@@ -74,6 +75,7 @@ class Host(Systemd1):
         self.before.pop(question, lambda: None)()
 
     async def unit_paths(self) -> tuple[str, ...]:
+        self._is_asked("UnitPath")
         return (str(self.units),)
 
     async def manager(self, member: str, signature: str = "", *arguments: Any, timeout: float = 30.0) -> Any:
@@ -98,7 +100,7 @@ class Host(Systemd1):
         return pid
 
     async def unit(self, unit: str, name: str) -> Any:
-        values = {"ActiveState": "inactive", "SubState": "dead", "TriggeredBy": []}
+        values = {"ActiveState": "inactive", "SubState": "dead", "TriggeredBy": self.sockets.get(unit, [])}
         self._is_asked(name)
         return values[name]
 
@@ -150,6 +152,21 @@ async def test_an_instance_that_starts_while_all_units_are_being_asked_about(
     host.before[question] = lambda: host.start("web@one.service")
     await host.update()
     assert host.main("web@one.service") == os.getpid()
+
+
+async def test_the_server_of_one_connection_does_not_have_all_files_read_again(host: Host) -> None:
+    host.unit_file("echo@.service")
+    await host.update()
+    host.asked.clear()
+    for number in range(3):
+        host.sockets[f"echo@{number}.service"] = ["echo.socket"]
+        host.start(f"echo@{number}.service")
+        await host.update()
+    assert "UnitPath" not in host.asked and list(host.following.services) == ["echo@.service"]
+    host.start("echo@by-hand.service")
+    await host.update()
+    assert host.main("echo@by-hand.service") == os.getpid()
+    assert sorted(host.following.services) == ["echo@.service", "echo@by-hand.service"]
 
 
 def fail(error: Exception) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import trio
@@ -51,6 +51,7 @@ class Following:
         # What to look at again, and the event that says so.
         self._everything = True
         self._dirty: dict[str, None] = {}  # first come, first served
+        self._new_instances: set[str] = set()
         self._resubscribe = False
         self._news = trio.Event()
         # What could not be looked at, by unit ("": the files), with the reason; and when that is tried again.
@@ -93,7 +94,8 @@ class Following:
         if known or not name.endswith(".service"):
             return
         if UnitName(name).template in self._described:
-            self.look_at_everything()
+            self._new_instances.add(name)
+            self._news.set()
 
     async def news(self) -> None:
         """Wait until there is something to look at.
@@ -131,9 +133,12 @@ class Following:
         self._news = trio.Event()
         resubscribe, self._resubscribe = self._resubscribe, False
         everything, self._everything = self._everything, False
+        new, self._new_instances = self._new_instances, set()
         try:
             if resubscribe:
                 await _subscribe(systemd)
+            if not everything:
+                everything = await self._has_own(systemd, new)
             if everything:
                 with self._trying(""):
                     await self._look_at_files(systemd, changed)
@@ -211,19 +216,21 @@ class Following:
             else:
                 self._dirty[name] = None
 
-    async def _own_instances(self, systemd: Systemd1, names: Iterable[str]) -> list[str]:
-        """Those that are more than the server of one connection (`Accept=yes`): these end soon, and are a new name
-        each time; they start on the stack of their template and keep it."""
-        own = []
-        for name in names:
-            template = UnitName(name).template or ""
-            socket = template.replace("@.service", ".socket")
-            if name not in self._per_connection and socket in await systemd.unit(name, "TriggeredBy"):
-                self._per_connection.add(name)
-            if name not in self._per_connection:
-                own.append(name)
+    async def _has_own(self, systemd: Systemd1, instances: Iterable[str]) -> bool:
+        """Whether among instances that were loaded just now is one that takes part in its own right."""
+        found = [row.name for row in await systemd.loaded(instances)] if instances else []
+        for name in found:
+            if not await _serves_one_connection(systemd, name):
+                return True
+        return False
+
+    async def _own_instances(self, systemd: Systemd1, names: Sequence[str]) -> list[str]:
+        """Those of all loaded instances that take part in their own right."""
         self._per_connection.intersection_update(names)
-        return own
+        for name in names:
+            if name not in self._per_connection and await _serves_one_connection(systemd, name):
+                self._per_connection.add(name)
+        return [name for name in names if name not in self._per_connection]
 
     async def _look_at_unit(self, systemd: Systemd1, name: str, changed: Callable[[str], None]) -> None:
         if name in self._described:
@@ -325,6 +332,13 @@ def is_executor(process: Process) -> bool:
         return os.path.basename(os.readlink(f"/proc/{process.pid}/exe")).startswith(_EXECUTOR)
     except OSError:
         return False  # gone, which whoever uses it will notice
+
+
+async def _serves_one_connection(systemd: Systemd1, name: str) -> bool:
+    """Whether an instance is the server of one connection (`Accept=yes`): these end soon, and are a new name each time;
+    they start on the stack of their template and keep it."""
+    socket = (UnitName(name).template or "").replace("@.service", ".socket")
+    return socket in await systemd.unit(name, "TriggeredBy")
 
 
 async def _has_failed(systemd: Systemd1, name: str) -> bool:
