@@ -9,7 +9,7 @@ on the new stack anyway.
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
@@ -205,18 +205,16 @@ class UnitJobs:
         if reloaded.interrupted:
             return reloaded
         try:
-            command = await self._failed_command(unit)
+            values = await (await self._systemd()).service_properties(unit)
         except (dbus.Error, dbus.Lost):
-            command = None  # the result is known, only its details are not
+            return reloaded  # the result is known, only its details are not
+        if values.get("ReloadResult") == "timeout":
+            return _ended_badly("reload", "timeout")  # of the job itself that is "failed"
+        command = _failed_command(values)
         if command is None:
             return reloaded
         reason = f"{reloaded.reason}: {command.end}"
         return replace(reloaded, reason=reason, output=await _said(unit, command))
-
-    async def _failed_command(self, unit: str) -> Command | None:
-        values = await (await self._systemd()).service_properties(unit)
-        rows = [row for name in _COMMANDS for row in values.get(name, ())]
-        return next((command for row in rows if (command := _command(row)).failed), None)
 
 
 def _not_possible(word: str, error: Exception) -> Reloaded:
@@ -226,6 +224,11 @@ def _not_possible(word: str, error: Exception) -> Reloaded:
 def _ended_badly(word: str, result: str) -> Reloaded:
     reason = f"{word} {_ENDS.get(result, result)}"
     return Reloaded(ok=False, told=word, reason=reason, interrupted=result not in _VERDICTS)
+
+
+def _failed_command(values: Mapping[str, Any]) -> Command | None:
+    rows = [row for name in _COMMANDS for row in values.get(name, ())]
+    return next((command for row in rows if (command := _command(row)).failed), None)
 
 
 def _command(row: tuple[Any, ...]) -> Command:
