@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from images import confext
 from place import eventually
 
 import needs
 from beds.bed import Bed
 from beds.host import SLEEP, Host, install
-from beds.test_systemd_manager import NOTIFY_RELOAD, NOTIFY_RELOAD_PROGRAM
+from beds.test_systemd_manager import NOTIFY_RELOAD, NOTIFY_RELOAD_PROGRAM, daemon_reloads
 from watcher.units import DROPIN
 
 pytestmark = needs.bed
@@ -187,6 +190,35 @@ def test_a_notify_reload_service_reads_the_new_files_on_its_own_signal(host: Hos
         drop_version(host, "notifies.service", version)
         assert "reload done" in journal.applied("notifies.service")["MESSAGE"]
     assert host.bed.path("/run/notify-reloaded").read_text().split() == ["1", "2"]
+
+
+def test_a_hundred_entries_dropped_at_once_make_one_or_two_daemon_reloads(host: Host, tmp_path: Path) -> None:
+    host.unit("burst.service")
+    host.watch()
+    journal = host.journal()
+    host.systemctl("start", "burst.service")
+    names = [f"tree{number:02}" for number in range(100)]
+    for name in names:
+        confext(tmp_path / name, name, {f"etc/{name}": name.encode()})
+    before = daemon_reloads(host.bed)
+    for name in names:
+        shutil.copytree(tmp_path / name, host.confext_dir("burst.service") / name)
+    last = f"/etc/{names[-1]}"
+    while not host.see("burst.service", last):
+        journal.applied("burst.service")
+    assert 1 <= daemon_reloads(host.bed) - before <= 2
+    host.systemctl("restart", "burst.service")
+    inside = [
+        "nsenter",
+        "--target",
+        str(host.started("burst.service")),
+        "--mount",
+        "--root",
+        "--",
+        "ls",
+        "/etc",
+    ]
+    assert set(names) <= set(host.bed.run(inside).stdout.split())
 
 
 @pytest.fixture
