@@ -17,7 +17,7 @@ from types import MappingProxyType
 
 from watcher import admit, arch, release
 from watcher.images.extension import read_release
-from watcher.model import Candidate, Copy, Kind, Later, problem
+from watcher.model import Candidate, Copy, Kind, Later, Refused, problem
 from watcher.mounts import syscalls
 from watcher.mounts.workshop import Workshop
 from watcher.store import Store
@@ -89,10 +89,13 @@ class Admission:
         self._shop = shop
         self._releases: dict[str, Release] = {}
 
-    def admit(self, candidate: Candidate, made_for: Host) -> Copy:
+    def admit(self, candidate: Candidate, made_for: Host, at_hand: set[str] | None = None) -> Copy:
         """The store's copy of a candidate. Blocks; not on a worker of the workshop.
 
         Hold `Store.using()` until a stack with the copy has been accepted.
+
+        Args:
+            at_hand: gets the digest, also of what has to wait.
 
         Raises:
             Refused, Incomplete: it will not do; `str()` says what is wrong, to go behind its path.
@@ -105,7 +108,7 @@ class Admission:
             name = release.choose_release_file(candidate.filename, names, strict_false, candidate.kind)
             release.match(_parsed(names[name]), made_for.os_release, made_for.architecture)
 
-        return admit.admit(self._store, candidate, judge, (candidate.filename, made_for.terms))
+        return admit.admit(self._store, candidate, judge, (candidate.filename, made_for.terms), at_hand)
 
     def forget(self, digests: Iterable[str]) -> None:
         """Drop what is remembered of content that has left the store."""
@@ -131,7 +134,12 @@ class Admission:
 
 def _read_mounted(shop: Workshop, copy: Copy) -> Release:
     with shop.images.attached([copy]) as roots:
-        return _read(roots[copy.digest])
+        try:
+            return _read(roots[copy.digest])
+        except OSError as error:
+            if error.errno in _SHORT:
+                raise
+            raise Refused(f"broken: its extension-release cannot be read: {error.strerror}") from error
 
 
 def _read(root: str) -> Release:

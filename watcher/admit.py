@@ -49,7 +49,13 @@ def open_candidate(candidate: Candidate) -> int:
         return _open(candidate)
 
 
-def admit(store: Store, candidate: Candidate, judge: Judge | None = None, terms: Hashable = None) -> Copy:
+def admit(
+    store: Store,
+    candidate: Candidate,
+    judge: Judge | None = None,
+    terms: Hashable = None,
+    at_hand: set[str] | None = None,
+) -> Copy:
     """The store's copy of the candidate, made now or before.
 
     Hold `store.using()` until a stack with the copy has been accepted.
@@ -58,6 +64,8 @@ def admit(store: Store, candidate: Candidate, judge: Judge | None = None, terms:
         judge: whether the copy will do as a confext; raises Refused if not.
         terms: all that the judgement depends on besides the content. A refusal is remembered with them, or else what
             is refused, and so collected from the store, would be copied again at every look.
+        at_hand: gets the digest of what is not refused: what has to wait is in no stack, and must not be collected
+            all the same, or else it would be copied again at every look.
 
     Raises:
         Refused, Incomplete: this content will not do; the line says why, to go behind the path.
@@ -67,9 +75,9 @@ def admit(store: Store, candidate: Candidate, judge: Judge | None = None, terms:
     with _translated(), _closing(_open(candidate)) as place:
         if candidate.kind is Kind.IMAGE:
             with _closing(_reopen(place, os.O_RDONLY)) as fd:
-                return _admit(store, _Image(fd), judge, terms)
+                return _admit(store, _Image(fd), judge, terms, at_hand)
         with _closing(_reopen(place, os.O_RDONLY | os.O_DIRECTORY)) as root:
-            return _admit(store, _Tree(root), judge, terms)
+            return _admit(store, _Tree(root), judge, terms, at_hand)
 
 
 class _Content(Protocol):
@@ -82,7 +90,9 @@ class _Content(Protocol):
         ...
 
 
-def _admit(store: Store, content: _Content, judge: Judge | None, terms: Hashable) -> Copy:
+def _admit(
+    store: Store, content: _Content, judge: Judge | None, terms: Hashable, at_hand: set[str] | None
+) -> Copy:
     store.known.recall((content.key, terms))
     with store.known.turn(content.key):
         copy = store.known.recall(content.key)
@@ -95,7 +105,16 @@ def _admit(store: Store, content: _Content, judge: Judge | None, terms: Hashable
             if store.known.recall(content.key) == copy:
                 store.known.remember((content.key, terms), refused)
             raise
+        except (OSError, Busy):
+            _note(at_hand, copy)
+            raise
+    _note(at_hand, copy)
     return copy
+
+
+def _note(at_hand: set[str] | None, copy: Copy) -> None:
+    if at_hand is not None:
+        at_hand.add(copy.digest)
 
 
 def _copy(store: Store, content: _Content) -> Copy:

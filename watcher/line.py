@@ -82,12 +82,12 @@ class Line:
 
     @property
     def mounted(self) -> frozenset[str] | None:
-        """Digests of all that the services run on; None while that is not known of every one of them."""
+        """Digests of all that the services run on, and of what waits for them; None while one's are not known."""
         known: set[str] = set()
         for memory in self._memory.values():
             if memory.mounted is None:
                 return None
-            known |= memory.mounted
+            known |= memory.mounted | memory.at_hand
         return frozenset(known)
 
     def forget(self, name: str) -> None:
@@ -250,7 +250,7 @@ class Line:
         tools, name = self._tools, service.name
         pin, trial = tools.ledger.pinned(name), tools.trials.of(name)
         memory = self._memory.get(name)
-        return find(
+        wanted = find(
             tools.store,
             tools.admission,
             service.slots,
@@ -263,6 +263,9 @@ class Line:
             None if memory is None else memory.origins,
             service.settings.image_policy,
         )
+        if memory is not None:
+            memory.at_hand = wanted.at_hand
+        return wanted
 
     def _kept_out(self, service: Service) -> tuple[dict[str, str], dict[str, str]]:
         """What must not get into a service with the reasons: for its own sake, and because of others."""

@@ -27,6 +27,7 @@ class Memory:
         interests: what is watched for it.
         attempts: rounds in a row that left something to wait for.
         mounted: digests of what it runs on, None while that is not known.
+        at_hand: digests of what the last look came upon, in a stack or not: what has to wait is not copied again.
         compared: see `converge()`.
         counted: digests of a stack whose try was counted, and which has to wait before it can be made.
         held: what is kept out of it for the moment: digests (or `STACK` and an identity) with the reason.
@@ -41,6 +42,7 @@ class Memory:
     interests: tuple[object, ...] | None = None
     attempts: int = 0
     mounted: frozenset[str] | None = None
+    at_hand: frozenset[str] = frozenset()
     afterglow: Afterglow | None = None
     compared: dict[Compared, bool] = field(default_factory=dict)
     counted: frozenset[str] = frozenset()

@@ -46,6 +46,7 @@ class Wanted:
         why: the reason that its content is in quarantine.
         pinned: `stack` is what somebody put it on by hand.
         waiting: for a pinned service, the stack that it would have otherwise.
+        at_hand: digests of what was come upon and not refused, whether it is wanted now or has to wait.
     """
 
     look: Look
@@ -58,6 +59,7 @@ class Wanted:
     why: str = ""
     pinned: bool = False
     waiting: Stack | None = None
+    at_hand: frozenset[str] = frozenset()
 
     @property
     def busy(self) -> bool:
@@ -121,8 +123,10 @@ def find(
         kept_out
     )
 
+    at_hand: set[str] = set()
+
     def admit(candidate: Candidate) -> Copy:
-        copy = admission.admit(candidate, made_for)
+        copy = admission.admit(candidate, made_for, at_hand)
         if copy.digest in reasons:
             raise KeptOut(f"kept out: {reasons[copy.digest]}")
         if policy not in ("", "*"):
@@ -156,6 +160,7 @@ def find(
         why=bad(gone, kept_out) if gone is not None else "",
         pinned=pinned is not None,
         waiting=stack if pinned is not None and stack.id != pinned.id else None,
+        at_hand=frozenset(at_hand),
     )
 
 

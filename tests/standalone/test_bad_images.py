@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
+import json
 import os
 import shutil
 import struct
@@ -15,7 +17,7 @@ from images import confext
 from images import image as image_of
 
 from needs import filesystem, tool
-from standalone.place import Place, Service, image, shell, tree
+from standalone.place import Place, Service, image, shell, tree, until
 
 images_only = pytest.mark.parametrize("shared", ["images"], indirect=True)
 trees_only = pytest.mark.parametrize("shared", ["trees"], indirect=True)
@@ -73,6 +75,24 @@ def truncated(path: Path, part: float, **how: str) -> None:
     path.write_bytes(content[: int(len(content) * part)])
 
 
+def broken_directory(path: Path) -> None:
+    """A squashfs whose superblock is right, and whose table of directories is not."""
+    content = bytearray(good())
+    begin, *others = struct.unpack_from("<QQQ", content, 72)
+    end = min(other for other in others if other > begin)
+    content[begin:end] = b"\xff" * (end - begin)
+    path.write_bytes(content)
+
+
+def broken_root(path: Path) -> None:
+    """An erofs whose root directory says that the inode of `etc` is behind its end."""
+    content = bytearray(good(fstype="erofs"))
+    names = content.index(b"...etc")
+    struct.pack_into("<Q", content, names - 12, 1 << 30)
+    content[1024 + 8] &= ~1  # its block has a checksum no more
+    path.write_bytes(content)
+
+
 def gpt(path: Path) -> None:
     content = bytearray(1 << 20)
     content[510:512] = b"\x55\xaa"
@@ -100,9 +120,13 @@ BAD: dict[str, tuple[Make, str]] = {
     "a squashfs that claims more": (patched(40, "<Q", 1 << 40), "incomplete: .* of 1099511627776 bytes"),
     "a squashfs that claims less": (patched(40, "<Q", 200), "refused: lies about its size"),
     "a squashfs of another kind": (patched(28, "<H", 3), "squashfs 3.0, the kernel reads 4.0 only"),
-    "a squashfs with a broken table": (
+    "a squashfs with a broken file": (
         lambda path: path.write_bytes(good()[:96] + b"\xff" * 5000 + good()[5096:]),
-        "refused: the kernel cannot mount it as squashfs|refused: .*cannot be read|refused",
+        "refused: its extension-release has no ID=",
+    ),
+    "a squashfs with a broken directory": (
+        broken_directory,
+        "refused: broken: its extension-release cannot be read: Input/output error",
     ),
     "a partition table": (gpt, "refused: disk images with a partition table are not supported yet"),
     "gzip": (written(gzip.compress(b"x" * 5000)), "refused: gzip data: unpack it first"),
@@ -149,6 +173,10 @@ BAD_EROFS: dict[str, tuple[Make, str]] = {
         patched(1024 + 36, "<I", 7, fstype="erofs"),
         "incomplete|lies about its size|checksum of its superblock is wrong",
     ),
+    "an erofs with a broken directory": (
+        broken_root,
+        "refused: broken: its extension-release cannot be read: (Structure needs cleaning|Input/output error)",
+    ),
 }
 CASES = [pytest.param(*case, id=name) for name, case in BAD.items()] + [
     pytest.param(*case, id=name, marks=erofs) for name, case in BAD_EROFS.items()
@@ -167,6 +195,21 @@ def test_a_bad_image_is_one_line_and_nothing_else(service: Service, make: Make, 
     service.reloaded("1.5")
     assert service.heard == ["1.5"]
     assert [one for one in service.log_lines() if "web_1.4.raw" in one.split(" message_id=")[0]] == [line]
+
+
+@images_only
+def test_a_refused_image_is_not_copied_again(service: Service) -> None:
+    target = service.versions / "web_1.9.raw"
+    broken_directory(target)
+    service.logged("web_1.9.raw refused: broken")
+    copy = service.place.state / "store" / hashlib.sha256(target.read_bytes()).hexdigest()
+    until(lambda: not copy.exists())
+    service.put("0", value="again")
+    service.reloaded("again")
+    service.logged("0 with new content")
+    assert not copy.exists()
+    history = json.loads(service.place.run("history", "--json", service.name).stdout)["events"]
+    assert [event["outcome"] for event in history if event["source"] == str(target)] == ["refused"]
 
 
 @images_only

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import re
@@ -47,9 +48,14 @@ def test_no_loop_device(place: Place, control: str) -> None:
     )
     assert "level=warning" in line
     assert service.heard == ["nothing"]
+    image = (service.versions / "web_1.3.raw").read_bytes()
+    copy = place.state / "store" / hashlib.sha256(image).hexdigest()
+    before = copy.stat()
     subprocess.run(["nsenter", f"--target={daemon.pid}", "--mount", "sh", "-ec", LOOPS], check=True)
     service.reloaded("1.3")
     assert len([line for line in service.log_lines() if "has to wait" in line]) == 1
+    # While it waited, it was not copied at each try.
+    assert copy.stat().st_mtime_ns == before.st_mtime_ns
 
 
 @loop
