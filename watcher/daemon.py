@@ -232,8 +232,9 @@ class Daemon:
         if mounted is None:
             return
         try:
-            with trio.CancelScope(shield=True):
-                removed = await trio.to_thread.run_sync(self._tools.store.collect, mounted)
+            removed = await trio.to_thread.run_sync(
+                self._tools.store.collect, mounted, abandon_on_cancel=True
+            )
         except Busy:
             return  # a service is being started; there will be another time
         await self._tools.shop.run(self._tools.shop.images.retain, mounted)

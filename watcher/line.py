@@ -238,11 +238,14 @@ class Line:
     async def _look(self, service: Service, memory: Memory) -> Wanted:
         """What is on disk, watched from before it is read, so that no change in between is missed."""
         while True:
-            wanted = await trio.to_thread.run_sync(self._find, service, *self._kept_out(service))
+            # Left alone when we are to end: a copy takes seconds, a dead network mount for ever.
+            find = functools.partial(self._find, service, *self._kept_out(service))
+            wanted = await trio.to_thread.run_sync(find, abandon_on_cancel=True)
             if wanted.look.interests == memory.interests:
                 return wanted
+            new = self._tools.watcher.set(service.name, wanted.look.interests)
             memory.interests = wanted.look.interests
-            if not self._tools.watcher.set(service.name, wanted.look.interests):
+            if not new:
                 return wanted
 
     def _find(self, service: Service, kept_out: dict[str, str], elsewhere: dict[str, str]) -> Wanted:

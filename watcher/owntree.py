@@ -45,7 +45,7 @@ def sync(root: int, entries: int) -> None:
     started: list[threading.Thread] = []
     with closing(descriptors):
         for _ in range(min(_THREADS, entries // _ENTRIES)):
-            thread = threading.Thread(target=work)
+            thread = threading.Thread(target=work, daemon=True)
             try:
                 thread.start()
             except RuntimeError:

@@ -134,3 +134,24 @@ def test_it_needs_its_directories(place: Place) -> None:
     place.daemon = None
     daemon.kill()
     assert isinstance(daemon, Daemon)
+
+
+@pytest.mark.parametrize("place", ["images"], indirect=True)
+def test_it_does_not_wait_for_a_copy(place: Place) -> None:
+    """The largest that is allowed takes seconds; whoever is copied again has lost nothing."""
+    daemon = place.start_daemon()
+    service = place.start()
+    large = place.path / "large"
+    place.bring(place.confext("1.3"), large)
+    os.truncate(large, 1 << 29)
+    large.rename(service.versions / "web_1.3.raw")
+    store = place.state / "store"
+    until(lambda: [name for name in os.listdir(store) if name.startswith(".tmp-")])
+    daemon.send(signal.SIGTERM)
+    assert daemon.wait() == 0
+    assert not [name for name in os.listdir(store) if not name.startswith(".")], "it was waited for"
+    assert not [line for line in daemon.log.wait_for_end() if "Traceback" in line]
+    daemon.kill()
+    place.start_daemon()
+    service.reloaded("1.3")
+    until(lambda: not [name for name in os.listdir(store) if name.startswith(".tmp-")])

@@ -42,7 +42,7 @@ PLACE = "/sys"
 
 # Seconds: after which a job counts as hanging; and how long one that is under way may still take when we are to end.
 HANGS_SEC = 30.0
-_GRACE_SEC = 0.7
+_GRACE_SEC = 0.4
 
 
 class HostNamespace(Exception):
