@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from needs import root
+from watcher import origins
 from watcher.model import Kind, Layer, Stack
-from watcher.origins import Origins
 
 
 def _stack(source: Path) -> Stack:
@@ -28,25 +28,24 @@ def test_what_was_unmounted_is_told_from_what_was_removed(mounted: Path) -> None
     source = mounted / "web.raw.v" / "web_1.raw"
     source.parent.mkdir()
     source.touch()
-    stack, origins = _stack(source), Origins()
-    origins.note(stack)
-    assert origins.unmounted(stack) == {}
+    stack = _stack(source)
+    places = origins.noted(stack, {})
+    assert origins.unmounted(stack, places) == {}
     subprocess.run(["umount", mounted], check=True)
-    assert origins.unmounted(stack) == {"web.raw": str(source.parent)}
-    origins.note(stack)
-    assert origins.unmounted(stack) == {"web.raw": str(source.parent)}
+    assert origins.unmounted(stack, places) == {"web.raw": str(mounted)}
+    assert origins.noted(stack, places) == places == {str(source): str(mounted)}
 
 
 def test_what_was_removed_is_removed(tmp_path: Path) -> None:
     source = tmp_path / "web.raw.v" / "web_1.raw"
     source.parent.mkdir()
     source.touch()
-    stack, origins = _stack(source), Origins()
-    origins.note(stack)
+    stack = _stack(source)
+    places = origins.noted(stack, {})
     source.unlink()
-    assert origins.unmounted(stack) == {}
+    assert origins.unmounted(stack, places) == {}
     source.parent.rmdir()
-    assert origins.unmounted(stack) == {}
+    assert origins.unmounted(stack, places) == {}
 
 
 @root
@@ -56,32 +55,37 @@ def test_a_link_that_leads_elsewhere_now_is_not_an_unmount(
     links = tmp_path_factory.mktemp("links")
     (mounted / "web_1.raw").touch()
     (links / "web.raw.v").symlink_to(mounted)
-    stack, origins = _stack(links / "web.raw.v" / "web_1.raw"), Origins()
-    origins.note(stack)
+    stack = _stack(links / "web.raw.v" / "web_1.raw")
+    places = origins.noted(stack, {})
     (links / "web.raw.v").unlink()
+    subprocess.run(["umount", mounted], check=True)
+    assert origins.unmounted(stack, places) == {}
     (links / "web.raw.v").symlink_to(links)
-    assert origins.unmounted(stack) == {}
+    assert origins.unmounted(stack, places) == {}
+    (links / "web.raw.v").unlink()
+    (links / "web.raw.v").symlink_to(mounted)
+    assert origins.unmounted(stack, places) == {"web.raw": str(mounted)}
 
 
 @root
 def test_what_is_mounted_there_next_counts_as_it_is(mounted: Path) -> None:
     (mounted / "web_1.raw").touch()
-    stack, origins = _stack(mounted / "web_1.raw"), Origins()
-    origins.note(stack)
+    stack = _stack(mounted / "web_1.raw")
+    places = origins.noted(stack, {})
     subprocess.run(["umount", mounted], check=True)
-    assert origins.unmounted(stack)
+    assert origins.unmounted(stack, places)
     subprocess.run(["mount", "-t", "tmpfs", "other", mounted], check=True)
-    assert origins.unmounted(stack) == {}
+    assert origins.unmounted(stack, places) == {}
 
 
 @root
 def test_a_mount_that_covers_the_directory_is_no_unmount(tmp_path: Path) -> None:
     (tmp_path / "web_1.raw").touch()
-    stack, origins = _stack(tmp_path / "web_1.raw"), Origins()
-    origins.note(stack)
+    stack = _stack(tmp_path / "web_1.raw")
+    places = origins.noted(stack, {})
     subprocess.run(["mount", "-t", "tmpfs", "over", tmp_path], check=True)
     try:
-        assert origins.unmounted(stack) == {}
+        assert origins.unmounted(stack, places) == {}
     finally:
         subprocess.run(["umount", tmp_path], check=True)
 
@@ -91,19 +95,19 @@ def test_a_bind_mount_is_one_too(tmp_path: Path, tmp_path_factory: pytest.TempPa
     real = tmp_path_factory.mktemp("real")
     (real / "web_1.raw").touch()
     subprocess.run(["mount", "--bind", real, tmp_path], check=True)
-    stack, origins = _stack(tmp_path / "web_1.raw"), Origins()
-    origins.note(stack)
+    stack = _stack(tmp_path / "web_1.raw")
+    places = origins.noted(stack, {})
     subprocess.run(["umount", tmp_path], check=True)
-    assert origins.unmounted(stack) == {"web.raw": str(tmp_path)}
+    assert origins.unmounted(stack, places) == {"web.raw": str(tmp_path)}
 
 
 def test_a_file_in_the_place_of_the_directory_has_replaced_it(tmp_path: Path) -> None:
     source = tmp_path / "web.raw.v" / "web_1.raw"
     source.parent.mkdir()
     source.touch()
-    stack, origins = _stack(source), Origins()
-    origins.note(stack)
+    stack = _stack(source)
+    places = origins.noted(stack, {})
     source.unlink()
     source.parent.rmdir()
     source.parent.touch()
-    assert origins.unmounted(stack) == {}
+    assert origins.unmounted(stack, places) == {}

@@ -252,3 +252,17 @@ def test_forgetting_and_accepting_at_once_never_fails(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert errors == []
+
+
+def test_a_record_without_where_its_layers_were_mounted_is_one_too(stacks: Stacks, tmp_path: Path) -> None:
+    places = {"/srv/a.raw.v/1.raw": "/srv"}
+    assert stacks.accept(UNIT, stack("1"), ENTRIES)
+    assert stacks.accept(UNIT, stack("1"), ENTRIES, places)
+    assert not stacks.accept(UNIT, stack("1"), ENTRIES, places)
+    path = tmp_path / "units" / UNIT / ".stack.json"
+    record = json.loads(path.read_text())
+    assert record.pop("mounted") == places
+    path.write_text(json.dumps(record))
+    current = stacks.current(UNIT)
+    assert current is not None
+    assert (current.stack, current.mounted) == (stack("1"), {})

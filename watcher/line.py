@@ -263,7 +263,6 @@ class Line:
             pin,
             trial,
             elsewhere,
-            None if memory is None else memory.origins,
             service.settings.image_policy,
         )
         if memory is not None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from watcher.model import Stack
 from watcher.mounts.converge import Compared
-from watcher.origins import Origins
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +35,6 @@ class Memory:
         output: what the command printed that the last stack failed by.
         restarted: the stack on which the service was started anew just after it had been told: crash or chance.
         chances: stacks that were stopped in the middle of their trial, perhaps by somebody: they get a second one.
-        origins: where its layers were found.
     """
 
     interests: tuple[object, ...] | None = None
@@ -52,4 +50,3 @@ class Memory:
     output: str = ""
     restarted: str = ""
     chances: set[str] = field(default_factory=set)
-    origins: Origins = field(default_factory=Origins)

@@ -2,45 +2,48 @@
 """A file system that was unmounted has taken its files away, but nobody has removed them.
 
 Both look alike in a directory. What differs is that the place where the file system was mounted is none any more, so
-that place is remembered, for as long as the daemon runs. Whatever is mounted there next counts as it is.
+that place is recorded with each stack that is accepted, and outlives whoever looks. Whatever is mounted there next
+counts as it is.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 from watcher.model import Stack
 from watcher.mounts.syscalls import mount_id
 
 
-class Origins:
-    """Where the layers of one service were found."""
+def noted(stack: Stack, before: Mapping[str, str]) -> dict[str, str]:
+    """Where the file system of each layer's file is mounted, by that file's path; without those on the root's.
 
-    def __init__(self) -> None:
-        self._found: dict[str, tuple[str, str]] = {}
-
-    def note(self, stack: Stack) -> None:
-        """Remember the directory of each layer whose file is there, and where its file system is mounted."""
-        found = {}
-        for layer in stack.layers:
-            if os.path.lexists(layer.source):
-                directory = os.path.realpath(os.path.dirname(layer.source))
-                found[layer.source] = directory, _mount_point(directory)
-            elif layer.source in self._found:
-                found[layer.source] = self._found[layer.source]
-        self._found = found
-
-    def unmounted(self, stack: Stack) -> dict[str, str]:
-        """The slots of layers whose file is gone together with the file system it was on, with its directory."""
-        gone = {}
-        for layer in stack.layers:
-            directory, mounted = self._found.get(layer.source, ("", "/"))
-            if not os.path.lexists(layer.source) and not _is_mount_point(mounted):
-                gone[layer.slot] = directory
-        return gone
+    Args:
+        before: the same as it was, for files that are not to be seen.
+    """
+    found = {}
+    for source in (layer.source for layer in stack.layers):
+        there = os.path.lexists(source)
+        place = _mount_point(os.path.dirname(source)) if there else before.get(source, "/")
+        if place != "/":
+            found[source] = place
+    return found
 
 
-def _mount_point(path: str) -> str:
+def unmounted(stack: Stack, mounted: Mapping[str, str]) -> dict[str, str]:
+    """The slots of layers whose file is gone together with the file system it was on, with where that was mounted."""
+    gone = {}
+    for layer in stack.layers:
+        place = mounted.get(layer.source, "/")
+        if not os.path.lexists(layer.source) and not _is_mount_point(place):
+            directory = os.path.realpath(os.path.dirname(layer.source))
+            if f"{directory}/".startswith(f"{place}/"):  # else the way there is another one now
+                gone[layer.slot] = place
+    return gone
+
+
+def _mount_point(directory: str) -> str:
+    path = os.path.realpath(directory)
     while not _is_mount_point(path):
         path = os.path.dirname(path)
     return path

@@ -3,7 +3,7 @@
 
     stacks/UNIT/00000007-STACKID/        one accepted stack, never changed again
         SLOT -> ../../../store/DIGEST    one link per layer
-        .stack.json                      the layers with their names and versions, in order; the entries
+        .stack.json                      the layers with their names, in order; the entries; where all was mounted
     units/UNIT -> ../stacks/UNIT/00000007-STACKID
 
 `units/UNIT/SLOT` is what a unit's drop-in names. A stack has several slots, and a start between two renames would
@@ -25,9 +25,9 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 
 from watcher.filecopy import start_writing
 from watcher.model import Entry, Kind, Layer, Stack, shown
@@ -53,11 +53,13 @@ class Accepted:
         stack: its layers, bottom to top.
         entries: all entries the unit had then, also those without a layer.
         when: microseconds since the epoch.
+        mounted: see `origins.noted()`.
     """
 
     stack: Stack
     entries: tuple[Entry, ...]
     when: int
+    mounted: Mapping[str, str] = field(default_factory=dict)
 
 
 class Stacks:
@@ -96,8 +98,10 @@ class Stacks:
             found.setdefault(accepted.stack.id, accepted)
         return tuple(found.values())
 
-    def accept(self, unit: str, stack: Stack, entries: Sequence[Entry]) -> bool:
-        """Make `stack` the accepted one; False if it was already, with the same names and entries.
+    def accept(
+        self, unit: str, stack: Stack, entries: Sequence[Entry], mounted: Mapping[str, str] | None = None
+    ) -> bool:
+        """Make `stack` the accepted one; False if it was already, with the same names, entries and places.
 
         Raises:
             ValueError: two layers share a slot, or the name of a unit or slot cannot be a file name.
@@ -107,10 +111,11 @@ class Stacks:
         if len(set(slots)) != len(slots):
             raise ValueError(f"{unit}: slots are not unique: {slots}")
         with self._locked(unit) as directory:
-            if self._is_current(unit, stack, tuple(entries)):
+            accepted = Accepted(stack, tuple(entries), time.time_ns() // 1000, mounted or {})
+            if self._is_current(unit, accepted):
                 return False
             self._clear(directory)
-            name = self._build(unit, directory, Accepted(stack, tuple(entries), time.time_ns() // 1000))
+            name = self._build(unit, directory, accepted)
             self._point(unit, name)
         return True
 
@@ -187,12 +192,12 @@ class Stacks:
         except FileNotFoundError:
             return ""
 
-    def _is_current(self, unit: str, stack: Stack, entries: tuple[Entry, ...]) -> bool:
+    def _is_current(self, unit: str, accepted: Accepted) -> bool:
         try:
             current = self.current(unit)
         except Damaged:
             return False
-        return current is not None and (current.stack, current.entries) == (stack, entries)
+        return current is not None and replace(current, when=accepted.when) == accepted
 
     def _clear(self, directory: int) -> None:
         for name in os.listdir(directory):
@@ -254,6 +259,7 @@ def _write_record(directory: int, accepted: Accepted) -> None:
         "when": accepted.when,
         "layers": [asdict(layer) | {"kind": layer.kind.value} for layer in accepted.stack.layers],
         "entries": [asdict(entry) | {"kind": entry.kind.value} for entry in accepted.entries],
+        "mounted": accepted.mounted,
     }
     fd = os.open(_RECORD, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=directory)
     with open(fd, "w", encoding="ascii") as file:
@@ -282,8 +288,12 @@ def _parse(record: dict[str, object]) -> Accepted:
     layers, entries, when = record["layers"], record["entries"], record["when"]
     if not isinstance(layers, list) or not isinstance(entries, list) or not isinstance(when, int):
         raise TypeError("it has another shape")
+    mounted = record.get("mounted", {})  # not in those of a version before
+    if not isinstance(mounted, dict):
+        raise TypeError("it has another shape")
     return Accepted(
         Stack(tuple(Layer(**layer | {"kind": Kind(layer["kind"])}) for layer in layers)),
         tuple(Entry(**entry | {"kind": Kind(entry["kind"])}) for entry in entries),
         when,
+        mounted,
     )

@@ -28,7 +28,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from watcher import owntree, tree
+from watcher import origins, owntree, tree
 from watcher.filecopy import copy_file, hash_file
 from watcher.images.probe import Probe, probe
 from watcher.known import Known
@@ -152,7 +152,7 @@ class Store:
         """Make `stack` the accepted stack of `unit`, its slots in one atomic step. Hold `using()`.
 
         Returns:
-            False if it was already, with the same names and entries: nothing was written.
+            False if it was already, with the same names and entries, from the same places: nothing was written.
 
         Raises:
             Later: a copy is not in the store (any more), or the record cannot be written; the old one stays.
@@ -161,7 +161,9 @@ class Store:
             for layer in stack.layers:
                 if not self._holds(layer.digest, None):
                     raise Later(f"the copy {layer.digest} of {layer.label} is gone from the store")
-            return self._stacks.accept(unit, stack, entries)
+            record = self.record(unit)
+            mounted = origins.noted(stack, record.mounted if record is not None else {})
+            return self._stacks.accept(unit, stack, entries, mounted)
 
     def accepted(self, unit: str) -> Stack | None:
         """The accepted stack, None if there never was one, or its record cannot be read."""

@@ -3,25 +3,28 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from watcher import scan
+from watcher import origins, scan
 from watcher.admission import Admission, Host
 from watcher.model import (
     Candidate,
     Copy,
     Declared,
     Entry,
+    Interest,
     KeptOut,
     Look,
+    Picks,
     Refused,
     Remark,
     Stack,
     Sysext,
     shown,
 )
-from watcher.origins import Origins
 from watcher.plan import Choice, Passed, choose
 from watcher.store import Store
 from watcher.trials import Trial
@@ -39,7 +42,7 @@ class Wanted:
         stack: what it should have.
         passed: what was passed over on the way.
         current: the accepted stack: its slots.
-        recorded: the slots already say all this: stack, names and entries.
+        recorded: the slots already say all this: stack, names and entries, and where these were.
         trial: what is on trial.
         bad: the stack that is to go, or has gone a moment ago, because it proved bad; `stack` is the newest accepted
             one with nothing in it that is in quarantine, whatever else is on disk.
@@ -103,7 +106,6 @@ def find(
     pin: str | None,
     trial: Trial | None,
     elsewhere: Mapping[str, str] | None = None,
-    origins: Origins | None = None,
     policy: str = "",
 ) -> Wanted:
     """What a service should have. Blocks, for as long as copying takes; hold `store.using()`.
@@ -114,11 +116,12 @@ def find(
         pin: identity of the stack that it was put on by hand.
         trial: what is on trial.
         elsewhere: digests that it must not get unless it has them already, with the reason.
-        origins: where its layers were found at former looks.
         policy: `ImagePolicy=`, systemd.image-policy(7). Nothing is verified yet: unless it is "*", nothing new gets in.
     """
     record = store.record(slots)
     current = record.stack if record is not None else Stack()
+    entries = record.entries if record is not None else ()
+    mounted = record.mounted if record is not None else {}
     reasons = {key: why for key, why in (elsewhere or {}).items() if key not in current.digests} | dict(
         kept_out
     )
@@ -136,25 +139,21 @@ def find(
     # The others are read only where the current one may not do.
     stacks = (current, *store.stacks(slots)) if kept_out or pin is not None else (current,)
     good = next((stack for stack in stacks if not bad(stack, kept_out)), Stack())
-    look = scan.look(declared)
-    for slot, directory in (origins.unmounted(good) if origins is not None else {}).items():
-        look = _unmounted(look, slot, directory)
+    look = _nothing_removed(scan.look(declared), entries, origins.unmounted(good, mounted))
     choice = choose(look, admit, good)
     stack = choice.stack
-    if origins is not None:
-        origins.note(stack)
     if STACK + stack.id in kept_out:
         stack = good
     pinned = next((one for one in stacks if one.id == pin), None) if pin is not None else None
     gone = None if pinned is not None else _gone(stacks, kept_out, trial)
     wanted = pinned or (stack if gone is None else good)
-    entries = (pick.entry for pick in look.picks)
+    said = wanted, tuple(pick.entry for pick in look.picks), origins.noted(wanted, mounted)
     return Wanted(
         look,
         wanted,
         choice.passed,
         current,
-        recorded=wanted == current and (record.entries if record else ()) == tuple(entries),
+        recorded=said == (current, entries, mounted),
         trial=trial,
         bad=gone,
         why=bad(gone, kept_out) if gone is not None else "",
@@ -164,17 +163,31 @@ def find(
     )
 
 
-def _unmounted(look: Look, slot: str, directory: str) -> Look:
-    """With what was accepted for a slot kept, unless something else is there for it now."""
-    pick = next((one for one in look.picks if one.entry.slot == slot), None)
-    if pick is not None and pick.candidates:
-        return look
-    remark = Remark("warning", directory, "its file system is gone, what was accepted from it stays")
-    remarks = (*look.remarks, remark)
-    if pick is None:
-        return replace(look, unknown=True, remarks=remarks)
-    picks = tuple(replace(one, unknown=True) if one is pick else one for one in look.picks)
-    return replace(look, picks=picks, remarks=remarks)
+def _nothing_removed(look: Look, recorded: Sequence[Entry], unmounted: Mapping[str, str]) -> Look:
+    """With what is not to be seen, but nobody removed: in a directory that cannot be read, on a file system that is not
+    mounted.
+
+    Args:
+        recorded: the entries that the accepted stack had.
+        unmounted: slots of its layers that were on such file systems, with where these were mounted.
+    """
+    picks = list(look.picks)
+    for number, entry in enumerate(recorded):
+        slots = [pick.entry.slot for pick in picks]
+        # What a unit declares is known without reading a directory.
+        hidden = not entry.declared and (look.unknown or entry.slot in unmounted)
+        if hidden and entry.slot not in slots:
+            below = (slots.index(one.slot) for one in recorded[:number] if one.slot in slots)
+            picks.insert(max(below, default=-1) + 1, Picks(entry, ()))
+    remarks, interests = list(look.remarks), list(look.interests)
+    for number, pick in enumerate(picks):
+        if not pick.candidates and pick.entry.slot in unmounted:
+            picks[number] = replace(pick, unknown=True)
+            words = "its file system is gone, what was accepted from it stays"
+            where = unmounted[pick.entry.slot]
+            remarks.append(Remark("warning", where, words))
+            interests.append(Interest(os.path.dirname(where), pattern=re.escape(os.path.basename(where))))
+    return replace(look, picks=tuple(picks), interests=tuple(interests), remarks=tuple(remarks))
 
 
 def _gone(stacks: Sequence[Stack], kept_out: Mapping[str, str], trial: Trial | None) -> Stack | None:

@@ -161,13 +161,45 @@ def test_the_file_system_is_unmounted(place: Place, mounted: Path) -> None:
     service.put("1.3", at=versions)
     service.reloaded("1.3")
     subprocess.run(["umount", mounted], check=True)
-    service.logged(f"{versions}: its file system is gone, what was accepted from it stays")
+    service.logged(f"{mounted}: its file system is gone, what was accepted from it stays")
     assert service.has("1.3")
     subprocess.run(["mount", "-t", "tmpfs", "drops", mounted], check=True)
     versions.mkdir(parents=True)
     service.put("1.4", at=versions)
     service.reloaded("1.4")
     assert service.heard == ["nothing", "1.3", "1.4"]
+
+
+@root
+@images_only
+def test_unmounted_while_nobody_looks_it_takes_nothing_away(place: Place, mounted: Path) -> None:
+    """Not from a daemon that starts later, as after a reboot, nor from a service that does."""
+    drops = mounted / "web.confext.d"
+    versions = drops / "web.raw.v"
+    versions.mkdir(parents=True)
+    options = ("--confext-dir", str(drops), "--reload-signal", "HUP")
+    more = ("--extension-image", str(place.path / "more.raw"))
+    place.start_daemon()
+    service = place.start(*options, *more, name="web.service", declared=False)
+    service.put("1.3", at=versions)
+    service.reloaded("1.3")
+    service.logged("web 1.3 added")
+    assert place.daemon is not None
+    place.daemon.stop()
+    subprocess.run(["umount", mounted], check=True)
+
+    place.start_daemon()
+    service.logged(f"{mounted}: its file system is gone, what was accepted from it stays")
+
+    service.stop()
+    place.services.remove(service)
+    again = place.start(*options, *more, name="web.service", declared=False)
+    assert again.heard == ["1.3"]
+    place.bring(place.confext("1", name="more"), place.path / "more.raw")
+    again.logged("more added")
+    again.reloaded("1.3")
+    subprocess.run(["mount", "-t", "tmpfs", "drops", mounted], check=True)
+    again.reloaded("nothing")
 
 
 @root
