@@ -106,3 +106,25 @@ def test_every_change_is_followed_by_a_round_within_the_longest_time(
         settle.touch("web", now, quiet, longest)
         unseen.append(now)
     assert settle.deadline() is not None
+
+
+def test_a_key_is_due_again_when_it_said_so() -> None:
+    settle = Settle()
+    settle.again("web", 30 * LONGEST)
+    assert settle.deadline() == 30 * LONGEST
+    assert settle.due(30 * LONGEST - 1) == frozenset()
+    assert settle.due(30 * LONGEST) == {"web"}
+    assert settle.deadline() is None
+
+
+def test_what_has_to_wait_does_not_keep_a_change_waiting() -> None:
+    settle = Settle()
+    settle.touch("web", 0, QUIET, LONGEST)
+    settle.again("web", 30 * LONGEST)
+    assert settle.due(QUIET) == {"web"}
+    settle.again("web", 30 * LONGEST)
+    for now in range(2 * LONGEST, 4 * LONGEST, 50):
+        settle.touch("web", now, QUIET, LONGEST)
+        if settle.due(now):
+            break
+    assert now == 3 * LONGEST

@@ -66,10 +66,11 @@ def _alone(runtime_directory: str) -> Iterator[None]:
     path = os.path.join(runtime_directory, "lock")
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise AlreadyRunning(f"another daemon uses {shown(runtime_directory)} already") from error
         yield
-    except BlockingIOError as error:
-        raise AlreadyRunning(f"another daemon uses {shown(runtime_directory)} already") from error
     finally:
         os.close(fd)
 
@@ -151,10 +152,7 @@ class Daemon:
         """Look at a service, after `quiet_usec` microseconds without another change of it."""
         now = trio.current_time()
         self._since.setdefault(name, now)
-        self._touch(name, now, quiet_usec, self._settings.settle_max_usec)
-
-    def _touch(self, name: str, now: float, quiet_usec: int, longest_usec: int) -> None:
-        self._settle.touch(name, _usec(now), quiet_usec, longest_usec)
+        self._settle.touch(name, _usec(now), quiet_usec, self._settings.settle_max_usec)
         self._wake.set()
 
     def _look_at_everything(self) -> None:
@@ -200,7 +198,7 @@ class Daemon:
                 break
         self._running.discard(name)
         if again is not None:
-            self._touch(name, trio.current_time(), _usec(again), _usec(again))
+            self._settle.again(name, _usec(trio.current_time() + again))
         self._wake.set()
 
     async def _round(self, service: Service, since: float) -> float | None:

@@ -20,10 +20,14 @@ class _Burst:
 
 
 class Settle:
-    """Debounce by key: quiet for `quiet`, but never later than `longest` after the first change of the burst."""
+    """Debounce by key: quiet for `quiet`, but never later than `longest` after the first change of the burst.
+
+    A key may also be due again at a certain time, if nothing happens before.
+    """
 
     def __init__(self) -> None:
         self._bursts: dict[str, _Burst] = {}
+        self._again: dict[str, int] = {}
 
     def touch(self, key: str, now: int, quiet: int, longest: int) -> None:
         """Something changed for `key` at `now`.
@@ -34,22 +38,30 @@ class Settle:
             quiet: `SettleSec=` in microseconds; 0 makes the key due at once.
             longest: `SettleMaxSec=` in microseconds, counted from the first change since the key was last due.
         """
+        self._again.pop(key, None)
         burst = self._bursts.get(key)
         if burst is None:
             burst = _Burst(ends=now, at_latest=now + longest)
         self._bursts[key] = replace(burst, ends=min(now + quiet, burst.at_latest))
 
+    def again(self, key: str, when: int) -> None:
+        """Have `key` due at `when` (microseconds), unless a burst of it makes it due anyway."""
+        if key not in self._bursts:
+            self._again[key] = when
+
     def due(self, now: int) -> frozenset[str]:
         """The keys whose burst is over at `now` (microseconds); each is returned once and then forgotten."""
-        over = frozenset(key for key, burst in self._bursts.items() if burst.ends <= now)
+        over = {key for key, burst in self._bursts.items() if burst.ends <= now}
+        over |= {key for key, when in self._again.items() if when <= now}
         for key in over:
-            del self._bursts[key]
-        return over
+            self.forget(key)
+        return frozenset(over)
 
     def deadline(self) -> int | None:
         """When `due()` will next have something (microseconds); None while nothing is pending: nobody need wake up."""
-        return min((burst.ends for burst in self._bursts.values()), default=None)
+        return min((*(burst.ends for burst in self._bursts.values()), *self._again.values()), default=None)
 
     def forget(self, key: str) -> None:
         """`key` is gone or was just looked at: what is pending for it, if anything, is dropped."""
         self._bursts.pop(key, None)
+        self._again.pop(key, None)
