@@ -28,14 +28,17 @@ from watcher.managers.several import Several
 from watcher.managers.standalone import Standalone
 from watcher.managers.systemd import Systemd
 from watcher.managers.systemd import check as systemd_check
-from watcher.model import Busy, Remark, problem, shown
-from watcher.mounts.workshop import Workshop
+from watcher.model import Busy, Later, Remark, problem, shown
+from watcher.mounts.workshop import Hung, Workshop
 from watcher.pending import Pending
 from watcher.process import may_mount
 from watcher.settle import Settle
 from watcher.store import Store
 from watcher.trials import Trials
 from watcher.watch import Watcher
+
+# Well below the unit's TimeoutStartSec=.
+_LOOKED_AT_SEC = 30.0
 
 
 class AlreadyRunning(Exception):
@@ -123,7 +126,7 @@ class Daemon:
         self._settings = settings
         self._tools = tools
         self._control = Control(tools, self.changed, self._reload_settings)
-        self._line = Line(tools, self._control.tell, self.changed)
+        self._line = Line(tools, self._control.tell, self.changed, self._looked_at)
         self._control.line = self._line
         self._settle = Settle()
         self._since: dict[str, float] = {}
@@ -132,16 +135,21 @@ class Daemon:
         self._wake = trio.Event()
         self._idle = trio.Event()
         self._remarks: set[Remark] = set()
+        self._untidy = ""
+        self._unseen: set[str] = set()
+        self._all_seen = trio.Event()
 
     async def run(self) -> None:
         """Until SIGTERM or SIGINT; services keep their stacks."""
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._tools.manager.run, self.changed)
+                self._unseen = set(self._tools.manager.services)
                 self._look_at_everything()
                 await nursery.start(serve, self._control, self._settings.runtime_directory)
                 nursery.start_soon(self._follow_directories)
                 nursery.start_soon(self._start_rounds, nursery)
+                nursery.start_soon(self._when_looked)
                 nursery.start_soon(self._when_idle)
                 nursery.start_soon(notify.keep_alive)
                 await self._follow_signals(signals)
@@ -193,6 +201,7 @@ class Daemon:
                 again = None
             else:
                 again = await self._round(service, since)
+            self._looked_at(name)
             self._say_remarks()
             if name not in self._again:
                 break
@@ -209,34 +218,50 @@ class Daemon:
             journal.log.exception(text, service=service.name)
             return None
 
+    def _looked_at(self, name: str) -> None:
+        """The slots of a service are what they should be, or it was tried to make them so."""
+        self._unseen.discard(name)
+        if not self._unseen:
+            self._all_seen.set()
+
+    async def _when_looked(self) -> None:
+        """Start-up is complete when each service was looked at.
+
+        Units are started after us so that what was dropped while the host was down is admitted first. Reloads and
+        health watches that follow, and whatever hangs, must keep no unit from its start, nor have us ended by systemd.
+        """
+        if self._unseen:
+            with trio.move_on_after(_LOOKED_AT_SEC):
+                await self._all_seen.wait()
+        count = len(self._tools.manager.services)
+        journal.log.info(f"watching for {count} {'service' if count == 1 else 'services'}")
+        notify.ready()
+
     async def _when_idle(self) -> None:
-        """What is left for when nothing is going on; the first time it means that start-up is complete."""
-        started = False
+        """What is left for when nothing is going on."""
         while True:
             await self._idle.wait()
             # Before tidying up: what comes and is over while that goes on leaves something to tidy up, too.
             self._idle = trio.Event()
-            if not started:
-                started = True
-                # Units are started after us so that what was dropped while the host was down is admitted first.
-                count = len(self._tools.manager.services)
-                journal.log.info(f"watching for {count} {'service' if count == 1 else 'services'}")
-                notify.ready()
-            await self._tidy()
+            mounted = self._line.mounted
+            if mounted is not None:
+                await self._tidy(mounted)
 
-    async def _tidy(self) -> None:
+    async def _tidy(self, mounted: frozenset[str]) -> None:
         """Let go of copies and mounted images that nobody needs."""
-        mounted = self._line.mounted
-        if mounted is None:
-            return
+        tools = self._tools
+        untidy = ""
         try:
-            removed = await trio.to_thread.run_sync(
-                self._tools.store.collect, mounted, abandon_on_cancel=True
-            )
+            removed = await trio.to_thread.run_sync(tools.store.collect, mounted, abandon_on_cancel=True)
+            tools.admission.forget(removed)
+            await tools.shop.run(tools.shop.images.retain, mounted)
+        except (Later, Hung, OSError) as error:
+            untidy = shown(str(error))
         except Busy:
             return  # a service is being started; there will be another time
-        await self._tools.shop.run(self._tools.shop.images.retain, mounted)
-        self._tools.admission.forget(removed)
+        if untidy and untidy != self._untidy:
+            journal.log.warning(f"not tidied up, it is tried again: {untidy}")
+        self._untidy = untidy
 
     async def _follow_signals(self, signals: AsyncIterator[int]) -> None:
         async for number in signals:

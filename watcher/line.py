@@ -65,6 +65,7 @@ class Line:
         tools: what rounds work with.
         told: called with every outcome, after it was recorded.
         changed: asks for a round of a service.
+        accepted: called when the slots of a service are what a start of it should get; a round may go on for long.
     """
 
     def __init__(
@@ -72,11 +73,13 @@ class Line:
         tools: Tools,
         told: Callable[[Event], None] = lambda event: None,
         changed: Callable[[str], None] = lambda name: None,
+        accepted: Callable[[str], None] = lambda name: None,
     ) -> None:
         self._tools = tools
         self._record = Record(tools.ledger, told)
         self._judge = Judge(tools.store, tools.pending, tools.trials, self._record, tools.watcher)
         self._rollout = Rollout(changed)
+        self._accepted = accepted
         self._memory: dict[str, Memory] = {}
         self._awaited: dict[str, list[trio.Event]] = {}
 
@@ -231,6 +234,7 @@ class Line:
         memory.counted = frozenset()
         if not passed:
             return False
+        self._accepted(service.name)
         if service.main is not None:
             return await self._into_service(service, service.main, wanted, memory, since)
         return await self._stopped(service, wanted, memory)

@@ -155,3 +155,16 @@ def test_it_does_not_wait_for_a_copy(place: Place) -> None:
     place.start_daemon()
     service.reloaded("1.3")
     until(lambda: not [name for name in os.listdir(store) if name.startswith(".tmp-")])
+
+
+def test_it_is_ready_while_a_reload_goes_on(place: Place) -> None:
+    """Whoever waits for it does not wait for a service: systemd would end it, and start it anew."""
+    daemon = place.start_daemon()
+    begun = place.path / "begun"
+    os.mkfifo(begun)
+    service = place.start("--reload-command", f"sh -c 'echo $$ > {begun}; exec sleep infinity'")
+    daemon.stop()
+    service.put("1.3")
+    place.start_daemon(wait=False).log.wait_for("watching for 1 service")
+    assert begun.read_text()
+    assert service.has("1.3")

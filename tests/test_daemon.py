@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The daemon itself: when it is ready, and that what goes wrong beside the rounds does not end it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn, cast
+
+import pytest
+import trio
+import trio.testing
+
+from watcher import daemon as module
+from watcher import journal, notify
+from watcher.config import Settings
+from watcher.daemon import AlreadyRunning, Daemon
+from watcher.line import Tools
+from watcher.model import Busy, Later
+from watcher.mounts.workshop import Hung
+
+UNIT = Path(__file__).parent.parent / "units/confext-watcher.service.in"
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What is logged, and "ready" where systemd is told so."""
+    lines: list[str] = []
+    monkeypatch.setattr(journal, "log", SimpleNamespace(info=lines.append, warning=lines.append))
+    monkeypatch.setattr(notify, "ready", lambda: lines.append("ready"))
+    yield lines
+
+
+def made(collect: Callable[..., object] = lambda mounted: ()) -> Daemon:
+    async def run(function: Callable[..., None], *arguments: object) -> None:
+        function(*arguments)
+
+    tools = SimpleNamespace(
+        store=SimpleNamespace(collect=collect),
+        shop=SimpleNamespace(run=run, images=SimpleNamespace(retain=lambda mounted: None)),
+        admission=SimpleNamespace(forget=lambda digests: None),
+        manager=SimpleNamespace(services={"web": None}),
+        watcher=None,
+        ledger=None,
+        pending=None,
+        trials=None,
+    )
+    return Daemon(Settings(), cast(Tools, tools))
+
+
+async def test_it_is_ready_when_all_were_looked_at(
+    said: list[str], autojump_clock: trio.testing.MockClock
+) -> None:
+    daemon = made()
+    daemon._unseen = {"web", "db"}
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(daemon._when_looked)
+        for name in ("web", "db"):
+            await trio.sleep(1)
+            assert said == []
+            daemon._looked_at(name)
+    assert said == ["watching for 1 service", "ready"]
+    assert trio.current_time() < 3
+
+
+async def test_it_is_ready_before_systemd_loses_patience(
+    said: list[str], autojump_clock: trio.testing.MockClock
+) -> None:
+    daemon = made()
+    daemon._unseen = {"web"}
+    begun = trio.current_time()
+    await daemon._when_looked()
+    patience = re.search(r"^TimeoutStartSec=(\d+)$", UNIT.read_text(), re.MULTILINE)
+    assert patience is not None
+    assert said[-1] == "ready"
+    assert trio.current_time() - begun <= int(patience[1]) / 2
+
+
+async def test_it_is_ready_at_once_without_services(said: list[str]) -> None:
+    await made()._when_looked()
+    assert said[-1] == "ready"
+
+
+@pytest.mark.parametrize("error", [Later("no copy can be removed: Read-only file system"), Hung("no answer")])
+async def test_what_cannot_be_tidied_up_is_said_once(said: list[str], error: Exception) -> None:
+    broken = True
+
+    def collect(mounted: frozenset[str]) -> tuple[str, ...]:
+        if broken:
+            raise error
+        return ()
+
+    daemon = made(collect)
+    for _ in range(2):
+        await daemon._tidy(frozenset())
+    assert said == [f"not tidied up, it is tried again: {error}"]
+    broken = False
+    await daemon._tidy(frozenset())
+    broken = True
+    await daemon._tidy(frozenset())
+    assert len(said) == 2
+
+
+async def test_a_start_of_a_service_puts_tidying_up_off_in_silence(said: list[str]) -> None:
+    def collect(mounted: frozenset[str]) -> NoReturn:
+        raise Busy("copies are being made")
+
+    await made(collect)._tidy(frozenset())
+    assert said == []
+
+
+def test_an_error_of_its_own_is_not_put_down_to_another_daemon(tmp_path: Path) -> None:
+    with pytest.raises(BlockingIOError), module._alone(str(tmp_path)):
+        with pytest.raises(AlreadyRunning), module._alone(str(tmp_path)):
+            pass
+        raise BlockingIOError
