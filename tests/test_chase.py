@@ -11,6 +11,7 @@ import errno
 import itertools
 import os
 import random
+import resource
 import shutil
 import stat
 import sys
@@ -304,6 +305,61 @@ async def test_a_tree_that_shows_again_is_watched_all_the_way_down() -> None:
     hidden: list[Step] = [(make_deep, "b", ""), (mount_empty, "b", "")]
     shown = partial(check, [hidden, [(unmount, "b", "")], [(write, "b/a/b/c/a", "")]])
     await trio.to_thread.run_sync(shown)
+
+
+# Short of descriptors, and a directory that fails
+
+
+@contextmanager
+def descriptors(number: int) -> Iterator[None]:
+    """No more than so many are left."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open("/", os.O_PATH)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + number, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_without_descriptors_it_goes_on_when_there_are_some(number: int) -> None:
+    with world() as root, Watcher() as watcher:
+        make_deep(f"{root}/b", "")
+        daemon = Daemon(watcher, interests(root)).followed()
+        remove(f"{root}/b", "")
+        make_deep(f"{root}/a", "")
+        make_deep(f"{root}/b", "")
+        with descriptors(number):
+            watcher._collect()
+        for key in interests(root):
+            daemon.look(key)
+        watcher.retry()
+        assert_still_watching(daemon, root)
+        assert not watcher.remarks()
+
+
+@pytest.mark.parametrize("scope", Scope)
+def test_a_directory_that_cannot_be_listed_for_a_while(scope: Scope, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(path: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with world() as root, Watcher() as watcher:
+        make_deep(f"{root}/b", "")
+        daemon = Daemon(watcher, {"it": Interest(f"{root}/b", scope)}).followed()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "scandir", fails)
+            make(f"{root}/b/new", "")
+            assert watcher._collect() == {"it"}
+        assert bool(watcher.remarks()) == (scope is Scope.TREE)
+        daemon.look("it")
+        watcher.retry()
+        daemon.listen()
+        write(f"{root}/b/new/file", "")
+        daemon.listen()
+        assert not daemon.missed()
+        assert not watcher.remarks()
 
 
 # A change between any two steps

@@ -199,17 +199,28 @@ class Chase:
 
     def _follow(self, bound: Bound, opened: _Opened) -> tuple[tuple[Node, ...], int]:
         """The nodes that `bound` depends on, the one where its path ends as the last, and its state."""
+        turns: list[Node] = []
+        try:
+            state = self._follow_to(bound, opened, turns)
+        except (
+            OSError
+        ) as error:  # no descriptors left, or a directory on the way that fails: nobody tells when it is over
+            state = -(error.errno or errno.EIO)
+            self._gaps[bound] = -state
+        return tuple(turns), state
+
+    def _follow_to(self, bound: Bound, opened: _Opened, turns: list[Node]) -> int:
+        """The state in which the way of `bound` ends; `turns` gets the nodes."""
         todo = _parts(bound.interest.path)
         node = self.root
         self._pass(bound, node, opened)
-        turns: list[Node] = []
         links = 0
         while todo:
             name = todo.pop()
             if name == "..":
                 turns.append(node)
                 if reason := _no_way_back(opened[node]):
-                    return tuple(turns), -reason
+                    return -reason
                 node = node.parent or node
                 continue
             child = node.child(name)
@@ -222,13 +233,13 @@ class Chase:
             turns.append(child)
             target = self._stopped(bound, child, opened, reason)
             if target is None or links == MAX_LINKS:
-                return tuple(turns), -(errno.ELOOP if target else reason)
+                return -(errno.ELOOP if target else reason)
             links += 1
             todo += _parts(target)
             node = self.root if target.startswith("/") else node
         turns.append(node)
         refused = self._arm(node, opened[node], TREE if bound.deep else CHILDREN)
-        return tuple(turns), -refused or node.wd or 0
+        return -refused or node.wd or 0
 
     def _pass(self, bound: Bound, node: Node, opened: _Opened) -> None:
         """Open a directory on the way and watch it, for what can happen to itself; raises OSError as openat(2)."""
@@ -279,6 +290,8 @@ class Chase:
         self._blind.pop(node, None)
         try:
             self._watch_subdirectories(node, fd)
+        except OSError as error:
+            self._skipped(node, error.errno)
         finally:
             os.close(fd)
 
