@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from watcher import admit, arch, release
-from watcher.images.extension import read_release
-from watcher.model import Candidate, Copy, Kind, Later, Refused, problem
+from watcher.images.extension import NoRelease, read_release
+from watcher.model import Candidate, Copy, Incomplete, Kind, Later, Refused, problem
 from watcher.mounts import syscalls
 from watcher.mounts.workshop import Workshop
 from watcher.store import Store
@@ -105,6 +105,12 @@ class Admission:
 
         def judge(copy: Copy) -> None:
             names, strict_false = self._release(copy)
+            if (
+                not names and candidate.kind is Kind.DIRECTORY
+            ):  # it comes file by file, and nobody says when that ends
+                raise Incomplete(
+                    "incomplete: there is no etc/extension-release.d/extension-release.* in it yet"
+                )
             name = release.choose_release_file(candidate.filename, names, strict_false, candidate.kind)
             release.match(_parsed(names[name]), made_for.os_release, made_for.architecture)
 
@@ -120,7 +126,7 @@ class Admission:
         if known is None:
             try:
                 if copy.kind is Kind.DIRECTORY:
-                    known = _read(copy.path)
+                    known = _read_tree(copy)
                 else:
                     known = self._shop.submit(_read_mounted, self._shop, copy).result()
             except OSError as error:
@@ -130,6 +136,13 @@ class Admission:
                 raise Later(f"{short}: {problem(error)}") from error
             self._releases[copy.digest] = known
         return known
+
+
+def _read_tree(copy: Copy) -> Release:
+    try:
+        return _read(copy.path)
+    except NoRelease:
+        return {}, frozenset()
 
 
 def _read_mounted(shop: Workshop, copy: Copy) -> Release:

@@ -280,11 +280,11 @@ def test_a_directory_where_an_image_should_be(service: Service) -> None:
 TREES: dict[str, tuple[Make, str]] = {
     "no release directory": (
         lambda root: shutil.rmtree(root / "etc/extension-release.d"),
-        "refused: not a confext: there is no etc/extension-release.d/ in it",
+        "incomplete: there is no etc/extension-release.d/extension-release.* in it yet",
     ),
     "empty": (
         lambda root: shutil.rmtree(root / "etc"),
-        "refused: not a confext: there is no etc/extension-release.d/ in it",
+        "incomplete: there is no etc/extension-release.d/extension-release.* in it yet",
     ),
     "two release files that do not fit": (
         lambda root: release(root, "a", "b"),

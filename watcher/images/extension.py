@@ -28,6 +28,10 @@ _NO_XATTR = frozenset({errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.EACCE
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
+class NoRelease(Refused):
+    """There is no `etc/extension-release.d/`."""
+
+
 def read_release(root_fd: int) -> tuple[dict[str, str], set[str]]:
     """Read `etc/extension-release.d/` below the directory `root_fd` (an O_PATH descriptor will do).
 
@@ -36,7 +40,7 @@ def read_release(root_fd: int) -> tuple[dict[str, str], set[str]]:
         `user.extension-release.strict` is false. Bytes that are not UTF-8 are surrogates.
 
     Raises:
-        Refused: not a confext, a link on the way, too many or too large files.
+        Refused: not a confext (`NoRelease`, `Sysext`), a link on the way, too many or too large files.
         OSError: it could not be read.
     """
     etc = _directory(root_fd, RELEASE_DIRECTORY[0], root_fd)
@@ -66,7 +70,7 @@ def _not_a_confext(root_fd: int) -> Refused:
     where = "/".join(RELEASE_DIRECTORY)
     if _is_sysext(root_fd):
         return Sysext(f"not a confext but a sysext: it has usr/lib/extension-release.d/ and no {where}/")
-    return Refused(f"not a confext: there is no {where}/ in it")
+    return NoRelease(f"not a confext: there is no {where}/ in it")
 
 
 def _is_sysext(root_fd: int) -> bool:
