@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,8 +22,12 @@ def layer(version: int) -> Layer:
     return Layer("web.raw", "web", str(version), f"{version:064}", Kind.IMAGE, candidate(version).path)
 
 
-def chosen(fates: dict[int, str], accepted: int | None) -> str | None:
-    """The version that is picked, of files by version with what admission says to them."""
+def chosen(fates: dict[int, str], accepted: int | None, *, unknown: bool = False) -> str | None:
+    """The version that is picked, of files by version with what admission says to them.
+
+    Args:
+        unknown: another file cannot be looked at.
+    """
 
     def admit(one: Candidate) -> Copy:
         fate = fates[int(one.version)]
@@ -32,7 +37,7 @@ def chosen(fates: dict[int, str], accepted: int | None) -> str | None:
 
     newest_first = tuple(candidate(version) for version in sorted(fates, reverse=True))
     before = Stack() if accepted is None else Stack((layer(accepted),))
-    layers = choose(Look((Picks(ENTRY, newest_first),), ()), admit, before).stack.layers
+    layers = choose(Look((Picks(ENTRY, newest_first, unknown),), ()), admit, before).stack.layers
     return layers[0].version if layers else None
 
 
@@ -56,6 +61,22 @@ def test_a_bad_image_that_came_instead_of_the_accepted_one_does_not_take_it_away
     assert chosen({4: "kept out"}, accepted=3) == "3"
     assert chosen({4: "kept out", 2: "good"}, accepted=3) == "3"
     assert chosen({4: "refused", 2: "good"}, accepted=3) == "2"  # not for its sake: it was removed
+
+
+@given(st.dictionaries(st.integers(0, 9), FATES, max_size=5), st.none() | st.integers(0, 9))
+def test_one_that_cannot_be_looked_at_takes_nothing_away_and_holds_nothing_up(
+    fates: dict[int, str], accepted: int | None
+) -> None:
+    got = chosen(fates, accepted, unknown=True)
+    if accepted is None or accepted in fates:
+        assert got == chosen(fates, accepted)
+    else:  # it may be that one
+        assert got == str(accepted)
+
+
+def test_a_directory_that_cannot_be_read_changes_nothing() -> None:
+    accepted = Stack((layer(3),))
+    assert choose(Look((), (), unknown=True), lambda one: pytest.fail(one.path), accepted).stack == accepted
 
 
 def test_the_change_in_words() -> None:

@@ -265,6 +265,7 @@ def test_what_cannot_be_read_is_unknown_and_not_removed(public: Path) -> None:
     assert [picks.unknown for picks in result.picks] == [True, True, True]
     assert len(told(result, "warning")) == 4
     assert all(text.endswith("Permission denied") for text in told(result, "warning"))
+    assert all("what was accepted stays" in text or "as it is" in text for text in told(result, "warning"))
 
 
 def test_names_that_can_be_listed_but_not_looked_at_are_unknown(public: Path) -> None:

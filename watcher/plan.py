@@ -61,8 +61,8 @@ def choose(look: Look, admit: Callable[[Candidate], Copy], accepted: Stack) -> C
 def _pick(
     pick: Picks, admit: Callable[[Candidate], Copy], accepted: Layer | None, passed: list[Passed]
 ) -> Layer | None:
-    if pick.unknown and accepted is not None:
-        return accepted
+    if pick.unknown and accepted is not None and _is_gone(accepted, pick):
+        return accepted  # perhaps it is there, and nobody can see it
     kept_out = False
     for candidate in pick.candidates:
         try:
@@ -82,7 +82,7 @@ def _pick(
 
 
 def _is_gone(layer: Layer, pick: Picks) -> bool:
-    """Whether a layer's file is there no more. A bad image that came instead of it must not take it away."""
+    """Whether a layer's file is not to be seen. A bad image that came instead of it must not take it away."""
     return all(candidate.path != layer.source for candidate in pick.candidates)
 
 

@@ -130,8 +130,11 @@ def _picks(entry: Entry, architecture: str | None, notes: _Notes) -> Picks:
         dirents = _read(spec.directory, re.compile(vpick.pattern(spec)))
     except OSError as error:
         return _unread(entry, spec.directory, error, notes)
+    unseen = {dirent.name for dirent in dirents if dirent.problem and dirent.type == "other"}
     for passed in vpick.passed_over(spec, dirents, architecture):
-        notes.say(passed.level, f"{spec.directory}/{passed.name}", f"passed over: {passed.reason}")
+        stays = "cannot be read, what was accepted stays until something newer comes"
+        what = stays if passed.name in unseen else "passed over"
+        notes.say(passed.level, f"{spec.directory}/{passed.name}", f"{what}: {passed.reason}")
     candidates = vpick.pick(spec, dirents, architecture)
     if not candidates:
         notes.say("info", spec.directory, f"nothing in it yet that is called {vpick.called(spec)} and fits")
@@ -142,7 +145,7 @@ def _picks(entry: Entry, architecture: str | None, notes: _Notes) -> Picks:
         # A tree changes anywhere below; of an image, its directory's watch sees all that matters.
         for candidate in candidates:
             notes.watch(chase(candidate.path).path, scope=Scope.TREE)
-    return Picks(entry, candidates, any(dirent.problem and dirent.type == "other" for dirent in dirents))
+    return Picks(entry, candidates, bool(unseen))
 
 
 def _direct(entry: Entry, notes: _Notes) -> Picks:
