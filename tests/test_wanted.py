@@ -12,7 +12,7 @@ from typing import cast
 import pytest
 from images import confext
 
-from watcher import scan
+from watcher import scan, wanted
 from watcher.admission import Admission, host
 from watcher.model import Declared
 from watcher.mounts.workshop import Workshop
@@ -37,9 +37,9 @@ class Looking:
 
     def find(self) -> Wanted:
         with self._store.using():
-            wanted = find(self._store, self._admission, UNIT, self._declared, host(), {}, None, None)
-            self._store.accept(UNIT, wanted.stack, [pick.entry for pick in wanted.look.picks])
-        return wanted
+            found = find(self._store, self._admission, UNIT, self._declared, host(), {}, None, None)
+            self._store.accept(UNIT, found.stack, [pick.entry for pick in found.look.picks])
+        return found
 
     @property
     def entries(self) -> list[str]:
@@ -74,3 +74,20 @@ def test_a_directory_that_fails_takes_no_entry_out_of_the_record(
     (looking.drops / "b").rename(looking.drops / ".b")
     looking.find()
     assert looking.entries == ["a"]
+
+
+def test_more_layers_than_can_be_mounted_are_never_accepted(
+    looking: Looking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wanted, "LAYERS_MAX", 2)
+    for name in ("a", "b"):
+        looking.put(name)
+    before = looking.find().stack
+    looking.put("c")
+    found = looking.find()
+    assert found.stack == before
+    assert [(remark.path, remark.text) for remark in found.look.remarks] == [
+        (f"{looking.drops}/c", "one too many: 3 layers, and 2 are allowed; all stays as it is")
+    ]
+    (looking.drops / "a").rename(looking.drops / ".a")
+    assert [layer.name for layer in looking.find().stack.layers] == ["b", "c"]

@@ -25,6 +25,7 @@ from watcher.model import (
     Sysext,
     shown,
 )
+from watcher.mounts.table import LAYERS_MAX
 from watcher.plan import Choice, Passed, choose
 from watcher.store import Store
 from watcher.trials import Trial
@@ -142,6 +143,9 @@ def find(
     look = _nothing_removed(scan.look(declared), entries, origins.unmounted(good, mounted))
     choice = choose(look, admit, good)
     stack = choice.stack
+    if len(stack.layers) > LAYERS_MAX:
+        look = replace(look, remarks=(*look.remarks, _too_many(stack)))
+        stack = good
     if STACK + stack.id in kept_out:
         stack = good
     pinned = next((one for one in stacks if one.id == pin), None) if pin is not None else None
@@ -188,6 +192,12 @@ def _nothing_removed(look: Look, recorded: Sequence[Entry], unmounted: Mapping[s
             remarks.append(Remark("warning", where, words))
             interests.append(Interest(os.path.dirname(where), pattern=re.escape(os.path.basename(where))))
     return replace(look, picks=tuple(picks), interests=tuple(interests), remarks=tuple(remarks))
+
+
+def _too_many(stack: Stack) -> Remark:
+    first = stack.layers[LAYERS_MAX].source
+    what = f"one too many: {len(stack.layers)} layers, and {LAYERS_MAX} are allowed; all stays as it is"
+    return Remark("warning", first, what)
 
 
 def _gone(stacks: Sequence[Stack], kept_out: Mapping[str, str], trial: Trial | None) -> Stack | None:

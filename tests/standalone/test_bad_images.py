@@ -398,6 +398,34 @@ def test_the_store_is_full(place: Place) -> None:
     service.logged("other1 7 added")
 
 
+@pytest.mark.parametrize("place", ["trees"], indirect=True)
+def test_more_layers_than_overlayfs_takes(place: Place) -> None:
+    place.start_daemon()
+    service = place.start(name="web.service")
+    service.put("1.3")
+    service.reloaded("1.3")
+    aside = place.path / "aside"
+    aside.mkdir()
+    for number in range(498):
+        confext(aside / f"{number:03}", f"{number:03}", {f"etc/{number:03}": b""})
+    fresh = place.path / "fresh"
+    shutil.copytree(service.drops, fresh, symlinks=True)
+    for tree_ in sorted(aside.iterdir()):
+        (fresh / tree_.name).symlink_to(tree_)
+    service.drops.rename(place.path / "old")
+    fresh.rename(service.drops)
+    line = service.logged("one too many: 499 layers, and 498 are allowed; all stays as it is")
+    assert "level=warning" in line
+    assert service.has("1.3")
+    service.stop()
+    place.services.remove(service)
+    again = place.start(name="web.service")
+    assert again.heard == ["1.3"]
+    (service.drops / "000").unlink()
+    again.reloaded("1.3")
+    assert again.etc("497").exists()
+
+
 @tool("mksquashfs")
 @pytest.mark.parametrize("place", ["trees"], indirect=True)
 def test_an_image_that_nobody_here_may_mount(place: Place) -> None:
