@@ -8,16 +8,18 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from inotify_simple import INotify, flags
 
 from needs import filesystem, loop, tool
-from standalone.place import Place, Service, image
+from standalone.place import Daemon, Place, Service, image
 
 images_only = pytest.mark.parametrize("place", ["images"], indirect=True)
 trees_only = pytest.mark.parametrize("place", ["trees"], indirect=True)
@@ -194,6 +196,18 @@ def test_the_queue_of_events_overflows(place: Place, drop: str) -> None:
     assert service.heard == ["nothing", "1.3", "1.4"]
 
 
+@contextmanager
+def no_descriptors(daemon: Daemon) -> Iterator[None]:
+    limits = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(
+        daemon.pid, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{daemon.pid}/fd")), limits[1])
+    )
+    try:
+        yield
+    finally:
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, limits)
+
+
 @images_only
 def test_no_descriptor_is_left(place: Place) -> None:
     daemon = place.start_daemon()
@@ -201,12 +215,27 @@ def test_no_descriptor_is_left(place: Place) -> None:
     service.put("1.3")
     service.reloaded("1.3")
     service.logged("web 1.3 added")
-    limits = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(
-        daemon.pid, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{daemon.pid}/fd")), limits[1])
-    )
-    service.put("1.4")
-    service.logged("Too many open files|too many open files")
-    assert service.has("1.3")
-    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, limits)
+    with no_descriptors(daemon):
+        service.put("1.4")
+        service.logged("Too many open files|too many open files")
+        assert service.has("1.3")
     service.reloaded("1.4")
+
+
+@images_only
+def test_no_descriptor_is_left_to_follow_a_directory(place: Place) -> None:
+    """Its watches cannot be renewed; they are when there are descriptors again, and somebody asks."""
+    daemon = place.start_daemon()
+    service = place.start()
+    service.put("1.3")
+    service.reloaded("1.3")
+    service.logged("web 1.3 added")
+    with no_descriptors(daemon):
+        shutil.rmtree(service.drops)
+        service.versions.mkdir(parents=True)
+        daemon.log.wait_for("cannot be watched: Too many open files")
+    daemon.send(signal.SIGHUP)
+    service.put("1.4")
+    service.logged("1.4.* applied")
+    service.put("1.5")
+    service.reloaded("1.5")
