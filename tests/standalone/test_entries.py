@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from standalone.place import Place, Service, image, shell, tree
+from standalone.place import Place, Service, image, shell, tree, until
 
 images_only = pytest.mark.parametrize("shared", ["images"], indirect=True)
 trees_only = pytest.mark.parametrize("shared", ["trees"], indirect=True)
@@ -206,3 +208,27 @@ def test_what_is_mounted_is_the_copy_in_the_store(service: Service) -> None:
     assert str(store / digest) in backing
     assert str(target) not in backing
     assert (store / digest).stat().st_mode & 0o777 == 0o400
+
+
+@images_only
+def test_copies_and_mounts_that_nobody_needs_go_away(shared: Place) -> None:
+    """The last three stacks are kept, and mounted is what a service runs on."""
+    service = shared.start()
+    digests = {}
+    for version in ("1", "2", "3", "4", "5"):
+        path = service.put(version)
+        digests[hashlib.sha256(path.read_bytes()).hexdigest()] = version
+        service.reloaded(version)
+        service.logged(f"{version}.* applied")
+    store = shared.state / "store"
+    until(lambda: [digests[name] for name in digests if (store / name).exists()] == ["3", "4", "5"])
+    until(lambda: [digests[name] for name in digests if name in backing_files()] == ["5"])
+
+
+def backing_files() -> set[str]:
+    """Names of the files that loop devices show."""
+    found = set()
+    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with suppress(OSError):  # another one's, gone just now
+            found.add(Path(path.read_text().strip()).name)
+    return found
