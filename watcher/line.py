@@ -141,7 +141,8 @@ class Line:
     async def look(self, service: Service) -> Wanted:
         """What a round would find now, without doing anything about it."""
         with self._tools.store.using():
-            return await trio.to_thread.run_sync(self._find, service, *self._kept_out(service))
+            find = functools.partial(self._find, service, *self._kept_out(service))
+            return await trio.to_thread.run_sync(find, abandon_on_cancel=True)
 
     async def waits(self, service: Service, wanted: Wanted) -> str:
         """Why a service would not get its new stack now, "" if it would."""
