@@ -100,6 +100,7 @@ def test_what_was_dropped_while_the_watcher_was_away_is_applied_and_nothing_else
     assert host.see("one.service", "/etc/web.txt") == "1"
     drop_version(host, "one.service", "2")
     host.systemctl("start", "confext-watcher")
+    journal.applied("one.service")
     assert host.see("one.service", "/etc/web.txt") == "2"
     assert not host.bed.path("/run/two.service-reload").exists()
     assert host.see("two.service", "/etc/web.txt") == "1"
@@ -114,6 +115,21 @@ def test_a_service_waits_for_what_was_dropped_before_its_first_start(host: Host)
     host.systemctl("start", "talks.service")
     assert host.bed.property("confext-watcher", "ActiveState") == "active"
     assert (seen(host, "pre"), host.see("talks.service", "/etc/web.txt")) == ("1", "1")
+
+
+def test_the_watcher_is_up_before_what_a_service_still_does_with_its_stack(host: Host) -> None:
+    """Nothing that a service does keeps it from being ready: longer than TimeoutStartSec=, and it never would be."""
+    host.unit("slow.service", SLEEP + "ExecReload=/bin/sh -c 'mkfifo /run/slow; cat /run/slow'\n")
+    host.watch()
+    host.systemctl("start", "slow.service")
+    host.systemctl("stop", "confext-watcher")
+    drop_version(host, "slow.service", "1")
+    host.stack.callback(host.bed.run, ["rm", "-f", "/run/slow"])
+    journal = host.journal()
+    host.systemctl("start", "confext-watcher")
+    assert host.bed.property("confext-watcher", "ActiveState") == "active"
+    host.bed.run(["sh", "-c", "until [ -p /run/slow ]; do sleep 0.1; done; echo go >/run/slow"])
+    assert "reload done" in journal.applied("slow.service")["MESSAGE"]
 
 
 def test_removal_goes_back_and_to_the_original_at_last(host: Host) -> None:
