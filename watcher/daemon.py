@@ -256,7 +256,7 @@ class Daemon:
             tools.admission.forget(removed)
             await tools.shop.run(tools.shop.images.retain, mounted)
         except (Later, Hung, OSError) as error:
-            untidy = shown(str(error))
+            untidy = problem(error)
         except Busy:
             return  # a service is being started; there will be another time
         if untidy and untidy != self._untidy:
