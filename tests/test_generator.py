@@ -327,10 +327,10 @@ def test_an_error_with_one_unit_does_not_touch_the_others(host: Host) -> None:
     assert host.complaints and host.complaints[0].startswith("bad.service: no drop-in")
 
 
-def test_only_the_standard_library_is_needed() -> None:
+def test_only_the_standard_library_is_needed_and_not_what_takes_long() -> None:
     script = (
         "import sys; import watcher.generator; "
-        "known = {*sys.stdlib_module_names, 'watcher', '__main__'}; "
+        "known = {*sys.stdlib_module_names, 'watcher', '__main__'} - {'dataclasses'}; "
         "print([name for name in sys.modules if name.partition('.')[0] not in known and name[0] != '_'])"
     )
     path = str(Path(__file__).parents[1])

@@ -17,11 +17,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import hierarchies, unitfile, units
-from .model import Declared, Entry, Kind, shown
+from .basics import Kind, shown
 from .units import DROPIN, Index, Unit
+
+if TYPE_CHECKING:
+    from .model import Entry
 
 STATE_DIRECTORY = "/var/lib/confext-watcher"
 WATCHER = "confext-watcher.service"
@@ -50,8 +53,7 @@ class Forgotten(Exception):
     """With images a unit would lose some of its sandbox for good, see `watcher.hierarchies`: `str()` says what."""
 
 
-@dataclass(frozen=True, slots=True)
-class Listed:
+class Listed(NamedTuple):
     """One line of the drop-in: a slot (`path` ""), or a sysext passed through."""
 
     kind: Kind
@@ -174,21 +176,25 @@ def _listed(
 ) -> list[Listed]:
     """What was accepted last, and the sysexts among what is declared."""
     slots = read_slots(state_directory, unit.name, complain)
-    if slots is not None and not _declares(parsed):
+    passed = read_passed(state_directory, unit.name) if _declares(parsed) else frozenset()
+    trees = (path for path, _ in index.sources(unit).directories)
+    if slots is not None and not passed and not any(map(_is_sysext_tree, trees)):
         return [Listed(kind, slot) for slot, kind in slots]
-    declared = index.declared(unit)
-    passed = read_passed(state_directory, unit.name)
+    declared, _remarks = units.declared(unit, parsed, index.search_path)
     sysexts = [
         listed
         for entry in (*declared.images, *declared.directories)
-        if (entry.path in passed or _is_sysext_tree(entry)) and (listed := _passed_through(entry))
+        if _is_sysext(entry, passed) and (listed := _passed_through(entry))
     ]
     if slots is None:
         from . import scan  # here and below: mostly not needed, and milliseconds count
 
-        names = {entry.path for entry in (*declared.images, *declared.directories) if _is_sysext_tree(entry)}
         entries = (pick.entry for pick in scan.look(declared).picks)
-        slots = [(entry.slot, entry.kind) for entry in entries if entry.path not in names | passed]
+        slots = [
+            (entry.slot, entry.kind)
+            for entry in entries
+            if not (entry.declared and _is_sysext(entry, passed))
+        ]
     return [*(Listed(kind, slot) for slot, kind in slots), *sysexts]
 
 
@@ -250,18 +256,21 @@ def write_passed(state_directory: str, unit: str, paths: Iterable[str]) -> None:
     os.rename(f"{target}.tmp", target)
 
 
-def _is_sysext_tree(entry: Entry) -> bool:
+def _is_sysext_tree(path: str) -> bool:
     """A directory that says by itself that it is no confext; one in `.v/` form was looked into by the watcher."""
-    return (
-        entry.kind is Kind.DIRECTORY
-        and not os.path.isdir(f"{entry.path}/etc/extension-release.d")
-        and os.path.isdir(f"{entry.path}/usr/lib/extension-release.d")
+    return not os.path.isdir(f"{path}/etc/extension-release.d") and os.path.isdir(
+        f"{path}/usr/lib/extension-release.d"
     )
+
+
+def _is_sysext(entry: Entry, passed: frozenset[str]) -> bool:
+    return entry.path in passed or (entry.kind is Kind.DIRECTORY and _is_sysext_tree(entry.path))
 
 
 def _passed_through(entry: Entry) -> Listed | None:
     """A sysext as it is picked at this moment, never in `.v/` form: else systemd's refresh would run."""
     from . import scan
+    from .model import Declared
 
     images, directories = ((entry,), ()) if entry.kind is Kind.IMAGE else ((), (entry,))
     (pick,) = scan.look(Declared(images, directories)).picks

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from . import unitfile
 from .unitfile import Assignment
@@ -24,8 +24,7 @@ HIERARCHIES = ("/usr", "/opt", "/etc")
 _USUAL = ("bin", "games", "include", "lib", "lib32", "lib64", "libexec", "local", "sbin", "share", "src")
 
 
-@dataclass(frozen=True, slots=True)
-class Repair:
+class Repair(NamedTuple):
     """What a drop-in with images has to say besides.
 
     Attributes:

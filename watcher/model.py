@@ -13,16 +13,13 @@ from __future__ import annotations
 import enum
 import functools
 import hashlib
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-
-class Kind(enum.Enum):
-    """What an entry is, with systemd's words: `ExtensionImages=` or `ExtensionDirectories=`."""
-
-    IMAGE = "image"
-    DIRECTORY = "directory"
+from .basics import Kind as Kind
+from .basics import printable as printable
+from .basics import problem as problem
+from .basics import shown as shown
 
 
 class Unsupported(Exception):
@@ -267,37 +264,3 @@ class Event:
     swap_usec: int | None = None
     total_usec: int | None = None
     layers: tuple[Layer, ...] = field(default=())
-
-
-def shown(text: str) -> str:
-    """`text` on one line, printable, unambiguous: control characters, surrogates and backslashes become escapes."""
-    if text.isprintable() and "\\" not in text:
-        return text
-    return "".join("\\\\" if char == "\\" else _escape(char) for char in text)
-
-
-def printable(text: str, keep: str = "") -> str:
-    """A sentence on one line, printable, whatever got into it: what `shown()` made of its parts stays as it is.
-
-    Args:
-        keep: control characters that may stay.
-    """
-    if text.isprintable():
-        return text
-    return "".join(char if char in keep else _escape(char) for char in text)
-
-
-def problem(error: Exception) -> str:
-    """An error in words, of the system's with the file first: "/var/lib/x: No space left on device"."""
-    if not isinstance(error, OSError):
-        return str(error)
-    name = f"{shown(os.fsdecode(error.filename))}: " if isinstance(error.filename, str | bytes) else ""
-    return f"{name}{error.strerror or error}"
-
-
-def _escape(char: str) -> str:
-    if char.isprintable():
-        return char
-    if 0xDC80 <= ord(char) <= 0xDCFF:
-        return f"\\x{ord(char) - 0xDC00:02x}"
-    return char.encode("unicode_escape").decode("ascii")

@@ -14,9 +14,12 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
-from .model import Remark, shown
+from .basics import shown
+
+if TYPE_CHECKING:
+    from .model import Remark
 
 INFINITY = (1 << 64) - 1
 """What "infinity" is as a time span, in microseconds (systemd's USEC_INFINITY)."""
@@ -62,8 +65,7 @@ _ESCAPES = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v
 _CODES = {"x": (2, 16), "u": (4, 16), "U": (8, 16)}
 
 
-@dataclass(frozen=True, slots=True)
-class Assignment:
+class Assignment(NamedTuple):
     """One `key=value` line; `line` is the number of its first line, from 1."""
 
     section: str
@@ -74,11 +76,10 @@ class Assignment:
 
     def remark(self, text: str) -> Remark:
         """A warning about this line."""
-        return Remark("warning", f"{self.path}:{self.line}", text)
+        return _warning(self.path, self.line, text)
 
 
-@dataclass(frozen=True, slots=True)
-class Parsed:
+class Parsed(NamedTuple):
     """One file's assignments in order, and what was wrong with the rest."""
 
     assignments: tuple[Assignment, ...]
@@ -97,33 +98,33 @@ def parse(text: str, path: str) -> Parsed:
 def _assigned(lines: Iterable[tuple[int, str]], path: str) -> Parsed:
     assignments: list[Assignment] = []
     remarks: list[Remark] = []
-    section = ""
-    for number, line in lines:
+    section, at = "", 0
+
+    def ignored(text: str) -> None:
+        remarks.append(_warning(path, at, f"ignored{text}"))
+
+    for at, line in lines:
         key, equals, value = (part.strip(_WHITE) for part in line.partition("="))
         if not line.isascii() and any(0xD800 <= ord(char) <= 0xDFFF for char in line):
-            remarks.append(Remark("warning", f"{path}:{number}", f"ignored: not valid UTF-8: {shown(line)}"))
+            ignored(f": not valid UTF-8: {shown(line)}")
         elif line.startswith("["):
             section = line[1:-1] if line.endswith("]") else ""
             if not section:  # systemd gives up here, and so whose section would the rest be
-                remarks.append(
-                    Remark(
-                        "warning",
-                        f"{path}:{number}",
-                        f"ignored from here on: not a section header: {shown(line)}",
-                    )
-                )
+                ignored(f" from here on: not a section header: {shown(line)}")
                 break
         elif not equals or not key:
-            remarks.append(
-                Remark("warning", f"{path}:{number}", f"ignored: not of the form KEY=VALUE: {shown(line)}")
-            )
+            ignored(f": not of the form KEY=VALUE: {shown(line)}")
         elif not section:
-            remarks.append(
-                Remark("warning", f"{path}:{number}", f"ignored: {shown(key)}= is outside of any section")
-            )
+            ignored(f": {shown(key)}= is outside of any section")
         else:
-            assignments.append(Assignment(section, key, value, path, number))
+            assignments.append(Assignment(section, key, value, path, at))
     return Parsed(tuple(assignments), tuple(remarks))
+
+
+def _warning(path: str, line: int, text: str) -> Remark:
+    from .model import Remark  # see `watcher.basics`
+
+    return Remark("warning", f"{path}:{line}", text)
 
 
 def parse_only(content: bytes, path: str, lines: re.Pattern[bytes]) -> Parsed:

@@ -14,11 +14,13 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import hierarchies, unitfile, unitname
-from .model import Declared, Remark
 from .unitname import UNIT_PATHS
+
+if TYPE_CHECKING:
+    from .model import Declared, Remark
 
 DROPIN = "zzzz-confext-watcher.conf"
 """File name of our own drop-in: sorts after whatever else there may be."""
@@ -42,8 +44,14 @@ def generators_search_path() -> tuple[str, ...]:
     return tuple(path for path in UNIT_PATHS if not _is_generated(path))
 
 
-@dataclass(frozen=True, slots=True)
-class Unit:
+class Sources(NamedTuple):
+    """What a unit's files declare: images as (path, options, optional), directories as (path, optional)."""
+
+    images: list[tuple[str, str, bool]]
+    directories: list[tuple[str, bool]]
+
+
+class Unit(NamedTuple):
     """A service unit by its files.
 
     Attributes:
@@ -92,7 +100,7 @@ def as_generators_see(unit: Unit) -> Unit:
     """A unit without what generators make (podman's, those for SysV scripts): all run at once, on empty directories."""
     fragment = "" if _is_generated(os.path.dirname(unit.fragment)) else unit.fragment
     dropins = (path for path in unit.dropins if not _is_generated(os.path.dirname(os.path.dirname(path))))
-    return replace(unit, fragment=fragment, dropins=tuple(dropins))
+    return unit._replace(fragment=fragment, dropins=tuple(dropins))
 
 
 def _is_generated(directory: str) -> bool:
@@ -106,10 +114,18 @@ def declared(
     from . import resolve  # the generator can mostly do without, and counts milliseconds
 
     remarks: list[Remark] = []
+    images, directories = _sources(unit, parsed, lambda line, text: remarks.append(line.remark(text)))
+    dirs = confext_dirs(unit.names, search_path)
+    return resolve.declare(images, directories, dirs), tuple(remarks)
+
+
+def _sources(
+    unit: Unit, parsed: unitfile.Parsed, complain: Callable[[unitfile.Assignment, str], None]
+) -> Sources:
     expand = _expander(unit)
 
-    def complainer(assignment: unitfile.Assignment) -> Callable[[str], None]:
-        return lambda text: remarks.append(assignment.remark(f"ignored: {text}"))
+    def complainer(line: unitfile.Assignment) -> Callable[[str], None]:
+        return lambda text: complain(line, f"ignored: {text}")
 
     images = [
         image
@@ -121,8 +137,7 @@ def declared(
         for line in unitfile.values(parsed.assignments, "Service", "ExtensionDirectories")
         for directory in unitfile.extension_directories(line.value, expand, complainer(line))
     ]
-    dirs = confext_dirs(unit.names, search_path)
-    return resolve.declare(images, directories, dirs), tuple(remarks)
+    return Sources(images, directories)
 
 
 def _expander(unit: Unit) -> Callable[[str], str]:
@@ -154,7 +169,7 @@ class Index:
         self._texts: dict[str, bytes] = {}
         self._listings: dict[str, list[str]] = {}
         self._relevant: dict[tuple[str, ...], unitfile.Parsed] = {}
-        self._declared: dict[Unit, Declared] = {}
+        self._sources: dict[Unit, Sources] = {}
         for directory in self.search_path:
             self._scan(directory)
         self._aliases: dict[str, list[str]] = {}
@@ -240,11 +255,11 @@ class Index:
             self._relevant[paths] = unitfile.Parsed(tuple(a for each in parsed for a in each.assignments))
         return self._relevant[paths]
 
-    def declared(self, unit: Unit) -> Declared:
-        """Where the unit's layers come from."""
-        if unit not in self._declared:
-            self._declared[unit], _ = declared(unit, self.relevant(unit), self.search_path)
-        return self._declared[unit]
+    def sources(self, unit: Unit) -> Sources:
+        """What the unit's files declare."""
+        if unit not in self._sources:
+            self._sources[unit] = _sources(unit, self.relevant(unit), lambda line, text: None)
+        return self._sources[unit]
 
     def _existing(self, names: Iterable[str]) -> list[str]:
         """The directories of these names, in the order of the search path, there in the order of the names."""
@@ -346,8 +361,7 @@ class Index:
             return True
         if not self.mentions(unit, *_DECLARING):
             return False
-        found = self.declared(unit)
-        return bool(found.images or found.directories)
+        return any(self.sources(unit))
 
 
 def _same(directory: str, searched: str) -> bool:
