@@ -27,6 +27,10 @@ pytestmark = needs.bed
 WATCHER = "confext-watcher.service"
 GENERATOR = "/usr/lib/systemd/system-generators/confext-watcher-generator"
 WEB = "[Service]\nExecStart=/bin/sleep infinity\n"
+BOXED = f"""{WEB}ExecReload=/bin/true
+TemporaryFileSystem=/opt
+ExtensionImages=-/srv/boxed/web.raw.v
+"""
 EARLY = (
     "[Unit]\nDefaultDependencies=no\nBefore=sysinit.target\n"
     "[Service]\nType=oneshot\nRemainAfterExit=yes\nExecStart=/bin/cat /etc/web.txt\nStandardOutput=file:/run/early\n"
@@ -200,6 +204,37 @@ def test_the_default_prefix_does_as_well(version: str) -> None:
         host.systemctl("daemon-reload")
         assert bed.property("web.service", "DropInPaths") == ""
         assert bed.property(WATCHER, "LoadState") == "not-found"
+
+
+def test_a_unit_that_loses_its_sandbox_by_its_own_images_runs_on_accepted_ones(bed: Bed) -> None:
+    hosts.install(bed)
+    with contextlib.ExitStack() as stack:
+        host = hosts.Host(bed, stack)
+        versions = bed.path("/srv/boxed/web.raw.v")
+        versions.mkdir(parents=True)
+        stack.callback(shutil.rmtree, versions.parent)
+        host.unit("boxed.service", BOXED, takes_part=False)
+        host.watch()
+        journal = host.journal()
+        host.systemctl("start", "boxed.service")
+        shutil.copyfile(host.image("web_1", {"web.txt": "1"}), versions / "web_1.raw")
+        journal.applied("boxed.service")
+        tree = confext(versions / ".tree", "web", {"etc/web.txt": b"2"}, "ID=elsewhere\nVERSION_ID=1\n")
+        image(tree, versions / ".web").rename(versions / "web_2.raw")
+        journal.outcome("boxed.service", "refused")
+        mounted = etc(host)
+        for _ in range(
+            2
+        ):  # systemd's own refresh (258 and later) would put it on the newest, the refused one
+            host.systemctl("reload", "boxed.service")
+            assert etc(host) == mounted
+        host.systemctl("restart", "boxed.service")
+        assert host.see("boxed.service", "/etc/web.txt") == "1"
+
+
+def etc(host: hosts.Host) -> list[str]:
+    """The mounts on the service's `/etc`: what they are and the number of each."""
+    return [" ".join(row) for row in host.mounts("boxed.service") if row[4] == "/etc"]
 
 
 def test_an_old_systemd_is_refused_in_one_line_and_not_asked_again(bed254: Bed) -> None:
