@@ -151,7 +151,9 @@ def test_a_unit_of_another_generator_has_the_drop_in_that_ours_could_write(
     others.mkdir()
     (others / "quad.service").write_text("[Service]\nExecStart=/bin/true\nProtectSystem=full\n")
     index = Index([str(host.units), str(others)])
-    assert "quad.service" in described.describe_all(index, {})
+    (remark,) = described.describe_all(index, {})["quad.service"].remarks
+    assert remark.path == f"{others}/quad.service"
+    assert "forgets what it says here of /usr" in remark.text
     assert described.stale(index, ["quad.service"], str(host.state), str(host.generated)) == {}
     host.accept("quad.service", ["other.raw"])
     assert described.stale(index, ["quad.service"], str(host.state), str(host.generated))

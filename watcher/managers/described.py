@@ -7,15 +7,16 @@ Everything here blocks: call it in a thread.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from watcher import config, generator, unitfile, unitname, units
+from watcher import config, generator, hierarchies, unitfile, unitname, units
 from watcher.config import ServiceSettings
 from watcher.model import Declared, Remark
 from watcher.units import DROPIN, Index, Unit
 
 GENERATED = "/run/systemd/generator"
+_HINT = "say it in a drop-in below /etc/systemd/system"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +85,21 @@ def describe(index: Index, unit: Unit) -> Described:
         settings=settings,
         root=_root(parsed.assignments, expand),
         root_image=image is not None,
-        remarks=(*remarks, *more),
+        remarks=(*remarks, *more, *_unknown_in_time(index, unit)),
     )
+
+
+def _unknown_in_time(index: Index, unit: Unit) -> Iterator[Remark]:
+    """What our generator cannot know of a unit that another one makes: see `units.as_generators_see()`."""
+    known = units.as_generators_see(unit)
+    if index.sources(unit) != index.sources(known):
+        yield Remark("warning", unit.fragment, f"a generator's: images are declared too late here, {_HINT}")
+    sandboxes = (
+        hierarchies.repair(index.relevant(each).assignments, index.children) for each in (unit, known)
+    )
+    if len(set(sandboxes)) > 1:
+        what = "with a stack systemd forgets what it says here of /usr, /opt and /etc"
+        yield Remark("warning", unit.fragment, f"a generator's: {what}, {_HINT}")
 
 
 def _root(assignments: Sequence[unitfile.Assignment], expand: object) -> str:
