@@ -112,11 +112,14 @@ def test_what_was_accepted_last_counts_and_not_what_lies_there(host: Host) -> No
     assert directories == [f"-{host.state}/units/%n/tree"]
 
 
-def test_a_record_that_cannot_be_read_is_said_and_costs_nothing_else(host: Host) -> None:
+@pytest.mark.parametrize("form", ["content", "loop"])
+def test_a_record_that_cannot_be_read_is_said_and_costs_nothing_else(host: Host, form: str) -> None:
     host.unit("web.service", PLAIN, "web.raw")
     host.unit("app.service", PLAIN, "app.raw")
     host.accept("web.service", "web.raw")
-    (host.state / "units/web.service/.stack.json").write_text("{")
+    record = host.state / "units/web.service/.stack.json"
+    record.unlink()
+    record.symlink_to(record) if form == "loop" else record.write_text("{")
     assert host.listed("web.service")[0][0].endswith("/web.raw:x-systemd.relax-extension-release-check")
     assert len(host.complaints) == 1 and "web.service/.stack.json" in host.complaints[0]
     assert (host.output / "app.service.d" / DROPIN).exists()

@@ -207,9 +207,11 @@ def read_slots(
     """
     path = f"{state_directory}/units/{unit}/.stack.json"
     try:
-        with open(path, "rb", buffering=0) as file:
-            content = file.read()
+        content = unitfile.read(path)
     except FileNotFoundError:
+        return None
+    except OSError as error:
+        complain(f"{path}: cannot be read, what lies in the directories is listed: {error.strerror}")
         return None
     import json
 
