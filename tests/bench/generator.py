@@ -8,6 +8,7 @@ floor is a Python that does nothing.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -57,14 +58,14 @@ generate(sys.argv[2], Index(sys.argv[3:4]), sys.argv[4], print)
 
 
 def run(count: int = 10) -> list[Figure]:
-    """One row for each kind of unit, with accepted stacks and before any was."""
+    """Where nobody takes part; then one row for each kind of unit, with accepted stacks and before any was."""
     # The memory file system: generators write to /run.
     with tempfile.TemporaryDirectory(prefix="confext-bench-", dir="/dev/shm") as scratch:
         library = _library(Path(scratch))
+        kinds = ((kind, accepted) for kind in KINDS for accepted in (True, False))
         return [
-            _measure(Path(scratch), library, kind, accepted, count)
-            for kind in KINDS
-            for accepted in (True, False)
+            _nobody(Path(scratch), count),
+            *(_measure(Path(scratch), library, kind, accepted, count) for kind, accepted in kinds),
         ]
 
 
@@ -74,6 +75,21 @@ def _library(scratch: Path) -> Path:
     command = [sys.executable, str(CHECKOUT / "contrib/packaging/install.py"), "--prefix", "/"]
     subprocess.run([*command, "--destdir", str(scratch), "--python", sys.executable], check=True)
     return library / "confext-watcher"
+
+
+def _nobody(scratch: Path, count: int) -> Figure:
+    """The shell that looks whether there is anything to do for Python."""
+    units = scratch / "nobody"
+    units.mkdir()
+    for number in range(UNITS):
+        (units / f"number{number}.service").write_text(_TEXT.format(number=number, setting=""))
+    script = (scratch / "lib/systemd/system-generators/confext-watcher-generator").read_text()
+    script, replaced = re.subn(r'^paths="[^"]*"$', f'paths="{units}"', script, flags=re.MULTILINE)
+    assert replaced == 1
+    times = [_cpu(["/bin/sh", "-c", script, "generator", str(scratch / "none")]) for _ in range(count)]
+    floor = [_cpu(["/bin/sh", "-c", ":"]) for _ in range(count)]
+    assert not (scratch / "none").exists()
+    return figure(f"generator, {UNITS} units, none takes part, CPU", "ms", times, floor)
 
 
 def _measure(scratch: Path, library: Path, kind: str, accepted: bool, count: int) -> Figure:
@@ -109,7 +125,7 @@ def _units(directory: Path, setting: str) -> Iterator[str]:
 
 def _cpu(command: list[str]) -> float:
     """Milliseconds of processor time, in user space and in the kernel."""
-    pid = os.posix_spawn(command[0], command, {})
+    pid = os.posix_spawn(command[0], command, {"PATH": os.defpath})
     _, status, used = os.wait4(pid, 0)
     assert status == 0, command
     return (used.ru_utime + used.ru_stime) * 1000
