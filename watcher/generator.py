@@ -188,11 +188,12 @@ def _listed(
     ]
     if slots is None:
         from . import scan  # here and below: mostly not needed, and milliseconds count
+        from .model import Declared
 
-        entries = (pick.entry for pick in scan.look(declared).picks)
+        there = Declared(declared.images, declared.directories, index.confext_dirs(unit))
         slots = [
             (entry.slot, entry.kind)
-            for entry in entries
+            for entry in scan.entries(there)
             if not (entry.declared and _is_sysext(entry, passed))
         ]
     return [*(Listed(kind, slot) for slot, kind in slots), *sysexts]

@@ -73,6 +73,12 @@ def look(declared: Declared, architecture: str | None = None) -> Look:
     return Look(picks, tuple(notes.interests), tuple(notes.remarks), unknown)
 
 
+def entries(declared: Declared) -> tuple[Entry, ...]:
+    """The entries of `look()` alone, without a look at what they lead to."""
+    listings, _ = _listings(declared.confext_dirs, _Notes())
+    return resolve.resolve(declared, listings).entries
+
+
 def chase(path: str) -> Chased:
     """`path` followed link by link; a loop ends after 40 links, a missing component ends in its would-be path."""
     todo = [part for part in reversed(path.split("/")) if part]

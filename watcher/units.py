@@ -261,6 +261,11 @@ class Index:
             self._sources[unit] = _sources(unit, self.relevant(unit), lambda line, text: None)
         return self._sources[unit]
 
+    def confext_dirs(self, unit: Unit) -> tuple[str, ...]:
+        """Those of `confext_dirs()` that are there."""
+        names = ([f"{related}{SUFFIX}" for related in with_template(name)] for name in unit.names)
+        return tuple(path for each in names for path in self._existing(each))
+
     def _existing(self, names: Iterable[str]) -> list[str]:
         """The directories of these names, in the order of the search path, there in the order of the names."""
         found = [(path, number) for number, name in enumerate(names) for path in self._dirs.get(name, ())]
@@ -357,7 +362,7 @@ class Index:
         """Whether a unit's files or directories say so; portable services never do."""
         if is_portable(unit.fragment):
             return False
-        if any(f"{related}{SUFFIX}" in self._dirs for name in unit.names for related in with_template(name)):
+        if self.confext_dirs(unit):
             return True
         if not self.mentions(unit, *_DECLARING):
             return False
