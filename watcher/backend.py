@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
@@ -29,6 +30,8 @@ from watcher.wanted import bad
 
 Write = Callable[..., Awaitable[None]]
 
+# While an image is on trial; it is not for long.
+_TRIAL_POLL_SEC = 0.1
 # Outcomes waiting for one slow client; whoever does not keep up misses the oldest.
 _BACKLOG = 64
 
@@ -74,15 +77,19 @@ class Control:
     async def wait(self, service: str, image: str, tell: Tell) -> Event:
         found = self._service(service)
         async with self._listening() as events:
-            known = await trio.to_thread.run_sync(self._verdict, found, image)
-            if known is not None:
-                return known
-            async for event in events:
-                if event.service == found.name and _is_about(event, image):
+            known, on_trial = await trio.to_thread.run_sync(self._verdict, found, image)
+            while known is None:
+                event = None
+                # That a service was started well on a stack on trial is no outcome.
+                with trio.move_on_after(_TRIAL_POLL_SEC if on_trial else math.inf):
+                    event = await events.receive()
+                if event is not None and event.service == found.name and _is_about(event, image):
                     if event.outcome not in _NOT_YET:
                         return event
                     await tell(event)
-        raise Failed("the daemon is stopping")
+                if on_trial:
+                    known, on_trial = await trio.to_thread.run_sync(self._verdict, found, image)
+            return known
 
     async def rollback(self, service: str, to: str | None) -> Event:
         found = self._service(service)
@@ -211,18 +218,28 @@ class Control:
             remarks=tuple(remarks),
         )
 
-    def _verdict(self, service: Service, image: str) -> Event | None:
-        """What is known of an image without waiting: it is in the stack, or the last word on it was a refusal."""
+    def _verdict(self, service: Service, image: str) -> tuple[Event | None, bool]:
+        """What is known of an image without waiting: it is in the stack, or the last word on it was a refusal; and
+        whether it is in the stack, but that is still being judged."""
         now = self._status(service, {})
         history = self._tools.ledger.history(service.name, 100)
         for layer in now.layers:
             if _is(layer.source, image):
-                done = (event for event in history if event.outcome is Outcome.APPLIED)
+                trial = self._tools.trials.of(service.name)
+                if (
+                    now.state == "running"
+                    and trial is not None
+                    and trial.stack == now.stack
+                    and not trial.bad
+                ):
+                    return None, True
+                done = (event for event in history if event.outcome in (Outcome.APPLIED, Outcome.FAILED))
                 sentence = f"{layer.label} is applied already"
                 already = report.event(service.name, Outcome.APPLIED, sentence, stack=now.stack)
-                return next((event for event in done if event.stack == now.stack), already)
+                return next((event for event in done if event.stack == now.stack), already), False
         last = next((event for event in history if _is(event.source, image)), None)
-        return last if last is not None and last.outcome in _FINAL_REFUSALS and _stands(last) else None
+        stands = last is not None and last.outcome in _FINAL_REFUSALS and _stands(last)
+        return last if stands else None, False
 
     @asynccontextmanager
     async def _listening(self) -> AsyncIterator[trio.MemoryReceiveChannel[Event]]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
@@ -267,6 +268,31 @@ def test_wait_says_by_its_exit_status_what_became_of_an_image(place: Reloading) 
     assert done.returncode == 1 and "taken out again" in done.stdout
     place.image("3", "three")
     assert place.command("wait", "web.service", "web_3.raw").stdout.count("applied") == 1
+
+
+def test_wait_takes_what_is_being_judged_for_neither(place: Reloading) -> None:
+    """The image is in the stack already, and on its way out of it again."""
+    go = place.scratch / "go"
+    slow = f"! grep -q broken /etc/web.conf && exit; until test -e {go}; do sleep 0.02; done; exit 1"
+    place.options = ("--reload-command", f"sh -c '{slow}'")
+    service = place.run()
+    daemon = place.daemon
+    assert daemon is not None
+    place.image("2", "broken")
+    eventually(lambda: place.shown(service) == "broken")
+    before = sockets(daemon.pid)
+    waiting = subprocess.Popen([*PROGRAM, "wait", "web.service", "web_2.raw"], env=place.environment)
+    eventually(lambda: sockets(daemon.pid) > before or waiting.poll() is not None)
+    go.touch()
+    assert waiting.wait(30) == 1
+
+
+def sockets(pid: int) -> int:
+    found = 0
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found += os.readlink(f"/proc/{pid}/fd/{fd}").startswith("socket:")
+    return found
 
 
 STEPS = 80
