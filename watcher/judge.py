@@ -96,16 +96,17 @@ class Judge:
             await self._outcome(event, critical=not reloaded.ok)
             self._trials.end(name)
             return False
-        good = self._before(service, wanted)
-        before = _shown_before(converged, wanted, good)
+        rebased = _is_rebased(converged, wanted)
+        before = stack if rebased else _shown_before(converged, wanted, self._before(service, wanted))
         if reloaded.ok:
             swapped = bool(converged.swaps)
-            await self._outcome(report.applied(name, before, stack, reloaded, times, swapped=swapped))
+            event = report.applied(name, before, stack, reloaded, times, swapped=swapped, rebased=rebased)
+            await self._outcome(event)
             await self._proved_good(service, memory, wanted)
             return True
         if not service.settings.rollback or wanted.pinned or not wanted.on_trial:
             self._end_as_bad(service, wanted)
-            await self._outcome(report.failed(name, before, stack, reloaded, times))
+            await self._outcome(report.failed(name, before, stack, reloaded, times, rebased=rebased))
             return True
         # Its reload stays owed until the way back has been judged: what is kept out for the moment only is forgotten by
         # who is killed now, and the next one has to find out again that this stack does not do.
@@ -212,6 +213,15 @@ class Judge:
             memory.afterglow = Afterglow(service.invocation, until, stack)
         self._trials.end(service.name)
         memory.chances.clear()
+
+
+def _is_rebased(converged: Converged, wanted: Wanted) -> bool:
+    """Whether the service had this very stack, and was given it anew because what lies beneath is another now."""
+    if wanted.on_trial or wanted.current.id != wanted.stack.id:
+        return False
+    # One that systemd made for a start on its slots, and that does not show what these would: what was done to the
+    # host's /etc was done while nobody was looking.
+    return converged.rebased or (converged.swaps > 0 and converged.before.layers is None)
 
 
 def _shown_before(converged: Converged, wanted: Wanted, good: Stack) -> Stack:

@@ -23,7 +23,7 @@ from watcher.judge import Judge
 from watcher.ledger import Ledger
 from watcher.managers import Manager, Reloaded, Service
 from watcher.memory import Memory
-from watcher.model import Copy, Event, Later, Refused, Stack
+from watcher.model import Copy, Event, Interest, Later, Refused, Stack
 from watcher.mounts.converge import converge
 from watcher.mounts.swap import Moved
 from watcher.mounts.workshop import HostNamespace, Hung, Lost, Workshop
@@ -37,6 +37,9 @@ from watcher.store import Store
 from watcher.trials import Trial, Trials
 from watcher.wanted import Wanted, find
 from watcher.watch import Watcher
+
+# What the host merges lies on that, in the services' namespaces too.
+_HOST_ETC = Interest("/", pattern="etc")
 
 # Seconds until what cannot be waited for by an event is looked at again: a writer that uses another name of the file,
 # a loop device that becomes free. Doubled each time, up to the second figure.
@@ -248,7 +251,7 @@ class Line:
             wanted = await trio.to_thread.run_sync(find, abandon_on_cancel=True)
             if wanted.look.interests == memory.interests:
                 return wanted
-            new = self._tools.watcher.set(service.name, wanted.look.interests)
+            new = self._tools.watcher.set(service.name, (*wanted.look.interests, _HOST_ETC))
             memory.interests = wanted.look.interests
             if not new:
                 return wanted

@@ -42,7 +42,7 @@ class Memory:
     mounted: frozenset[str] | None = None
     at_hand: frozenset[str] = frozenset()
     afterglow: Afterglow | None = None
-    compared: dict[Compared, bool] = field(default_factory=dict)
+    compared: Compared = field(default_factory=dict)
     counted: frozenset[str] = frozenset()
     held: dict[str, str] = field(default_factory=dict)
     held_for: str = ""

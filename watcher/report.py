@@ -11,6 +11,8 @@ from watcher.managers import Reloaded
 from watcher.model import Event, Incomplete, Layer, Outcome, Stack, shown
 from watcher.plan import Passed, describe
 
+_REBASED = "the host's /etc has changed, same stack"
+
 
 @dataclass(frozen=True, slots=True)
 class Times:
@@ -22,11 +24,24 @@ class Times:
 
 
 def applied(
-    service: str, before: Stack, stack: Stack, reloaded: Reloaded, times: Times, *, swapped: bool
+    service: str,
+    before: Stack,
+    stack: Stack,
+    reloaded: Reloaded,
+    times: Times,
+    *,
+    swapped: bool,
+    rebased: bool = False,
 ) -> Event:
-    """A stack was put in place, or had been already by somebody who was then killed, and the service was told."""
+    """A stack was put in place, or had been already by somebody who was then killed, and the service was told.
+
+    Args:
+        rebased: it is the stack that the service had, because of what the host has done to its own `/etc`.
+    """
     what = describe(before, stack)
-    if swapped:
+    if swapped and rebased:
+        sentence = f"{_REBASED} applied anew in {duration(times.swap)}"
+    elif swapped:
         comma = "" if " -> " in what and "," not in what else ","
         sentence = f"{what}{comma} applied in {duration(times.swap)}"
     else:
@@ -39,9 +54,22 @@ def applied(
     return _of_stack(service, Outcome.APPLIED, sentence, before, stack, reloaded, times)
 
 
-def failed(service: str, before: Stack, stack: Stack, reloaded: Reloaded, times: Times) -> Event:
-    """A stack was put in place, the service did not take it well, and it stays: `Rollback=no`."""
-    sentence = f"{describe(before, stack)} is in place, but {reloaded.reason}; it is not rolled back"
+def failed(
+    service: str,
+    before: Stack,
+    stack: Stack,
+    reloaded: Reloaded,
+    times: Times,
+    *,
+    rebased: bool = False,
+) -> Event:
+    """A stack was put in place, the service did not take it well, and it stays: `Rollback=no`, or the stack was good.
+
+    Args:
+        rebased: see `applied()`.
+    """
+    what = f"{_REBASED} applied anew" if rebased else f"{describe(before, stack)} is in place"
+    sentence = f"{what}, but {reloaded.reason}; it is not rolled back"
     return _of_stack(service, Outcome.FAILED, sentence, before, stack, reloaded, times)
 
 

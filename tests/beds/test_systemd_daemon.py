@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 
@@ -14,6 +15,7 @@ import pytest
 import needs
 from beds.bed import Bed
 from beds.host import SLEEP, UNITS, Host, install
+from watcher.mounts.table import Table
 from watcher.units import DROPIN
 
 pytestmark = needs.bed
@@ -194,35 +196,196 @@ TemporaryFileSystem=/etc/temporary
 """
 
 
-def test_neither_our_swap_nor_a_reload_by_hand_undoes_the_sandbox_or_the_order(host: Host) -> None:
+def boxed(host: Host) -> None:
+    """What `SANDBOX` needs on the host."""
     prepare = "mkdir -p /etc/app /etc/temporary; echo secret >/etc/hidden; touch /etc/bound"
     host.bed.run(["sh", "-c", prepare])
     host.stack.callback(host.bed.run, ["sh", "-c", "rm -r /etc/app /etc/temporary /etc/hidden /etc/bound"])
-    host.unit("boxed.service", TALKS + "ProtectSystem=full\n" + SANDBOX)
-    for name, text in (("a", "lower"), ("b", "upper")):
-        host.drop(host.image(name, {"web.txt": text, f"{name}.txt": "1"}), "boxed.service")
+
+
+def in_force(host: Host, unit: str) -> None:
+    """All of `SANDBOX` is."""
+    assert host.see(unit, "/etc/hidden") == ""
+    assert "ID=" in host.see(unit, "/etc/bound")
+    flags = {row[4]: row[5].split(",") for row in host.mounts(unit)}
+    assert "ro" in flags["/etc"] and "ro" in flags["/etc/app"] and "/etc/temporary" in flags
+
+
+def on_etc(host: Host, unit: str) -> tuple[int, dict[str, tuple[str, ...]]]:
+    """The mount that a unit's main process sees on `/etc`: its ID, and the flags of all that is there, by path."""
+    table = Table("".join(" ".join(row) + "\n" for row in host.mounts(unit)))
+    return table.top.id, {row.point: row.options for row in (table.top, *table.above(table.top))}
+
+
+class Declared:
+    """Directories that a unit itself says it has images from (`UNIT`), in `.v/` form."""
+
+    UNIT = "ExtensionImages=-/srv/lower.raw.v -/srv/upper.raw.v\n"
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        host.bed.run(["mkdir", "/srv/lower.raw.v", "/srv/upper.raw.v"])
+        host.stack.callback(host.bed.run, ["rm", "-r", "/srv/lower.raw.v", "/srv/upper.raw.v"])
+
+    def drop(self, name: str, version: str) -> None:
+        """Both have `web.txt`, and each a file of its own."""
+        source = self._host.image(f"{name}_{version}", {"web.txt": name, f"{name}.txt": version})
+        shutil.copyfile(source, self._host.bed.path(f"/srv/{name}.raw.v/{source.name}"))
+
+
+def test_one_drop_is_one_swap_that_no_reload_by_hand_undoes_or_repeats(host: Host) -> None:
+    """systemd 262 refreshes what is in `.v/` form: upside down, and without the mounts of the sandbox."""
+    boxed(host)
+    images = Declared(host)
+    for name in ("lower", "upper"):
+        images.drop(name, "1")
+    host.unit("boxed.service", TALKS + "ProtectSystem=full\n" + Declared.UNIT + SANDBOX, takes_part=False)
     host.watch()
     host.systemctl("start", "boxed.service")
 
-    def in_force() -> None:
-        assert host.see("boxed.service", "/etc/web.txt") == "upper"
-        assert host.see("boxed.service", "/etc/hidden") == ""
-        assert "ID=" in host.see("boxed.service", "/etc/bound")
-        flags = {row[4]: row[5].split(",") for row in host.mounts("boxed.service")}
-        assert "ro" in flags["/etc"] and "ro" in flags["/etc/app"] and "/etc/temporary" in flags
+    def shows(lower: str) -> None:
+        shown = [host.see("boxed.service", f"/etc/{name}.txt") for name in ("web", "lower", "upper")]
+        assert shown == ["upper", lower, "1"]
+        in_force(host, "boxed.service")
 
-    in_force()
+    shows("1")
+    started, flags = on_etc(host, "boxed.service")
     journal = host.journal()
-    host.drop(host.image("a", {"web.txt": "lower", "a.txt": "2"}), "boxed.service")
+    images.drop("lower", "2")
     journal.applied("boxed.service")
-    assert host.see("boxed.service", "/etc/a.txt") == "2"
-    in_force()
+    shows("2")
+    swapped, kept = on_etc(host, "boxed.service")
+    assert swapped != started and kept == flags
     for _ in range(2):
         host.systemctl("reload", "boxed.service")
-        in_force()
-        assert host.see("boxed.service", "/etc/a.txt") == "2"
+        assert seen(host, "reload") == "upper"
+        shows("2")
+        assert on_etc(host, "boxed.service") == (swapped, flags)
     host.systemctl("restart", "boxed.service")
-    in_force()
+    shows("2")
+    assert on_etc(host, "boxed.service")[1] == flags
+    images.drop("lower", "3")
+    journal.applied("boxed.service")
+    shows("3")
+    assert [one.get("CONFEXT_OUTCOME") for one in journal.seen].count("applied") == 2
+
+
+class Guests:
+    """Services on a host that merges confexts of its own into its `/etc`, with systemd-confext.
+
+    That makes `/etc` read-only, so what the services have is declared from elsewhere.
+    """
+
+    UNIT = (
+        "[Service]\nExecStart=/bin/sleep infinity\nExecReload=/bin/sh -c 'echo >>/run/reloads-%n'\n"
+        "ExtensionImages=-/srv/guest.raw.v\nExtensionImages=-/srv/static.raw\n"
+    )
+    NAMES = ("guest-plain.service", "guest-full.service")
+    FOLLOWED = "the host's /etc has changed, same stack applied anew in"
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        boxed(host)
+        host.bed.run(["mkdir", "-p", "/var/lib/confexts", "/srv/guest.raw.v"])
+        remove = "rm -rf /var/lib/confexts /srv/guest.raw.v /srv/static.raw /run/reloads-*"
+        host.stack.callback(host.bed.run, ["sh", "-c", remove])
+        more = ("", "ProtectSystem=full\n")
+        texts = {name: self.UNIT + SANDBOX + one for name, one in zip(self.NAMES, more, strict=True)}
+        host.units(texts, takes_part=False)
+        shutil.copyfile(host.image("static", {"static.txt": "s"}), host.bed.path("/srv/static.raw"))
+        self.drop("1")
+        host.stack.callback(host.bed.run, ["sh", "-c", "systemd-confext unmerge; :"])
+
+    def start(self) -> None:
+        """Start them, and wait until what they were started on has proved good."""
+        self.host.watch()
+        self.journal = self.host.journal()
+        self.host.systemctl("start", *self.NAMES)
+        for _ in self.NAMES:
+            self.journal.until(lambda entry: "started well" in entry["MESSAGE"])
+
+    def drop(self, version: str) -> None:
+        source = self.host.image(f"guest_{version}", {"guest.txt": version})
+        shutil.copyfile(source, self.host.bed.path(f"/srv/guest.raw.v/{source.name}"))
+
+    def host_has(self, text: str, verb: str) -> None:
+        """The host's own `/etc` gets a file with this text."""
+        target = self.host.bed.path("/var/lib/confexts/wide.raw")
+        # Not into the file that is mounted.
+        new = shutil.copyfile(self.host.image("wide", {"wide.txt": text}), target.with_name(".new"))
+        new.rename(target)
+        self.host.bed.run(["systemd-confext", verb])
+
+    def applied(self, words: str) -> None:
+        """All of them say that next."""
+        left = set(self.NAMES)
+        while left:
+            entry = self.journal.until(
+                lambda entry: entry.get("CONFEXT_OUTCOME") and entry["CONFEXT_SERVICE"] in left
+            )
+            assert entry["CONFEXT_OUTCOME"] == "applied" and words in entry["MESSAGE"], entry["MESSAGE"]
+            left.remove(entry["CONFEXT_SERVICE"])
+
+    def show(self, version: str, host: str) -> None:
+        """They have their own stack on what the host has, and all that their sandbox has there."""
+        for name in self.NAMES:
+            shown = [self.host.see(name, f"/etc/{file}.txt") for file in ("guest", "static", "wide")]
+            assert shown == [version, "s", host], name
+            in_force(self.host, name)
+
+    def reloads(self) -> list[int]:
+        files = (self.host.bed.path(f"/run/reloads-{name}") for name in self.NAMES)
+        return [file.read_text().count("\n") for file in files]
+
+
+def test_what_the_host_has_merged_itself_stays_beneath_the_stack(host: Host) -> None:
+    guests = Guests(host)
+    guests.host_has("host", "merge")
+    guests.start()
+    guests.show("1", "host")
+    guests.drop("2")
+    guests.applied("guest 1 -> 2 applied in")
+    guests.show("2", "host")
+    for verb in ("reload", "restart", "reload"):
+        host.systemctl(verb, *Guests.NAMES)
+        guests.show("2", "host")
+
+
+def test_what_the_host_merges_later_is_followed_without_a_drop(host: Host) -> None:
+    guests = Guests(host)
+    guests.start()
+    guests.show("1", "")
+    steps = [("a", "merge"), ("b", "refresh"), ("c", "refresh"), ("", "unmerge"), ("d", "merge")]
+    for text, verb in steps:
+        guests.host_has(text, verb)
+        guests.applied(Guests.FOLLOWED)
+        guests.show("1", text)
+    # On a stack that systemd has made from what the host has now.
+    host.systemctl("restart", *Guests.NAMES)
+    guests.show("1", "d")
+    guests.host_has("e", "refresh")
+    guests.applied(Guests.FOLLOWED)
+    guests.show("1", "e")
+    # Where nothing has changed nothing happens, however often it is looked at.
+    for verb in ("reload", "restart"):
+        host.systemctl(verb, "confext-watcher")
+    host.bed.run(["sh", "-c", "mount -t tmpfs none /mnt && umount /mnt"])
+    guests.drop("2")
+    guests.applied("guest 1 -> 2 applied in")
+    guests.show("2", "e")
+    assert guests.reloads() == [len(steps) + 1 + 1] * 2
+
+
+def test_what_the_host_has_merged_while_nobody_was_looking_is_followed_too(host: Host) -> None:
+    guests = Guests(host)
+    guests.start()
+    for text, made_by in (("a", "systemd"), ("b", "us")):
+        host.systemctl("stop", "confext-watcher")
+        guests.host_has(text, "merge" if made_by == "systemd" else "refresh")
+        host.systemctl("start", "confext-watcher")
+        guests.applied(Guests.FOLLOWED)
+        guests.show("1", text)
+    assert guests.reloads() == [2, 2]
 
 
 def writable(host: Host, unit: str, path: str) -> bool:

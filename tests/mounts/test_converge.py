@@ -11,7 +11,10 @@ from service import Service
 
 from needs import root
 from watcher.model import Layer, Stack
+from watcher.mounts import swap as swapping
+from watcher.mounts import syscalls
 from watcher.mounts.converge import Compared, Converged, converge
+from watcher.mounts.swap import build
 from watcher.mounts.table import SOURCE
 from watcher.mounts.workshop import HostNamespace, Workshop
 from watcher.process import Gone, Process
@@ -25,7 +28,7 @@ Start = Callable[..., Service]
 
 @pytest.fixture
 def bring(shop: Workshop, layers: Layers) -> Callable[..., Converged]:
-    compared: dict[Compared, bool] = {}
+    compared: Compared = {}
 
     def brought(
         main: Service,
@@ -173,3 +176,190 @@ def test_a_stack_of_systemd_that_shows_the_same_is_taken_over(
     assert service("rows()") == before
     assert bring(service, two).swaps == 1
     assert service.read("/etc/web.conf") == "2"
+
+
+# ---- the host merges its own confexts, and takes them away
+
+
+def merge(host: Service, text: str, *, refresh: bool = False) -> None:
+    """As systemd-confext does it: an overlay of what `/etc` is without it; to refresh, the old one goes first."""
+    if refresh:
+        unmerge(host)
+    host(f"(os.makedirs('/host/{text}/etc'), write('/host/{text}/etc/host.conf', {text!r}))")
+    host(f"overlay('confext', '/host/{text}/etc', '/etc')")
+
+
+def unmerge(host: Service) -> None:
+    host("syscalls.umount2('/etc', 2)")
+
+
+def host_conf(service: Service) -> str:
+    try:
+        return service.read("/etc/host.conf")
+    except FileNotFoundError:
+        return ""
+
+
+@pytest.fixture
+def host(start: Start) -> Service:
+    return start()
+
+
+@pytest.fixture
+def guest(start: Start, host: Service) -> Service:
+    """A service on that host, with a mount of its sandbox."""
+    service = start("slave", inside=host)
+    service("(tmpfs('/etc/empty'), write('/etc/empty/mine', 'mine'))")
+    return service
+
+
+def test_what_the_host_merges_and_unmerges_is_followed_once(
+    host: Service, guest: Service, layers: Layers, bring: Bring
+) -> None:
+    layer = layers.tree({"web.conf": "1"})
+    bring(guest, layer)
+    steps = [
+        ("a", lambda: merge(host, "a")),
+        ("b", lambda: merge(host, "b", refresh=True)),
+        ("c", lambda: merge(host, "c", refresh=True)),
+        ("", lambda: unmerge(host)),
+        ("d", lambda: merge(host, "d")),
+    ]
+    for text, step in steps:
+        shown = host_conf(guest)
+        step()
+        assert host_conf(guest) == shown, "what it has is complete, and stays until it is made anew"
+        converged = bring(guest, layer)
+        assert (converged.swaps, converged.rebased) == (1, True)
+        assert converged.before.stack == Stack((layer,)).id
+        assert host_conf(guest) == text
+        assert (guest.read("/etc/web.conf"), guest.read("/etc/empty/mine")) == ("1", "mine")
+        before, told = guest("read('/proc/self/mountinfo')"), []
+        again = bring(guest, layer, begin=lambda told=told: told.append(True))
+        assert (again.swaps, again.rebased, told) == (0, False, [])
+        assert guest("read('/proc/self/mountinfo')") == before
+
+
+def test_another_stack_is_no_same_one_anew(
+    host: Service, guest: Service, layers: Layers, bring: Bring
+) -> None:
+    one, two = layers.tree({"web.conf": "1"}), layers.tree({"web.conf": "2"})
+    bring(guest, one)
+    merge(host, "a")
+    converged = bring(guest, two)
+    assert (converged.swaps, converged.rebased) == (1, False)
+    assert (guest.read("/etc/web.conf"), host_conf(guest)) == ("2", "a")
+
+
+def test_a_host_that_does_not_change_etc_changes_nothing(
+    host: Service, guest: Service, layers: Layers, bring: Bring
+) -> None:
+    layer = layers.tree({"web.conf": "1"})
+    bring(guest, layer)
+    host("(os.mkdir('/elsewhere'), tmpfs('/elsewhere'))")
+    merge(host, "a")
+    unmerge(host)
+    assert bring(guest, layer).swaps == 0, "it came and went before anybody looked"
+
+
+def test_an_empty_stack_with_a_sandbox_follows_too(
+    host: Service, guest: Service, layers: Layers, bring: Bring
+) -> None:
+    bring(guest, layers.tree({"web.conf": "1"}))
+    guest("(tmpfs('/etc/app'), write('/etc/app/mine', 'mine'))")
+    bring(guest)
+    assert guest.mounted.overlay and guest.mounted.stack == ""
+    merge(host, "a")
+    assert bring(guest).rebased
+    assert (host_conf(guest), guest.read("/etc/app/mine")) == ("a", "mine")
+    assert bring(guest).swaps == 0
+
+
+def test_without_a_stack_there_is_nothing_to_make_anew(host: Service, start: Start, bring: Bring) -> None:
+    service = start("slave", inside=host)
+    bring(service)
+    merge(host, "a")
+    assert host_conf(service) == "a"
+    assert bring(service).swaps == 0
+
+
+@pytest.mark.parametrize("propagation", ["shared", "slave", "private"])
+def test_processes_in_namespaces_of_their_own_follow_the_host_as_far_as_its_mounts_reach_them(
+    start: Start, host: Service, guest: Service, layers: Layers, bring: Bring, propagation: str
+) -> None:
+    layer = layers.tree({"web.conf": "1"})
+    bring(guest, layer)
+    nested = start(*([] if propagation == "shared" else [propagation]), inside=guest)
+    nested("(tmpfs('/etc/app'), write('/etc/app/mine', 'mine'))")
+    for text, step in (("a", lambda: merge(host, "a")), ("b", lambda: merge(host, "b", refresh=True))):
+        step()
+        assert bring(guest, layer, others=(nested,)).rebased
+        assert host_conf(guest) == text
+        assert host_conf(nested) == ("" if propagation == "private" else text)
+        assert (nested.read("/etc/web.conf"), nested.read("/etc/app/mine")) == ("1", "mine")
+        assert bring(guest, layer, others=(nested,)).swaps == 0
+
+
+def test_a_stack_of_systemd_follows_too(start: Start, host: Service, layers: Layers, bring: Bring) -> None:
+    """It does not say on what it was made: what it showed when it was looked at first counts."""
+    layer = layers.tree({"web.conf": "1"})
+    service = start("slave", inside=host)
+    service("(os.mkdir('/under'), bind('/etc', '/under'))")
+    service(f"overlay({SOURCE!r}, {layers.copies[layer.digest].path + '/etc'!r}, '/under')")
+    assert bring(service, layer).swaps == 0
+    merge(host, "a")
+    converged = bring(service, layer)
+    assert (converged.swaps, converged.rebased) == (1, True)
+    assert (host_conf(service), service.read("/etc/web.conf")) == ("a", "1")
+    assert bring(service, layer).swaps == 0
+
+
+def test_a_stack_of_systemd_that_the_host_changed_before_anybody_looked_follows_too(
+    start: Start, host: Service, layers: Layers, bring: Bring
+) -> None:
+    layer = layers.tree({"web.conf": "1"})
+    service = start("slave", inside=host)
+    service("(os.mkdir('/under'), bind('/etc', '/under'))")
+    service(f"overlay({SOURCE!r}, {layers.copies[layer.digest].path + '/etc'!r}, '/under')")
+    merge(host, "a")
+    assert bring(service, layer).swaps == 1
+    assert (host_conf(service), service.read("/etc/web.conf")) == ("a", "1")
+    assert bring(service, layer).swaps == 0
+
+
+def test_killed_before_the_lift_what_lies_beneath_is_used_only_if_it_is_made_of_what_the_host_has_now(
+    shop: Workshop, host: Service, guest: Service, layers: Layers, bring: Bring
+) -> None:
+    layer = layers.tree({"web.conf": "1"})
+
+    def half() -> None:
+        with (
+            build(shop, guest.namespace, Stack((layer,)), layers.copies) as tree,
+            shop.entered(guest.namespace),
+        ):
+            flags = syscalls.MOVE_MOUNT_F_EMPTY_PATH | syscalls.MOVE_MOUNT_BENEATH
+            syscalls.move_mount(tree, "", syscalls.AT_FDCWD, "/etc", flags)
+
+    bring(guest, layers.tree({"web.conf": "2"}))
+    merge(host, "a")
+    shop.submit(half).result()
+    assert guest.mounted.doubled
+    merge(host, "b", refresh=True)
+    assert bring(guest, layer).swaps == 1
+    assert (host_conf(guest), guest.read("/etc/web.conf")) == ("b", "1")
+    assert not guest.mounted.doubled
+
+
+def test_a_stack_that_was_made_before_they_said_on_what_is_left_until_the_host_changes(
+    host: Service, guest: Service, layers: Layers, bring: Bring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = layers.tree({"web.conf": "1"})
+    with monkeypatch.context() as formerly:
+        link = swapping._link
+        formerly.setattr(swapping, "_link", lambda path, to: link(path, to) if to != swapping._BASE else to)
+        bring(guest, layer)
+    assert guest.mounted.stack == Stack((layer,)).id and guest.mounted.made_on is None
+    assert bring(guest, layer).swaps == 0
+    merge(host, "a")
+    assert bring(guest, layer).rebased
+    assert host_conf(guest) == "a" and guest.mounted.made_on == guest.mounted.base

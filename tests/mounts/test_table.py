@@ -35,9 +35,9 @@ def row(
     return f"{mount_id} {parent} {device} {root} {points} ro,relatime shared:2 - {fstype} {source} {options}"
 
 
-def stack_row(mount_id: int, parent: int, *paths: str) -> str:
+def stack_row(mount_id: int, parent: int, *paths: str, base: str = f"{BASE}@254:0") -> str:
     """An overlay of ours; paths of its layers bottom to top."""
-    layers = [COVER, *reversed(paths), BASE]
+    layers = [COVER, *reversed(paths), base]
     shown = ",".join("lowerdir+=" + escape(path, ", \t\n") for path in layers)
     return row(mount_id, parent, "/etc", source=SOURCE, options=f"ro,{shown},redirect_dir=on")
 
@@ -123,6 +123,55 @@ def test_overlays_of_others_are_the_base(source: str) -> None:
     assert found.beneath.id == 30
     assert [mount.id for mount in found.stacks] == [31]
     assert not table(row(30, 20, "/etc", source=source)).mounted().overlay
+
+
+def test_the_base_is_known_by_its_device() -> None:
+    stack = stack_row(31, 20, layer_path("web", "1", A))
+    made = table(stack).mounted()
+    assert made.base == made.made_on == f"{BASE}@254:0"
+    for_host = row(30, 20, "/etc", "0:77 /", source="confext")
+    merged = table(for_host, stack_row(31, 30, layer_path("web", "1", A))).mounted()
+    assert merged.made_on == made.made_on and merged.base != made.base
+    assert merged.stack == made.stack and not merged.doubled
+    anew = table(for_host, stack_row(31, 30, layer_path("web", "1", A), base=merged.base)).mounted()
+    assert anew.made_on == anew.base == merged.base
+
+
+def test_a_root_that_is_renamed_is_the_same_base_and_another_directory_mounted_there_is_not() -> None:
+    stack = stack_row(31, 20, layer_path("web", "1", A))
+    renamed = Table("\n".join([ROOT.replace(" / / ", " /srv/old / "), stack]))
+    assert renamed.mounted().base == table(stack).mounted().base
+    over = [row(30, 20, "/etc", f"254:0 /{name}") for name in ("a", "b")]
+    bases = {table(one, stack_row(31, 30)).mounted().base for one in over}
+    assert len(bases) == 2 and table(stack).mounted().base not in bases
+
+
+@given(ODD | NAMES)
+def test_whatever_directory_the_base_is_the_kernel_takes_its_path(name: str) -> None:
+    directory = escape("/" + "/".join([name] * 3), " \t\n")
+    found = table(row(30, 20, "/etc", f"254:0 {directory}"))
+    assert len(found.base_path) <= 255
+    assert found.base_path.isascii() and found.base_path.isprintable() and "/" not in found.base_path
+    on_it = table(
+        row(30, 20, "/etc", f"254:0 {directory}"), stack_row(31, 30, base=found.base_path)
+    ).mounted()
+    assert on_it.made_on == on_it.base
+
+
+def test_a_stack_that_was_made_before_they_said_on_what_is_read_too() -> None:
+    mounted = table(stack_row(31, 20, layer_path("web", "1", A), base="root/etc")).mounted()
+    assert mounted.stack == stack_id([A]) and mounted.made_on is None
+    assert table(stack_row(31, 20, base="root/elsewhere")).mounted().layers is None
+
+
+def test_a_stack_of_systemd_does_not_say_on_what_it_was_made() -> None:
+    mounted = table(row(30, 20, "/etc", source=SOURCE)).mounted()
+    assert mounted.made_on is None and mounted.base
+
+
+def test_without_a_stack_it_is_the_base_itself() -> None:
+    for found in (table(), table(row(30, 20, "/etc", "0:77 /", source="confext"))):
+        assert found.mounted().made_on == found.mounted().base
 
 
 # ---- what lies on what

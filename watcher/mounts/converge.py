@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Bring a service to a stack, in all its namespaces; do nothing where it is there already."""
+"""Bring a service to a stack, in all its namespaces; do nothing where it is there already.
+
+It is there if the same layers lie on the same base. Where the host has merged its own confexts since, or taken them
+away, they lie beneath the service's stack, which was made from what `/etc` was before: the same stack is made anew.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +21,9 @@ from watcher.process import Process
 
 _COMPARED_MAX = 64
 
-# A namespace's identity, the mount on its /etc, a stack's identity.
-Compared = tuple[tuple[int, int], int, str]
+# By a namespace's identity, the mount on its /etc, and a stack's identity: the base on which a mount that does not say
+# from what it was made was found to show that stack; None: it shows something else.
+Compared = dict[tuple[tuple[int, int], int, str], str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +33,14 @@ class Converged:
     Attributes:
         before: what the main process showed.
         swaps: in how many namespaces the stack was swapped.
+        rebased: the main process showed the stack already, made from another base than there is now.
         usec: what that took, microseconds.
         remarks: about mounts below `/etc`, one line each.
     """
 
     before: Mounted
     swaps: int
+    rebased: bool = False
     usec: int = 0
     remarks: tuple[str, ...] = ()
 
@@ -45,13 +52,13 @@ def converge(
     stack: Stack,
     copies: Mapping[str, Copy],
     begin: Callable[[], None],
-    compared: dict[Compared, bool],
+    compared: Compared,
 ) -> Converged:
     """Swap wherever the wanted stack is not shown. Runs on a worker of the workshop.
 
     Args:
         pids: of all processes of the service.
-        compared: what stacks without identity were found to show, so that each is compared once.
+        compared: what was found about mounts that do not say what they are, so that each is compared once.
         begin: called before each swap that is made.
 
     Raises:
@@ -64,12 +71,17 @@ def converge(
         for nested in found.apart:
             _try(bring, nested, done, remarks)
         own = bring(found.main)
+        rebased = own.done and _made_on(found.main, stack, compared, own.before) is not None
         for nested in found.following:
             _try(bring, nested, done, remarks)
     made = [swapped for swapped in (*done, own) if swapped.done]
     remarks += [remark for swapped in made for remark in swapped.remarks]
     return Converged(
-        own.before, len(made), sum(swapped.usec for swapped in made), tuple(dict.fromkeys(remarks))
+        own.before,
+        len(made),
+        rebased,
+        sum(swapped.usec for swapped in made),
+        tuple(dict.fromkeys(remarks)),
     )
 
 
@@ -88,22 +100,36 @@ def _bring(
     stack: Stack,
     copies: Mapping[str, Copy],
     begin: Callable[[], None],
-    compared: dict[Compared, bool],
+    compared: Compared,
     namespace: Namespace,
 ) -> Swapped:
     def keep(mounted: Mounted) -> bool:
-        if mounted.layers is None:
-            return compared.get((namespace.identity, mounted.top, stack.id), True)
-        return mounted.stack == stack.id and not mounted.doubled
+        return _made_on(namespace, stack, compared, mounted) == mounted.base
 
     swapped = swap(shop, namespace.fd, stack, copies, begin, keep)
-    key = (namespace.identity, swapped.before.top, stack.id)
-    if swapped.before.layers is None and key not in compared:
+    before = swapped.before
+    key = (namespace.identity, before.top, stack.id)
+    if before.made_on is None and _may_be(before, stack) and key not in compared:
         if len(compared) == _COMPARED_MAX:
             compared.clear()
-        compared[key] = shows(shop, namespace.fd, stack, copies)
+        same = before.layers is not None or shows(shop, namespace.fd, stack, copies)
+        compared[key] = before.base if same else None
         swapped = swap(shop, namespace.fd, stack, copies, begin, keep)
     return swapped
+
+
+def _made_on(namespace: Namespace, stack: Stack, compared: Compared, mounted: Mounted) -> str | None:
+    """From which base the stack was made that a namespace shows; None if it is not this one."""
+    if not _may_be(mounted, stack):
+        return None
+    if mounted.made_on is not None:
+        return mounted.made_on
+    return compared.get((namespace.identity, mounted.top, stack.id), mounted.base)
+
+
+def _may_be(mounted: Mounted, stack: Stack) -> bool:
+    """Whether it is that stack, or systemd's, which does not say."""
+    return mounted.layers is None or (mounted.stack == stack.id and not mounted.doubled)
 
 
 def as_stack(mounted: Mounted) -> Stack:

@@ -37,7 +37,6 @@ from watcher.mounts.sandbox import (
     renew,
 )
 from watcher.mounts.table import (
-    BASE,
     COVER,
     LAYERS,
     LAYERS_MAX,
@@ -45,13 +44,16 @@ from watcher.mounts.table import (
     Mount,
     Mounted,
     Table,
+    base_of,
     layer_path,
     layers_of,
 )
 from watcher.mounts.workshop import Workshop
 
-# Clones of the service's `/` and of its `/etc`; where the new stack is put together. In the working directory.
+# In the working directory: clones of the service's `/`, whose `etc` is the base, and of its `/etc`; where the new stack
+# is put together.
 _ROOT, _OLD, _NEW = "root", "old", "new"
+_BASE = f"{_ROOT}/etc"
 
 _FIRST = ("ro", "nosuid", "nodev")
 """What a stack has besides the flags of the `/etc` that it is put on."""
@@ -271,7 +273,8 @@ def _require_directory() -> None:
 def _only_lift(table: Table, stack: Stack) -> int:
     """How many overlays to lift where that is all there is to do, else 0."""
     for count in range(1, table.surplus + 1):
-        if _identity(table.stacks[-1 - count]) == stack.id:
+        hidden = table.stacks[-1 - count]
+        if _identity(hidden) == stack.id and base_of(hidden) in (table.base_path, None):
             return count
     everything = len(table.stacks)
     if not stack.layers and table.liftable == everything and table.carries(table.beneath, table.top):
@@ -313,19 +316,23 @@ def _build(fds: Descriptors, job: _Job, survey: _Survey, roots: Mapping[str, str
         os.mkdir(directory, 0o755)
     _attach(survey.root, _ROOT)
     for _ in range(survey.peel):
-        syscalls.umount2(BASE, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
-    copy_attributes(BASE, COVER, privileged=privileged)
+        syscalls.umount2(_BASE, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
+    copy_attributes(_BASE, COVER, privileged=privileged)
     mounts: list[Sandbox] = []
     remarks: list[str] = []
     if survey.etc >= 0:
         os.mkdir(_OLD)
         _attach(survey.etc, _OLD)
         etcs = [f"{roots[layer.digest]}/etc" for layer in reversed(job.stack.layers)]
-        lower = Lower(fds, [*etcs, BASE])
+        lower = Lower(fds, [*etcs, _BASE])
         mounts, remarks = gather(fds, survey.table, _OLD, lower)
         make_cover(mounts, lower, privileged=privileged)
-    paths = [_link_layer(layer_path(one.name, one.version, one.digest), roots) for one in job.stack.layers]
-    overlay = fds.add(_overlay([COVER, *reversed(paths), BASE], _flags(survey.table), privileged=privileged))
+    base = _link(survey.table.base_path, _BASE)
+    paths = [
+        _link(layer_path(one.name, one.version, one.digest), f"{roots[one.digest]}/etc")
+        for one in job.stack.layers
+    ]
+    overlay = fds.add(_overlay([COVER, *reversed(paths), base], _flags(survey.table), privileged=privileged))
     if not mounts:
         return overlay, remarks
     os.mkdir(_NEW)
@@ -340,9 +347,9 @@ def _attach(tree: int, path: str) -> None:
     syscalls.move_mount(tree, "", syscalls.AT_FDCWD, path, syscalls.MOVE_MOUNT_F_EMPTY_PATH)
 
 
-def _link_layer(path: str, roots: Mapping[str, str]) -> str:
+def _link(path: str, target: str) -> str:
     # Overlayfs follows the link and shows the path as it was given: a name at the price of a link, not of a mount.
-    os.symlink(f"{roots[path.rpartition('@')[2]]}/etc", path)
+    os.symlink(target, path)
     return path
 
 

@@ -4,9 +4,11 @@
 The mount table of a service is the record of what it runs on: overlayfs repeats in mountinfo the paths that its layers
 were given by, and ours are given by paths that carry their identity:
 
-    lowerdir+=cover , lowerdir+=layers/NAME_VERSION@DIGEST , ... , lowerdir+=root/etc
+    lowerdir+=cover , lowerdir+=layers/NAME_VERSION@DIGEST , ... , lowerdir+=base@DEVICE
 
-topmost first, with `NAME` and `VERSION` percent-encoded so that the first `_` divides them.
+topmost first, with `NAME` and `VERSION` percent-encoded so that the first `_` divides them. The base is named by the
+device that `/etc` was on when the overlay was made (and the directory on that, if it was mounted there by itself). It
+cannot be mistaken for another that the host has mounted since: the overlay holds it, and so its number.
 """
 
 from __future__ import annotations
@@ -25,13 +27,17 @@ SOURCE = "systemd-extensions"
 _OF_A_UNIT = "/run/systemd/unit-extensions/"
 COVER = "cover"
 LAYERS = "layers"
-BASE = "root/etc"
+BASE = "base"
+
+# What stacks were put on before that said which base it was.
+_NAMELESS_BASE = "root/etc"
 
 # Overlayfs takes 500 layers, of which two are the cover and the base.
 LAYERS_MAX = 500 - 2
 
 # Overlayfs takes 255 bytes for the path of one layer.
-_LABEL_MAX = 255 - len(LAYERS) - len("/@") - 64
+_PATH_MAX = 255
+_LABEL_MAX = _PATH_MAX - len(LAYERS) - len("/@") - 64
 
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 
@@ -76,12 +82,16 @@ class Mounted:
         doubled: two of ours lie on each other (killed between beneath and lift): the upper one must go.
         overlay: there is an overlay of ours or systemd's at all.
         top: ID of the mount that is visible on `/etc`.
+        base: what lies beneath the stack now: `Table.base_path`.
+        made_on: what lay there when the stack was made; None where that is not known.
     """
 
     layers: tuple[MountedLayer, ...] | None = ()
     doubled: bool = False
     overlay: bool = False
     top: int = 0
+    base: str = ""
+    made_on: str | None = ""
 
     @property
     def stack(self) -> str | None:
@@ -202,6 +212,14 @@ class Table:
         return self._etc_of(self.beneath)
 
     @property
+    def base_path(self) -> str:
+        """The path, in the directory in which a stack is put together, by which overlayfs is told the base."""
+        # Where the root lies on its file system says nothing: it may be renamed while the service runs.
+        directory = "" if self.beneath is self.under else self.beneath.root
+        identity = quote(self.beneath.device + directory, safe=":", errors="surrogateescape")
+        return f"{BASE}@{identity}"[:_PATH_MAX]  # only ever compared: it may be cut anywhere
+
+    @property
     def base_on_root(self) -> bool:
         """Whether that is also the `/etc` of `under`, and not something else that was mounted there."""
         return self.base == self._etc_of(self.under)
@@ -236,9 +254,11 @@ class Table:
 
     def mounted(self) -> Mounted:
         """Which stack `/etc` shows."""
+        base = self.base_path
         if not self.stacks:
-            return Mounted(top=self.top.id)
-        return Mounted(layers_of(self.top), self.surplus > 0, overlay=True, top=self.top.id)
+            return Mounted(top=self.top.id, base=base, made_on=base)
+        doubled = self.surplus > 0
+        return Mounted(layers_of(self.top), doubled, True, self.top.id, base, base_of(self.top))
 
 
 def _row(line: str) -> Mount:
@@ -272,10 +292,8 @@ def _unescape(text: str) -> str:
 @functools.lru_cache(maxsize=128)
 def layers_of(mount: Mount) -> tuple[MountedLayer, ...] | None:
     """The layers of an overlay of ours, bottom to top; None where it is not one of ours."""
-    # Split first, then undo the escapes: an escaped comma is part of a path.
-    options = mount.super_options.split(",")
-    paths = [_unescape(option[len("lowerdir+=") :]) for option in options if option.startswith("lowerdir+=")]
-    if len(paths) < 2 or paths[0] != COVER or paths[-1] != BASE:
+    paths = _paths_of(mount)
+    if not paths:
         return None
     layers = []
     for path in reversed(paths[1:-1]):
@@ -283,6 +301,25 @@ def layers_of(mount: Mount) -> tuple[MountedLayer, ...] | None:
         name, _, version = label.partition("_")
         layers.append(MountedLayer(_unquote(name), _unquote(version), digest))
     return tuple(layers)
+
+
+def base_of(mount: Mount) -> str | None:
+    """The base of an overlay of ours, as `Table.base_path` has it; None where it does not say, or is another's."""
+    paths = _paths_of(mount)
+    return paths[-1] if paths and paths[-1] != _NAMELESS_BASE else None
+
+
+@functools.lru_cache(maxsize=128)
+def _paths_of(mount: Mount) -> tuple[str, ...]:
+    """By what paths an overlay of ours was told its layers, topmost first; none where it is not one of ours."""
+    # Split first, then undo the escapes: an escaped comma is part of a path.
+    options = mount.super_options.split(",")
+    paths = tuple(
+        _unescape(option[len("lowerdir+=") :]) for option in options if option.startswith("lowerdir+=")
+    )
+    if len(paths) < 2 or paths[0] != COVER:
+        return ()
+    return paths if paths[-1] == _NAMELESS_BASE or paths[-1].startswith(BASE + "@") else ()
 
 
 def layer_path(name: str, version: str, digest: str) -> str:
