@@ -266,7 +266,7 @@ class Line:
             tools.admission,
             service.slots,
             service.declared,
-            host(service.root),
+            None if service.root is None else host(service.root),
             kept_out,
             pin,
             trial,

@@ -135,8 +135,9 @@ class Record:
 
     async def look(self, service: str, wanted: Wanted) -> None:
         """What a look found that is worth a line, unless it was said already and has been so ever since."""
-        said: set[_Key] = set()
         before = self._said.get(service, frozenset())
+        # Of what could not be looked at nothing is known to be over.
+        said: set[_Key] = set(before) if wanted.look.unknown else set()
         key: _Key
         for remark in wanted.look.remarks:
             key = (remark.path, remark.text)

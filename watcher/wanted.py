@@ -102,7 +102,7 @@ def find(
     admission: Admission,
     slots: str,
     declared: Declared,
-    made_for: Host,
+    made_for: Host | None,
     kept_out: Mapping[str, str],
     pin: str | None,
     trial: Trial | None,
@@ -113,6 +113,7 @@ def find(
 
     Args:
         slots: what its stacks are kept under.
+        made_for: what its images must be made for; None: that is not known now, and it keeps what it has.
         kept_out: digests (or `STACK` and an identity) that it must not get, with the reason.
         pin: identity of the stack that it was put on by hand.
         trial: what is on trial.
@@ -130,6 +131,7 @@ def find(
     at_hand: set[str] = set()
 
     def admit(candidate: Candidate) -> Copy:
+        assert made_for is not None
         copy = admission.admit(candidate, made_for, at_hand)
         if copy.digest in reasons:
             raise KeptOut(f"kept out: {reasons[copy.digest]}")
@@ -140,7 +142,13 @@ def find(
     # The others are read only where the current one may not do.
     stacks = (current, *store.stacks(slots)) if kept_out or pin is not None else (current,)
     good = next((stack for stack in stacks if not bad(stack, kept_out)), Stack())
-    look = _nothing_removed(scan.look(declared), entries, origins.unmounted(good, mounted))
+    look = scan.look(declared)
+    if made_for is None:
+        remark = Remark(
+            "debug", "RootImage=", "what fits it is known when it runs, until then it keeps what it has"
+        )
+        look = replace(look, unknown=True, remarks=(*look.remarks, remark))
+    look = _nothing_removed(look, entries, origins.unmounted(good, mounted))
     choice = choose(look, admit, good)
     stack = choice.stack
     if len(stack.layers) > LAYERS_MAX:

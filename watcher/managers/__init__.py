@@ -32,7 +32,8 @@ class Service:
         starting: main is there but may still be systemd's executor on its way to becoming the service.
         headless: it is active, but systemd knows no main process of it (`RemainAfterExit=`, or `Type=forking` without
             `PIDFile=`): nothing of it can be given another stack before its next start.
-        root: path of the root directory whose os-release decides which images match (`RootDirectory=`), "/" if its own
+        root: path of the root directory whose os-release decides which images match (`RootDirectory=`, else "/"); None:
+            only its own processes have that mounted (`RootImage=`), and there are none.
         aliases: other names of it.
         manager: "systemd" or "standalone".
     """
@@ -45,7 +46,7 @@ class Service:
     starting: bool = False
     failed: bool = False
     headless: bool = False
-    root: str = "/"
+    root: str | None = "/"
     aliases: tuple[str, ...] = ()
     manager: str = "systemd"
 

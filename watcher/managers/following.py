@@ -285,7 +285,9 @@ class Following:
         described = self._described[name]
         starting = process is not None and is_executor(process)
         main = None if starting else process
-        root = f"/proc/{main.pid}/root" if main and described.root_image else described.root
+        root: str | None = described.root
+        if described.root_image:
+            root = f"/proc/{main.pid}/root" if main else None
         service = Service(
             name=name,
             declared=described.declared,
