@@ -95,26 +95,43 @@ class Host:
         self.stack.callback(self.systemctl, "stop", "confext-watcher")
         self.systemctl("start", "confext-watcher")
 
+    def no_watcher(self) -> None:
+        """Stop it, so that nothing starts it either: the drop-ins of its units want it. Until the end of the test."""
+        self.systemctl("mask", "--runtime", "--now", "confext-watcher")
+        self.stack.callback(self.systemctl, "unmask", "--runtime", "confext-watcher")
+        self.assert_no_watcher()
+
+    def assert_no_watcher(self) -> None:
+        assert self.bed.property("confext-watcher", "ActiveState") == "inactive"
+
     # --- confexts ---
 
     def image(
-        self, name: str, files: dict[str, str], *, mode: dict[str, tuple[int, int]] | None = None
+        self,
+        name: str,
+        files: dict[str, str],
+        *,
+        mode: dict[str, tuple[int, int]] | None = None,
+        release: str = "ID=_any\n",
     ) -> Path:
         """An image outside of the bed, `NAME.raw`, with `files` below /etc.
 
         Args:
             mode: (user, permissions) of some of the files.
+            release: what its extension-release says.
         """
-        scratch = Path(tempfile.mkdtemp(dir=self.bed.root.parent))
-        self.stack.callback(shutil.rmtree, scratch)
-        extension = name.partition("_")[0]
-        tree = confext(
-            scratch / "tree", extension, {f"etc/{path}": text.encode() for path, text in files.items()}
-        )
+        tree = self.tree(name, files, release=release)
         for path, (user, permissions) in (mode or {}).items():
             os.chown(tree / "etc" / path, user, user)
             (tree / "etc" / path).chmod(permissions)
-        return image(tree, scratch / f"{name}.raw")
+        return image(tree, tree.parent / f"{name}.raw")
+
+    def tree(self, name: str, files: dict[str, str], *, release: str = "ID=_any\n") -> Path:
+        """A directory outside of the bed, `NAME`, with what an image would have in it."""
+        scratch = Path(tempfile.mkdtemp(dir=self.bed.root.parent))
+        self.stack.callback(shutil.rmtree, scratch)
+        below_etc = {f"etc/{path}": text.encode() for path, text in files.items()}
+        return confext(scratch / name, name.partition("_")[0], below_etc, release)
 
     def drop(self, source: Path, unit: str, name: str = "") -> Path:
         """Copy a file into a unit's `.confext.d/` as scp would: in place, under its own name (or `name`)."""
@@ -122,6 +139,12 @@ class Host:
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(source, target)
         return target
+
+    def drop_tree(self, source: Path, target: str) -> None:
+        """Put a directory tree to a path in the bed, in one step."""
+        coming = self.bed.path(os.path.join(os.path.dirname(target), ".coming"))
+        shutil.copytree(source, coming)
+        coming.rename(self.bed.path(target))
 
     # --- what is to be seen ---
 

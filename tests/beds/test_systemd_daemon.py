@@ -14,7 +14,7 @@ import pytest
 
 import needs
 from beds.bed import Bed
-from beds.host import SLEEP, UNITS, Host, install
+from beds.host import SLEEP, UNITS, Host, Journal, install
 from watcher.mounts.table import Table
 from watcher.units import DROPIN
 
@@ -77,13 +77,16 @@ def test_every_process_of_a_unit_shows_the_last_accepted_stack(host: Host) -> No
     whole = host.image("web_3", {"web.txt": "3", "noise": os.urandom(50_000).hex()}).read_bytes()
     (host.confext_dir("talks.service") / VERSIONS / "web_3.raw").write_bytes(whole[:20_000])
     journal.outcome("talks.service", "incomplete")
-    for watcher in ("running", "stopped"):
-        if watcher == "stopped":
-            host.systemctl("stop", "confext-watcher")
-        host.systemctl("restart", "talks.service")
-        host.systemctl("reload", "talks.service")
-        views = (seen(host, step) for step in ("pre", "start", "reload"))
-        assert [*views, host.see("talks.service", "/etc/web.txt")] == ["2"] * 4, watcher
+    for watcher in ("running", "away"):
+        if watcher == "away":
+            host.no_watcher()
+        for verb in ("restart", "reload"):
+            host.bed.run(["sh", "-c", "rm -f /run/seen-*"])
+            host.systemctl(verb, "talks.service")
+            steps = ("pre", "start") if verb == "restart" else ("reload",)
+            views = [seen(host, step) for step in steps] + [host.see("talks.service", "/etc/web.txt")]
+            assert views == ["2"] * len(views), (watcher, verb)
+    host.assert_no_watcher()
 
 
 def test_what_was_dropped_while_the_watcher_was_away_is_applied_and_nothing_else_is_touched(
@@ -194,6 +197,42 @@ BindReadOnlyPaths=/etc/os-release:/etc/bound
 ReadOnlyPaths=/etc/app
 TemporaryFileSystem=/etc/temporary
 """
+
+
+def is_systemds(host: Host, unit: str) -> bool:
+    """Whether it was systemd that made the stack which a unit's main process shows."""
+    (row,) = (row for row in host.mounts(unit) if row[4] == "/etc")
+    return "lowerdir=/run/systemd/unit-extensions/" in row[-1]
+
+
+@pytest.mark.parametrize("where", ["dropped", "declared"])
+def test_directory_trees_go_the_same_way_and_systemd_starts_on_their_slots(host: Host, where: str) -> None:
+    host.bed.run(["mkdir", "-p", "/srv/trees/web.v"])
+    host.stack.callback(host.bed.run, ["rm", "-r", "/srv/trees"])
+    unit, place = TALKS, f"{UNITS}/trees.service.confext.d"
+    if where == "declared":
+        unit, place = unit + "ExtensionDirectories=-/srv/trees/plain -/srv/trees/web.v\n", "/srv/trees"
+    host.unit("trees.service", unit, takes_part=where == "dropped")
+    host.watch()
+    journal = host.journal()
+    host.systemctl("start", "trees.service")
+    host.drop_tree(host.tree("plain", {"plain.txt": "plain", "web.txt": "beneath"}), f"{place}/plain")
+    journal.applied("trees.service")
+    host.bed.run(["mkdir", "-p", f"{place}/web.v"])
+    for version in ("1", "2"):
+        host.drop_tree(host.tree(f"web_{version}", {"web.txt": version}), f"{place}/web.v/web_{version}")
+        journal.applied("trees.service")
+
+    def shows() -> None:
+        assert [host.see("trees.service", f"/etc/{name}.txt") for name in ("plain", "web")] == ["plain", "2"]
+
+    shows()
+    assert not is_systemds(host, "trees.service")
+    host.no_watcher()
+    for verb, step in (("restart", "start"), ("reload", "reload")):
+        host.systemctl(verb, "trees.service")
+        shows()
+        assert seen(host, step) == "2" and is_systemds(host, "trees.service")
 
 
 def boxed(host: Host) -> None:
@@ -469,22 +508,62 @@ def elsewhere(row: list[str]) -> bool:
     return not row[4].startswith(("/etc", "/usr", "/run/credentials", "/sys", "/dev/mqueue"))
 
 
-def test_a_root_directory_has_its_own_etc_and_its_own_os_release(host: Host) -> None:
-    make = (
-        "mkdir -p /srv/root/etc /srv/root/usr /srv/root/proc /srv/root/dev /srv/root/run /srv/root/tmp /srv/root/var;"
-        "cd /srv/root; ln -sf usr/bin bin; ln -sf usr/lib lib; ln -sf usr/lib64 lib64; ln -sf usr/sbin sbin;"
-        "printf 'ID=elsewhere\\nVERSION_ID=1\\n' >etc/os-release"
-    )
-    host.bed.run(["sh", "-c", make])
+ELSEWHERE = "ID=elsewhere\nVERSION_ID=1\n"
+
+
+def make_root(host: Host) -> None:
+    """/srv/root, a system that is another than the host, and has not much more than `SLEEP` needs."""
+    make = """
+        mkdir -p /srv/root && cd /srv/root
+        mkdir -p etc proc dev run tmp var sys root usr/bin usr/lib usr/lib64
+        ln -s usr/bin usr/lib usr/lib64 .
+        libraries=$(ldd /usr/bin/sleep /usr/bin/cat | grep -o '/[^ :]*' | sort -u)
+        cp --parents --dereference /usr/bin/sleep /usr/bin/cat $libraries .
+        cat >etc/os-release
+    """
+    host.bed.run(["sh", "-e", "-c", make], input=ELSEWHERE)
     host.stack.callback(host.bed.run, ["rm", "-r", "/srv/root"])
-    host.unit("rooted.service", SLEEP + "RootDirectory=/srv/root\nBindReadOnlyPaths=/usr\nMountAPIVFS=yes\n")
+
+
+def goes_by_its_own_release(host: Host, journal: Journal, unit: str) -> None:
+    """What was made for its root gets in, what was made for the host does not, before a restart and after."""
+    assert "elsewhere" in host.see(unit, "/etc/os-release")
+    host_release = host.bed.path("/usr/lib/os-release").read_text()
+
+    def drop(version: str, release: str) -> None:
+        source = host.image(f"web_{version}", {"web.txt": version}, release=release)
+        host.drop(source, unit, f"{VERSIONS}/{source.name}")
+
+    for first in (1, 3):
+        drop(str(first), ELSEWHERE)
+        journal.applied(unit)
+        drop(str(first + 1), host_release)
+        assert "made for" in journal.outcome(unit, "refused")["MESSAGE"]
+        assert host.see(unit, "/etc/web.txt") == str(first)
+        host.systemctl("restart", unit)
+        assert host.see(unit, "/etc/web.txt") == str(first)
+        assert "elsewhere" in host.see(unit, "/etc/os-release")
+    assert not host.bed.path("/srv/root/etc/web.txt").exists()
+
+
+def test_a_root_image_has_its_own_etc_and_its_own_os_release(host: Host) -> None:
+    make_root(host)
+    host.bed.run(["mksquashfs", "/srv/root", "/srv/root.raw", "-quiet", "-no-progress", "-noappend"])
+    host.stack.callback(host.bed.run, ["rm", "/srv/root.raw"])
+    host.unit("imaged.service", SLEEP + "MountAPIVFS=yes\nRootImage=/srv/root.raw\n")
+    host.watch()
+    journal = host.journal()
+    host.systemctl("start", "imaged.service")
+    goes_by_its_own_release(host, journal, "imaged.service")
+
+
+def test_a_root_directory_has_its_own_etc_and_its_own_os_release(host: Host) -> None:
+    make_root(host)
+    host.unit("rooted.service", SLEEP + "MountAPIVFS=yes\nRootDirectory=/srv/root\n")
     host.watch()
     journal = host.journal()
     host.systemctl("start", "rooted.service")
-    drop_version(host, "rooted.service", "1")
-    journal.applied("rooted.service")
-    assert host.see("rooted.service", "/etc/web.txt") == "1"
-    assert "elsewhere" in host.see("rooted.service", "/etc/os-release")
+    goes_by_its_own_release(host, journal, "rooted.service")
 
 
 def test_a_service_in_the_hosts_namespace_is_never_touched_until_its_restart(host: Host) -> None:
