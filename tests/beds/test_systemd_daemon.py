@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -480,6 +480,19 @@ HARDENED = {
 }
 
 
+def kept(host: Host, unit: str) -> object:
+    """What the unit's own settings have done to `/etc` and with it, as its main process sees it."""
+    looks: dict[str, Callable[[], object]] = {
+        "strict": lambda: writable(host, unit, "/etc/app"),
+        "bind": lambda: host.see(unit, "/etc/app/os-release"),
+        "credential": lambda: host.see(unit, f"/run/credentials/{unit}/secret"),
+        "private-users": lambda: host.bed.run(["cat", f"/proc/{host.main_pid(unit)}/uid_map"]).stdout,
+        "dynamic-user": lambda: writable(host, unit, "/etc/app"),
+    }
+    look = looks.get(unit.removeprefix("hard-").removesuffix(".service"))
+    return look() if look is not None else None
+
+
 def test_services_as_people_harden_them(host: Host) -> None:
     host.bed.run(["sh", "-c", "mkdir -p /etc/app; touch /etc/app/os-release"])
     host.stack.callback(host.bed.run, ["rm", "-r", "/etc/app"])
@@ -487,20 +500,63 @@ def test_services_as_people_harden_them(host: Host) -> None:
     host.units({name: SLEEP + "ExecReload=/bin/cat /etc/web.txt\n" + names[name] for name in names})
     host.watch()
     journal = host.journal()
-    host.systemctl("start", *names)
-    before = {name: host.mounts(name) for name in names}
-    for version in ("1", "2", "3"):
+
+    def drop(version: str) -> None:
         source = host.image(f"web_{version}", {"web.txt": version})
         for name in names:
             host.drop(source, name, f"{VERSIONS}/{source.name}")
             journal.applied(name)
             assert host.see(name, "/etc/web.txt") == version
+
+    host.systemctl("start", *names)
+    mounts = {name: host.mounts(name) for name in names}
+    first = {name: (kept(host, name), on_etc(host, name)[1]) for name in names}
+    assert first["hard-strict.service"][0] is True and first["hard-dynamic-user.service"][0] is False
+    assert "ID=" in str(first["hard-bind.service"][0]) and "ID=" in str(first["hard-credential.service"][0])
+    for version in ("1", "2", "3"):
+        drop(version)
+        for name, (before, flags) in first.items():
+            assert kept(host, name) == before, name
+            now = on_etc(host, name)[1]
+            assert {"ro", "nosuid", "nodev"} <= set(now.pop("/etc")), name
+            assert now == {path: flags[path] for path in flags if path.startswith("/etc/")}, name
     host.systemctl("restart", *names)
+    restarted = {name: (kept(host, name), on_etc(host, name)[1]) for name in names}
+    assert "nosuid" in restarted["hard-dynamic-user.service"][1]["/etc"]
+    assert all("ro" in flags["/etc"] for _, flags in restarted.values())
     for name in names:
         assert host.see(name, "/etc/web.txt") == "3"
         # Nothing of the sandbox outside of /etc is lost; /usr is kept by its parts (watcher.hierarchies).
         after = {row[4] for row in host.mounts(name)}
-        assert {row[4] for row in before[name] if elsewhere(row)} <= after, name
+        assert {row[4] for row in mounts[name] if elsewhere(row)} <= after, name
+        if (
+            name != "hard-strict.service"
+        ):  # what ReadWritePaths= says of a part of its own overlay systemd overrules
+            assert restarted[name][0] == first[name][0], name
+    drop("4")
+    assert {name: (kept(host, name), on_etc(host, name)[1]) for name in names} == restarted
+
+
+def test_a_writable_path_shows_what_a_stack_brings_there_and_is_the_hosts_until_then(host: Host) -> None:
+    host.bed.run(["mkdir", "/etc/app"])
+    host.stack.callback(host.bed.run, ["rm", "-r", "/etc/app"])
+    host.unit("writes.service", SLEEP + "ExecReload=/bin/true\n" + HARDENED["strict"])
+    host.watch()
+    journal = host.journal()
+    host.systemctl("start", "writes.service")
+    drop_version(host, "writes.service", "1")
+    journal.applied("writes.service")
+    inside = ["nsenter", "--target", str(host.started("writes.service")), "--mount", "--"]
+    host.bed.run([*inside, "touch", "/etc/app/mine"])
+    assert host.bed.path("/etc/app/mine").exists()
+    host.drop(host.image("app", {"app/own.conf": "brought"}), "writes.service")
+    journal.until(lambda entry: "/etc/app: the unit's mount there would hide" in entry["MESSAGE"])
+    journal.applied("writes.service")
+    for restarted in (False, True):
+        if restarted:
+            host.systemctl("restart", "writes.service")
+        assert host.see("writes.service", "/etc/app/own.conf") == "brought"
+        assert not writable(host, "writes.service", "/etc/app")
 
 
 def elsewhere(row: list[str]) -> bool:
