@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +238,15 @@ class Journal:
 
     def applied(self, unit: str) -> Entry:
         return self.outcome(unit, "applied")
+
+    def all_applied(self, units: Iterable[str], words: str = "") -> None:
+        """The next outcome of each of these units, in whatever order, is that, and says this."""
+        left = set(units)
+        while left:
+            entry = self.until(lambda entry: "CONFEXT_OUTCOME" in entry and entry["CONFEXT_SERVICE"] in left)
+            if "being started" not in entry["MESSAGE"]:
+                assert entry["CONFEXT_OUTCOME"] == "applied" and words in entry["MESSAGE"], entry["MESSAGE"]
+                left.remove(entry["CONFEXT_SERVICE"])
 
     def said(self) -> list[Entry]:
         """All that has come by now."""

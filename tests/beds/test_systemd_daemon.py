@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
 import needs
 from beds.bed import Bed
-from beds.host import SLEEP, UNITS, Host, Journal, install
+from beds.host import SECONDS, SLEEP, UNITS, Entry, Host, Journal, install
 from watcher.mounts.table import Table
 from watcher.units import DROPIN
 
@@ -191,6 +194,14 @@ def test_what_a_unit_declares_itself_goes_the_same_way(host: Host) -> None:
     assert seen(host, "reload") == "2"
 
 
+def eventually(condition: Callable[[], bool], what: str) -> None:
+    """Wait for what no entry of the journal announces."""
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+
+
 SANDBOX = """
 InaccessiblePaths=/etc/hidden
 BindReadOnlyPaths=/etc/os-release:/etc/bound
@@ -357,13 +368,7 @@ class Guests:
 
     def applied(self, words: str) -> None:
         """All of them say that next."""
-        left = set(self.NAMES)
-        while left:
-            entry = self.journal.until(
-                lambda entry: entry.get("CONFEXT_OUTCOME") and entry["CONFEXT_SERVICE"] in left
-            )
-            assert entry["CONFEXT_OUTCOME"] == "applied" and words in entry["MESSAGE"], entry["MESSAGE"]
-            left.remove(entry["CONFEXT_SERVICE"])
+        self.journal.all_applied(self.NAMES, words)
 
     def show(self, version: str, host: str) -> None:
         """They have their own stack on what the host has, and all that their sandbox has there."""
@@ -505,7 +510,8 @@ def test_services_as_people_harden_them(host: Host) -> None:
         source = host.image(f"web_{version}", {"web.txt": version})
         for name in names:
             host.drop(source, name, f"{VERSIONS}/{source.name}")
-            journal.applied(name)
+        journal.all_applied(names)
+        for name in names:
             assert host.see(name, "/etc/web.txt") == version
 
     host.systemctl("start", *names)
@@ -513,7 +519,7 @@ def test_services_as_people_harden_them(host: Host) -> None:
     first = {name: (kept(host, name), on_etc(host, name)[1]) for name in names}
     assert first["hard-strict.service"][0] is True and first["hard-dynamic-user.service"][0] is False
     assert "ID=" in str(first["hard-bind.service"][0]) and "ID=" in str(first["hard-credential.service"][0])
-    for version in ("1", "2", "3"):
+    for version in ("1", "2"):
         drop(version)
         for name, (before, flags) in first.items():
             assert kept(host, name) == before, name
@@ -525,7 +531,7 @@ def test_services_as_people_harden_them(host: Host) -> None:
     assert "nosuid" in restarted["hard-dynamic-user.service"][1]["/etc"]
     assert all("ro" in flags["/etc"] for _, flags in restarted.values())
     for name in names:
-        assert host.see(name, "/etc/web.txt") == "3"
+        assert host.see(name, "/etc/web.txt") == "2"
         # Nothing of the sandbox outside of /etc is lost; /usr is kept by its parts (watcher.hierarchies).
         after = {row[4] for row in host.mounts(name)}
         assert {row[4] for row in mounts[name] if elsewhere(row)} <= after, name
@@ -533,7 +539,7 @@ def test_services_as_people_harden_them(host: Host) -> None:
             name != "hard-strict.service"
         ):  # what ReadWritePaths= says of a part of its own overlay systemd overrules
             assert restarted[name][0] == first[name][0], name
-    drop("4")
+    drop("3")
     assert {name: (kept(host, name), on_etc(host, name)[1]) for name in names} == restarted
 
 
@@ -706,36 +712,113 @@ def test_the_watcher_reloads_its_settings_as_a_job(host: Host) -> None:
     assert host.bed.property("confext-watcher", "ActiveState") == "active"
 
 
-STORM_TYPES = ["simple", "exec", "notify", "notify-reload", "forking", "oneshot", "idle", "dbus"]
+STORM = {
+    "simple": "",
+    "exec": "ProtectSystem=full\n",
+    "notify": "NotifyAccess=all\n",
+    "notify-reload": "NotifyAccess=all\nInaccessiblePaths=/etc/machine-id\n",
+    "forking": "PrivateTmp=yes\n",
+    "oneshot": "",
+    "idle": "ProtectSystem=strict\n",
+    "dbus": "BusName=org.example.Storm\n",
+    "rooted": "Type=exec\nRootDirectory=/srv/root\nMountAPIVFS=yes\n",
+}
+"""Services of each `Type=`, and of one with a root of its own, with some of what makes a namespace larger."""
+
+
+STORM_TREES = (
+    "storm-exec.service",
+    "storm-notify-reload.service",
+    "storm-oneshot.service",
+    "storm-rooted.service",
+)
+STORM_BUS = """<busconfig><policy user="root"><allow own="org.example.Storm"/></policy></busconfig>"""
+STORM_DBUS = """
+import signal
+from jeepney.bus_messages import message_bus
+from jeepney.io.blocking import open_dbus_connection
+bus = open_dbus_connection("SYSTEM")
+bus.send_and_get_reply(message_bus.RequestName("org.example.Storm"))
+signal.pause()
+"""
 
 
 def storm_unit(kind: str) -> str:
+    reload = 'trap "systemd-notify --reloading; systemd-notify --ready" HUP; systemd-notify --ready'
     start = {
         "notify": "/bin/sh -c 'systemd-notify --ready; exec sleep infinity'",
-        "notify-reload": "/bin/sh -c 'systemd-notify --ready; exec sleep infinity'",
+        "notify-reload": f"/bin/sh -c '{reload}; while :; do sleep infinity & wait; done'",
         "forking": "/bin/sh -c 'sleep infinity & '",
-        "oneshot": "/bin/sleep 0.2",
-        "dbus": "/usr/bin/busctl monitor org.example.storm",
+        "oneshot": "/bin/sh -c 'cat /etc/web.txt >/run/storm-saw; sleep 0.2'",
+        "dbus": "/usr/bin/python3 /root/storm.py",
     }.get(kind, "/bin/sleep infinity")
-    more = {"notify": "NotifyAccess=all\n", "notify-reload": "NotifyAccess=all\n"}.get(kind, "")
-    if kind == "dbus":
-        more = "BusName=org.freedesktop.systemd1\n"
-    return f"[Unit]\nStartLimitIntervalSec=0\n[Service]\nType={kind}\n{more}ExecStart={start}\n"
+    count = "ExecStartPre=+/bin/sh -c 'echo %n >>/run/storm-starts'\n"
+    if kind == "rooted":
+        count = ""  # it has no shell
+    service = f"Type={kind}\n" * (kind != "rooted") + STORM[kind]
+    settings = "[X-Confext]\nSettleSec=0\n"
+    return f"[Unit]\nStartLimitIntervalSec=0\n[Service]\n{service}{count}ExecStart={start}\n{settings}"
 
 
-@pytest.mark.limit(400)
+def storm_drop(host: Host, units: Sequence[str], version: int, *, last: bool) -> None:
+    """Some of them get images, one over the other, some trees in versions; all of them the last image."""
+    image = host.image(f"web_{version}", {"web.txt": str(version)})
+    tree = host.tree(f"tree_{version}", {"tree.txt": str(version)})
+    for unit in units:
+        if unit in STORM_TREES and not last:
+            host.bed.run(["mkdir", "-p", f"{UNITS}/{unit}.confext.d/tree.v"])
+            host.drop_tree(tree, f"{UNITS}/{unit}.confext.d/tree.v/tree_{version}")
+        else:
+            host.drop(image, unit, "web.raw")
+
+
+def is_outcome(unit: str, entry: Entry) -> bool:
+    return entry.get("CONFEXT_SERVICE") == unit and "CONFEXT_OUTCOME" in entry
+
+
+@pytest.mark.limit(600)
 def test_a_storm_of_starts_never_touches_the_hosts_etc(host: Host) -> None:
-    host.units({f"storm-{kind}.service": storm_unit(kind) for kind in STORM_TYPES})
+    make_root(host)
+    host.stack.callback(host.bed.run, ["sh", "-c", "rm -f /run/storm-* /etc/dbus-1/system.d/storm.conf"])
+    host.bed.path("/etc/dbus-1/system.d/storm.conf").write_text(STORM_BUS)
+    host.bed.path("/root/storm.py").write_text(STORM_DBUS)
+    host.systemctl("reload", "dbus")
+    units = {f"storm-{kind}.service": storm_unit(kind) for kind in STORM}
+    host.units(units)
     host.watch()
+    journal = host.journal()
     mounts = host.own_mounts()
-    images = [host.image(f"web_{version}", {"web.txt": str(version)}) for version in range(1, 40)]
-    restart = ["systemctl", "--no-block", "restart", *(f"storm-{kind}.service" for kind in STORM_TYPES)]
-    for source in images:
-        for kind in STORM_TYPES:
-            host.drop(source, f"storm-{kind}.service", "web.raw")
-        host.bed.run(restart)
+    last = 40
+    for version in range(1, last + 1):
+        # For one half of them while they are being started, for the other just after; and the next starts come as soon
+        # as one has taken it.
+        names = [*units]
+        names = names[version % len(names) :] + names[: version % len(names)]
+        restarting = host.bed.popen(["systemctl", "restart", *names])
+        storm_drop(host, names[::2], version, last=version == last)
+        assert restarting.wait(timeout=60) == 0, version
+        storm_drop(host, names[1::2], version, last=version == last)
+        journal.until(functools.partial(is_outcome, names[1]))
+    starts = Counter(host.bed.path("/run/storm-starts").read_text().split())
+    assert starts.total() >= 300, starts
+    running = [unit for unit in units if unit != "storm-oneshot.service"]
+
+    def shows_the_last(unit: str) -> bool:
+        return host.see(unit, "/etc/web.txt") == str(last)
+
+    for unit in running:
+        eventually(functools.partial(shows_the_last, unit), unit)
+    swaps = Counter(one.get("CONFEXT_SERVICE") for one in journal.said() if "applied in" in one["MESSAGE"])
+    assert set(swaps) >= set(running)
+
+    def sees_the_last() -> bool:
+        host.systemctl("restart", "storm-oneshot.service")
+        return host.bed.path("/run/storm-saw").read_text().strip() == str(last)
+
+    eventually(sees_the_last, "storm-oneshot.service")
+    host.systemctl("restart", *running)
+    assert all(map(shows_the_last, running))
     assert host.own_mounts() == mounts
-    assert not host.bed.path("/etc/web.txt").exists()
+    assert not host.bed.path("/etc/web.txt").exists() and not host.bed.path("/etc/tree.txt").exists()
+    assert not host.bed.path("/srv/root/etc/web.txt").exists()
     assert host.bed.property("confext-watcher", "NRestarts") == "0"
-    host.systemctl("restart", "storm-simple.service")
-    assert host.own_mounts() == mounts
