@@ -240,7 +240,11 @@ class Line:
             return False
         self._accepted(service.name)
         if service.main is not None:
-            return await self._into_service(service, service.main, wanted, memory, since)
+            try:
+                return await self._into_service(service, service.main, wanted, memory, since)
+            except Gone:
+                await self._say_accepted(replace(service, starting=False), wanted)
+                raise
         return await self._stopped(service, wanted, memory)
 
     async def _look(self, service: Service, memory: Memory) -> Wanted:
@@ -332,16 +336,21 @@ class Line:
                 raise Later(f"it could not be started again on its old stack: {revived.reason}")
             await self._judge.stopped(service, memory, wanted, revived)
             return False
-        if wanted.stack.id != wanted.current.id:
-            accepted = report.accepted(
-                service.name,
-                wanted.current,
-                wanted.stack,
-                starting=service.starting,
-                headless=service.headless,
-            )
-            await self._record.outcome(accepted)
+        await self._say_accepted(service, wanted)
         return True
+
+    async def _say_accepted(self, service: Service, wanted: Wanted) -> None:
+        """The slots have another stack, which nothing of the service runs on yet: somebody may wait to hear that."""
+        if wanted.stack.id == wanted.current.id or wanted.rolling_back:
+            return
+        accepted = report.accepted(
+            service.name,
+            wanted.current,
+            wanted.stack,
+            starting=service.starting,
+            headless=service.headless,
+        )
+        await self._record.outcome(accepted)
 
     async def _into_service(
         self, service: Service, held: Process, wanted: Wanted, memory: Memory, since: float
@@ -371,7 +380,10 @@ class Line:
             else:
                 return True
         if reloaded is None:
-            return await self._judge.interrupted(service, memory, wanted)
+            settled = await self._judge.interrupted(service, memory, wanted)
+            if settled:
+                await self._say_accepted(replace(service, starting=False), wanted)
+            return settled
         now = trio.current_time()
         times = Times(converged.usec, _usec(now - told), _usec(now - since))
         return await self._judge.reloaded(service, memory, wanted, converged, reloaded, times)
