@@ -55,12 +55,9 @@ class Judge:
         if glow is not None and trio.current_time() < glow.until:
             if service.invocation == glow.invocation and service.main is not None and service.main.alive():
                 memory.afterglow = glow
-            elif service.failed or memory.restarted == glow.stack.id:
+            elif service.went_down_since(glow.restarts):
                 reason = "its main process ended soon after the reload"
                 await self.keep_out(service, memory, glow.stack, reason, down=True)
-            else:
-                # By somebody, or by systemd because it had ended (Restart=)? The second time it is no chance.
-                memory.restarted = glow.stack.id
         await self._failed_to_start(service, memory)
 
     async def _failed_to_start(self, service: Service, memory: Memory) -> None:
@@ -140,16 +137,6 @@ class Judge:
         await self.keep_out(service, memory, wanted.stack, _with_output(judged), judged.output)
         return False
 
-    async def interrupted(self, service: Service, memory: Memory, wanted: Wanted) -> bool:
-        """It was stopped or started anew in the middle of its trial; False: once too often to be chance."""
-        if wanted.rolling_back or not wanted.on_trial or wanted.stack.id not in memory.chances:
-            memory.chances = {wanted.stack.id}
-            return True
-        memory.chances.clear()
-        reason = "its main process ended again before it had proved good"
-        await self.keep_out(service, memory, wanted.stack, reason, down=True)
-        return False
-
     async def stopped(self, service: Service, memory: Memory, wanted: Wanted, revived: Reloaded) -> None:
         """The slots of a service that does not run have a good stack again."""
         assert wanted.bad is not None
@@ -210,9 +197,8 @@ class Judge:
             await trio.to_thread.run_sync(self._store.accept, service.slots, stack, entries)
         if wanted.on_trial:
             until = trio.current_time() + _AFTERGLOW_SEC
-            memory.afterglow = Afterglow(service.invocation, until, stack)
+            memory.afterglow = Afterglow(service.invocation, service.restarts, until, stack)
         self._trials.end(service.name)
-        memory.chances.clear()
 
 
 def _is_rebased(converged: Converged, wanted: Wanted) -> bool:

@@ -380,10 +380,8 @@ class Line:
             else:
                 return True
         if reloaded is None:
-            settled = await self._judge.interrupted(service, memory, wanted)
-            if settled:
-                await self._say_accepted(replace(service, starting=False), wanted)
-            return settled
+            await self._say_accepted(replace(service, starting=False), wanted)
+            return True
         now = trio.current_time()
         times = Times(converged.usec, _usec(now - told), _usec(now - since))
         return await self._judge.reloaded(service, memory, wanted, converged, reloaded, times)
@@ -392,7 +390,7 @@ class Line:
         """It was started on a stack that has not proved itself yet."""
         judged = await judge_start(self._tools.manager, service, main)
         if judged is None:
-            return await self._judge.interrupted(service, memory, wanted)
+            return True
         return await self._judge.started(service, memory, wanted, judged)
 
     def _copies(self, stack: Stack) -> dict[str, Copy]:

@@ -14,6 +14,7 @@ class Afterglow:
     """A stack that proved good just now: should the main process end within a moment, that is put down to it."""
 
     invocation: str
+    restarts: int
     until: float
     stack: Stack
 
@@ -33,8 +34,6 @@ class Memory:
         held_for: the start of the service for which `held` holds.
         fell: it went down with what is kept out, so that its next start is systemd's or our doing.
         output: what the command printed that the last stack failed by.
-        restarted: the stack on which the service was started anew just after it had been told: crash or chance.
-        chances: stacks that were stopped in the middle of their trial, perhaps by somebody: they get a second one.
     """
 
     interests: tuple[object, ...] | None = None
@@ -48,5 +47,3 @@ class Memory:
     held_for: str = ""
     fell: bool = False
     output: str = ""
-    restarted: str = ""
-    chances: set[str] = field(default_factory=set)

@@ -67,7 +67,7 @@ async def judge_start(manager: Manager, service: Service, main: Process) -> Relo
         main: its main process, held by the caller.
 
     Returns:
-        None if its start did not get to its end.
+        None if its main process has ended without its going down: it was done (`Type=oneshot`), or somebody stopped it.
     """
     up = False
 
@@ -79,7 +79,9 @@ async def judge_start(manager: Manager, service: Service, main: Process) -> Relo
         nursery.start_soon(ended)
         up = await manager.started(service)
         nursery.cancel_scope.cancel()
-    return await _judge(manager, service, main, Reloaded(ok=True), "its start") if up else None
+    if not up:
+        return await _why_ended(manager, service, main, Reloaded(ok=True), "before its start was complete")
+    return await _judge(manager, service, main, Reloaded(ok=True), "its start")
 
 
 async def _judge(
@@ -115,7 +117,7 @@ def _as_before(manager: Manager, service: Service, main: Process, reloaded: Relo
 async def _why_ended(
     manager: Manager, service: Service, main: Process, reloaded: Reloaded, when: str
 ) -> Reloaded | None:
-    """The verdict on a service whose main process has ended; None if somebody stopped or restarted it."""
+    """The verdict on a service whose main process has ended; None if it was done, or somebody stopped it."""
     return _ended(reloaded, when) if await _went_down(manager, service, main) else None
 
 
@@ -125,7 +127,7 @@ async def _went_down(manager: Manager, service: Service, main: Process) -> bool:
         while (now := manager.services.get(service.name)) and now.main and now.main.pid == main.pid:
             await trio.sleep(_POLL_SEC)
     now = manager.services.get(service.name)
-    return now is not None and now.failed
+    return now is not None and now.went_down_since(service.restarts)
 
 
 async def _restarted(manager: Manager, service: Service) -> Service | None:

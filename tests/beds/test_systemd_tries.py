@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A service that goes down: on an image with tries left, and before it got one that is bad."""
+"""A service that goes down on its stack, that was down before, and that is done."""
 
 from __future__ import annotations
 
@@ -76,3 +76,18 @@ def test_one_that_was_down_before_is_judged_by_its_next_start(host: Host) -> Non
     assert "site 2 taken out again" in journal.outcome(WEB, "rolled-back")["MESSAGE"]
     host.bed.run(["sh", "-c", f"until systemctl is-active {WEB}; do sleep 0.02; done"])
     assert host.see(WEB, "/etc/web.conf") == "good"
+
+
+def test_one_that_is_done_each_time_has_nothing_against_it(host: Host) -> None:
+    run = "/bin/sh -c 'cat /etc/web.conf >/run/web.saw; sleep 0.3'"
+    host.unit(WEB, f"[Service]\nType=oneshot\nExecStart={run}\n")
+    host.drop(host.image("site_1", {"web.conf": "one"}), WEB, "site.raw.v/site_1.raw")
+    host.watch()
+    journal = host.journal()
+    for _ in range(4):
+        host.systemctl("start", WEB)
+    host.drop(host.image("site_2", {"web.conf": "two"}), WEB, "site.raw.v/site_2.raw")
+    journal.until(lambda entry: "1 -> 2, accepted" in entry["MESSAGE"])
+    host.systemctl("start", WEB)
+    assert host.bed.run(["cat", "/run/web.saw"]).stdout == "two"
+    assert "rolled-back" not in [entry.get("CONFEXT_OUTCOME") for entry in journal.seen]

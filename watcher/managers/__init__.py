@@ -29,6 +29,7 @@ class Service:
         invocation: changes with every start (InvocationID, or the registration's own); "" when not running.
         failed: it ended by itself, or went down, rather than being stopped by somebody; not known to every manager,
             which then says so.
+        restarts: how often its manager has started it again by itself since somebody did (NRestarts).
         starting: main is there but may still be systemd's executor on its way to becoming the service.
         headless: it is active, but systemd knows no main process of it (`RemainAfterExit=`, or `Type=forking` without
             `PIDFile=`): nothing of it can be given another stack before its next start.
@@ -45,10 +46,15 @@ class Service:
     invocation: str = ""
     starting: bool = False
     failed: bool = False
+    restarts: int = 0
     headless: bool = False
     root: str | None = "/"
     aliases: tuple[str, ...] = ()
     manager: str = "systemd"
+
+    def went_down_since(self, restarts: int) -> bool:
+        """Whether it went down by itself since it had been started again so often; a start by somebody begins at 0."""
+        return self.failed or self.restarts not in (0, restarts)
 
     @property
     def slots(self) -> str:

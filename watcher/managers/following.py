@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import trio
 from jeepney import HeaderFields, Message
@@ -36,6 +37,15 @@ _ACTIVE = frozenset({"active", "reloading", "refreshing"})
 _STOPPED = frozenset({"inactive", "failed"})
 
 
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """A start of a unit: its main process, InvocationID and NRestarts; nothing where it does not run."""
+
+    process: Process | None = None
+    invocation: str = ""
+    restarts: int = 0
+
+
 class Following:
     """The services that take part, as of the last `update()`."""
 
@@ -47,7 +57,7 @@ class Following:
         self._names: dict[str, str] = {}
         self._said: set[Remark] = set()
         self._per_connection: set[str] = set()
-        self._starting: dict[str, tuple[Process, str]] = {}
+        self._starting: dict[str, _Start] = {}
         # What to look at again, and the event that says so.
         self._everything = True
         self._dirty: dict[str, None] = {}  # first come, first served
@@ -108,8 +118,8 @@ class Following:
             with trio.move_on_at(min(poll_at, self._retry_at)):
                 await self._news.wait()
             delay = min(delay * _POLL_GROWTH, _POLL_MAX_SEC)
-            for name, (process, _invocation) in self._starting.items():
-                if not is_executor(process):
+            for name, start in self._starting.items():
+                if start.process and not is_executor(start.process):
                     self.look_at(name)
             if trio.current_time() >= self._retry_at:
                 self._try_again()
@@ -234,18 +244,18 @@ class Following:
 
     async def _look_at_unit(self, systemd: Systemd1, name: str, changed: Callable[[str], None]) -> None:
         if name in self._described:
-            process, invocation = await self._main(systemd, name)
+            start = await self._main(systemd, name)
             failed = headless = False
-            if process is None:
+            if start.process is None:
                 failed = await _has_failed(systemd, name)
                 headless = not failed and await systemd.unit(name, "ActiveState") in _ACTIVE
             if headless:
                 # Unless it has been started since.
-                process, invocation = await self._main(systemd, name)
-                headless = process is None
-            self._put(name, changed, process, invocation, failed=failed, headless=headless)
+                start = await self._main(systemd, name)
+                headless = start.process is None
+            self._put(name, changed, start, failed=failed, headless=headless)
 
-    async def _main(self, systemd: Systemd1, name: str) -> tuple[Process | None, str]:
+    async def _main(self, systemd: Systemd1, name: str) -> _Start:
         """The main process that a unit has now, and since which start."""
         while pid := int(await systemd.service(name, "MainPID")):
             held = self._held(name, pid)
@@ -257,31 +267,35 @@ class Following:
                 await trio.sleep(_POLL_SEC)  # systemd will have noticed in a moment
                 continue
             invocation = await systemd.invocation(name)
+            restarts = int(await systemd.service(name, "NRestarts"))
             # Still the same by systemd's word: then it was not reaped in between, and it is the one we hold.
             if int(await systemd.service(name, "MainPID")) == pid and invocation:
-                return process, invocation
+                return _Start(process, invocation, restarts)
             process.close()
-        return None, ""
+        return _Start()
 
-    def _held(self, name: str, pid: int) -> tuple[Process, str] | None:
-        """The process of that PID, if it is held already, and its invocation."""
+    def _held(self, name: str, pid: int) -> _Start | None:
+        """The start with the process of that PID, if it is held already."""
         service = self.services.get(name)
         held = self._starting.get(name)
         if service is not None and service.main is not None:
-            held = service.main, service.invocation
-        return held if held is not None and held[0].pid == pid and held[0].alive() else None
+            held = _Start(service.main, service.invocation, service.restarts)
+        if held is None or held.process is None or held.process.pid != pid or not held.process.alive():
+            return None
+        return held
 
     def _put(
         self,
         name: str,
         changed: Callable[[str], None],
-        process: Process | None = None,
-        invocation: str = "",
+        start: _Start | None = None,
         *,
         failed: bool = False,
         headless: bool = False,
     ) -> None:
-        """Enter what is known of a service now; `process` is owned from here on."""
+        """Enter what is known of a service now; the process of its start is owned from here on."""
+        start = start or _Start()
+        process = start.process
         described = self._described[name]
         starting = process is not None and is_executor(process)
         main = None if starting else process
@@ -293,7 +307,8 @@ class Following:
             declared=described.declared,
             settings=described.settings,
             main=main,
-            invocation=invocation,
+            invocation=start.invocation,
+            restarts=start.restarts,
             starting=starting,
             failed=failed,
             headless=headless,
@@ -301,19 +316,19 @@ class Following:
             aliases=described.names[1:],
         )
         before = self.services.get(name)
-        held = [before.main if before else None, self._starting.pop(name, (None, ""))[0]]
+        held = [before.main if before else None, self._starting.pop(name, _Start()).process]
         for other in held:
             if other is not None and other is not process:
                 other.close()
-        if starting and process is not None:
-            self._starting[name] = process, invocation
+        if starting:
+            self._starting[name] = start
         self.services[name] = service
         if before != service:
             changed(name)
 
     def _drop(self, name: str) -> None:
         service = self.services.pop(name, None)
-        for process in (service.main if service else None, self._starting.pop(name, (None, ""))[0]):
+        for process in (service.main if service else None, self._starting.pop(name, _Start()).process):
             if process is not None:
                 process.close()
 
