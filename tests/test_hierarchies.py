@@ -42,10 +42,10 @@ def test_the_directories_are_those_of_the_units_own_root() -> None:
 
 def test_a_bind_mount_on_a_hierarchy_is_said_for_each_thing_in_its_source() -> None:
     assert of("BindReadOnlyPaths=-/srv:/opt:norbind").lines == (
-        'BindReadOnlyPaths=-"/srv/x:/opt/x:norbind"',
-        'BindReadOnlyPaths=-"/srv/y%%:/opt/y%%:norbind"',
+        'BindReadOnlyPaths=-"/srv/x":"/opt/x":norbind',
+        'BindReadOnlyPaths=-"/srv/y%%":"/opt/y%%":norbind',
     )
-    assert of("BindPaths=/opt").lines == ('BindPaths=-"/opt/a b:/opt/a b"',)
+    assert of("BindPaths=/opt").lines == ('BindPaths=-"/opt/a b":"/opt/a b"',)
 
 
 @pytest.mark.parametrize(

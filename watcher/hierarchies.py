@@ -70,8 +70,11 @@ def repair(assignments: Sequence[Assignment], listing: Callable[[str], Iterable[
             if target == "/etc":
                 lost.append(f"{key}={word}")
             elif target in HIERARCHIES:
-                pairs = (f"{source}/{name}:{target}/{name}{options}" for name in listing(source))
-                lines += [f"{key}=-{quoted(pair)}" for pair in pairs]
+                # Each path between quotes of its own: 257 does not look for a colon within them.
+                lines += [
+                    f"{key}=-{quoted(f'{source}/{name}')}:{quoted(f'{target}/{name}')}{options}"
+                    for name in listing(source)
+                ]
     for key in ("TemporaryFileSystem", "MountImages"):
         lost += [f"{key}={word}" for word in _words(assignments, key) if _hides(key, word)]
     return Repair(bool(read_only or lines or lost), tuple(lines), tuple(lost))
