@@ -43,12 +43,13 @@ class Like:
     cgroup: str = ""
 
 
-def become(who: Like, group: int, *, other: bool) -> None:
+def become(who: Like, group: int, *, other: bool, grouped: bool = False) -> None:
     """In a child that is about to execute a command: system calls only.
 
     Args:
         group: descriptor of the control group's `cgroup.procs`, -1 to stay.
         other: whether user and groups are to be changed at all.
+        grouped: it has the supplementary groups already.
 
     Raises:
         OSError: it must not execute anything then.
@@ -64,7 +65,8 @@ def become(who: Like, group: int, *, other: bool) -> None:
     if other:
         # All three, or a command of an unprivileged service would keep root's groups.
         syscalls.prctl_keepcaps()
-        os.setgroups(who.groups)
+        if not grouped:
+            os.setgroups(who.groups)
         os.setresgid(who.group, who.group, who.group)
         os.setresuid(who.user, who.user, who.user)
     if other or who.user != 0:

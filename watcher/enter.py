@@ -32,12 +32,16 @@ def main(path: str) -> None:
         told = json.load(file)
     who = Like(**told["like"])
     words = told["words"]
+    other = (who.user, who.group) != (0, 0)
     try:
+        if other:
+            # First of all: a user namespace may not allow it (PrivateUsers= does not).
+            os.setgroups(who.groups)
         # All are opened first: their paths mean nothing any more inside.
         for fd in [os.open(name, os.O_RDONLY | os.O_CLOEXEC) for name in told["namespaces"]]:
             syscalls.setns(fd, 0)
         os.chdir("/")
-        become(who, -1, other=(who.user, who.group) != (0, 0))
+        become(who, -1, other=other, grouped=True)
         os.execvpe(words[0], words, who.environment)
     except OSError as error:
         print(f"{words[0]}: {error.strerror}", flush=True)

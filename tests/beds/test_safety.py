@@ -3,23 +3,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 import needs
+from beds import site
 from beds.bed import Bed
-from beds.host import Host, Journal, install
+from beds.host import Host
+from beds.site import WEB, drop, kept, run, sees
 
 pytestmark = [needs.bed, needs.tool("mksquashfs")]
 
-WEB = "web.service"
-STATE = "/var/lib/confext-watcher"
 NGINX = """[Service]
 Type=forking
 PIDFile=/run/web.pid
@@ -51,42 +48,14 @@ Reload={reload}
 
 @pytest.fixture
 def host(bed: Bed) -> Iterator[Host]:
-    install(bed)
-    with contextlib.ExitStack() as stack:
-        yield Host(bed, stack)
+    with site.host(bed) as made:
+        yield made
 
 
 def nginx(text: str, more: str = "") -> dict[str, str]:
     server = f"listen 127.0.0.1:8080; location / {{ return 200 {text}; }} {more}"
     main = f"pid /run/web.pid;\nevents {{}}\nhttp {{ access_log off; server {{ {server} }} }}\n"
     return {"web.conf": main, "web.version": text}
-
-
-def run(host: Host, text: str, files: dict[str, str]) -> Journal:
-    """A unit that runs well on version 1."""
-    host.unit(WEB, text)
-    drop(host, 1, files)
-    host.watch()
-    journal = host.journal()
-    host.systemctl("start", WEB)
-    journal.until(lambda entry: "started well" in entry["MESSAGE"])
-    return journal
-
-
-def drop(host: Host, version: int, files: dict[str, str]) -> Path:
-    return host.drop(host.image(f"site_{version}", files), WEB, f"site.raw.v/site_{version}.raw")
-
-
-def kept(host: Host, unit: str = WEB) -> str:
-    """What the next start of a unit gets."""
-    return host.bed.run(["sh", "-c", f"readlink {STATE}/units/{unit}/*"], check=False).stdout
-
-
-def sees(host: Host, text: str) -> None:
-    """Wait for the service to show that; systemd tells of a process before its namespaces are made."""
-    deadline = time.monotonic() + 20
-    while host.see(WEB, "/etc/web.conf") != text:
-        assert time.monotonic() < deadline
 
 
 class Load:

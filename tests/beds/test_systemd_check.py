@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`Check=` on real systemd: what it is allowed and limited to, how it ends, and what it leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+import needs
+from beds import site
+from beds.bed import Bed
+from beds.host import SECONDS, Host
+from beds.site import WEB, drop, kept, run
+
+pytestmark = [needs.bed, needs.tool("mksquashfs")]
+
+
+@pytest.fixture
+def host(bed: Bed) -> Iterator[Host]:
+    with site.host(bed) as made:
+        yield made
+
+
+# Everything of a process that its check has to have too; the service itself and the check run the same script.
+PROBE = """
+grep -E '^(Uid|Gid|Groups|Cap...|NoNewPrivs):' /proc/self/status
+for kind in net ipc uts user; do readlink /proc/self/ns/$kind; done
+env | grep -v ^MAINPID= | sort
+stat -c 'root %i' /
+stat -Lc 'stdin %t:%T' /proc/self/fd/0
+"""
+IDENTITY = """[Service]
+User=nobody
+Group=games
+SupplementaryGroups=lp
+CapabilityBoundingSet=CAP_CHOWN CAP_KILL
+AmbientCapabilities=CAP_KILL
+NoNewPrivileges=yes
+Environment=COLOUR=blue
+PrivateNetwork=yes
+StandardOutput=truncate:/run/probe
+{unit}
+ExecStart=/bin/sh -c '. /etc/probe; exec sleep infinity'
+[X-Confext]
+Check=/bin/sh -c '. /etc/probe; exit 1'
+"""
+ROOTED = "RootDirectory=/srv/jail\nBindReadOnlyPaths=/usr\nMountAPIVFS=yes"
+AS_ROOT = "User=\nGroup=\nSupplementaryGroups=\nAmbientCapabilities="
+
+
+@pytest.mark.parametrize(
+    "unit",
+    ["", AS_ROOT, "PrivateUsers=yes", ROOTED, f"{ROOTED}\nPrivateUsers=yes"],
+    ids=["user", "root", "private-users", "root-directory", "both"],
+)
+def test_a_check_is_what_the_service_is(host: Host, unit: str) -> None:
+    jail = (
+        "mkdir -p /srv/jail/etc /srv/jail/usr /srv/jail/proc /srv/jail/dev /srv/jail/run /srv/jail/sys /srv/jail/tmp;"
+        "cd /srv/jail; for name in bin lib lib64; do ln -s usr/$name $name; done; cp /etc/os-release etc"
+    )
+    host.bed.run(["sh", "-c", jail])
+    host.stack.callback(host.bed.run, ["rm", "-rf", "/srv/jail", "/run/probe"])
+    journal = run(host, IDENTITY.format(unit=unit), {"probe": PROBE})
+    host.bed.run(["sh", "-c", "until grep -q stdin /run/probe; do sleep 0.02; done"], timeout=SECONDS)
+    service = host.bed.path("/run/probe").read_text()
+    drop(host, 2, {"probe": PROBE, "more": "2"})
+    found = journal.outcome(WEB, "refused")["CONFEXT_OUTPUT"]
+    assert found == service
+
+
+# Whatever a version's /etc/check does is its check.
+CHECKED = """[Service]
+MemoryMax=300M
+TasksMax=20
+LimitNOFILE=77
+LimitAS=400M
+ExecStart=/bin/sleep infinity
+[X-Confext]
+Check=/bin/sh /etc/check first
+Check=/bin/sh /etc/check second
+CheckSec=1s
+SettleSec=0
+"""
+UNIT = "confext-watcher-check-*.service"
+
+
+def test_a_check_is_limited_as_the_service_is(host: Host) -> None:
+    journal = run(host, CHECKED, {"check": ""})
+    limits = f"systemctl show -P MemoryMax -P TasksMax '{UNIT}'; ulimit -n; exit 1"
+    drop(host, 2, {"check": limits})
+    assert journal.outcome(WEB, "refused")["CONFEXT_OUTPUT"].split() == [str(300 << 20), "20", "77"]
+    drop(host, 3, {"check": "exec python3 -c 'bytearray(500 << 20)'"})
+    assert "MemoryError" in journal.outcome(WEB, "refused")["CONFEXT_OUTPUT"]
+    drop(host, 4, {"check": "echo I am slow; sleep 1000"})
+    entry = journal.outcome(WEB, "refused")
+    assert "was killed: it took longer than 1 s" in entry["MESSAGE"]
+    assert entry["CONFEXT_OUTPUT"] == "I am slow\n"
+
+
+def test_checks_run_in_order_until_one_fails_and_nothing_stays_of_them(host: Host) -> None:
+    journal = run(host, CHECKED, {"check": ""})
+    host.stack.callback(host.bed.run, ["rm", "-f", "/run/left"])
+    mounts = host.mounts(WEB), host.own_mounts()
+    drop(host, 2, {"check": "echo $1; [ $1 = first ] || exit 3"})
+    entry = journal.outcome(WEB, "refused")
+    assert "check '/bin/sh /etc/check second' failed with exit status 3" in entry["MESSAGE"]
+    assert entry["CONFEXT_OUTPUT"] == "first\nsecond\n"
+    drop(host, 3, {"check": "echo $1; kill -KILL $$"})
+    entry = journal.outcome(WEB, "refused")
+    assert "check '/bin/sh /etc/check first' was ended by SIGKILL" in entry["MESSAGE"]
+    assert entry["CONFEXT_OUTPUT"] == "first\n"
+    drop(host, 4, {"check": "head -c 1000000 /dev/zero | tr '\\0' x; exit 1"})
+    assert journal.outcome(WEB, "refused")["CONFEXT_OUTPUT"] == "x" * 65536
+    assert (host.mounts(WEB), host.own_mounts()) == mounts
+    # One that its session, and one that nothing but its control group tells of.
+    stays = "'echo $$ >>/run/left; exec sleep 1000'"
+    script = f"""
+        [ $1 = first ] && count=2 || count=4
+        mount -t tmpfs none /mnt; touch /run/left
+        sh -c {stays} & setsid sh -c {stays} &
+        until [ $(wc -l </run/left) = $count ]; do sleep 0.02; done
+    """
+    drop(host, 5, {"check": script})
+    journal.applied(WEB)
+    left = ",".join(host.bed.path("/run/left").read_text().split())
+    host.bed.run(["sh", "-c", f"while ps -p {left}; do sleep 0.02; done"], timeout=SECONDS)
+    assert " /mnt " not in host.own_mounts() and "/mnt" not in [row[4] for row in host.mounts(WEB)]
+
+
+def test_what_was_dropped_for_a_service_that_does_not_run_is_checked_once_it_does(host: Host) -> None:
+    journal = run(host, CHECKED, {"check": ""})
+    slot = kept(host)
+    host.systemctl("stop", WEB)
+    drop(host, 2, {"check": "exit 1"})
+    host.confext_dir(WEB).joinpath("site.raw.v/site_9.raw").write_text("no image")
+    assert "site_9.raw" in journal.outcome(WEB, "refused")["MESSAGE"]  # it has looked
+    assert kept(host) == slot
+    host.systemctl("start", WEB)
+    assert "site 1 -> 2, refused: check" in journal.outcome(WEB, "refused")["MESSAGE"]
+    assert (kept(host), host.see(WEB, "/etc/check")) == (slot, "")
+    host.systemctl("stop", WEB)
+    drop(host, 3, {"check": "exit 0"})
+    host.systemctl("start", WEB)
+    assert "site 1 -> 3" in journal.applied(WEB)["MESSAGE"]
+    assert host.see(WEB, "/etc/check") == "exit 0"
