@@ -188,6 +188,8 @@ class Line:
         if not wanted.new or service.settings.rollout != "rolling":
             return await self._attempt(service, wanted, memory, since)
         with self._rollout.turn(service.name, await self._bid(service, wanted)) as its_turn:
+            if not its_turn and not wanted.current.layers:
+                return True  # an instance that was started on its template's slots has nothing of its own to stay on
             return await self._attempt(service, wanted if its_turn else wanted.staying(), memory, since)
 
     async def _bid(self, service: Service, wanted: Wanted) -> Bid:
