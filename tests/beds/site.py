@@ -36,7 +36,7 @@ def run(host: Host, text: str, files: Mapping[str, str]) -> Journal:
     host.watch()
     journal = host.journal()
     host.systemctl("start", WEB)
-    journal.until(lambda entry: "started well" in entry["MESSAGE"])
+    journal.until(lambda entry: f"{WEB}: started well" in entry["MESSAGE"])
     return journal
 
 
