@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from beds.host import SECONDS, UNITS, Host, install
 
 pytestmark = needs.bed
 
+# Who deploys is not root: the directory that he drops into is his, and that is all he has.
+USER = "deploy"
 SSH = "ssh -o StrictHostKeyChecking=no -o BatchMode=yes -o LogLevel=ERROR -i /root/.ssh/id_ed25519"
 SITE = "server { listen 127.0.0.1:8080; location / { return 200 '%s'; } }\n"
 DROPS = f"{UNITS}/nginx.service.confext.d"
@@ -37,10 +40,17 @@ class Fleet:
             ]
         )
         key = source.path("/root/.ssh/id_ed25519.pub").read_text()
-        target.run(["sh", "-c", "mkdir -p -m 700 /root/.ssh; cat >/root/.ssh/authorized_keys"], input=key)
+        make = f"""
+            echo 'u {USER} - - /home/{USER} /bin/sh' | systemd-sysusers -
+            sed -i 's/^{USER}:[^:]*/{USER}:*/' /etc/shadow
+            install -d -o {USER} /home/{USER} /home/{USER}/.ssh; cat >/home/{USER}/.ssh/authorized_keys
+        """
+        target.run(["sh", "-c", make], input=key)
+        remove = f"rm -r /home/{USER}; sed -i /^{USER}:/d /etc/passwd /etc/shadow /etc/group /etc/gshadow"
+        stack.callback(target.run, ["sh", "-c", remove])
         target.run(["sh", "-c", "ssh-keygen -A; systemctl start ssh"])
         self.host.take_part("nginx.service")
-        self.host.confext_dir("nginx.service").joinpath("site.raw.v").mkdir()
+        target.run(["install", "--directory", f"--owner={USER}", f"{DROPS}/site.raw.v"])
         self.host.watch()
         self.host.systemctl("restart", "nginx")
 
@@ -53,9 +63,36 @@ class Fleet:
         shutil.copyfile(built, self.source.path(f"/root/{built.name}"))
 
     def deploy(self, tool: str, version: str) -> subprocess.CompletedProcess[str]:
-        target = f"root@{self.address}:{DROPS}/site.raw.v/"
-        copy = {"rsync": ["rsync", "--partial", "-e", SSH], "scp": ["scp", *SSH.split()[1:]]}[tool]
-        return self.source.run([*copy, f"/root/site_{version}.raw", target])
+        return self.source.run(self._copy(tool, version))
+
+    def _copy(self, tool: str, version: str, *options: str) -> list[str]:
+        copy = {"rsync": ["rsync", "-e", SSH], "scp": ["scp", *SSH.split()[1:]]}[tool]
+        target = f"{USER}@{self.address}:{DROPS}/site.raw.v/"
+        return [*copy, *options, f"/root/site_{version}.raw", target]
+
+    def begin(self, tool: str, version: str, pattern: str) -> str:
+        """Begin to deploy and kill that half-way; `pattern` is what the file is called by then.
+
+        Returns:
+            The name of the file that is left.
+        """
+        slowly = {"rsync": "--bwlimit=1000", "scp": "-l8000"}[tool]
+        upload = shlex.join(self._copy(tool, version, slowly))
+        client = self.source.popen(
+            ["sh", "-c", f"echo $$ >/run/upload; exec {upload}"], stderr=subprocess.PIPE
+        )
+        half = f"{DROPS}/site.raw.v -name '{pattern}' -size +500k"
+        look = f'until name=$(find {half} -printf "%f\\n" | grep .); do sleep 0.02; done; echo "$name"'
+        name = self.host.bed.run(["sh", "-c", look], timeout=SECONDS).stdout.strip()
+        # Both ends, the other one first: nobody is left to tidy up.
+        its = f"for pid in $(pgrep -u {USER}); do ls -l /proc/$pid/fd | grep -qF '/{name}' && kill -KILL $pid; done; :"
+        self.host.bed.run(["sh", "-c", its])
+        self.source.run(["sh", "-c", "kill -KILL $(cat /run/upload)"], check=False)
+        client.communicate(timeout=SECONDS)
+        return name
+
+    def resume(self, version: str) -> None:
+        self.source.run(self._copy("rsync", version, "--append"))
 
     def answers(self, version: str) -> None:
         """nginx answers with this version: now, or, as its reload only tells it to begin, once that is through."""
@@ -87,7 +124,8 @@ def test_rsync_and_scp_through_sshd(fleet: Fleet) -> None:
     assert journal.applied("nginx.service")["CONFEXT_VERSION"] == "4"
     assert fleet.host.bed.run(["pgrep", "-P", str(fleet.host.main_pid("nginx.service"))]).stdout != workers
 
-    # Twenty in a row.
+    # Twenty in a row: each is taken, or the next one came before it was its turn.
+    seen = len(journal.said())
     for number in range(10, 30):
         fleet.image(str(number))
         fleet.deploy("rsync", str(number))
@@ -95,23 +133,33 @@ def test_rsync_and_scp_through_sshd(fleet: Fleet) -> None:
         lambda entry: entry.get("CONFEXT_VERSION") == "29" and entry["CONFEXT_OUTCOME"] == "applied"
     )
     fleet.answers("29")
+    outcomes = [entry for entry in journal.seen[seen:] if "CONFEXT_OUTCOME" in entry]
+    assert {entry["CONFEXT_OUTCOME"] for entry in outcomes} == {"applied"}
+    assert all(entry["CONFEXT_IMAGE"] == "site" for entry in outcomes)
+    versions = [int(entry["CONFEXT_VERSION"]) for entry in outcomes]
+    assert versions == sorted(set(versions)) and len(versions) > 10, versions
 
 
 @pytest.mark.limit(400)
-def test_an_upload_that_was_cut_off_is_not_seen_and_taken_once_it_is_resumed(fleet: Fleet) -> None:
+def test_an_upload_that_was_killed_is_not_seen_and_taken_once_it_is_resumed(fleet: Fleet) -> None:
     journal = fleet.host.journal()
     fleet.image("1")
     fleet.deploy("rsync", "1")
-    journal.applied("nginx.service")
-    fleet.image("2", size=3_000_000)
-    whole = fleet.source.path("/root/site_2.raw").stat().st_size
-    # As scp leaves it when its connection goes.
-    cut = f"head -c {whole // 2} /root/site_2.raw | {SSH} root@{fleet.address} 'cat >{DROPS}/site.raw.v/site_2.raw'"
-    fleet.source.run(["sh", "-c", cut])
-    journal.outcome("nginx.service", "incomplete")
+    journal.until(lambda entry: "site 1 added" in entry["MESSAGE"] and "applied in" in entry["MESSAGE"])
+    fleet.image("2", size=1_500_000)
+    left = fleet.begin("rsync", "2", ".site_2.raw.*")
+    assert (fleet.host.confext_dir("nginx.service") / "site.raw.v" / left).exists()
     fleet.host.systemctl("restart", "nginx")
     fleet.answers("1")
-    append = ["rsync", "--append", "-e", SSH, "/root/site_2.raw", f"root@{fleet.address}:{DROPS}/site.raw.v/"]
-    fleet.source.run(append)
-    journal.applied("nginx.service")
+    fleet.deploy("rsync", "2")
+    journal.applied("nginx.service")  # and of what was left nothing was said
     fleet.answers("2")
+
+    fleet.image("3", size=1_500_000)
+    assert fleet.begin("scp", "3", "site_3.raw") == "site_3.raw"
+    assert "site_3.raw" in journal.outcome("nginx.service", "incomplete")["MESSAGE"]
+    fleet.host.systemctl("restart", "nginx")
+    fleet.answers("2")
+    fleet.resume("3")
+    journal.applied("nginx.service")
+    fleet.answers("3")

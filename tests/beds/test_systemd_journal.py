@@ -46,7 +46,7 @@ def test_every_outcome_is_in_the_catalog_and_explained_beside_its_line(host: Hos
         entry = journal.until(
             lambda entry: (entry.get("CONFEXT_SERVICE"), entry.get("CONFEXT_OUTCOME")) == (unit, outcome)
         )
-        expected[entry["MESSAGE"]] = (unit, f"-- Subject: {subject.format(unit)}")
+        expected[entry["MESSAGE"]] = (unit, f"Subject: {subject.format(unit)}")
 
     drop(host, 2, {"web.conf": "two"})
     explained(WEB, "applied", "A new configuration is in place for {}")
@@ -65,7 +65,7 @@ def test_every_outcome_is_in_the_catalog_and_explained_beside_its_line(host: Hos
     for message, (unit, subject) in expected.items():
         said = host.bed.journal(f"--unit={unit}", "--catalog")
         after = said.partition(message)[2]
-        assert after.strip().startswith(subject), after[:500]
+        assert after.lstrip("\n ░-").startswith(subject), after[:500]
         assert "@CONFEXT" not in said
 
 
