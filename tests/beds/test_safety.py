@@ -142,7 +142,7 @@ HANG = "ExecReload=/bin/sh -c 'grep -q bad /etc/web.conf && sleep 60; true'\nTim
     ("bad", "unit", "reload", "settings", "reason"),
     [
         ("exit 1", "", "signal:HUP", "", "its main process ended soon after the reload"),
-        ("true", HANG, "unit", "", "reload"),
+        ("true", HANG, "unit", "", "reload timed out"),
         (
             "(sleep 3; kill -KILL $$$$) & true",
             "",
@@ -150,7 +150,7 @@ HANG = "ExecReload=/bin/sh -c 'grep -q bad /etc/web.conf && sleep 60; true'\nTim
             "HealthWatchSec=6s",
             "within 6 s of its reload",
         ),
-        ("exit 1", "Restart=always\nRestartSec=300ms", "signal:HUP", "", "ended"),
+        ("exit 1", "Restart=always\nRestartSec=300ms", "signal:HUP", "", "its main process ended"),
     ],
     ids=["dies", "hangs", "dies-later", "restarts"],
 )
