@@ -51,13 +51,13 @@ class Judge:
         """What has become of the last stack since: the service may have gone down with it."""
         if not service.settings.rollback:
             return
-        glow, memory.afterglow = memory.afterglow, None
-        if glow is not None and trio.current_time() < glow.until:
-            if service.invocation == glow.invocation and service.main is not None and service.main.alive():
-                memory.afterglow = glow
-            elif service.went_down_since(glow.restarts):
-                reason = "its main process ended soon after the reload"
-                await self.keep_out(service, memory, glow.stack, reason, down=True)
+        glow = memory.afterglow
+        if glow is not None and trio.current_time() >= glow.until:
+            memory.afterglow = None
+        elif glow is not None and service.went_down_since(glow.restarts):
+            memory.afterglow = None
+            reason = "its main process ended soon after the reload"
+            await self.keep_out(service, memory, glow.stack, reason, down=True)
         await self._failed_to_start(service, memory)
 
     async def _failed_to_start(self, service: Service, memory: Memory) -> None:
@@ -197,7 +197,7 @@ class Judge:
             await trio.to_thread.run_sync(self._store.accept, service.slots, stack, entries)
         if wanted.on_trial:
             until = trio.current_time() + _AFTERGLOW_SEC
-            memory.afterglow = Afterglow(service.invocation, service.restarts, until, stack)
+            memory.afterglow = Afterglow(service.restarts, until, stack)
         self._trials.end(service.name)
 
 

@@ -11,9 +11,12 @@ from watcher.mounts.converge import Compared
 
 @dataclass(frozen=True, slots=True)
 class Afterglow:
-    """A stack that proved good just now: should the main process end within a moment, that is put down to it."""
+    """A stack that proved good just now: should the service go down within a moment, that is put down to it.
 
-    invocation: str
+    Attributes:
+        restarts: how often it had been started again by then (`Service.went_down_since`).
+    """
+
     restarts: int
     until: float
     stack: Stack
