@@ -20,7 +20,7 @@ pytestmark = [needs.bed, needs.tool("mksquashfs")]
 # What is dropped waits until somebody asks for a look.
 PATIENT = """[Service]
 ExecStart=/bin/sleep infinity
-ExecReload=/bin/sh -c '! grep -q bad /etc/web.conf'
+ExecReload=/bin/sh -c 'grep -q bad /etc/web.conf || exit 0; sleep 1; exit 1'
 [X-Confext]
 SettleSec=1h
 """
@@ -68,6 +68,7 @@ def test_plan_says_what_a_look_would_change_and_status_what_there_is(host: Host)
     conf.parent.mkdir(parents=True, exist_ok=True)
     conf.write_text("[Watcher]\nSettleMaxSec=1h\n")
     host.stack.callback(conf.unlink)
+    host.unit("plain.service", SLEEP, takes_part=False)
     journal = run(host, PATIENT, {"web.conf": "one"})
     drop(host, 2, {"web.conf": "two"})
     (change,) = told(host, "plan", WEB)["changes"]
@@ -84,7 +85,6 @@ def test_plan_says_what_a_look_would_change_and_status_what_there_is(host: Host)
     host.systemctl("stop", WEB)
     assert (only(host)["state"], only(host)["accepted"]) == ("stopped", change["wanted"])
     host.systemctl("start", WEB)
-    host.unit("plain.service", SLEEP, takes_part=False)
     host.systemctl("start", "plain.service")
     host.confext_dir("plain.service").mkdir()
     host.systemctl("restart", "confext-watcher")

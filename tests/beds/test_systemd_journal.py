@@ -36,9 +36,9 @@ def test_every_outcome_is_in_the_catalog_and_explained_beside_its_line(host: Hos
     for identity in MESSAGE_IDS.values():
         entry = host.bed.run(["journalctl", "--dump-catalog", identity]).stdout
         assert "Subject: " in entry and "Defined-By: confext-watcher" in entry
-    journal = run(host, TALKS, {"web.conf": "one"})
     host.unit(STAYS, TALKS + "Rollback=no\n")
     host.unit(PLAIN, SLEEP, takes_part=False)
+    journal = run(host, TALKS, {"web.conf": "one"})
     host.systemctl("start", PLAIN, STAYS)
     expected = {}
 
