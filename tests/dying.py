@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The daemon, killed before the $DYING_STEP-th step that it takes once the file $DYING_ARMED is there.
+"""The daemon, in which something happens before the N-th step that it takes once the file $DYING_ARMED is there.
+
+What the file says happens: nothing but N (or $DYING_STEP, if it is empty): the daemon is killed. "N PID SIGNAL": that
+process is sent that signal, and the file goes away.
 
 A step is whatever leaves something behind: a name made, changed or removed, a mount moved, a program started, a signal
-sent, a write of the ledger. What the step was is written into the file.
+sent, a write of the ledger. What the step was is written into the file, or added to "taken" beside it.
 """
 
 from __future__ import annotations
@@ -27,19 +30,31 @@ _STEPS = (
 )
 _count = 0
 _lock = threading.Lock()
-_kill = os.kill
+_kill, _unlink = os.kill, os.unlink
 
 
 def step(name: str) -> None:
     global _count
-    armed = os.environ["DYING_ARMED"]
+    armed = os.path.basename(os.environ["DYING_ARMED"])
     with _lock:
         # In a service's namespace there is no such file; the descriptor of the directory leads to it.
-        if not os.access(os.path.basename(armed), os.F_OK, dir_fd=_place):
+        try:
+            fd = os.open(armed, os.O_RDWR, dir_fd=_place)
+        except FileNotFoundError:
+            _count = 0
             return
+        number, *victim = os.read(fd, 100).decode().split() or [os.environ["DYING_STEP"]]
         _count += 1
-        if _count == int(os.environ["DYING_STEP"]):
-            fd = os.open(os.path.basename(armed), os.O_WRONLY, dir_fd=_place)
+        if _count < int(number):
+            os.close(fd)
+        elif victim:
+            _kill(*map(int, victim))
+            taken = os.open("taken", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600, dir_fd=_place)
+            os.write(taken, f"{name}\n".encode())
+            _unlink(armed, dir_fd=_place)
+            os.close(taken)
+            os.close(fd)
+        else:
             os.write(fd, name.encode())
             _kill(os.getpid(), signal.SIGKILL)
             threading.Event().wait()
