@@ -370,7 +370,6 @@ class Line:
             )
             memory.mounted = frozenset(stack.digests)
             self._record.placed(service.name)
-            told = trio.current_time()
             if converged.swaps or owed:
                 for remark in converged.remarks:
                     journal.log.warning(f"{service.name}: {remark}", service=service.name)
@@ -385,7 +384,7 @@ class Line:
             await self._say_accepted(replace(service, starting=False), wanted)
             return True
         now = trio.current_time()
-        times = Times(converged.usec, _usec(now - told), _usec(now - since))
+        times = Times(converged.usec, reloaded.usec, _usec(now - since))
         return await self._judge.reloaded(service, memory, wanted, converged, reloaded, times)
 
     async def _started(self, service: Service, main: Process, wanted: Wanted, memory: Memory) -> bool:

@@ -40,7 +40,9 @@ async def reload_and_judge(manager: Manager, service: Service, main: Process) ->
     Raises:
         Later: whether it has reloaded could not be found out.
     """
+    begun = trio.current_time()
     reloaded = await manager.reload(service)
+    reloaded = replace(reloaded, usec=round((trio.current_time() - begun) * 1_000_000))
     if reloaded.interrupted:
         if not main.alive() and not await _went_down(manager, service, main):
             return None

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import trio
@@ -80,6 +80,7 @@ class Reloaded:
         told: what was done, for the log: "reload", "SIGHUP", "restart", "" when nothing was told.
         reason: why it failed, or why nothing was told although there is a way; one line, else "".
         output: what a reload command printed, at most 64 KiB.
+        usec: how long it took, microseconds, without what was watched afterwards.
         interrupted: nobody judged: it was canceled or could not be followed; it says nothing about the stack.
     """
 
@@ -88,6 +89,7 @@ class Reloaded:
     reason: str = ""
     output: str = ""
     interrupted: bool = False
+    usec: int = field(default=0, compare=False)
 
 
 class Manager(Protocol):
