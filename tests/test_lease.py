@@ -38,6 +38,24 @@ def reading(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
+@root
+@tool("losetup")
+def test_an_image_that_is_mounted_is_not_being_written_to(file: Path) -> None:
+    """As systemd does it: by way of a loop device that could be written to. Any other writer counts."""
+    file.write_bytes(bytes(8192))
+    done = subprocess.run(["losetup", "--find", "--show", file], check=True, capture_output=True, text=True)
+    device = done.stdout.strip()
+    try:
+        with reading(file) as fd, Lease(fd) as lease:
+            assert not lease.exact and lease.held()
+            os.utime(file)
+            assert not lease.held()
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+    with open(file, "ab"), reading(file) as fd, pytest.raises(Busy), Lease(fd):
+        pass
+
+
 @contextmanager
 def program(source: str, *arguments: object) -> Iterator[subprocess.Popen[bytes]]:
     """A process of its own that ends at the end of the block; it says so on its output when it is ready."""

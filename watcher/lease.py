@@ -12,7 +12,8 @@ anything. Nothing is lost by that: `held()` asks the kernel itself.
 
 File systems without leases (NFS, FUSE, 9p), and files of other users where CAP_LEASE is missing (a user namespace),
 cannot say so much. There the lease is not `exact`: size, mtime and ctime must stay the same, and the quiet time
-before is what keeps half-written files out.
+before is what keeps half-written files out. So it is with an image that systemd has mounted itself for a service: it
+opens it for reading and writing, for as long as that lives, though the file systems of images are never written to.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ import fcntl
 import os
 import signal
 import time
+from collections.abc import Iterator
 from types import TracebackType
 
 from watcher.model import Busy
+from watcher.mounts import syscalls
 
 # The clock that file systems take their timestamps from, before 6.13 always, since then at least as a lower bound.
 CLOCK_REALTIME_COARSE = 5
@@ -63,9 +66,9 @@ class Lease:
             fcntl.fcntl(self._fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
             self.exact = True
         except OSError as error:
-            if error.errno == errno.EAGAIN:
+            if error.errno == errno.EAGAIN and not _is_in_a_loop_device(self._fd):
                 raise Busy("open for writing") from error
-            if error.errno not in _NO_LEASE:
+            if error.errno not in (*_NO_LEASE, errno.EAGAIN):
                 raise
         self._open = True
         self._before = self._signature()
@@ -106,3 +109,30 @@ class Lease:
     def _signature(self) -> tuple[int, int, int]:
         stat = os.fstat(self._fd)
         return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _is_in_a_loop_device(fd: int) -> bool:
+    """Whether a file is mounted by way of a loop device: whose, and whether read-only, is all the same."""
+    file = os.fstat(fd)
+    return (file.st_dev, file.st_ino) in _in_loop_devices()
+
+
+def _in_loop_devices() -> Iterator[tuple[int, int]]:
+    """Device and inode of each file that is behind a loop device."""
+    try:
+        names = os.listdir("/sys/block")
+    except FileNotFoundError:
+        return
+    for name in names:
+        if not name.startswith("loop") or not os.path.exists(f"/sys/block/{name}/loop"):
+            continue
+        try:
+            device = os.open(f"/dev/{name}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            continue  # not ours to look at, or gone: then it does not count
+        try:
+            yield syscalls.loop_backing(device)
+        except OSError:
+            continue
+        finally:
+            os.close(device)

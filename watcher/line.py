@@ -365,8 +365,9 @@ class Line:
         pids = await tools.manager.processes(service)
         memory.mounted = None
         with held.hold() as main:
+            patient = wanted.busy and not wanted.new
             converged = await tools.shop.run(
-                converge, tools.shop, main, pids, stack, copies, begin, memory.compared
+                converge, tools.shop, main, pids, stack, copies, begin, memory.compared, patient=patient
             )
             memory.mounted = frozenset(stack.digests)
             self._record.placed(service.name)

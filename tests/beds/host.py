@@ -90,10 +90,13 @@ class Host:
     # --- the watcher ---
 
     def watch(self) -> None:
-        """Start the watcher; it is stopped, and what it kept is gone, after the test."""
+        """Start the watcher, which has then looked at all that is there; after the test it is stopped, and what it kept
+        is gone.
+        """
         self.stack.callback(self.bed.run, ["sh", "-c", "rm -rf /var/lib/confext-watcher/*"])
         self.stack.callback(self.systemctl, "stop", "confext-watcher")
-        self.systemctl("start", "confext-watcher")
+        # A unit that a test before has left behind may have started it.
+        self.systemctl("restart", "confext-watcher")
 
     def no_watcher(self) -> None:
         """Stop it, so that nothing starts it either: the drop-ins of its units want it. Until the end of the test."""

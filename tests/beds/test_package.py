@@ -120,9 +120,13 @@ def test_the_life_of_the_package(fresh: Host, packages: dict[str, Path]) -> None
     host.systemctl("restart", "web.service")
     assert host.see("web.service", "/etc/web.txt") == "4"
 
-    # It comes back as if it had not been away; what an administrator then chooses outlives an upgrade.
+    # It comes back as if it had not been away, and takes over what systemd has mounted meanwhile, as it is.
+    before = running(host)
     install(host, packages["1.0"])
     assert state(host) == ("active", "enabled")
+    host.bed.run(["confext-watcher", "wait", "web.service", f"{DROPS}/web_4.raw", "--timeout=30"])
+    assert running(host) == before
+    # What an administrator then chooses outlives an upgrade.
     host.systemctl("disable", "--now", "confext-watcher")
     install(host, packages["1.1"])
     assert state(host) == ("inactive", "disabled")

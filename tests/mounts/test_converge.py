@@ -35,10 +35,19 @@ def bring(shop: Workshop, layers: Layers) -> Callable[..., Converged]:
         *stack: Layer,
         others: tuple[Service, ...] = (),
         begin: Callable[[], None] = lambda: None,
+        patient: bool = False,
     ) -> Converged:
         pids = [main.pid, *(other.pid for other in others)]
         return shop.submit(
-            converge, shop, main.process, pids, Stack(stack), layers.copies, begin, compared
+            converge,
+            shop,
+            main.process,
+            pids,
+            Stack(stack),
+            layers.copies,
+            begin,
+            compared,
+            patient=patient,
         ).result()
 
     return brought
@@ -176,6 +185,19 @@ def test_a_stack_of_systemd_that_shows_the_same_is_taken_over(
     assert service("rows()") == before
     assert bring(service, two).swaps == 1
     assert service.read("/etc/web.conf") == "2"
+
+
+def test_a_stack_of_systemd_stays_while_what_it_may_be_made_of_is_being_written(
+    service: Service, layers: Layers, bring: Bring
+) -> None:
+    one, two = layers.tree({"web.conf": "1"}), layers.tree({"web.conf": "2"})
+    service("(os.mkdir('/base'), bind('/etc', '/base'))")
+    service(f"overlay({SOURCE!r}, {layers.copies[one.digest].path + '/etc'!r}, '/base')")
+    before = service("rows()")
+    assert bring(service, patient=True).swaps == bring(service, two, patient=True).swaps == 0
+    assert service("rows()") == before
+    assert bring(service, two).swaps == 1
+    assert bring(service, one, patient=True).swaps == 1  # ours says what it is
 
 
 # ---- the host merges its own confexts, and takes them away

@@ -191,8 +191,7 @@ def test_a_broken_ledger_does_not_stop_it(place: Place) -> None:
         line for line in service.errors.read() if "web.service: starts on its last accepted stack" in line
     ]
     assert len(said) == 1 and "ledger.sqlite" in said[0]
-    daemon = place.start_daemon()
-    assert sum("ledger.sqlite" in line for line in daemon.log.lines) == 1
+    place.start_daemon().log.wait_for("ledger.sqlite")
     service.reloaded("1.4")
 
 

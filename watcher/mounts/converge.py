@@ -53,10 +53,14 @@ def converge(
     copies: Mapping[str, Copy],
     begin: Callable[[], None],
     compared: Compared,
+    *,
+    patient: bool = False,
 ) -> Converged:
     """Swap wherever the wanted stack is not shown. Runs on a worker of the workshop.
 
     Args:
+        patient: something that the stack may yet get is still being written: what systemd mounted when it started the
+            service stays for the moment, it may be just that.
         pids: of all processes of the service.
         compared: what was found about mounts that do not say what they are, so that each is compared once.
         begin: called before each swap that is made.
@@ -67,7 +71,7 @@ def converge(
     done: list[Swapped] = []
     remarks: list[str] = []
     with of_service(shop, main, pids) as found:
-        bring = functools.partial(_bring, shop, stack, copies, begin, compared)
+        bring = functools.partial(_bring, shop, stack, copies, begin, compared, patient)
         for nested in found.apart:
             _try(bring, nested, done, remarks)
         own = bring(found.main)
@@ -101,13 +105,18 @@ def _bring(
     copies: Mapping[str, Copy],
     begin: Callable[[], None],
     compared: Compared,
+    patient: bool,
     namespace: Namespace,
 ) -> Swapped:
     def keep(mounted: Mounted) -> bool:
+        if patient and mounted.layers is None:
+            return True
         return _made_on(namespace, stack, compared, mounted) == mounted.base
 
     swapped = swap(shop, namespace.fd, stack, copies, begin, keep)
     before = swapped.before
+    if patient and before.layers is None:
+        return swapped
     key = (namespace.identity, before.top, stack.id)
     if before.made_on is None and _may_be(before, stack) and key not in compared:
         if len(compared) == _COMPARED_MAX:

@@ -75,6 +75,7 @@ _STATX_MNT_ID = 0x1000
 
 _LOOP_CTL_GET_FREE = 0x4C82
 _LOOP_CONFIGURE = 0x4C0A
+_LOOP_GET_STATUS64 = 0x4C05
 _LO_FLAGS_READ_ONLY = 1
 _LO_FLAGS_AUTOCLEAR = 4
 
@@ -258,6 +259,14 @@ def capset(effective: int, permitted: int, inheritable: int) -> None:
     low, high = (each & 0xFFFFFFFF for each in sets), (each >> 32 for each in sets)
     header = _cap_header.pack(_LINUX_CAPABILITY_VERSION_3, 0)
     _check(_capset(header, _cap_data.pack(*low, *high)), "capset")
+
+
+def loop_backing(device: int) -> tuple[int, int]:
+    """Device and inode of the file behind a loop device (a descriptor). Raises OSError: it has none (ENXIO)."""
+    # struct loop_info64: lo_device and lo_inode come first.
+    status = fcntl.ioctl(device, _LOOP_GET_STATUS64, bytes(232))
+    device_number, inode = struct.unpack_from("=QQ", status)
+    return device_number, inode
 
 
 def loop_attach(backing: int, label: str) -> tuple[int, str]:
