@@ -18,7 +18,7 @@ WEB = "web.service"
 DIES = """[Service]
 ExecStart=/bin/sh -c 'trap "! grep -q bad /etc/web.conf || exit 1" HUP; while :; do sleep 0.05; done'
 """
-SETTINGS = "[X-Confext]\nReload=signal:SIGHUP\nHealthWatchSec=3s\n"
+SETTINGS = "[X-Confext]\nReload=signal:SIGHUP\nHealthWatchSec=1s\n"
 
 
 @pytest.fixture
