@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import pytest
 
 import needs
+from beds import site
 from beds.bed import Bed
-from beds.host import Host, install
+from beds.host import Host
 
 pytestmark = [needs.bed, needs.tool("mksquashfs")]
 
@@ -23,9 +23,8 @@ SETTINGS = "[X-Confext]\nReload=signal:SIGHUP\nHealthWatchSec=1s\n"
 
 @pytest.fixture
 def host(bed: Bed) -> Iterator[Host]:
-    install(bed)
-    with contextlib.ExitStack() as stack:
-        yield Host(bed, stack)
+    with site.host(bed) as made:
+        yield made
 
 
 @pytest.mark.parametrize("restart", ["", "Restart=always\nRestartSec=200ms\n"])

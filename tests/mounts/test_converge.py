@@ -174,12 +174,17 @@ def test_a_service_in_the_hosts_namespace_is_not_touched(shop: Workshop, layers:
         shop.submit(converge, shop, here, [], stack, layers.copies, lambda: None, {}).result()
 
 
+def mount_as_systemd(service: Service, layers: Layers, layer: Layer) -> None:
+    """A stack that does not say what it is."""
+    service("(os.mkdir('/base'), bind('/etc', '/base'))")
+    service(f"overlay({SOURCE!r}, {layers.copies[layer.digest].path + '/etc'!r}, '/base')")
+
+
 def test_a_stack_of_systemd_that_shows_the_same_is_taken_over(
     service: Service, layers: Layers, bring: Bring
 ) -> None:
     one, two = layers.tree({"web.conf": "1"}), layers.tree({"web.conf": "2"})
-    service("(os.mkdir('/base'), bind('/etc', '/base'))")
-    service(f"overlay({SOURCE!r}, {layers.copies[one.digest].path + '/etc'!r}, '/base')")
+    mount_as_systemd(service, layers, one)
     before = service("rows()")
     assert bring(service, one).swaps == bring(service, one).swaps == 0
     assert service("rows()") == before
@@ -191,8 +196,7 @@ def test_a_stack_of_systemd_stays_while_what_it_may_be_made_of_is_being_written(
     service: Service, layers: Layers, bring: Bring
 ) -> None:
     one, two = layers.tree({"web.conf": "1"}), layers.tree({"web.conf": "2"})
-    service("(os.mkdir('/base'), bind('/etc', '/base'))")
-    service(f"overlay({SOURCE!r}, {layers.copies[one.digest].path + '/etc'!r}, '/base')")
+    mount_as_systemd(service, layers, one)
     before = service("rows()")
     assert bring(service, patient=True).swaps == bring(service, two, patient=True).swaps == 0
     assert service("rows()") == before
