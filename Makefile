@@ -32,9 +32,7 @@ test: venv tools ## lint, types, all tests; with root and mmdebstrap also on rea
 	@echo "== lint";  $(MAKE) --no-print-directory lint
 	@echo "== types"; $(MAKE) --no-print-directory types
 	@echo "== containers"; $(MAKE) --no-print-directory roots
-	@echo "== tests"; $(LIMIT) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) tests || { test $$? = 1 && \
-	    echo "== what failed, once more: real services on a machine that is busy can be late" && \
-	    $(LIMIT) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) --last-failed --last-failed-no-failures none tests; }
+	@echo "== tests"; tests/run-tests $(VENV)/bin/python $(PYTEST_ARGS)
 
 .PHONY: test-fast
 test-fast: venv ## the tests without the containers
