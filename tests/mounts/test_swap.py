@@ -681,10 +681,10 @@ def test_in_the_service_nothing_is_mounted_before_all_is_ready(
 @userns
 @not_in_user_namespace
 @pytest.mark.limit(300)
-def test_all_of_this_in_a_user_namespace() -> None:
+def test_all_of_this_in_a_user_namespace(tmp_path: Path) -> None:
     command = ["unshare", "--user", "--map-root-user", "--mount", sys.executable, "-m", "pytest", "-q"]
-    done = subprocess.run(
-        [*command, "-p", "no:cacheprovider", __file__], capture_output=True, text=True, check=False
-    )
+    # Not where others have left directories that it may not tidy up.
+    own = ["-p", "no:cacheprovider", f"--basetemp={tmp_path}/own"]
+    done = subprocess.run([*command, *own, __file__], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout

@@ -78,7 +78,9 @@ def test_before_any_step(tmp_path: Path, number: signal.Signals) -> None:
         place.until("started well")
         for step in itertools.count(1):
             version, starts = str(step + 1), place.starts()
-            armed.write_text(f"{step} {service.pid} {number.value}")
+            arming = armed.with_name("arming")
+            arming.write_text(f"{step} {service.pid} {number.value}")
+            arming.rename(armed)
             place.image(version, version)
             eventually(functools.partial(place.is_over, version, armed), lambda: place.log[-8:])
             if armed.exists():
