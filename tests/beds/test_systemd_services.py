@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +12,9 @@ from images import confext
 from place import eventually
 
 import needs
+from beds import site
 from beds.bed import Bed
-from beds.host import SLEEP, Host, install
+from beds.host import SLEEP, Host
 from beds.test_systemd_manager import NOTIFY_RELOAD, NOTIFY_RELOAD_PROGRAM, daemon_reloads
 from watcher.units import DROPIN
 
@@ -26,9 +26,8 @@ VERSIONS = "web.raw.v"
 
 @pytest.fixture
 def host(bed: Bed) -> Iterator[Host]:
-    install(bed)
-    with contextlib.ExitStack() as stack:
-        yield Host(bed, stack)
+    with site.host(bed) as made:
+        yield made
 
 
 def drop_version(host: Host, unit: str, version: str) -> None:
