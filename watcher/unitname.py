@@ -6,6 +6,7 @@ Standard library only: the generator uses this at boot, before the bus can be as
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import stat
@@ -30,6 +31,8 @@ UNIT_PATHS = (
 _NAME = re.compile(
     r"(?P<prefix>[A-Za-z0-9:_.\\-]+)(?P<at>@(?P<instance>[A-Za-z0-9:_.\\@-]*))?\.(?P<type>[a-z]+)"
 )
+# The same name is taken apart several times on its way through the generator.
+_match = functools.lru_cache(maxsize=2048)(_NAME.fullmatch)
 _ESCAPED = re.compile(rb"\\x([0-9a-fA-F]{2})")
 
 
@@ -50,7 +53,7 @@ class UnitName:
         Raises:
             ValueError: not a unit's name.
         """
-        match = _NAME.fullmatch(full)
+        match = _match(full)
         if match is None or len(full) > 255:
             raise ValueError(f"not a unit name: {full!r}")
         self.full = full

@@ -49,7 +49,8 @@ PrivateTmp=yes
 WantedBy=multi-user.target
 """
 _RUN = """\
-import sys
+import gc, sys
+gc.disable()
 sys.path.insert(0, sys.argv[1])
 from watcher.generator import generate
 from watcher.units import Index
