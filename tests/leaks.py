@@ -32,9 +32,12 @@ class Snapshot:
         """What is there now.
 
         Args:
-            scratch: this run's temporary directory; images in that of another run are not ours.
+            scratch: this run's temporary directory. What others mount below /tmp or /var/tmp, and their loop devices,
+                are none of ours: a desktop with snaps, a second checkout whose tests run at the same time.
         """
-        return cls(frozenset((*_mounts(), *_loops(scratch), *_processes(), *_namespaces(), *_descriptors())))
+        return cls(
+            frozenset((*_mounts(scratch), *_loops(scratch), *_processes(), *_namespaces(), *_descriptors()))
+        )
 
     def since(self, before: Snapshot) -> list[str]:
         """What is here and was not before."""
@@ -50,9 +53,13 @@ def settled(before: Snapshot, scratch: Path) -> list[str]:
     return left
 
 
-def _mounts() -> list[str]:
+def _mounts(scratch: Path) -> list[str]:
     rows = (line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines())
-    return [f"mount on {row[4]} ({row[row.index('-') + 1]}, id {row[0]})" for row in rows]
+    return [
+        f"mount on {row[4]} ({row[row.index('-') + 1]}, id {row[0]})"
+        for row in rows
+        if Path(row[4]).is_relative_to(scratch) or not row[4].startswith(("/tmp/", "/var/tmp/"))
+    ]
 
 
 def _loops(scratch: Path) -> list[str]:
@@ -62,7 +69,7 @@ def _loops(scratch: Path) -> list[str]:
             path = backing.read_text().strip()
         except OSError:  # gone while we looked
             continue
-        if "/pytest-of-" not in path or path.startswith(str(scratch)):
+        if Path(path).is_relative_to(scratch):
             found.append(f"loop device {backing.parts[3]} on {path}")
     return found
 

@@ -54,6 +54,25 @@ def test_a_mount_and_a_loop_device_left_behind_are_found(tmp_path: Path) -> None
     assert settled(before, tmp_path) == []
 
 
+@root
+@tool("mount")
+def test_what_others_mount_and_attach_meanwhile_is_not_this_runs(tmp_path: Path) -> None:
+    ours, others = tmp_path / "ours", tmp_path / "others"
+    ours.mkdir()
+    others.mkdir()
+    image = others / "image"
+    with image.open("wb") as file:
+        file.truncate(1 << 20)
+    before = Snapshot.take(ours)
+    device = subprocess.check_output(["losetup", "--find", "--show", str(image)], text=True).strip()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(others)], check=True)
+    try:
+        assert Snapshot.take(ours).since(before) == []
+    finally:
+        subprocess.run(["umount", str(others)], check=True)
+        subprocess.run(["losetup", "--detach", device], check=True)
+
+
 def test_a_descriptor_left_open_is_found(tmp_path: Path) -> None:
     before = Snapshot.take(tmp_path)
     descriptor = os.memfd_create("left")

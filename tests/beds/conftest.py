@@ -3,35 +3,21 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from beds import roots
 from beds.bed import Bed
 from leaks import Snapshot, settled
 
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_of_the_beds_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Once for all beds: they live longer than a module.
-
-    A loop device does not say whose it is: where others run beds at the same time, the last one looks at these.
-    """
+    """Once for all beds: they live longer than a module. A bed itself looks at its loop devices (`Bed.stop`)."""
     scratch = tmp_path_factory.getbasetemp()
-    directory = roots.cache_directory()
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".in-use.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        before = Snapshot.take(scratch)
-        yield
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            alone = True
-        except BlockingIOError:
-            alone = False
-        left = [thing for thing in settled(before, scratch) if alone or not thing.startswith("loop device")]
+    before = Snapshot.take(scratch)
+    yield
+    left = settled(before, scratch)
     if left:
         pytest.fail("the beds left behind:\n  " + "\n  ".join(left), pytrace=False)
 
