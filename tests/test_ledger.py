@@ -323,10 +323,10 @@ def test_a_reader_of_no_ledger_finds_nothing_and_makes_nothing(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_root_and_the_group_may_read(ledger: Ledger, tmp_path: Path) -> None:
+def test_only_its_owner_may_read(ledger: Ledger, tmp_path: Path) -> None:
     ledger.append(event(1))
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
-    assert modes == {NAME: 0o640, f"{NAME}-journal": 0o640}
+    assert modes == {NAME: 0o600, f"{NAME}-journal": 0o600}
 
 
 def test_a_reader_of_a_broken_ledger_says_so_and_leaves_it(tmp_path: Path) -> None:
@@ -360,6 +360,40 @@ def open_directory() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         yield Path(name)
+
+
+READ_LOCK = """
+import os, sqlite3, sys
+os.setresgid({group}, {group}, {group})
+os.setresuid(65534, 65534, 65534)
+try:
+    db = sqlite3.connect("file:{path}?mode=ro", uri=True)
+    db.execute("BEGIN")
+    print(db.execute("SELECT count(*) FROM history").fetchone(), flush=True)
+except sqlite3.Error as error:
+    print(error, flush=True)
+sys.stdin.read()
+"""
+
+
+@root
+def test_nobody_else_can_hold_a_read_lock_which_no_commit_gets_past(open_directory: Path) -> None:
+    """Whoever is in the file's group, also where a version before made the file."""
+    with Ledger(str(open_directory)) as ledger:
+        ledger.append(event(1))
+    path = open_directory / NAME
+    os.chown(path, 0, 65533)
+    path.chmod(0o640)
+    with Ledger(str(open_directory)) as ledger:
+        code = READ_LOCK.format(group=65533, path=path)
+        words = [sys.executable, "-c", code]
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:
+            assert reader.stdout is not None
+            said = reader.stdout.readline()
+            ledger.append(event(2))
+            reader.communicate()
+        assert said == "unable to open database file\n"
+        assert messages(ledger.history()) == ["message 2", "message 1"]
 
 
 @root

@@ -122,7 +122,8 @@ def test_prune_never_takes_the_current_one(stacks: Stacks, keep: int) -> None:
 def test_prune_removes_what_forget_left(stacks: Stacks, tmp_path: Path) -> None:
     (tmp_path / "stacks" / UNIT).mkdir()
     assert stacks.prune(3) == set()
-    assert os.listdir(tmp_path / "stacks") == []
+    assert os.listdir(tmp_path / "stacks") == [".locks"]
+    assert os.listdir(tmp_path / "stacks/.locks") == []
 
 
 def test_a_stack_killed_half_way_is_cleared_away(stacks: Stacks, tmp_path: Path) -> None:
@@ -168,7 +169,8 @@ def test_forgotten(stacks: Stacks, tmp_path: Path) -> None:
     stacks.accept(UNIT, stack("1"), ENTRIES)
     stacks.forget(UNIT)
     assert stacks.current(UNIT) is None
-    assert os.listdir(tmp_path / "units") == os.listdir(tmp_path / "stacks") == []
+    assert os.listdir(tmp_path / "units") == os.listdir(tmp_path / "stacks/.locks") == []
+    assert os.listdir(tmp_path / "stacks") == [".locks"]
     stacks.forget("never seen.service")
     assert stacks.accept(UNIT, stack("1"), ENTRIES)
 

@@ -4,8 +4,9 @@
 **Rollback journal, not WAL.** The command line reads the ledger without the daemon and without being able to write
 anything. A WAL database cannot be read so: its `-shm` file has to be there or to be made (sqlite.org/wal.html,
 "Read-Only Databases"). A database with a rollback journal needs a read lock and nothing else. The price is that a
-reader holds up the writer for the milliseconds that it reads, which is bearable: the file's mode is 0640, so readers
-are trusted, and each answer is fetched whole before anybody prints it.
+reader holds up the writer for the milliseconds that it reads, which is bearable: each answer is fetched whole before
+anybody prints it, and nobody but the file's owner can open it, mode 0600. A read lock is had by whoever can read, and
+keeps every commit waiting for as long as he likes; all others ask the daemon.
 
 One case is left: a writer that was killed between its first write to the database and the end of its commit. Then the
 journal must be played back first, which a reader may not do, so it does that with a copy (SQLITE_READONLY_ROLLBACK).
@@ -53,7 +54,7 @@ class Unusable(Exception):
 
 
 def open_to_write(path: Path, form: Format) -> sqlite3.Connection:
-    """Opens the file, or makes it with mode 0640; plays the journal back that a killed writer left.
+    """Opens the file, or makes it, its owner's alone; plays the journal back that a killed writer left.
 
     Raises:
         Unusable: corrupt, unreadable, not ours, or from a newer version.
@@ -130,10 +131,15 @@ def _make(path: Path) -> None:
     # Not by SQLite, which would make it 0644: what a check printed may tell what an image holds. SQLite gives the
     # journal the mode of its database.
     try:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640))
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     except FileExistsError:
-        if not stat.S_ISREG(path.lstat().st_mode):
+        mode = path.lstat().st_mode
+        if not stat.S_ISREG(mode):
             raise Unusable("unreadable", "not a regular file")
+        if stat.S_IMODE(mode) & 0o077:
+            path.chmod(0o600)
+            with contextlib.suppress(FileNotFoundError):
+                _journal(path).chmod(0o600)
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:

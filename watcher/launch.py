@@ -113,12 +113,14 @@ def _registration(order: Order) -> Registration:
 @contextmanager
 def _registering(settings: Settings) -> Iterator[None]:
     """Nobody else who starts a service registers one meanwhile."""
-    directory = os.open(services_directory(settings.runtime_directory), os.O_RDONLY | os.O_CLOEXEC)
+    # Not the directory itself: whoever can open that can lock it.
+    path = os.path.join(services_directory(settings.runtime_directory), ".lock")
+    lock = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(directory, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(directory)
+        os.close(lock)
 
 
 def _absolute(order: Order) -> Order:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 import trio
@@ -23,7 +24,7 @@ from watcher.judge import Judge
 from watcher.ledger import Ledger
 from watcher.managers import Manager, Reloaded, Service
 from watcher.memory import Memory
-from watcher.model import Copy, Event, Interest, Later, Refused, Stack
+from watcher.model import Busy, Copy, Event, Interest, Later, Refused, Stack
 from watcher.mounts.converge import converge
 from watcher.mounts.swap import Moved
 from watcher.mounts.workshop import HostNamespace, Hung, Lost, Workshop
@@ -143,9 +144,19 @@ class Line:
 
     async def look(self, service: Service) -> Wanted:
         """What a round would find now, without doing anything about it."""
-        with self._tools.store.using():
+        async with self._using_store():
             find = functools.partial(self._find, service, *self._kept_out(service))
             return await trio.to_thread.run_sync(find, abandon_on_cancel=True)
+
+    @asynccontextmanager
+    async def _using_store(self) -> AsyncIterator[None]:
+        """`Store.using()` for the event loop, which never waits for a lock: a thread does."""
+        try:
+            held = self._tools.store.hold(wait=False)
+        except Busy:
+            held = await trio.to_thread.run_sync(self._tools.store.hold, abandon_on_cancel=True)
+        with held:
+            yield
 
     async def waits(self, service: Service, wanted: Wanted) -> str:
         """Why a service would not get its new stack now, "" if it would."""
@@ -170,7 +181,7 @@ class Line:
         if rolling:
             self._rollout.begin(service.name)
         try:
-            with self._tools.store.using():
+            async with self._using_store():
                 while True:
                     wanted = await self._look(service, memory)
                     await self._record.look(service.name, wanted)

@@ -4,6 +4,7 @@
     stacks/UNIT/00000007-STACKID/        one accepted stack, never changed again
         SLOT -> ../../../store/DIGEST    one link per layer
         .stack.json                      the layers with their names, in order; the entries; where all was mounted
+    stacks/.locks/UNIT                   held while the unit's stacks are changed; mode 0600
     units/UNIT -> ../stacks/UNIT/00000007-STACKID
 
 `units/UNIT/SLOT` is what a unit's drop-in names. A stack has several slots, and a start between two renames would
@@ -21,6 +22,7 @@ Standard library only: the generator imports this at boot.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -35,10 +37,13 @@ from watcher.model import Entry, Kind, Layer, Stack, shown
 TEMPORARY = ".tmp-"
 # No slot can be called that: scan ignores hidden entries.
 _RECORD = ".stack.json"
+# No unit can be called that.
+_LOCKS = ".locks"
 _FORMAT = 1
 _DIGITS = 8
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_LOCK = os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Damaged(Exception):
@@ -63,12 +68,19 @@ class Accepted:
 
 
 class Stacks:
-    """`stacks/` and `units/` below the state directory. Several processes may use them at once."""
+    """`stacks/` and `units/` below the state directory. Several processes may use them at once.
+
+    Attributes:
+        directory: path of `stacks/`, which is its owner's alone: records name what others may not see.
+    """
 
     def __init__(self, state_directory: str) -> None:
         self._path = state_directory
-        for name in ("stacks", "units"):
-            os.makedirs(f"{state_directory}/{name}", mode=0o755, exist_ok=True)
+        self.directory = f"{state_directory}/stacks"
+        os.makedirs(state_directory, mode=0o755, exist_ok=True)
+        for private in (self.directory, f"{self.directory}/{_LOCKS}"):
+            os.makedirs(private, mode=0o700, exist_ok=True)
+        os.makedirs(f"{state_directory}/units", mode=0o755, exist_ok=True)
 
     def slot_path(self, unit: str, slot: str) -> str:
         """Absolute path that is `slot` of whatever stack of `unit` was accepted last."""
@@ -76,7 +88,7 @@ class Stacks:
 
     def units(self) -> tuple[str, ...]:
         """The units with an accepted stack, in no order."""
-        return tuple(name for name in os.listdir(f"{self._path}/units") if not name.startswith("."))
+        return tuple(name for name in os.listdir(f"{self._path}/units") if _is_unit(name))
 
     def current(self, unit: str) -> Accepted | None:
         """What was accepted last, None if nothing ever was.
@@ -92,7 +104,7 @@ class Stacks:
         found: dict[str, Accepted] = {}
         for name in self._numbered(unit):
             try:
-                accepted = _read(f"{self._path}/stacks/{unit}/{name}")
+                accepted = _read(f"{self.directory}/{unit}/{name}")
             except Damaged:
                 continue  # prune() removes it
             found.setdefault(accepted.stack.id, accepted)
@@ -114,7 +126,6 @@ class Stacks:
             accepted = Accepted(stack, tuple(entries), time.time_ns() // 1000, mounted or {})
             if self._is_current(unit, accepted):
                 return False
-            self._clear(directory)
             name = self._build(unit, directory, accepted)
             self._point(unit, name)
         return True
@@ -123,9 +134,9 @@ class Stacks:
         """Drop the slots and the history of a unit that is gone."""
         with self._locked(unit):
             _unlink(f"{self._path}/units/{unit}")
-            for name in os.listdir(f"{self._path}/stacks/{unit}"):
-                _remove_stack(f"{self._path}/stacks/{unit}/{name}")
-            os.rmdir(f"{self._path}/stacks/{unit}")
+            for name in self._numbered(unit):
+                _remove_stack(f"{self.directory}/{unit}/{name}")
+            self._remove(unit)
 
     def prune(self, keep: int) -> frozenset[str]:
         """Remove all but the current one and the last `keep` different stacks of each unit.
@@ -134,14 +145,13 @@ class Stacks:
             The digests that the remaining ones refer to.
         """
         used: set[str] = set()
-        for unit in os.listdir(f"{self._path}/stacks"):
-            with self._locked(unit) as directory:
-                self._clear(directory)
+        for unit in filter(_is_unit, os.listdir(self.directory)):
+            with self._locked(unit):
                 kept = self._kept(unit, keep)
                 for name in kept:
-                    used |= _digests(f"{self._path}/stacks/{unit}/{name}")
+                    used |= _digests(f"{self.directory}/{unit}/{name}")
                 if not kept:
-                    os.rmdir(f"{self._path}/stacks/{unit}")
+                    self._remove(unit)
         return frozenset(used)
 
     def _kept(self, unit: str, keep: int) -> list[str]:
@@ -154,34 +164,48 @@ class Stacks:
                 kept.append(name)
                 ids.add(identity)
             else:
-                _remove_stack(f"{self._path}/stacks/{unit}/{name}")
+                _remove_stack(f"{self.directory}/{unit}/{name}")
         return kept
 
     @contextmanager
     def _locked(self, unit: str) -> Iterator[int]:
         """The directory of a unit's stacks, locked against other threads and processes; made if need be."""
-        path = f"{self._path}/stacks/{_checked(unit)}"
-        while True:
-            try:
+        path = f"{self.directory}/{_checked(unit)}"
+        with self._lock(unit):
+            with contextlib.suppress(FileExistsError):
                 os.mkdir(path, 0o755)
-            except FileExistsError:
-                pass
+            directory = os.open(path, _DIRECTORY)
             try:
-                fd = os.open(path, _DIRECTORY)
-            except FileNotFoundError:
-                continue  # forgotten just now
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX)
-                if os.fstat(fd).st_nlink:
-                    yield fd
-                    return
+                self._clear(directory)
+                yield directory
             finally:
-                os.close(fd)
+                os.close(directory)
+
+    @contextmanager
+    def _lock(self, unit: str) -> Iterator[None]:
+        while True:
+            lock = os.open(self._lock_path(unit), _LOCK, 0o600)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if os.fstat(lock).st_nlink:
+                    yield
+                    return
+                # Else whoever held it has removed the unit, and the lock with it.
+            finally:
+                os.close(lock)
+
+    def _remove(self, unit: str) -> None:
+        """The directory of a unit that has no stacks; hold its lock, which goes too."""
+        os.rmdir(f"{self.directory}/{unit}")
+        os.unlink(self._lock_path(unit))
+
+    def _lock_path(self, unit: str) -> str:
+        return f"{self.directory}/{_LOCKS}/{unit}"
 
     def _numbered(self, unit: str) -> list[str]:
         """Names of the stacks of a unit, newest first."""
         try:
-            names = os.listdir(f"{self._path}/stacks/{_checked(unit)}")
+            names = os.listdir(f"{self.directory}/{_checked(unit)}")
         except FileNotFoundError:
             return []
         return sorted((name for name in names if name[:_DIGITS].isdigit()), reverse=True)
@@ -223,9 +247,13 @@ class Stacks:
 
     def _point(self, unit: str, name: str) -> None:
         # Made where the unit's lock covers it: what a killed process leaves is cleared away by the next one.
-        temporary = f"{self._path}/stacks/{unit}/{TEMPORARY}link"
+        temporary = f"{self.directory}/{unit}/{TEMPORARY}link"
         os.symlink(f"../stacks/{unit}/{name}", temporary)
         os.rename(temporary, f"{self._path}/units/{unit}")
+
+
+def _is_unit(name: str) -> bool:
+    return not name.startswith(".")
 
 
 def _checked(name: str) -> str:

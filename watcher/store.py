@@ -3,7 +3,7 @@
 
     store/DIGEST        a file of mode 0400, or a directory tree: whole, and never changed
     store/.tmp-SIZE-*   being written, or being removed; SIZE bytes are set aside for it
-    store/.lock         held shared while copies are made and put into a stack, exclusively to remove some
+    store/.lock         held shared while copies are made and put into a stack, exclusively to remove some; mode 0600
     stacks/, units/     see `watcher.stacks`
 
 What is verified, mounted, started from and rolled back to is always the copy: the dropped file may be overwritten,
@@ -12,7 +12,8 @@ truncated or deleted. The store is readable by its owner alone, because trees ke
 The daemon and `confext-watcher exec` use it at the same time. A copy must not be collected between having been made
 (or found) and having become part of an accepted stack: whoever does both holds `using()` around them. flock(2)
 belongs to the open file, so this works between threads as between processes, and a killed process holds nothing.
-With the exclusive lock nobody is writing, so every `.tmp-*` is a dead one's.
+With the exclusive lock nobody is writing, so every `.tmp-*` is a dead one's. Whoever can open a file can lock it, for
+reading is enough: every lock of ours is on a file that its owner alone can open, where only he can replace it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import io
 import os
 import re
 import secrets
@@ -64,8 +66,9 @@ class Store:
         self._path = f"{state_directory}/store"
         os.makedirs(state_directory, mode=0o755, exist_ok=True)
         os.makedirs(self._path, mode=0o700, exist_ok=True)
-        os.chmod(self._path, 0o700)  # whatever the umask, and whoever made it
         self._stacks = Stacks(state_directory)
+        for private in (self._path, self._stacks.directory):
+            os.chmod(private, 0o700)  # whatever the umask, and whoever made it
         self._directory = os.open(self._path, _DIRECTORY)
         self._room = threading.Lock()
         self._copies: dict[str, Copy] = {}
@@ -90,8 +93,20 @@ class Store:
     @contextmanager
     def using(self) -> Iterator[None]:
         """While held, nothing is collected. Users do not exclude each other; may be nested."""
-        with self._lock(fcntl.LOCK_SH):
+        with self.hold():
             yield
+
+    def hold(self, wait: bool = True) -> io.FileIO:
+        """`using()` until what is returned is closed.
+
+        Args:
+            wait: while somebody else removes copies; that takes milliseconds, where the disk answers.
+
+        Raises:
+            Busy: somebody does, and it was not to be waited for.
+            OSError: no descriptor is left.
+        """
+        return self._lock(fcntl.LOCK_SH if wait else fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     def add_image(self, fd: int, probed: Probe, lease: Lease) -> Copy:
         """Copy the image behind `fd`, which `lease` (entered) protects. Hold `using()`.
@@ -227,18 +242,18 @@ class Store:
                 self._copies.pop(name, None)
         return unneeded
 
-    @contextmanager
-    def _lock(self, operation: int) -> Iterator[None]:
+    def _lock(self, operation: int) -> io.FileIO:
+        """Until what is returned is closed. Raises Busy."""
         flags = os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(_LOCK, flags, 0o600, dir_fd=self._directory)
+        lock = io.FileIO(os.open(_LOCK, flags, 0o600, dir_fd=self._directory))
         try:
-            try:
-                fcntl.flock(fd, operation)
-            except BlockingIOError as error:
-                raise Busy("copies are being made") from error
-            yield
-        finally:
-            os.close(fd)
+            fcntl.flock(lock, operation)
+        except OSError as error:
+            lock.close()
+            if isinstance(error, BlockingIOError):
+                raise Busy("copies are being made, or removed") from error
+            raise
+        return lock
 
     def _require_size(self, size: int) -> None:
         for limit, setting in ((self.image_max, "ImageMax="), (self.store_max, "StoreMax=")):

@@ -142,7 +142,7 @@ def unregister(runtime_directory: str, name: str) -> None:
 def services_directory(runtime_directory: str) -> str:
     """Where registrations lie; made if it is not there."""
     directory = services_path(runtime_directory)
-    os.makedirs(directory, 0o755, exist_ok=True)
+    os.makedirs(directory, 0o700, exist_ok=True)
     return directory
 
 
