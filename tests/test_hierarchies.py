@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from watcher import unitfile
-from watcher.hierarchies import Repair, repair
+from watcher.hierarchies import Again, Repair, repair
 
 TREE = {"/usr": ["bin", "own"], "/opt": ["a b"], "/srv": ["x", "y%"], "/root/usr": ["bin", "inner"]}
 
@@ -30,22 +30,22 @@ def test_nothing_is_needed_where_nothing_would_be_forgotten() -> None:
 def test_a_read_only_usr_is_said_for_each_directory_in_it(setting: str) -> None:
     repaired = of(setting)
     assert repaired.needed and repaired.lost == ()
-    assert 'ReadOnlyPaths=-"/usr/own"' in repaired.lines
-    assert 'ReadOnlyPaths=-"/usr/share"' in repaired.lines
+    assert Again("ReadOnlyPaths", ("/usr/own",)) in repaired.again
+    assert Again("ReadOnlyPaths", ("/usr/share",)) in repaired.again
 
 
 def test_the_directories_are_those_of_the_units_own_root() -> None:
     repaired = of("RootDirectory=/root", "ProtectSystem=full")
-    assert 'ReadOnlyPaths=-"/usr/inner"' in repaired.lines
-    assert 'ReadOnlyPaths=-"/usr/own"' not in repaired.lines
+    assert Again("ReadOnlyPaths", ("/usr/inner",)) in repaired.again
+    assert Again("ReadOnlyPaths", ("/usr/own",)) not in repaired.again
 
 
 def test_a_bind_mount_on_a_hierarchy_is_said_for_each_thing_in_its_source() -> None:
-    assert of("BindReadOnlyPaths=-/srv:/opt:norbind").lines == (
-        'BindReadOnlyPaths=-"/srv/x":"/opt/x":norbind',
-        'BindReadOnlyPaths=-"/srv/y%%":"/opt/y%%":norbind',
+    assert of("BindReadOnlyPaths=-/srv:/opt:norbind").again == (
+        Again("BindReadOnlyPaths", ("/srv/x", "/opt/x"), "norbind"),
+        Again("BindReadOnlyPaths", ("/srv/y%", "/opt/y%"), "norbind"),
     )
-    assert of("BindPaths=/opt").lines == ('BindPaths=-"/opt/a b":"/opt/a b"',)
+    assert of("BindPaths=/opt").again == (Again("BindPaths", ("/opt/a b", "/opt/a b")),)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import hierarchies, unitfile, units
+from . import dropin, hierarchies, unitfile, units
 from .basics import Kind, shown
 from .units import DROPIN, Index, Unit
 
@@ -54,11 +54,11 @@ class Forgotten(Exception):
 
 
 class Listed(NamedTuple):
-    """One line of the drop-in: a slot (`path` ""), or a sysext passed through."""
+    """One layer in the drop-in: a slot, or a sysext passed through (`slot` ""), its best candidate first."""
 
     kind: Kind
     slot: str = ""
-    path: str = ""
+    paths: tuple[str, ...] = ()
     options: str = ""
     optional: bool = True
 
@@ -94,7 +94,7 @@ def generate(output: str, index: Index, state_directory: str, complain: Callable
         except Forgotten as error:
             complain(f"{shown(name)}: no drop-in, it starts without a stack and gets it then: {error}")
         except Exception as error:  # noqa: BLE001 -- whatever it is, the others get theirs, and the host boots
-            what = str(error) if isinstance(error, OSError) else repr(error)
+            what = str(error) if isinstance(error, OSError | dropin.Unwritable) else repr(error)
             complain(f"{shown(name)}: no drop-in, it starts on what it picks itself: {what}")
     return list(done)
 
@@ -112,20 +112,24 @@ def text(
     kept = hierarchies.repair(parsed.assignments, index.children)
     if kept.lost and not _declares(parsed):
         raise Forgotten(f"systemd would forget {shown(kept.lost[0])}")
-    head = "" if _starts_before_us(unit.names, parsed) else _unit_section(state_directory)
     listed = _listed(index, unit, parsed, state_directory, complain)
     if kept.needed and _is_known_empty(state_directory, unit.name):
         # It has a namespace without us, and keeps all of its sandbox until there is something to mount.
         listed = [item for item in listed if not item.slot]
     elif not listed:
         listed = [Listed(Kind.IMAGE, EMPTY_SLOT)]
-    lines = _service_section(f"{state_directory}/units", unit.name, listed)
+    drop_in = dropin.DropIn(f"By {WATCHER}: this unit starts on its last accepted stack.")
+    if not _starts_before_us(unit.names, parsed):
+        _assign_order(drop_in, state_directory)
+    left_out = _assign_layers(drop_in, f"{state_directory}/units/{unit.name}", listed)
     if listed:
-        lines += kept.lines
+        left_out += _assign_again(drop_in, kept.again)
     if any(item.kind is Kind.IMAGE for item in listed) and _restricts_devices(parsed):
-        lines += ["DeviceAllow=/dev/loop-control rw", "DeviceAllow=block-loop rw"]
-    body = "\n".join(lines) + "\n"
-    return f"# By {WATCHER}: this unit starts on its last accepted stack.\n{head}{body}"
+        for device in ("/dev/loop-control", "block-loop"):
+            drop_in.assign("Service", "DeviceAllow", dropin.token(device), dropin.token("rw"))
+    for what in left_out:
+        complain(f"{shown(unit.name)}: left out: {what}")
+    return str(drop_in)
 
 
 def _declares(parsed: unitfile.Parsed) -> bool:
@@ -141,30 +145,54 @@ def _is_known_empty(state_directory: str, unit: str) -> bool:
         return os.path.isdir(state_directory)
 
 
-def _unit_section(state_directory: str) -> str:
-    return f"[Unit]\nWants={WATCHER}\nAfter={WATCHER}\nRequiresMountsFor={state_directory}\n"
+def _assign_order(drop_in: dropin.DropIn, state_directory: str) -> None:
+    for key in ("Wants", "After"):
+        drop_in.assign("Unit", key, dropin.token(WATCHER))
+    drop_in.assign("Unit", "RequiresMountsFor", dropin.path(state_directory))
 
 
-def _service_section(slots: str, name: str, listed: Sequence[Listed]) -> list[str]:
-    lines = ["[Service]", "ExtensionImages="]
-    of_images = [item for item in listed if item.kind is Kind.IMAGE]
-    of_directories = [item for item in listed if item.kind is Kind.DIRECTORY]
-    # Instances of a template that were never seen have the slots of their template.
-    unit = _image_word(name) if units.is_template(name) else "%n"
-    for item in of_images:
-        if item.slot:
-            lines.append(f"ExtensionImages=-{slots}/{unit}/{item.slot}:{RELAX}")
+def _assign_layers(drop_in: dropin.DropIn, slots: str, listed: Sequence[Listed]) -> list[str]:
+    """Reset what the unit declares and name its layers; what had to be left out, with the reasons.
+
+    Args:
+        slots: the directory with the unit's slots. By its name rather than with %n: an instance of a template that
+            was never seen has the slots of the template.
+    """
+    left_out = []
+    for kind, key in ((Kind.IMAGE, "ExtensionImages"), (Kind.DIRECTORY, "ExtensionDirectories")):
+        drop_in.assign("Service", key)
+        for item in listed:
+            if item.kind is kind:
+                left_out += _assign_layer(drop_in, key, slots, item)
+    return left_out
+
+
+def _assign_layer(drop_in: dropin.DropIn, key: str, slots: str, item: Listed) -> list[str]:
+    """The first of its paths that can be written; the first that cannot, if that comes before."""
+    left_out: list[str] = []
+    for path in (f"{slots}/{item.slot}",) if item.slot else item.paths:
+        try:
+            if item.kind is Kind.IMAGE:
+                word = dropin.image(path, RELAX if item.slot else item.options, optional=item.optional)
+            else:
+                word = dropin.path(path, optional=item.optional)
+            drop_in.assign("Service", key, word)
+        except dropin.Unwritable as error:
+            left_out = left_out or [f"{shown(path)}: {error}"]
         else:
-            options = f":{item.options}" if item.options else ""
-            lines.append(f"ExtensionImages={'-' * item.optional}{_image_word(item.path)}{options}")
-    lines.append("ExtensionDirectories=")
-    unit = _directory_word(name) if units.is_template(name) else "%n"
-    for item in of_directories:
-        if item.slot:
-            lines.append(f"ExtensionDirectories=-{slots}/{unit}/{item.slot}")
-        else:
-            lines.append(f'ExtensionDirectories="{"-" * item.optional}{_directory_word(item.path)}"')
-    return lines
+            break
+    return left_out
+
+
+def _assign_again(drop_in: dropin.DropIn, again: Iterable[hierarchies.Again]) -> list[str]:
+    """Keep of the unit's sandbox what systemd would forget; what had to be left out, with the reasons."""
+    left_out = []
+    for key, paths, options in again:
+        try:
+            drop_in.assign("Service", key, dropin.path(*paths, options=options, optional=True))
+        except dropin.Unwritable as error:
+            left_out.append(f"{key}= for {shown(paths[-1])}: {error}")
+    return left_out
 
 
 def _listed(
@@ -277,10 +305,8 @@ def _passed_through(entry: Entry) -> Listed | None:
 
     images, directories = ((entry,), ()) if entry.kind is Kind.IMAGE else ((), (entry,))
     (pick,) = scan.look(Declared(images, directories)).picks
-    path = pick.candidates[0].path if pick.candidates else ""
-    if not path or any(0xD800 <= ord(char) <= 0xDFFF for char in path):
-        return None  # nothing there, or a name that a unit file cannot hold
-    return Listed(entry.kind, path=path, options=entry.options, optional=entry.optional)
+    paths = tuple(candidate.path for candidate in pick.candidates)
+    return Listed(entry.kind, "", paths, entry.options, entry.optional) if paths else None
 
 
 def _starts_before_us(names: Iterable[str], parsed: unitfile.Parsed) -> bool:
@@ -332,19 +358,6 @@ def _seen(state_directory: str) -> list[str]:
     except OSError:
         return []  # nothing accepted yet, or /var is not there yet
     return [name for name in names if "@" in name and units.is_service(name)]
-
-
-def _image_word(path: str) -> str:
-    r"""A path for `ExtensionImages=`, where C's escapes work: all but the harmless as `\xHH`."""
-    plain = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._@~+=,-"
-    escaped = (chr(byte) if byte in plain else f"\\x{byte:02x}" for byte in path.encode())
-    # A specifier is looked for once the escapes are gone.
-    return "".join(escaped).replace("\\x25", "%%")
-
-
-def _directory_word(path: str) -> str:
-    """A path for `ExtensionDirectories=` between quotes, where a backslash protects the next character."""
-    return path.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
 
 
 def _write(directory: str, content: str) -> None:

@@ -24,17 +24,25 @@ HIERARCHIES = ("/usr", "/opt", "/etc")
 _USUAL = ("bin", "games", "include", "lib", "lib32", "lib64", "libexec", "local", "sbin", "share", "src")
 
 
+class Again(NamedTuple):
+    """A setting to be said again: one path, or source and target, of which a missing one is ignored."""
+
+    key: str
+    paths: tuple[str, ...]
+    options: str = ""
+
+
 class Repair(NamedTuple):
     """What a drop-in with images has to say besides.
 
     Attributes:
         needed: there is something that would be forgotten (so the unit has a mount namespace of its own anyway).
-        lines: that keep it.
+        again: that keep it.
         lost: settings that nothing keeps: such a unit must not be given images.
     """
 
     needed: bool = False
-    lines: tuple[str, ...] = ()
+    again: tuple[Again, ...] = ()
     lost: tuple[str, ...] = ()
 
 
@@ -56,33 +64,26 @@ def repair(assignments: Sequence[Assignment], listing: Callable[[str], Iterable[
     root = unitfile.last(assignments, "Service", "RootDirectory")
     base = root.value.removeprefix("-").rstrip("/") if root else ""
     read_only = {"/usr"} if _protects(assignments) else set()
-    lines: list[str] = []
+    again: list[Again] = []
     lost: list[str] = []
     for word in _words(assignments, "ReadOnlyPaths"):
         path = _normal(word.lstrip("-+"))
         read_only |= {path} & {"/usr", "/opt"}
     for path in sorted(read_only):
         names = sorted({*listing(base + path), *(_USUAL if path == "/usr" else ())})
-        lines += [f"ReadOnlyPaths=-{quoted(f'{path}/{name}')}" for name in names]
+        again += [Again("ReadOnlyPaths", (f"{path}/{name}",)) for name in names]
     for key in ("BindPaths", "BindReadOnlyPaths"):
         for word in _words(assignments, key):
             source, target, options = _bind(word)
             if target == "/etc":
                 lost.append(f"{key}={word}")
             elif target in HIERARCHIES:
-                # Each path between quotes of its own: 257 does not look for a colon within them.
-                lines += [
-                    f"{key}=-{quoted(f'{source}/{name}')}:{quoted(f'{target}/{name}')}{options}"
-                    for name in listing(source)
+                again += [
+                    Again(key, (f"{source}/{name}", f"{target}/{name}"), options) for name in listing(source)
                 ]
     for key in ("TemporaryFileSystem", "MountImages"):
         lost += [f"{key}={word}" for word in _words(assignments, key) if _hides(key, word)]
-    return Repair(bool(read_only or lines or lost), tuple(lines), tuple(lost))
-
-
-def quoted(text: str) -> str:
-    """A word of a path setting, between quotes, with nothing in it that is a specifier."""
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%") + '"'
+    return Repair(bool(read_only or again or lost), tuple(again), tuple(lost))
 
 
 def _protects(assignments: Sequence[Assignment]) -> bool:
@@ -107,10 +108,10 @@ def _words(assignments: Sequence[Assignment], key: str) -> list[str]:
 
 
 def _bind(word: str) -> tuple[str, str, str]:
-    """Source, target and ":options" of a word of BindPaths=."""
+    """Source, target and options of a word of BindPaths=."""
     source, _, rest = word.removeprefix("-").partition(":")
     target, _, options = rest.partition(":")
-    return _normal(source), _normal(target or source), f":{options}" if options else ""
+    return _normal(source), _normal(target or source), options
 
 
 def _hides(key: str, word: str) -> bool:

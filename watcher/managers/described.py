@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from watcher import config, generator, hierarchies, unitfile, unitname, units
+from watcher import config, dropin, generator, hierarchies, unitfile, unitname, units
 from watcher.config import ServiceSettings
 from watcher.model import Declared, Remark
 from watcher.units import DROPIN, Index, Unit
@@ -114,14 +114,23 @@ def _root(assignments: Sequence[unitfile.Assignment], expand: object) -> str:
 
 
 def stale(
-    index: Index, names: Iterable[str], state_directory: str, generated: str = GENERATED
+    index: Index,
+    names: Iterable[str],
+    state_directory: str,
+    generated: str = GENERATED,
+    complaints: dict[str, list[str]] | None = None,
 ) -> dict[str, str]:
     """Units that would start on something else than their slots, with the drop-in that they should have.
 
     Compared is what the generator wrote, which is what systemd has loaded, with what it would write now. A slot that is
     listed and not there is ignored by systemd, and so it is here: a first version for an entry makes nothing stale.
+
+    Args:
+        complaints: gets, for each unit looked at, what its drop-in cannot say. The generator says it too, but what a
+            generator says is kept nowhere.
     """
     found = {}
+    said = {} if complaints is None else complaints
     for name in names:
         found_unit = index.unit(name)
         unit = units.as_generators_see(found_unit) if found_unit else None
@@ -130,11 +139,11 @@ def stale(
         if unitname.UnitName(name).instance and not _has_slots(name, state_directory):
             continue  # an instance that was never seen goes by its template's
         try:
-            wanted = generator.text(index, unit, state_directory)
-        except generator.Forgotten:
+            wanted = generator.text(index, unit, state_directory, said.setdefault(name, []).append)
+        except (generator.Forgotten, dropin.Unwritable):
             continue  # and has no drop-in
         loaded = _read(f"{generated}/{name}.d/{DROPIN}")
-        if loaded is None or not _equivalent(loaded, wanted, name, state_directory):
+        if loaded is None or not _equivalent(loaded, wanted, state_directory):
             found[name] = wanted
     return found
 
@@ -143,25 +152,36 @@ def _has_slots(name: str, state_directory: str) -> bool:
     return os.path.lexists(f"{state_directory}/units/{name}")
 
 
-def _equivalent(loaded: str, wanted: str, name: str, state_directory: str) -> bool:
-    before, after = _sources(loaded), _sources(wanted)
+def _equivalent(loaded: str, wanted: str, state_directory: str) -> bool:
+    before, after = _layers(loaded), _layers(wanted)
     if before and not after:
         return False  # also what is not there costs a unit some of its sandbox: see watcher.hierarchies
     slots = f"{state_directory}/units/"
 
-    def there(source: tuple[str, str]) -> bool:
-        path = source[1].removeprefix("-").partition(":")[0].replace("%n", name)
-        return not path.startswith(slots) or os.path.lexists(path)
+    def there(layer: tuple[str, str, bool]) -> bool:
+        return not layer[0].startswith(slots) or os.path.lexists(layer[0])
 
     return list(filter(there, before)) == list(filter(there, after))
 
 
-def _sources(text: str) -> list[tuple[str, str]]:
-    """What a drop-in of ours lists, as (key, value)."""
-    pairs = (line.partition("=")[::2] for line in text.splitlines())
-    return [
-        (key, value) for key, value in pairs if key in ("ExtensionImages", "ExtensionDirectories") and value
-    ]
+def _layers(text: str) -> list[tuple[str, str, bool]]:
+    """What a drop-in of ours lists, images first: (path, options, optional)."""
+    assignments = unitfile.parse(text, "").assignments
+
+    def expand(path: str) -> str:
+        return path.replace("%%", "%")
+
+    images = (
+        image
+        for line in unitfile.values(assignments, "Service", "ExtensionImages")
+        for image in unitfile.extension_images(line.value, expand)
+    )
+    directories = (
+        (path, "", optional)
+        for line in unitfile.values(assignments, "Service", "ExtensionDirectories")
+        for path, optional in unitfile.extension_directories(line.value, expand)
+    )
+    return [*images, *directories]
 
 
 def _read(path: str) -> str | None:

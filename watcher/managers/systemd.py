@@ -9,6 +9,7 @@ itself anew) and is then made again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import trio
 from jeepney import HeaderFields, Message
@@ -77,6 +78,8 @@ class Systemd:
         )
         # What a daemon-reload did not help with, by unit: no second one is tried for it.
         self._hopeless: dict[str, str] = {}
+        # What the drop-in of a unit cannot say, as it was said last.
+        self._complaints: dict[str, list[str]] = {}
 
     @property
     def services(self) -> Mapping[str, Service]:
@@ -234,7 +237,13 @@ class Systemd:
     async def _stale(self, names: Sequence[str] | Mapping[str, Service]) -> list[str]:
         """Those of the units that need a daemon-reload, unless it is known not to help."""
         index = self._following.index
-        found = await trio.to_thread.run_sync(stale, index, list(names), self._state_directory)
+        complaints: dict[str, list[str]] = {}
+        looked = partial(stale, index, list(names), self._state_directory, complaints=complaints)
+        found = await trio.to_thread.run_sync(looked)
+        for name, lines in complaints.items():
+            for line in set(lines) - set(self._complaints.get(name, ())):
+                journal.log.warning(line, service=name)
+        self._complaints |= complaints
         return [name for name, text in found.items() if self._hopeless.get(name) != text]
 
     async def _daemon_reload(self) -> None:

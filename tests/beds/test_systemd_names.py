@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""systemd reads what we write as it was meant, whatever the names are: it is asked, not our own parser."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import nasty
+import pytest
+from images import image
+
+import needs
+from beds import site
+from beds.bed import Bed
+from beds.host import SLEEP, UNITS, Host
+from watcher import dropin
+from watcher.units import DROPIN
+
+pytestmark = needs.bed
+
+PROPERTIES = ("ExtensionImages", "ExtensionDirectories", "BindReadOnlyPaths", "ReadOnlyPaths")
+REC = 16384  # MS_REC
+COMMANDS = ("ExecStartPre", "ExecStartPost", "ExecReload", "ExecCondition", "ExecStop", "Environment")
+
+
+@pytest.fixture
+def host(bed: Bed) -> Iterator[Host]:
+    with site.host(bed) as made:
+        yield made
+
+
+def properties(host: Host, unit: str, *names: str) -> dict[str, Any]:
+    """As the bus has them, without anybody's quotes."""
+    escaped = "".join(char if char.isalnum() else f"_{ord(char):02x}" for char in unit)
+    path = f"/org/freedesktop/systemd1/unit/{escaped}"
+    asked = ["busctl", "get-property", "--json=short", "org.freedesktop.systemd1", path]
+    said = host.bed.run([*asked, "org.freedesktop.systemd1.Service", *names]).stdout
+    return dict(zip(names, (json.loads(line)["data"] for line in said.splitlines()), strict=True))
+
+
+def test_systemd_reads_each_name_as_it_was_meant(host: Host) -> None:
+    drop_in = dropin.DropIn("for a test")
+    meant: dict[str, list[object]] = {key: [] for key in PROPERTIES}
+    refused = 0
+    for number, name in enumerate(nasty.names(400)):
+        path = f"/srv/{number}{name}/x"
+        bound = f"/opt{path}"
+        makers: dict[str, tuple[Callable[[], dropin.Word], object]] = {
+            "ExtensionImages": (
+                partial(dropin.image, path, "ro", optional=True),
+                [path, True, [["root", "ro"]]],
+            ),
+            "ExtensionDirectories": (partial(dropin.path, path, optional=True), f"-{path}"),
+            "BindReadOnlyPaths": (partial(dropin.path, path, bound, optional=True), [path, bound, True, REC]),
+            "ReadOnlyPaths": (partial(dropin.path, path, optional=True), f"-{path}"),
+        }
+        for key, (make, value) in makers.items():
+            try:
+                drop_in.assign("Service", key, make())
+                meant[key].append(value)
+            except dropin.Unwritable:
+                refused += 1
+    host.unit("names.service", "[Service]\nExecStart=/bin/true\n", takes_part=False)
+    directory = host.bed.path(f"{UNITS}/names.service.d")
+    directory.mkdir()
+    (directory / DROPIN).write_text(str(drop_in))
+    host.systemctl("daemon-reload")
+    found = properties(host, "names.service", *PROPERTIES, *COMMANDS)
+    assert refused and len(meant["ReadOnlyPaths"]) > 200
+    for key in PROPERTIES:
+        assert found[key] == meant[key]
+    assert [found[key] for key in COMMANDS] == [[]] * len(COMMANDS)
+    verified = host.bed.run(["systemd-analyze", "verify", f"{UNITS}/names.service"], check=False)
+    assert DROPIN not in verified.stdout + verified.stderr
+
+
+def test_nobody_gets_a_line_of_his_own_into_a_unit(host: Host) -> None:
+    """A directory of sysexts to which a stranger may write, and the unit starts on the good one."""
+    attack = os.fsdecode(b'tools_2_a"\nExecStartPre=+touch /run/owned #')
+    tools = host.bed.path("/srv/tools.v")
+    host.stack.callback(shutil.rmtree, tools)
+    for name in ("tools_1", attack):
+        release = tools / name / "usr/lib/extension-release.d/extension-release.tools"
+        release.parent.mkdir(parents=True)
+        release.write_text("ID=_any\n")
+        (tools / name / "usr/tools").write_text(name)
+    host.unit("tools.service", f"{SLEEP}ExtensionDirectories=/srv/tools.v/tools___\n", takes_part=False)
+    journal = host.journal()
+    host.watch()
+    # The watcher looks into what is declared, and has the generator run again.
+    host.systemctl("daemon-reload")
+    host.systemctl("restart", "tools.service")
+    assert not host.bed.path("/run/owned").exists()
+    found = properties(host, "tools.service", "ExecStartPre", "ExtensionDirectories")
+    assert found["ExecStartPre"] == []
+    assert found["ExtensionDirectories"][-1] == "/srv/tools.v/tools_1"
+    assert all(path.startswith(f"-{site.STATE}/units/") for path in found["ExtensionDirectories"][:-1])
+    assert host.see("tools.service", "/usr/tools") == "tools_1"
+    entry = journal.until(lambda entry: "left out" in entry["MESSAGE"])
+    assert "ExecStartPre" in entry["MESSAGE"] and entry["MESSAGE"].isprintable()
+
+
+ENTRIES = (
+    "100%.raw.v",
+    "a b.raw.v",
+    "c:d.raw.v",
+    "%n.raw.v",
+    'q"q.raw.v',
+    "back\\slash.raw.v",
+    "two\nlines.raw.v",
+)
+
+
+def test_entries_are_stacked_or_named_and_the_unit_always_loads(host: Host) -> None:
+    for entry in ENTRIES:
+        host.confext_dir("odd.service").mkdir(exist_ok=True)
+        name = entry.removesuffix(".raw.v")
+        scratch = host.tree("web", {f"{name}.txt": name}) / "etc/extension-release.d"
+        (scratch / "extension-release.web").rename(scratch / f"extension-release.{name}_1")
+        host.drop(
+            image(scratch.parents[1], scratch.parents[2] / "odd.raw"), "odd.service", f"{entry}/{name}_1.raw"
+        )
+    host.unit("odd.service", SLEEP, takes_part=False)
+    host.watch()
+    host.systemctl("restart", "odd.service")
+    for entry in ENTRIES:
+        name = entry.removesuffix(".raw.v")
+        if host.see("odd.service", f"/etc/{name}.txt") != name:
+            assert name.split("\n")[0] in host.bed.journal("--unit=odd.service"), entry
+            assert "\n" in name, entry
+    assert host.bed.property("odd.service", "LoadState") == "loaded"
