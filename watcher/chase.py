@@ -27,13 +27,18 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable
+from itertools import islice
 
 from inotify_simple import INotify, flags
 
 from watcher.nodes import Bound, Node
+from watcher.tree import DEPTH_MAX, ENTRIES_MAX
 
 MAX_LINKS = 40
 """Symbolic links followed in one path, path_resolution(7)."""
+
+LEVELS_MAX = 2048
+"""No directory further down has a path that a system call takes: PATH_MAX is 4096 bytes. With links one gets there."""
 
 PASSED: int = flags.DELETE_SELF | flags.MOVE_SELF | flags.ATTRIB | flags.DELETE
 NAMED: int = PASSED | flags.CREATE | flags.MOVED_FROM | flags.MOVED_TO
@@ -64,6 +69,8 @@ class _Watch:
 class _Opened:
     """The directories opened in one round of chases, so that paths side by side open their ancestors once.
 
+    The least recently used is closed, so that no path, however deep somebody makes it, takes all descriptors.
+
     Attributes:
         errors: 0, or the errno for which it is not watched, for each of them.
     """
@@ -71,7 +78,7 @@ class _Opened:
     MAX = 64
 
     def __init__(self) -> None:
-        self._fds: dict[Node, int] = {}
+        self._fds: dict[Node, int] = {}  # the least recently used first
         self.errors: dict[Node, int] = {}
 
     def __enter__(self) -> _Opened:
@@ -81,23 +88,23 @@ class _Opened:
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()
-        self.errors.clear()
 
     def __getitem__(self, node: Node) -> int:
-        """Descriptor of the directory of `node`; raises OSError as openat(2), ENOTDIR for a link too."""
+        """Descriptor of the directory of `node`, good until the next call; raises OSError as openat(2), ENOTDIR for a
+        link too."""
         missing = []
         at: Node | None = node
         while at is not None and at not in self._fds:
             missing.append(at)
             at = at.parent
-        fd = self._fds[at] if at is not None else None
+        fd = None
+        if at is not None:
+            fd = self._fds[at] = self._fds.pop(at)
         for part in reversed(missing):
             fd = self._fds[part] = os.open(part.name, OPEN, dir_fd=fd)
+            if len(self._fds) > self.MAX:
+                os.close(self._fds.pop(next(iter(self._fds))))
         return self._fds[node]
-
-    def make_room(self) -> None:
-        if len(self._fds) > self.MAX:
-            self.__exit__()
 
 
 class Chase:
@@ -116,6 +123,12 @@ class Chase:
         self._gaps: dict[Bound, int] = {}
         self._blind: dict[Node, int] = {}
         """Directories of trees that could not be listed, or not all of whose subdirectories can be watched."""
+        self._entries: dict[Node, int] = {}
+        """How many entries the directories have that are watched, for each top of a tree."""
+        self._cut: dict[Node, dict[Node, None]] = {}
+        """Directories whose entries would be too many, for each top."""
+        self._too_deep: set[Node] = set()
+        """Directories whose subdirectories lie too deep in a tree."""
         self.root = Node(None, "/")
         self.dirty: set[Bound] = set()
         self.relist: set[Node] = set()
@@ -131,6 +144,14 @@ class Chase:
         trees = {bound: reason for node, reason in self._blind.items() for bound in node.trees()}
         return trees | self._gaps
 
+    def cut(self) -> dict[Bound, str]:
+        """Trees that are larger than what may be copied, and of which no more is watched; how they are too large."""
+        many = {bound: f"more than {ENTRIES_MAX} entries in it" for top in self._cut for bound in top.trees()}
+        deep = {
+            bound: f"more than {DEPTH_MAX} levels in it" for node in self._too_deep for bound in node.trees()
+        }
+        return many | deep
+
     def run(self) -> bool:
         """Chase what is dirty until nothing new had to be watched on the way; False: not done yet, call again."""
         for _ in range(ROUNDS):
@@ -139,11 +160,9 @@ class Chase:
             dirty, self.dirty = self.dirty, set()
             with _Opened() as opened:
                 for bound in dirty:
-                    opened.make_room()
                     self._chase(bound, opened)
                 relist, self.relist = self.relist, set()
                 for node in relist:
-                    opened.make_room()
                     self._list(node, opened)
         return False
 
@@ -223,6 +242,9 @@ class Chase:
                     return -reason
                 node = node.parent or node
                 continue
+            if node.level == LEVELS_MAX:
+                turns.append(node)
+                return -errno.ENAMETOOLONG
             child = node.child(name)
             try:
                 self._pass(bound, child, opened)
@@ -279,7 +301,7 @@ class Chase:
             self._leave_tree(node)
 
     def _list(self, node: Node, opened: _Opened) -> None:
-        """Watch all subdirectories of a directory in a tree."""
+        """Watch all subdirectories of a directory in a tree, as far as a copy of it would go (tree.py)."""
         if not node.deep:
             return
         try:
@@ -289,16 +311,34 @@ class Chase:
             return
         self._blind.pop(node, None)
         try:
-            self._watch_subdirectories(node, fd)
+            self._watch_subdirectories(node, fd, self._subdirectories(node, fd))
         except OSError as error:
             self._skipped(node, error.errno)
         finally:
             os.close(fd)
 
-    def _watch_subdirectories(self, node: Node, fd: int) -> None:
+    def _subdirectories(self, node: Node, fd: int) -> set[str]:
+        """Names of the subdirectories to watch; none where the tree is too large for that."""
+        top = node.nearest_top()
+        self._uncount(node)
+        left = ENTRIES_MAX - self._entries.get(top, 0)
+        with os.scandir(fd) as entries:  # which may be ten million
+            some = list(islice(entries, left + 1))
+        if len(some) > left:
+            node.counted = (top, 0)
+            self._cut.setdefault(top, {})[node] = None
+            return set()
+        node.counted = (top, len(some))
+        self._entries[top] = self._entries.get(top, 0) + len(some)
+        self._go_on(top)
+        names = {entry.name for entry in some if entry.is_dir(follow_symlinks=False)}
+        if names and node.level - top.level + 1 >= DEPTH_MAX:
+            self._too_deep.add(node)
+            return set()
+        return names
+
+    def _watch_subdirectories(self, node: Node, fd: int, names: set[str]) -> None:
         """`fd` is a readable descriptor of the directory of `node`."""
-        with os.scandir(fd) as entries:
-            names = {entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}
         for name, child in list(node.children.items()):
             if child.deep and name not in names:
                 self._leave_tree(child)
@@ -323,21 +363,54 @@ class Chase:
             self.relist.add(node)
             self.changed.update(node.trees())
 
+    def _uncount(self, node: Node) -> None:
+        """`node` is no more listed for any tree, or about to be listed anew."""
+        self._too_deep.discard(node)
+        if node.counted is None:
+            return
+        top, number = node.counted
+        node.counted = None
+        self._stop_waiting(top, node)
+        if number:
+            self._entries[top] -= number
+            if not self._entries[top]:
+                del self._entries[top]
+            self._go_on(top)
+
+    def _go_on(self, top: Node) -> None:
+        """There may be room for a directory of this tree that was not listed. One by one: the first that is too much
+        ends it, so that no change, however small, costs a look at all of them."""
+        if top in self._cut:
+            node = next(iter(self._cut[top]))
+            self._stop_waiting(top, node)
+            self.relist.add(node)
+
+    def _stop_waiting(self, top: Node, node: Node) -> None:
+        waiting = self._cut.get(top, {})
+        waiting.pop(node, None)
+        if not waiting:
+            self._cut.pop(top, None)
+
     def _skipped(self, node: Node, reason: int | None) -> None:
         """Part of a tree cannot be listed or watched. Where that is foretold, its parent will tell of the end of it."""
         if reason not in FORETOLD:
             self._blind[node] = reason or errno.EIO
 
     def _leave_tree(self, node: Node) -> None:
-        """`node` is not in the tree of its parent, or not the top of one, any more."""
-        if node.top:
-            return
-        node.deep = False
-        self._blind.pop(node, None)
-        for child in list(node.children.values()):
-            if child.deep:
-                self._leave_tree(child)
-        self._prune(node)
+        """`node` is not in the tree of its parent, or not the top of one, any more; nor is what lies below it."""
+        left = []
+        todo = [node]
+        while todo:
+            at = todo.pop()
+            if not at.deep or at.top:
+                continue
+            at.deep = False
+            self._blind.pop(at, None)
+            left.append(at)
+            todo.extend(at.children.values())
+        for at in reversed(left):  # from below, so that each is pruned when it has no children left
+            self._uncount(at)
+            self._prune(at)
 
     # What the kernel holds for us
 

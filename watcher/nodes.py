@@ -45,9 +45,11 @@ class Node:
         ends: those of the users whose directory this is.
         wd: watch descriptor; None: not a directory, or not watched.
         deep: in the tree of somebody (Scope.TREE).
+        level: how many directories lie between this and the root.
+        counted: for one that is deep, the tree (its top) that it was listed for, and how many entries it had.
     """
 
-    __slots__ = ("children", "deep", "ends", "name", "parent", "users", "wd")
+    __slots__ = ("children", "counted", "deep", "ends", "level", "name", "parent", "users", "wd")
 
     def __init__(self, parent: Node | None, name: str) -> None:
         self.parent = parent
@@ -57,6 +59,8 @@ class Node:
         self.ends: tuple[Bound, ...] = ()
         self.wd: int | None = None
         self.deep = False
+        self.level: int = 0 if parent is None else parent.level + 1
+        self.counted: tuple[Node, int] | None = None
 
     def child(self, name: str) -> Node:
         node = self.children.get(name)
@@ -81,6 +85,13 @@ class Node:
         while node is not None and node.deep:
             yield from (bound for bound in node.ends if bound.deep)
             node = node.parent
+
+    def nearest_top(self) -> Node:
+        """Where the tree begins in which this is; itself, if it is in none."""
+        node = self
+        while not node.top and node.deep and node.parent is not None and node.parent.deep:
+            node = node.parent
+        return node
 
     @property
     def top(self) -> bool:

@@ -127,7 +127,11 @@ class Watcher:
     def remarks(self) -> tuple[Remark, ...]:
         """What cannot be watched at the moment, and why; the caller remembers what it has said."""
         gaps = sorted(((bound.interest.path, reason) for bound, reason in self._chase.gaps().items()))
-        return tuple(Remark("warning", path, _reason(reason)) for path, reason in dict.fromkeys(gaps))
+        cut = sorted((bound.interest.path, what) for bound, what in self._chase.cut().items())
+        return (
+            *(Remark("warning", path, _reason(reason)) for path, reason in dict.fromkeys(gaps)),
+            *(Remark("warning", path, f"watched only in part: {what}") for path, what in dict.fromkeys(cut)),
+        )
 
     async def changes(self) -> AsyncIterator[frozenset[str]]:
         """Keys to look at again, those that one burst of events concerns together. It does not end by itself."""
