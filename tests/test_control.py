@@ -20,7 +20,7 @@ import trio.testing
 
 from beds.roots import SUITES, cache_directory
 from needs import root, which
-from watcher import control, schema, wire
+from watcher import control, peers, schema, wire
 from watcher.client import Client, NotRunning, TimedOut
 from watcher.model import Event, Kind, Layer, Outcome
 from watcher.schema import (
@@ -68,8 +68,9 @@ class Backend:
     async def plan(self, service: str | None) -> Sequence[schema.PlannedChange]:
         raise ZeroDivisionError("not a CallError")
 
-    async def wait(self, service: str, image: str, tell: control.Tell) -> Event:
+    async def wait(self, service: str, image: str, tell: control.Tell, waits: Callable[[], None]) -> Event:
         self.calls.append(("wait", service, image))
+        waits()
         self.waiting.set()
         try:
             await tell(Event(NGINX, Outcome.INCOMPLETE, "half of it", when=1))
@@ -107,7 +108,7 @@ async def backend(directory: Path) -> AsyncIterator[Backend]:
     """A server with this backend, for the length of the test."""
     made = Backend()
     async with trio.open_nursery() as nursery:
-        await nursery.start(control.serve, made, str(directory))
+        await nursery.start(control.serve, made, str(directory), peers.Readers())
         yield made
         nursery.cancel_scope.cancel()
 
@@ -406,7 +407,7 @@ async def test_a_client_that_does_not_take_its_reply_is_dropped(
     backend = Backend()
     backend.events = [Event(NGINX, Outcome.FAILED, "m", when=1, output="x" * 60_000)] * 30
     async with trio.open_nursery() as nursery:
-        await nursery.start(control.serve, backend, str(directory))
+        await nursery.start(control.serve, backend, str(directory), peers.Readers())
         stream = await connected(directory)
         await stream.send_all(call("History"))
         # A first byte, so that it is at it; then it waits for us.
@@ -431,7 +432,7 @@ async def test_a_thousand_connections_are_too_many_and_soon_forgotten(
         with contextlib.suppress(trio.BrokenResourceError):
             await stream.send_all(call("Status"))
             served += bool(await stream.receive_some())
-    assert served == wire.CONNECTIONS
+    assert served == peers.CONNECTIONS
     for stream in streams:
         await stream.aclose()
     await trio.testing.wait_all_tasks_blocked()
@@ -522,7 +523,7 @@ async def test_the_watchers_own_user_sees_outputs_and_may_change(backend: Backen
 
 async def test_the_socket_is_there_for_everybody_and_goes_with_the_server(directory: Path) -> None:
     async with trio.open_nursery() as nursery:
-        await nursery.start(control.serve, Backend(), str(directory))
+        await nursery.start(control.serve, Backend(), str(directory), peers.Readers())
         assert [path.name for path in directory.iterdir()] == [schema.SOCKET]
         assert (directory / schema.SOCKET).stat().st_mode & 0o777 == 0o666
         stream = await connected(directory)
@@ -540,7 +541,7 @@ async def test_the_socket_of_a_killed_daemon_is_replaced(directory: Path) -> Non
         Client(str(directory))
     assert raised.value.exit_code == 3
     async with trio.open_nursery() as nursery:
-        await nursery.start(control.serve, Backend(), str(directory))
+        await nursery.start(control.serve, Backend(), str(directory), peers.Readers())
         assert await by_client(directory, lambda client: client.status())
         nursery.cancel_scope.cancel()
 
@@ -549,7 +550,7 @@ async def test_a_long_runtime_directory_is_no_obstacle(directory: Path) -> None:
     deep = directory / ("d" * 100) / ("e" * 100)
     deep.mkdir(parents=True)
     async with trio.open_nursery() as nursery:
-        await nursery.start(control.serve, Backend(), str(deep))
+        await nursery.start(control.serve, Backend(), str(deep), peers.Readers())
         assert await by_client(deep, lambda client: client.status())
         nursery.cancel_scope.cancel()
 
@@ -561,7 +562,7 @@ async def test_nothing_is_left_open(directory: Path) -> None:
     before = descriptors()
     async with trio.open_nursery() as nursery:
         backend = Backend()
-        await nursery.start(control.serve, backend, str(directory))
+        await nursery.start(control.serve, backend, str(directory), peers.Readers())
         stream = await connected(directory)
         await stream.send_all(call("Wait", {"service": NGINX, "image": "web.raw"}))
         await backend.waiting.wait()

@@ -41,6 +41,7 @@ def test_installed_it_runs_and_uninstalled_it_is_gone(tmp_path: Path, prefix: st
     assert {
         "bin/confext-watcher",
         "lib/systemd/system/confext-watcher.service",
+        "lib/sysusers.d/confext-watcher.conf",
         "share/bash-completion/completions/confext-watcher",
         "share/fish/vendor_completions.d/confext-watcher.fish",
     } <= found

@@ -64,6 +64,7 @@ def test_the_interface_describes_each_error() -> None:
         schema.ServiceNotFound("a"),
         schema.NoSuchStack("a", "b"),
         schema.NotPermitted("m"),
+        schema.TooManyCalls(1000, 8),
         schema.Failed("r"),
     ]
     assert {error.name: list(error.parameters()) for error in raised} == described

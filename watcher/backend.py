@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from typing import TypeVar
 
 import trio
 
@@ -15,7 +15,7 @@ from watcher.control import Tell
 from watcher.ledger import LedgerError
 from watcher.line import Line, Tools
 from watcher.managers import Service
-from watcher.model import Event, Outcome, Remark, Stack
+from watcher.model import Event, Layer, Outcome, Remark, Stack
 from watcher.process import Gone
 from watcher.schema import (
     Failed,
@@ -26,14 +26,11 @@ from watcher.schema import (
     ServiceStatus,
     text,
 )
+from watcher.waits import Verdicts, Waits, names
 from watcher.wanted import bad
 
 Write = Callable[..., Awaitable[None]]
-
-# While an image is on trial; it is not for long.
-_TRIAL_POLL_SEC = 0.1
-# Outcomes waiting for one slow client; whoever does not keep up misses the oldest.
-_BACKLOG = 64
+T = TypeVar("T")
 
 
 class Control:
@@ -57,44 +54,36 @@ class Control:
         self._changed = changed
         self._reload_settings = reload_settings
         self._listeners: list[Callable[[Event], None]] = []
+        self._waits = Waits(self._look_at_images)
 
     def tell(self, event: Event) -> None:
         """Pass an outcome on to whoever waits for one."""
+        self._waits.tell(event)
         for listener in self._listeners:
             listener(event)
 
+    def round_over(self, name: str) -> None:
+        """A round of a service is over: more may be known of what somebody waits for."""
+        self._waits.round_over(name)
+
     async def status(self, service: str | None) -> Sequence[ServiceStatus]:
         services = self._services(service)
-        newest = await trio.to_thread.run_sync(self._tools.ledger.newest)
-        return [await trio.to_thread.run_sync(self._status, one, newest) for one in services]
+        newest = await _in_thread(self._tools.ledger.newest)
+        return await _in_thread(lambda: [self._status(one, newest) for one in services])
 
     async def history(self, service: str | None, limit: int) -> Sequence[Event]:
-        return await trio.to_thread.run_sync(self._tools.ledger.history, service, limit)
+        return await _in_thread(self._tools.ledger.history, service, limit)
 
     async def plan(self, service: str | None) -> Sequence[PlannedChange]:
         return [await self._plan(one) for one in self._services(service)]
 
-    async def wait(self, service: str, image: str, tell: Tell) -> Event:
-        found = self._service(service)
-        async with self._listening() as events:
-            known, on_trial = await trio.to_thread.run_sync(self._verdict, found, image)
-            while known is None:
-                event = None
-                # That a service was started well on a stack on trial is no outcome.
-                with trio.move_on_after(_TRIAL_POLL_SEC if on_trial else math.inf):
-                    event = await events.receive()
-                if event is not None and event.service == found.name and _is_about(event, image):
-                    if event.outcome not in _NOT_YET:
-                        return event
-                    await tell(event)
-                if on_trial:
-                    known, on_trial = await trio.to_thread.run_sync(self._verdict, found, image)
-            return known
+    async def wait(self, service: str, image: str, tell: Tell, waits: Callable[[], None]) -> Event:
+        return await self._waits.verdict(self._service(service).name, image, tell, waits)
 
     async def rollback(self, service: str, to: str | None) -> Event:
         found = self._service(service)
-        stacks = await trio.to_thread.run_sync(self._tools.store.stacks, found.slots)
-        kept_out = await trio.to_thread.run_sync(self._kept_out, found.name)
+        stacks = await _in_thread(self._tools.store.stacks, found.slots)
+        kept_out = await _in_thread(self._kept_out, found.name)
         target = _target(found.name, stacks, to, kept_out)
         async with self._writing() as write:
             await write(self._tools.ledger.pin, found.name, target.id)
@@ -112,7 +101,7 @@ class Control:
 
     async def _without_outcome(self, name: str, target: Stack) -> Event:
         """What to say of a round that had nothing to do, or could not do it and has said why before."""
-        now = await trio.to_thread.run_sync(self._status, self._service(name), {})
+        now = await _in_thread(self._status, self._service(name), {})
         if now.stack == target.id or now.state == "stopped":
             sentence = "is on that stack already, and stays on it until `rollback --forget`"
             return report.event(name, Outcome.UNCHANGED, sentence, stack=target.id)
@@ -195,7 +184,7 @@ class Control:
 
     async def _plan(self, service: Service) -> PlannedChange:
         wanted = await self.line.look(service)
-        now = await trio.to_thread.run_sync(self._status, service, {})
+        now = await _in_thread(self._status, service, {})
         before, after = Stack(now.layers), wanted.stack
         if now.state != "running":
             before = wanted.current
@@ -218,39 +207,30 @@ class Control:
             remarks=tuple(remarks),
         )
 
-    def _verdict(self, service: Service, image: str) -> tuple[Event | None, bool]:
-        """What is known of an image without waiting: it is in the stack, or the last word on it was a refusal; and
-        whether it is in the stack, but that is still being judged."""
+    async def _look_at_images(self, name: str, images: Collection[str]) -> Verdicts:
+        service = self._tools.manager.services.get(name)
+        if service is None:
+            return dict.fromkeys(images)
+        return await _in_thread(self._verdicts, service, images)
+
+    def _verdicts(self, service: Service, images: Collection[str]) -> Verdicts:
+        """What is known of images without waiting: one is in the stack, or the last word on it was a refusal."""
         now = self._status(service, {})
         history = self._tools.ledger.history(service.name, 100)
-        for layer in now.layers:
-            if _is(layer.source, image):
-                trial = self._tools.trials.of(service.name)
-                if (
-                    now.state == "running"
-                    and trial is not None
-                    and trial.stack == now.stack
-                    and not trial.bad
-                ):
-                    return None, True
-                done = (event for event in history if event.outcome in (Outcome.APPLIED, Outcome.FAILED))
-                sentence = f"{layer.label} is applied already"
-                already = report.event(service.name, Outcome.APPLIED, sentence, stack=now.stack)
-                return next((event for event in done if event.stack == now.stack), already), False
-        last = next((event for event in history if _is(event.source, image)), None)
-        stands = last is not None and last.outcome in _FINAL_REFUSALS and _stands(last)
-        return last if stands else None, False
-
-    @asynccontextmanager
-    async def _listening(self) -> AsyncIterator[trio.MemoryReceiveChannel[Event]]:
-        send, receive = trio.open_memory_channel[Event](_BACKLOG)
-
-        def pass_on(event: Event) -> None:
-            with suppress(trio.WouldBlock):
-                send.send_nowait(event)
-
-        with send, receive, self._listener(pass_on):
-            yield receive
+        trial = self._tools.trials.of(service.name)
+        on_trial = now.state == "running" and trial is not None and trial.stack == now.stack and not trial.bad
+        shown = {name: layer for layer in reversed(now.layers) for name in _names(layer.source)}
+        newest = {name: event for event in reversed(history) for name in _names(event.source)}
+        verdicts: dict[str, Event | None] = {}
+        for image in images:
+            name = tries.plain(image)
+            if name in shown:
+                verdicts[image] = None if on_trial else _applied(service.name, now, shown[name], history)
+            else:
+                last = newest.get(name)
+                stands = last is not None and last.outcome in _FINAL_REFUSALS and _stands(last)
+                verdicts[image] = last if stands else None
+        return verdicts
 
     @contextmanager
     def _listener(self, listener: Callable[[Event], None]) -> Iterator[None]:
@@ -263,8 +243,6 @@ class Control:
 
 # What a round can have done, rather than said on the way.
 _DONE = (Outcome.APPLIED, Outcome.FAILED, Outcome.ROLLED_BACK, Outcome.NEEDS_RESTART)
-# An upload that broke off may be taken up again.
-_NOT_YET = (Outcome.UNCHANGED, Outcome.INCOMPLETE)
 _FINAL_REFUSALS = (Outcome.REFUSED, Outcome.ROLLED_BACK)
 
 
@@ -281,14 +259,15 @@ def _target(service: str, stacks: Sequence[Stack], to: str | None, kept_out: Map
     return found[0]
 
 
-def _is_about(event: Event, image: str) -> bool:
-    return _is(event.source, image) or any(_is(layer.source, image) for layer in event.layers)
+def _names(source: str) -> tuple[str, ...]:
+    return names(source) if source else ()
 
 
-def _is(source: str, image: str) -> bool:
-    """Whether a file is what somebody calls `image`: its path, or its name; attempts may have changed its counters."""
-    known = text(source)
-    return bool(source) and tries.plain(image) in (tries.plain(known), tries.plain(os.path.basename(known)))
+def _applied(service: str, now: ServiceStatus, layer: Layer, history: Sequence[Event]) -> Event:
+    """The outcome by which a service got the stack that it runs on, if it is known."""
+    done = (event for event in history if event.outcome in (Outcome.APPLIED, Outcome.FAILED))
+    already = report.event(service, Outcome.APPLIED, f"{layer.label} is applied already", stack=now.stack)
+    return next((event for event in done if event.stack == now.stack), already)
 
 
 def _stands(event: Event) -> bool:
@@ -297,3 +276,11 @@ def _stands(event: Event) -> bool:
         return os.stat(event.source).st_ctime_ns // 1000 <= event.when
     except OSError:
         return False
+
+
+async def _in_thread(function: Callable[..., T], *arguments: object) -> T:
+    """What blocks, away from the event loop. Raises Failed where the ledger cannot be read."""
+    try:
+        return await trio.to_thread.run_sync(function, *arguments)
+    except LedgerError as error:
+        raise Failed(str(error))

@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Changing a service's configuration is copying one file: drops of confext images are put on the"
         " /etc of the running service, atomically, and it is asked to reload.",
         epilog="Exit status: 0 done, 1 refused or failed, 2 usage, 3 the daemon is not running, 4 timed out,"
-        " 5 this kernel or systemd is too old.",
+        " 5 this kernel or systemd is too old, 6 too many calls of this user wait already.",
     )
     parser.add_argument("--version", action="version", version=f"confext-watcher {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -258,17 +258,21 @@ def _status(settings: Settings, options: argparse.Namespace) -> int:
         try:
             with Client(settings.runtime_directory, timeout=30) as client:
                 services = client.status(options.service)
+                redacted = client.redacted
         except NotRunning:
+            redacted = False
             services = status.without_daemon(settings, options.service)
             print("confext-watcher: the daemon is not running", file=sys.stderr)
     except LedgerError as error:
         return _fail(str(error), FAILED)
     if options.json:
-        _print_json({"services": to_dict(services)})
-    elif services:
+        _print_json({"services": to_dict(services), "redacted": redacted})
+        return DONE
+    if services:
         _print_services(services)
     else:
         print("no service takes part")
+    _say_redacted(redacted)
     return DONE
 
 
@@ -279,8 +283,9 @@ def _plan(settings: Settings, options: argparse.Namespace) -> int:
 
     with Client(settings.runtime_directory, timeout=600) as client:
         changes = client.plan(options.service)
+        redacted = client.redacted
     if options.json:
-        _print_json({"changes": to_dict(changes)})
+        _print_json({"changes": to_dict(changes), "redacted": redacted})
         return DONE
     for change in changes:
         what = describe(Stack(change.layers), Stack(change.wanted_layers)) if change.changes else "no change"
@@ -289,6 +294,7 @@ def _plan(settings: Settings, options: argparse.Namespace) -> int:
             print(f"  {shown(remark.path)}: {printable(remark.text)}")
     if not changes:
         print("no service takes part")
+    _say_redacted(redacted)
     return DONE
 
 
@@ -300,15 +306,17 @@ def _history(settings: Settings, options: argparse.Namespace) -> int:
         return _fail("--lines: at least 1", USAGE)
     try:
         try:
-            # It may read what this user may not, and knows who may see the output of commands.
+            # It may read what this user may not, and knows who may be told what.
             with Client(settings.runtime_directory, timeout=30) as client:
                 events = client.history(options.service, options.lines)
+                redacted = client.redacted
         except NotRunning:
+            redacted = False
             events = Reader(settings.state_directory).history(options.service, options.lines)
     except LedgerError as error:
         return _fail(str(error), FAILED)
     if options.json:
-        _print_json({"events": to_dict(events)})
+        _print_json({"events": to_dict(events), "redacted": redacted})
         return DONE
     for event in reversed(events):
         print(
@@ -318,6 +326,7 @@ def _history(settings: Settings, options: argparse.Namespace) -> int:
             print(f"    {shown(line)}")
     if not events:
         print("nothing has happened yet")
+    _say_redacted(redacted)
     return DONE
 
 
@@ -331,10 +340,13 @@ def _wait(settings: Settings, options: argparse.Namespace) -> int:
         for last in client.wait(options.service, image):
             if not options.json:
                 print(printable(last.message))
+        redacted = client.redacted
     if last is None:
         raise Failed("the daemon ended before there was an outcome")
     if options.json:
-        _print_json(to_dict(last))
+        _print_json({**to_dict(last), "redacted": redacted})
+    else:
+        _say_redacted(redacted)
     return DONE if last.outcome is Outcome.APPLIED else FAILED
 
 
@@ -439,7 +451,15 @@ def _notes(service: ServiceStatus) -> Iterator[str]:
     if service.pinned is not None:
         yield "stays on this stack, by hand, until `confext-watcher rollback --forget`"
     for content in service.quarantined:
-        yield f"kept out: {shown(content.source or content.digest)}: {printable(content.reason)}"
+        reason = f": {printable(content.reason)}" if content.reason else ""
+        yield f"kept out: {shown(content.source or content.digest)}{reason}"
+
+
+def _say_redacted(redacted: bool) -> None:
+    """Who is told less than there is to tell hears that, and what to do about it."""
+    if redacted:
+        hidden = "you see outcomes only: to see reasons, paths and outputs join the group confext-watcher"
+        print(f"confext-watcher: {hidden}", file=sys.stderr)
 
 
 def _when(usec: int | None) -> str:

@@ -5,8 +5,8 @@
         event = client.rollback("nginx.service")
 
 Each failure is an exception whose `str()` is one line for a person and whose `exit_code` is the command line's: those
-that the daemon answers with are in schema.py (ServiceNotFound, NoSuchStack, NotPermitted, Failed), those of the way
-there are here.
+that the daemon answers with are in schema.py (ServiceNotFound, NoSuchStack, NotPermitted, TooManyCalls, Failed), those
+of the way there are here.
 """
 
 from __future__ import annotations
@@ -48,10 +48,15 @@ class Client:
         runtime_directory: where the socket is.
         timeout: seconds for all that is done with it, None to wait for ever.
 
+    Attributes:
+        redacted: the last answer has outcomes only, because this user is not told reasons, paths and outputs.
+
     Raises:
         NotRunning: there is no daemon.
         TimedOut: it does not take the connection.
     """
+
+    redacted = False
 
     def __init__(self, runtime_directory: str, timeout: float | None = None) -> None:
         self._path = Path(runtime_directory, schema.SOCKET)
@@ -99,7 +104,10 @@ class Client:
         self.call("Reload")
 
     def wait(self, service: str, image: str) -> Iterator[Event]:
-        """What happens to the image, until the verdict, which comes last. Raises ServiceNotFound, TimedOut."""
+        """What happens to the image, until the verdict, which comes last.
+
+        Raises ServiceNotFound, TooManyCalls, TimedOut.
+        """
         for answer in self.stream("Wait", service=service, image=image):
             yield self._read(Event, answer.get("event"))
 
@@ -185,6 +193,7 @@ class Client:
     def _answer(self, reply: dict[str, Any]) -> dict[str, Any]:
         parameters = reply.get("parameters") or {}
         if "error" not in reply:
+            self.redacted = parameters.get("redacted") is True
             return dict(parameters)
         raise _error(str(reply["error"]), parameters)
 

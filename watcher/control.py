@@ -8,8 +8,10 @@ away, and a hundred waiting clients would be a hundred threads. So the package p
 checks parameters against it and answers everything of `org.varlink.service`; the calls of our own interface are
 dispatched here, to an async Backend.
 
-**A client can hurt nobody but itself** (wire.py has the bounds): a connection is a task of its own, and a client that
-does not take its reply, sends rubbish, or comes back a thousand times is only ever in its own way.
+**A client can hurt nobody but itself** (wire.py and peers.py have the bounds): a connection is a task of its own, and a
+client that does not take its reply, sends rubbish, or comes back a thousand times is only ever in its own way.
+
+**Strangers are told less** (redact.py): each reply goes through `_Server._encoded()`, and nothing leaves another way.
 
 **Going away.** A client that closes its connection during `Wait` ends it. A changing call is finished all the same:
 nobody wants half a rollback.
@@ -21,6 +23,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,19 +34,26 @@ import varlink
 from varlink.scanner import Interface
 
 import watcher
-from watcher import schema
+from watcher import peers, redact, schema
 from watcher.lean import structlog
 from watcher.model import Event, shown
-from watcher.schema import CallError, Failed, NotPermitted, PlannedChange, Quarantined, ServiceStatus
-from watcher.wire import Connection, Peer, Places, Request, listening
+from watcher.peers import Peer, Places, Readers, Turn, Turns
+from watcher.schema import (
+    CallError,
+    Failed,
+    NotPermitted,
+    PlannedChange,
+    Quarantined,
+    ServiceStatus,
+    TooManyCalls,
+)
+from watcher.wire import Connection, Request, listening
 
 HISTORY_DEFAULT = 100
 HISTORY_MAX = 1000
 """Events in one reply."""
 REPLY_MAX = 2 * 1024 * 1024
 """Characters of events in one reply; JSON takes up to six bytes for one, and sd-varlink 16 MiB (schema.MESSAGE_MAX)."""
-STRANGERS_AT_ONCE = 4
-"""Calls of unprivileged clients that the backend works on at a time (`Wait` is not work)."""
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
@@ -67,11 +77,12 @@ class Backend(Protocol):
     async def plan(self, service: str | None) -> Sequence[PlannedChange]:
         """What a look now would change. Raises ServiceNotFound."""
 
-    async def wait(self, service: str, image: str, tell: Tell) -> Event:
+    async def wait(self, service: str, image: str, tell: Tell, waits: Callable[[], None]) -> Event:
         """The verdict on an image, once there is one; cancelled when the client goes away.
 
         `tell` what happens to it before; it waits for the client, so it is called from this task and never from the
-        service's round. `service` and `image` have been through `schema.text()`. Raises ServiceNotFound.
+        service's round. `waits` is called when the work is done, and all that is left is to wait. `service` and
+        `image` have been through `schema.text()`. Raises ServiceNotFound.
         """
 
     async def rollback(self, service: str, to: str | None) -> Event:
@@ -87,6 +98,7 @@ class Backend(Protocol):
 async def serve(
     backend: Backend,
     runtime_directory: str,
+    readers: Readers,
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -98,8 +110,9 @@ async def serve(
     Raises:
         OSError: the socket cannot be made.
     """
-    server = _Server(backend)
+    server = _Server(backend, readers)
     async with trio.open_nursery() as nursery:
+        nursery.start_soon(readers.follow)
         with listening(Path(runtime_directory), schema.SOCKET) as made:
             listener = trio.SocketListener(trio.socket.from_stdlib_socket(made))
             task_status.started()
@@ -108,24 +121,32 @@ async def serve(
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """A call whose parameters are as the interface has them: those that are optional may be missing."""
+    """A call whose parameters are as the interface has them: those that are optional may be missing.
+
+    Attributes:
+        stranger: the client is to be told less; replies are made less anyway (`_Server._encoded()`).
+        waits: called when the work is done, and all that is left is to wait.
+    """
 
     backend: Backend
-    peer: Peer
     parameters: dict[str, Any]
     tell: Tell
+    stranger: bool
+    waits: Callable[[], None]
 
     def get(self, name: str) -> Any:
         return self.parameters.get(name)
 
 
 class _Server:
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, readers: Readers) -> None:
         self._backend = backend
-        self._places = Places()
+        self._readers = readers
+        self._places = Places(peers.CONNECTIONS, peers.CONNECTIONS_PER_USER)
+        self._waits = Places(peers.WAITS, peers.WAITS_PER_USER)
+        self._turns = Turns()
         # Of their own: the daemon may have all of trio's threads busy copying images.
         self._threads = trio.CapacityLimiter(2)
-        self._strangers = trio.CapacityLimiter(STRANGERS_AT_ONCE)
         self._service = varlink.Service(
             vendor="confext-watcher",
             product="confext-watcher",
@@ -165,38 +186,52 @@ class _Server:
 
     async def _answer_calls(self, connection: Connection) -> None:
         while (message := await connection.receive()) is not None:
-            request = Request.parse(message)
-            if request.method == _WAIT:
-                reply = await self._reply_unless_hung_up(connection, request)
-            else:
-                reply = await self._reply(connection, request)
+            async with self._turns.one_for(connection.peer) as turn:
+                request = Request.parse(message)
+                if request.method == _WAIT:
+                    reply = await self._reply_unless_hung_up(connection, request, turn)
+                else:
+                    reply = await self._reply(connection, request, turn)
             if not request.oneway:
                 await connection.send(reply)
 
-    async def _reply_unless_hung_up(self, connection: Connection, request: Request) -> bytes:
+    async def _reply_unless_hung_up(self, connection: Connection, request: Request, turn: Turn) -> bytes:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(connection.end_when_hung_up)
-            reply = await self._reply(connection, request)
+            reply = await self._reply(connection, request, turn)
             nursery.cancel_scope.cancel()
         return reply
 
-    async def _reply(self, connection: Connection, request: Request) -> bytes:
+    async def _reply(self, connection: Connection, request: Request, turn: Turn) -> bytes:
         """The reply, whatever happens: no exception leaves here."""
+        peer = connection.peer
         try:
             name, parameters = self._checked(request)
             if not request.method.startswith(f"{schema.INTERFACE}."):
                 return b"".join(self._service.handle(request.raw))
-            answer = await self._call(connection, request, name, parameters)
-            # Hundreds of services take a while to write down, which must not hold up the daemon.
-            return await trio.to_thread.run_sync(_encode, {"parameters": answer}, limiter=self._threads)
+            return await self._encoded(peer, await self._call(connection, request, name, parameters, turn))
         except varlink.VarlinkError as error:
             return _encode({"error": error.error(), "parameters": error.parameters()})
         except CallError as error:
-            return _encode({"error": error.name, "parameters": error.parameters()})
+            return self._encoded_error(peer, error)
         except Exception:
             log.exception(f"control socket: {request.method} failed by a mistake in the program")
             reason = "a mistake in the program: the watcher's log has the details"
-            return _encode({"error": Failed.name, "parameters": {"reason": reason}})
+            return self._encoded_error(peer, Failed(reason))
+
+    async def _encoded(self, peer: Peer, results: dict[str, Any], **flags: bool) -> bytes:
+        """A reply as this peer may have it."""
+
+        def encode() -> bytes:
+            told = results if self._readers.include(peer) else redact.redacted_results(results)
+            return _encode({"parameters": told, **flags})
+
+        # Hundreds of services take a while to write down, which must not hold up the daemon.
+        return await trio.to_thread.run_sync(encode, limiter=self._threads)
+
+    def _encoded_error(self, peer: Peer, error: CallError) -> bytes:
+        told = error.parameters() if self._readers.include(peer) else redact.redacted_error(error)
+        return _encode({"error": error.name, "parameters": told})
 
     def _checked(self, request: Request) -> tuple[str, dict[str, Any]]:
         """The method's name and its parameters, optional ones without a value left out. Raises varlink.VarlinkError."""
@@ -221,28 +256,27 @@ class _Server:
         return name, checked
 
     async def _call(
-        self, connection: Connection, request: Request, name: str, parameters: dict[str, Any]
+        self, connection: Connection, request: Request, name: str, parameters: dict[str, Any], turn: Turn
     ) -> dict[str, Any]:
         peer = connection.peer
+        stranger = not self._readers.include(peer)
 
         async def tell(event: Event) -> None:
             if request.more and not request.oneway:
-                said = {"parameters": {"event": _visible(event, peer)}, "continues": True}
-                await connection.send(_encode(said))
+                said = {"event": event, "redacted": stranger}
+                await connection.send(await self._encoded(peer, said, continues=True))
 
-        call = _Call(self._backend, peer, parameters, tell)
         if name in _CHANGING:
             if not peer.privileged:
                 raise NotPermitted(request.method)
             about = f" {shown(parameters['service'])}" if "service" in parameters else ""
             log.info(f"{name.lower()}{about}: asked for by uid {peer.uid} (pid {peer.pid})")
-            return await _CHANGING[name](call)
-        if request.method == _WAIT:
-            return await _wait(call)
-        async with contextlib.AsyncExitStack() as stack:
-            if not peer.privileged:
-                await stack.enter_async_context(self._strangers)
-            return await _READING[name](call)
+            return await _CHANGING[name](_Call(self._backend, parameters, tell, stranger, turn.over))
+        with contextlib.ExitStack() as held:
+            if request.method == _WAIT and not held.enter_context(self._waits.one_for(peer)):
+                raise TooManyCalls(peer.uid, self._waits.per_user)
+            call = _Call(self._backend, parameters, tell, stranger, turn.over)
+            return {**await _READING[name](call), "redacted": stranger}
 
 
 async def _status(call: _Call) -> dict[str, Any]:
@@ -257,11 +291,11 @@ async def _history(call: _Call) -> dict[str, Any]:
     fitting = []
     room = REPLY_MAX
     for event in events:
-        seen = _visible(event, call.peer)
-        room -= len(seen.output) + len(seen.reason) + len(seen.message) + 1000 + 500 * len(seen.layers)
+        told = redact.redacted(event) if call.stranger else event
+        room -= len(told.output) + len(told.reason) + len(told.message) + 1000 + 500 * len(told.layers)
         if room < 0:
             break
-        fitting.append(seen)
+        fitting.append(told)
     cut = len(fitting) < len(events) or (limit > HISTORY_MAX and len(events) == HISTORY_MAX)
     return {"events": fitting, "truncated": cut}
 
@@ -272,7 +306,10 @@ async def _plan(call: _Call) -> dict[str, Any]:
 
 async def _wait(call: _Call) -> dict[str, Any]:
     service, image = schema.text(call.parameters["service"]), schema.text(call.parameters["image"])
-    return {"event": _visible(await call.backend.wait(service, image, call.tell), call.peer)}
+    if call.stranger:
+        # Whether there is a path may be a secret; its last part is not.
+        image = os.path.basename(image)
+    return {"event": await call.backend.wait(service, image, call.tell, call.waits)}
 
 
 async def _rollback(call: _Call) -> dict[str, Any]:
@@ -290,14 +327,9 @@ async def _reload(call: _Call) -> dict[str, Any]:
 
 _WAIT = f"{schema.INTERFACE}.Wait"
 _Answer = Callable[[_Call], Awaitable[dict[str, Any]]]
-_READING: dict[str, _Answer] = {"Status": _status, "History": _history, "Plan": _plan}
+_READING: dict[str, _Answer] = {"Status": _status, "History": _history, "Plan": _plan, "Wait": _wait}
 _CHANGING: dict[str, _Answer] = {"Rollback": _rollback, "Forget": _forget, "Reload": _reload}
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-
-
-def _visible(event: Event, peer: Peer) -> Event:
-    """What this peer may see of it: a check may have printed what only the service's user can read."""
-    return event if peer.privileged else dataclasses.replace(event, output="")
 
 
 def _without_output(event: Event | None) -> Event | None:

@@ -30,6 +30,7 @@ from watcher.managers.systemd import Systemd
 from watcher.managers.systemd import check as systemd_check
 from watcher.model import Busy, Later, Remark, problem, shown
 from watcher.mounts.workshop import Hung, Workshop
+from watcher.peers import Readers
 from watcher.pending import Pending
 from watcher.process import may_mount
 from watcher.settle import Settle
@@ -128,6 +129,7 @@ class Daemon:
         self._control = Control(tools, self.changed, self._reload_settings)
         self._line = Line(tools, self._control.tell, self.changed, self._looked_at)
         self._control.line = self._line
+        self._readers = Readers()
         self._settle = Settle()
         self._since: dict[str, float] = {}
         self._running: set[str] = set()
@@ -146,7 +148,8 @@ class Daemon:
                 await nursery.start(self._tools.manager.run, self.changed)
                 self._unseen = set(self._tools.manager.services)
                 self._look_at_everything()
-                await nursery.start(serve, self._control, self._settings.runtime_directory)
+                directory = self._settings.runtime_directory
+                await nursery.start(serve, self._control, directory, self._readers)
                 nursery.start_soon(self._follow_directories)
                 nursery.start_soon(self._start_rounds, nursery)
                 nursery.start_soon(self._when_looked)
@@ -202,6 +205,7 @@ class Daemon:
             else:
                 again = await self._round(service, since)
             self._looked_at(name)
+            self._control.round_over(name)
             self._say_remarks()
             if name not in self._again:
                 break
@@ -281,6 +285,7 @@ class Daemon:
         for remark in remarks:
             journal.say(remark)
         self._settings = settings
+        self._readers.look_up()
         self._tools.store.configure(settings.store_max, settings.image_max, settings.keep_stacks)
         self._tools.watcher.retry()
         journal.log.info("settings read again")

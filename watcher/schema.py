@@ -33,6 +33,11 @@ DESCRIPTION = """\
 # Services whose /etc is kept at the newest good configuration extension (confext) images.
 # Reading calls are open to everybody, changing calls (Rollback, Forget, Reload) to root and to the
 # user that the watcher runs as. All times are microseconds since the epoch, all durations microseconds.
+#
+# Reasons, paths and outputs are for root, the watcher's own user and the members of the group confext-watcher:
+# what a command has printed may be a password, and which paths there are is not for everybody. Others get
+# `redacted: true`, and of these fields the empty value: source, reason, output; remarks; and a message that
+# only says the outcome. To Wait for an image by its path is for them to wait for it by its file name.
 interface io.confext.Watcher
 
 # One admitted image or directory tree in a stack.
@@ -53,7 +58,7 @@ type Layer (
 # outcome: "applied", "unchanged", "refused", "incomplete", "failed", "rolled-back" or "needs-restart".
 # message: a sentence for people.
 # stack, previous: identities of the stacks after and before.
-# output: what the check or the reload printed; History and Wait have it, for callers who may change things.
+# output: what the check or the reload printed; History and Wait have it.
 type Event (
   service: string,
   outcome: string,
@@ -123,18 +128,18 @@ type PlannedChange (
 )
 
 # The services that take part, or one of them.
-method Status(service: ?string) -> (services: []ServiceStatus)
+method Status(service: ?string) -> (services: []ServiceStatus, redacted: bool)
 
 # Outcomes, newest first: at most `limit` (100 if not given).
 # truncated: there were more of them than one reply can hold.
-method History(service: ?string, limit: ?int) -> (events: []Event, truncated: bool)
+method History(service: ?string, limit: ?int) -> (events: []Event, truncated: bool, redacted: bool)
 
 # What a look now would change, without doing it.
-method Plan(service: ?string) -> (changes: []PlannedChange)
+method Plan(service: ?string) -> (changes: []PlannedChange, redacted: bool)
 
 # Replies once the image is applied to the service or refused for it: at once if it is already.
 # With `more`, what happens to it on the way is told as well. Ends with the connection.
-method Wait(service: string, image: string) -> (event: Event)
+method Wait(service: string, image: string) -> (event: Event, redacted: bool)
 
 # Back to the stack before, or to the given one, and stay there.
 method Rollback(service: string, to: ?string) -> (event: Event)
@@ -154,7 +159,10 @@ error NoSuchStack (service: string, stack: string)
 # Only root and the watcher's own user may do this.
 error NotPermitted (method: string)
 
-# It was tried and did not work.
+# So many calls of Wait by this user wait already: there is room for another when one of them ends.
+error TooManyCalls (uid: int, limit: int)
+
+# It was tried and did not work. The reason is empty for those who are not told reasons.
 error Failed (reason: string)
 """
 
@@ -223,7 +231,7 @@ class CallError(Exception):
     name: ClassVar[str] = ""
     exit_code: ClassVar[int] = 1
 
-    def parameters(self) -> dict[str, str]:
+    def parameters(self) -> dict[str, Any]:
         return {}
 
 
@@ -234,7 +242,7 @@ class ServiceNotFound(CallError):
         super().__init__(f"{text(service)}: no service of this name takes part")
         self.service = service
 
-    def parameters(self) -> dict[str, str]:
+    def parameters(self) -> dict[str, Any]:
         return {"service": self.service}
 
 
@@ -249,7 +257,7 @@ class NoSuchStack(CallError):
         self.service = service
         self.stack = stack
 
-    def parameters(self) -> dict[str, str]:
+    def parameters(self) -> dict[str, Any]:
         return {"service": self.service, "stack": self.stack}
 
 
@@ -260,23 +268,42 @@ class NotPermitted(CallError):
         super().__init__(f"{text(method)} is for root and the watcher's own user only")
         self.method = method
 
-    def parameters(self) -> dict[str, str]:
+    def parameters(self) -> dict[str, Any]:
         return {"method": self.method}
 
 
+class TooManyCalls(CallError):
+    """As many of a user's calls wait as may."""
+
+    name = f"{INTERFACE}.TooManyCalls"
+    exit_code = 6
+
+    def __init__(self, uid: int, limit: int) -> None:
+        super().__init__(
+            f"too many calls of uid {uid} wait already ({limit} may); try again when one has ended"
+        )
+        self.uid = uid
+        self.limit = limit
+
+    def parameters(self) -> dict[str, Any]:
+        return {"uid": self.uid, "limit": self.limit}
+
+
 class Failed(CallError):
+    """Raised with reason "" for a client that is not told reasons."""
+
     name = f"{INTERFACE}.Failed"
 
     def __init__(self, reason: str) -> None:
-        super().__init__(text(reason))
+        super().__init__(text(reason) or "it did not work; the watcher's log says why")
         self.reason = reason
 
-    def parameters(self) -> dict[str, str]:
+    def parameters(self) -> dict[str, Any]:
         return {"reason": self.reason}
 
 
 ERRORS: dict[str, type[CallError]] = {
-    error.name: error for error in (ServiceNotFound, NoSuchStack, NotPermitted, Failed)
+    error.name: error for error in (ServiceNotFound, NoSuchStack, NotPermitted, TooManyCalls, Failed)
 }
 
 

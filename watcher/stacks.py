@@ -289,7 +289,7 @@ def _write_record(directory: int, accepted: Accepted) -> None:
         "entries": [asdict(entry) | {"kind": entry.kind.value} for entry in accepted.entries],
         "mounted": accepted.mounted,
     }
-    fd = os.open(_RECORD, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=directory)
+    fd = os.open(_RECORD, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=directory)
     with open(fd, "w", encoding="ascii") as file:
         file.write(json.dumps(record))
         file.flush()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Varlink's transport for the control socket: who is there, calls in and replies out, all of it bounded.
+"""Varlink's transport for the control socket: calls in and replies out, all of it bounded. Who is there: peers.py.
 
 A message is JSON and a NUL (varlink.org, "Method Call"). There is no queue to bound: a connection is one task that
 reads one call and sends its replies before it reads the next; what a client sends meanwhile waits in the kernel's
@@ -8,13 +8,11 @@ buffer. Being idle is fine, and costs a descriptor.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import json
 import os
 import select
 import socket
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,32 +20,12 @@ from typing import Any
 
 import trio
 
+from watcher.peers import Peer
+
 REQUEST_MAX = 64 * 1024
 """Bytes of one call."""
 SEND_SEC = 30
 """How long a client may take to take a reply."""
-CONNECTIONS = 128
-"""Of everybody but the privileged, who have as many of their own: root is never locked out."""
-CONNECTIONS_PER_USER = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """Who connected, as the kernel recorded it then (SO_PEERCRED, unix(7)); pid 0: not of our PID namespace."""
-
-    pid: int
-    uid: int
-
-    @staticmethod
-    def of(stream: trio.SocketStream) -> Peer:
-        credentials = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII"))
-        pid, uid, _gid = struct.unpack("iII", credentials)
-        return Peer(pid, uid)
-
-    @property
-    def privileged(self) -> bool:
-        """May change things: root and the daemon's own user."""
-        return self.uid in (0, os.geteuid())
 
 
 @contextlib.contextmanager
@@ -76,35 +54,6 @@ def _unlink(name: str, directory: int) -> None:
         pass
 
 
-class Places:
-    """How many connections there may be, and whose."""
-
-    def __init__(self) -> None:
-        self._taken: collections.Counter[int] = collections.Counter()
-        self._privileged = 0
-
-    @contextlib.contextmanager
-    def one_for(self, peer: Peer) -> Iterator[bool]:
-        """Whether there is a place for this peer, which is then taken for the length of the block."""
-        if peer.privileged:
-            free = self._privileged < CONNECTIONS
-        else:
-            free = self._taken[peer.uid] < CONNECTIONS_PER_USER and self._taken.total() < CONNECTIONS
-        self._count(peer, int(free))
-        try:
-            yield free
-        finally:
-            self._count(peer, -int(free))
-
-    def _count(self, peer: Peer, change: int) -> None:
-        if peer.privileged:
-            self._privileged += change
-        else:
-            self._taken[peer.uid] += change
-            if not self._taken[peer.uid]:
-                del self._taken[peer.uid]
-
-
 @dataclass(frozen=True, slots=True)
 class Request:
     """One call as it came; `parameters` not yet checked."""
@@ -119,7 +68,8 @@ class Request:
     def parse(raw: bytes) -> Request:
         """Raises ValueError: not a Varlink call."""
         try:
-            message = json.loads(raw, parse_constant=_no_constant)
+            # Not the bytes: json.loads() would take UTF-16 and lone surrogates as well.
+            message = json.loads(raw.decode(), parse_constant=_no_constant, object_pairs_hook=_object)
         except RecursionError:
             raise ValueError("nested too deeply")
         if not isinstance(message, dict):
@@ -132,6 +82,13 @@ class Request:
         if any(not isinstance(flag, bool) for flag in flags):
             raise ValueError("a flag that is neither true nor false")
         return Request(method, parameters or {}, flags[0], flags[1], raw)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is there twice")
+    return found
 
 
 def _no_constant(name: str) -> None:

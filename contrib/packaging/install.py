@@ -36,6 +36,7 @@ UNITS = {
     "confext-watcher.preset": ("systemd/system-preset/80-confext-watcher.preset", False),
     "confext-watcher.catalog": ("systemd/catalog/confext-watcher.catalog", False),
     "confext-watcher.tmpfiles": ("tmpfiles.d/confext-watcher.conf", False),
+    "confext-watcher.sysusers": ("sysusers.d/confext-watcher.conf", False),
 }
 # What people read and type with, and where it goes below PREFIX/share. Debian's zsh looks elsewhere than a local one.
 DOCUMENTS = {
@@ -147,7 +148,8 @@ def main() -> None:
         byte_compile(options.destdir, options.prefix, options.python)
     next_step(
         options.destdir,
-        f"systemctl daemon-reload && journalctl --update-catalog && systemctl enable --now {NAME}",
+        "systemd-sysusers && systemctl daemon-reload && journalctl --update-catalog"
+        f" && systemctl enable --now {NAME}",
     )
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import subprocess
 import sys
@@ -90,6 +91,13 @@ def test_the_life_of_the_package(fresh: Host, packages: dict[str, Path]) -> None
     drop(host, "1")
     assert host.see("web.service", "/etc/web.txt") == "1"
     assert "is in place for web.service" in host.bed.journal("--catalog", "--unit=web.service")
+
+    # The group is there, and the watcher knows it: its members are told what others are not.
+    stranger = ["setpriv", "--reuid=65534", "--regid=65534"]
+    for groups, redacted in ((["--clear-groups"], True), (["--groups=confext-watcher"], False)):
+        said = host.bed.run([*stranger, *groups, "confext-watcher", "history", "--json"]).stdout
+        assert json.loads(said)["redacted"] is redacted
+        assert (DROPS in said) is not redacted
 
     # After a power cut, both are there again, and all is as before.
     host.bed.reboot()

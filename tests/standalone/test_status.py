@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 
@@ -106,30 +105,6 @@ def test_since_when_is_known_without_history(place: Place) -> None:
     assert before < since < time.time_ns() // 1000
     place.start_daemon()
     assert service.status()["since"] == since
-
-
-@root
-@tool("mksquashfs")
-def test_anybody_may_ask_the_daemon_for_history() -> None:
-    """Who may not read the file may have the daemon do it, but for what commands printed."""
-    nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
-    with tempfile.TemporaryDirectory() as path:
-        os.chmod(path, 0o755)
-        with Place(Path(path)) as place:
-            daemon = place.start_daemon()
-            service = place.start(
-                "--check", "sh -c 'echo $((40 + 2))nd; echo last; false'", "--reload-signal", "HUP"
-            )
-            service.put("1.3")
-            service.logged("refused")
-            printed = place.run("history", service.name, prefix=nobody).stdout
-            assert "web 1.3 added, refused" in printed and "42nd" not in printed
-            assert "42nd" in place.run("history", service.name).stdout
-            daemon.stop()
-            done = place.run("history", service.name, prefix=nobody, check=False)
-            assert done.returncode == 1
-            assert done.stderr.endswith("ledger.sqlite: this user may not read it\n")
-            assert "42nd" in place.run("history", service.name).stdout
 
 
 @images_only

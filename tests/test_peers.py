@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import contextlib
 
-from watcher import wire
+from watcher import peers
 
 
 def test_no_user_can_take_the_place_of_another_or_of_root() -> None:
-    places = wire.Places()
+    places = peers.Places(peers.CONNECTIONS, peers.CONNECTIONS_PER_USER)
     with contextlib.ExitStack() as stack:
 
         def connects(uid: int) -> bool:
-            return stack.enter_context(places.one_for(wire.Peer(1, uid)))
+            return stack.enter_context(places.one_for(peers.Peer(1, uid)))
 
-        assert all(connects(1000) for _ in range(wire.CONNECTIONS_PER_USER))
+        assert all(connects(1000) for _ in range(peers.CONNECTIONS_PER_USER))
         assert not connects(1000)
         assert connects(1001)
         assert (
             sum(connects(uid) for uid in range(2000, 2200))
-            == wire.CONNECTIONS - wire.CONNECTIONS_PER_USER - 1
+            == peers.CONNECTIONS - peers.CONNECTIONS_PER_USER - 1
         )
         assert connects(0)
-    assert places.one_for(wire.Peer(1, 1000)).__enter__()
+    assert places.one_for(peers.Peer(1, 1000)).__enter__()
