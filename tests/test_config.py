@@ -226,3 +226,13 @@ def test_no_file_at_all(tmp_path: Path) -> None:
     settings, remarks = config.load({"CONFIGURATION_DIRECTORY": str(tmp_path)}, root=True)
     assert settings == Settings(configuration_directory=str(tmp_path))
     assert remarks == ()
+
+
+def test_trusted_users_add_up_until_an_empty_value() -> None:
+    settings, remarks = service(
+        "[X-Confext]\nTrustedUsers=forgotten\nTrustedUsers=\nTrustedUsers=deploy 1001\n"
+        "TrustedUsers=first.last@example.org\nTrustedUsers=a:b\nTrustedGroups=www"
+    )
+    assert settings.trusted_users == ("deploy", "1001", "first.last@example.org")
+    assert settings.trusted_groups == ("www",)
+    assert remarks == ["/f:6 ignored: TrustedUsers= is not the name of a user or group: a:b"]

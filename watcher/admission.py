@@ -21,6 +21,7 @@ from watcher.model import Candidate, Copy, Incomplete, Kind, Later, Refused, pro
 from watcher.mounts import syscalls
 from watcher.mounts.workshop import Workshop
 from watcher.store import Store
+from watcher.strictmodes import StrictModes
 
 Release = tuple[Mapping[str, str], frozenset[str]]
 
@@ -89,13 +90,20 @@ class Admission:
         self._shop = shop
         self._releases: dict[str, Release] = {}
 
-    def admit(self, candidate: Candidate, made_for: Host, at_hand: set[str] | None = None) -> Copy:
+    def admit(
+        self,
+        candidate: Candidate,
+        made_for: Host,
+        at_hand: set[str] | None = None,
+        modes: StrictModes | None = None,
+    ) -> Copy:
         """The store's copy of a candidate. Blocks; not on a worker of the workshop.
 
         Hold `Store.using()` until a stack with the copy has been accepted.
 
         Args:
             at_hand: gets the digest, also of what has to wait.
+            modes: whom the service trusts; None: everybody.
 
         Raises:
             Refused, Incomplete: it will not do; `str()` says what is wrong, to go behind its path.
@@ -114,7 +122,8 @@ class Admission:
             name = release.choose_release_file(candidate.filename, names, strict_false, candidate.kind)
             release.match(_parsed(names[name]), made_for.os_release, made_for.architecture)
 
-        return admit.admit(self._store, candidate, judge, (candidate.filename, made_for.terms), at_hand)
+        terms = candidate.filename, made_for.terms
+        return admit.admit(self._store, candidate, judge, terms, at_hand, modes)
 
     def forget(self, digests: Iterable[str]) -> None:
         """Drop what is remembered of content that has left the store."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """From a candidate on the disk to a copy in the store, or one clear line why not.
 
-The path is looked up once. Links on the way are followed (they are how people deploy), and from then on everything
-happens to the file that was found. Each content is read once: its verdict, good or bad, is remembered by what `stat`
-says of it.
+The path is looked up once, and each step of it judged on the way (`strictmodes.py`). Links are followed (they are how
+people deploy), and from then on everything happens to the file that was found. Each content is read once: its verdict,
+good or bad, is remembered by what `stat` says of it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from watcher.known import Key
 from watcher.lease import Lease, coarse_now_ns
 from watcher.model import Busy, Candidate, Copy, Kind, Later, Refused
 from watcher.store import Store
+from watcher.strictmodes import Guard, StrictModes
 
 _SECOND_NS = 1_000_000_000
 
@@ -45,8 +46,8 @@ def open_candidate(candidate: Candidate) -> int:
         Busy: it has just vanished.
         Later: the machine could not look it up.
     """
-    with _translated():
-        return _open(candidate)
+    with _translated(), _tell_apart(candidate):
+        return _of_its_kind(candidate, os.open(candidate.path, os.O_PATH | os.O_CLOEXEC))
 
 
 def admit(
@@ -55,6 +56,7 @@ def admit(
     judge: Judge | None = None,
     terms: Hashable = None,
     at_hand: set[str] | None = None,
+    modes: StrictModes | None = None,
 ) -> Copy:
     """The store's copy of the candidate, made now or before.
 
@@ -66,18 +68,22 @@ def admit(
             is refused, and so collected from the store, would be copied again at every look.
         at_hand: gets the digest of what is not refused: what has to wait is in no stack, and must not be collected
             all the same, or else it would be copied again at every look.
+        modes: whom the service trusts; None: everybody. Whom it does not trust is no verdict on a content, and never
+            remembered as one.
 
     Raises:
         Refused, Incomplete: this content will not do; the line says why, to go behind the path.
         Busy: somebody writes to it, or it has just vanished; an event will follow.
         Later: the machine cannot now.
     """
-    with _translated(), _closing(_open(candidate)) as place:
+    with _translated():
+        place, guard = _open(candidate, modes)
+    with _translated(), _closing(place):
         if candidate.kind is Kind.IMAGE:
             with _closing(_reopen(place, os.O_RDONLY)) as fd:
                 return _admit(store, _Image(fd), judge, terms, at_hand)
         with _closing(_reopen(place, os.O_RDONLY | os.O_DIRECTORY)) as root:
-            return _admit(store, _Tree(root), judge, terms, at_hand)
+            return _admit(store, _Tree(root, guard), judge, terms, at_hand)
 
 
 class _Content(Protocol):
@@ -145,9 +151,9 @@ class _Image:
 
 
 class _Tree:
-    def __init__(self, root: int) -> None:
+    def __init__(self, root: int, guard: Guard | None) -> None:
         self._root = root
-        self._signature = tree.signature(root)
+        self._signature = tree.signature(root, guard)
         self.key: Key = ("tree", self._signature.key)
 
     def copy(self, store: Store) -> tuple[Copy | Refused, bool]:
@@ -171,17 +177,33 @@ def _is_past(ctime_ns: int, proven_ns: int) -> bool:
     return ctime_ns < proven_ns or ctime_ns > proven_ns + _SECOND_NS
 
 
-def _open(candidate: Candidate) -> int:
-    try:
-        fd = os.open(candidate.path, os.O_PATH | os.O_CLOEXEC)
-    except OSError as error:
-        raise _not_opened(candidate, error) from error
+def _open(candidate: Candidate, modes: StrictModes | None) -> tuple[int, Guard | None]:
+    if modes is None:
+        return open_candidate(candidate), None
+    with _tell_apart(candidate):
+        found = modes.open(candidate.path)
+    if found.unsafe is not None:
+        os.close(found.fd)
+        raise found.unsafe
+    return _of_its_kind(candidate, found.fd), found.guard
+
+
+def _of_its_kind(candidate: Candidate, fd: int) -> int:
     found = stat.S_IFMT(os.fstat(fd).st_mode)
     expected = _EXPECTED[candidate.kind]
     if found != expected:
         os.close(fd)
         raise Refused(f"{_KINDS.get(found, 'of an unknown type')}, not {_KINDS[expected]}")
     return fd
+
+
+@contextmanager
+def _tell_apart(candidate: Candidate) -> Iterator[None]:
+    """What it means that a path cannot be opened."""
+    try:
+        yield
+    except OSError as error:
+        raise _not_opened(candidate, error) from error
 
 
 def _not_opened(candidate: Candidate, error: OSError) -> Refused | Busy | OSError:

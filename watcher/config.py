@@ -27,6 +27,9 @@ _SIGNAL = re.compile(
     r"(?P<number>[0-9]{1,3})|(?:SIG)?(?P<name>[A-Z0-9]+)(?P<further>(?<=RTMIN|RTMAX)[+-][0-9]{1,2})?"
 )
 
+# What systemd lets through with a warning (USER_NAMES, "relaxed mode").
+_USER = re.compile(r"(?!\.{1,2}\Z|-)[^\s:/,\x00-\x1f\x7f]{1,256}")
+
 _MiB = 1024**2
 _GiB = 1024**3
 
@@ -79,6 +82,8 @@ class ServiceSettings:
         rollout: `Rollout=`, "parallel" or "rolling".
         rollout_parallel: `RolloutParallel=`, at a time, after the first.
         settle_usec: `SettleSec=`; None: as the watcher's.
+        trusted_users: `TrustedUsers=`, names or numbers.
+        trusted_groups: `TrustedGroups=`.
         image_policy: `ImagePolicy=`, as written (systemd.image-policy(7), or "signed"); "" when not set.
         enabled: `Enabled=`.
     """
@@ -93,6 +98,8 @@ class ServiceSettings:
     rollout: str = "parallel"
     rollout_parallel: int = 1
     settle_usec: int | None = None
+    trusted_users: tuple[str, ...] = ()
+    trusted_groups: tuple[str, ...] = ()
     image_policy: str = ""
     enabled: bool = True
 
@@ -257,7 +264,12 @@ def _read(
             except ValueError as error:
                 remarks.append(assignment.remark(f"ignored: {assignment.key}= is {error}"))
             else:
-                values[key.attribute] = (*values.get(key.attribute, ()), value) if key.repeats else value
+                if key.repeats:
+                    value = (
+                        *values.get(key.attribute, ()),
+                        *(value if isinstance(value, tuple) else (value,)),
+                    )
+                values[key.attribute] = value
     return values, remarks
 
 
@@ -272,6 +284,15 @@ def _choice(*words: str) -> Callable[[str], str]:
 
 def _at_least(least: int) -> Callable[[str], int]:
     return lambda text: unitfile.number(text, least)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Users or groups, by name or number; systemd.syntax(7) has "," and ":" in none of them."""
+    names = tuple(text.split())
+    for name in names:
+        if not _USER.fullmatch(name):
+            raise ValueError(f"not the name of a user or group: {shown(name)}")
+    return names
 
 
 def _command(text: str) -> str:
@@ -304,6 +325,8 @@ _SERVICE_KEYS = {
     "Rollout": _Key("rollout", _choice("parallel", "rolling")),
     "RolloutParallel": _Key("rollout_parallel", _at_least(1)),
     "SettleSec": _Key("settle_usec", unitfile.time_span),
+    "TrustedUsers": _Key("trusted_users", _names, repeats=True),
+    "TrustedGroups": _Key("trusted_groups", _names, repeats=True),
     "ImagePolicy": _Key("image_policy", str),
     "Enabled": _Key("enabled", unitfile.boolean),
 }

@@ -19,7 +19,7 @@ from watcher import journal, tries
 from watcher.admission import Admission, host
 from watcher.config import ServiceSettings, Settings
 from watcher.ledger import LedgerError, Reader
-from watcher.managers import slots_of
+from watcher.managers import slots_of, trust_of
 from watcher.managers.standalone import (
     Registration,
     declared,
@@ -236,9 +236,20 @@ def _find(settings: Settings, admission: Admission, store: Store, trials: Trials
         # It never ran: there is nothing yet that could have proved bad.
         journal.log.warning(f"{name}: starts without regard to history: {error}")
     sources = declared(order.images, order.directories, order.confext_dirs)
-    policy = _own_settings(order).image_policy
-    trial = trials.of(name)
-    return find(store, admission, slots, sources, host(), kept_out, pin, trial, elsewhere, policy=policy)
+    own = _own_settings(order)
+    return find(
+        store,
+        admission,
+        slots,
+        sources,
+        host(),
+        kept_out,
+        pin,
+        trials.of(name),
+        elsewhere,
+        own.image_policy,
+        trust_of(own, "standalone"),
+    )
 
 
 def _kept_out_elsewhere(

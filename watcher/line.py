@@ -289,6 +289,7 @@ class Line:
             trial,
             elsewhere,
             service.settings.image_policy,
+            service.trust,
         )
         if memory is not None:
             memory.at_hand = wanted.at_hand

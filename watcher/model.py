@@ -42,6 +42,18 @@ class Sysext(Refused):
     """A system extension, which a unit may declare beside its confexts: not ours, and left to systemd."""
 
 
+class Unsafe(Refused):
+    """Somebody whom the service does not trust has a hand in it, see `strictmodes.py`.
+
+    Attributes:
+        path: what to mend, without links in it.
+    """
+
+    def __init__(self, text: str, path: str = "") -> None:
+        super().__init__(text)
+        self.path = path
+
+
 class Busy(Exception):
     """Somebody is still writing: not an outcome at all, look again later."""
 
@@ -131,11 +143,13 @@ class Picks:
     Attributes:
         unknown: something on the way could not be read (permissions, an I/O error), so that a candidate that is not
             here may still exist: nobody removed it, and what was accepted stays.
+        unsafe: why nothing of it may be used, and what was accepted stays.
     """
 
     entry: Entry
     candidates: tuple[Candidate, ...]
     unknown: bool = False
+    unsafe: Unsafe | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,12 +177,14 @@ class Look:
         remarks: what was passed over, and why.
         unknown: a `.confext.d/` is there and could not be read, so that entries may be missing in `picks`: nobody
             removed them, and those accepted before stay.
+        unsafe: strangers can write to a `.confext.d/`: what they removed from it stays.
     """
 
     picks: tuple[Picks, ...]
     interests: tuple[Interest, ...]
     remarks: tuple[Remark, ...] = ()
     unknown: bool = False
+    unsafe: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,9 @@ def choose(look: Look, admit: Callable[[Candidate], Copy], accepted: Stack) -> C
 def _pick(
     pick: Picks, admit: Callable[[Candidate], Copy], accepted: Layer | None, passed: list[Passed]
 ) -> Layer | None:
+    if pick.unsafe is not None:  # one line for all of them
+        passed += [Passed(pick.entry.slot, candidate, pick.unsafe) for candidate in pick.candidates[:1]]
+        return accepted
     if pick.unknown and accepted is not None and _is_gone(accepted, pick):
         return accepted  # perhaps it is there, and nobody can see it
     kept_out = False

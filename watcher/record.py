@@ -13,7 +13,7 @@ import trio
 
 from watcher import journal, report, tries
 from watcher.ledger import Ledger, LedgerError
-from watcher.model import Event, KeptOut, Later, Refused, Stack, printable, problem, shown
+from watcher.model import Event, KeptOut, Later, Refused, Stack, Unsafe, printable, problem, shown
 from watcher.plan import Passed
 from watcher.schema import Quarantined, text
 from watcher.wanted import STACK, Wanted
@@ -145,7 +145,10 @@ class Record:
                 _log(remark.level, f"{service}: {shown(remark.path)}: {remark.text}", service)
             said.add(key)
         for passed in wanted.passed:
-            key = (passed.candidate.path, str(passed.reason), *_signature(passed.candidate.path))
+            path = passed.candidate.path
+            # What lies behind an unsafe link is nobody's to know, not even that it changes.
+            seen = _signature(path, follow=not isinstance(passed.reason, Unsafe))
+            key = (path, str(passed.reason), *seen)
             if key not in before:
                 await self._passed(service, passed, wanted)
             said.add(key)
@@ -177,9 +180,9 @@ class Record:
         return any(one.source == source for one in self._ledger.quarantined(service))
 
 
-def _signature(path: str) -> tuple[int, ...]:
+def _signature(path: str, *, follow: bool) -> tuple[int, ...]:
     try:
-        status = os.stat(path)
+        status = os.stat(path, follow_symlinks=follow)
     except OSError:
         return ()
     return (status.st_ino, status.st_size, status.st_mtime_ns)

@@ -21,7 +21,7 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -75,15 +75,19 @@ class Copied:
     size: int
 
 
-def signature(root: int) -> Signature:
+def signature(root: int, guard: Callable[[os.stat_result, int, str, str], None] | None = None) -> Signature:
     """Walk the tree below the directory `root` by `stat` alone.
+
+    Args:
+        guard: called for each node below it with what `stat` says, the directory it is in, its name there, and its path
+            below `root`; raises Refused where strangers could write to it.
 
     Raises:
         Refused: it holds something that no copy could have (a device, a socket), or too much of it.
         Busy: it changes while it is walked.
         OSError: it could not be read.
     """
-    walk = _Signing()
+    walk = _Signing(guard)
     walk.node(os.fstat(root), b"")
     walk.directory(root, ())
     return Signature(walk.hash.digest(), walk.size, walk.entries, walk.youngest_ns)
@@ -172,8 +176,9 @@ class _Bounded:
 
 
 class _Signing(_Bounded):
-    def __init__(self) -> None:
+    def __init__(self, guard: Callable[[os.stat_result, int, str, str], None] | None = None) -> None:
         super().__init__()
+        self._guard = guard
         self.hash = hashlib.sha256()
         self.size = 0
         self.youngest_ns = 0
@@ -198,6 +203,8 @@ class _Signing(_Bounded):
         for name, st in self.children(fd, path):
             inner = (*path, name)
             _require_copyable(st, inner)
+            if self._guard is not None:
+                self._guard(st, fd, name, "/".join(inner))
             self.node(st, os.fsencode(name))
             if stat.S_ISDIR(st.st_mode):
                 with _opened(name, _DIRECTORY, fd, inner) as child:

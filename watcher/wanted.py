@@ -28,6 +28,7 @@ from watcher.model import (
 from watcher.mounts.table import LAYERS_MAX
 from watcher.plan import Choice, Passed, choose
 from watcher.store import Store
+from watcher.strictmodes import ROOT_ALONE, StrictModes, Trust
 from watcher.trials import Trial
 
 STACK = "stack:"
@@ -108,6 +109,7 @@ def find(
     trial: Trial | None,
     elsewhere: Mapping[str, str] | None = None,
     policy: str = "",
+    trust: Trust = ROOT_ALONE,
 ) -> Wanted:
     """What a service should have. Blocks, for as long as copying takes; hold `store.using()`.
 
@@ -119,20 +121,38 @@ def find(
         trial: what is on trial.
         elsewhere: digests that it must not get unless it has them already, with the reason.
         policy: `ImagePolicy=`, systemd.image-policy(7). Nothing is verified yet: unless it is "*", nothing new gets in.
+        trust: whom it lets drop things. Names are looked up, which may take as long as LDAP does.
     """
+    with StrictModes(trust) as modes:
+        return _find(
+            store, admission, slots, declared, made_for, kept_out, pin, trial, elsewhere or {}, policy, modes
+        )
+
+
+def _find(
+    store: Store,
+    admission: Admission,
+    slots: str,
+    declared: Declared,
+    made_for: Host | None,
+    kept_out: Mapping[str, str],
+    pin: str | None,
+    trial: Trial | None,
+    elsewhere: Mapping[str, str],
+    policy: str,
+    modes: StrictModes,
+) -> Wanted:
     record = store.record(slots)
     current = record.stack if record is not None else Stack()
     entries = record.entries if record is not None else ()
     mounted = record.mounted if record is not None else {}
-    reasons = {key: why for key, why in (elsewhere or {}).items() if key not in current.digests} | dict(
-        kept_out
-    )
+    reasons = {key: why for key, why in elsewhere.items() if key not in current.digests} | dict(kept_out)
 
     at_hand: set[str] = set()
 
     def admit(candidate: Candidate) -> Copy:
         assert made_for is not None
-        copy = admission.admit(candidate, made_for, at_hand)
+        copy = admission.admit(candidate, made_for, at_hand, modes)
         if copy.digest in reasons:
             raise KeptOut(f"kept out: {reasons[copy.digest]}")
         if policy not in ("", "*"):
@@ -142,7 +162,8 @@ def find(
     # The others are read only where the current one may not do.
     stacks = (current, *store.stacks(slots)) if kept_out or pin is not None else (current,)
     good = next((stack for stack in stacks if not bad(stack, kept_out)), Stack())
-    look = scan.look(declared)
+    look = scan.look(declared, modes=modes)
+    look = replace(look, remarks=(*modes.remarks, *look.remarks))
     if made_for is None:
         remark = Remark(
             "debug", "RootImage=", "what fits it is known when it runs, until then it keeps what it has"
@@ -187,10 +208,10 @@ def _nothing_removed(look: Look, recorded: Sequence[Entry], unmounted: Mapping[s
     for number, entry in enumerate(recorded):
         slots = [pick.entry.slot for pick in picks]
         # What a unit declares is known without reading a directory.
-        hidden = not entry.declared and (look.unknown or entry.slot in unmounted)
+        hidden = not entry.declared and (look.unknown or look.unsafe or entry.slot in unmounted)
         if hidden and entry.slot not in slots:
             below = (slots.index(one.slot) for one in recorded[:number] if one.slot in slots)
-            picks.insert(max(below, default=-1) + 1, Picks(entry, ()))
+            picks.insert(max(below, default=-1) + 1, Picks(entry, (), unknown=look.unsafe))
     remarks, interests = list(look.remarks), list(look.interests)
     for number, pick in enumerate(picks):
         if not pick.candidates and pick.entry.slot in unmounted:

@@ -12,6 +12,7 @@ import trio
 from watcher.config import ServiceSettings
 from watcher.model import Declared, Entry
 from watcher.process import Process
+from watcher.strictmodes import BY_EXEC, IN_UNIT, Trust
 
 if TYPE_CHECKING:
     from watcher.inside import Ended
@@ -61,6 +62,11 @@ class Service:
         """See `slots_of`."""
         return slots_of(self.name, self.manager)
 
+    @property
+    def trust(self) -> Trust:
+        """Whom it lets drop things."""
+        return trust_of(self.settings, self.manager)
+
 
 def slots_of(name: str, manager: str) -> str:
     """The name that the accepted stacks of a service are kept under.
@@ -69,6 +75,12 @@ def slots_of(name: str, manager: str) -> str:
     has nothing else in common: what it is kept under is the name of no unit.
     """
     return name if manager == "systemd" else f"{name}.exec"
+
+
+def trust_of(settings: ServiceSettings, manager: str) -> Trust:
+    """Whom a service lets drop things."""
+    where = IN_UNIT if manager == "systemd" else BY_EXEC
+    return Trust(settings.trusted_users, settings.trusted_groups, where)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Who may read or write a file, by its owner, its mode and its access control list (acl(5)). No path, no name.
+
+Standard library only, because the generator imports it at boot.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import struct
+from dataclasses import dataclass, field
+from typing import Literal
+
+READ, WRITE, SEARCH = 4, 2, 1
+
+_ACL = "system.posix_acl_access"
+_VERSION = struct.Struct("<I")
+_ENTRY = struct.Struct("<HHI")  # e_tag, e_perm, e_id: linux/posix_acl_xattr.h
+_USER_OBJ, _USER, _GROUP_OBJ, _GROUP, _MASK, _OTHER = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
+_ABSENT = frozenset((errno.ENODATA, errno.EOPNOTSUPP))
+
+
+@dataclass(frozen=True, slots=True)
+class Who:
+    """A user, all members of a group, or everybody.
+
+    Attributes:
+        number: uid or gid; 0 for everybody.
+        groups: of a user, all that he is in.
+    """
+
+    kind: Literal["user", "group", "everybody"]
+    number: int = 0
+    groups: frozenset[int] = field(default=frozenset(), compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Permissions:
+    """Of one file or directory.
+
+    Attributes:
+        owner: uid.
+        group: gid.
+        mode: `st_mode`.
+        acl: (tag, permissions, id), empty where the mode says it all.
+    """
+
+    owner: int
+    group: int
+    mode: int
+    acl: tuple[tuple[int, int, int], ...] = ()
+
+    def writers(self) -> list[Who]:
+        """Who may write besides the owner. The mode's group bits are an upper bound of what a list grants."""
+        found = []
+        if self.mode & stat.S_IWOTH:
+            found.append(Who("everybody"))
+        if not self.mode & stat.S_IWGRP:
+            return found
+        if not self.acl:
+            return [*found, Who("group", self.group)]
+        for tag, granted, number in self.acl:
+            if tag == _USER and granted & WRITE:
+                found.append(Who("user", number))
+            elif tag in (_GROUP_OBJ, _GROUP) and granted & WRITE:
+                found.append(Who("group", self.group if tag == _GROUP_OBJ else number))
+        return found
+
+    def allow(self, who: Who, need: int) -> bool:
+        """Whether `who` has all of `need` (READ, WRITE, SEARCH); an owner can always take it."""
+        if who.kind == "user" and who.number == self.owner:
+            return True
+        if who.kind == "everybody":
+            return self._other(need)
+        groups = who.groups if who.kind == "user" else frozenset((who.number,))
+        return self._listed(who, groups, need) if self.acl else self._plain(groups, need)
+
+    def _other(self, need: int) -> bool:
+        return self.mode & need == need
+
+    def _plain(self, groups: frozenset[int], need: int) -> bool:
+        if self.group in groups:
+            return self.mode >> 3 & need == need
+        return self._other(need)
+
+    def _listed(self, who: Who, groups: frozenset[int], need: int) -> bool:
+        """The access check algorithm of acl(5)."""
+        mask = self.mode >> 3 & 7
+        in_class = False
+        for tag, granted, number in self.acl:
+            if tag == _USER and who.kind == "user" and number == who.number:
+                return granted & mask & need == need
+            if tag in (_GROUP_OBJ, _GROUP) and (self.group if tag == _GROUP_OBJ else number) in groups:
+                in_class = True
+                if granted & mask & need == need:
+                    return True
+        return not in_class and self._other(need)
+
+
+def of_descriptor(status: os.stat_result, fd: int) -> Permissions:
+    """Of what is open as `fd`, which may be O_PATH; a link has none of its own. Raises OSError."""
+    acl = () if stat.S_ISLNK(status.st_mode) else _acl(f"/proc/self/fd/{fd}", follow=True)
+    return Permissions(status.st_uid, status.st_gid, status.st_mode, acl)
+
+
+def of_entry(status: os.stat_result, directory: int, name: str) -> Permissions:
+    """Of a name in the directory that is open as `directory`, enough for `writers()`. Raises OSError."""
+    # Where a list names somebody, its mask stands in the place of the group's permissions.
+    listed = status.st_mode & stat.S_IWGRP and not stat.S_ISLNK(status.st_mode)
+    acl = _acl(f"/proc/self/fd/{directory}/{name}", follow=False) if listed else ()
+    return Permissions(status.st_uid, status.st_gid, status.st_mode, acl)
+
+
+def _acl(path: str, *, follow: bool) -> tuple[tuple[int, int, int], ...]:
+    try:
+        value = os.getxattr(path, _ACL, follow_symlinks=follow)
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return ()
+        raise
+    entries = list(_ENTRY.iter_unpack(value[_VERSION.size :]))
+    return tuple(entries) if any(tag in (_USER, _GROUP) for tag, _, _ in entries) else ()
