@@ -46,6 +46,16 @@ class Layers:
         path = image(root, root.with_suffix(f".{fstype}"), fstype)
         return self._layer(path, Kind.IMAGE, fstype, "web", version)
 
+    def linked(self, target: Path, fstype: str = "") -> Layer:
+        """A layer whose `etc` is a link: a directory tree, or an image."""
+        root = self._directory / f"layer-{next(self._numbers)}"
+        root.mkdir()
+        (root / "etc").symlink_to(target)
+        if not fstype:
+            return self._layer(root, Kind.DIRECTORY, "", "web", "1")
+        path = image(root, root.with_suffix(f".{fstype}"), fstype)
+        return self._layer(path, Kind.IMAGE, fstype, "web", "1")
+
     def _tree(self, files: Mapping[str, str], name: str) -> Path:
         contents = {f"etc/{path}": text.encode() for path, text in files.items()}
         return confext(self._directory / f"layer-{next(self._numbers)}", name, contents)

@@ -14,8 +14,10 @@ from watcher.model import Layer, Stack
 from watcher.mounts import swap as swapping
 from watcher.mounts import syscalls
 from watcher.mounts.converge import Compared, Converged, converge
+from watcher.mounts.descriptors import Descriptors
+from watcher.mounts.survey import Survey
 from watcher.mounts.swap import build
-from watcher.mounts.table import SOURCE
+from watcher.mounts.table import SOURCE, Table
 from watcher.mounts.workshop import HostNamespace, Workshop
 from watcher.process import Gone, Process
 
@@ -380,9 +382,16 @@ def test_a_stack_that_was_made_before_they_said_on_what_is_left_until_the_host_c
     host: Service, guest: Service, layers: Layers, bring: Bring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = layers.tree({"web.conf": "1"})
+    attach_base = swapping._attach_base
+
+    def in_root(fds: Descriptors, survey: Survey) -> int:
+        os.mkdir("root")
+        return attach_base(fds, survey)
+
     with monkeypatch.context() as formerly:
-        link = swapping._link
-        formerly.setattr(swapping, "_link", lambda path, to: link(path, to) if to != swapping._BASE else to)
+        formerly.setattr(swapping, "_ROOT", "elsewhere")
+        formerly.setattr(swapping, "_attach_base", in_root)
+        formerly.setattr(Table, "base_path", "root/etc")
         bring(guest, layer)
     assert guest.mounted.stack == Stack((layer,)).id and guest.mounted.made_on is None
     assert bring(guest, layer).swaps == 0

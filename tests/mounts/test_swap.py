@@ -157,6 +157,18 @@ def test_a_swap_to_the_same_stack_shows_what_the_host_has_edited(
     assert (service.read("/etc/new.conf"), service.read("/etc/base.conf")) == ("new", "edited")
 
 
+@pytest.mark.parametrize(
+    "fstype", ["", pytest.param("squashfs", marks=[loop, not_in_user_namespace, tool("mksquashfs")])]
+)
+def test_a_layer_whose_etc_is_a_link_does_not_show_what_that_leads_to(
+    service: Service, swaps: Swaps, layers: Layers, tmp_path: Path, fstype: str
+) -> None:
+    (tmp_path / "of-the-host").mkdir()
+    with pytest.raises(Refused, match=r"^web 1: etc in it is no directory$"):
+        swaps(service, layers.linked(tmp_path / "of-the-host", fstype))
+    assert not service.mounted.overlay
+
+
 # ---- what /etc itself is
 
 
@@ -487,6 +499,20 @@ def test_one_that_shows_the_same_is_known_as_such(
     service(f"overlay({SOURCE!r}, {layers.copies[one.digest].path + '/etc'!r}, '/base')")
     for stack, same in ((Stack((one,)), True), (Stack((two,)), False), (Stack(), False)):
         assert shop.submit(shows, shop, service.namespace, stack, layers.copies).result() is same
+
+
+def test_one_that_is_nested_deeper_than_any_etc_is_something_else(
+    shop: Workshop, service: Service, layers: Layers, tmp_path: Path
+) -> None:
+    deep = "os.chdir('/base'), [(os.mkdir('d'), os.chdir('d')) for _ in range(1100)], os.chdir('/')"
+    layer = layers.tree({"web.conf": "1"})
+    service(f"(os.mkdir('/base'), bind('/etc', '/base'), {deep})")
+    try:
+        service(f"overlay({SOURCE!r}, {layers.copies[layer.digest].path + '/etc'!r}, '/base')")
+        job = shop.submit(shows, shop, service.namespace, Stack((layer,)), layers.copies)
+        assert job.result() is False
+    finally:
+        subprocess.run(["rm", "-r", tmp_path / "root-0/etc/d"], check=True)
 
 
 def test_where_systemd_mounted_both_stack_and_sandbox_holders_of_old_directories_see_no_more_than_before(

@@ -15,7 +15,7 @@ from watcher.mounts.table import BASE, COVER, LAYERS, LAYERS_MAX, SOURCE, Table,
 A, B = "a" * 64, "b" * 64
 ROOT = "20 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw"
 
-NAMES = st.text(st.characters(blacklist_characters="\0/"), max_size=80)
+NAMES = st.text(st.characters(blacklist_characters="\0/", blacklist_categories=["Cs"]), max_size=80)
 ODD = st.binary(max_size=300).map(
     lambda raw: raw.replace(b"/", b"").replace(b"\0", b"").decode("utf-8", "surrogateescape")
 )

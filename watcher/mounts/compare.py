@@ -3,23 +3,31 @@
 
 A stack that systemd mounted when it started the service carries no identity. What it shows is compared with what the
 wanted stack would show, name by name and byte by byte: if all is the same the service is taken over as it is, without
-a swap and without a reload.
+a swap and without a reload. What is larger than any `/etc` counts as something else.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from itertools import islice
 
 from watcher.model import Copy, Stack
+from watcher.mounts.descriptors import Descriptors
+from watcher.mounts.etc import look_up
 from watcher.mounts.swap import build
 from watcher.mounts.workshop import Workshop
+from watcher.tree import DEPTH_MAX, ENTRIES_MAX
 
+_BYTES_MAX = 256 << 20
 _CHUNK = 1 << 20
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # Hostile or special files: never wait for one, never follow one.
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+# What open(2) and read(2) answer when that is no longer what stat(2) saw.
+_CHANGED = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EWOULDBLOCK})
 
 
 def shows(shop: Workshop, namespace: int, stack: Stack, copies: Mapping[str, Copy]) -> bool:
@@ -30,39 +38,94 @@ def shows(shop: Workshop, namespace: int, stack: Stack, copies: Mapping[str, Cop
     Raises:
         Whatever `swap()` does.
     """
-    with build(shop, namespace, stack, copies) as tree:
+    with build(shop, namespace, stack, copies) as tree, Descriptors() as fds:
         with shop.entered(namespace):
-            shown = os.open("/etc", _DIRECTORY)
+            etc = fds.add(look_up())
+            shown = os.open(".", _DIRECTORY, dir_fd=etc)
         try:
             wanted = os.open(".", _DIRECTORY, dir_fd=tree)
-            try:
-                return _same_directory(shown, wanted)
-            except FileNotFoundError:  # somebody edits it right now
-                return False
-            finally:
-                os.close(wanted)
-        finally:
+        except BaseException:
             os.close(shown)
+            raise
+        return _Comparison().run(shown, wanted)
 
 
-def _same_directory(one: int, other: int) -> bool:
-    names = sorted(os.listdir(one))
-    return names == sorted(os.listdir(other)) and all(_same(one, other, name) for name in names)
+class _Comparison:
+    """Of two directories with all below them, of which one or both may be changed while this goes on."""
 
+    def __init__(self) -> None:
+        self._entries = 0
+        self._bytes = 0
+        self._open: list[tuple[int, int, list[str]]] = []
+        """From the roots to where we are: both directories, and the names in them that are still to be compared."""
 
-def _same(one: int, other: int, name: str) -> bool:
-    first = os.stat(name, dir_fd=one, follow_symlinks=False)
-    second = os.stat(name, dir_fd=other, follow_symlinks=False)
-    if _visible(first) != _visible(second):
-        return False
-    if stat.S_ISLNK(first.st_mode):
-        return os.readlink(name, dir_fd=one) == os.readlink(name, dir_fd=other)
-    if stat.S_ISDIR(first.st_mode):
-        return _with_both(one, other, name, _DIRECTORY, _same_directory)
-    if stat.S_ISREG(first.st_mode):
-        same_file = (first.st_dev, first.st_ino) == (second.st_dev, second.st_ino)
-        return same_file or _with_both(one, other, name, _FILE, _same_content)
-    return True
+    def run(self, one: int, other: int) -> bool:
+        """Closes both."""
+        try:
+            if not self._enter(one, other):
+                return False
+            while self._open:
+                first, second, names = self._open[-1]
+                if not names:
+                    self._leave()
+                elif not self._same(first, second, names.pop()):
+                    return False
+            return True
+        except OSError as error:
+            if error.errno in _CHANGED:  # somebody edits it right now
+                return False
+            raise
+        finally:
+            while self._open:
+                self._leave()
+
+    def _enter(self, one: int, other: int) -> bool:
+        self._open.append((one, other, []))
+        if len(self._open) > DEPTH_MAX:
+            return False
+        names = self._names(one)
+        if self._entries + len(names) > ENTRIES_MAX or names != self._names(other):
+            return False
+        self._entries += len(names)
+        self._open[-1][2].extend(names)
+        return True
+
+    def _names(self, directory: int) -> list[str]:
+        with os.scandir(directory) as entries:  # which may be ten million
+            return sorted(islice((entry.name for entry in entries), ENTRIES_MAX - self._entries + 1))
+
+    def _leave(self) -> None:
+        one, other, _ = self._open.pop()
+        os.close(one)
+        os.close(other)
+
+    def _same(self, one: int, other: int, name: str) -> bool:
+        first = os.stat(name, dir_fd=one, follow_symlinks=False)
+        second = os.stat(name, dir_fd=other, follow_symlinks=False)
+        if _visible(first) != _visible(second):
+            return False
+        if stat.S_ISLNK(first.st_mode):
+            return os.readlink(name, dir_fd=one) == os.readlink(name, dir_fd=other)
+        if stat.S_ISDIR(first.st_mode):
+            return self._enter(*_open_both(one, other, name, _DIRECTORY))
+        if stat.S_ISREG(first.st_mode):
+            same_file = (first.st_dev, first.st_ino) == (second.st_dev, second.st_ino)
+            return same_file or self._same_content(*_open_both(one, other, name, _FILE))
+        return True
+
+    def _same_content(self, one: int, other: int) -> bool:
+        try:
+            while self._bytes <= _BYTES_MAX:
+                first, second = os.read(one, _CHUNK), os.read(other, _CHUNK)
+                if first != second:
+                    return False
+                if not first:
+                    return True
+                self._bytes += len(first)
+            return False
+        finally:
+            os.close(one)
+            os.close(other)
 
 
 def _visible(status: os.stat_result) -> tuple[int, ...]:
@@ -70,22 +133,10 @@ def _visible(status: os.stat_result) -> tuple[int, ...]:
     return (status.st_mode, status.st_uid, status.st_gid, status.st_rdev, size)
 
 
-def _with_both(one: int, other: int, name: str, flags: int, same: Callable[[int, int], bool]) -> bool:
+def _open_both(one: int, other: int, name: str, flags: int) -> tuple[int, int]:
     first = os.open(name, flags, dir_fd=one)
     try:
-        second = os.open(name, flags, dir_fd=other)
-        try:
-            return same(first, second)
-        finally:
-            os.close(second)
-    finally:
+        return first, os.open(name, flags, dir_fd=other)
+    except BaseException:
         os.close(first)
-
-
-def _same_content(one: int, other: int) -> bool:
-    while True:
-        first, second = os.read(one, _CHUNK), os.read(other, _CHUNK)
-        if first != second:
-            return False
-        if not first:
-            return True
+        raise

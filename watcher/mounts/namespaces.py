@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from watcher.mounts.descriptors import Descriptors
-from watcher.mounts.swap import read_table
+from watcher.mounts.survey import read_table
 from watcher.mounts.table import Mount, Table
 from watcher.mounts.workshop import HostNamespace, Workshop
 from watcher.process import Gone, Process, namespace_id

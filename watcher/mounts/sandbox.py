@@ -26,11 +26,10 @@ from dataclasses import dataclass
 
 from watcher.mounts import syscalls
 from watcher.mounts.descriptors import Descriptors
+from watcher.mounts.etc import INSIDE, Moved
 from watcher.mounts.table import COVER, Mount, Table
 
 _EMPTY = syscalls.AT_EMPTY_PATH
-# Nothing on the way may be a link: the service may write to parts of what is walked here.
-_INSIDE = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS
 
 _FLAGS = {
     "ro": syscalls.MOUNT_ATTR_RDONLY,
@@ -79,25 +78,14 @@ class Sandbox:
 
 
 class Lower:
-    """The layers below the cover, topmost first, opened when the first question about them is asked.
+    """The layers below the cover.
 
     Args:
-        fds: closes what is opened.
-        paths: of the layers' roots, relative to the working directory or absolute; the last one is the base.
+        directories: descriptors of them, topmost first; the last one is the base.
     """
 
-    def __init__(self, fds: Descriptors, paths: Sequence[str]) -> None:
-        self._fds = fds
-        self._paths = paths
-        self._opened: list[int] = []
-
-    @property
-    def directories(self) -> Sequence[int]:
-        if not self._opened:
-            flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-            for path in self._paths:
-                self._opened.append(self._fds.add(os.open(path, flags)))
-        return self._opened
+    def __init__(self, directories: Sequence[int]) -> None:
+        self.directories = directories
 
     def has(self, path: str) -> bool:
         return any(_has(directory, path) for directory in self.directories)
@@ -107,15 +95,17 @@ class Lower:
         return any(_has(directory, path) for directory in self.directories[:-1])
 
 
-def gather(fds: Descriptors, table: Table, old: str, lower: Lower) -> tuple[list[Sandbox], list[str]]:
+def gather(fds: Descriptors, table: Table, old: int, lower: Lower) -> tuple[list[Sandbox], list[str]]:
     """All sandbox mounts of a service, each before those that lie on it; and remarks about them.
 
     Args:
         fds: closes the clones.
-        old: path of a clone of `/etc` with all that is mounted on it.
+        old: descriptor of a clone of `/etc` with all that is mounted on it.
+
+    Raises:
+        Moved: a mount is no longer where the table has it.
     """
-    etc = _open(fds, syscalls.AT_FDCWD, old, os.O_DIRECTORY)
-    found = _Found(fds, table, etc, lower, [], [])
+    found = _Found(fds, table, old, lower, [], [])
     for row in table.on(table.top):
         found.add(row, row.point.removeprefix("/etc/"))
     return found.mounts, found.remarks
@@ -132,7 +122,7 @@ class _Found:
 
     def add(self, row: Mount, place: str | None) -> None:
         path = row.point.removeprefix("/etc/")
-        fd = _open(self.fds, self.etc, path)
+        fd = self._open(path)
         mode = os.fstat(fd).st_mode
         source = self._source(row, path)
         if source is not None:
@@ -145,6 +135,17 @@ class _Found:
         if not whole:
             for above in self.table.on(row):
                 self.add(above, None)
+
+    def _open(self, path: str) -> int:
+        try:
+            fd = self.fds.add(syscalls.openat2(self.etc, path, os.O_PATH, INSIDE))
+        except OSError as error:
+            if error.errno not in _NOTHING_THERE:
+                raise
+            raise Moved from None
+        if not syscalls.is_mount_root(fd):  # the service has renamed a directory on the way
+            raise Moved
+        return fd
 
     def _source(self, row: Mount, path: str) -> str | None:
         """For what is to be made anew from the new stack: what it shows, below `/etc`."""
@@ -219,7 +220,7 @@ def _make_parents(path: str, lower: Lower, made: set[str], *, privileged: bool) 
     os.mkdir(place, 0o755)
     for layer in lower.directories:
         try:
-            fd = syscalls.openat2(layer, path, os.O_RDONLY | os.O_DIRECTORY, _INSIDE)
+            fd = syscalls.openat2(layer, path, os.O_RDONLY | os.O_DIRECTORY, INSIDE)
         except OSError as error:
             if error.errno not in _NOTHING_THERE:
                 raise
@@ -231,22 +232,21 @@ def _make_parents(path: str, lower: Lower, made: set[str], *, privileged: bool) 
         return
 
 
-def copy_attributes(source: int | str, place: str, *, privileged: bool) -> None:
-    """Give a directory the owner, mode and extended attributes of another (not following a link there)."""
-    follow = not isinstance(source, str)
-    status = os.stat(source, follow_symlinks=follow)
+def copy_attributes(source: int, place: str, *, privileged: bool) -> None:
+    """Give a directory the owner, mode and extended attributes of another (a descriptor)."""
+    status = os.fstat(source)
     if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
         _attempt(privileged, os.chown, place, status.st_uid, status.st_gid)
     os.chmod(place, stat.S_IMODE(status.st_mode))
-    for name in _attributes_of(source, follow=follow):
+    node = f"/proc/self/fd/{source}"  # an O_PATH descriptor itself gives no attributes
+    for name in _attributes_of(node):
         if ".overlay." not in name:
-            value = os.getxattr(source, name, follow_symlinks=follow)
-            _attempt(privileged, os.setxattr, place, name, value)
+            _attempt(privileged, os.setxattr, place, name, os.getxattr(node, name))
 
 
-def _attributes_of(source: int | str, *, follow: bool) -> list[str]:
+def _attributes_of(node: str) -> list[str]:
     try:
-        return os.listxattr(source, follow_symlinks=follow)
+        return os.listxattr(node)
     except OSError as error:
         if error.errno == errno.ENOTSUP:  # an image that was made without any
             return []
@@ -267,7 +267,7 @@ def renew(mounts: Sequence[Sandbox], overlay: int, fds: Descriptors) -> None:
     for mount in mounts:
         if mount.tree >= 0:
             continue
-        source = syscalls.openat2(overlay, mount.source, os.O_PATH, _INSIDE | syscalls.RESOLVE_NO_XDEV)
+        source = syscalls.openat2(overlay, mount.source, os.O_PATH, INSIDE | syscalls.RESOLVE_NO_XDEV)
         try:
             mount.tree = fds.add(syscalls.open_tree(source, "", syscalls.OPEN_TREE_CLONE | _EMPTY))
         finally:
@@ -280,20 +280,16 @@ def hang(mounts: Sequence[Sandbox], overlay: int) -> None:
     """Put all of them at their places in the new stack."""
     flags = syscalls.MOVE_MOUNT_F_EMPTY_PATH | syscalls.MOVE_MOUNT_T_EMPTY_PATH
     for mount in mounts:
-        place = syscalls.openat2(overlay, mount.path, os.O_PATH, _INSIDE)
+        place = syscalls.openat2(overlay, mount.path, os.O_PATH, INSIDE)
         try:
             syscalls.move_mount(mount.tree, "", place, "", flags)
         finally:
             os.close(place)
 
 
-def _open(fds: Descriptors, dirfd: int, path: str, flags: int = 0) -> int:
-    return fds.add(syscalls.openat2(dirfd, path, os.O_PATH | flags, _INSIDE))
-
-
 def _has(dirfd: int, path: str) -> bool:
     try:
-        os.close(syscalls.openat2(dirfd, path, os.O_PATH, _INSIDE))
+        os.close(syscalls.openat2(dirfd, path, os.O_PATH, INSIDE))
     except OSError as error:
         if error.errno not in _NOTHING_THERE:
             raise

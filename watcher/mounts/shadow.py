@@ -15,6 +15,8 @@ from collections.abc import Mapping
 
 from watcher.model import Copy, Stack
 from watcher.mounts import syscalls
+from watcher.mounts.descriptors import Descriptors
+from watcher.mounts.etc import look_up
 from watcher.mounts.swap import build
 from watcher.mounts.workshop import Workshop
 from watcher.process import Gone, Process, namespace_id
@@ -28,10 +30,12 @@ def shadow(shop: Workshop, namespace: int, stack: Stack, copies: Mapping[str, Co
     Raises:
         Whatever `swap()` does.
     """
-    with build(shop, namespace, stack, copies) as tree, shop.entered(namespace):
+    with build(shop, namespace, stack, copies) as tree, Descriptors() as fds, shop.entered(namespace):
         syscalls.unshare(syscalls.CLONE_NEWNS)
         syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
-        syscalls.move_mount(tree, "", syscalls.AT_FDCWD, "/etc", syscalls.MOVE_MOUNT_F_EMPTY_PATH)
+        etc = fds.add(look_up())
+        flags = syscalls.MOVE_MOUNT_F_EMPTY_PATH | syscalls.MOVE_MOUNT_T_EMPTY_PATH
+        syscalls.move_mount(tree, "", etc, "", flags)
         return shop.own_namespace()
 
 

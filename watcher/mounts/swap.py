@@ -3,29 +3,30 @@
 
 The steps, each of which leaves the service a complete old or a complete new `/etc` whatever kills us:
 
-1. Enter; read the mount table; clone `/etc` with all that is mounted on it, and what the base can be had from; make the
-   clones private at once. (A service's mounts are a peer group and a clone joins it: what is then mounted in the
-   service would appear in the clone, and taking the clone apart would take it from the service.)
+1. Enter; read the mount table; open `/etc`; clone it with all that is mounted on it, and what the base can be had
+   from; make the clones private at once. (A service's mounts are a peer group and a clone joins it: what is then
+   mounted in the service would appear in the clone, and taking the clone apart would take it from the service.)
 2. In the workshop: attach the clones, take the sandbox mounts out of one and the base out of the other. Make the
    overlay, hang the sandbox mounts into it, clone the finished tree.
 3. Enter again; if `/etc` is what it was, mount the tree beneath the old stack and lift the old one off. Where the top
    must stay, or nothing is mounted, mounting it on top is the atomic step, and nothing is lifted.
+
+In the service's tree every step goes by descriptor (`etc.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import select
-import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from watcher.model import Copy, Refused, Stack, stack_id
+from watcher.model import Copy, Layer, Refused, Stack, stack_id
 from watcher.mounts import syscalls
 from watcher.mounts.descriptors import Descriptors
+from watcher.mounts.etc import Etc, hold, lift, open_etc, unmount
+from watcher.mounts.etc import Moved as Moved
 from watcher.mounts.sandbox import (
     Lower,
     Sandbox,
@@ -36,6 +37,7 @@ from watcher.mounts.sandbox import (
     make_cover,
     renew,
 )
+from watcher.mounts.survey import Survey, read_rows, survey, uppermost
 from watcher.mounts.table import (
     COVER,
     LAYERS,
@@ -50,17 +52,12 @@ from watcher.mounts.table import (
 )
 from watcher.mounts.workshop import Workshop
 
-# In the working directory: clones of the service's `/`, whose `etc` is the base, and of its `/etc`; where the new stack
-# is put together.
+# In the working directory: clones of what the base is or lies in, and of the service's `/etc`; where the new stack is
+# put together.
 _ROOT, _OLD, _NEW = "root", "old", "new"
-_BASE = f"{_ROOT}/etc"
 
 _FIRST = ("ro", "nosuid", "nodev")
 """What a stack has besides the flags of the `/etc` that it is put on."""
-
-
-class Moved(Exception):
-    """`/etc` of the service kept changing while a stack was put together for it: look again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,17 +107,6 @@ def swap(
     raise Moved("/etc kept changing while its stack was put together")
 
 
-def read_table(shop: Workshop, namespace: int) -> Table:
-    """The mount table of a namespace, from inside: /proc/PID/mountinfo of a process that has changed its root shows
-    nothing. Runs on a worker."""
-    with shop.entered(namespace):
-        mountinfo = shop.open_mountinfo()
-        try:
-            return Table(_read(mountinfo))
-        finally:
-            os.close(mountinfo)
-
-
 @contextlib.contextmanager
 def build(shop: Workshop, namespace: int, stack: Stack, copies: Mapping[str, Copy]) -> Iterator[int]:
     """A descriptor of the detached tree that a swap would put on `/etc`, for use during the block. Runs on a worker.
@@ -130,9 +116,9 @@ def build(shop: Workshop, namespace: int, stack: Stack, copies: Mapping[str, Cop
     """
     job = _Job(shop, namespace, stack, copies)
     with shop.attending(namespace), Descriptors() as fds:
-        survey = _survey(fds, job, lambda _: True)
+        found = survey(fds, job.shop, job.namespace, lambda _: True)
         with shop.images.attached(copies[digest] for digest in stack.digests) as roots, shop.bench():
-            tree, _ = _build(fds, job, survey, roots)
+            tree, _ = _build(fds, job, found, roots)
             yield tree
 
 
@@ -149,33 +135,6 @@ class _Job:
                 f"a stack of {len(self.stack.layers)} layers is more than overlayfs takes:"
                 f" {LAYERS_MAX} are allowed, join or remove some"
             )
-
-
-@dataclass(slots=True)
-class _Survey:
-    """What was found at the first look.
-
-    Attributes:
-        table: the mount table.
-        mountinfo: descriptor of it, which tells when it has changed.
-        etc: descriptor of a clone of `/etc` with all on it, -1 if nothing lies below it.
-        root: descriptor of a clone of `/`.
-        peel: how many overlays hide the base in that.
-    """
-
-    table: Table
-    mountinfo: int
-    etc: int = -1
-    root: int = -1
-    peel: int = 0
-    poll: select.poll = field(default_factory=select.poll)
-
-    def __post_init__(self) -> None:
-        self.poll.register(self.mountinfo, select.POLLPRI)
-
-    def still_holds(self) -> bool:
-        """Whether nothing below `/etc` has changed since."""
-        return not self.poll.poll(0) or self.table.same_etc(Table(_read(self.mountinfo)))
 
 
 def _swap_once(job: _Job, begin: Callable[[], None], keep: Callable[[Mounted], bool]) -> Swapped:
@@ -195,79 +154,23 @@ def _swap_once(job: _Job, begin: Callable[[], None], keep: Callable[[Mounted], b
         return Swapped(before, done, (time.perf_counter_ns() - start) // 1000, tuple(remarks))
 
     with Descriptors() as fds:
-        survey = _survey(fds, job, needed)
+        found = survey(fds, job.shop, job.namespace, needed)
         if lifts:
             begin()
             with job.shop.entered(job.namespace):
-                _require(survey)
-                _lift(lifts)
+                found.require()
+                lift(uppermost(found.table, lifts))
             return swapped(done=True)
-        if survey.root < 0:
+        if found.etc is None:
             return swapped(done=False)
         copies = [job.copies[digest] for digest in job.stack.digests]
         with job.shop.images.attached(copies) as roots, job.shop.bench():
-            tree, remarks = _build(fds, job, survey, roots)
+            tree, remarks = _build(fds, job, found, roots)
             begin()
             with job.shop.entered(job.namespace):
-                _require(survey)
-                _put(tree, survey.table)
+                found.require()
+                _put(fds, tree, found.etc, found.table)
             return swapped(done=True, remarks=remarks)
-
-
-def _survey(fds: Descriptors, job: _Job, needed: Callable[[Table], bool]) -> _Survey:
-    """The first look at a namespace; with the clones if `needed()` by its mount table."""
-    with job.shop.entered(job.namespace):
-        mountinfo = fds.add(job.shop.open_mountinfo())
-        survey = _Survey(Table(_read(mountinfo)), mountinfo)
-        table = survey.table
-        if needed(table):
-            if not table.chain:
-                _require_directory()
-            if table.on(table.top):
-                survey.etc = _clone(fds, "/etc", syscalls.AT_RECURSIVE)
-            if table.base_on_root:
-                with contextlib.suppress(_Locked):
-                    survey.root = _clone(fds, "/", 0)
-            if survey.root < 0:
-                survey.root = _clone(fds, "/", syscalls.AT_RECURSIVE)
-                survey.peel = len(table.stacks)
-    return survey
-
-
-class _Locked(Exception):
-    """What is mounted on it came with it from a more privileged namespace, and cannot be left out of a clone."""
-
-
-def _clone(fds: Descriptors, path: str, recursive: int) -> int:
-    """In the service: a private clone of the mount at a path."""
-    try:
-        tree = syscalls.open_tree(syscalls.AT_FDCWD, path, syscalls.OPEN_TREE_CLONE | recursive)
-    except OSError as error:
-        if not recursive and error.errno == errno.EINVAL:  # mount_namespaces(7)
-            raise _Locked from error
-        raise
-    fds.add(tree)
-    syscalls.mount_setattr(tree, "", syscalls.AT_EMPTY_PATH | recursive, propagation=syscalls.MS_PRIVATE)
-    return tree
-
-
-def _read(mountinfo: int) -> str:
-    os.lseek(mountinfo, 0, os.SEEK_SET)
-    parts = []
-    while part := os.read(mountinfo, 1 << 16):
-        parts.append(part)
-    return os.fsdecode(b"".join(parts))
-
-
-def _require_directory() -> None:
-    """In the service: mounting on a link would mount on what it leads to, wherever that is."""
-    try:
-        mode = os.lstat("/etc").st_mode
-    except FileNotFoundError:
-        raise Refused("the service's root has no /etc: make it a directory") from None
-    if not stat.S_ISDIR(mode):
-        what = "a symbolic link" if stat.S_ISLNK(mode) else "no directory"
-        raise Refused(f"/etc in the service's root is {what}: only a directory can carry a stack")
 
 
 def _only_lift(table: Table, stack: Stack) -> int:
@@ -287,52 +190,53 @@ def _identity(mount: Mount) -> str | None:
     return None if layers is None else stack_id(layer.digest for layer in layers)
 
 
-def _require(survey: _Survey) -> None:
-    """In the service: `/etc` must still be what the stack was made for."""
-    if not survey.still_holds():
-        raise Moved
-
-
-def _put(tree: int, table: Table) -> None:
+def _put(fds: Descriptors, tree: int, etc: Etc, table: Table) -> None:
     """In the service: the atomic step."""
-    flags = syscalls.MOVE_MOUNT_F_EMPTY_PATH
+    flags = syscalls.MOVE_MOUNT_F_EMPTY_PATH | syscalls.MOVE_MOUNT_T_EMPTY_PATH
     if not table.liftable:
-        syscalls.move_mount(tree, "", syscalls.AT_FDCWD, "/etc", flags)
+        syscalls.move_mount(tree, "", etc.fd, "", flags)
+        try:
+            if hold(fds).mount != syscalls.mount_id("", tree):
+                raise Moved
+        except (Moved, Refused):
+            unmount(tree)  # the directory is not `/etc` any more
+            raise
         return
-    _lift(table.surplus)
-    syscalls.move_mount(tree, "", syscalls.AT_FDCWD, "/etc", flags | syscalls.MOVE_MOUNT_BENEATH)
-    _lift(1)
+    surplus = table.surplus
+    lift(uppermost(table, surplus))
+    old = uppermost(table, surplus + 1)[surplus:]
+    if surplus:
+        etc = hold(fds)
+        if etc.mount != old[0].id:
+            raise Moved
+    syscalls.move_mount(tree, "", etc.fd, "", flags | syscalls.MOVE_MOUNT_BENEATH)
+    lift(old)
 
 
-def _lift(count: int) -> None:
-    for _ in range(count):
-        syscalls.umount2("/etc", syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
-
-
-def _build(fds: Descriptors, job: _Job, survey: _Survey, roots: Mapping[str, str]) -> tuple[int, list[str]]:
+def _build(fds: Descriptors, job: _Job, found: Survey, roots: Mapping[str, str]) -> tuple[int, list[str]]:
     """On the bench: the finished tree, as a descriptor of a detached mount; and remarks."""
     privileged = job.shop.privileged
     for directory in (_ROOT, COVER, LAYERS):
         os.mkdir(directory, 0o755)
-    _attach(survey.root, _ROOT)
-    for _ in range(survey.peel):
-        syscalls.umount2(_BASE, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
-    copy_attributes(_BASE, COVER, privileged=privileged)
+    base = _attach_base(fds, found)
+    etcs = [_open_layer(fds, layer, roots[layer.digest]) for layer in job.stack.layers]
+    copy_attributes(base, COVER, privileged=privileged)
     mounts: list[Sandbox] = []
     remarks: list[str] = []
-    if survey.etc >= 0:
+    if found.old >= 0:
         os.mkdir(_OLD)
-        _attach(survey.etc, _OLD)
-        etcs = [f"{roots[layer.digest]}/etc" for layer in reversed(job.stack.layers)]
-        lower = Lower(fds, [*etcs, _BASE])
-        mounts, remarks = gather(fds, survey.table, _OLD, lower)
+        _attach(found.old, _OLD)
+        if not found.table.chain:
+            _require_same_mounts(job, found.table)
+        lower = Lower([*reversed(etcs), base])
+        mounts, remarks = gather(fds, found.table, found.old, lower)
         make_cover(mounts, lower, privileged=privileged)
-    base = _link(survey.table.base_path, _BASE)
-    paths = [
-        _link(layer_path(one.name, one.version, one.digest), f"{roots[one.digest]}/etc")
-        for one in job.stack.layers
-    ]
-    overlay = fds.add(_overlay([COVER, *reversed(paths), base], _flags(survey.table), privileged=privileged))
+    names = [layer_path(one.name, one.version, one.digest) for one in job.stack.layers]
+    for path, fd in zip((*names, found.table.base_path), (*etcs, base), strict=True):
+        # Overlayfs follows the link to the descriptor, and shows the path as it was given: a name at no mount's price.
+        os.symlink(f"/proc/self/fd/{fd}", path)
+    paths = [COVER, *reversed(names), found.table.base_path]
+    overlay = fds.add(_overlay(paths, _flags(found.table), privileged=privileged))
     if not mounts:
         return overlay, remarks
     os.mkdir(_NEW)
@@ -343,14 +247,59 @@ def _build(fds: Descriptors, job: _Job, survey: _Survey, roots: Mapping[str, str
     return fds.add(syscalls.open_tree(overlay, "", flags)), remarks
 
 
+def _attach_base(fds: Descriptors, found: Survey) -> int:
+    """On the bench: a descriptor of the base."""
+    _attach(found.root, _ROOT)
+    if not found.table.stacks:
+        return found.root
+    try:
+        if not found.peel:
+            return open_etc(fds, found.root, syscalls.RESOLVE_NO_XDEV)
+        bench = fds.add(os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+        for mount in found.peel:
+            top = open_etc(fds, found.root)
+            if _device(top) != mount.device:
+                raise Moved
+            unmount(top)
+        os.fchdir(bench)
+        return open_etc(fds, found.root)
+    except NotADirectoryError:
+        raise Moved from None
+
+
+def _require_same_mounts(job: _Job, table: Table) -> None:
+    """On the bench: what is mounted below the `/etc` that was opened is what the mount table had there.
+
+    As long as nothing is mounted on it, the service may have exchanged it for another directory in between.
+    """
+    mountinfo = job.shop.open_mountinfo()
+    try:
+        rows = read_rows(mountinfo).split("\n")
+    finally:
+        os.close(mountinfo)
+    place = f"{os.getcwd()}/{_OLD}"
+    points = (row.split(" ", 5)[4] for row in rows if row)
+    mounted = sorted(point.replace(place, "/etc", 1) for point in points if point.startswith(f"{place}/"))
+    if mounted != table.points_on(table.top):
+        raise Moved
+
+
+def _device(directory: int) -> str:
+    number = os.fstat(directory).st_dev
+    return f"{os.major(number)}:{os.minor(number)}"
+
+
+def _open_layer(fds: Descriptors, layer: Layer, root: str) -> int:
+    """A descriptor of what a layer brings for `/etc`; whoever made it may have made a link of that."""
+    directory = fds.add(os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
+    try:
+        return open_etc(fds, directory, syscalls.RESOLVE_NO_XDEV)
+    except NotADirectoryError:
+        raise Refused(f"{layer.label}: etc in it is no directory") from None
+
+
 def _attach(tree: int, path: str) -> None:
     syscalls.move_mount(tree, "", syscalls.AT_FDCWD, path, syscalls.MOVE_MOUNT_F_EMPTY_PATH)
-
-
-def _link(path: str, target: str) -> str:
-    # Overlayfs follows the link and shows the path as it was given: a name at the price of a link, not of a mount.
-    os.symlink(target, path)
-    return path
 
 
 def _flags(table: Table) -> int:

@@ -72,6 +72,7 @@ _PR_CAP_AMBIENT_RAISE = 2
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522
 
 _STATX_MNT_ID = 0x1000
+_STATX_ATTR_MOUNT_ROOT = 0x2000
 
 _LOOP_CTL_GET_FREE = 0x4C82
 _LOOP_CONFIGURE = 0x4C0A
@@ -121,6 +122,9 @@ _prctl.argtypes = [_int, *[ctypes.c_ulong] * 4]
 _capset = _libc.capset
 _capset.argtypes = [_str, _str]
 
+_StatxBuffer = ctypes.c_char * 256
+_libc_statx = _libc.statx
+_libc_statx.argtypes = [_int, _str, _int, _uint, _pointer]
 _umount2 = _libc.umount2
 _umount2.argtypes = [_str, _int]
 _setns = _libc.setns
@@ -226,10 +230,20 @@ def rename_noreplace(old: str, new: str) -> None:
 
 def mount_id(path: str, dirfd: int = AT_FDCWD) -> int:
     """ID, as in mountinfo, of the mount that is visible at `path` (statx(2), STATX_MNT_ID)."""
-    buffer = ctypes.create_string_buffer(256)
+    return int(struct.unpack_from("=Q", _statx(path, dirfd), 0x90)[0])
+
+
+def is_mount_root(fd: int) -> bool:
+    """Whether an open file is the root of the mount that it was reached through (statx(2))."""
+    return bool(struct.unpack_from("=Q", _statx("", fd), 0x8)[0] & _STATX_ATTR_MOUNT_ROOT)
+
+
+def _statx(path: str, dirfd: int) -> ctypes.Array[ctypes.c_char]:
+    found = _StatxBuffer()
     flags = AT_SYMLINK_NOFOLLOW | (0 if path else AT_EMPTY_PATH)
-    _check(_libc.statx(dirfd, _bytes(path), flags, _STATX_MNT_ID, buffer), path)
-    return int(struct.unpack_from("=Q", buffer, 0x90)[0])
+    if _libc_statx(dirfd, _bytes(path), flags, _STATX_MNT_ID, found) < 0:
+        _check(-1, path)
+    return found
 
 
 def prctl_keepcaps() -> None:

@@ -248,6 +248,17 @@ class Table:
             yield row
             rows += self.on(row)
 
+    def points_on(self, mount: Mount) -> list[str]:
+        """Paths below `/etc`, escaped as mountinfo has them, of all that lies on `mount` at any depth, seen or not."""
+        points = []
+        parents = [str(mount.id)]
+        while parents:
+            for point, line in self._lines.get(parents.pop(), ()):
+                if point.startswith("/etc/"):
+                    points.append(point)
+                    parents.append(line.partition(" ")[0])
+        return sorted(points)
+
     def same_etc(self, other: Table) -> bool:
         """Whether nothing has changed on `/etc` and below it."""
         return self._lines == other._lines
