@@ -118,15 +118,14 @@ def directory() -> Iterator[Path]:
 
 
 @pytest.fixture
-def readers() -> peers.Readers:
-    return peers.Readers()
-
-
-@pytest.fixture
-async def backend(directory: Path, readers: peers.Readers) -> AsyncIterator[Backend]:
-    made = Backend()
+async def backend(directory: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Backend]:
+    """A server with this backend, which knows the group."""
+    monkeypatch.setattr(peers, "_gid", lambda: GROUP)
+    made, readers = Backend(), peers.Readers()
     async with trio.open_nursery() as nursery:
         await nursery.start(control.serve, made, str(directory), readers)
+        while readers.gid is None:
+            await trio.testing.wait_all_tasks_blocked(0.01)
         yield made
         nursery.cancel_scope.cancel()
 
@@ -223,22 +222,16 @@ async def test_strangers_are_told_no_output_no_reason_and_no_path(backend: Backe
 
 @pytest.mark.parametrize("who", [{"gid": GROUP}, {"groups": [*range(100, 130), GROUP]}])
 async def test_members_of_the_group_are_told_everything(
-    backend: Backend, directory: Path, readers: peers.Readers, who: dict[str, Any]
+    backend: Backend, directory: Path, who: dict[str, Any]
 ) -> None:
     backend.verdict.set()
-    await trio.testing.wait_all_tasks_blocked()
-    readers.gid = GROUP
     with structlog.testing.capture_logs():
         said = await told(directory, ASK_EVERYTHING.format(redacted=False), **who)
     assert said.count(TOKEN) > 8 and PATH in said
     assert backend.calls[1] == ("wait", PATH)
 
 
-async def test_members_of_the_group_may_change_nothing(
-    backend: Backend, directory: Path, readers: peers.Readers
-) -> None:
-    await trio.testing.wait_all_tasks_blocked()
-    readers.gid = GROUP
+async def test_members_of_the_group_may_change_nothing(backend: Backend, directory: Path) -> None:
     code = """
 with Client(directory, timeout=60) as client:
     for change in (lambda: client.rollback("nginx.service"), lambda: client.forget("nginx.service"), client.reload):
@@ -251,11 +244,7 @@ with Client(directory, timeout=60) as client:
     assert said.count("is for root and the watcher's own user only") == 3
 
 
-async def test_who_is_in_too_many_groups_to_be_told_is_in_none(
-    backend: Backend, directory: Path, readers: peers.Readers
-) -> None:
-    await trio.testing.wait_all_tasks_blocked()
-    readers.gid = GROUP
+async def test_who_is_in_too_many_groups_to_be_told_is_in_none(backend: Backend, directory: Path) -> None:
     code = """
 with Client(directory, timeout=60) as client:
     client.status()
@@ -496,7 +485,7 @@ async def test_users_without_rights_do_not_lock_out_root(backend: Backend, direc
     """Each has connected as often as he may and takes no answer, or sends half a call."""
     code = """
 streams = []
-for number in range(200):
+for number in range(30):
     stream = connected()
     try:
         stream.sendall(call("History") * 100 if number % 2 else b"{")
@@ -511,6 +500,34 @@ say("full"); sys.stdin.readline()
         with await trio.to_thread.run_sync(lambda: Client(str(directory), timeout=60)) as client:
             (status,) = await trio.to_thread.run_sync(client.status)
     assert status.last is not None and TOKEN in status.last.reason
+
+
+async def test_strangers_are_taken_in_one_after_another_and_root_as_fast_as_he_comes(
+    directory: Path, mock_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uids: list[int] = []
+    of = peers.Peer.of
+
+    def counted(stream: trio.SocketStream) -> peers.Peer:
+        peer = of(stream)
+        uids.append(peer.uid)
+        return peer
+
+    monkeypatch.setattr(peers.Peer, "of", staticmethod(counted))
+    code = "streams = [connected() for _ in range(20)]; say('connected'); sys.stdin.readline()"
+    async with trio.open_nursery() as nursery:
+        await nursery.start(control.serve, Backend(), str(directory), peers.Readers())
+        with stranger(directory, code, 0) as process:
+            await line(process)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+        with stranger(directory, code) as process:
+            await line(process)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            assert uids == [0] * 20 + [NOBODY]
+            mock_clock.jump(1)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            assert uids == [0] * 20 + [NOBODY] * 2
+        nursery.cancel_scope.cancel()
 
 
 async def test_the_kernel_says_who_connects() -> None:

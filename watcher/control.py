@@ -170,12 +170,15 @@ class _Server:
                 await trio.sleep(0.1)
             else:
                 exhausted = False
-                nursery.start_soon(self._converse, stream)
+                peer = Peer.of(stream)
+                nursery.start_soon(self._converse, stream, peer)
+                if not peer.privileged:
+                    # Who connects without end would otherwise keep the event loop busy, refused or not.
+                    await trio.sleep(1 / peers.CONNECTS_PER_SEC)
 
-    async def _converse(self, stream: trio.SocketStream) -> None:
+    async def _converse(self, stream: trio.SocketStream, peer: Peer) -> None:
         with trio.CancelScope() as scope:
             async with stream:
-                peer = Peer.of(stream)
                 with self._places.one_for(peer) as free:
                     try:
                         if not free:

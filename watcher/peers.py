@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import errno
 import grp
 import os
 import socket
@@ -28,6 +27,8 @@ GROUP = "confext-watcher"
 CONNECTIONS = 128
 """Of everybody but the privileged, who have as many of their own: root is never locked out."""
 CONNECTIONS_PER_USER = 16
+CONNECTS_PER_SEC = 500
+"""New connections of everybody but the privileged. Root's wait behind those in the backlog: a quarter of a second."""
 WAITS = 64
 """Calls of `Wait` by everybody but the privileged, who have as many of their own."""
 WAITS_PER_USER = 8
@@ -69,10 +70,8 @@ def _supplementary(stream: trio.SocketStream) -> tuple[int, ...]:
     size = struct.calcsize("I")
     try:
         found = stream.socket.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_MAX * size)
-    except OSError as error:
-        if error.errno != errno.ERANGE:
-            raise
-        return ()  # in more groups than Python has room for: counted as in none of them
+    except OSError:
+        return ()  # in more groups than Python has room for (ERANGE): counted as in none of them
     return struct.unpack(f"{len(found) // size}I", found)
 
 
