@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Becoming like a service's process: its control group, root directory, user, groups and capabilities.
+"""Becoming like a service's process: its root directory, user, groups and capabilities.
 
-Standard library only: it is done between fork and exec, or by a program that does nothing else (`enter.py`).
+Standard library only: it is done by a program that does nothing else (`enter.py`).
 """
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ with open("/proc/sys/kernel/cap_last_cap", encoding="ascii") as _file:
     _LAST_CAPABILITY = int(_file.read())
 
 _ALL = (1 << 64) - 1
+_NO_LINKS = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +25,14 @@ class Like:
     """Whose user, groups, environment, root directory, capabilities and limits a command gets.
 
     Attributes:
-        user, group, groups: numbers; the file system's and the real ones are set alike.
-        environment: of the process when it was started, and what is added to it.
+        user, group, groups: numbers, as the watcher's user namespace has them.
+        environment: of the command.
         bounding: capabilities that a program may get at most, a mask.
         ambient: capabilities that it gets although its user is not root, a mask.
         no_new_privs: as of the process.
         root: its root directory, a path in its mount namespace.
-        cgroup: path of `cgroup.procs` of its control group, "" if that is also ours.
+        root_id: device and inode of that directory.
+        cgroup: directory of its control group, "" if that is also ours.
     """
 
     user: int
@@ -40,33 +43,25 @@ class Like:
     ambient: int = 0
     no_new_privs: bool = False
     root: str = "/"
+    root_id: tuple[int, int] = (0, 0)
     cgroup: str = ""
 
 
-def become(who: Like, group: int, *, other: bool, grouped: bool = False) -> None:
-    """In a child that is about to execute a command: system calls only.
+def become(who: Like, *, other: bool) -> None:
+    """In the service's namespaces, about to execute a command. The groups are set by then.
 
     Args:
-        group: descriptor of the control group's `cgroup.procs`, -1 to stay.
-        other: whether user and groups are to be changed at all.
-        grouped: it has the supplementary groups already.
+        other: whether user and group are to be changed at all.
 
     Raises:
         OSError: it must not execute anything then.
     """
-    if group >= 0:
-        os.write(group, b"0")
-    if who.root != "/":
-        os.chroot(who.root)
-        os.chdir("/")
+    _enter_root(who)
     for capability in range(_LAST_CAPABILITY + 1):
         if not who.bounding >> capability & 1:
             syscalls.prctl_capbset_drop(capability)
     if other:
-        # All three, or a command of an unprivileged service would keep root's groups.
         syscalls.prctl_keepcaps()
-        if not grouped:
-            os.setgroups(who.groups)
         os.setresgid(who.group, who.group, who.group)
         os.setresuid(who.user, who.user, who.user)
     if other or who.user != 0:
@@ -77,3 +72,19 @@ def become(who: Like, group: int, *, other: bool, grouped: bool = False) -> None
                 syscalls.prctl_cap_ambient_raise(capability)
     if who.no_new_privs:
         syscalls.prctl_no_new_privs()
+
+
+def _enter_root(who: Like) -> None:
+    """Stand in the root directory of the process, which whoever owns a directory above it may have exchanged.
+
+    A descriptor of it would not do: in a shadow of the mount namespace it leads to the original.
+    """
+    fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    if who.root != "/":
+        fd = syscalls.openat2(fd, who.root.lstrip("/"), os.O_PATH | os.O_DIRECTORY, _NO_LINKS)
+    status = os.fstat(fd)
+    if (status.st_dev, status.st_ino) != tuple(who.root_id):
+        raise OSError(errno.ESTALE, "its root directory is not where it was")
+    os.fchdir(fd)
+    if who.root != "/":
+        os.chroot(".")

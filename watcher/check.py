@@ -3,7 +3,7 @@
 
 The test runs in a shadow of the service's mount namespace that has the new stack on `/etc`: `nginx -t` reads what nginx
 would read, sandbox mounts, root directory and all. Whatever it does to mounts is gone with the shadow, and whatever it
-leaves running is killed.
+leaves running its manager ends.
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import trio
-
 from watcher import unitfile
 from watcher.managers import Manager, Service
 from watcher.model import Copy, Later, Stack, shown
-from watcher.mounts.shadow import kill_all, shadow
+from watcher.mounts.shadow import shadow
 from watcher.mounts.workshop import Workshop
 from watcher.process import Process
 
@@ -57,8 +55,6 @@ async def check(
             manager, service, shadowed, service.settings.check, service.settings.check_usec, "check"
         )
     finally:
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(kill_all, shadowed)
         os.close(shadowed)
 
 

@@ -1,42 +1,60 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Running a command where a service is: in its mount namespace, as its user, with its environment, and no more rights.
+"""Running a command where a service is: in its namespaces, as its user, with its environment, and no more rights.
 
-A worker that stands in a service's namespace can start an ordinary subprocess, which inherits that. The rest
-(descriptors, numbers of user and groups, words) is made ready before: inside, every path and every name would resolve
-in the service's files. What only the child itself can do to itself (control group, root directory, capabilities) it
-does between fork and exec: system calls on what was made ready, nothing else.
+What the command is and may do is what the main process is and may do at the moment, as the kernel tells it in one
+piece, if that counts: rights of a user namespace that the service has made itself are none of the host's, and those of
+a set-user-ID program that it has executed (`su`, asking for a password) are not its own.
+
+A small program enters (`enter.py`), with systemd as a transient unit, without it as a child of ours.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import os
-import signal
+import socket
+import struct
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, ParamSpec, TypeVar
 
 import trio
 
-from watcher.become import Like, become
+import watcher
+from watcher.become import Like
 from watcher.config import signal_name
+from watcher.enter import KINDS, Order
 from watcher.managers import cgroup
 from watcher.model import Later
-from watcher.mounts.workshop import Workshop
-from watcher.process import Gone, Process
+from watcher.process import Gone, Process, namespace_id
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 OUTPUT_MAX = 64 * 1024
 """Bytes of a command's output that are kept."""
 
-# Seconds that a killed command is waited for; one that the kernel does not let go of is left to it.
+_LIBRARY: Final = str(Path(watcher.__file__).resolve().parents[1])
+PROGRAM: Final = (
+    sys.executable,
+    "-ISBc",
+    f"import sys; sys.path.insert(0, {_LIBRARY!r}); from watcher.enter import main; main(sys.argv[1])",
+)
+"""The program that enters; it is given the path of its order."""
+
+# Seconds that killed processes are waited for; those that the kernel does not let go of are left to `enter.py`.
 _DYING_SEC = 5.0
 
 # What the machine is short of, which says nothing about the command.
 _SHORT = frozenset({errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC})
+
+# Keys of the auxiliary vector (getauxval(3)): what a process had when it executed its program.
+_AT_PAGESZ, _AT_UID, _AT_EUID, _AT_GID, _AT_EGID, _AT_SECURE = 6, 11, 12, 13, 14, 23
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,53 +65,101 @@ class Ended:
     output: str
 
 
-def like(process: Process, extra: Mapping[str, str]) -> Like:
-    """What a process has and is limited to, with `extra` added to its environment.
+async def aside(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run what may block on a service's file system or memory, away from the event loop, while it is wanted."""
+    return await trio.to_thread.run_sync(lambda: function(*args, **kwargs), abandon_on_cancel=True)
+
+
+# --- who ---
+
+
+def like(main: Process, environment: Mapping[str, str] | None = None) -> Like:
+    """What a service's main process has and is limited to. Blocks.
+
+    Args:
+        environment: what it was started with; None: what it has, which whoever controls it can choose.
 
     Raises:
         Gone: it has ended.
+        Later: its rights are not its own.
     """
-    fields = dict(line.partition(":")[::2] for line in process.read("status").splitlines())
-    pairs = (pair.partition("=") for pair in process.read("environ").split("\0"))
-    environment = {name: value for name, _, value in pairs if name}
-    groups = tuple(int(group) for group in fields["Groups"].split())
+    executed = _executed(main)
+    fields = dict(line.partition(":")[::2] for line in main.read("status").splitlines())
     # Uid: and Gid: list real, effective, saved and file system's.
-    user, group = int(fields["Uid"].split()[1]), int(fields["Gid"].split()[1])
+    users, groups = (tuple(map(int, fields[key].split())) for key in ("Uid", "Gid"))
+    _check_own(main, executed, users)
+    if environment is None:
+        pairs = (pair.partition("=") for pair in main.read("environ").split("\0"))
+        environment = {name: value for name, _, value in pairs if name}
     bounding = int(fields["CapBnd"], 16)
+    root, root_id = _root(main)
     return Like(
-        user,
-        group,
-        groups,
-        {**environment, **extra},
+        users[1],
+        groups[1],
+        tuple(int(group) for group in fields["Groups"].split()),
+        {**environment, "MAINPID": str(main.pid)},
         # A program that root executes gets all that is in the bounding set, one that dropped some must not see it get
         # them back.
-        bounding=bounding & int(fields["CapPrm"], 16) if user == 0 else bounding,
+        bounding=bounding & int(fields["CapPrm"], 16) if users[1] == 0 else bounding,
         ambient=int(fields["CapAmb"], 16),
         no_new_privs=fields["NoNewPrivs"].strip() == "1",
-        root=_root(process),
-        cgroup=_cgroup(process),
+        root=root,
+        root_id=root_id,
+        cgroup=_cgroup(main),
     )
 
 
-def _root(process: Process) -> str:
+def _executed(main: Process) -> dict[int, int]:
+    """The auxiliary vector: of one execution of one program, whatever is executed while this is read."""
+    vector = main.read_bytes("auxv")
+    for pair in (struct.Struct("=QQ"), struct.Struct("=II")):  # of a 64-bit program, of a 32-bit one
+        found = dict(pair.iter_unpack(vector[: len(vector) // pair.size * pair.size]))
+        if found.get(_AT_PAGESZ) == os.sysconf("SC_PAGESIZE"):
+            return found
+    raise Later("could not be run: it is not known as whom its main process was executed")
+
+
+def _check_own(main: Process, executed: Mapping[int, int], users: Sequence[int]) -> None:
+    """Refuse rights that the main process was lent.
+
+    A program that another user than root has executed can only become somebody else if it is set-user-ID or
+    set-group-ID, or has a capability for it. In another user namespace than ours numbers mean something else; but that
+    is entered.
+    """
+    user = executed[_AT_UID]
+    lent = executed[_AT_SECURE] and (user, executed[_AT_GID]) != (executed[_AT_EUID], executed[_AT_EGID])
+    ours = namespace_id(f"/proc/{main.pid}/ns/user") == namespace_id("/proc/self/ns/user")
+    if lent or (ours and user != 0 and set(users) != {user}):
+        raise Later("could not be run: its main process runs a program with rights that are not its own")
+
+
+def _root(main: Process) -> tuple[str, tuple[int, int]]:
     try:
-        root = os.readlink(f"/proc/{process.pid}/root")
+        path = f"/proc/{main.pid}/root"
+        found = os.readlink(path), namespace_id(path)
     except FileNotFoundError:
-        raise Gone(f"process {process.pid} has ended") from None
-    if not process.alive():
-        raise Gone(f"process {process.pid} has ended")
-    return root
+        raise Gone(f"process {main.pid} has ended") from None
+    if not main.alive():
+        raise Gone(f"process {main.pid} has ended")
+    return found
 
 
-def _cgroup(process: Process) -> str:
-    """`cgroup.procs` of a process's control group, "" if it is ours too, or cannot be seen from here."""
-    group = _unified(process.read("cgroup"))
-    with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as file:
-        own = _unified(file.read())
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        mount = cgroup.mount_point(file.read())
-    path = f"{mount}{group}/cgroup.procs"
-    return path if mount and group not in ("", own) and os.access(path, os.W_OK) else ""
+def _cgroup(main: Process) -> str:
+    """Directory of a process's control group, "" if it is ours too, or cannot be seen from here."""
+    group, own = _unified(main.read("cgroup")), _unified(_own("cgroup"))
+    mount = cgroup.mount_point(_own("mountinfo"))
+    path = f"{mount}{group}"
+    return path if mount and group not in ("", own) and os.access(f"{path}/cgroup.procs", os.W_OK) else ""
+
+
+def _own_cgroup() -> str:
+    mount, group = cgroup.mount_point(_own("mountinfo")), _unified(_own("cgroup"))
+    return f"{mount}{group}" if mount and group else ""
+
+
+def _own(name: str) -> str:
+    with open(f"/proc/self/{name}", encoding="utf-8", errors="surrogateescape") as file:
+        return file.read()
 
 
 def _unified(text: str) -> str:
@@ -103,98 +169,136 @@ def _unified(text: str) -> str:
     return "" if path.startswith("/..") else path
 
 
-async def run(
-    shop: Workshop,
-    place: Callable[[], AbstractContextManager[None]],
-    who: Like,
-    words: Sequence[str],
-    *,
-    timeout_sec: float,
-) -> Ended:
-    """Run a command and wait for its end; what it leaves running in its session is killed.
+def group_for(who: Like) -> str:
+    """The control group below which a command gets one of its own, "" if none will do.
 
-    Args:
-        place: enters where it is to run, on a worker (`Workshop.entered`).
-        timeout_sec: seconds after which it is killed.
-
-    Raises:
-        HostNamespace: the namespace is the host's.
-        Later: the machine could not start it now.
+    The service's, so that its limits hold. One that is not ours is delegated: its owner could move the command out.
     """
-    reading, writing = os.pipe2(os.O_CLOEXEC)
+    path = who.cgroup or _own_cgroup()
     try:
-        # Here: where a worker stands there are neither devices nor control groups.
-        with open("/dev/null", "rb") as null, _opened(who.cgroup) as group:
-            child = await shop.run(_start, place, who, tuple(words), null.fileno(), writing, group)
-    except BaseException as error:
-        os.close(reading)
-        if isinstance(error, OSError) and error.errno in _SHORT:
-            raise Later(f"could not be run: {error.strerror}") from error
-        if isinstance(error, OSError):
-            return Ended(f"cannot be started: {error.strerror}", "")
-        if isinstance(error, subprocess.SubprocessError):
-            return Ended("cannot be started: it cannot be given the service's user, root or capabilities", "")
-        raise
-    finally:
-        os.close(writing)
-    return await _follow(child, reading, timeout_sec)
+        return path if path and os.stat(path).st_uid == os.geteuid() else ""
+    except OSError:
+        return ""
+
+
+# --- how ---
+
+
+def path_of(fd: int) -> str:
+    """How root finds one of our descriptors."""
+    return f"/proc/{os.getpid()}/fd/{fd}"
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[int]:
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC) if path else -1
+def namespaces(main: Process, mount: int) -> Iterator[dict[str, str]]:
+    """Paths of a mount namespace (a descriptor) and of the other namespaces of a service, by their kinds.
+
+    Raises:
+        Gone: its main process has ended.
+    """
+    with contextlib.ExitStack() as held:
+        paths = {"mnt": path_of(mount)}
+        for kind in KINDS.keys() - paths.keys():
+            fd = main.namespace(kind)
+            held.callback(os.close, fd)
+            paths[kind] = path_of(fd)
+        yield paths
+
+
+@contextlib.contextmanager
+def told(order: Order) -> Iterator[str]:
+    """The path of an order, for `PROGRAM`."""
+    fd = os.memfd_create("confext-watcher-order", os.MFD_CLOEXEC)
     try:
-        yield fd
+        with open(fd, "wb", closefd=False) as file:
+            file.write(order.dump())
+        yield path_of(fd)
     finally:
-        if path:
-            os.close(fd)
+        os.close(fd)
 
 
-def _start(
-    place: Callable[[], AbstractContextManager[None]],
-    who: Like,
-    words: Sequence[str],
-    stdin: int,
-    stdout: int,
-    group: int,
-) -> subprocess.Popen[bytes]:
-    # In a user namespace of one user there is nothing to change to, and setgroups() is not allowed.
-    other = (who.user, who.group) != (os.geteuid(), os.getegid())
-    prepare = functools.partial(become, who, group, other=other)
-    with place():
-        return subprocess.Popen(
-            words,
-            stdin=stdin,
-            stdout=stdout,
-            stderr=subprocess.STDOUT,
-            cwd="/",
-            env=who.environment,
-            start_new_session=True,
-            preexec_fn=prepare,  # noqa: PLW1509 -- makes system calls and takes no lock
-        )
+async def run(order: Order, *, timeout_sec: float) -> Ended:
+    """Run a command as a child of ours and wait for its end; nothing of it survives.
+
+    Args:
+        order: one that is `contained`.
+        timeout_sec: seconds after which it is killed.
+
+    Raises:
+        Later: the machine could not start it now.
+    """
+    with contextlib.ExitStack() as held:
+        ours, theirs = socket.socketpair()
+        reading, writing = os.pipe2(os.O_CLOEXEC)
+        stream = trio.lowlevel.FdStream(reading)
+        held.callback(stream.close)
+        try:
+            with ours, told(order) as path:
+                try:
+                    child = await trio.to_thread.run_sync(_start, path, theirs, writing)
+                except OSError as error:
+                    raise Later(f"could not be run: {error.strerror}") from error
+                finally:
+                    theirs.close()
+                    os.close(writing)
+                return await _follow(child, ours, stream, timeout_sec)
+        finally:
+            theirs.close()
 
 
-async def _follow(child: subprocess.Popen[bytes], reading: int, timeout_sec: float) -> Ended:
+def _start(path: str, talk: socket.socket, output: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [*PROGRAM, path],
+        stdin=talk.fileno(),
+        stdout=output,
+        stderr=output,
+        cwd="/",
+        env={},
+        start_new_session=True,
+    )
+
+
+async def _follow(
+    child: subprocess.Popen[bytes], talk: socket.socket, stream: trio.abc.ReceiveStream, timeout_sec: float
+) -> Ended:
     output = bytearray()
+    said = b""
     pidfd = os.pidfd_open(child.pid)
     try:
-        async with trio.lowlevel.FdStream(reading) as stream:
-            with trio.move_on_after(timeout_sec) as scope:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(_gather, stream, output)
-                    await trio.lowlevel.wait_readable(pidfd)
-                    # What it left running may hold the pipe open for ever.
-                    nursery.cancel_scope.deadline = trio.current_time() + 0.1
+        with trio.move_on_after(timeout_sec) as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_gather, stream, output)
+                await trio.lowlevel.wait_readable(talk)
+                said = talk.recv(256)
+                # What holds the pipe open is about to be killed.
+                nursery.cancel_scope.deadline = trio.current_time() + 0.1
     finally:
-        # The session is killed before its leader is waited for: until then its number is not given to another.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
+        talk.close()
         await _reap(child, pidfd)
         os.close(pidfd)
     text = output.decode(errors="replace")
-    if scope.cancelled_caught or child.returncode is None:
+    if scope.cancelled_caught:
         return Ended(f"was killed: it took longer than {timeout_sec:g} s", text)
-    return Ended(reason_of(child.returncode), text)
+    return Ended(_reason(said.decode(), text), text)
+
+
+def _reason(said: str, output: str) -> str:
+    """What `enter.py` said in words that follow the name of a command; "" for success.
+
+    Raises:
+        Later: it says nothing about the command.
+    """
+    if not said:
+        last = (output.split("\n") or [""])[-1]
+        raise Later(f"could not be run: what was to run it has failed{': ' if last else ''}{last}")
+    what, number = said.split()[:2]
+    if what == "status":
+        return reason_of(os.waitstatus_to_exitcode(int(number)))
+    if int(number) in _SHORT:
+        raise Later(f"could not be run: {os.strerror(int(number))}")
+    if what == "exec":
+        return f"cannot be started: {os.strerror(int(number))}"
+    return "cannot be started: it cannot be given the service's namespaces, user, root or capabilities"
 
 
 async def _reap(child: subprocess.Popen[bytes], pidfd: int) -> None:

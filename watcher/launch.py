@@ -33,7 +33,7 @@ from watcher.model import Later, Refused, Stack, problem, shown
 from watcher.mounts import syscalls
 from watcher.mounts.swap import Moved, swap
 from watcher.mounts.workshop import HostNamespace, Workshop
-from watcher.process import Gone, Process, may_mount, shares_host, start_time
+from watcher.process import Gone, Process, may_mount, namespace_id, shares_host, start_time
 from watcher.schema import Quarantined, text
 from watcher.store import Store
 from watcher.trials import Trial, Trials
@@ -93,12 +93,13 @@ def launch(settings: Settings, order: Order) -> None:
 
 def _registration(order: Order) -> Registration:
     """Of this process."""
-    status = os.stat("/proc/self/ns/mnt")
     return Registration(
         name=order.name,
         pid=os.getpid(),
         started=start_time(os.getpid()),
-        namespace=(status.st_dev, status.st_ino),
+        namespace=namespace_id("/proc/self/ns/mnt"),
+        user_namespace=namespace_id("/proc/self/ns/user"),
+        environment=tuple(f"{name}={value}" for name, value in os.environ.items()),
         confext_dirs=order.confext_dirs,
         images=order.images,
         directories=order.directories,

@@ -27,9 +27,9 @@ from watcher.memory import Memory
 from watcher.model import Busy, Copy, Event, Interest, Later, Refused, Stack
 from watcher.mounts.converge import converge
 from watcher.mounts.swap import Moved
-from watcher.mounts.workshop import HostNamespace, Hung, Lost, Workshop
+from watcher.mounts.workshop import Hung, Lost, Workshop
 from watcher.pending import Pending
-from watcher.process import Gone, Process
+from watcher.process import Elsewhere, Gone, Process
 from watcher.record import Record
 from watcher.reload import judge_start, reload_and_judge
 from watcher.report import Times
@@ -132,7 +132,7 @@ class Line:
             settled = await self._round(service, memory, since)
         except Gone:
             return None  # its manager will say so, and it is looked at again when it starts
-        except HostNamespace as error:
+        except Elsewhere as error:
             memory.mounted = frozenset()
             await self._record.needs_restart(service.name, service.invocation, str(error))
             return None

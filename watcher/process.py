@@ -25,6 +25,10 @@ class Gone(Exception):
     """The process has ended (or never was the one that was meant)."""
 
 
+class Elsewhere(Exception):
+    """A process is in a namespace that is not proved to be its service's: nothing is mounted or run there."""
+
+
 class Process:
     """A process held by pidfd.
 
@@ -32,17 +36,18 @@ class Process:
         pid: as the manager told it.
         started: start time that the process must have (field 22 of `/proc/PID/stat`, clock ticks since boot), or
             None where the manager vouches for the PID itself.
+        home: the mount namespace that it must be in (`namespace_id`); None where nobody has recorded one.
 
     Raises:
         Gone: no such process, or another one by now.
     """
 
-    def __init__(self, pid: int, started: int | None = None) -> None:
+    def __init__(self, pid: int, started: int | None = None, home: tuple[int, int] | None = None) -> None:
         try:
             self.pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
             raise Gone(f"process {pid} has ended") from None
-        self.pid = pid
+        self.pid, self.home = pid, home
         try:
             self.started = start_time(pid)
             if not self.alive() or started not in (None, self.started):
@@ -82,7 +87,8 @@ class Process:
         if self.pidfd < 0:
             raise Gone(f"process {self.pid} has ended")
         other = Process.__new__(Process)
-        other.pid, other.started, other.pidfd = self.pid, self.started, os.dup(self.pidfd)
+        other.pid, other.started, other.home = self.pid, self.started, self.home
+        other.pidfd = os.dup(self.pidfd)
         return other
 
     def comm(self) -> str:
@@ -100,16 +106,21 @@ class Process:
             Gone: it has ended.
             PermissionError: not ours to look at.
         """
-        text = _read(f"/proc/{self.pid}/{name}")
+        return _text(self.read_bytes(name))
+
+    def read_bytes(self, name: str) -> bytes:
+        """See `read`."""
+        found = _read_bytes(f"/proc/{self.pid}/{name}")
         if not self.alive():
             raise Gone(f"process {self.pid} has ended")
-        return text
+        return found
 
     def namespace(self, kind: str = "mnt") -> int:
         """A descriptor of one of its namespaces, which keeps that namespace whatever the process does next.
 
         Raises:
             Gone: it has ended.
+            Elsewhere: it has left its mount namespace for another one.
             PermissionError: not ours to enter.
         """
         try:
@@ -119,6 +130,8 @@ class Process:
         try:
             if not self.alive():
                 raise Gone(f"process {self.pid} has ended")
+            if kind == "mnt" and self.home not in (None, namespace_id(fd)):
+                raise Elsewhere("has left the mount namespace that it was started in")
         except BaseException:
             os.close(fd)
             raise
@@ -218,9 +231,17 @@ def shares_host(pid: int | str) -> bool:
         return False
 
 
+def _text(found: bytes) -> str:
+    return found.decode("utf-8", "surrogateescape")
+
+
 def _read(path: str) -> str:
+    return _text(_read_bytes(path))
+
+
+def _read_bytes(path: str) -> bytes:
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        with open(path, "rb") as file:
             return file.read()
     except (FileNotFoundError, ProcessLookupError):
         raise Gone(f"{path}: the process has ended") from None

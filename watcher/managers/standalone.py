@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import functools
 import json
 import os
 import re
@@ -25,12 +24,14 @@ from dataclasses import dataclass
 import trio
 
 from watcher import config, inside, journal, resolve
+from watcher.become import Like
 from watcher.config import ServiceSettings
+from watcher.enter import Order
 from watcher.managers import Reloaded, Service
 from watcher.managers.tell import send_signal
-from watcher.model import Declared, Entry, Interest, Kind, Remark, shown
+from watcher.model import Declared, Entry, Interest, Kind, Later, Remark, shown
 from watcher.mounts.workshop import Workshop
-from watcher.process import Gone, Process, descendants
+from watcher.process import Gone, Process, descendants, namespace_id
 from watcher.unitfile import Assignment
 from watcher.watch import Watcher
 
@@ -55,6 +56,8 @@ class Registration:
         pid: of its main process, as the daemon sees it.
         started: its start time, clock ticks since boot.
         namespace: device and inode of the mount namespace it was started in.
+        user_namespace: likewise; () as older versions wrote it.
+        environment: "NAME=VALUE", what it was started with.
         confext_dirs, images, directories: where its layers come from, absolute paths.
         reload_signal: name of a signal, "" for none.
         reload_command: words of a command that is run in the service's mount namespace as its user.
@@ -74,6 +77,8 @@ class Registration:
     check: tuple[str, ...] = ()
     health_check: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
+    user_namespace: tuple[int, ...] = ()
+    environment: tuple[str, ...] = ()
 
     @property
     def declared(self) -> Declared:
@@ -202,6 +207,8 @@ def _is_sound(made: Registration) -> bool:
         kind = int if "int" in str(field.type) else str
         if isinstance(value, tuple) != str(field.type).startswith("tuple"):
             return False
+        if isinstance(value, tuple) and kind is int and len(value) not in (0, 2):
+            return False
         if any(type(item) is not kind or (isinstance(item, str) and "\0" in item) for item in items):
             return False
     return 0 < made.pid <= _PID_MAX
@@ -273,12 +280,15 @@ class Standalone:
 
     async def _run_command(self, main: Process, registration: Registration) -> Reloaded:
         words = registration.reload_command
+        what = f"reload command {shown(shlex.join(words))}"
         namespace = main.namespace()
         try:
-            ended = await self._run_like(main, namespace, words, _RELOAD_SEC)
+            ended = await self._run_like(main, registration, namespace, words, _RELOAD_SEC)
+        except Later as error:
+            raise Later(f"{what} {error}") from error
         finally:
             os.close(namespace)
-        reason = f"reload command {shown(shlex.join(words))} {ended.reason}" if ended.reason else ""
+        reason = f"{what} {ended.reason}" if ended.reason else ""
         return Reloaded(not reason, "reload", reason, ended.output)
 
     async def started(self, service: Service) -> bool:
@@ -293,16 +303,33 @@ class Standalone:
         self, service: Service, namespace: int, words: Sequence[str], timeout_sec: float
     ) -> inside.Ended:
         """Run a command as a child of the daemon; see `Manager.execute`."""
-        if service.main is None:
+        registration = self._registrations.get(service.name)
+        if service.main is None or registration is None:
             raise Gone(f"{service.name} is not running")
-        return await self._run_like(service.main, namespace, words, timeout_sec)
+        return await self._run_like(service.main, registration, namespace, words, timeout_sec)
 
     async def _run_like(
-        self, main: Process, namespace: int, words: Sequence[str], timeout_sec: float
+        self,
+        held: Process,
+        registration: Registration,
+        namespace: int,
+        words: Sequence[str],
+        timeout_sec: float,
     ) -> inside.Ended:
-        who = inside.like(main, {"MAINPID": str(main.pid)})
-        place = functools.partial(self._shop.entered, namespace)
-        return await inside.run(self._shop, place, who, words, timeout_sec=timeout_sec)
+        self._shop.check_foreign(namespace_id(namespace))
+        with held.hold() as main:
+            who = await inside.aside(_who, main, registration)
+            with inside.namespaces(main, namespace) as paths:
+                order = Order(
+                    paths,
+                    who,
+                    words,
+                    contained=True,
+                    group=inside.group_for(who),
+                    # In a shadow it can have nothing to do with the service itself, whose PID would mean nothing to it.
+                    private_pids=namespace_id(namespace) != registration.namespace,
+                )
+                return await inside.run(order, timeout_sec=timeout_sec)
 
     async def processes(self, service: Service) -> list[int]:
         if service.main is None:
@@ -364,7 +391,7 @@ class Standalone:
     def _hold(self, registration: Registration) -> Process | None:
         """Its process, and the end of that from now on."""
         try:
-            main = Process(registration.pid, registration.started)
+            main = Process(registration.pid, registration.started, registration.namespace)
         except Gone:
             return None
         try:
@@ -413,3 +440,22 @@ class Standalone:
                     service, main=None, invocation="", failed=True
                 )
                 changed(service.name)
+
+
+def _who(main: Process, registration: Registration) -> Like:
+    """Whom a command for a service is to be like. Blocks.
+
+    Raises:
+        Gone: it has ended.
+        Later: it may be nobody.
+    """
+    if not registration.user_namespace:
+        raise Later(
+            "could not be run: start the service again with `exec`, it was registered by an older version"
+        )
+    pairs = (pair.partition("=") for pair in registration.environment)
+    who = inside.like(main, {name: value for name, _, value in pairs})
+    # Afterwards: there is no way back, so what was found counts in the one that it was started in.
+    if namespace_id(f"/proc/{main.pid}/ns/user") != registration.user_namespace:
+        raise Later("could not be run: its main process has left the user namespace that it was started in")
+    return who

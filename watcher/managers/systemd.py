@@ -154,8 +154,9 @@ class Systemd:
         """See `Manager.execute`."""
         if service.main is None:
             raise Gone(f"{service.name} is not running")
-        who = inside.like(service.main, {"MAINPID": str(service.main.pid)})
-        return await self._transient.run(service.name, service.main, namespace, who, words, timeout_sec)
+        with service.main.hold() as main:
+            who = await inside.aside(inside.like, main)
+            return await self._transient.run(service.name, main, namespace, who, words, timeout_sec)
 
     async def processes(self, service: Service) -> list[int]:
         """See `Manager.processes`."""

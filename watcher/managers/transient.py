@@ -11,25 +11,18 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import sys
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 import trio
 
-import watcher
 from watcher import dbus, enter
 from watcher.become import Like
-from watcher.inside import OUTPUT_MAX, Ended, reason_of
+from watcher.inside import OUTPUT_MAX, PROGRAM, Ended, namespaces, path_of, reason_of, told
 from watcher.managers.systemd1 import Jobs, Systemd1
 from watcher.model import Later
 from watcher.process import Process
 
-_LIBRARY: Final = str(Path(watcher.__file__).resolve().parents[1])
-_PROGRAM: Final = (
-    f"import sys; sys.path.insert(0, {_LIBRARY!r}); from watcher.enter import main; main(sys.argv[1])"
-)
 # What a unit's control group and its processes may use: taken over from the service as they are.
 _LIMITS: Final = {
     "Slice": "s",
@@ -44,7 +37,6 @@ _LIMITS: Final = {
     "LimitAS": "t",
     "LimitMEMLOCK": "t",
 }
-_NAMESPACES: Final = ("net", "ipc", "uts", "user")
 # Seconds more than the command may take, for systemd to start and to end it.
 _GRACE_SEC: Final = 10.0
 
@@ -78,11 +70,12 @@ class Transient:
             ours = held.enter_context(open(writing, "wb", buffering=0))
             stream = trio.lowlevel.FdStream(reading)
             held.callback(stream.close)
-            told = held.enter_context(_told(held.enter_context(_namespaces(main, namespace)), who, words))
+            order = enter.Order(held.enter_context(namespaces(main, namespace)), who, words)
+            path = held.enter_context(told(order))
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_gather, stream, output)
                 try:
-                    reason = await self._attempt(service, told, _path(writing), timeout_sec)
+                    reason = await self._attempt(service, path, path_of(writing), timeout_sec)
                 except Later as error:
                     later = error
                 ours.close()
@@ -92,21 +85,21 @@ class Transient:
             raise later
         return Ended(reason, output.decode(errors="replace"))
 
-    async def _attempt(self, service: str, told: str, output: str, timeout_sec: float) -> str:
+    async def _attempt(self, service: str, path: str, output: str, timeout_sec: float) -> str:
         try:
-            return await self._follow(service, told, output, timeout_sec)
+            return await self._follow(service, path, output, timeout_sec)
         except (dbus.Error, dbus.Lost) as error:
             raise Later(f"could not be run: {error}") from error
         except trio.TooSlowError as error:
             raise Later("could not be run: systemd did not start or end it in time") from error
 
-    async def _follow(self, service: str, told: str, output: str, timeout_sec: float) -> str:
+    async def _follow(self, service: str, path: str, output: str, timeout_sec: float) -> str:
         systemd = await self._systemd()
         name = f"confext-watcher-check-{secrets.token_hex(8)}.service"
         properties = [
             ("Description", ("s", f"Check of {service} by confext-watcher")),
             ("Type", ("s", "oneshot")),
-            ("ExecStart", ("a(sasb)", [(sys.executable, [sys.executable, "-ISBc", _PROGRAM, told], False)])),
+            ("ExecStart", ("a(sasb)", [(PROGRAM[0], [*PROGRAM, path], False)])),
             ("StandardInput", ("s", "null")),
             ("StandardOutputFile", ("s", output)),
             ("StandardError", ("s", "inherit")),
@@ -158,33 +151,3 @@ async def _reason(systemd: Systemd1, name: str, result: str, timeout_sec: float)
 async def _gather(stream: trio.abc.ReceiveStream, output: bytearray) -> None:
     async for chunk in stream:
         output += chunk[: OUTPUT_MAX - len(output)]
-
-
-def _path(fd: int) -> str:
-    """How root finds one of our descriptors."""
-    return f"/proc/{os.getpid()}/fd/{fd}"
-
-
-@contextlib.contextmanager
-def _namespaces(main: Process, namespace: int) -> Iterator[list[str]]:
-    """Paths of a mount namespace and of those others in which a service is; its user namespace comes last, because
-    nothing else can be entered from there."""
-    with contextlib.ExitStack() as held:
-        paths = [_path(namespace)]
-        for kind in _NAMESPACES:
-            fd = main.namespace(kind)
-            held.callback(os.close, fd)
-            # To enter one's own user namespace is an error.
-            if kind != "user" or os.fstat(fd).st_ino != os.stat("/proc/1/ns/user").st_ino:
-                paths.append(_path(fd))
-        yield paths
-
-
-@contextlib.contextmanager
-def _told(namespaces: Sequence[str], who: Like, words: Sequence[str]) -> Iterator[str]:
-    fd = os.memfd_create("confext-watcher-check", os.MFD_CLOEXEC)
-    try:
-        os.write(fd, enter.order(namespaces, who, words))
-        yield _path(fd)
-    finally:
-        os.close(fd)

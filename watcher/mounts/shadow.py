@@ -7,10 +7,6 @@ as its descriptor, or a process in it.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import time
 from collections.abc import Mapping
 
 from watcher.model import Copy, Stack
@@ -19,9 +15,6 @@ from watcher.mounts.descriptors import Descriptors
 from watcher.mounts.etc import look_up
 from watcher.mounts.swap import build
 from watcher.mounts.workshop import Workshop
-from watcher.process import Gone, Process, namespace_id
-
-_DYING_SEC = 5.0
 
 
 def shadow(shop: Workshop, namespace: int, stack: Stack, copies: Mapping[str, Copy]) -> int:
@@ -37,26 +30,3 @@ def shadow(shop: Workshop, namespace: int, stack: Stack, copies: Mapping[str, Co
         flags = syscalls.MOVE_MOUNT_F_EMPTY_PATH | syscalls.MOVE_MOUNT_T_EMPTY_PATH
         syscalls.move_mount(tree, "", etc, "", flags)
         return shop.own_namespace()
-
-
-def kill_all(namespace: int) -> None:
-    """Kill every process that is in a mount namespace, however it got away from who started it.
-
-    One that the kernel does not let go of (a dead file system) is left to it after a moment.
-    """
-    wanted = namespace_id(namespace)
-    deadline = time.monotonic() + _DYING_SEC
-    while time.monotonic() < deadline and (
-        pids := [pid for pid in os.listdir("/proc") if pid.isdecimal() and _is_in(pid, wanted)]
-    ):
-        for pid in pids:
-            with contextlib.suppress(Gone), Process(int(pid)) as process:
-                if _is_in(pid, wanted):
-                    process.signal(signal.SIGKILL)
-
-
-def _is_in(pid: str, wanted: tuple[int, int]) -> bool:
-    try:
-        return namespace_id(f"/proc/{pid}/ns/mnt") == wanted
-    except OSError:  # ended, or not ours to look at
-        return False

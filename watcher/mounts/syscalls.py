@@ -23,6 +23,11 @@ AT_RECURSIVE = 0x8000
 
 CLONE_FS = 0x200
 CLONE_NEWNS = 0x20000
+CLONE_NEWUTS = 0x4000000
+CLONE_NEWIPC = 0x8000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
 
 MS_REC = 0x4000
 MS_PRIVATE = 1 << 18
@@ -63,9 +68,11 @@ _FSCONFIG_CMD_CREATE = 6
 
 _RENAME_NOREPLACE = 1
 
+_PR_SET_DUMPABLE = 4
 _PR_SET_KEEPCAPS = 8
 _PR_CAPBSET_READ = 23
 _PR_CAPBSET_DROP = 24
+_PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
 _PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_RAISE = 2
@@ -244,6 +251,16 @@ def _statx(path: str, dirfd: int) -> ctypes.Array[ctypes.c_char]:
     if _libc_statx(dirfd, _bytes(path), flags, _STATX_MNT_ID, found) < 0:
         _check(-1, path)
     return found
+
+
+def prctl_not_dumpable() -> None:
+    """Nobody but the host's root may look into this process or hold it, until it executes (PR_SET_DUMPABLE)."""
+    _check(_prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "PR_SET_DUMPABLE")
+
+
+def prctl_child_subreaper() -> None:
+    """Become the parent of every descendant whose own parent ends (PR_SET_CHILD_SUBREAPER)."""
+    _check(_prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "PR_SET_CHILD_SUBREAPER")
 
 
 def prctl_keepcaps() -> None:

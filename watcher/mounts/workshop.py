@@ -32,7 +32,7 @@ import trio
 from watcher import journal
 from watcher.mounts import syscalls
 from watcher.mounts.images import Images
-from watcher.process import namespace_id
+from watcher.process import Elsewhere, namespace_id
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -45,7 +45,7 @@ HANGS_SEC = 30.0
 _GRACE_SEC = 0.4
 
 
-class HostNamespace(Exception):
+class HostNamespace(Elsewhere):
     """The namespace is the host's (or our own), not the service's: nothing may be mounted in it."""
 
 
