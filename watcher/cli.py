@@ -447,7 +447,7 @@ def _print_services(services: Sequence[ServiceStatus]) -> None:
 def _notes(service: ServiceStatus) -> Iterator[str]:
     """What is out of the ordinary about a service."""
     if service.state == "needs-restart":
-        yield "shares the host's mount namespace; restart it once to have its stack"
+        yield "is not in a mount namespace that was made for it; restart it once to have its stack"
     if service.pinned is not None:
         yield "stays on this stack, by hand, until `confext-watcher rollback --forget`"
     for content in service.quarantined:

@@ -137,6 +137,15 @@ class Process:
             raise
         return fd
 
+    def at_home(self) -> bool:
+        """Whether it is in the mount namespace that it must be in.
+
+        Raises:
+            FileNotFoundError: it has ended.
+            PermissionError: not ours to look at.
+        """
+        return self.home in (None, namespace_id(f"/proc/{self.pid}/ns/mnt"))
+
     def survives(self, number: int) -> bool:
         """Whether it catches, ignores or blocks a signal, rather than being ended by it.
 

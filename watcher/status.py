@@ -57,16 +57,22 @@ def _known(settings: Settings, held: contextlib.ExitStack) -> Iterator[tuple[str
             registration = registered(settings.runtime_directory, name)
             if registration is not None:
                 standalone.add(name)
-                yield name, "standalone", _hold(held, registration.pid, registration.started)
+                yield (
+                    name,
+                    "standalone",
+                    _hold(held, registration.pid, registration.started, registration.namespace),
+                )
     if os.path.isdir("/run/systemd/system") and os.path.isdir(f"{settings.state_directory}/units"):
         units = sorted(filter(is_service, set(Stacks(settings.state_directory).units()) - standalone))
         for name, pid in _main_pids(units).items():
             yield name, "systemd", _hold(held, pid) if pid else None
 
 
-def _hold(held: contextlib.ExitStack, pid: int, started: int | None = None) -> Process | None:
+def _hold(
+    held: contextlib.ExitStack, pid: int, started: int | None = None, home: tuple[int, int] | None = None
+) -> Process | None:
     try:
-        return held.enter_context(Process(pid, started))
+        return held.enter_context(Process(pid, started, home))
     except Gone:
         return None
 
@@ -114,7 +120,7 @@ def of_service(
     if main is None:
         return status
     try:
-        if shares_host(main.pid):
+        if shares_host(main.pid) or not main.at_home():
             return replace(status, state="needs-restart", pid=main.pid)
         mounted = Table(main.mountinfo()).mounted()
     except (Gone, FileNotFoundError):

@@ -144,3 +144,70 @@ def test_what_was_dropped_for_a_service_that_does_not_run_is_checked_once_it_doe
     host.systemctl("start", WEB)
     assert "site 1 -> 3" in journal.applied(WEB)["MESSAGE"]
     assert host.see(WEB, "/etc/check") == "exit 0"
+
+
+# --- a service that wants more than it has ---
+
+WHO = "grep -E '^(Uid|CapEff|CapBnd):' /proc/self/status; readlink /proc/self/ns/user"
+# All capabilities in namespaces of its own, its own program where the watcher looks for another.
+TAKEN = """[Service]
+User=nobody
+ExecStart=/usr/bin/unshare --user --map-current-user --mount --keep-caps /run/lair/take
+[X-Confext]
+Check=/usr/bin/true
+SettleSec=0
+"""
+TAKE = f"""#!/bin/sh
+mount --bind /run/lair/evil /usr/bin/true
+{{ {WHO}; }} >/run/lair/itself
+exec sleep infinity
+"""
+EVIL = f"""#!/bin/sh
+{WHO}
+cat /etc/shadow >/dev/null 2>&1 && echo escaped
+exit 1
+"""
+LENT = """[Service]
+User=nobody
+ExecStart=/run/lair/sleep infinity
+[X-Confext]
+Check=/bin/sh /etc/check
+SettleSec=0
+"""
+
+
+@pytest.fixture
+def lair(host: Host) -> Iterator[None]:
+    """A directory of the attacker's own."""
+    script = "mkdir -m 777 /run/lair; mount -t tmpfs -o mode=777 none /run/lair; cp /bin/sleep /run/lair"
+    host.bed.run(["sh", "-ec", f"{script}; chmod 4755 /run/lair/sleep"])
+    host.stack.callback(host.bed.run, ["sh", "-c", "umount -l /run/lair; rmdir /run/lair"])
+    for name, text in {"take": TAKE, "evil": EVIL}.items():
+        host.bed.run(["sh", "-c", f"cat >/run/lair/{name}; chmod 755 /run/lair/{name}"], input=text)
+    yield
+
+
+@pytest.mark.usefixtures("lair")
+def test_capabilities_of_its_own_user_namespace_are_none_of_the_hosts(host: Host) -> None:
+    host.unit(WEB, TAKEN)
+    host.watch()
+    journal = host.journal()
+    host.systemctl("start", WEB)
+    host.bed.run(["sh", "-c", "until grep -q user /run/lair/itself; do sleep 0.02; done"], timeout=SECONDS)
+    itself = host.bed.run(["cat", "/run/lair/itself"]).stdout
+    drop(host, 1, {"web.conf": "1"})
+    found = journal.outcome(WEB, "refused")["CONFEXT_OUTPUT"]
+    assert found == itself
+    assert host.bed.run(["readlink", "/proc/1/ns/user"]).stdout not in found
+
+
+@pytest.mark.usefixtures("lair")
+def test_a_set_user_id_program_lends_it_no_rights(host: Host) -> None:
+    host.unit(WEB, LENT)
+    drop(host, 1, {"check": f"{WHO}; exit 1"})
+    host.watch()
+    journal = host.journal()
+    host.systemctl("start", WEB)
+    drop(host, 2, {"check": f"{WHO}; exit 1", "more": "2"})
+    words = "could not be run: its main process runs a program with rights that are not its own"
+    journal.until(lambda entry: words in entry["MESSAGE"])
