@@ -273,6 +273,8 @@ def write_passed(state_directory: str, unit: str, paths: Iterable[str]) -> None:
     Raises:
         OSError
     """
+    from . import owntree  # only the daemon writes
+
     target = passed_path(state_directory, unit)
     lines = [os.fsencode(path).decode("latin-1").encode("unicode_escape") + b"\n" for path in sorted(paths)]
     if not lines:
@@ -285,6 +287,7 @@ def write_passed(state_directory: str, unit: str, paths: Iterable[str]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.rename(f"{target}.tmp", target)
+    owntree.bring(os.path.dirname(target), state_directory)
 
 
 def _is_sysext_tree(path: str) -> bool:

@@ -200,9 +200,8 @@ def _admit(settings: Settings, store: Store, shop: Workshop, order: Order) -> St
             return wanted.current
         stack = _on_trial(trials, order.name, wanted) if wanted.new else wanted.stack
         try:
-            store.accept(
-                slots_of(order.name, "standalone"), stack, [pick.entry for pick in wanted.look.picks]
-            )
+            entries = [pick.entry for pick in wanted.look.picks]
+            store.accept(slots_of(order.name, "standalone"), stack, entries, [trials.directory])
         except Later as error:
             journal.log.warning(f"{order.name}: starts on its last accepted stack: {error}")
             return wanted.current

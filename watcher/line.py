@@ -335,8 +335,8 @@ class Line:
             assert wanted.trial is not None
             self._tools.trials.begin(service.name, wanted.trial)
         entries = [pick.entry for pick in wanted.look.picks]
-        accept = self._tools.store.accept
-        await trio.to_thread.run_sync(accept, service.slots, wanted.stack, entries)
+        accept, on_trial = self._tools.store.accept, [self._tools.trials.directory]
+        await trio.to_thread.run_sync(accept, service.slots, wanted.stack, entries, on_trial)
         await self._tools.manager.learn(service, entries, wanted.sysexts)
         return wanted
 

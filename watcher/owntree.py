@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Trees that are ours alone, where nobody else can reach them: bring one to the disk, remove one."""
+"""Files and trees that are ours alone, where nobody else can reach them: bring them to the disk, remove one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -19,12 +19,30 @@ _ENTRIES = 8
 
 
 def sync(root: int, entries: int) -> None:
-    """Bring everything below `root`, of about `entries` files and directories, to the disk; `root` included.
+    """Bring everything below `root`, of about `entries` files and directories, to the disk; `root` included."""
+    _bring(_descriptors(root), min(_THREADS, entries // _ENTRIES))
 
-    Each fsync(2) waits for the disk's cache to be flushed, and the kernel makes one flush for those that wait at the
-    same time: sixteen threads are several times as fast as one.
+
+def bring(*paths: str) -> None:
+    """Bring files and the entries of directories to the disk; for what is below them, see `sync()`.
+
+    Raises:
+        OSError: one is not on the disk, or not known to be.
     """
-    descriptors = _descriptors(root)
+    _bring(_opened(paths), min(_THREADS, len(paths) - 1))
+
+
+def _opened(paths: Sequence[str]) -> Generator[int, None, None]:
+    for path in paths:
+        yield os.open(path, _FILE)
+
+
+def _bring(descriptors: Generator[int, None, None], helpers: int) -> None:
+    """fsync(2) and close each descriptor.
+
+    Each fsync waits for the disk's cache to be flushed, and the kernel makes one flush for those that wait at the same
+    time: sixteen threads are several times as fast as one.
+    """
     taking = threading.Lock()
     errors: list[OSError] = []
 
@@ -44,7 +62,7 @@ def sync(root: int, entries: int) -> None:
 
     started: list[threading.Thread] = []
     with closing(descriptors):
-        for _ in range(min(_THREADS, entries // _ENTRIES)):
+        for _ in range(helpers):
             thread = threading.Thread(target=work, daemon=True)
             try:
                 thread.start()

@@ -12,10 +12,10 @@ see half of the old stack and half of the new one; so the slots of a stack are n
 replacing the one link `units/UNIT` by rename(2) is the single atomic step from the whole old stack to the whole new
 one, whoever is killed when.
 
-Nothing waits for the disk: links are metadata, which the journals of file systems keep in order, so what a power
-cut may lose is the last steps, never half of one. Only the JSON file has data; its writing is begun before the
-rename. Should it be lost all the same, the slots still lead where they did, and the stack is picked anew
-(`Damaged`).
+What a power cut may take away: POSIX promises neither that what was done first is on the disk first, nor that a file
+has its content when it has its name. So all that a stack is made of (copies and their names, links, record) is on the
+disk before the link leads to it, and the link before `accept()` returns; and a stack that is removed is gone from the
+disk before its copies are. What has a higher number than the accepted one was never accepted: it is cleared away.
 
 Standard library only: the generator imports this at boot.
 """
@@ -31,7 +31,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 
-from watcher.filecopy import start_writing
+from watcher import owntree
 from watcher.model import Entry, Kind, Layer, Stack, shown
 
 TEMPORARY = ".tmp-"
@@ -102,7 +102,10 @@ class Stacks:
     def history(self, unit: str) -> tuple[Accepted, ...]:
         """The stacks that are kept, newest first, each once; those that cannot be read are left out."""
         found: dict[str, Accepted] = {}
+        current = self._pointed(unit)
         for name in self._numbered(unit):
+            if _is_beyond(name, current):
+                continue
             try:
                 accepted = _read(f"{self.directory}/{unit}/{name}")
             except Damaged:
@@ -111,9 +114,17 @@ class Stacks:
         return tuple(found.values())
 
     def accept(
-        self, unit: str, stack: Stack, entries: Sequence[Entry], mounted: Mapping[str, str] | None = None
+        self,
+        unit: str,
+        stack: Stack,
+        entries: Sequence[Entry],
+        mounted: Mapping[str, str] | None = None,
+        after: Sequence[str] = (),
     ) -> bool:
         """Make `stack` the accepted one; False if it was already, with the same names, entries and places.
+
+        Args:
+            after: directories whose entries have to be on the disk before it is.
 
         Raises:
             ValueError: two layers share a slot, or the name of a unit or slot cannot be a file name.
@@ -124,16 +135,19 @@ class Stacks:
             raise ValueError(f"{unit}: slots are not unique: {slots}")
         with self._locked(unit) as directory:
             accepted = Accepted(stack, tuple(entries), time.time_ns() // 1000, mounted or {})
-            if self._is_current(unit, accepted):
-                return False
-            name = self._build(unit, directory, accepted)
-            self._point(unit, name)
-        return True
+            new = not self._is_current(unit, accepted)
+            if new:
+                name = self._build(unit, directory, accepted)
+                self._bring(unit, name, after)
+                self._point(unit, name)
+            owntree.bring(f"{self._path}/units")
+        return new
 
     def forget(self, unit: str) -> None:
         """Drop the slots and the history of a unit that is gone."""
         with self._locked(unit):
             _unlink(f"{self._path}/units/{unit}")
+            owntree.bring(f"{self._path}/units")
             for name in self._numbered(unit):
                 _remove_stack(f"{self.directory}/{unit}/{name}")
             self._remove(unit)
@@ -142,20 +156,31 @@ class Stacks:
         """Remove all but the current one and the last `keep` different stacks of each unit.
 
         Returns:
-            The digests that the remaining ones refer to.
+            The digests that the remaining ones refer to; nothing on the disk refers to any others.
         """
         used: set[str] = set()
+        changed: list[str] = []
         for unit in filter(_is_unit, os.listdir(self.directory)):
             with self._locked(unit):
-                kept = self._kept(unit, keep)
+                kept, surplus = self._sorted(unit, keep)
+                if surplus and not changed:
+                    # What a power cut may bring back must not lead to one of these.
+                    owntree.bring(f"{self._path}/units")
+                for name in surplus:
+                    _remove_stack(f"{self.directory}/{unit}/{name}")
                 for name in kept:
                     used |= _digests(f"{self.directory}/{unit}/{name}")
                 if not kept:
                     self._remove(unit)
+                elif surplus:
+                    changed.append(f"{self.directory}/{unit}")
+        owntree.bring(self.directory, *changed)
         return frozenset(used)
 
-    def _kept(self, unit: str, keep: int) -> list[str]:
+    def _sorted(self, unit: str, keep: int) -> tuple[list[str], list[str]]:
+        """Names of the stacks to keep, and of the others."""
         kept: list[str] = []
+        surplus: list[str] = []
         ids: set[str] = set()
         current = self._pointed(unit)
         for name in self._numbered(unit):
@@ -164,8 +189,8 @@ class Stacks:
                 kept.append(name)
                 ids.add(identity)
             else:
-                _remove_stack(f"{self.directory}/{unit}/{name}")
-        return kept
+                surplus.append(name)
+        return kept, surplus
 
     @contextmanager
     def _locked(self, unit: str) -> Iterator[int]:
@@ -176,7 +201,7 @@ class Stacks:
                 os.mkdir(path, 0o755)
             directory = os.open(path, _DIRECTORY)
             try:
-                self._clear(directory)
+                self._clear(unit, directory)
                 yield directory
             finally:
                 os.close(directory)
@@ -223,11 +248,13 @@ class Stacks:
             return False
         return current is not None and replace(current, when=accepted.when) == accepted
 
-    def _clear(self, directory: int) -> None:
+    def _clear(self, unit: str, directory: int) -> None:
+        """Remove what was never accepted, by somebody who was killed, or who got no further."""
+        current = self._pointed(unit)
         for name in os.listdir(directory):
             if name == f"{TEMPORARY}link":
                 os.unlink(name, dir_fd=directory)
-            elif name.startswith(TEMPORARY):
+            elif name.startswith(TEMPORARY) or _is_beyond(name, current):
                 _remove_stack(f"/proc/self/fd/{directory}/{name}")
 
     def _build(self, unit: str, directory: int, accepted: Accepted) -> str:
@@ -245,11 +272,28 @@ class Stacks:
         os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
         return name
 
+    def _bring(self, unit: str, name: str, after: Sequence[str]) -> None:
+        """All that a stack is made of, to the disk."""
+        path, store = f"{self.directory}/{unit}", f"{self._path}/store"
+        paths = [f"{path}/{name}/{_RECORD}", f"{path}/{name}", path, *after]
+        if os.path.isdir(store):
+            paths.append(
+                store
+            )  # a copy that another process has made a moment ago may be not on the disk yet
+        if not self._pointed(unit):
+            paths += [self.directory, self._path]  # just made, perhaps
+        owntree.bring(*paths)
+
     def _point(self, unit: str, name: str) -> None:
         # Made where the unit's lock covers it: what a killed process leaves is cleared away by the next one.
         temporary = f"{self.directory}/{unit}/{TEMPORARY}link"
         os.symlink(f"../stacks/{unit}/{name}", temporary)
         os.rename(temporary, f"{self._path}/units/{unit}")
+
+
+def _is_beyond(name: str, current: str) -> bool:
+    """Whether a stack has a higher number than the accepted one ("": there is none), and so was never accepted."""
+    return name[:_DIGITS].isdigit() and name > current
 
 
 def _is_unit(name: str) -> bool:
@@ -292,8 +336,6 @@ def _write_record(directory: int, accepted: Accepted) -> None:
     fd = os.open(_RECORD, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=directory)
     with open(fd, "w", encoding="ascii") as file:
         file.write(json.dumps(record))
-        file.flush()
-        start_writing(fd)
 
 
 def _read(path: str) -> Accepted:

@@ -163,8 +163,13 @@ class Store:
         """Bytes of all copies, and of what is set aside for those being made."""
         return sum(self._size_of(name) for name in os.listdir(self._directory))
 
-    def accept(self, unit: str, stack: Stack, entries: Sequence[Entry]) -> bool:
+    def accept(self, unit: str, stack: Stack, entries: Sequence[Entry], after: Sequence[str] = ()) -> bool:
         """Make `stack` the accepted stack of `unit`, its slots in one atomic step. Hold `using()`.
+
+        When this returns, it is so after a power cut as well.
+
+        Args:
+            after: directories whose entries have to be on the disk before it is: a note that it is on trial, say.
 
         Returns:
             False if it was already, with the same names and entries, from the same places: nothing was written.
@@ -178,7 +183,7 @@ class Store:
                     raise Later(f"the copy {layer.digest} of {layer.label} is gone from the store")
             record = self.record(unit)
             mounted = origins.noted(stack, record.mounted if record is not None else {})
-            return self._stacks.accept(unit, stack, entries, mounted)
+            return self._stacks.accept(unit, stack, entries, mounted, after)
 
     def accepted(self, unit: str) -> Stack | None:
         """The accepted stack, None if there never was one, or its record cannot be read."""
@@ -235,6 +240,9 @@ class Store:
                 for name in unneeded:
                     dead.append(f"{TEMPORARY}0-{secrets.token_hex(8)}")
                     os.rename(name, dead[-1], src_dir_fd=self._directory, dst_dir_fd=self._directory)
+            if unneeded:
+                # Or a power cut may bring the name of a tree back, and half of what is in it.
+                os.fsync(self._directory)
             # Their names are nobody's any more, so a large tree keeps nobody waiting.
             for name in dead:
                 owntree.remove(name, self._directory)

@@ -39,10 +39,14 @@ class Trials:
 
     Args:
         state_directory: absolute path; must exist.
+
+    Attributes:
+        directory: where they are: on the disk before a stack is that is on trial (`after=` of `Store.accept`).
     """
 
     def __init__(self, state_directory: str) -> None:
-        self._notes = Notes(os.path.join(state_directory, "trials"))
+        self.directory = os.path.join(state_directory, "trials")
+        self._notes = Notes(self.directory)
 
     def begin(self, service: str, trial: Trial) -> None:
         """From now until `end()` this stack is on trial."""
