@@ -11,12 +11,14 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from watcher import admit, arch, release
 from watcher.images.extension import NoRelease, read_release
+from watcher.images.marks import require_no_marks
 from watcher.model import Candidate, Copy, Incomplete, Kind, Later, Refused, problem
 from watcher.mounts import syscalls
 from watcher.mounts.workshop import Workshop
@@ -25,7 +27,8 @@ from watcher.strictmodes import StrictModes
 
 Release = tuple[Mapping[str, str], frozenset[str]]
 
-_OS_RELEASE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
+_OS_RELEASE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_IN_ROOT = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
 _OS_RELEASE_MAX = 64 * 1024
 
 # What the kernel says when it is short of something, rather than displeased with the image.
@@ -72,14 +75,24 @@ def host(root: str = "/") -> Host:
     try:
         for name in ("etc/os-release", "usr/lib/os-release"):
             try:
-                fd = syscalls.openat2(directory, name, _OS_RELEASE, syscalls.RESOLVE_IN_ROOT)
+                fd = syscalls.openat2(directory, name, os.O_PATH, _IN_ROOT)
             except FileNotFoundError:
                 continue
-            with open(fd, encoding="utf-8", errors="replace") as file:
-                return Host(_parsed(file.read(_OS_RELEASE_MAX)), arch.native())
+            return Host(_parsed(_text(fd)), arch.native())
     finally:
         os.close(directory)
     raise FileNotFoundError(errno.ENOENT, "no os-release in it", root)
+
+
+def _text(fd: int) -> str:
+    """What is in a regular file; nothing in anything else, which may do something when it is opened. Closes `fd`."""
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return ""
+        with open(os.open(f"/proc/self/fd/{fd}", _OS_RELEASE), encoding="utf-8", errors="replace") as file:
+            return file.read(_OS_RELEASE_MAX)
+    finally:
+        os.close(fd)
 
 
 class Admission:
@@ -168,6 +181,7 @@ def _read(root: str) -> Release:
     fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         names, strict_false = read_release(fd)
+        require_no_marks(fd)
         return names, frozenset(strict_false)
     finally:
         os.close(fd)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterable
 
 from watcher.images.extension import KEPT_STRICT_XATTR, STRICT_XATTR
+from watcher.model import Refused, shown
 
 Xattrs = list[tuple[str, bytes]]
 
@@ -18,6 +20,9 @@ Xattrs = list[tuple[str, bytes]]
 _XATTR_REFUSED = frozenset({errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.EINVAL})
 # chown(2): no privilege, or an owner that this user namespace does not know.
 _CHOWN_REFUSED = frozenset({errno.EPERM, errno.EINVAL})
+
+# fs/overlayfs/overlayfs.h; a directory with whiteouts that are attributes is itself marked by opaque=x.
+_HIDING = frozenset({"opaque", "whiteout"})
 
 _SETID = stat.S_ISUID | stat.S_ISGID
 
@@ -37,6 +42,27 @@ def read(node: int | str) -> Xattrs:
     if strict:
         values[STRICT_XATTR] = strict
     return sorted(values.items(), key=lambda item: os.fsencode(item[0]))
+
+
+def require_unmarked(names: Iterable[str], where: str) -> None:
+    """Refuse attributes by which overlayfs shows something else than what is there.
+
+    `opaque` and `whiteout` only ever hide; all others (redirect, metacopy, origin and those that are yet to come) are
+    for overlayfs itself to write.
+
+    Args:
+        where: what has them, in words.
+
+    Raises:
+        Refused: there is one.
+    """
+    for name in names:
+        space, _, mark = name.partition(".overlay.")
+        if space in ("trusted", "user") and mark and mark not in _HIDING:
+            raise Refused(
+                f"{where} has the extended attribute {shown(name)},"
+                " by which overlayfs shows something else: remove that"
+            )
 
 
 def _set(node: int | str, xattrs: Xattrs) -> None:

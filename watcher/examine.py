@@ -15,6 +15,7 @@ from watcher import admit, release, resolve, tree, vpick
 from watcher.admission import Host
 from watcher.filecopy import hash_file
 from watcher.images.extension import RELEASE_DIRECTORY, read_release
+from watcher.images.marks import require_no_marks
 from watcher.images.probe import probe
 from watcher.inside import reason_of
 from watcher.lease import Lease
@@ -130,7 +131,7 @@ def _match(candidate: Candidate, names: dict[str, str], strict_false: set[str], 
 def _mounted_release(copy: Copy) -> tuple[dict[str, str], set[str]]:
     def read() -> tuple[dict[str, str], set[str]]:
         with shop.images.attached([copy]) as roots:
-            return _read(roots[copy.digest])
+            return _read(roots[copy.digest], unmarked=True)
 
     with Workshop(1) as shop:
         return shop.submit(read).result()
@@ -161,9 +162,12 @@ def _extracted_release(copy: Copy) -> tuple[dict[str, str], set[str]]:
         return _read(target)
 
 
-def _read(root: str) -> tuple[dict[str, str], set[str]]:
+def _read(root: str, *, unmarked: bool = False) -> tuple[dict[str, str], set[str]]:
     fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        return read_release(fd)
+        found = read_release(fd)
+        if unmarked:
+            require_no_marks(fd)
+        return found
     finally:
         os.close(fd)

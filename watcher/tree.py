@@ -254,7 +254,8 @@ class _Walk(_Bounded):
     def _string(self, value: bytes) -> None:
         self._hash.update(_LENGTH.pack(len(value)) + value)
 
-    def _node(self, kind: bytes, st: os.stat_result, xattrs: Xattrs) -> None:
+    def _node(self, kind: bytes, st: os.stat_result, xattrs: Xattrs, path: _Path) -> None:
+        attributes.require_unmarked((name for name, _ in xattrs), _where(path))
         self._hash.update(_NODE.pack(kind, stat.S_IMODE(st.st_mode), st.st_uid, st.st_gid))
         self._hash.update(_LENGTH.pack(len(xattrs)))
         for name, value in xattrs:
@@ -263,7 +264,7 @@ class _Walk(_Bounded):
 
     def _directory(self, fd: int, st: os.stat_result, target: _Target | None, path: _Path) -> None:
         xattrs = attributes.read(fd)
-        self._node(b"d", st, xattrs)
+        self._node(b"d", st, xattrs, path)
         children = self.children(fd, path)
         self._hash.update(_LENGTH.pack(len(children)))
         for name, child in children:
@@ -275,7 +276,7 @@ class _Walk(_Bounded):
     def _child(self, parent: int, name: str, st: os.stat_result, target: _Target | None, path: _Path) -> None:
         _require_copyable(st, path)
         if stat.S_ISLNK(st.st_mode):
-            self._link(parent, name, st, target)
+            self._link(parent, st, target, path)
             return
         flags = _DIRECTORY if stat.S_ISDIR(st.st_mode) else _FILE
         with _opened(name, flags, parent, path) as fd:
@@ -291,10 +292,11 @@ class _Walk(_Bounded):
                 with _opened(name, _DIRECTORY, target.fd, path) as made:
                     self._directory(fd, found, target.inside(made), path)
 
-    def _link(self, parent: int, name: str, st: os.stat_result, target: _Target | None) -> None:
+    def _link(self, parent: int, st: os.stat_result, target: _Target | None, path: _Path) -> None:
+        name = path[-1]
         # No descriptor gives a link's own attributes; no other link is on this way to them.
         xattrs = attributes.read(f"/proc/self/fd/{parent}/{name}")
-        self._node(b"l", st, xattrs)
+        self._node(b"l", st, xattrs, path)
         to = os.readlink(name, dir_fd=parent)
         self._string(os.fsencode(to))
         if target is None:
@@ -304,7 +306,7 @@ class _Walk(_Bounded):
 
     def _file(self, fd: int, st: os.stat_result, target: _Target | None, path: _Path) -> None:
         xattrs = attributes.read(fd)
-        self._node(b"f", st, xattrs)
+        self._node(b"f", st, xattrs, path)
         self._hash.update(_LENGTH.pack(st.st_size))
         self._size += st.st_size
         if self._size_max is not None and self._size > self._size_max:

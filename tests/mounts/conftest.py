@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -45,6 +46,16 @@ class Layers:
         root = self._tree(files, "web")
         path = image(root, root.with_suffix(f".{fstype}"), fstype)
         return self._layer(path, Kind.IMAGE, fstype, "web", version)
+
+    def redirected(self, name: str, to: str, fstype: str = "") -> Layer:
+        """A layer with a directory of which overlayfs is told that it is called otherwise in the layers below."""
+        root = self._tree({f"{name}/own.conf": "1"}, "web")
+        attribute = "trusted.overlay.redirect" if may_mount() else "user.overlay.redirect"
+        os.setxattr(root / "etc" / name, attribute, to.encode())
+        if not fstype:
+            return self._layer(root, Kind.DIRECTORY, "", "web", "1")
+        path = image(root, root.with_suffix(f".{fstype}"), fstype)
+        return self._layer(path, Kind.IMAGE, fstype, "web", "1")
 
     def linked(self, target: Path, fstype: str = "") -> Layer:
         """A layer whose `etc` is a link: a directory tree, or an image."""

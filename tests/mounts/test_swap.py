@@ -169,6 +169,25 @@ def test_a_layer_whose_etc_is_a_link_does_not_show_what_that_leads_to(
     assert not service.mounted.overlay
 
 
+@pytest.mark.parametrize(
+    "fstype",
+    [
+        "",
+        pytest.param("squashfs", marks=[loop, not_in_user_namespace, tool("mksquashfs")]),
+        pytest.param("erofs", marks=[loop, not_in_user_namespace, tool("mkfs.erofs"), filesystem("erofs")]),
+    ],
+)
+def test_a_layer_cannot_show_another_directory_of_the_base(
+    service: Service, swaps: Swaps, layers: Layers, fstype: str
+) -> None:
+    """trusted.overlay.redirect: what a sandbox mount hides would be there at another path."""
+    service("(write('/none', ''), bind('/none', '/etc/app/private'))")
+    swaps(service, layers.redirected("shown", "/app", fstype))
+    assert service.read("/etc/app/private") == ""
+    with pytest.raises(PermissionError):
+        service("os.listdir('/etc/shown')")
+
+
 # ---- what /etc itself is
 
 

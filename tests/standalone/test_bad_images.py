@@ -157,6 +157,10 @@ BAD: dict[str, tuple[Make, str]] = {
         built(linked_release),
         "refused: not a confext: extension-release.d in it is a link",
     ),
+    "a mark for overlayfs": (
+        built(lambda root: os.setxattr(root / "etc/web.conf", "trusted.overlay.metacopy", b"")),
+        "refused: etc/web.conf in it has the extended attribute trusted.overlay.metacopy",
+    ),
     "a directory": (lambda path: path.mkdir(), "passed over: not a regular file"),
     "a FIFO": (os.mkfifo, "passed over: not a regular file"),
     "a device": (lambda path: os.mknod(path, 0o20600, os.makedev(1, 5)), "passed over: not a regular file"),

@@ -314,6 +314,9 @@ def _overlay(lower: Sequence[str], flags: int, *, privileged: bool) -> int:
         syscalls.fsconfig_set_string(context, "source", SOURCE)
         for path in lower:
             syscalls.fsconfig_set_string(context, "lowerdir+", path)
+        # Who made a layer may have left marks in it that lead to other files of the base, past what the sandbox hides.
+        syscalls.fsconfig_set_string(context, "redirect_dir", "nofollow")
+        syscalls.fsconfig_set_string(context, "metacopy", "off")
         if not privileged:
             syscalls.fsconfig_set_flag(context, "userxattr")
         syscalls.fsconfig_cmd_create(context, "overlay")
