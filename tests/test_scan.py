@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from needs import root
 from watcher import resolve, scan
 from watcher.model import Declared, Look, Scope
 
@@ -292,3 +293,58 @@ def test_a_file_named_wrong_is_told(drop: Path) -> None:
 def test_what_the_generator_needs_is_in_the_standard_library(module: str) -> None:
     code = f"import sys; sys.path.insert(0, {str(Path(scan.__file__).parents[1])!r}); import watcher.{module}"
     subprocess.run([sys.executable, "-S", "-E", "-c", code], check=True)
+
+
+@root
+class TestWhatIsUnsafe:
+    """The rules are in test_strictmodes.py; here is what a look makes of them."""
+
+    @pytest.fixture
+    def secret(self, public: Path) -> Path:
+        path = public / "secret"
+        (path / "web_9").mkdir(parents=True)
+        (path / "web_9.raw").touch()
+        path.chmod(0o700)
+        return path
+
+    def test_a_directory_that_others_can_write_to_is_refused_as_a_whole(self, public: Path) -> None:
+        dropped = versions(public / "c")
+        inner = versions(dropped / "web.raw.v", "web_1.raw", "web_2.raw")
+        dropped.chmod(0o777)
+        result = look(dropped)
+        assert found(result) == [["web_2.raw", "web_1.raw"]]
+        assert result.unsafe and "writable by everybody" in str(result.picks[0].unsafe)
+        assert watched(result, public, "c")  # where a chmod is seen
+        dropped.chmod(0o755)
+        inner.chmod(0o777)
+        result = look(dropped)
+        assert not result.unsafe and "writable by everybody" in str(result.picks[0].unsafe)
+        assert watched(result, dropped, "web.raw.v")
+
+    def test_what_a_strangers_link_leads_to_is_neither_read_nor_watched(
+        self, public: Path, secret: Path
+    ) -> None:
+        dropped = versions(public / "c")
+        (dropped / "a.raw").symlink_to(secret / "web_9.raw")
+        (dropped / "b").symlink_to(secret / "web_9")
+        (dropped / "web.raw.v").symlink_to(secret)
+        (dropped / "web.v").mkdir()
+        (dropped / "web.v/web_3").symlink_to("/")
+        for link in dropped.rglob("*"):
+            if link.is_symlink():
+                os.lchown(link, 65534, 65534)
+        result = look(dropped)
+        assert found(result) == [["a.raw"], ["web.raw.v"], ["b"], ["web_3"]]
+        assert not [one for one in result.interests if "secret" in one.path or one.scope is Scope.TREE]
+        assert not [one for one in result.remarks if "secret" in one.path or "secret" in one.text]
+        assert watched(result, dropped, "b") and watched(result, dropped / "web.v", "web_3")
+
+    def test_a_confext_dir_that_a_stranger_sends_elsewhere(self, public: Path, secret: Path) -> None:
+        (public / "c").symlink_to(secret)
+        os.lchown(public / "c", 65534, 65534)
+        result = look(public / "c")
+        assert result.unknown and found(result) == []
+        assert [text.partition(": ")[0] for text in told(result, "warning")] == [
+            "not looked at, all stays as it is"
+        ]
+        assert watched(result, public, "c")

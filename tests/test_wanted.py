@@ -12,9 +12,10 @@ from typing import cast
 import pytest
 from images import confext
 
-from watcher import scan, wanted
+from needs import root
+from watcher import resolve, scan, wanted
 from watcher.admission import Admission, host
-from watcher.model import Declared
+from watcher.model import Declared, Sysext, Unsafe
 from watcher.mounts.workshop import Workshop
 from watcher.store import Store
 from watcher.wanted import Wanted, find
@@ -31,6 +32,10 @@ class Looking:
         self._store = store
         self._admission = Admission(store, cast(Workshop, None))  # trees need none
         self._declared = Declared(confext_dirs=(str(drops),))
+
+    def declare(self, *directories: Path) -> None:
+        paths = [(str(path), False) for path in directories]
+        self._declared = resolve.declare((), paths)
 
     def put(self, name: str) -> Path:
         return confext(self.drops / name, name, {f"etc/{name}": b""})
@@ -91,3 +96,40 @@ def test_more_layers_than_can_be_mounted_are_never_accepted(
     ]
     (looking.drops / "a").rename(looking.drops / ".a")
     assert [layer.name for layer in looking.find().stack.layers] == ["b", "c"]
+
+
+STRANGER = 65534
+
+
+@pytest.fixture
+def open_to_all(tmp_path: Path, looking: Looking) -> Looking:
+    """With one entry, accepted, in a directory that everybody can write to, but for those above it."""
+    looking.put("a")
+    looking.find()
+    looking.drops.chmod(0o777)
+    return looking
+
+
+def test_an_unsafe_directory_takes_nothing_away_and_gives_nothing(open_to_all: Looking) -> None:
+    before = open_to_all.find().stack
+    (open_to_all.drops / "a").rename(open_to_all.drops / ".a")
+    open_to_all.put("b")
+    found = open_to_all.find()
+    assert (found.stack, open_to_all.entries) == (before, ["a", "b"])
+    assert [(passed.slot, type(passed.reason)) for passed in found.passed] == [("b", Unsafe)]
+    open_to_all.drops.chmod(0o755)
+    assert [layer.name for layer in open_to_all.find().stack.layers] == ["b"]
+
+
+@root
+def test_a_sysext_that_a_unit_declares_is_left_to_systemd_whoever_owns_it(
+    looking: Looking, tmp_path: Path
+) -> None:
+    for name, release in (("prog", "usr/lib/extension-release.d"), ("conf", "etc/extension-release.d")):
+        (tmp_path / name / release).mkdir(parents=True)
+        (tmp_path / name / release / f"extension-release.{name}").write_text("ID=_any\n")
+        os.chown(tmp_path / name, STRANGER, STRANGER)
+    looking.declare(tmp_path / "prog", tmp_path / "conf")
+    found = looking.find()
+    assert [entry.slot for entry in found.sysexts] == ["prog"]
+    assert [(one.slot, type(one.reason)) for one in found.passed] == [("prog", Sysext), ("conf", Unsafe)]

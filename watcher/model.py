@@ -47,11 +47,13 @@ class Unsafe(Refused):
 
     Attributes:
         path: what to mend, without links in it.
+        hidden: who is not root and set the way cannot see its end: nothing is to be told of that.
     """
 
-    def __init__(self, text: str, path: str = "") -> None:
+    def __init__(self, text: str, path: str = "", *, hidden: bool = False) -> None:
         super().__init__(text)
         self.path = path
+        self.hidden = hidden
 
 
 class Busy(Exception):

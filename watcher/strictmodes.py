@@ -325,7 +325,8 @@ class StrictModes:
         for who in sorted(way._setters, key=lambda one: (one.kind, one.number)):
             if not found.allow(who, need):
                 # What was wrong before is said, whatever lies behind it.
-                raise way.unsafe or self._out_of_sight(way, who, path)
+                unsafe = way.unsafe or self._out_of_sight(way, who, path)
+                raise Unsafe(str(unsafe), unsafe.path, hidden=True)
 
     def _out_of_sight(self, way: Way, who: Who, path: str) -> Unsafe:
         name = "everybody" if who.kind == "everybody" else f"{who.kind} {_name(who)}"

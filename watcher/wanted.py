@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from watcher import origins, scan
 from watcher.admission import Admission, Host
 from watcher.model import (
+    Busy,
     Candidate,
     Copy,
     Declared,
@@ -23,6 +24,7 @@ from watcher.model import (
     Remark,
     Stack,
     Sysext,
+    Unsafe,
     shown,
 )
 from watcher.mounts.table import LAYERS_MAX
@@ -171,6 +173,8 @@ def _find(
         look = replace(look, unknown=True, remarks=(*look.remarks, remark))
     look = _nothing_removed(look, entries, origins.unmounted(good, mounted))
     choice = choose(look, admit, good)
+    if made_for is not None:
+        choice = _with_sysexts(choice, look, lambda one: admission.admit(one, made_for, at_hand))
     stack = choice.stack
     if len(stack.layers) > LAYERS_MAX:
         look = replace(look, remarks=(*look.remarks, _too_many(stack)))
@@ -194,6 +198,22 @@ def _find(
         waiting=stack if pinned is not None and stack.id != pinned.id else None,
         at_hand=frozenset(at_hand),
     )
+
+
+def _with_sysexts(choice: Choice, look: Look, read: Callable[[Candidate], Copy]) -> Choice:
+    """With what the unit declares, is unsafe, and is a sysext: whether that is safe is between the unit and systemd."""
+    declared = {pick.entry.slot for pick in look.picks if pick.entry.declared}
+    passed = []
+    for one in choice.passed:
+        if one.slot in declared and isinstance(one.reason, Unsafe) and not one.reason.hidden:
+            try:
+                read(one.candidate)
+            except Sysext as sysext:
+                one = replace(one, reason=sysext)
+            except (Refused, Busy):
+                pass  # what was wrong in the first place is what is said
+        passed.append(one)
+    return replace(choice, passed=tuple(passed))
 
 
 def _nothing_removed(look: Look, recorded: Sequence[Entry], unmounted: Mapping[str, str]) -> Look:

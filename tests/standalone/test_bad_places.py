@@ -107,7 +107,7 @@ def test_a_directory_that_appears_late_with_all_that_leads_to_it(shared: Place) 
 def test_a_directory_made_unreadable_changes_nothing(place: Place, what: str) -> None:
     """Nobody removed anything. A daemon without the right to read everything notices."""
     place.start_daemon("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--")
-    service = place.start()
+    service = place.start("--reload-signal", "SIGHUP", "--set", "TrustedUsers=1000")
     service.put("1.3")
     service.reloaded("1.3")
     directory: Path = getattr(service, what)
@@ -125,7 +125,7 @@ def test_a_directory_made_unreadable_changes_nothing(place: Place, what: str) ->
 @images_only
 def test_an_unreadable_image_is_refused(place: Place) -> None:
     place.start_daemon("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--")
-    service = place.start()
+    service = place.start("--reload-signal", "SIGHUP", "--set", "TrustedUsers=1000")
     service.put("1.3")
     service.reloaded("1.3")
     path = aside(service)
