@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from needs import root, tool
+from needs import root, tool, userns
 from watcher import permissions, strictmodes, tree
 from watcher.model import Unsafe
 from watcher.permissions import READ, SEARCH, WRITE, Who
@@ -26,6 +27,9 @@ pytestmark = root
 
 NOBODY, DAEMON, GAMES = 65534, 1, 60
 """Users and groups that every system has; GAMES is a group."""
+
+CLONE_NEWUSER = 0x10000000
+PR_SET_DUMPABLE = 4
 
 NOBODY_DEPLOYS = Trust(users=("nobody",))
 
@@ -422,6 +426,73 @@ class TestTrees:
         self.signed(drop / "web")
         (drop.parent / "link").symlink_to("drop/web")
         self.signed(drop.parent / "link")
+
+
+def as_root_of_a_user_namespace(ask: Callable[[], str]) -> str:
+    """What `nobody` is told who knows no host's user but himself, as `unshare --user --map-root-user` has it."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        answer = "it failed"
+        try:
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+            libc = ctypes.CDLL(None, use_errno=True)
+            libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
+            assert libc.unshare(CLONE_NEWUSER) == 0, os.strerror(ctypes.get_errno())
+            for name, text in (
+                ("setgroups", "deny"),
+                ("uid_map", f"0 {NOBODY} 1"),
+                ("gid_map", f"0 {NOBODY} 1"),
+            ):
+                Path("/proc/self", name).write_text(text)
+            answer = ask()
+        finally:
+            os.write(writing, answer.encode())
+            os._exit(0)
+    os.close(writing)
+    with open(reading) as pipe:
+        os.waitpid(pid, 0)
+        return pipe.read()
+
+
+@userns
+class TestUserNamespace:
+    """The host's root has the number there that every other user of the host has, too: `/` and `/tmp` are theirs."""
+
+    @pytest.fixture(autouse=True)
+    def his(self, top: Path) -> None:
+        os.chown(top, NOBODY, NOBODY)
+
+    def test_what_is_his_own_below_what_is_the_hosts(self, top: Path, drop: Path, image: Path) -> None:
+        for path in (drop, image):
+            os.chown(path, NOBODY, NOBODY)
+        (drop / "link").symlink_to(image)
+        os.lchown(drop / "link", NOBODY, NOBODY)
+        assert as_root_of_a_user_namespace(lambda: verdict(image)) == ""
+        assert as_root_of_a_user_namespace(lambda: verdict(drop / "link")) == ""
+        drop.chmod(0o770)  # his own group
+        assert as_root_of_a_user_namespace(lambda: verdict(image)) == ""
+        drop.chmod(0o777)
+        assert "writable by everybody" in as_root_of_a_user_namespace(lambda: verdict(image))
+
+    @pytest.mark.parametrize("owner", [0, DAEMON])
+    def test_the_hosts_own_files_are_no_content(self, image: Path, owner: int) -> None:
+        os.chown(image, owner, owner)
+        said = as_root_of_a_user_namespace(lambda: verdict(image))
+        assert said.startswith(
+            f"{image} is owned by somebody whom this user namespace does not know: use a copy"
+        )
+
+    def test_what_another_user_of_the_host_made_in_a_sticky_directory(
+        self, top: Path, drop: Path, image: Path
+    ) -> None:
+        top.chmod(0o1777)
+        os.chown(image, NOBODY, NOBODY)
+        os.chown(drop, DAEMON, DAEMON)
+        said = as_root_of_a_user_namespace(lambda: verdict(image))
+        assert said.startswith(f"{drop} is owned by somebody whom this user namespace does not know")
 
 
 def test_a_thousand_files_cost_one_walk_of_their_directory(

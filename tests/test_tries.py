@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from needs import root
 from watcher import tries
 from watcher.model import Interest, Kind, Layer, Stack
 from watcher.watch import Watcher
@@ -87,3 +88,19 @@ async def test_a_rename_of_our_own_is_told_to_others_only(tmp_path: Path) -> Non
                         break
                     drop(tmp_path, "web_2.raw")
     assert told[0] == {"other"} and "own" in told[-1]
+
+
+@root
+@pytest.mark.parametrize("what", ["begin", "succeed"])
+def test_a_stranger_has_nothing_renamed_elsewhere(tmp_path: Path, what: str) -> None:
+    """Between the look and the rename he sends the way to another directory, where there is a file of the name."""
+    drop(tmp_path, "web_1+3.raw")
+    (tmp_path / "his").mkdir()
+    (tmp_path / "his/web.raw.v").symlink_to(tmp_path / "web.raw.v")
+    os.lchown(tmp_path / "his/web.raw.v", 65534, 65534)
+    layers = stack(tmp_path / "his/web.raw.v/web_1+3.raw")
+    if what == "begin":
+        assert tries.begin(layers, (), "web.service") == layers
+    else:
+        assert tries.succeed(layers, "web.service") == layers
+    assert names(tmp_path) == ["web_1+3.raw"]

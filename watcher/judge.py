@@ -191,7 +191,7 @@ class Judge:
 
     async def _proved_good(self, service: Service, memory: Memory, wanted: Wanted) -> None:
         renaming = functools.partial(self._watcher.renaming, service.name)
-        stack = tries.succeed(wanted.stack, service.name, renaming)
+        stack = tries.succeed(wanted.stack, service.name, renaming, service.trust)
         if stack != wanted.stack:
             entries = [pick.entry for pick in wanted.look.picks]
             await trio.to_thread.run_sync(self._store.accept, service.slots, stack, entries)

@@ -198,7 +198,7 @@ def _admit(settings: Settings, store: Store, shop: Workshop, order: Order) -> St
             journal.log.warning(f"{order.name}: {shown(passed.candidate.path)} passed over: {passed.reason}")
         if wanted.new and wanted.current.layers and _is_tried_by_the_daemon(order):
             return wanted.current
-        stack = _on_trial(trials, order.name, wanted) if wanted.new else wanted.stack
+        stack = _on_trial(trials, order, wanted) if wanted.new else wanted.stack
         try:
             entries = [pick.entry for pick in wanted.look.picks]
             store.accept(slots_of(order.name, "standalone"), stack, entries, [trials.directory])
@@ -276,10 +276,11 @@ def _is_tried_by_the_daemon(order: Order) -> bool:
     return bool(own.check) or own.rollout == "rolling"
 
 
-def _on_trial(trials: Trials, name: str, wanted: Wanted) -> Stack:
+def _on_trial(trials: Trials, order: Order, wanted: Wanted) -> Stack:
     """A new stack, which the daemon judges when the program runs."""
+    name, trust = order.name, trust_of(_own_settings(order), "standalone")
     try:
-        stack = tries.begin(wanted.stack, wanted.current.digests, name)
+        stack = tries.begin(wanted.stack, wanted.current.digests, name, trust=trust)
     except FileNotFoundError:
         stack = wanted.stack  # another service's attempt has just renamed it
     trials.begin(name, Trial(stack.id))

@@ -240,7 +240,7 @@ class Line:
             renaming = functools.partial(self._tools.watcher.renaming, service.name)
             counted = {*wanted.current.digests, *memory.counted}
             try:
-                stack = tries.begin(wanted.stack, counted, service.name, renaming)
+                stack = tries.begin(wanted.stack, counted, service.name, renaming, service.trust)
             except FileNotFoundError:
                 return False  # another service's attempt has just renamed it
             memory.counted = frozenset(stack.digests)

@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 from watcher import journal
-from watcher.model import Layer, Stack, shown
+from watcher.model import Layer, Stack, Unsafe, shown
 from watcher.mounts import syscalls
+from watcher.strictmodes import ROOT_ALONE, StrictModes, Trust
 
 # As vpick.py reads them: at the end of the name, before the suffix of an image.
 _COUNTERS = re.compile(
@@ -67,7 +68,11 @@ class Counted:
 def counted(path: str) -> Counted | None:
     """The counters in the name of a file, None if it has none."""
     directory, name = os.path.split(path)
-    match = _COUNTERS.fullmatch(name) if directory.endswith(".v") else None
+    return _taken_apart(name) if directory.endswith(".v") else None
+
+
+def _taken_apart(name: str) -> Counted | None:
+    match = _COUNTERS.fullmatch(name)
     if match is None:
         return None
     return Counted(match["stem"], int(match["left"]), int(match["done"] or 0), match["suffix"])
@@ -80,70 +85,94 @@ def plain(path: str) -> str:
     return os.path.join(directory, match["stem"] + match["suffix"]) if match else path
 
 
-def begin(stack: Stack, known: Collection[str], service: str, renaming: Renaming = unseen) -> Stack:
+def begin(
+    stack: Stack,
+    known: Collection[str],
+    service: str,
+    renaming: Renaming = unseen,
+    trust: Trust = ROOT_ALONE,
+) -> Stack:
     """Count one try of each layer of a stack that is new; the stack with the files' names from now on.
 
     Args:
         known: digests that the service has already.
+        trust: whom it lets drop things.
 
     Raises:
         FileNotFoundError: somebody renamed or removed one meanwhile; look again.
     """
     return Stack(
         tuple(
-            layer if layer.digest in known else _counted_once(layer, service, renaming)
+            layer if layer.digest in known else _counted_once(layer, service, renaming, trust)
             for layer in stack.layers
         )
     )
 
 
-def succeed(stack: Stack, service: str, renaming: Renaming = unseen) -> Stack:
+def succeed(stack: Stack, service: str, renaming: Renaming = unseen, trust: Trust = ROOT_ALONE) -> Stack:
     """Remove the counters of all layers of a stack; the stack with the files' names from now on."""
-    return Stack(tuple(_proved_good(layer, service, renaming) for layer in stack.layers))
+    return Stack(tuple(_proved_good(layer, service, renaming, trust) for layer in stack.layers))
 
 
-def _counted_once(layer: Layer, service: str, renaming: Renaming) -> Layer:
+def _counted_once(layer: Layer, service: str, renaming: Renaming, trust: Trust) -> Layer:
     counters = counted(layer.source)
     if counters is None:
         return layer
     try:
-        return _renamed(layer, layer.source, counters.next(), renaming)
+        with _directory(layer.source, trust) as directory:
+            return _renamed(layer, directory, os.path.basename(layer.source), counters.next(), renaming)
     except FileNotFoundError:
         raise
-    except OSError as error:
+    except (OSError, Unsafe) as error:
         return _not_counted(layer, service, error)
 
 
-def _proved_good(layer: Layer, service: str, renaming: Renaming) -> Layer:
+def _proved_good(layer: Layer, service: str, renaming: Renaming, trust: Trust) -> Layer:
     counters = counted(layer.source)
     if counters is None:
         return layer
     try:
-        return _renamed(layer, _now(layer.source, counters), counters.good(), renaming)
+        with _directory(layer.source, trust) as directory:
+            name = _now(directory, os.path.basename(layer.source), counters)
+            return _renamed(layer, directory, name, counters.good(), renaming)
     except FileNotFoundError:
         return layer  # removed, or another service's success was first
-    except OSError as error:
+    except (OSError, Unsafe) as error:
         return _not_counted(layer, service, error)
 
 
-def _now(path: str, counters: Counted) -> str:
-    """Where a counted file is now: another service's attempts may have renamed it."""
-    directory = os.path.dirname(path)
+@contextmanager
+def _directory(path: str, trust: Trust) -> Iterator[str]:
+    """A path of the directory of a file that does not change its meaning; raises Unsafe where strangers set the way."""
+    with StrictModes(trust) as modes:
+        found = modes.open(os.path.dirname(path))
+    try:
+        if found.unsafe is not None:
+            raise found.unsafe
+        yield f"/proc/self/fd/{found.fd}"
+    finally:
+        os.close(found.fd)
+
+
+def _now(directory: str, was: str, counters: Counted) -> str:
+    """What a counted file is called now: another service's attempts may have renamed it."""
     for name in os.listdir(directory):
-        found = counted(os.path.join(directory, name))
+        found = _taken_apart(name)
         if found is not None and counters.is_later(found):
-            return os.path.join(directory, name)
-    return path
+            return name
+    return was
 
 
-def _renamed(layer: Layer, path: str, name: str, renaming: Renaming) -> Layer:
-    new = os.path.join(os.path.dirname(path), name)
-    with renaming(path, new):
-        syscalls.rename_noreplace(path, new)
-    return replace(layer, source=new)
+def _renamed(layer: Layer, directory: str, old: str, new: str, renaming: Renaming) -> Layer:
+    above = os.path.dirname(layer.source)
+    with renaming(os.path.join(above, old), os.path.join(above, new)):
+        syscalls.rename_noreplace(os.path.join(directory, old), os.path.join(directory, new))
+    return replace(layer, source=os.path.join(above, new))
 
 
-def _not_counted(layer: Layer, service: str, error: OSError) -> Layer:
-    problem = f"{service}: {shown(layer.source)}: its tries cannot be counted: {error.strerror}"
-    journal.log.warning(problem, service=service)
+def _not_counted(layer: Layer, service: str, error: OSError | Unsafe) -> Layer:
+    why = str(error) if isinstance(error, Unsafe) else error.strerror
+    journal.log.warning(
+        f"{service}: {shown(layer.source)}: its tries cannot be counted: {why}", service=service
+    )
     return layer
