@@ -244,7 +244,7 @@ class TestRefused:
     def test_too_large(self, store: Store, tmp_path: Path) -> None:
         store.configure(MIB, 99, 2)
         (confext(tmp_path / "web", "web") / "etc/large").write_bytes(bytes(100))
-        text = "too large: 108 bytes, 99 are allowed (ImageMax=)"
+        text = "too large: 20480 bytes, 99 are allowed (ImageMax=)"
         assert refusal(store, tmp_path / "web", Kind.DIRECTORY) == text
 
     @squashfs

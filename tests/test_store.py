@@ -195,7 +195,7 @@ class TestTrees:
     ) -> None:
         source = confext(tmp_path / "web", "web", {"etc/web.conf": b"x = 1\n"})
         add(store, source)
-        store.configure(20, 20, 2)
+        store.configure(5 * 4096, 5 * 4096, 2)
         digest = tree.digest
 
         def changed(root: int) -> tree.Copied:
@@ -253,6 +253,56 @@ class TestTrees:
         assert inside(tmp_path) == set()
 
 
+def many(path: Path, files: int = 0, directories: int = 0, links: int = 0) -> Path:
+    """A confext with so many of these, all empty."""
+    source = confext(path, "web")
+    for number in range(files):
+        (source / f"etc/{number}").touch()
+    for number in range(directories):
+        (source / f"etc/d{number}").mkdir()
+    for number in range(links):
+        (source / f"etc/l{number}").symlink_to("x")
+    return source
+
+
+# Of a confext without a file: its root, etc/, extension-release.d/ and the file in that.
+BARE = 4 * 4096
+
+
+class TestRoom:
+    """What a copy counts for: whole blocks, and one for each inode, or the disk is full long before `StoreMax=`."""
+
+    @pytest.mark.parametrize("what", ["files", "directories", "links"])
+    def test_what_has_no_content_takes_room(self, tmp_path: Path, what: str) -> None:
+        source = many(tmp_path / "web", **{what: 1000})
+        with Store(str(tmp_path / "state"), 64 * MIB, MIB, 2) as store:
+            with pytest.raises(Refused, match=rf"too large: {BARE + 1000 * 4096} bytes, {MIB} are allowed"):
+                add(store, source)
+            store.configure(64 * MIB, 64 * MIB, 2)
+            copy = add(store, source)
+            assert store.usage() == copy.size == BARE + 1000 * 4096
+        with Store(str(tmp_path / "state"), 64 * MIB, MIB, 2) as store:
+            assert store.usage() == copy.size  # looked into anew
+
+    def test_many_small_images_take_a_block_each(self, tmp_path: Path) -> None:
+        with Store(str(tmp_path / "state"), 10 * 4096, MIB, 2) as store:
+            for number in range(10):
+                add(store, dropped(tmp_path, b"%d" % number))
+            with pytest.raises(StoreFull, match=r"40960 of 40960 bytes .* 4096 more"):
+                add(store, dropped(tmp_path, b"x"))
+
+    def test_holes_count(self, tmp_path: Path) -> None:
+        """They are read and hashed, and what is in a file may have no hole in the next version."""
+        source = confext(tmp_path / "web", "web")
+        with open(source / "etc/sparse", "wb") as file:
+            file.truncate(2 * MIB)
+        with (
+            Store(str(tmp_path / "state"), 64 * MIB, MIB, 2) as store,
+            pytest.raises(Refused, match="too large"),
+        ):
+            add(store, source)
+
+
 class TestLimits:
     def test_one_image_too_large(self, tmp_path: Path) -> None:
         with Store(str(tmp_path / "state"), 10_000, 1000, 2) as store:
@@ -276,10 +326,10 @@ class TestLimits:
             add(store, dropped(tmp_path, bytes(1001)))
 
     def test_a_full_store_says_so_and_can_be_emptied(self, tmp_path: Path) -> None:
-        with Store(str(tmp_path / "state"), 2500, 1000, 2) as store:
+        with Store(str(tmp_path / "state"), 25_000, 25_000, 2) as store:
             first = add(store, dropped(tmp_path, bytes(1000)))
             add(store, confext(tmp_path / "web", "web", {"etc/a": bytes(900)}))
-            text = r"the store is full: 1908 of 2500 bytes \(StoreMax=\) are in use, 999 more are needed"
+            text = r"the store is full: 24576 of 25000 bytes \(StoreMax=\) are in use, 4096 more are needed"
             with pytest.raises(StoreFull, match=text):
                 add(store, dropped(tmp_path, bytes(999)))
             assert add(store, dropped(tmp_path, bytes(1000))) == first  # what is there needs no room
@@ -300,7 +350,7 @@ class TestLimits:
         sync = os.fdatasync
         monkeypatch.setattr(os, "fdatasync", lambda fd: (used.append(store.usage()), sync(fd)))
         add(store, dropped(tmp_path, bytes(3000)))
-        assert used == [3000]
+        assert used == [4096]
 
     def test_two_at_once_do_not_take_the_same_room(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -308,7 +358,7 @@ class TestLimits:
         paths = [dropped(tmp_path, b"%d" % number * 800, f"{number}.raw") for number in range(2)]
         both = threading.Barrier(2)
         results: list[object] = []
-        with Store(str(tmp_path / "state"), 1000, 1000, 2) as store:
+        with Store(str(tmp_path / "state"), 5000, 5000, 2) as store:
             usage = store.usage
 
             def measured() -> int:
@@ -338,7 +388,7 @@ class TestLimits:
         source = confext(tmp_path / "web", "web", {"etc/a": bytes(900)})
         add(store, source)
         with Store(str(tmp_path / "state"), MIB, MIB, 2) as other:
-            assert other.usage() == store.usage() == 3908
+            assert other.usage() == store.usage() == 4096 + BARE + 4096
 
     def test_other_limits_while_running(self, store: Store, tmp_path: Path) -> None:
         path = dropped(tmp_path, bytes(1000))

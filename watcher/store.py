@@ -54,8 +54,9 @@ class Store:
 
     Args:
         state_directory: absolute path; made if it does not exist.
-        store_max: bytes all copies together may have (`StoreMax=`).
-        image_max: bytes one image or tree may have (`ImageMax=`).
+        store_max: bytes all copies together may take, each file, directory and link as `tree.in_blocks()` has it
+            (`StoreMax=`).
+        image_max: bytes one image may have, or one tree may take in the same way (`ImageMax=`).
         keep_stacks: accepted stacks that `collect` keeps for each unit (`KeepStacks=`), the current one included.
     """
 
@@ -160,7 +161,7 @@ class Store:
                 raise Later(f"the copy of {layer.label} in the store, {layer.digest}, is {reason}") from error
 
     def usage(self) -> int:
-        """Bytes of all copies, and of what is set aside for those being made."""
+        """Bytes that all copies take, and of what is set aside for those being made."""
         return sum(self._size_of(name) for name in os.listdir(self._directory))
 
     def accept(self, unit: str, stack: Stack, entries: Sequence[Entry], after: Sequence[str] = ()) -> bool:
@@ -281,11 +282,11 @@ class Store:
         if not _DIGEST.fullmatch(name):
             return 0
         try:
-            return self._copy(name).size
+            return tree.in_blocks(self._copy(name).size)
         except FileNotFoundError:
             return 0  # collected just now
         except Refused:
-            return os.stat(name, dir_fd=self._directory, follow_symlinks=False).st_size
+            return tree.in_blocks(os.stat(name, dir_fd=self._directory, follow_symlinks=False).st_size)
 
     def _copy(self, digest: str) -> Copy:
         """What is under a digest, looked into once. Raises FileNotFoundError, or Refused if it is damaged."""
@@ -330,7 +331,7 @@ class Store:
 
     def _write_image(self, fd: int, size: int, lease: Lease) -> str:
         hasher = hashlib.sha256()
-        with self._set_aside(size, Kind.IMAGE) as (name, made):
+        with self._set_aside(tree.in_blocks(size), Kind.IMAGE) as (name, made):
             os.fchmod(made, 0o400)  # whatever the umask
             copy_file(fd, made, size, hasher, lease, sync=True)
             digest = hasher.hexdigest()

@@ -37,6 +37,9 @@ from watcher.model import Busy, Refused, shown
 DEPTH_MAX = 64
 ENTRIES_MAX = 100_000
 
+# Of ext4, xfs and btrfs, unless somebody asked for others.
+_BLOCK = 4096
+
 _HEADER = b"confext-watcher tree 1\n"
 _NODE = struct.Struct("<cIII")
 _LENGTH = struct.Struct("<Q")
@@ -56,7 +59,7 @@ class Signature:
 
     Attributes:
         key: SHA-256 over it.
-        size: bytes in its files, as `stat` gives them.
+        size: bytes that a copy takes: `in_blocks()` of each file, directory and link.
         entries: files, directories and links in it.
         youngest_ns: latest ctime, nanoseconds since the epoch.
     """
@@ -127,8 +130,17 @@ def copy(root: int, target: int, size_max: int) -> Copied:
 
 
 def size_of(root: int) -> int:
-    """Bytes in the files below `root`."""
+    """Bytes that a copy of the tree below `root` takes."""
     return signature(root).size
+
+
+def in_blocks(size: int) -> int:
+    """What a file of so many bytes counts for: whole blocks, and at least one, for its inode.
+
+    Not what `st_blocks` says: that is of the file system where the tree lies now (which may compress, or share blocks
+    with others that go away), and not yet known of what has just been written. Holes count, since they are read.
+    """
+    return max(-(-size // _BLOCK), 1) * _BLOCK
 
 
 _Path = tuple[str, ...]
@@ -196,8 +208,7 @@ class _Signing(_Bounded):
         )
         self.hash.update(repr((name, *facts)).encode())
         self.youngest_ns = max(self.youngest_ns, st.st_ctime_ns)
-        if stat.S_ISREG(st.st_mode):
-            self.size += st.st_size
+        self.size += in_blocks(st.st_size if stat.S_ISREG(st.st_mode) else 0)
 
     def directory(self, fd: int, path: _Path) -> None:
         for name, st in self.children(fd, path):

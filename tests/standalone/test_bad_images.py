@@ -368,7 +368,8 @@ def test_a_squashfs_cut_within_its_padding_is_incomplete(service: Service) -> No
 
 
 def test_too_large_for_imagemax(place: Place) -> None:
-    place.configure("SettleSec=20ms", "ImageMax=30K")
+    limit = 60 if place.trees else 30  # files and directories count in whole blocks
+    place.configure("SettleSec=20ms", f"ImageMax={limit}K")
     place.start_daemon()
     service = place.start()
     service.put("1.3")
@@ -376,14 +377,15 @@ def test_too_large_for_imagemax(place: Place) -> None:
     path = place.path / "large"
     place.bring(place.confext("1.4", os.urandom(50_000).hex()), path)
     path.rename(service.versions / f"web_1.4{place.suffix}")
-    service.logged("web_1.4.* refused: too large: [0-9]+ bytes, 30720 are allowed .ImageMax=")
+    service.logged(f"web_1.4.* refused: too large: [0-9]+ bytes, {limit * 1024} are allowed .ImageMax=")
     service.put("1.5")
     service.reloaded("1.5")
 
 
 def test_the_store_is_full(place: Place) -> None:
     """Older stacks are let go of; what is on the way waits for as long as it must."""
-    place.configure("SettleSec=20ms", "StoreMax=50K", "KeepStacks=1")
+    limit = 100 if place.trees else 55
+    place.configure("SettleSec=20ms", f"StoreMax={limit}K", "KeepStacks=1")
     place.start_daemon()
     service = place.start()
     service.put("1.3")
@@ -393,7 +395,7 @@ def test_the_store_is_full(place: Place) -> None:
     for number in range(2):
         service.put("7", name=f"other{number}", at=service.drops)
     service.logged(
-        "has to wait, it is tried again by itself: the store is full: .* of 51200 bytes .StoreMax="
+        f"has to wait, it is tried again by itself: the store is full: .* of {limit * 1024} bytes .StoreMax="
     )
     assert service.has("1.4")
     place.configure("SettleSec=20ms", "StoreMax=200K")
