@@ -379,7 +379,17 @@ class Line:
         with held.hold() as main:
             patient = wanted.busy and not wanted.new
             converged = await tools.shop.run(
-                converge, tools.shop, main, pids, stack, copies, begin, memory.compared, patient=patient
+                converge,
+                tools.shop,
+                main,
+                pids,
+                stack,
+                copies,
+                begin,
+                memory.compared,
+                kept=lambda: (wanted.current, *tools.store.stacks(service.slots)),
+                elsewhere=self._other_mains(service),
+                patient=patient,
             )
             memory.mounted = frozenset(stack.digests)
             self._record.placed(service.name)
@@ -399,6 +409,10 @@ class Line:
         now = trio.current_time()
         times = Times(converged.usec, reloaded.usec, _usec(now - since))
         return await self._judge.reloaded(service, memory, wanted, converged, reloaded, times)
+
+    def _other_mains(self, service: Service) -> list[int]:
+        others = list(self._tools.manager.services.values())
+        return [other.main.pid for other in others if other.name != service.name and other.main is not None]
 
     async def _started(self, service: Service, main: Process, wanted: Wanted, memory: Memory) -> bool:
         """It was started on a stack that has not proved itself yet."""

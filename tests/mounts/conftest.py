@@ -67,6 +67,10 @@ class Layers:
         path = image(root, root.with_suffix(f".{fstype}"), fstype)
         return self._layer(path, Kind.IMAGE, fstype, "web", "1")
 
+    def text(self, layer: Layer, path: str) -> str:
+        """A file of a layer that is a directory tree."""
+        return Path(self.copies[layer.digest].path, "etc", path).read_text()
+
     def _tree(self, files: Mapping[str, str], name: str) -> Path:
         contents = {f"etc/{path}": text.encode() for path, text in files.items()}
         return confext(self._directory / f"layer-{next(self._numbers)}", name, contents)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 from service import Service
@@ -31,6 +31,7 @@ Start = Callable[..., Service]
 @pytest.fixture
 def bring(shop: Workshop, layers: Layers) -> Callable[..., Converged]:
     compared: Compared = {}
+    accepted: dict[Service, list[Stack]] = {}
 
     def brought(
         main: Service,
@@ -38,8 +39,12 @@ def bring(shop: Workshop, layers: Layers) -> Callable[..., Converged]:
         others: tuple[Service, ...] = (),
         begin: Callable[[], None] = lambda: None,
         patient: bool = False,
+        elsewhere: Sequence[Service] = (),
     ) -> Converged:
+        """`elsewhere`: services of their own."""
         pids = [main.pid, *(other.pid for other in others)]
+        kept = accepted.setdefault(main, [])
+        kept.append(Stack(stack))
         return shop.submit(
             converge,
             shop,
@@ -50,6 +55,8 @@ def bring(shop: Workshop, layers: Layers) -> Callable[..., Converged]:
             begin,
             compared,
             patient=patient,
+            kept=lambda: kept,
+            elsewhere=[other.pid for other in elsewhere],
         ).result()
 
     return brought
@@ -153,6 +160,37 @@ def test_a_container_of_the_service_is_left_alone(
     assert service.read("/etc/web.conf") == "1"
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_another_service_among_its_processes_keeps_its_own_stack(
+    start: Start, service: Service, layers: Layers, bring: Bring, known: bool
+) -> None:
+    """A service may start another, with a stack of its own, on the same root."""
+    one, two, others = (layers.tree({"web.conf": text}) for text in ("1", "2", "other"))
+    bring(service, one)
+    other = start("private", inside=service)
+    bring(other, others)
+    before = other("rows()")
+    for layer in (two, one, two):
+        bring(service, layer, others=(other,), elsewhere=[other] if known else [])
+        assert (service.read("/etc/web.conf"), other.read("/etc/web.conf")) == (
+            layers.text(layer, "web.conf"),
+            "other",
+        )
+    assert other("rows()") == before
+
+
+def test_another_service_that_runs_on_the_same_images_keeps_them(
+    start: Start, service: Service, layers: Layers, bring: Bring
+) -> None:
+    one, two = layers.tree({"web.conf": "1"}), layers.tree({"web.conf": "2"})
+    bring(service, one)
+    other = start("private", inside=service)
+    bring(other, one)
+    own = start("private", inside=service)
+    bring(service, two, others=(other, own), elsewhere=[other])
+    assert [one.read("/etc/web.conf") for one in (service, own, other)] == ["2", "2", "1"]
+
+
 def test_processes_that_have_ended_do_not_matter(
     start: Start, service: Service, layers: Layers, bring: Bring
 ) -> None:
@@ -167,13 +205,13 @@ def test_a_main_process_that_has_ended_is_gone(start: Start, layers: Layers, sho
     with service.process.hold() as main:
         service.close()
         with pytest.raises(Gone):
-            shop.submit(converge, shop, main, [], Stack(), {}, lambda: None, {}).result()
+            shop.submit(converge, shop, main, [], Stack(), {}, lambda: None, {}, kept=list).result()
 
 
 def test_a_service_in_the_hosts_namespace_is_not_touched(shop: Workshop, layers: Layers) -> None:
     stack = Stack((layers.tree({"web.conf": "1"}),))
     with Process(os.getpid()) as here, pytest.raises(HostNamespace):
-        shop.submit(converge, shop, here, [], stack, layers.copies, lambda: None, {}).result()
+        shop.submit(converge, shop, here, [], stack, layers.copies, lambda: None, {}, kept=list).result()
 
 
 def mount_as_systemd(service: Service, layers: Layers, layer: Layer) -> None:

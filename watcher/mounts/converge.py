@@ -54,6 +54,8 @@ def converge(
     begin: Callable[[], None],
     compared: Compared,
     *,
+    kept: Callable[[], Iterable[Stack]],
+    elsewhere: Iterable[int] = (),
     patient: bool = False,
 ) -> Converged:
     """Swap wherever the wanted stack is not shown. Runs on a worker of the workshop.
@@ -64,13 +66,15 @@ def converge(
         pids: of all processes of the service.
         compared: what was found about mounts that do not say what they are, so that each is compared once.
         begin: called before each swap that is made.
+        kept: see `of_service()`.
+        elsewhere: see there.
 
     Raises:
         Whatever `of_service()` and `swap()` do.
     """
     done: list[Swapped] = []
     remarks: list[str] = []
-    with of_service(shop, main, pids) as found:
+    with of_service(shop, main, pids, lambda: (stack, *kept()), elsewhere) as found:
         bring = functools.partial(_bring, shop, stack, copies, begin, compared, patient)
         for nested in found.apart:
             _try(bring, nested, done, remarks)
