@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What an image must be made for: the os-release of the service's own root."""
+"""What an image must be made for: the os-release of the service's own root; and what is in it."""
 
 import os
 from pathlib import Path
 
 import pytest
+from images import confext, image
 
-from watcher.admission import host
+from needs import loop, root, tool
+from watcher.admission import Admission, host
+from watcher.model import Copy, Kind, Later
+from watcher.mounts import workshop
+from watcher.mounts.workshop import Workshop
+from watcher.store import Store
 
 
 def test_the_host_is_what_the_root_says(tmp_path: Path) -> None:
@@ -44,3 +50,24 @@ def test_a_fifo_keeps_nobody_waiting(tmp_path: Path) -> None:
 def test_a_root_without_os_release_is_said(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no os-release"):
         host(str(tmp_path))
+
+
+@root
+@loop
+@tool("mksquashfs")
+def test_an_image_that_the_kernel_gives_no_answer_about_is_later_and_keeps_no_other_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its copy is on a dead network file system, say."""
+    monkeypatch.setattr(workshop, "HANGS_SEC", 0.5)
+    os.mkfifo(tmp_path / "hangs")
+    path = image(confext(tmp_path / "web", "web"), tmp_path / "web.raw")
+    hangs = Copy("f" * 64, str(tmp_path / "hangs"), 0, Kind.IMAGE, "squashfs")
+    good = Copy("a" * 64, str(path), 0, Kind.IMAGE, "squashfs")
+    with Store(str(tmp_path / "state"), 1 << 30, 1 << 30, 2) as store, Workshop(1) as shop:
+        admission = Admission(store, shop)
+        with pytest.raises(Later, match=r"^no answer from the kernel for 0.5 s$"):
+            admission._release(hangs)
+        monkeypatch.undo()
+        assert admission._release(good)[0] == {"extension-release.web": "ID=_any\n"}
+        (tmp_path / "hangs").write_text("")

@@ -85,6 +85,15 @@ def test_a_file_on_the_way(tmp_path: Path, place: str) -> None:
         read(tmp_path)
 
 
+def test_names_are_not_read_without_end(tree: Path) -> None:
+    """However many there are that are no release files."""
+    directory = tree / HERE
+    for number in range(1024):
+        (directory / str(number)).touch()
+    with pytest.raises(Refused, match=r"^it has more than 1024 entries in etc/extension-release.d/$"):
+        read(tree)
+
+
 def test_a_link_to_a_secret_is_not_read(tree: Path) -> None:
     (tree / HERE / "extension-release.other").symlink_to("/etc/shadow")
     with pytest.raises(Refused, match=r"extension-release.other in it is a link"):

@@ -21,7 +21,7 @@ from watcher.images.extension import NoRelease, read_release
 from watcher.images.marks import require_no_marks
 from watcher.model import Candidate, Copy, Incomplete, Kind, Later, Refused, problem
 from watcher.mounts import syscalls
-from watcher.mounts.workshop import Workshop
+from watcher.mounts.workshop import Hung, Workshop
 from watcher.store import Store
 from watcher.strictmodes import StrictModes
 
@@ -150,12 +150,14 @@ class Admission:
                 if copy.kind is Kind.DIRECTORY:
                     known = _read_tree(copy)
                 else:
-                    known = self._shop.submit(_read_mounted, self._shop, copy).result()
+                    known = self._shop.call(_read_mounted, self._shop, copy)
             except OSError as error:
                 short = _SHORT.get(error.errno or 0)
                 if short is None:
                     raise
                 raise Later(f"{short}: {problem(error)}") from error
+            except Hung as error:
+                raise Later(str(error)) from error
             self._releases[copy.digest] = known
         return known
 

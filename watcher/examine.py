@@ -20,7 +20,7 @@ from watcher.images.probe import probe
 from watcher.inside import reason_of
 from watcher.lease import Lease
 from watcher.model import Busy, Candidate, Copy, Kind, Refused, shown
-from watcher.mounts.workshop import Workshop
+from watcher.mounts.workshop import Hung, Workshop
 from watcher.process import may_mount
 
 # Seconds for a tool that reads an image without root, whoever made that.
@@ -50,7 +50,7 @@ def examine(path: str, made_for: Host, image_max: int) -> Examined:
 
     Raises:
         Refused, Incomplete: it would not be admitted; `str()` says why.
-        Busy: somebody is writing to it.
+        Busy: somebody is writing to it, or the kernel gives no answer about it.
         OSError: it cannot be read, or not be mounted.
     """
     kind = Kind.DIRECTORY if stat.S_ISDIR(os.stat(path).st_mode) else Kind.IMAGE
@@ -134,7 +134,10 @@ def _mounted_release(copy: Copy) -> tuple[dict[str, str], set[str]]:
             return _read(roots[copy.digest], unmarked=True)
 
     with Workshop(1) as shop:
-        return shop.submit(read).result()
+        try:
+            return shop.call(read)
+        except Hung as error:
+            raise Busy(str(error)) from error
 
 
 def _extracted_release(copy: Copy) -> tuple[dict[str, str], set[str]]:

@@ -17,7 +17,7 @@ import pytest
 from service import Service
 
 from needs import filesystem, loop, root, tool
-from watcher.model import Kind, Layer, Refused, Stack
+from watcher.model import Copy, Kind, Later, Layer, Refused, Stack
 from watcher.mounts import syscalls, workshop
 from watcher.mounts.swap import swap
 from watcher.mounts.workshop import PLACE, HostNamespace, Hung, Lost, Workshop
@@ -290,6 +290,22 @@ async def test_one_that_hangs_does_not_keep_the_program_from_ending(monkeypatch:
     free.set()
 
 
+def test_a_thread_does_not_wait_for_one_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workshop, "HANGS_SEC", 0.2)
+    free = threading.Event()
+    with Workshop(1, privileged=may_mount()) as shop:
+        with pytest.raises(Hung, match="no answer from the kernel"):
+            shop.call(free.wait)
+        assert shop.call(divmod, 7, 2) == (3, 1)
+        with pytest.raises(TimeoutError, match="its own"):
+            shop.call(fail, TimeoutError("its own"))
+        free.set()
+
+
+def fail(error: Exception) -> None:
+    raise error
+
+
 # ---- images
 
 
@@ -325,6 +341,30 @@ class TestImages:
             until(lambda: loops(layers, squashfs) == 0)
             assert shop.submit(use).result() == "1"
             assert loops(layers, squashfs) == 1
+
+    def test_one_that_cannot_be_mounted_yet_keeps_no_other_waiting(
+        self, layers: Layers, squashfs: Layer, tmp_path: Path
+    ) -> None:
+        """Its file is on a dead network file system, say."""
+        os.mkfifo(tmp_path / "blocks")
+        hangs = Copy("f" * 64, str(tmp_path / "blocks"), 0, Kind.IMAGE, "squashfs")
+        copy = layers.copies[squashfs.digest]
+        with Workshop(2) as shop:
+
+            def use(copy: Copy) -> str:
+                with shop.images.attached([copy]) as roots:
+                    return Path(roots[copy.digest], "etc/web.conf").read_text()
+
+            blocked = shop.submit(use, hangs)
+            until(blocked.running)
+            assert shop.submit(use, copy).result(timeout=30) == "1"
+            shop.submit(shop.images.retain, []).result(timeout=30)
+            until(lambda: loops(layers, squashfs) == 0)
+            assert not blocked.done()
+            (tmp_path / "blocks").write_text("")
+            with pytest.raises(Later):  # a FIFO cannot be mounted
+                blocked.result()
+            assert shop.submit(use, copy).result() == "1"
 
     def test_one_in_use_is_not_unmounted(self, layers: Layers, squashfs: Layer) -> None:
         copy = layers.copies[squashfs.digest]

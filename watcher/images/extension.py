@@ -22,6 +22,7 @@ STRICT_XATTR = "user.extension-release.strict"
 # On the store's copies STRICT_XATTR is ours; this keeps what the source had, empty for nothing.
 KEPT_STRICT_XATTR = "user.confext-watcher.strict"
 
+_NAMES_MAX = 1024
 _FILES_MAX = 64
 _BYTES_MAX = 64 * 1024
 _FALSE = frozenset({"0", "no", "n", "false", "f", "off"})  # systemd's parse_boolean()
@@ -90,8 +91,10 @@ def _is_sysext(root_fd: int) -> bool:
 
 def _read_all(directory: int) -> tuple[dict[str, str], set[str]]:
     with os.scandir(directory) as entries:  # which may be ten million
-        found = (entry.name for entry in entries if entry.name.startswith(RELEASE_PREFIX))
-        names = sorted(islice(found, _FILES_MAX + 1))
+        found = [entry.name for entry in islice(entries, _NAMES_MAX + 1)]
+    if len(found) > _NAMES_MAX:
+        raise Refused(f"it has more than {_NAMES_MAX} entries in {'/'.join(RELEASE_DIRECTORY)}/")
+    names = sorted(name for name in found if name.startswith(RELEASE_PREFIX))
     if len(names) > _FILES_MAX:
         raise Refused(f"it has more than {_FILES_MAX} extension-release files")
     texts: dict[str, str] = {}

@@ -8,6 +8,7 @@ import errno
 import os
 import threading
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 from watcher import journal
 from watcher.model import Copy, Kind, Later, Refused, problem
@@ -32,6 +33,20 @@ _BROKEN_IMAGE = {
 }
 
 
+@dataclass(slots=True)
+class _Image:
+    """One digest.
+
+    Attributes:
+        turn: held while it is mounted, which may take for ever: then only who wants the same one waits.
+        users: who has it, or waits for it.
+    """
+
+    turn: threading.Lock = field(default_factory=threading.Lock)
+    users: int = 0
+    mounted: bool = False
+
+
 class Images:
     """Images mounted in the workshop: each digest once, for as long as somebody wants it.
 
@@ -42,7 +57,7 @@ class Images:
     def __init__(self, place: str) -> None:
         self._place = place
         self._lock = threading.Lock()
-        self._users: dict[str, int] = {}
+        self._known: dict[str, _Image] = {}
 
     @contextlib.contextmanager
     def attached(self, copies: Iterable[Copy]) -> Iterator[dict[str, str]]:
@@ -53,36 +68,48 @@ class Images:
             OSError: no loop device, no memory.
         """
         roots: dict[str, str] = {}
+        held: list[_Image] = []
         try:
             for copy in copies:
-                roots[copy.digest] = self._acquire(copy)
+                if copy.digest not in roots:
+                    roots[copy.digest] = copy.path
+                    if copy.kind is Kind.IMAGE:
+                        held.append(self._hold(copy.digest))
+                        roots[copy.digest] = self._mounted(copy, held[-1])
             yield roots
         finally:
             with self._lock:
-                for digest in roots.keys() & self._users.keys():
-                    self._users[digest] -= 1
+                for image in held:
+                    image.users -= 1
 
     def retain(self, digests: Iterable[str]) -> None:
         """Unmount every image that is neither in use nor among these."""
         kept = set(digests)
         with self._lock:
-            for digest in [one for one, users in self._users.items() if not users and one not in kept]:
+            for digest, image in list(self._known.items()):
+                if image.users or digest in kept:
+                    continue
                 try:
-                    syscalls.umount2(self._path(digest), syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
-                    del self._users[digest]
-                    os.rmdir(self._path(digest))
+                    if image.mounted:
+                        syscalls.umount2(self._path(digest), syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
+                    del self._known[digest]
+                    if image.mounted:
+                        os.rmdir(self._path(digest))
                 except OSError as error:  # it is tried again; a directory that stays is used again
                     journal.log.warning(f"workshop: an image stays mounted for the moment: {problem(error)}")
 
-    def _acquire(self, copy: Copy) -> str:
-        if copy.kind is Kind.DIRECTORY:
-            return copy.path
-        path = self._path(copy.digest)
+    def _hold(self, digest: str) -> _Image:
         with self._lock:
-            if copy.digest not in self._users:
+            image = self._known.setdefault(digest, _Image())
+            image.users += 1
+        return image
+
+    def _mounted(self, copy: Copy, image: _Image) -> str:
+        path = self._path(copy.digest)
+        with image.turn:
+            if not image.mounted:
                 _mount_image(copy, path)
-                self._users[copy.digest] = 0
-            self._users[copy.digest] += 1
+                image.mounted = True
         return path
 
     def _path(self, digest: str) -> str:

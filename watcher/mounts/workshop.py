@@ -24,7 +24,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import trio
@@ -133,6 +133,17 @@ class Workshop:
                 if not done.is_set():
                     raise
         if not job.future.done():
+            self._give_up(job)
+        return job.future.result()
+
+    def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """`run()` for a thread that may wait; not for a worker.
+
+        Raises:
+            Hung: see there.
+        """
+        job = self._submit(lambda: function(*args, **kwargs))
+        if not wait([job.future], HANGS_SEC).done:
             self._give_up(job)
         return job.future.result()
 
