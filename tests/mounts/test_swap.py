@@ -635,6 +635,14 @@ def test_mounts_that_never_stop_coming_end_it(service: Service, swaps: Swaps, la
     service("[syscalls.umount2('/etc/app', 2) for _ in range(5)]")
 
 
+def test_more_mounts_than_any_sandbox_has_are_refused(service: Service, swaps: Swaps, layers: Layers) -> None:
+    service("(os.chdir('/etc/empty'), [tmpfs('.') or os.chdir('/etc/empty') for _ in range(1100)])")
+    with pytest.raises(Refused, match=r"^more than 1000 mounts below /etc in the service: unmount some$"):
+        swaps(service, layers.tree({"web.conf": "1"}))
+    service("(os.chdir('/'), [syscalls.umount2('/etc/empty', 2) for _ in range(1100)])")
+    assert swaps(service, layers.tree({"web.conf": "2"})).done
+
+
 def test_a_swap_that_was_killed_before_the_lift_is_finished_by_one_lift(
     shop: Workshop, service: Service, swaps: Swaps, layers: Layers
 ) -> None:

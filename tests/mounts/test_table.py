@@ -287,6 +287,22 @@ def test_one_that_alone_has_a_sandbox_mount_is_no_surplus() -> None:
     assert not other.mounted().doubled
 
 
+def test_mounts_on_mounts_without_end_are_compared() -> None:
+    """A service that may mount in its own user namespace can have as many as it likes."""
+
+    def deep(first: int, last: str = "0:50 /") -> list[str]:
+        ids = range(first, first + 3000)
+        return [row(one, one - 1, "/etc/app", last if one == ids[-1] else "0:50 /") for one in ids]
+
+    for last, same in (("0:50 /", True), ("0:51 /", False)):
+        stacks = [
+            stack_row(30, 20, layer_path("web", "1", A)),
+            stack_row(5000, 30, layer_path("web", "2", B)),
+        ]
+        found = table(stacks[0], *deep(31), stacks[1], *deep(5001, last))
+        assert found.carries(found.stacks[0], found.stacks[1]) is same
+
+
 def test_a_stack_of_systemd_with_a_sandbox_mount_on_it_is_not_lifted() -> None:
     assert table(row(30, 20, "/etc", source=SOURCE)).liftable == 1
     with_mount = [row(30, 20, "/etc", source=SOURCE), row(40, 30, "/etc/secret", SANDBOX)]

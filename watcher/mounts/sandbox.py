@@ -23,13 +23,18 @@ import os
 import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
+from watcher.model import Refused
 from watcher.mounts import syscalls
 from watcher.mounts.descriptors import Descriptors
 from watcher.mounts.etc import INSIDE, Moved
 from watcher.mounts.table import COVER, Mount, Table
 
 _EMPTY = syscalls.AT_EMPTY_PATH
+
+# More than any sandbox has. A service that may mount in a user namespace of its own can have as many as it likes.
+_MOUNTS_MAX = 1000
 
 _FLAGS = {
     "ro": syscalls.MOUNT_ATTR_RDONLY,
@@ -104,11 +109,19 @@ def gather(fds: Descriptors, table: Table, old: int, lower: Lower) -> tuple[list
 
     Raises:
         Moved: a mount is no longer where the table has it.
+        Refused: there are too many.
     """
+    if sum(1 for _ in islice(table.above(table.top), _MOUNTS_MAX + 1)) > _MOUNTS_MAX:
+        raise Refused(f"more than {_MOUNTS_MAX} mounts below /etc in the service: unmount some")
     found = _Found(fds, table, old, lower, [], [])
-    for row in table.on(table.top):
-        found.add(row, row.point.removeprefix("/etc/"))
+    todo: list[_Todo] = [(row, row.point.removeprefix("/etc/")) for row in reversed(table.on(table.top))]
+    while todo:
+        todo += reversed(found.add(*todo.pop()))
     return found.mounts, found.remarks
+
+
+_Todo = tuple[Mount, str | None]
+"""A row, and the place in the stack where its mount stands; None if it stands on another of these mounts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,21 +133,18 @@ class _Found:
     mounts: list[Sandbox]
     remarks: list[str]
 
-    def add(self, row: Mount, place: str | None) -> None:
+    def add(self, row: Mount, place: str | None) -> list[_Todo]:
+        """Take a mount up; what lies on it and is to be taken up by itself."""
         path = row.point.removeprefix("/etc/")
         fd = self._open(path)
         mode = os.fstat(fd).st_mode
         source = self._source(row, path)
         if source is not None:
             self.mounts.append(Sandbox(path, -1, source, place, row.options, mode))
-            for above in self.table.on(row):
-                self.add(above, source + above.point[len(row.point) :])
-            return
+            return [(above, source + above.point[len(row.point) :]) for above in self.table.on(row)]
         tree, whole = self._clone(fd, row)
         self.mounts.append(Sandbox(path, tree, "", place, row.options, mode))
-        if not whole:
-            for above in self.table.on(row):
-                self.add(above, None)
+        return [] if whole else [(above, None) for above in self.table.on(row)]
 
     def _open(self, path: str) -> int:
         try:

@@ -194,16 +194,18 @@ class Table:
 
     def carries(self, lower: Mount, upper: Mount, other: Table | None = None) -> bool:
         """Whether on `lower` is mounted what is on the stack `upper` (of another table), apart from parts of that."""
-        return self._carries(lower, other or self, upper, upper.device)
-
-    def _carries(self, lower: Mount, other: Table, upper: Mount, stack: str) -> bool:
-        there = {row.point: row for row in self.on(lower)}
-        for row in other.on(upper):
-            twin = there.get(row.point)
-            if twin is None or not self._carries(twin, other, row, stack):
-                return False
-            if (row.device, row.root) != (twin.device, twin.root) and row.device != stack:
-                return False
+        there, stack = other or self, upper.device
+        pairs = [(lower, upper)]
+        while pairs:
+            mine, theirs = pairs.pop()
+            twins = {row.point: row for row in self.on(mine)}
+            for row in there.on(theirs):
+                twin = twins.get(row.point)
+                if twin is None:
+                    return False
+                if (row.device, row.root) != (twin.device, twin.root) and row.device != stack:
+                    return False
+                pairs.append((twin, row))
         return True
 
     @property
