@@ -7,6 +7,7 @@ import ctypes
 import errno
 import os
 import shutil
+import signal
 import stat
 import struct
 import subprocess
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from needs import root, tool, userns
+from needs import filesystem, root, tool, userns
 from watcher import permissions, strictmodes, tree
 from watcher.model import Unsafe
 from watcher.permissions import READ, SEARCH, WRITE, Who
@@ -426,6 +427,54 @@ class TestTrees:
         self.signed(drop / "web")
         (drop.parent / "link").symlink_to("drop/web")
         self.signed(drop.parent / "link")
+
+
+def serve(device: int, target: bytes) -> None:
+    """A FUSE file system in which all is root's: a directory, and in it any name is a link to `target`."""
+    while request := os.read(device, 1 << 20):
+        _, operation, unique, node = struct.unpack_from("<IIQQ", request)
+        mode, size = (0o40755, 0) if node == 1 and operation != 1 else (0o120777, len(target))
+        attributes = struct.pack("<6Q10I", node, size, 0, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0)
+        answers = {
+            26: struct.pack("<IIIIHHIIHHI28x", 7, 31, 1 << 16, 0, 16, 12, 1 << 16, 1, 16, 0, 0),  # INIT
+            1: struct.pack("<QQQQII", 2, 0, 0, 0, 0, 0) + attributes,  # LOOKUP
+            3: struct.pack("<QII", 0, 0, 0) + attributes,  # GETATTR
+            5: target,  # READLINK
+        }
+        answer = answers.get(operation, b"")
+        with suppress(FileNotFoundError):
+            os.write(
+                device, struct.pack("<IiQ", 16 + len(answer), 0 if answer else -errno.ENOSYS, unique) + answer
+            )
+
+
+@pytest.fixture
+def served(drop: Path, secret: Path) -> Iterator[Path]:
+    """What `nobody` has put on a directory of his that lies in one of root's, as fusermount3(1) lets him."""
+    where = drop / "web.raw.v"
+    where.mkdir()
+    os.chown(where, NOBODY, NOBODY)
+    device = os.open("/dev/fuse", os.O_RDWR)
+    options = f"fd={device},rootmode=40000,user_id={NOBODY},group_id={NOBODY},allow_other"
+    mount = ctypes.CDLL(None).mount
+    assert mount(b"nobodys", os.fsencode(where), b"fuse", 0, options.encode()) == 0
+    server = os.fork()
+    if server == 0:
+        with suppress(OSError):
+            serve(device, os.fsencode(secret))
+        os._exit(0)
+    os.close(device)
+    yield where
+    os.kill(server, signal.SIGKILL)
+    os.waitpid(server, 0)
+    subprocess.run(["umount", "--lazy", where], check=True)
+
+
+@filesystem("fuse")
+def test_what_a_user_serves_is_his_whatever_it_says(served: Path) -> None:
+    assert os.lstat(served / "web_1.raw").st_uid == 0
+    assert f"{served} is owned by nobody" in verdict(served / "web_1.raw")
+    assert "to what user nobody cannot read" in verdict(served / "web_1.raw", NOBODY_DEPLOYS)
 
 
 def as_root_of_a_user_namespace(ask: Callable[[], str]) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who may read or write a file, by its owner, its mode and its access control list (acl(5)). No path, no name.
+"""Who may read or write a file, by its owner, its mode and its access control list (acl(5)), and who may make that up.
 
 Standard library only, because the generator imports it at boot.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import struct
 from dataclasses import dataclass, field
@@ -97,6 +98,30 @@ class Permissions:
                 if granted & mask & need == need:
                     return True
         return not in_class and self._other(need)
+
+
+def served_by(device: int) -> int | None:
+    """uid of the user whose program answers for a file system, fuse(4): what that says of owners and modes is his word.
+
+    Args:
+        device: `st_dev`.
+
+    Returns:
+        None for one of the kernel's.
+
+    Raises:
+        OSError: the mount table cannot be read.
+    """
+    if os.major(device):
+        return None
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+        for row in table:
+            fields, _, rest = row.partition(" - ")
+            if fields.split(" ", 3)[2] == number:
+                fuse = re.fullmatch(r"fuse(?:\.\S*)? .*[ ,]user_id=([0-9]+)(?:,.*)?", rest.rstrip("\n"))
+                return int(fuse[1]) if fuse else None
+    return None
 
 
 def of_descriptor(status: os.stat_result, fd: int) -> Permissions:

@@ -10,6 +10,7 @@ descriptor that the walk goes on with. No name is looked up twice: what was judg
 - Whoever is not root and decides where the way goes on (he owns a link, he may write to a directory) borrows no eyes of
   root's: each further step must be one that he could make himself, and the end of the way something that he may read.
   That is asked before the step is made. What he cannot see is refused in the same words, whatever it is.
+- On a file system that a user serves (FUSE) all is that user's, whatever it says.
 - The owner of `/` is root, whatever his number: in a user namespace the host's root has the number of all who are
   not known there. Some stranger's number is the same, so it counts on the way only, and never in a sticky directory.
 
@@ -27,7 +28,7 @@ import os
 import pwd
 import stat
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from . import permissions
 from .model import Remark, Unsafe, shown
@@ -131,12 +132,12 @@ class StrictModes:
         self._where = trust.where
         own = frozenset((0, os.geteuid()))
         self._uids = own | self._numbers("TrustedUsers", trust.users, lambda name: pwd.getpwnam(name).pw_uid)
-        self._gids = self._numbers("TrustedGroups", trust.groups, lambda name: grp.getgrnam(name).gr_gid) | {
-            0
-        }
+        named = self._numbers("TrustedGroups", trust.groups, lambda name: grp.getgrnam(name).gr_gid)
+        self._gids = named | {0}
         self._above_all = os.stat("/").st_uid
         self._roots = own | {self._above_all}
         self._users: dict[int, Who] = {}
+        self._servers: dict[int, int | None] = {}
         self._places: dict[tuple[str, frozenset[Who]], _Place] = {}
 
     def __enter__(self) -> StrictModes:
@@ -182,13 +183,15 @@ class StrictModes:
                 status = os.fstat(fd)
                 if stat.S_ISLNK(status.st_mode):
                     target = os.readlink("", dir_fd=fd)
-                    self._cross(way, place, name, status)
+                    self._cross(way, place, name, fd, status)
                     todo += _parts(target)
                     place = self._top(way) if target.startswith("/") else place
-                elif todo:
-                    place = self._pass(way, place, fd, status)
-                else:
+                elif not todo:
                     return self._found(way, place, os.dup(fd), status)
+                elif stat.S_ISDIR(status.st_mode):
+                    place = self._place(way, place, way.path, fd, status)
+                else:
+                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), way.path)
             finally:
                 os.close(fd)
         way.path = place.path  # a link to a directory above, or "/" itself
@@ -209,14 +212,9 @@ class StrictModes:
         way._setters = place.setters
         return place
 
-    def _pass(self, way: Way, above: _Place, fd: int, status: os.stat_result) -> _Place:
-        if not stat.S_ISDIR(status.st_mode):
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), way.path)
-        return self._place(way, above, way.path, fd, status)
-
     def _place(self, way: Way, above: _Place | None, path: str, fd: int, status: os.stat_result) -> _Place:
         """A directory that is passed: a copy of `fd` stays open with it."""
-        found = permissions.of_descriptor(status, fd)
+        found = self._permissions(status, fd)
         sticky = bool(status.st_mode & stat.S_ISVTX)
         writers = [] if sticky else found.writers()
         place = _Place(
@@ -231,21 +229,21 @@ class StrictModes:
         self._places[path, way._setters] = place
         return self._entered(place, way)
 
-    def _cross(self, way: Way, place: _Place, name: str, status: os.stat_result) -> None:
+    def _cross(self, way: Way, place: _Place, name: str, fd: int, status: os.stat_result) -> None:
         """Follow a link. It is as safe as its owner is, and the directory that it lies in."""
         if len(way.links) == _LINKS_MAX:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), way.path)
-        link = Permissions(status.st_uid, status.st_gid, status.st_mode)
+        link = self._permissions(status, fd)
         way.links.append((place.path, name))
         way.unsafe = way.unsafe or self._unsafe(way.path, link, [], place, passing=True)
         if way.unsafe is None:
             way.unsafe = _made_by_anybody(way.path, place, status)
         way._link_setters = way._setters
-        way._setters |= self._setters(status.st_uid, [])
+        way._setters |= self._setters(link.owner, [])
 
     def _found(self, way: Way, place: _Place, fd: int, status: os.stat_result) -> Found:
         try:
-            found = permissions.of_descriptor(status, fd)
+            found = self._permissions(status, fd)
             directory = stat.S_ISDIR(status.st_mode)
             self._require_sight(way, found, READ | SEARCH if directory else READ, way.path)
             unsafe = way.unsafe
@@ -261,6 +259,13 @@ class StrictModes:
         return Found(fd, way.path, status, unsafe, None if closed else self._guard(way.path))
 
     # Who may
+
+    def _permissions(self, status: os.stat_result, fd: int) -> Permissions:
+        found = permissions.of_descriptor(status, fd)
+        if status.st_dev not in self._servers:
+            self._servers[status.st_dev] = permissions.served_by(status.st_dev)
+        server = self._servers[status.st_dev]
+        return found if server is None or server in self._roots else replace(found, owner=server)
 
     def _setters(self, owner: int, writers: Iterable[Who]) -> frozenset[Who]:
         """Those of the owner and the writers of something who are not root."""
