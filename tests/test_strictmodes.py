@@ -375,6 +375,41 @@ class TestBorrowedEyes:
         assert verdict(image, trust) == ""
 
 
+def test_a_race_of_his_link_with_his_file_is_never_won(drop: Path, secret: Path, top: Path) -> None:
+    """One name is by turns a file of his, a link to it and a link to what only root can read, as fast as he can."""
+    os.chown(drop, NOBODY, NOBODY)
+    attacker = os.fork()
+    if attacker == 0:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+        (drop / "his.raw").touch()
+        while True:
+            for target in (secret, drop / "his.raw"):
+                (drop / ".link").symlink_to(target)
+                (drop / ".link").rename(drop / "web.raw")
+            (drop / ".file").touch()
+            (drop / ".file").rename(drop / "web.raw")
+    try:
+        refused = taken = 0
+        while not (refused > 100 and taken > 100):
+            with StrictModes(NOBODY_DEPLOYS) as modes:
+                try:
+                    found = modes.open(f"{drop}/web.raw")
+                except FileNotFoundError:
+                    continue
+                except Unsafe:
+                    refused += 1
+                    continue
+                if found.unsafe is None:
+                    taken += 1
+                    assert os.fstat(found.fd).st_uid == NOBODY
+                os.close(found.fd)
+    finally:
+        os.kill(attacker, signal.SIGKILL)
+        os.waitpid(attacker, 0)
+
+
 class TestTrees:
     @pytest.fixture
     def content(self, drop: Path) -> Path:
