@@ -42,3 +42,14 @@ def test_a_process_that_was_let_go_of_gets_no_signal_and_counts_as_gone() -> Non
             with pytest.raises(Gone):
                 use()
         child.kill()
+
+
+def test_the_mount_table_of_a_process_that_is_ending_is_gone() -> None:
+    """Not EINVAL, which was taken for a mistake in the program: it has left its namespaces, and can still be held."""
+    with subprocess.Popen(["sleep", "60"]) as child, Process(child.pid) as process:
+        assert process.mountinfo()
+        child.kill()
+        while process.alive():
+            pass
+        with pytest.raises(Gone):
+            process.mountinfo()

@@ -27,8 +27,8 @@ GROUP = "confext-watcher"
 CONNECTIONS = 128
 """Of everybody but the privileged, who have as many of their own: root is never locked out."""
 CONNECTIONS_PER_USER = 16
-CONNECTS_PER_SEC = 500
-"""New connections of everybody but the privileged. Root's wait behind those in the backlog: a quarter of a second."""
+CONNECTS_PER_SEC = 1000
+"""New connections of everybody but the privileged. Root's wait behind those in the backlog, which are 128 at most."""
 WAITS = 64
 """Calls of `Wait` by everybody but the privileged, who have as many of their own."""
 WAITS_PER_USER = 8

@@ -8,6 +8,7 @@ number could not have been given to another.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import select
@@ -254,3 +255,8 @@ def _read_bytes(path: str) -> bytes:
             return file.read()
     except (FileNotFoundError, ProcessLookupError):
         raise Gone(f"{path}: the process has ended") from None
+    except OSError as error:
+        # Tables of mounts: it is ending, and has left its namespaces already (fs/proc_namespace.c).
+        if error.errno == errno.EINVAL:
+            raise Gone(f"{path}: the process is ending") from None
+        raise
