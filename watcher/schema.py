@@ -273,8 +273,6 @@ class NotPermitted(CallError):
 
 
 class TooManyCalls(CallError):
-    """As many of a user's calls wait as may."""
-
     name = f"{INTERFACE}.TooManyCalls"
     exit_code = 6
 
