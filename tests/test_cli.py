@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 
 import pytest
@@ -42,3 +43,11 @@ def test_what_is_said_is_one_line(
     monkeypatch.setattr(cli, "_check", broken)
     assert cli.main(["check", "web.raw"]) == 3
     assert capsys.readouterr().err == "confext-watcher: two\\nlines \\x1b[31m\n"
+
+
+def test_json_has_nothing_that_a_terminal_would_obey(capsys: pytest.CaptureFixture[str]) -> None:
+    value = {"source": "/srv/\x9b2J\u202e\x7f\x1b\U000e0001 ä € 🙂"}
+    cli._print_json(value)
+    said = capsys.readouterr().out
+    assert json.loads(said) == value
+    assert said.replace("\n", "").isprintable() and "ä € 🙂" in said

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import os
 import re
 import sqlite3
@@ -81,8 +82,12 @@ def test_history_is_newest_first_by_service_and_limited(ledger: Ledger) -> None:
 
 
 def test_the_newest_outcome_of_each_service_is_one_question(ledger: Ledger) -> None:
-    ledger.append(event(1), event(2, SSHD), event(3))
-    assert {name: found.when for name, found in ledger.newest().items()} == {NGINX: 3, SSHD: 2}
+    ledger.append(
+        event(1), event(2, SSHD), dataclasses.replace(event(3), output="x" * 1000, reason="because")
+    )
+    newest = ledger.newest()
+    assert {name: found.when for name, found in newest.items()} == {NGINX: 3, SSHD: 2}
+    assert (newest[NGINX].output, newest[NGINX].reason) == ("", "because")
 
 
 def test_history_is_pruned_to_its_maximum(tmp_path: Path) -> None:

@@ -469,8 +469,13 @@ def _when(usec: int | None) -> str:
 
 
 def _print_json(value: object) -> None:
-    json.dump(value, sys.stdout, ensure_ascii=False, indent=2)
-    print()
+    text = json.dumps(value, ensure_ascii=False, indent=2)
+    # JSON leaves alone what a terminal may obey, such as U+009B: names of files are their owners' choice.
+    print(re.sub(r"[^\n -~]", lambda found: _escaped(found[0]), text))
+
+
+def _escaped(char: str) -> str:
+    return char if char.isprintable() else json.dumps(char)[1:-1]
 
 
 def _begin_log(settings: Settings, remarks: Sequence[Remark]) -> None:

@@ -95,8 +95,9 @@ class _Reading:
         return [_event(row) for row in self._rows(sql, [*parameters, min(max(limit, 0), _LIMIT_MAX)])]
 
     def newest(self) -> dict[str, Event]:
-        """The newest outcome of each service. Raises LedgerError."""
-        sql = f"SELECT {_SELECTED} FROM history WHERE id IN (SELECT max(id) FROM history GROUP BY service)"
+        """The newest outcome of each service, without outputs, which may be megabytes. Raises LedgerError."""
+        columns = _SELECTED.replace('"output"', "''")
+        sql = f"SELECT {columns} FROM history WHERE id IN (SELECT max(id) FROM history GROUP BY service)"
         return {event.service: event for event in map(_event, self._rows(sql))}
 
     def placed(self, service: str, stack: str) -> int | None:
