@@ -208,25 +208,31 @@ def _ended(child: int) -> bool:
 
 def _end_all(group: str) -> None:
     """Kill what is left, and wait for that: what has lost its parent has become our child."""
-    pause = 0.001
+    pause = 0.0
     while True:
         if group:
             with contextlib.suppress(OSError), open(f"{group}/cgroup.kill", "wb", buffering=0) as kill:
                 kill.write(b"1")
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
-                pause = 0.001
+                pause = 0.0
         except ChildProcessError:
             if not group or _remove_group(group):
                 return
         for pid in _children():
             os.kill(pid, signal.SIGKILL)  # a child's number is not given to another before it is waited for
         time.sleep(pause)
-        pause = min(2 * pause, _AGAIN_MAX_SEC)
+        pause = min(2 * pause + 0.0001, _AGAIN_MAX_SEC)
 
 
 def _children() -> list[int]:
-    found = []
+    # At once: one that does nothing but start the next and end is not met by who takes longer than that.
+    with (
+        contextlib.suppress(FileNotFoundError),
+        open(f"/proc/self/task/{os.getpid()}/children", "rb") as file,
+    ):
+        return [int(child) for child in file.read().split()]
+    found = []  # a kernel without CONFIG_PROC_CHILDREN
     for name in filter(str.isdecimal, os.listdir("/proc")):
         with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
             # comm, field 2, may hold spaces and parentheses; the parent is field 4.

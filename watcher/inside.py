@@ -66,8 +66,14 @@ class Ended:
 
 
 async def aside(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run what may block on a service's file system or memory, away from the event loop, while it is wanted."""
-    return await trio.to_thread.run_sync(lambda: function(*args, **kwargs), abandon_on_cancel=True)
+    """Run what may block on a service's file system or memory, away from the event loop, while it is wanted.
+
+    In a thread of its own, not one of trio's forty: a service that does not answer waits for itself alone.
+    """
+    alone = trio.CapacityLimiter(1)
+    return await trio.to_thread.run_sync(
+        lambda: function(*args, **kwargs), abandon_on_cancel=True, limiter=alone
+    )
 
 
 # --- who ---

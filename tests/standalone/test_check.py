@@ -102,10 +102,13 @@ def test_its_root_directory_is_that_of_the_service(place: Place) -> None:
 
 
 @cgroup2
-def test_its_control_group_is_that_of_the_service(place: Place) -> None:
+@pytest.mark.parametrize("owner", [0, 65534])
+def test_its_control_group_is_that_of_the_service(place: Place, owner: int) -> None:
+    """One of its own below that, unless the group is delegated: then its owner could move what is in there out."""
     mount = mount_point(Path("/proc/self/mountinfo").read_text())
     group = Path(mount, f"confext-test-{os.getpid()}")
     group.mkdir()
+    os.chown(group, owner, -1)
     try:
         script = f"echo 0 >{group}/cgroup.procs && exec sleep 1000"
         found = reports(place, "grep ^0:: /proc/self/cgroup", "sh", "-c", script)
@@ -114,7 +117,8 @@ def test_its_control_group_is_that_of_the_service(place: Place) -> None:
         eventually(lambda: "populated 0" in (group / "cgroup.events").read_text())
         group.rmdir()
     assert found, place.history()[0].message
-    assert f"/{group.name}/" in found[0]  # one of its own, within that one's limits
+    assert f"/{group.name}{'/confext-watcher-' if owner == 0 else ''}" in found[0]
+    assert found[0].endswith(group.name) == (owner != 0)
 
 
 def test_its_output_is_cut_and_does_not_hold_it_up(place: Place) -> None:

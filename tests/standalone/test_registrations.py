@@ -142,3 +142,16 @@ def test_no_descriptor_for_a_registration(place: Place) -> None:
     service.put("1.4")
     service.reloaded("1.4")
     assert not any("ignored" in line for line in daemon.log.lines)
+
+
+def test_one_of_an_older_version_is_told_to_be_renewed_before_anything_is_run(place: Place) -> None:
+    """It does not say in which user namespace the service's capabilities count."""
+    service = place.start("--check", "true")
+    path = place.runtime / f"services/{service.name}.json"
+    registration = json.loads(path.read_text())
+    del registration["user_namespace"], registration["environment"]
+    path.write_text(json.dumps(registration))
+    place.start_daemon()
+    service.put("1.3")
+    service.logged("check 'true' could not be run: start the service again with `exec`")
+    assert not service.etc("web.conf").exists()

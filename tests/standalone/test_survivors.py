@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,3 +107,27 @@ def test_the_main_process_can_be_told_something(place: Place, option: str) -> No
     place.image("1", "one")
     place.outcome("applied")
     eventually((place.scratch / "told").exists)
+
+
+# Each process lives for as long as it takes to start the next.
+CHAIN = """
+import os, sys
+number = 0
+while os.fork() == 0 or os._exit(0):
+    number += 1
+    if number == 100:
+        print(file=open(sys.argv[1], "w"))
+"""
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_what_is_never_the_same_process_for_long_is_ended_too(place: Place, option: str) -> None:
+    chain = place.scratch / "chain"
+    chain.write_text(CHAIN)
+    command = f"setsid -f {sys.executable} -IS {chain} {{here}}\nuntil [ -s {{here}} ]; do :; done\n"
+    service = place.start("sleep", "1000", options=(option, script(place, command)))
+    place.image("1", "one")
+    place.outcome("applied")
+    assert place.daemon is not None
+    for _ in range(3):
+        assert set(marked(place)) == {str(service.pid), str(place.daemon.pid)}
