@@ -12,6 +12,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -301,6 +302,20 @@ class TestRoom:
             pytest.raises(Refused, match="too large"),
         ):
             add(store, source)
+
+
+@root
+def test_attributes_of_a_file_are_bounded(tmp_path: Path) -> None:
+    """They are not in its size; elsewhere than on ext4, each of any number may have 64 KiB."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        source = confext(Path(memory) / "web", "web", {"etc/web.conf": b"x"})
+        os.setxattr(source / "etc/web.conf", "trusted.a", bytes(4000))
+        with Store(str(tmp_path / "state"), 64 * MIB, 64 * MIB, 2) as store:
+            add(store, source)
+            os.setxattr(source / "etc/web.conf", "trusted.b", bytes(4000))
+            text = r"^etc/web\.conf in it has more than 4096 bytes of extended attributes: remove some"
+            with pytest.raises(Refused, match=text):
+                add(store, source)
 
 
 class TestLimits:

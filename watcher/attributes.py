@@ -24,11 +24,21 @@ _CHOWN_REFUSED = frozenset({errno.EPERM, errno.EINVAL})
 # fs/overlayfs/overlayfs.h; a directory with whiteouts that are attributes is itself marked by opaque=x.
 _HIDING = frozenset({"opaque", "whiteout"})
 
+# Of one file: what ext4 has room for.
+_BYTES_MAX = 4096
+
 _SETID = stat.S_ISUID | stat.S_ISGID
 
 
-def read(node: int | str) -> Xattrs:
-    """Extended attributes by name, those that count: what `copy` adds to release files does not."""
+def read(node: int | str, where: str) -> Xattrs:
+    """Extended attributes by name, those that count: what `copy` adds to release files does not.
+
+    Args:
+        where: what has them, in words.
+
+    Raises:
+        Refused: they are larger than a block: they are in no size that is bounded elsewhere.
+    """
     follow = isinstance(node, int)
     try:
         names = sorted(os.listxattr(node, follow_symlinks=follow), key=os.fsencode)
@@ -36,7 +46,13 @@ def read(node: int | str) -> Xattrs:
         if error.errno == errno.EOPNOTSUPP:
             return []
         raise
-    values = {name: os.getxattr(node, name, follow_symlinks=follow) for name in names}
+    values: dict[str, bytes] = {}
+    size = 0
+    for name in names:
+        values[name] = os.getxattr(node, name, follow_symlinks=follow)
+        size += len(os.fsencode(name)) + len(values[name])
+        if size > _BYTES_MAX:
+            raise Refused(f"{where} has more than {_BYTES_MAX} bytes of extended attributes: remove some")
     strict = values.pop(STRICT_XATTR, b"")
     strict = values.pop(KEPT_STRICT_XATTR, strict)
     if strict:

@@ -274,7 +274,7 @@ class _Walk(_Bounded):
             self._string(value)
 
     def _directory(self, fd: int, st: os.stat_result, target: _Target | None, path: _Path) -> None:
-        xattrs = attributes.read(fd)
+        xattrs = attributes.read(fd, _where(path))
         self._node(b"d", st, xattrs, path)
         children = self.children(fd, path)
         self._hash.update(_LENGTH.pack(len(children)))
@@ -306,7 +306,7 @@ class _Walk(_Bounded):
     def _link(self, parent: int, st: os.stat_result, target: _Target | None, path: _Path) -> None:
         name = path[-1]
         # No descriptor gives a link's own attributes; no other link is on this way to them.
-        xattrs = attributes.read(f"/proc/self/fd/{parent}/{name}")
+        xattrs = attributes.read(f"/proc/self/fd/{parent}/{name}", _where(path))
         self._node(b"l", st, xattrs, path)
         to = os.readlink(name, dir_fd=parent)
         self._string(os.fsencode(to))
@@ -316,7 +316,7 @@ class _Walk(_Bounded):
         attributes.give_to_link(name, target.fd, st, xattrs)
 
     def _file(self, fd: int, st: os.stat_result, target: _Target | None, path: _Path) -> None:
-        xattrs = attributes.read(fd)
+        xattrs = attributes.read(fd, _where(path))
         self._node(b"f", st, xattrs, path)
         self._hash.update(_LENGTH.pack(st.st_size))
         self._size += st.st_size
