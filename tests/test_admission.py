@@ -12,6 +12,7 @@ from watcher.admission import Admission, host
 from watcher.model import Copy, Kind, Later
 from watcher.mounts import workshop
 from watcher.mounts.workshop import Workshop
+from watcher.process import may_mount
 from watcher.store import Store
 
 
@@ -53,6 +54,7 @@ def test_a_root_without_os_release_is_said(tmp_path: Path) -> None:
 
 
 @root
+@pytest.mark.skipif(not may_mount(), reason="needs root of the machine")
 @loop
 @tool("mksquashfs")
 def test_an_image_that_the_kernel_gives_no_answer_about_is_later_and_keeps_no_other_waiting(

@@ -17,6 +17,7 @@ from watcher import tree
 from watcher.images import marks
 from watcher.images.marks import require_no_marks
 from watcher.model import Refused
+from watcher.process import may_mount
 
 MARKS = (
     "redirect",
@@ -30,7 +31,8 @@ MARKS = (
     "protattr",
     "what comes next",
 )
-SPACES = [pytest.param("trusted", marks=root), "user"]
+of_the_machine = pytest.mark.skipif(not may_mount(), reason="needs root of the machine")
+SPACES = [pytest.param("trusted", marks=[root, of_the_machine]), "user"]
 
 
 @pytest.fixture
@@ -80,6 +82,7 @@ def test_wherever_it_is(source: Path, walk: Walk, place: str) -> None:
 
 
 @root
+@of_the_machine
 @walks
 def test_also_on_a_link(source: Path, walk: Walk) -> None:
     (source / "etc/link").symlink_to("/nowhere")

@@ -20,10 +20,11 @@ from needs import root
 from watcher.model import Copy, Layer, Refused, Stack
 from watcher.mounts.swap import Moved, swap
 from watcher.mounts.table import Mounted
+from watcher.process import may_mount
 
 from .conftest import Layers, Swaps
 
-pytestmark = root
+pytestmark = [root, pytest.mark.skipif(not may_mount(), reason="needs root of the machine: another user")]
 
 Start = Callable[..., Service]
 

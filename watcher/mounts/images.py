@@ -134,7 +134,7 @@ def _fsmount_image(copy: Copy, backing: int) -> int:
         # Since Linux 6.12 straight from the file, but not on every file system (ENOTBLK); what is wrong with the
         # image itself shows again, and is told, when it is tried through a loop device.
         with contextlib.suppress(OSError):
-            return _fsmount_source(copy.fstype, copy.path)
+            return _fsmount_source(copy.fstype, f"/proc/self/fd/{backing}")
     device, name = _loop_device(backing, copy.digest)
     try:
         return _fsmount_source(copy.fstype, name)
