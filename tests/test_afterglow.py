@@ -30,7 +30,7 @@ class Bad(Judge):
     def __init__(self, trials: Trials) -> None:
         nothing = cast(Any, None)
         store = cast(Any, SimpleNamespace(accepted=lambda name: STACK))
-        super().__init__(store, nothing, trials, nothing, nothing)
+        super().__init__(store, nothing, trials, nothing, nothing, nothing)
         self.bad: list[Stack] = []
 
     async def keep_out(self, service: Service, memory: Memory, stack: Stack, *args: Any, **more: Any) -> None:

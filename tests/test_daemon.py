@@ -20,6 +20,7 @@ from watcher.daemon import AlreadyRunning, Daemon
 from watcher.line import Tools
 from watcher.model import Busy, Later
 from watcher.mounts.workshop import Hung
+from watcher.offload import Offload
 
 UNIT = Path(__file__).parent.parent / "units/confext-watcher.service.in"
 
@@ -46,6 +47,7 @@ def made(collect: Callable[..., object] = lambda mounted: ()) -> Daemon:
         ledger=None,
         pending=None,
         trials=None,
+        offload=Offload(),
     )
     return Daemon(Settings(), cast(Tools, tools))
 

@@ -16,6 +16,7 @@ from watcher.ledger import LedgerError
 from watcher.line import Line, Tools
 from watcher.managers import Service
 from watcher.model import Event, Layer, Outcome, Remark, Stack
+from watcher.offload import Unanswered
 from watcher.process import Gone
 from watcher.schema import (
     Failed,
@@ -183,8 +184,11 @@ class Control:
             )
 
     async def _plan(self, service: Service) -> PlannedChange:
-        wanted = await self.line.look(service)
         now = await _in_thread(self._status, service, {})
+        try:
+            wanted = await self.line.look(service)
+        except Unanswered as error:
+            return _unanswered(service, now, error)
         before, after = Stack(now.layers), wanted.stack
         if now.state != "running":
             before = wanted.current
@@ -211,7 +215,17 @@ class Control:
         service = self._tools.manager.services.get(name)
         if service is None:
             return dict.fromkeys(images)
-        return await _in_thread(self._verdicts, service, images)
+        verdicts = await _in_thread(self._verdicts, service, images)
+        refused = [event for event in verdicts.values() if event and event.outcome in _FINAL_REFUSALS]
+        if refused:
+            try:
+                gone = await self._tools.offload.run(
+                    name, lambda: [one for one in refused if not _stands(one)]
+                )
+            except Unanswered:
+                gone = refused
+            verdicts = {image: None if event in gone else event for image, event in verdicts.items()}
+        return verdicts
 
     def _verdicts(self, service: Service, images: Collection[str]) -> Verdicts:
         """What is known of images without waiting: one is in the stack, or the last word on it was a refusal."""
@@ -228,8 +242,8 @@ class Control:
                 verdicts[image] = None if on_trial else _applied(service.name, now, shown[name], history)
             else:
                 last = newest.get(name)
-                stands = last is not None and last.outcome in _FINAL_REFUSALS and _stands(last)
-                verdicts[image] = last if stands else None
+                final = last is not None and last.outcome in _FINAL_REFUSALS
+                verdicts[image] = last if final else None
         return verdicts
 
     @contextmanager
@@ -239,6 +253,20 @@ class Control:
             yield
         finally:
             self._listeners.remove(listener)
+
+
+def _unanswered(service: Service, now: ServiceStatus, error: Unanswered) -> PlannedChange:
+    """It stays on what it has."""
+    return PlannedChange(
+        service=service.name,
+        changes=False,
+        stack=now.stack,
+        wanted=now.stack,
+        layers=now.layers,
+        wanted_layers=now.layers,
+        reload="",
+        remarks=(Remark("warning", service.name, str(error)),),
+    )
 
 
 # What a round can have done, rather than said on the way.

@@ -30,6 +30,7 @@ from watcher.managers.systemd import Systemd
 from watcher.managers.systemd import check as systemd_check
 from watcher.model import Busy, Later, Remark, problem, shown
 from watcher.mounts.workshop import Hung, Workshop
+from watcher.offload import Offload
 from watcher.peers import Readers
 from watcher.pending import Pending
 from watcher.process import may_mount
@@ -102,6 +103,7 @@ def _tools(settings: Settings) -> Iterator[Tools]:
             ledger=stack.enter_context(Ledger(settings.state_directory, settings.history_max)),
             pending=Pending(settings.runtime_directory),
             trials=Trials(settings.state_directory),
+            offload=Offload(),
         )
 
 
@@ -130,6 +132,7 @@ class Daemon:
         self._line = Line(tools, self._control.tell, self.changed, self._looked_at)
         self._control.line = self._line
         self._readers = Readers()
+        tools.offload.returned = self.changed
         self._settle = Settle()
         self._since: dict[str, float] = {}
         self._running: set[str] = set()

@@ -17,6 +17,7 @@ from watcher.managers import Reloaded, Service
 from watcher.memory import Afterglow, Memory
 from watcher.model import Event, Stack, shown
 from watcher.mounts.converge import Converged, as_stack
+from watcher.offload import Offload
 from watcher.pending import Pending
 from watcher.record import Record
 from watcher.report import Times
@@ -39,13 +40,20 @@ class Judge:
     """
 
     def __init__(
-        self, store: Store, pending: Pending, trials: Trials, record: Record, watcher: Watcher
+        self,
+        store: Store,
+        pending: Pending,
+        trials: Trials,
+        record: Record,
+        watcher: Watcher,
+        offload: Offload,
     ) -> None:
         self._store = store
         self._pending = pending
         self._trials = trials
         self._record = record
         self._watcher = watcher
+        self._offload = offload
 
     async def before_look(self, service: Service, memory: Memory) -> None:
         """What has become of the last stack since: the service may have gone down with it."""
@@ -190,11 +198,15 @@ class Judge:
         return next((stack for stack in stacks if stack.id != wanted.stack.id), Stack())
 
     async def _proved_good(self, service: Service, memory: Memory, wanted: Wanted) -> None:
-        renaming = functools.partial(self._watcher.renaming, service.name)
-        stack = tries.succeed(wanted.stack, service.name, renaming, service.trust)
+        stack = wanted.stack
+        if tries.are_counted(stack):
+            renaming = functools.partial(self._watcher.renaming, service.name)
+            stack = await self._offload.run(
+                service.name, tries.succeed, stack, service.name, renaming, service.trust
+            )
         if stack != wanted.stack:
             entries = [pick.entry for pick in wanted.look.picks]
-            await trio.to_thread.run_sync(self._store.accept, service.slots, stack, entries)
+            await self._offload.run(service.name, self._store.accept, service.slots, stack, entries)
         if wanted.on_trial:
             until = trio.current_time() + _AFTERGLOW_SEC
             memory.afterglow = Afterglow(service.restarts, until, stack)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 
 import trio
@@ -28,9 +28,10 @@ from watcher.model import Busy, Copy, Event, Interest, Later, Refused, Stack
 from watcher.mounts.converge import converge
 from watcher.mounts.swap import Moved
 from watcher.mounts.workshop import Hung, Lost, Workshop
+from watcher.offload import Offload, Unanswered
 from watcher.pending import Pending
 from watcher.process import Elsewhere, Gone, Process
-from watcher.record import Record
+from watcher.record import Record, signatures
 from watcher.reload import judge_start, reload_and_judge
 from watcher.report import Times
 from watcher.rollout import Bid, Peer, Rollout
@@ -47,6 +48,9 @@ _HOST_ETC = Interest("/", pattern="etc")
 _AGAIN = 0.25
 _AGAIN_MAX = 30.0
 
+# Seconds that a service waits for a look at the files of others (`Rollout=rolling`), which may not answer.
+_PEER_SEC = 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class Tools:
@@ -60,6 +64,7 @@ class Tools:
     ledger: Ledger
     pending: Pending
     trials: Trials
+    offload: Offload
 
 
 class Line:
@@ -80,8 +85,10 @@ class Line:
         accepted: Callable[[str], None] = lambda name: None,
     ) -> None:
         self._tools = tools
-        self._record = Record(tools.ledger, told)
-        self._judge = Judge(tools.store, tools.pending, tools.trials, self._record, tools.watcher)
+        self._record = Record(tools.ledger, told, tools.offload)
+        self._judge = Judge(
+            tools.store, tools.pending, tools.trials, self._record, tools.watcher, tools.offload
+        )
         self._rollout = Rollout(changed)
         self._accepted = accepted
         self._memory: dict[str, Memory] = {}
@@ -136,6 +143,9 @@ class Line:
             memory.mounted = frozenset()
             await self._record.needs_restart(service.name, service.invocation, str(error))
             return None
+        except Unanswered as error:
+            await self._record.not_placed(service.name, error)
+            return None  # it is looked at again when they answer
         except (OSError, Refused, Later, Hung, Lost, Moved) as error:
             await self._record.not_placed(service.name, error)
             settled = False
@@ -146,7 +156,7 @@ class Line:
         """What a round would find now, without doing anything about it."""
         async with self._using_store():
             find = functools.partial(self._find, service, *self._kept_out(service))
-            return await trio.to_thread.run_sync(find, abandon_on_cancel=True)
+            return await self._tools.offload.run(service.name, find)
 
     @asynccontextmanager
     async def _using_store(self) -> AsyncIterator[None]:
@@ -210,37 +220,62 @@ class Line:
             parallel=service.settings.rollout_parallel,
             running=service.main is not None,
             fresh=not wanted.current.layers,
-            peers=await trio.to_thread.run_sync(self._peers, service, wanted, new),
+            peers=await self._peers(service, wanted, new),
         )
 
-    def _peers(self, service: Service, wanted: Wanted, new: frozenset[str]) -> list[Peer]:
-        """The others with `Rollout=rolling`. Blocks."""
-        sources = {os.path.realpath(layer.source) for layer in wanted.stack.layers if layer.digest in new}
-        return [
-            self._peer(other, new, sources)
-            for other in list(self._tools.manager.services.values())
+    async def _peers(self, service: Service, wanted: Wanted, new: frozenset[str]) -> list[Peer]:
+        """The others with `Rollout=rolling`."""
+        others = [
+            other
+            for other in self._tools.manager.services.values()
             if other.name != service.name and other.settings.rollout == "rolling"
         ]
+        offered = await self._offered(service, wanted, new, others)
+        return await trio.to_thread.run_sync(
+            lambda: [self._peer(other, new, other.name in offered) for other in others]
+        )
 
-    def _peer(self, other: Service, new: frozenset[str], sources: set[str]) -> Peer:
+    async def _offered(
+        self, service: Service, wanted: Wanted, new: frozenset[str], others: list[Service]
+    ) -> set[str]:
+        """Names of those that could have the new content: `Rollout` asks only for a service that does not run.
+
+        One whose files do not answer cannot have it now; it is waited for no longer than a look takes.
+        """
+        sources = [layer.source for layer in wanted.stack.layers if layer.digest in new]
+        running = [other for other in others if other.main is not None]
+        if service.main is not None or not running:
+            return set()
+        offload = self._tools.offload
+        own = await offload.run(service.name, lambda: {os.path.realpath(source) for source in sources})
+        found = set()
+
+        async def look(other: Service) -> None:
+            with suppress(Unanswered):
+                if await offload.run_within(_PEER_SEC, other.name, lambda: _offers(other)) & own:
+                    found.add(other.name)
+
+        async with trio.open_nursery() as nursery:
+            for other in running:
+                nursery.start_soon(look, other)
+        return found
+
+    def _peer(self, other: Service, new: frozenset[str], offered: bool) -> Peer:
         accepted = self._tools.store.accepted(other.slots) or Stack()
         trial = self._tools.trials.of(other.name)
-        picks = scan.look(other.declared).picks
-        offers = {os.path.realpath(candidate.path) for pick in picks for candidate in pick.candidates}
         return Peer(
             other.name,
             running=other.main is not None,
-            offered=bool(offers & sources),
+            offered=offered,
             accepted=bool(new) and new <= set(accepted.digests),
             on_trial=trial is not None and trial.stack == accepted.id,
         )
 
     async def _attempt(self, service: Service, wanted: Wanted, memory: Memory, since: float) -> bool:
         if wanted.new:
-            renaming = functools.partial(self._tools.watcher.renaming, service.name)
             counted = {*wanted.current.digests, *memory.counted}
             try:
-                stack = tries.begin(wanted.stack, counted, service.name, renaming, service.trust)
+                stack = await self._count(service, wanted.stack, counted)
             except FileNotFoundError:
                 return False  # another service's attempt has just renamed it
             memory.counted = frozenset(stack.digests)
@@ -260,12 +295,19 @@ class Line:
                 raise
         return await self._stopped(service, wanted, memory)
 
+    async def _count(self, service: Service, stack: Stack, known: set[str]) -> Stack:
+        if not tries.are_counted(stack):
+            return stack
+        renaming = functools.partial(self._tools.watcher.renaming, service.name)
+        return await self._tools.offload.run(
+            service.name, tries.begin, stack, known, service.name, renaming, service.trust
+        )
+
     async def _look(self, service: Service, memory: Memory) -> Wanted:
         """What is on disk, watched from before it is read, so that no change in between is missed."""
         while True:
-            # Left alone when we are to end: a copy takes seconds, a dead network mount for ever.
             find = functools.partial(self._find, service, *self._kept_out(service))
-            wanted = await trio.to_thread.run_sync(find, abandon_on_cancel=True)
+            wanted = await self._tools.offload.run(service.name, find)
             if wanted.look.interests == memory.interests:
                 return wanted
             new = self._tools.watcher.set(service.name, (*wanted.look.interests, _HOST_ETC))
@@ -278,22 +320,23 @@ class Line:
         tools, name = self._tools, service.name
         pin, trial = tools.ledger.pinned(name), tools.trials.of(name)
         memory = self._memory.get(name)
-        wanted = find(
-            tools.store,
-            tools.admission,
-            service.slots,
-            service.declared,
-            None if service.root is None else host(service.root),
-            kept_out,
-            pin,
-            trial,
-            elsewhere,
-            service.settings.image_policy,
-            service.trust,
-        )
+        with tools.store.using():  # whoever waits for this may give it up, while a copy goes on
+            wanted = find(
+                tools.store,
+                tools.admission,
+                service.slots,
+                service.declared,
+                None if service.root is None else host(service.root),
+                kept_out,
+                pin,
+                trial,
+                elsewhere,
+                service.settings.image_policy,
+                service.trust,
+            )
         if memory is not None:
             memory.at_hand = wanted.at_hand
-        return wanted
+        return replace(wanted, signatures=signatures(wanted.passed))
 
     def _kept_out(self, service: Service) -> tuple[dict[str, str], dict[str, str]]:
         """What must not get into a service with the reasons: for its own sake, and because of others."""
@@ -336,7 +379,7 @@ class Line:
             self._tools.trials.begin(service.name, wanted.trial)
         entries = [pick.entry for pick in wanted.look.picks]
         accept, on_trial = self._tools.store.accept, [self._tools.trials.directory]
-        await trio.to_thread.run_sync(accept, service.slots, wanted.stack, entries, on_trial)
+        await self._tools.offload.run(service.name, accept, service.slots, wanted.stack, entries, on_trial)
         await self._tools.manager.learn(service, entries, wanted.sysexts)
         return wanted
 
@@ -423,6 +466,12 @@ class Line:
 
     def _copies(self, stack: Stack) -> dict[str, Copy]:
         return {layer.digest: self._tools.store.copy(layer) for layer in stack.layers}
+
+
+def _offers(service: Service) -> set[str]:
+    """Where the files are that a service could have. Blocks."""
+    picks = scan.look(service.declared).picks
+    return {os.path.realpath(candidate.path) for pick in picks for candidate in pick.candidates}
 
 
 def _let_in_at_start(service: Service, memory: Memory) -> None:

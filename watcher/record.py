@@ -14,6 +14,7 @@ import trio
 from watcher import journal, report, tries
 from watcher.ledger import Ledger, LedgerError
 from watcher.model import Event, KeptOut, Later, Refused, Stack, Unsafe, printable, problem, shown
+from watcher.offload import Offload, Unanswered
 from watcher.plan import Passed
 from watcher.schema import Quarantined, text
 from watcher.wanted import STACK, Wanted
@@ -27,11 +28,18 @@ class Record:
     Args:
         ledger: where history and quarantine are kept.
         told: called with every outcome, after it was recorded.
+        offload: where the files of services are looked at.
     """
 
-    def __init__(self, ledger: Ledger, told: Callable[[Event], None] = lambda event: None) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        told: Callable[[Event], None] = lambda event: None,
+        offload: Offload | None = None,
+    ) -> None:
         self._ledger = ledger
         self._told = told
+        self._offload = offload or Offload()
         self._unwritten: list[Event] = []
         self._writing = trio.Lock()
         self._said: dict[str, frozenset[_Key]] = {}
@@ -111,7 +119,7 @@ class Record:
         for digest, source in (new or {STACK + bad.id: ""}).items():
             counters = tries.counted(source)
             # Another service's success may have removed the counters meanwhile: then there is no other try.
-            if counters is not None and counters.left and os.path.lexists(source):
+            if counters is not None and counters.left and await self._is_there(service, source):
                 held[digest] = f"{reason}; tries left: {counters.left}"
             else:
                 contents.append(Quarantined(service, digest, reason, when, source))
@@ -125,6 +133,12 @@ class Record:
         if event is not None:
             self._told(event)
         return held
+
+    async def _is_there(self, service: str, path: str) -> bool:
+        try:
+            return await self._offload.run(service, os.path.lexists, path)
+        except Unanswered:
+            return True  # nobody has removed what cannot be seen
 
     def _write_quarantine(self, contents: Sequence[Quarantined], event: Event | None) -> None:
         with self._ledger.round() as made:
@@ -145,10 +159,11 @@ class Record:
                 _log(remark.level, f"{service}: {shown(remark.path)}: {remark.text}", service)
             said.add(key)
         for passed in wanted.passed:
-            path = passed.candidate.path
-            # What lies behind an unsafe link is nobody's to know, not even that it changes.
-            seen = _signature(path, follow=not isinstance(passed.reason, Unsafe))
-            key = (path, str(passed.reason), *seen)
+            key = (
+                passed.candidate.path,
+                str(passed.reason),
+                *wanted.signatures.get(passed.candidate.path, ()),
+            )
             if key not in before:
                 await self._passed(service, passed, wanted)
             said.add(key)
@@ -178,6 +193,15 @@ class Record:
         """Whether this very file was said to be bad when it was put into the quarantine."""
         source = text(passed.candidate.path)
         return any(one.source == source for one in self._ledger.quarantined(service))
+
+
+def signatures(passed: Sequence[Passed]) -> dict[str, tuple[int, ...]]:
+    """Of what was passed over, by path: another file by the same name is said again. Blocks."""
+    # What lies behind an unsafe link is nobody's to know, not even that it changes.
+    return {
+        one.candidate.path: _signature(one.candidate.path, follow=not isinstance(one.reason, Unsafe))
+        for one in passed
+    }
 
 
 def _signature(path: str, *, follow: bool) -> tuple[int, ...]:

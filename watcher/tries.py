@@ -85,6 +85,11 @@ def plain(path: str) -> str:
     return os.path.join(directory, match["stem"] + match["suffix"]) if match else path
 
 
+def are_counted(stack: Stack) -> bool:
+    """Whether any file of a stack has counters."""
+    return any(counted(layer.source) is not None for layer in stack.layers)
+
+
 def begin(
     stack: Stack,
     known: Collection[str],

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from watcher import origins, scan
 from watcher.admission import Admission, Host
@@ -54,6 +54,7 @@ class Wanted:
         pinned: `stack` is what somebody put it on by hand.
         waiting: for a pinned service, the stack that it would have otherwise.
         at_hand: digests of what was come upon and not refused, whether it is wanted now or has to wait.
+        signatures: of the files that were passed over, by path (`record.signatures`).
     """
 
     look: Look
@@ -67,6 +68,7 @@ class Wanted:
     pinned: bool = False
     waiting: Stack | None = None
     at_hand: frozenset[str] = frozenset()
+    signatures: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def busy(self) -> bool:
