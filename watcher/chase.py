@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 
 from inotify_simple import INotify, flags
@@ -52,8 +52,15 @@ LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # When a path ends in one of these, its end comes as an event. About anything else nobody will tell.
 FORETOLD = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.ENAMETOOLONG))
 
+UNANSWERED = errno.ENOTRECOVERABLE
+"""For what is left alone because it does not answer: an errno that no file system has."""
+
 ROUNDS = 16
 """After so many chases in a row something else may run, though paths still change under our hands."""
+
+
+class Abandoned(Exception):
+    """Somebody else chases in place of this one, which has hung."""
 
 
 class _Watch:
@@ -77,7 +84,8 @@ class _Opened:
 
     MAX = 64
 
-    def __init__(self) -> None:
+    def __init__(self, step: Callable[[Node], None]) -> None:
+        self._step = step
         self._fds: dict[Node, int] = {}  # the least recently used first
         self.errors: dict[Node, int] = {}
 
@@ -101,6 +109,7 @@ class _Opened:
         if at is not None:
             fd = self._fds[at] = self._fds.pop(at)
         for part in reversed(missing):
+            self._step(part)
             fd = self._fds[part] = os.open(part.name, OPEN, dir_fd=fd)
             if len(self._fds) > self.MAX:
                 os.close(self._fds.pop(next(iter(self._fds))))
@@ -114,6 +123,9 @@ class Chase:
         dirty: interests whose path must be chased again.
         relist: directories of trees whose subdirectories may be others now.
         changed: interests that show something else now, for the caller to take away.
+        steps: how many steps on paths were made: one that hangs is the last.
+        at: where the last one was made.
+        abandoned: set by another thread; no further step is made.
     """
 
     def __init__(self, inotify: INotify) -> None:
@@ -129,7 +141,9 @@ class Chase:
         """Directories whose entries would be too many, for each top."""
         self._too_deep: set[Node] = set()
         """Directories whose subdirectories lie too deep in a tree."""
-        self.root = Node(None, "/")
+        self.root = self.at = Node(None, "/")
+        self.steps = 0
+        self.abandoned = False
         self.dirty: set[Bound] = set()
         self.relist: set[Node] = set()
         self.changed: set[Bound] = set()
@@ -143,6 +157,10 @@ class Chase:
         """Interests of which a part cannot be watched, and no event will tell when it can; the errno why."""
         trees = {bound: reason for node, reason in self._blind.items() for bound in node.trees()}
         return trees | self._gaps
+
+    def polled(self) -> set[Bound]:
+        """Those of the gaps that have to be looked at from time to time; what does not answer tells when it does."""
+        return {bound for bound, reason in self.gaps().items() if reason != UNANSWERED}
 
     def cut(self) -> dict[Bound, str]:
         """Trees that are larger than what may be copied, and of which no more is watched; how they are too large."""
@@ -158,13 +176,40 @@ class Chase:
             if not self.dirty and not self.relist:
                 return True
             dirty, self.dirty = self.dirty, set()
-            with _Opened() as opened:
+            with _Opened(self._step) as opened:
                 for bound in dirty:
                     self._chase(bound, opened)
                 relist, self.relist = self.relist, set()
                 for node in relist:
                     self._list(node, opened)
         return False
+
+    def bar(self, path: str) -> None:
+        """From now on what is at `path` and below it is left alone. Before the first chase."""
+        node = self.root
+        for name in reversed(_parts(path)):
+            node = node.child(name)
+        node.dead = True
+
+    def unbar(self, path: str) -> None:
+        """It may answer again."""
+        node = self.root
+        for name in reversed(_parts(path)):
+            node = node.child(name)
+        node.dead = False
+        self.dirty |= node.users_below()
+        if node.parent is not None and node.parent.deep:
+            self.relist.add(node.parent)
+        self._prune(node)
+
+    def _step(self, node: Node) -> None:
+        """The next system call looks up the path of `node`."""
+        if self.abandoned:
+            raise Abandoned
+        if node.dead:
+            raise OSError(UNANSWERED, os.strerror(UNANSWERED))
+        self.at = node
+        self.steps += 1
 
     def retry(self) -> None:
         """See whether what could not be watched can be now."""
@@ -238,6 +283,7 @@ class Chase:
             name = todo.pop()
             if name == "..":
                 turns.append(node)
+                self._step(node)
                 if reason := _no_way_back(opened[node]):
                     return -reason
                 node = node.parent or node
@@ -282,7 +328,10 @@ class Chase:
         refused = self._arm(node.parent, parent, NAMED) if reason != errno.EACCES else 0
         if refused or reason not in FORETOLD:
             self._gaps[bound] = refused or reason
-        return _link(parent, node.name) if reason == errno.ENOTDIR else None
+        if reason != errno.ENOTDIR:
+            return None
+        self._step(node)
+        return _link(parent, node.name)
 
     # Trees: a directory is watched before it is listed, so that what appears in it later is an event.
 
@@ -305,7 +354,9 @@ class Chase:
         if not node.deep:
             return
         try:
-            fd = os.open(".", LIST, dir_fd=opened[node])
+            directory = opened[node]
+            self._step(node)
+            fd = os.open(".", LIST, dir_fd=directory)
         except OSError as error:
             self._skipped(node, error.errno)
             return
@@ -322,6 +373,7 @@ class Chase:
         top = node.nearest_top()
         self._uncount(node)
         left = ENTRIES_MAX - self._entries.get(top, 0)
+        self._step(node)
         with os.scandir(fd) as entries:  # which may be ten million
             some = list(islice(entries, left + 1))
         if len(some) > left:
@@ -331,11 +383,15 @@ class Chase:
         node.counted = (top, len(some))
         self._entries[top] = self._entries.get(top, 0) + len(some)
         self._go_on(top)
-        names = {entry.name for entry in some if entry.is_dir(follow_symlinks=False)}
+        names = {entry.name for entry in some if self._is_directory(node, entry)}
         if names and node.level - top.level + 1 >= DEPTH_MAX:
             self._too_deep.add(node)
             return set()
         return names
+
+    def _is_directory(self, node: Node, entry: os.DirEntry[str]) -> bool:
+        self._step(node)  # some file systems do not say it with the name
+        return entry.is_dir(follow_symlinks=False)
 
     def _watch_subdirectories(self, node: Node, fd: int, names: set[str]) -> None:
         """`fd` is a readable descriptor of the directory of `node`."""
@@ -343,13 +399,16 @@ class Chase:
             if child.deep and name not in names:
                 self._leave_tree(child)
         for name in names:
+            child = node.child(name)
             try:
+                self._step(child)
                 child_fd = os.open(name, OPEN, dir_fd=fd)
             except OSError as error:
                 self._skipped(node, error.errno)
+                self._prune(child)
                 continue
             try:
-                self._watch_subdirectory(node.child(name), child_fd)
+                self._watch_subdirectory(child, child_fd)
             finally:
                 os.close(child_fd)
 
@@ -417,6 +476,7 @@ class Chase:
     def _arm(self, node: Node, fd: int, mask: int) -> int:
         """Watch the directory of `node`, open as `fd`, at least for `mask`. Returns 0 or the errno."""
         try:
+            self._step(node)
             wd = self._inotify.add_watch(f"/proc/self/fd/{fd}", mask | flags.MASK_ADD | flags.ONLYDIR)
         except OSError as error:
             self._disarm(node)
@@ -458,7 +518,7 @@ class Chase:
 
     def _prune(self, node: Node) -> None:
         """Forget nodes that nobody needs, from here upwards."""
-        while node.parent is not None and not (node.users or node.children or node.deep):
+        while node.parent is not None and not (node.users or node.children or node.deep or node.dead):
             self._release(node)
             if node.parent.children.get(node.name) is node:
                 del node.parent.children[node.name]

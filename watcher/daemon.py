@@ -31,13 +31,13 @@ from watcher.managers.systemd import check as systemd_check
 from watcher.model import Busy, Later, Remark, problem, shown
 from watcher.mounts.workshop import Hung, Workshop
 from watcher.offload import Offload
+from watcher.patient import PatientWatcher
 from watcher.peers import Readers
 from watcher.pending import Pending
 from watcher.process import may_mount
 from watcher.settle import Settle
 from watcher.store import Store
 from watcher.trials import Trials
-from watcher.watch import Watcher
 
 # Well below the unit's TimeoutStartSec=.
 _LOOKED_AT_SEC = 30.0
@@ -99,7 +99,7 @@ def _tools(settings: Settings) -> Iterator[Tools]:
             admission=Admission(store, shop),
             shop=shop,
             manager=manager,
-            watcher=stack.enter_context(Watcher()),
+            watcher=stack.enter_context(PatientWatcher()),
             ledger=stack.enter_context(Ledger(settings.state_directory, settings.history_max)),
             pending=Pending(settings.runtime_directory),
             trials=Trials(settings.state_directory),

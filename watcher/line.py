@@ -29,6 +29,7 @@ from watcher.mounts.converge import converge
 from watcher.mounts.swap import Moved
 from watcher.mounts.workshop import Hung, Lost, Workshop
 from watcher.offload import Offload, Unanswered
+from watcher.patient import PatientWatcher
 from watcher.pending import Pending
 from watcher.process import Elsewhere, Gone, Process
 from watcher.record import Record, signatures
@@ -38,7 +39,6 @@ from watcher.rollout import Bid, Peer, Rollout
 from watcher.store import Store
 from watcher.trials import Trial, Trials
 from watcher.wanted import Wanted, find
-from watcher.watch import Watcher
 
 # What the host merges lies on that, in the services' namespaces too.
 _HOST_ETC = Interest("/", pattern="etc")
@@ -60,7 +60,7 @@ class Tools:
     admission: Admission
     shop: Workshop
     manager: Manager
-    watcher: Watcher
+    watcher: PatientWatcher
     ledger: Ledger
     pending: Pending
     trials: Trials
@@ -310,7 +310,7 @@ class Line:
             wanted = await self._tools.offload.run(service.name, find)
             if wanted.look.interests == memory.interests:
                 return wanted
-            new = self._tools.watcher.set(service.name, (*wanted.look.interests, _HOST_ETC))
+            new = await self._tools.watcher.watch(service.name, (*wanted.look.interests, _HOST_ETC))
             memory.interests = wanted.look.interests
             if not new:
                 return wanted

@@ -46,10 +46,11 @@ class Node:
         wd: watch descriptor; None: not a directory, or not watched.
         deep: in the tree of somebody (Scope.TREE).
         level: how many directories lie between this and the root.
+        dead: what is here and below does not answer, and is left alone.
         counted: for one that is deep, the tree (its top) that it was listed for, and how many entries it had.
     """
 
-    __slots__ = ("children", "counted", "deep", "ends", "level", "name", "parent", "users", "wd")
+    __slots__ = ("children", "counted", "dead", "deep", "ends", "level", "name", "parent", "users", "wd")
 
     def __init__(self, parent: Node | None, name: str) -> None:
         self.parent = parent
@@ -59,8 +60,18 @@ class Node:
         self.ends: tuple[Bound, ...] = ()
         self.wd: int | None = None
         self.deep = False
+        self.dead = False
         self.level: int = 0 if parent is None else parent.level + 1
         self.counted: tuple[Node, int] | None = None
+
+    @property
+    def path(self) -> str:
+        names = []
+        node: Node | None = self
+        while node is not None and node.parent is not None:
+            names.append(node.name)
+            node = node.parent
+        return "/" + "/".join(reversed(names))
 
     def child(self, name: str) -> Node:
         node = self.children.get(name)

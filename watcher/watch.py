@@ -24,11 +24,12 @@ import re
 import select
 import threading
 from collections.abc import AsyncIterator, Iterable, Iterator
+from typing import Self
 
 import trio
 from inotify_simple import INotify, flags
 
-from watcher.chase import CHILDREN, NAMED, ROUNDS, Chase
+from watcher.chase import CHILDREN, NAMED, ROUNDS, UNANSWERED, Chase
 from watcher.model import Interest, Remark
 from watcher.nodes import Bound, Node
 
@@ -46,7 +47,7 @@ class Watcher:
     """
 
     def __init__(self) -> None:
-        self._inotify = _inotify()
+        self._inotify = new_inotify()
         self._chase = Chase(self._inotify)
         self._bounds: dict[Interest, Bound] = {}
         self._keys: dict[str, set[Bound]] = {}
@@ -60,13 +61,16 @@ class Watcher:
         self._epoll.register(self._inotify.fileno(), select.EPOLLIN)
         self._epoll.register(self._poke, select.EPOLLIN)
 
-    def __enter__(self) -> Watcher:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._epoll.close()
         self._mounts.close()
         os.close(self._poke)
+        self._close_inotify()
+
+    def _close_inotify(self) -> None:
         self._inotify.close()
 
     def set(self, key: str, interests: Iterable[Interest]) -> bool:
@@ -86,7 +90,7 @@ class Watcher:
             bound.keys.add(key)
         fresh = {bound for bound in new if bound.state == 0}
         self._chase.dirty |= fresh
-        if self._follow_all():
+        if self._follow_all(self._chase):
             self._chase.changed -= fresh
         self._leave(key, before - bounds)
         self._wake_if_needed()
@@ -145,7 +149,7 @@ class Watcher:
                 self._retry()
 
     def _next_retry(self, now: float) -> float:
-        if not self._chase.gaps():
+        if not self._chase.polled():
             self._retry_at = math.inf
         elif self._retry_at == math.inf:
             self._retry_at = now + RETRY_SEC
@@ -153,27 +157,30 @@ class Watcher:
 
     def _collect(self) -> frozenset[str]:
         """Read all that is there; the keys it concerns."""
-        try:
+        with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._poke)
-        except BlockingIOError:
-            pass
         for wd, mask, _, name in self._inotify.read(timeout=0):
             self._event(wd, mask, name)
-        self._follow_all()
+        self._follow_all(self._chase)
+        return self._take()
+
+    def _take(self) -> frozenset[str]:
+        """The keys that are to be told."""
         changed, self._chase.changed = self._chase.changed, set()
         others, self._others = self._others, set()
         self._wake_if_needed()
         return frozenset(others).union(*(bound.keys for bound in changed))
 
-    def _follow_all(self) -> bool:
+    def _follow_all(self, chase: Chase) -> bool:
         """Bring all watches up to date; False: not done yet, somebody keeps changing things under our hands."""
-        self._read_mounts()
+        if not chase.abandoned:
+            self._read_mounts()
         for _ in range(ROUNDS):
-            done = self._chase.run()
-            if not self._read_mounts():
+            done = chase.run()
+            if chase.abandoned or not self._read_mounts():
                 return done
             # What was mounted only while paths were chased is in neither table: where do they lead really?
-            self._chase.lost_events()
+            chase.lost_events()
         return False
 
     def _read_mounts(self) -> bool:
@@ -240,18 +247,18 @@ class Watcher:
         """Anything may have happened."""
         self._renames.clear()
         self._chase.lost_events()
-        self._chase.changed.update(self._bounds.values())
+        self._chase.changed.update(tuple(self._bounds.values()))
 
     def _retry(self) -> None:
         """Look at what could not be watched, as if it had changed, and try to watch it."""
         self._retry_at = math.inf
-        self._chase.changed.update(self._chase.gaps())
+        self._chase.changed.update(self._chase.polled())
         self._chase.retry()
 
     def _wake_if_needed(self) -> None:
         """Something is left to do, or somebody to be told, for which no event will come."""
         chase = self._chase
-        if chase.dirty or chase.relist or chase.changed or (chase.gaps() and self._retry_at == math.inf):
+        if chase.dirty or chase.relist or chase.changed or (chase.polled() and self._retry_at == math.inf):
             os.eventfd_write(self._poke, 1)
 
     def _bound(self, interest: Interest) -> Bound:
@@ -267,7 +274,10 @@ class Watcher:
             bound.keys.discard(key)
             if not bound.keys:
                 del self._bounds[bound.interest]
-                self._chase.forget(bound)
+                self._forget(bound)
+
+    def _forget(self, bound: Bound) -> None:
+        self._chase.forget(bound)
 
 
 class _Mounts:
@@ -304,6 +314,13 @@ class _Mounts:
         while self._stop not in dict(poll.poll()):
             os.eventfd_write(self._wake, 1)
 
+    def point(self, path: str) -> str:
+        """Where the file system is mounted that has `path`, as of the last look at the table."""
+        points = {_unescape(line.split(b" ", 5)[4]) for line in self._lines}
+        while path != "/" and path not in points:
+            path = os.path.dirname(path)
+        return path
+
     def changed(self) -> frozenset[str] | None:
         """Mount points of what came, went, or became something else since the last call; None: the table is the same.
 
@@ -320,7 +337,7 @@ class _Mounts:
             return frozenset(table.read().splitlines())
 
 
-def _inotify() -> INotify:
+def new_inotify() -> INotify:
     try:
         return INotify(nonblocking=True)
     except OSError as error:
@@ -332,6 +349,8 @@ def _inotify() -> INotify:
 
 def _reason(error: int) -> str:
     """What to tell the administrator about something that cannot be watched."""
+    if error == UNANSWERED:
+        return "does not answer, so it is left alone; it is watched again when it does"
     reason = os.strerror(error)
     if error == errno.ENOSPC:
         reason = "the limit fs.inotify.max_user_watches is reached, raise it with sysctl"

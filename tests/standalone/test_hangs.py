@@ -15,18 +15,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hangs import Hanging, hanging
+from hangs import LOOKUP, OPEN, OPENDIR, READ, READDIR, RENAME2, Hanging, hanging
 
 from needs import root, tool
 from standalone.place import Place, Service
 
-pytestmark = [root, tool("mksquashfs")]
+pytestmark = [root, tool("mksquashfs"), pytest.mark.parametrize("shared", ["images"], indirect=True)]
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    with Place(tmp_path) as made:
-        yield made
+def look(place: Place) -> None:
+    """Have every service looked at."""
+    assert place.daemon is not None
+    place.daemon.send(signal.SIGHUP)
+    place.daemon.log.wait_for("settings read again")
 
 
 def threads(place: Place) -> int:
@@ -54,7 +55,7 @@ def multiply(place: Place, service: Service, names: list[str]) -> None:
         temporary.rename(registrations / f"{name}.json")
 
 
-def works(place: Place, service: Service, version: str) -> None:
+def works(service: Service, version: str) -> None:
     """A healthy one has its drop, and whoever asks has an answer."""
     service.put(version)
     service.reloaded(version)
@@ -62,45 +63,93 @@ def works(place: Place, service: Service, version: str) -> None:
     assert service.status()["layers"][0]["version"] == version
 
 
+@contextmanager
+def hung_service(place: Place, name: str) -> Iterator[tuple[Service, Hanging]]:
+    """A service that runs on version 1 from a file system that answers, for now."""
+    with on_fuse(place, name) as dead:
+        service = place.start(name=name)
+        service.put("1", at=dead.shown / "web.raw.v")
+        look(place)
+        service.reloaded("1")
+        service.logged("applied in", "version=1 ")
+        try:
+            yield service, dead
+        finally:
+            place.services.remove(service)
+            service.kill()
+
+
 @pytest.mark.parametrize("count", [1, 50])
-def test_a_healthy_service_gets_its_drop_while_others_hang(place: Place, count: int) -> None:
-    daemon = place.start_daemon()
-    good = place.start(name="good.service")
-    works(place, good, "1")
-    with on_fuse(place, "hung.service") as dead:
-        hung = place.start(name="hung.service")
-        hung.put("1", at=dead.shown / "web.raw.v")
-        daemon.send(signal.SIGHUP)
-        hung.reloaded("1")
+def test_a_healthy_service_gets_its_drop_while_others_hang(service: Service, count: int) -> None:
+    place = service.place
+    with hung_service(place, f"hung-{count}.service") as (hung, dead):
         before = threads(place)
         dead.hang()
-        multiply(place, hung, [f"hung-{number}.service" for number in range(1, count)])
-        daemon.send(signal.SIGHUP)
-        daemon.log.wait_for("settings read again")
+        names = [f"hung-{count}-{number}.service" for number in range(1, count)]
+        multiply(place, hung, names)
+        look(place)
         for version in ("2", "3", "4"):
-            works(place, good, version)
-        assert threads(place) <= before + count + 5  # one each; the rest is for what is shared
+            works(service, version)
+        assert threads(place) <= before + count + 5  # one each; the rest is for what all share
         assert hung.has("1")
         assert hung.status()["state"] == "running"
         dead.answer()
-        for number in range(1, count):
-            place.runtime.joinpath(f"services/hung-{number}.service.json").unlink()
+        for name in names:
+            (place.runtime / f"services/{name}.json").unlink()
         hung.put("2", at=dead.shown / "web.raw.v")
-        daemon.send(signal.SIGHUP)
+        look(place)
         hung.reloaded("2")
-        hung.kill()
 
 
-def test_the_daemon_ends_while_a_service_hangs(place: Place) -> None:
-    daemon = place.start_daemon()
-    good = place.start(name="good.service")
-    works(place, good, "1")
-    with on_fuse(place, "hung.service") as dead:
-        hung = place.start(name="hung.service")
+STEPS = {
+    "look-up": (LOOKUP, "2"),
+    "opening a directory": (OPENDIR, "2"),
+    "reading a directory": (READDIR, "2"),
+    "opening an image": (OPEN, "2"),
+    "reading an image": (READ, "2"),
+    "counting a try": (RENAME2, "2+3"),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_round_that_hangs_goes_on_when_it_is_answered(service: Service, step: str) -> None:
+    operation, version = STEPS[step]
+    with hung_service(service.place, f"{operation}.service") as (hung, dead):
+        hung.put(version, value="2", at=dead.shown / "web.raw.v")
+        dead.hang(operation)
+        look(service.place)
+        dead.wait_until_asked()
+        works(service, "1")
+        assert hung.has("1")
+        dead.answer()
+        hung.reloaded("2")
+
+
+def test_a_hanging_file_system_is_mounted_over_what_is_watched(service: Service) -> None:
+    """The mount table changes, and every path that leads there is followed anew."""
+    place = service.place
+    over = place.start(name="over.service")
+    over.put("1")
+    over.reloaded("1")
+    shown = place.path / "over"
+    (shown / "web.raw.v").mkdir(parents=True)
+    with hanging(shown, over.drops) as dead:
         dead.hang()
-        daemon.send(signal.SIGHUP)
-        daemon.log.wait_for("settings read again")
-        works(place, good, "2")
-        daemon.send(signal.SIGTERM)
-        assert daemon.wait() == 0
-        hung.kill()
+        for version in ("1", "2", "3"):
+            works(service, version)
+        assert over.has("1")
+        dead.end()
+    over.put("2")  # unmounted, and there is its own directory again
+    over.reloaded("2")
+
+
+def test_the_daemon_ends_while_a_service_hangs(shared: Place, tmp_path: Path) -> None:
+    with Place(tmp_path) as place:
+        daemon = place.start_daemon()
+        with hung_service(place, "hung.service") as (_, dead):
+            dead.hang()
+            look(place)
+            (dead.where.parent / "mounted").mkdir()
+            with hanging(dead.shown, dead.where.parent / "mounted"):
+                daemon.send(signal.SIGTERM)
+                assert daemon.wait() == 0

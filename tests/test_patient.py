@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A watcher whose paths may hang: on a FUSE file system that does, and with nothing that does.
+
+Nobody waits for the hang itself to be found out: HANGS_SEC is made short where a test needs it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from hangs import LOOKUP, OPENDIR, READDIR, READLINK, Hanging, hanging
+
+from needs import root
+from watcher import patient
+from watcher.model import Interest, Scope
+from watcher.patient import PatientWatcher
+
+pytestmark = root
+
+
+@pytest.fixture
+def watcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[PatientWatcher]:
+    monkeypatch.setattr(patient, "HANGS_SEC", 0.3)
+    monkeypatch.setattr(patient, "LATE_SEC", 0.6)
+    with PatientWatcher() as made:
+        yield made
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    (tmp_path / "good").mkdir()
+    return tmp_path / "good"
+
+
+@pytest.fixture
+def dead(tmp_path: Path) -> Iterator[Hanging]:
+    """A directory of a file system that answers, for now: with `a/b/` and a link to it."""
+    (tmp_path / "shown/a/b").mkdir(parents=True)
+    (tmp_path / "shown/link").symlink_to("a")
+    (tmp_path / "dead").mkdir()
+    with hanging(tmp_path / "shown", tmp_path / "dead") as mounted:
+        yield mounted
+
+
+async def told(changes: AsyncIterator[frozenset[str]], key: str) -> None:
+    with trio.fail_after(30):
+        async for keys in changes:
+            if key in keys:
+                return
+
+
+async def test_what_happens_in_a_new_directory_is_told_after_watch(
+    watcher: PatientWatcher, good: Path
+) -> None:
+    async with aclosing(watcher.changes()) as changes:
+        assert await watcher.watch("good", [Interest(str(good)), Interest(str(good / "new"), Scope.TREE)])
+        assert not await watcher.watch("good", [Interest(str(good)), Interest(str(good / "new"), Scope.TREE)])
+        (good / "new/deep").mkdir(parents=True)
+        await told(changes, "good")
+        await trio.testing.wait_all_tasks_blocked()
+        assert not await watcher.watch("good", [Interest(str(good)), Interest(str(good / "new"), Scope.TREE)])
+        watcher.drop("good")
+        (good / "more").touch()
+        assert await watcher.watch("fence", [Interest(str(good))])
+        (good / "fence").touch()
+        with trio.fail_after(30):
+            assert await anext(changes) == {"fence"}
+
+
+STEPS = {
+    "look-up": ((LOOKUP,), "a/b", Scope.CHILDREN),
+    "link": ((READLINK,), "link/b", Scope.CHILDREN),
+    "opening a tree": ((OPENDIR,), "a", Scope.TREE),
+    "reading a tree": ((READDIR,), "a", Scope.TREE),
+    "everything": ((), "a/b", Scope.TREE),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+async def test_others_are_told_while_one_hangs_and_it_goes_on_by_itself(
+    watcher: PatientWatcher, good: Path, dead: Hanging, step: str
+) -> None:
+    operations, path, scope = STEPS[step]
+    await watcher.watch("good", [Interest(str(good))])
+    dead.hang(*operations)
+    async with aclosing(watcher.changes()) as changes, trio.open_nursery() as nursery:
+        with trio.fail_after(30):
+            await watcher.watch("hung", [Interest(str(dead.where / path), scope)])
+        for number in range(3):  # while it hangs, while all is watched again, and after
+            (good / f"{number}").touch()
+            await told(changes, "good")
+        with trio.fail_after(30):
+            while not watcher.remarks():
+                (good / "again").touch()
+                await told(changes, "good")
+        (good / "sub").mkdir()
+        await watcher.watch("more", [Interest(str(good / "sub"))])
+        (good / "sub/file").touch()
+        await told(changes, "more")
+        (remark,) = watcher.remarks()
+        assert remark.path == str(dead.where / path) and "does not answer" in remark.text
+        dead.answer()
+        await told(changes, "hung")
+        with trio.fail_after(30):
+            while watcher.remarks():
+                await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
+
+
+async def test_one_that_is_unmounted_while_it_hangs_goes_on(
+    watcher: PatientWatcher, good: Path, dead: Hanging
+) -> None:
+    async with aclosing(watcher.changes()) as changes:
+        dead.hang()
+        await watcher.watch("hung", [Interest(str(dead.where / "a"))])
+        await watcher.watch("good", [Interest(str(good))])
+        (good / "0").touch()
+        await told(changes, "good")
+        dead.end()
+        await told(changes, "hung")
+
+
+async def test_fifty_that_hang_on_one_file_system_take_one_thread(
+    watcher: PatientWatcher, good: Path, dead: Hanging
+) -> None:
+    async with aclosing(watcher.changes()) as changes:
+        await watcher.watch("good", [Interest(str(good))])
+        before = len(os.listdir("/proc/self/task"))
+        dead.hang()
+        async with trio.open_nursery() as nursery:
+            for number in range(50):
+                interests = [Interest(str(dead.where / f"{number}"))]
+                nursery.start_soon(watcher.watch, f"hung-{number}", interests)
+            (good / "0").touch()
+            await told(changes, "good")
+        for number in range(1, 4):
+            (good / f"{number}").touch()
+            await told(changes, "good")
+        assert len(os.listdir("/proc/self/task")) <= before + 2
+        dead.answer()
+        await told(changes, "hung-49")
+
+
+async def test_what_hangs_behind_a_watched_tree_is_left_alone(
+    watcher: PatientWatcher, tmp_path: Path, good: Path
+) -> None:
+    (tmp_path / "shown").mkdir()
+    (good / "inner").mkdir()
+    async with aclosing(watcher.changes()) as changes:
+        await watcher.watch("tree", [Interest(str(good), Scope.TREE)])
+        with hanging(tmp_path / "shown", good / "inner") as dead:
+            dead.hang()
+            (good / "file").touch()
+            await told(changes, "tree")
+            with trio.fail_after(30):
+                while not watcher.remarks():
+                    (good / "more").mkdir()
+                    await told(changes, "tree")
+                    shutil.rmtree(good / "more")
+            dead.answer()
+            await told(changes, "tree")
