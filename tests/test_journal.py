@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import structlog
 
-from watcher import journal
+from watcher import backlog, journal
 from watcher.model import Event, Outcome, printable
 
 APPLIED = Event(
@@ -176,6 +176,41 @@ def test_a_restart_of_the_journal_socket_loses_nothing(
             journal.log.info(message)
             assert parse(sock.recv(65536))["MESSAGE"] == message
         path.unlink()
+
+
+def received(sock: socket.socket, count: int) -> list[str]:
+    sock.settimeout(30)
+    return [parse(sock.recv(65536))["MESSAGE"] for _ in range(count)]
+
+
+def test_a_journald_that_does_not_read_keeps_nobody_waiting(
+    journald: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing here waits: it would be for ever."""
+    monkeypatch.setattr(backlog, "MESSAGES_MAX", 50)
+    journal.configure("journal")
+    number = 0
+    while not (journal._journal and journal._journal._backlog._count == 3):
+        journal.log.info(f"{number}")
+        number += 1
+    messages = received(journald, number - 3)
+    assert messages == [f"{one}" for one in range(number - 3)]
+    assert received(journald, 1) == ["journald was too slow: 3 entries of confext-watcher are lost"]
+    journal.log.info("after")
+    assert received(journald, 1) == ["after"]
+
+
+def test_what_journald_does_not_take_by_the_end_is_on_standard_error(
+    journald: socket.socket, capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal.configure("journal")
+    assert journal._journal is not None
+    number = 0
+    while not journal._journal._backlog._waiting:
+        journal.log.info(f"entry {number}")
+        number += 1
+    journal._journal.close()
+    assert f"MESSAGE=entry {number - 1}" in capsys.readouterr().err
 
 
 def test_an_exception_is_part_of_the_message(journald: socket.socket) -> None:

@@ -102,3 +102,13 @@ async def test_signs_of_life_come_twice_per_interval(
     assert [manager.recv(64) for _ in range(3)] == [b"WATCHDOG=1"] * 3
     with pytest.raises(BlockingIOError):
         manager.recv(64)
+
+
+def test_a_manager_that_does_not_read_is_told_in_the_end(manager: socket.socket) -> None:
+    """Nothing here waits: it would be for ever."""
+    for number in range(50):
+        notify.status(f"{number}")
+    notify.ready()
+    manager.settimeout(30)
+    assert [manager.recv(4096) for _ in range(50)] == [f"STATUS={number}".encode() for number in range(50)]
+    assert manager.recv(4096) == b"READY=1"

@@ -12,6 +12,7 @@ shows what happened to nginx's configuration beside nginx's own lines.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import fcntl
 import os
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Final, Literal, TextIO
 
+from watcher.backlog import Backlog, wait_for_room
 from watcher.lean import structlog
 from watcher.model import Event, Outcome, Remark, printable, shown
 
@@ -60,9 +62,8 @@ _COLOURS: Final = {"critical": "\x1b[1;31m", "error": "\x1b[31m", "warning": "\x
 _DIM: Final = "\x1b[2m"
 _PLAIN: Final = "\x1b[0m"
 
-# Seconds. An entry that journald does not take for this long goes to standard error: the loop that logs also
-# feeds the watchdog and must not wait.
-_SEND_TIMEOUT: Final = 2.0
+# Seconds. What journald has not taken by so long after the end goes to standard error.
+_LAST_SEC: Final = 0.5
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
 
@@ -260,28 +261,34 @@ class _Journal:
     def __init__(self, path: str = JOURNAL_SOCKET) -> None:
         self._path = path
         self._socket: socket.socket | None = None
+        self._backlog = Backlog(self._send, self._wait_for_room, _to_standard_error, _lost)
+        atexit.register(self.close)
 
     def msg(self, entry: bytes) -> None:
-        try:
-            self._send(entry)
-        except OSError as error:
-            # Nothing is lost in silence: without journald it is standard error, wherever that leads.
-            text = entry.decode("utf-8", "backslashreplace").replace("\n", " ")
-            print(f"journald did not take an entry ({error}): {text}", file=sys.stderr, flush=True)
+        self._backlog.put(entry)
 
     debug = info = warning = warn = error = err = critical = fatal = exception = msg
 
     def close(self) -> None:
+        atexit.unregister(self.close)
+        for entry in self._backlog.flush(_LAST_SEC):
+            _to_standard_error(entry, BlockingIOError(errno.EAGAIN, "it takes nothing"))
+        self._disconnect()
+
+    def _disconnect(self) -> None:
         if self._socket:
             self._socket.close()
         self._socket = None
+
+    def _wait_for_room(self) -> None:
+        wait_for_room(self._socket or self._connect())
 
     def _send(self, entry: bytes) -> None:
         try:
             self._send_once(entry)
         except (ConnectionRefusedError, ConnectionResetError, BrokenPipeError, FileNotFoundError):
             # The socket unit was restarted: our end leads nowhere. A fresh one may lead somewhere.
-            self.close()
+            self._disconnect()
             self._send_once(entry)
 
     def _send_once(self, entry: bytes) -> None:
@@ -295,7 +302,7 @@ class _Journal:
 
     def _connect(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-        sock.settimeout(_SEND_TIMEOUT)
+        sock.setblocking(False)  # the loop that logs also feeds the watchdog, and must not wait
         try:
             sock.connect(self._path)
         except OSError:
@@ -303,6 +310,19 @@ class _Journal:
             raise
         self._socket = sock
         return sock
+
+
+def _to_standard_error(entry: bytes, error: OSError) -> None:
+    """Nothing is lost in silence: without journald it is standard error, wherever that leads."""
+    text = entry.decode("utf-8", "backslashreplace").replace("\n", " ")
+    print(f"journald did not take an entry ({error}): {text}", file=sys.stderr, flush=True)
+
+
+def _lost(count: int) -> bytes:
+    message = f"journald was too slow: {count} entries of confext-watcher are lost"
+    return serialize(
+        [("MESSAGE", message), ("PRIORITY", _PRIORITIES["warning"]), ("SYSLOG_IDENTIFIER", IDENTIFIER)]
+    )
 
 
 def _send_sealed(sock: socket.socket, entry: bytes) -> None:

@@ -7,11 +7,15 @@ variable is not set nobody asked, and every function here does nothing, so that 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
 
 import trio
+
+from watcher import journal
+from watcher.backlog import Backlog, wait_for_room
 
 
 def ready(status: str = "") -> None:
@@ -60,7 +64,9 @@ async def keep_alive() -> None:
     """Feed the watchdog from the event loop while the loop turns; returns at once if there is none."""
     interval = watchdog_interval()
     while interval is not None:
-        _send("WATCHDOG=1")
+        if os.environ.get("NOTIFY_SOCKET", ""):
+            with contextlib.suppress(OSError):  # who is behind with reading hears the next one
+                _send_now(b"WATCHDOG=1")
         await trio.sleep(interval / 2)
 
 
@@ -69,17 +75,46 @@ def _status(text: str) -> str:
 
 
 def _send(*lines: str) -> None:
+    """Now, or as soon as there is room: the event loop does not wait for a service manager that is busy."""
+    if os.environ.get("NOTIFY_SOCKET", ""):
+        message = "\n".join(line for line in lines if line)
+        _backlog.put(message.encode("utf-8", "backslashreplace"))
+
+
+def _send_now(message: bytes) -> None:
+    """Raises BlockingIOError when there is no room."""
+    with _connected() as sock:
+        sock.send(message)
+
+
+def _wait_for_room() -> None:
+    with _connected() as sock:
+        wait_for_room(sock)
+
+
+def _connected() -> socket.socket:
     address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    if address[0] not in "/@":
+    if address[:1] not in ("/", "@"):
         raise ValueError(f"$NOTIFY_SOCKET is {address!r}, neither a path nor an abstract socket")
     if address[0] == "@":
         address = "\0" + address[1:]
-    message = "\n".join(line for line in lines if line)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+    kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+    sock = socket.socket(socket.AF_UNIX, kind)
+    try:
         sock.connect(address)
-        sock.sendall(message.encode("utf-8", "backslashreplace"))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
+def _refused(message: bytes, error: OSError) -> None:
+    journal.log.warning(f"the service manager was not told {message.decode()!r}: {error}")
+
+
+def _lost(count: int) -> bytes:
+    return f"STATUS={count} messages were lost".encode()
+
+
+_backlog = Backlog(_send_now, _wait_for_room, _refused, _lost)
 _complete = False
