@@ -247,10 +247,6 @@ def test_an_old_systemd_is_refused_in_one_line_and_not_asked_again(bed254: Bed) 
     bed254.run(["systemctl", "reset-failed", WATCHER])
 
 
-def test_the_watcher_is_not_exposed(bed: Bed) -> None:
-    bed.run(["systemd-analyze", "security", "--no-pager", "--threshold=40", WATCHER])
-
-
 def test_the_generator_starts_no_python_where_nobody_takes_part(bed: Bed) -> None:
     hosts.install(bed)
     run = ["strace", "-f", "-e", "trace=execve", GENERATOR, "/tmp/out", "/tmp/out", "/tmp/out"]
