@@ -22,10 +22,9 @@ from watcher.stacks import Stacks
 from watcher.units import Index
 
 
-def signal(member: str, *body: object) -> Message:
-    return cast(
-        Message, SimpleNamespace(header=SimpleNamespace(fields={HeaderFields.member: member}), body=body)
-    )
+def signal(member: str, signature: str, *body: object) -> Message:
+    fields = {HeaderFields.member: member, HeaderFields.signature: signature}
+    return cast(Message, SimpleNamespace(header=SimpleNamespace(fields=fields), body=body))
 
 
 WEB = "[Service]\nExecStart=/bin/true\nRootDirectory=/srv/root/.\n[X-Confext]\nReload=signal:HUP\nCheckSec=soon\n"
@@ -77,7 +76,7 @@ async def test_a_lost_connection_ends_the_waiting() -> None:
 async def test_a_systemd_that_starts_anew_ends_the_waiting(tmp_path: Path) -> None:
     manager = systemd.Systemd(Settings(state_directory=str(tmp_path)))
     with manager._jobs.listening() as listener:
-        manager._on_signal(signal("NameOwnerChanged", systemd1.NAME, ":1.0", ""))
+        manager._on_signal(signal("NameOwnerChanged", "sss", systemd1.NAME, ":1.0", ""))
         assert await listener.result("/job/1") == ""
 
 

@@ -319,9 +319,8 @@ def _history(settings: Settings, options: argparse.Namespace) -> int:
         _print_json({"events": to_dict(events), "redacted": redacted})
         return DONE
     for event in reversed(events):
-        print(
-            f"{_when(event.when)}  {event.outcome.value:<13}  {event.stack or '-':<16}  {printable(event.message)}"
-        )
+        stack = shown(event.stack) or "-"
+        print(f"{_when(event.when)}  {event.outcome.value:<13}  {stack:<16}  {printable(event.message)}")
         for line in event.output.splitlines():
             print(f"    {shown(line)}")
     if not events:
@@ -465,7 +464,10 @@ def _say_redacted(redacted: bool) -> None:
 def _when(usec: int | None) -> str:
     from datetime import datetime
 
-    return datetime.fromtimestamp(usec / 1_000_000).strftime("%Y-%m-%d %H:%M:%S") if usec else "-"
+    try:
+        return datetime.fromtimestamp(usec / 1_000_000).strftime("%Y-%m-%d %H:%M:%S") if usec else "-"
+    except (ValueError, OverflowError, OSError):
+        return str(usec)  # beyond what the calendar has
 
 
 def _print_json(value: object) -> None:

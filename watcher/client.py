@@ -213,13 +213,13 @@ def _parsed(message: bytes) -> dict[str, Any]:
         reply = json.loads(message)
     except (ValueError, RecursionError):
         reply = None
-    if not isinstance(reply, dict):
+    if not isinstance(reply, dict) or not isinstance(reply.get("parameters") or {}, dict):
         raise Disconnected("what answers at the control socket does not speak Varlink")
     return reply
 
 
 def _error(name: str, parameters: dict[str, Any]) -> CallError:
-    said = ", ".join(f"{key} {shown(str(value))}" for key, value in parameters.items())
+    said = ", ".join(f"{shown(key)} {shown(str(value))}" for key, value in parameters.items())
     unknown = Failed(
         f"the running confext-watcher answered {shown(name)} ({said}); is it of another version?"
     )

@@ -11,6 +11,7 @@ holds the connection open. To connect again is the caller's business, because on
 
 from __future__ import annotations
 
+import struct
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final
@@ -28,6 +29,9 @@ DISCONNECTED: Final = frozenset(
     f"{BUS}.Error.{name}" for name in ("NoReply", "ServiceUnknown", "NameHasNoOwner", "Disconnected")
 )
 """Errors that say that the other side is not on the bus, or has just left it."""
+
+# What jeepney raises for bytes that are no message.
+_NO_MESSAGE: Final = (ValueError, TypeError, LookupError, AttributeError, struct.error)
 
 CALL_SEC: Final = 30.0
 """How long a reply may take, in seconds, unless the call says otherwise."""
@@ -56,6 +60,9 @@ class Bus:
         self._connection = connection
         self._on_signal = on_signal
         self._pending: dict[int, _Reply] = {}
+        # The names whose owners' signals are heard, and who owns them: "" for nobody.
+        self._heard: set[str] = set()
+        self._owners: dict[str, str] = {}
         self._lost: Lost | None = None
 
     async def call(
@@ -93,6 +100,24 @@ class Bus:
         ((_signature, value),) = await self.call(destination, path, PROPERTIES, "Get", "ss", interface, name)
         return value
 
+    async def hear(self, name: str) -> None:
+        """Have signals of whoever owns a name handed on; raises as `call()` does.
+
+        Match rules only say what the bus is to send. Besides that any user may send a signal straight to any connection
+        (the system bus allows it by default): so signals of others than these owners and the bus itself are dropped.
+        The sender in a message is the bus's own word, and one of its connections' names.
+        """
+        self._heard.add(name)
+        rule = MatchRule(type="signal", sender=BUS, interface=BUS, member="NameOwnerChanged")
+        rule.add_arg_condition(0, name)
+        await self.add_match(rule)
+        try:
+            (owner,) = await self.call(BUS, "/org/freedesktop/DBus", BUS, "GetNameOwner", "s", name)
+        except Error:
+            owner = ""  # it has none now
+        # What a signal has said meanwhile is newer.
+        self._owners.setdefault(name, owner)
+
     async def add_match(self, rule: MatchRule) -> None:
         """Have the bus send what matches; raises as `call()` does."""
         await self.call(BUS, "/org/freedesktop/DBus", BUS, "AddMatch", "s", rule.serialise())
@@ -125,7 +150,11 @@ class Bus:
         try:
             with _broken_is_lost():
                 while True:
-                    self._dispatch(await self._connection.receive())
+                    try:
+                        message = await self._connection.receive()
+                    except _NO_MESSAGE as error:
+                        raise Lost(f"the bus sent what is no message: {error!r}") from error
+                    self._dispatch(message)
         except Lost as lost:
             self._lost = lost
             raise
@@ -137,12 +166,23 @@ class Bus:
     def _dispatch(self, message: Message) -> None:
         kind = message.header.message_type
         if kind is MessageType.signal:
-            self._on_signal(message)
+            if self._is_heard(message):
+                self._on_signal(message)
         elif kind in (MessageType.method_return, MessageType.error):
             reply = self._pending.get(message.header.fields.get(HeaderFields.reply_serial, 0))
             if reply:
                 reply.message = message
                 reply.event.set()
+
+    def _is_heard(self, message: Message) -> bool:
+        sender = message.header.fields.get(HeaderFields.sender)
+        if sender != BUS:
+            return sender in self._owners.values()
+        if message.header.fields.get(HeaderFields.member) == "NameOwnerChanged":
+            name, _, owner = message.body
+            if name in self._heard:
+                self._owners[name] = owner
+        return True
 
 
 class _Reply:

@@ -246,7 +246,7 @@ def read_slots(
 
     try:
         return [(entry["slot"], Kind(entry["kind"])) for entry in json.loads(content)["entries"]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         complain(f"{path}: not a record of a stack, what lies in the directories is listed: {error!r}")
         return None
 

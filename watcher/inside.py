@@ -90,7 +90,7 @@ def like(main: Process, environment: Mapping[str, str] | None = None) -> Like:
         Later: its rights are not its own.
     """
     executed = _executed(main)
-    fields = dict(line.partition(":")[::2] for line in main.read("status").splitlines())
+    fields = dict(line.partition(":")[::2] for line in main.read("status").split("\n"))
     # Uid: and Gid: list real, effective, saved and file system's.
     users, groups = (tuple(map(int, fields[key].split())) for key in ("Uid", "Gid"))
     _check_own(main, executed, users)
@@ -170,7 +170,7 @@ def _own(name: str) -> str:
 
 def _unified(text: str) -> str:
     """The path in the line "0::/path" of cgroups(7), "" if there is none, or one outside of our cgroup namespace."""
-    rows = (line.removeprefix("0::") for line in text.splitlines() if line.startswith("0::"))
+    rows = (line.removeprefix("0::") for line in text.split("\n") if line.startswith("0::"))
     path = next(rows, "")
     return "" if path.startswith("/..") else path
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from watcher import database, schema
-from watcher.model import Event, Layer, Outcome, Remark, shown
+from watcher.model import Event, Outcome, Remark, shown
 from watcher.schema import Quarantined, text
 
 NAME = "ledger.sqlite"
@@ -55,6 +55,7 @@ _FORMAT = database.Format(application=0x43464558, version=1, tables=_TABLES)
 """A new column, table or value of Outcome makes the version one more, with a step that brings old files up to it."""
 
 _COLUMNS = tuple(field.name for field in dataclasses.fields(Event))
+_KEYS = tuple(schema.to_dict(Event("", Outcome.APPLIED, "", 0)))
 _SELECTED = ", ".join(f'"{column}"' for column in _COLUMNS)
 _APPEND = f"INSERT INTO history ({_SELECTED}) VALUES ({', '.join('?' * len(_COLUMNS))})"
 # Those that are about another image than the ones in the stack have not swapped anything.
@@ -407,9 +408,7 @@ def _event_row(event: Event) -> list[object]:
 
 def _event(row: Sequence[Any]) -> Event:
     try:
-        values = dict(zip(_COLUMNS, row, strict=True))
-        values["outcome"] = Outcome(values["outcome"])
-        values["layers"] = tuple(schema.from_dict(Layer, layer) for layer in json.loads(values["layers"]))
-        return Event(**values)
-    except (ValueError, TypeError) as error:
+        values = dict(zip(_KEYS, row, strict=True))
+        return schema.from_dict(Event, values | {"layers": json.loads(values["layers"])})
+    except (ValueError, TypeError, RecursionError) as error:
         raise LedgerError(f"{NAME}: an entry of the history cannot be understood: {error}") from error

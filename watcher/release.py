@@ -141,7 +141,7 @@ def _value(text: str, at: int) -> tuple[str, int]:
         kind, content = piece.lastgroup, piece[piece.lastgroup or 0]
         at = piece.end()
         if kind == "double":
-            content = re.sub(r"""\\(["\\`$])""", r"\1", content).replace("\\\n", "")
+            content = re.sub(r"""\\(?:(["\\`$])|\n)""", lambda match: match[1] or "", content)
         elif kind == "escaped" and content == "\n":
             content = ""
         elif kind == "plain" and text[at : at + 1] in ("", "\n"):

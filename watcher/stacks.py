@@ -31,8 +31,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 
-from watcher import owntree
-from watcher.model import Entry, Kind, Layer, Stack, shown
+from watcher import owntree, schema
+from watcher.model import Entry, Layer, Stack, printable, shown
 
 TEMPORARY = ".tmp-"
 # No slot can be called that: scan ignores hidden entries.
@@ -325,17 +325,42 @@ def _digests(path: str) -> set[str]:
     return {os.path.basename(os.readlink(f"{path}/{name}")) for name in names}
 
 
+def encoded(accepted: Accepted) -> str:
+    """The record of a stack, as it is written: JSON, in ASCII."""
+    return json.dumps(
+        {
+            "format": _FORMAT,
+            "when": accepted.when,
+            "layers": [asdict(layer) | {"kind": layer.kind.value} for layer in accepted.stack.layers],
+            "entries": [asdict(entry) | {"kind": entry.kind.value} for entry in accepted.entries],
+            "mounted": dict(accepted.mounted),
+        }
+    )
+
+
+def decoded(content: bytes, path: str) -> Accepted:
+    """The stack of a record, each value of its type.
+
+    Args:
+        path: for the message.
+
+    Raises:
+        Damaged: it is no such record.
+    """
+    try:
+        return _parse(json.loads(content.decode("ascii")))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: str, error: Exception) -> Damaged:
+    return Damaged(f"{shown(path)}: the record of the accepted stack cannot be read: {printable(str(error))}")
+
+
 def _write_record(directory: int, accepted: Accepted) -> None:
-    record = {
-        "format": _FORMAT,
-        "when": accepted.when,
-        "layers": [asdict(layer) | {"kind": layer.kind.value} for layer in accepted.stack.layers],
-        "entries": [asdict(entry) | {"kind": entry.kind.value} for entry in accepted.entries],
-        "mounted": accepted.mounted,
-    }
     fd = os.open(_RECORD, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=directory)
     with open(fd, "w", encoding="ascii") as file:
-        file.write(json.dumps(record))
+        file.write(encoded(accepted))
 
 
 def _read(path: str) -> Accepted:
@@ -346,24 +371,25 @@ def _read(path: str) -> Accepted:
             fd = os.open(_RECORD, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
         finally:
             os.close(directory)
-        with open(fd, encoding="ascii") as file:
-            return _parse(json.load(file))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{shown(path)}: the record of the accepted stack cannot be read: {error}") from error
+        with open(fd, "rb") as file:
+            content = file.read()
+    except OSError as error:
+        raise _damaged(path, error) from error
+    return decoded(content, path)
 
 
 def _parse(record: dict[str, object]) -> Accepted:
     if record["format"] != _FORMAT:
         raise ValueError(f"format {record['format']} is not known")
     layers, entries, when = record["layers"], record["entries"], record["when"]
-    if not isinstance(layers, list) or not isinstance(entries, list) or not isinstance(when, int):
-        raise TypeError("it has another shape")
     mounted = record.get("mounted", {})  # not in those of a version before
-    if not isinstance(mounted, dict):
+    if not isinstance(layers, list) or not isinstance(entries, list) or type(when) is not int:
+        raise TypeError("it has another shape")
+    if not isinstance(mounted, dict) or not all(isinstance(value, str) for value in mounted.values()):
         raise TypeError("it has another shape")
     return Accepted(
-        Stack(tuple(Layer(**layer | {"kind": Kind(layer["kind"])}) for layer in layers)),
-        tuple(Entry(**entry | {"kind": Kind(entry["kind"])}) for entry in entries),
+        Stack(tuple(schema.from_dict(Layer, layer) for layer in layers)),
+        tuple(schema.from_dict(Entry, entry) for entry in entries),
         when,
         mounted,
     )

@@ -18,20 +18,14 @@ Only files in a directory of the form `.v/` have counters; "+3" in any other nam
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
-from watcher import journal
+from watcher import journal, vpick
 from watcher.model import Layer, Stack, Unsafe, shown
 from watcher.mounts import syscalls
 from watcher.strictmodes import ROOT_ALONE, StrictModes, Trust
-
-# As vpick.py reads them: at the end of the name, before the suffix of an image.
-_COUNTERS = re.compile(
-    r"(?P<stem>.+)\+(?P<left>[0-9]+)(?:-(?P<done>[0-9]+))?(?P<suffix>(?:\.raw)?)", re.DOTALL
-)
 
 Renaming = Callable[[str, str], AbstractContextManager[None]]
 """Called with the old and the new path; the rename happens inside (`Watcher.renaming`)."""
@@ -72,17 +66,17 @@ def counted(path: str) -> Counted | None:
 
 
 def _taken_apart(name: str) -> Counted | None:
-    match = _COUNTERS.fullmatch(name)
-    if match is None:
-        return None
-    return Counted(match["stem"], int(match["left"]), int(match["done"] or 0), match["suffix"])
+    """As a version is picked by them: at the end of the name, before the suffix of an image."""
+    rest = name.removesuffix(".raw")
+    stem, left, done = vpick.counters(rest) or ("", 0, 0)
+    return Counted(stem, left, done, name[len(rest) :]) if stem else None
 
 
 def plain(path: str) -> str:
     """A path, or a name alone, without counters."""
     directory, name = os.path.split(path)
-    match = _COUNTERS.fullmatch(name)
-    return os.path.join(directory, match["stem"] + match["suffix"]) if match else path
+    counters = _taken_apart(name)
+    return os.path.join(directory, counters.good()) if counters else path
 
 
 def are_counted(stack: Stack) -> bool:

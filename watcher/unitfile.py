@@ -187,7 +187,10 @@ def values(assignments: Iterable[Assignment], section: str, key: str) -> list[As
     found: list[Assignment] = []
     for assignment in assignments:
         if (assignment.section, assignment.key) == (section, key):
-            found = [*found, assignment] if assignment.value else []
+            if assignment.value:
+                found.append(assignment)
+            else:
+                found.clear()
     return found
 
 
@@ -311,28 +314,29 @@ def normalized(path: str) -> str:
 
 def _logical_lines(text: str) -> Iterable[tuple[int, str]]:
     """(number of the first line, stripped text) of each line that says something, continuations joined."""
-    begun, joined = 0, ""
+    begun = 0
+    joined: list[str] = []
     for index, line in enumerate(re.split(r"\r\n|\n|\r|\0", text.removeprefix("\ufeff")), 1):
         if line.lstrip(_WHITE)[:1] in ("#", ";"):  # also in the middle of a continuation
             continue
         begun = begun or index
-        joined += line
         if (len(line) - len(line.rstrip("\\"))) % 2:
-            joined = joined[:-1] + " "
+            joined += (line[:-1], " ")
             continue
-        if complete := joined.strip(_WHITE):
+        joined.append(line)
+        if complete := "".join(joined).strip(_WHITE):
             yield begun, complete
-        begun, joined = 0, ""
-    if complete := joined.strip(_WHITE):
+        begun, joined = 0, []
+    if complete := "".join(joined).strip(_WHITE):
         yield begun, complete
 
 
 def _sum(text: str, unit: str, factors: dict[str, int], what: str) -> int:
     """Numbers with units, added up."""
     error = ValueError(f"not a {what}: {shown(text)}")
-    total, at = 0, 0
+    total, at, end = 0, 0, len(text.rstrip(_WHITE))
     part = re.compile(rf"\s*([0-9]{{1,18}})(?![0-9])(?:\.([0-9]{{0,9}}))?\s*({unit})", re.ASCII)
-    while text[at:].strip(_WHITE):
+    while at < end:
         match = part.match(text, at)
         if match is None or match[3] not in factors:
             raise error
@@ -340,13 +344,13 @@ def _sum(text: str, unit: str, factors: dict[str, int], what: str) -> int:
         factor = factors[match[3]]
         total += int(match[1]) * factor + int(fraction) * factor // 10 ** len(fraction)
         at = match.end()
-    if not text.strip(_WHITE) or total >= INFINITY:
+    if not end or total >= INFINITY:
         raise error
     return total
 
 
 def _split(text: str, separators: str, keep_escapes: bool, escapes: bool) -> Iterator[str]:
-    word: str | None = None
+    word: list[str] | None = None
     quote = ""
     at = 0
     while at < len(text):
@@ -355,22 +359,25 @@ def _split(text: str, separators: str, keep_escapes: bool, escapes: bool) -> Ite
         if char == "\\" and not keep_escapes:
             if at == len(text):
                 raise ValueError(f"a backslash at the end: {shown(text)}")
-            taken, at = _escape(text, at, separators, escapes)
-            word = (word or "") + taken
-        elif quote:
-            word, quote = ((word or "") + char, quote) if char != quote else (word, "")
-        elif char in "\"'" and not escapes:
-            word, quote = word or "", char
-        elif char in separators:
+            char, at = _escape(text, at, separators, escapes)
+        elif quote and char == quote:
+            quote = ""
+            continue
+        elif not quote and char in "\"'" and not escapes:
+            word, quote = word or [], char
+            continue
+        elif not quote and char in separators:
             if word is not None:
-                yield word
+                yield "".join(word)
             word = None
-        else:
-            word = (word or "") + char
+            continue
+        if word is None:
+            word = []
+        word.append(char)
     if quote:
         raise ValueError(f"a quote that is not closed: {shown(text)}")
     if word is not None:
-        yield word
+        yield "".join(word)
 
 
 def _escape(text: str, at: int, separators: str, resolve: bool) -> tuple[str, int]:

@@ -68,9 +68,9 @@ class UnitName:
 
 
 def unescape(text: str) -> str:
-    """`systemd-escape --unescape`: "-" is "/", "\\x2d" is the byte."""
+    """`systemd-escape --unescape`: "-" is "/", "\\x2d" is the byte; with "\\x00" the text ends, as C has it."""
     raw = _ESCAPED.sub(lambda m: bytes([int(m[1], 16)]), os.fsencode(text).replace(b"-", b"/"))
-    return os.fsdecode(raw)
+    return os.fsdecode(raw.partition(b"\0")[0])
 
 
 def drop_in_names(unit: str) -> list[str]:

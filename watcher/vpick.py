@@ -185,12 +185,14 @@ def _match(spec: Spec, dirent: Dirent, runnable: tuple[str, ...]) -> _Match | Pa
 
 def _counters(text: str) -> tuple[str, int, int]:
     """`+LEFT` or `+LEFT-DONE` taken off the end; without them systemd counts with UINT_MAX, and so do we."""
+    return counters(text) or (text, _UINT_MAX, _UINT_MAX)
+
+
+def counters(text: str) -> tuple[str, int, int] | None:
+    """What stands before `+LEFT[-DONE]` at the end of a name without its suffix, left, and done; None without them."""
     match = _COUNTER.fullmatch(text)
-    if match:
-        left, done = _atou(match[2]), _atou(match[3] or "0")
-        if left is not None and done is not None:
-            return match[1], left, done
-    return text, _UINT_MAX, _UINT_MAX
+    left, done = (_atou(match[2]), _atou(match[3] or "0")) if match else (None, None)
+    return (match[1], left, done) if match and left is not None and done is not None else None
 
 
 def _atou(text: str) -> int | None:

@@ -329,12 +329,19 @@ class _Mounts:
         if not self._poll.poll(0):
             return None
         before, self._lines = self._lines, self._read()
-        return frozenset(_unescape(line.split(b" ", 5)[4]) for line in before ^ self._lines)
+        return mount_points(b"\n".join(before ^ self._lines))
 
     def _read(self) -> frozenset[bytes]:
         with open(self._table, "rb", closefd=False) as table:
             table.seek(0)
-            return frozenset(table.read().splitlines())
+            # Not splitlines(): anybody who may mount may have a "\r" in a path, and the kernel does not escape it.
+            return frozenset(table.read().split(b"\n"))
+
+
+def mount_points(table: bytes) -> frozenset[str]:
+    """The mount points in rows of mountinfo (proc_pid_mountinfo(5)); what is no row is passed over."""
+    rows = (line.split(b" ", 5) for line in table.split(b"\n"))
+    return frozenset(_unescape(row[4]) for row in rows if len(row) > 5)
 
 
 def new_inotify() -> INotify:

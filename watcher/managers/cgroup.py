@@ -30,7 +30,7 @@ def unit_group(text: str, unit: str) -> str:
 
     systemd's own hierarchy is "0::" or, on hosts with the first version of control groups, "name=systemd".
     """
-    rows = (line.split(":", 2) for line in text.splitlines() if line.count(":") >= 2)
+    rows = (line.split(":", 2) for line in text.split("\n") if line.count(":") >= 2)
     groups = {controllers: path for _, controllers, path in rows}
     parts = (groups.get("") or groups.get("name=systemd") or "").split("/")
     # cgroup names that clash with a kernel file get a "_" in front: cg_escape().
@@ -46,10 +46,14 @@ def mount_point(text: str) -> str:
     Only a mount of the whole of it counts: a unit's sandbox binds single files of it onto themselves.
     """
     found: dict[str, str] = {}
-    for line in text.splitlines():
-        fields = line.split(" ")
-        kind, options = fields[fields.index("-") + 1], fields[-1].split(",")
-        if fields[3] == "/" and (kind == "cgroup2" or (kind == "cgroup" and "name=systemd" in options)):
+    # Only "\n" ends a row: anybody may have a "\r" in the path of a mount, and the kernel does not escape it.
+    for line in filter(None, text.split("\n")):
+        left, _, right = line.partition(" - ")
+        fields, (kind, _, rest) = left.split(" "), right.partition(" ")
+        ours = kind == "cgroup2" or (
+            kind == "cgroup" and "name=systemd" in rest.rpartition(" ")[2].split(",")
+        )
+        if ours and len(fields) > 4 and fields[3] == "/":
             found.setdefault(kind, fields[4])
     return found.get("cgroup2") or found.get("cgroup", "")
 

@@ -87,7 +87,7 @@ class Following:
         """A signal came."""
         member = message.header.fields.get(HeaderFields.member)
         if member == "PropertiesChanged":
-            name = self._names.get(message.header.fields[HeaderFields.path])
+            name = self._names.get(message.header.fields.get(HeaderFields.path, ""))
             if name:
                 self.look_at(name)
         elif member == "Reloading" and not message.body[0]:
@@ -103,7 +103,11 @@ class Following:
         known = name in self.services or name in self._described or name in self._per_connection
         if known or not name.endswith(".service"):
             return
-        if UnitName(name).template in self._described:
+        try:
+            template = UnitName(name).template
+        except ValueError:
+            return  # nothing that a unit of ours could be called
+        if template in self._described:
             self._new_instances.add(name)
             self._news.set()
 

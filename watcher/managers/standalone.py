@@ -209,9 +209,17 @@ def _is_sound(made: Registration) -> bool:
             return False
         if isinstance(value, tuple) and kind is int and len(value) not in (0, 2):
             return False
-        if any(type(item) is not kind or (isinstance(item, str) and "\0" in item) for item in items):
+        if any(type(item) is not kind or (isinstance(item, str) and not _is_text(item)) for item in items):
             return False
-    return 0 < made.pid <= _PID_MAX
+    return 0 < made.pid <= _PID_MAX and len(made.namespace) == 2
+
+
+def _is_text(item: str) -> bool:
+    """Whether it can be given to the system: no NUL, and no surrogates but those that stand for bytes."""
+    try:
+        return b"\0" not in os.fsencode(item)
+    except UnicodeEncodeError:
+        return False
 
 
 def registrations(runtime_directory: str) -> Iterator[str]:

@@ -20,7 +20,7 @@ from watcher.managers import Reloaded, Service, cgroup
 from watcher.managers.daemonreload import DaemonReload, Refused
 from watcher.managers.described import stale
 from watcher.managers.following import Following
-from watcher.managers.systemd1 import DAEMON_RELOAD_SEC, Jobs, Systemd1
+from watcher.managers.systemd1 import DAEMON_RELOAD_SEC, Jobs, Systemd1, is_known
 from watcher.managers.tell import send_signal
 from watcher.managers.transient import Transient
 from watcher.managers.unitjob import UnitJobs
@@ -219,7 +219,9 @@ class Systemd:
         return self._systemd
 
     def _on_signal(self, message: Message) -> None:
-        member = message.header.fields.get(HeaderFields.member)
+        if not is_known(message):
+            return
+        member = message.header.fields[HeaderFields.member]
         if member == "JobRemoved":
             self._jobs.ended(message.body[1], message.body[3])
             return

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import trio
-from jeepney import MatchRule
+from jeepney import HeaderFields, MatchRule, Message
 
-from watcher.dbus import BUS, PROPERTIES, Bus
+from watcher.dbus import PROPERTIES, Bus
 from watcher.model import Unsupported
 
 NAME: Final = "org.freedesktop.systemd1"
@@ -78,11 +78,21 @@ def properties_rule(unit: str | None) -> MatchRule:
     )
 
 
-def owner_rule() -> MatchRule:
-    """systemd coming to the bus and leaving it, as it does for a daemon-reexec."""
-    rule = MatchRule(type="signal", sender=BUS, interface=BUS, member="NameOwnerChanged")
-    rule.add_arg_condition(0, NAME)
-    return rule
+# The arguments of each signal that is followed (org.freedesktop.systemd1(5), the D-Bus Specification).
+_SIGNALS: Final = {
+    "JobRemoved": "uoss",
+    "NameOwnerChanged": "sss",
+    "PropertiesChanged": "sa{sv}as",
+    "Reloading": "b",
+    "UnitNew": "so",
+}
+
+
+def is_known(message: Message) -> bool:
+    """Whether it is one of the signals that are followed, with the arguments that this has."""
+    fields = message.header.fields
+    signature = _SIGNALS.get(fields.get(HeaderFields.member))
+    return signature is not None and fields.get(HeaderFields.signature) == signature
 
 
 class Jobs:
@@ -168,13 +178,9 @@ class Systemd1:
 
     async def follow(self) -> None:
         """Have the manager's signals sent."""
-        for rule in (
-            owner_rule(),
-            signal_rule("JobRemoved"),
-            signal_rule("Reloading"),
-            signal_rule("UnitNew"),
-        ):
-            await self._bus.add_match(rule)
+        await self._bus.hear(NAME)
+        for member in ("JobRemoved", "Reloading", "UnitNew"):
+            await self._bus.add_match(signal_rule(member))
         await self.manager("Subscribe")
 
     async def follow_units(self, names: Iterable[str]) -> None:

@@ -1,0 +1,612 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What is fuzzed, and what is claimed of it.
+
+A target takes bytes and returns, whatever they are: the exceptions that a parser documents are caught in it; anything
+else is a finding. What a parser gives is within its bounds, and where there is a formatter, parsing what was formatted
+gives the same again. That the work is linear is counted by `steps.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import varlink
+from jeepney import HeaderFields, Message
+from jeepney.low_level import Endianness, Header, MessageType
+
+from watcher import (
+    config,
+    control,
+    ledger,
+    release,
+    schema,
+    stacks,
+    tries,
+    unitfile,
+    unitname,
+    vpick,
+    watch,
+    wire,
+)
+from watcher.client import Client
+from watcher.config import Settings
+from watcher.images import probe
+from watcher.managers import cgroup, standalone, systemd
+from watcher.model import Candidate, Event, Kind, Outcome, Refused, shown
+from watcher.mounts import table
+from watcher.schema import CallError, PlannedChange, Quarantined, ServiceStatus
+from watcher.unitfile import Assignment
+
+CORPUS = Path(__file__).parent.parent / "corpus"
+
+
+@dataclass(frozen=True)
+class Target:
+    """
+    Attributes:
+        run: raises nothing but for a finding.
+        words: what its inputs are made of.
+    """
+
+    name: str
+    run: Callable[[bytes], None]
+    words: tuple[bytes, ...]
+
+    def corpus(self) -> list[Path]:
+        """The inputs that are kept: seeds, and what was once a finding."""
+        return sorted((CORPUS / self.name).iterdir())
+
+
+TARGETS: dict[str, Target] = {}
+
+
+def target(words: str) -> Callable[[Callable[[bytes], None]], Callable[[bytes], None]]:
+    """Enters a function as a target under its own name.
+
+    Args:
+        words: separated by spaces; with Python's escapes.
+    """
+    found = tuple(word.encode().decode("unicode_escape").encode("latin-1") for word in words.split())
+
+    def enter(run: Callable[[bytes], None]) -> Callable[[bytes], None]:
+        TARGETS[run.__name__] = Target(run.__name__, run, found)
+        return run
+
+    return enter
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "surrogateescape")
+
+
+def _fields(data: bytes, count: int) -> list[str]:
+    """The input cut into texts at its NULs; the last gets the rest."""
+    parts = [_text(part) for part in data.split(b"\0", count - 1)]
+    return parts + [""] * (count - len(parts))
+
+
+@contextlib.contextmanager
+def only(*kinds: type[Exception]) -> Iterator[None]:
+    """These exceptions may come, with one line for a person."""
+    try:
+        yield
+    except kinds as error:
+        assert type(error) in kinds or not isinstance(error, UnicodeError | RecursionError), repr(error)
+        if isinstance(error, Refused | stacks.Damaged):
+            assert str(error) and "\n" not in str(error), repr(str(error))
+
+
+# --- images ---
+
+
+@target(
+    r"""
+    hsqs sqsh EFI\x20PART \xe2\xe1\xf5\xe0 \x00\x00\x02\x00 \x04\x00\x00\x00
+    \xff\xff\xff\xff\xff\xff\xff\xff \x1f\x8b \xfd7zXZ\x00 ustar \x53\xef
+    """
+)
+def superblock(data: bytes) -> None:
+    """squashfs and erofs: said to be whole only where all that it claims is there."""
+    for content in (data, _sealed(data)):
+        fd = os.memfd_create("image", os.MFD_CLOEXEC)
+        try:
+            os.write(fd, content)
+            with only(Refused):
+                found = probe.probe(fd, len(content))
+                assert found.fstype in ("squashfs", "erofs")
+                assert 96 <= found.bytes_used <= len(content)
+        finally:
+            os.close(fd)
+
+
+def _sealed(data: bytes) -> bytes:
+    """With the checksum that an erofs superblock should have: what lies behind it is to be tried too."""
+    if len(data) < 1024 + 128:
+        return data
+    sealed = bytearray(data)
+    bits = data[1024 + 12]
+    checksum = probe._erofs_checksum(data[: 1 << 16], 1 << bits if 9 <= bits <= 16 else 4096)
+    sealed[1024 + 4 : 1024 + 8] = checksum.to_bytes(4, "little")
+    return bytes(sealed)
+
+
+# --- extension-release ---
+
+
+@target(
+    r"""
+    ID= VERSION_ID= ARCHITECTURE= CONFEXT_LEVEL= _any debian " ' \\ \\\n \n \x20 $ ` # \\\\\n
+    """
+)
+def os_release(data: bytes) -> None:
+    """os-release and extension-release files: what was read and is written down again is the same."""
+    found = release.parse_os_release(_text(data))
+    for key, value in found.items():
+        assert re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key)
+        assert len(value) <= len(data)
+    again = "".join(f"{key}={_release_quoted(value)}\n" for key, value in found.items())
+    assert release.parse_os_release(again) == found
+    with only(Refused):
+        release.match(found, {"ID": "debian", "VERSION_ID": "13"}, "x86-64")
+    with only(Refused):
+        release.match({"ID": "debian", "VERSION_ID": "13"}, found, "x86-64")
+
+
+def _release_quoted(value: str) -> str:
+    return '"' + re.sub(r'(["\\`$])', r"\\\1", value) + '"'
+
+
+@target(
+    r"""
+    extension-release. web _1.4 +3 .raw .confext.raw .v \x00 \n \xff .. .# .xz
+    """
+)
+def release_names(data: bytes) -> None:
+    """Which release file belongs to an image: one of those that are there, or a reason."""
+    filename, *names = _fields(data, 6)
+    for kind in Kind:
+        for strict_false in ((), names):
+            with only(Refused):
+                assert release.choose_release_file(filename, names, strict_false, kind) in names
+        assert filename.startswith(release.image_name(filename, kind))
+        assert release.image_name(filename, kind).startswith(release.base_name(filename, kind))
+
+
+# --- unit files, and the values in them ---
+
+
+@target(
+    r"""
+    [Service] [X-Confext] ExtensionImages= Reload= Check= = \n \\\n # ; [ ] \r \x00 \xef\xbb\xbf \xff \x20
+    \\
+    """
+)
+def unit_file(data: bytes) -> None:
+    """A file's assignments, written down again, are the same; the generator's short cut finds what all of it does."""
+    parsed = unitfile.parse(_text(data), "/a")
+    for each in parsed.assignments:
+        assert each.section and each.key and "\n" not in "".join(each[:3]) and 0 < each.line <= len(data) + 1
+    text = "".join(f"[{each.section}]\n{each.key}={each.value}\n" for each in parsed.assignments)
+    again = unitfile.parse(text, "/a").assignments
+    assert [each[:3] for each in again] == [each[:3] for each in parsed.assignments]
+    keys = ("ExtensionImages", "Check")
+    short = unitfile.parse_only(data, "/a", unitfile.lines_of(keys))
+    assert _chosen(short, keys) == _chosen(parsed, keys)
+    for key in keys:
+        unitfile.values(parsed.assignments, "Service", key)
+        unitfile.last(parsed.assignments, "Service", key)
+
+
+def _chosen(parsed: unitfile.Parsed, keys: tuple[str, ...]) -> list[tuple[str, str, str]]:
+    return [(each.section, each.key, each.value) for each in parsed.assignments if each.key in keys]
+
+
+@target(
+    r"""
+    yes no 1 5s min \x20 . infinity 18446744073709551615 64M G SIGHUP SIGRTMIN +2 signal: /a :b - + " ' \\
+    \\x20 \\u00e9 %i %n %% % .. / \n \x00 \xff \t
+    """
+)
+def unit_values(data: bytes) -> None:
+    """Values of settings: a value within its bounds, or ValueError."""
+    text = _text(data)
+    for read in (unitfile.boolean, config.signal_number, config.reload_kind):
+        with only(ValueError):
+            read(text)
+    for measure in (unitfile.time_span, unitfile.size, unitfile.number):
+        with only(ValueError):
+            assert 0 <= measure(text) <= unitfile.INFINITY
+    with only(ValueError):
+        number = config.signal_number(text)
+        if not config.signal_name(number).startswith("signal "):  # the C library's own
+            assert config.signal_number(config.signal_name(number)) == number
+    for escapes in (False, True):
+        with only(ValueError):
+            words = unitfile.split(text, escapes=escapes)
+            assert sum(map(len, words)) <= len(text)
+            assert unitfile.split(" ".join(map(_quoted, words))) == words
+    specifiers = unitname.Specifiers("a-b@c\\x2dd.service", "/etc/systemd/system/a-b@.service")
+    paths = [path for path, _, _ in unitfile.extension_images(text, specifiers.expand)]
+    paths += [path for path, _ in unitfile.extension_directories(text, specifiers.expand)]
+    for path in paths:
+        assert path.startswith("/") and "\0" not in path and ".." not in path.split("/")
+        os.fsencode(path)
+
+
+def _quoted(word: str) -> str:
+    return '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+@target(
+    r"""
+    Reload= Check= HealthCheck= SettleSec= RolloutParallel= Rollback= ImagePolicy= Enabled= StoreMax=
+    KeepStacks= LogLevel= MountWorkers= X-a= =\n \n yes auto signal:HUP /bin/true 5s %n % 1 \x00
+    """
+)
+def settings(data: bytes) -> None:
+    """[X-Confext] and [Watcher]: nothing that is written there is fatal, and what is bad is said with its line."""
+    lines = [line.partition("=")[::2] for line in _text(data).split("\n")]
+    for section in (config.SERVICE_SECTION, config.WATCHER_SECTION):
+        assignments = [
+            Assignment(section, key.strip(), value.strip(), "/a", at)
+            for at, (key, value) in enumerate(lines, 1)
+        ]
+        if section == config.SERVICE_SECTION:
+            specifiers = unitname.Specifiers("web.service")
+            found, remarks = config.service_settings(assignments, specifiers.expand)
+            assert all(unitfile.split(command) for command in (*found.check, *found.health_check))
+        else:
+            watchers, remarks = config.watcher_settings(assignments)
+            assert watchers.keep_stacks >= 1 and watchers.mount_workers >= 1
+        assert all(remark.path.startswith("/a:") and remark.text.isprintable() for remark in remarks)
+
+
+@target(
+    r"""
+    web @ - .service .socket \\x2d \\x00 : _ \\ . @. -- a-b- \xff \n
+    """
+)
+def unit_name(data: bytes) -> None:
+    """Names of units; what `%` makes of one is a text that could be part of a path."""
+    text = _text(data)
+    unitname.unescape(text)
+    with only(ValueError):
+        name = unitname.UnitName(text)
+        assert text.isascii() and text.isprintable() and "/" not in text
+        assert name.full == text and text.endswith(f".{name.type}")
+        assert name.template is None or unitname.UnitName(name.template).template is None
+        names = unitname.drop_in_names(text)
+        assert names[0] == text and len(names) == len(set(names)) <= 2 * (text.count("-") + 1)
+        specifiers = unitname.Specifiers(text)
+        for letter in "nNpPiIjJf":
+            with only(ValueError):
+                assert "\0" not in specifiers.expand(f"%{letter}")
+
+
+# --- names of versions ---
+
+
+@target(
+    r"""
+    web_ 1.4 +3 -1 +010 +09 .raw .v / ___ _x86-64 _arm64 ~ ^ - . \x00 \n \xff .tmp 99999999999
+    """
+)
+def versions(data: bytes) -> None:
+    """Picking from a `.v/` directory: each name is either one of those to choose from or is passed over."""
+    path, *names = _fields(data, 8)
+    for kind in Kind:
+        spec = vpick.parse_path(f"/srv/{path}.v", kind)
+        assert spec is not None
+        dirents = [
+            vpick.Dirent(name, "file" if kind is Kind.IMAGE else "directory") for name in names if name
+        ]
+        picked = vpick.pick(spec, dirents, "x86-64")
+        passed = vpick.passed_over(spec, dirents, "x86-64")
+        assert sorted([*(each.filename for each in picked), *(each.name for each in passed)]) == sorted(
+            dirent.name for dirent in dirents
+        )
+        for candidate in picked:
+            assert re.fullmatch(vpick.pattern(spec), candidate.filename)
+            _count_is_the_same(candidate)
+        for name in names:
+            vpick.split(name, kind)
+    for one in names:
+        for other in names:
+            assert _sign(one, other) == -_sign(other, one)
+
+
+def _count_is_the_same(candidate: Candidate) -> None:
+    """The count that is kept up by renaming is the one that was picked by."""
+    counters = tries.counted(candidate.path)
+    if counters is None:
+        assert candidate.tries_left is None
+    else:
+        assert (counters.left, counters.done) == (candidate.tries_left, candidate.tries_done)
+
+
+def _sign(one: str, other: str) -> int:
+    from watcher import version
+
+    return version.compare(one, other)
+
+
+# --- the control socket ---
+
+
+@cache
+def _server() -> control._Server:
+    return control._Server(cast(control.Backend, SimpleNamespace()))
+
+
+@target(
+    r"""
+    {"method":" io.confext.Watcher. org.varlink.service. Status History Wait GetInfo GetInterfaceDescription
+    ","parameters": {"service":" "} "limit":1e999 true null [ ] } { , : "more":true \\ud800 \\u0000 1e5 NaN
+    -1 \x00 \xff\xfe \xef\xbb\xbf
+    """
+)
+def varlink_call(data: bytes) -> None:
+    """A call: one that the interface has, or refused as Varlink has it; never taken for a mistake of the program."""
+    with only(ValueError):
+        try:
+            request = wire.Request.parse(data)
+        except UnicodeDecodeError:
+            return
+        with only(varlink.VarlinkError):
+            name, parameters = _server()._checked(request)
+            assert all(isinstance(value, str | int) for value in parameters.values())
+            if not request.method.startswith(f"{schema.INTERFACE}."):
+                for reply in _server()._service.handle(request.raw):
+                    json.loads(reply)
+            else:
+                assert f"method {name}(" in schema.DESCRIPTION
+        json.dumps(schema.text(request.method)).encode()
+
+
+@target(
+    r"""
+    \x00 {} a\x00 \x00\x00 {\"method\":\"a\"}\x00
+    """
+)
+def varlink_frames(data: bytes) -> None:
+    """Frames come out as they were sent, in whatever pieces they arrive; one that is too long ends the connection."""
+    size = 1 + (data[0] if data else 0) * 97
+    chunks = [data[at : at + size] for at in range(0, len(data), size)]
+
+    async def receive_some(_: int) -> bytes:
+        return chunks.pop(0) if chunks else b""
+
+    connection = wire.Connection(
+        cast(Any, SimpleNamespace(receive_some=receive_some)), wire.Peer(1, 0), cast(Any, None)
+    )
+    found = []
+    try:
+        while (message := _now(connection.receive())) is not None:
+            found.append(message)
+    except ValueError:
+        assert len(data) > wire.REQUEST_MAX
+        return
+    assert found == data.split(b"\0")[:-1]
+
+
+def _now(coroutine: Any) -> Any:
+    """The result of a coroutine that never has to wait."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        return stop.value
+    raise AssertionError("it waits")
+
+
+@target(
+    r"""
+    {"parameters": {"services":[ {"events":[ "service":"a" "outcome":"applied" "layers":[ "kind":"image"
+    "when": null , } ] true 1 -1 1e3 99999999999999999999 "error":"io.confext.Watcher.Failed" "reason":1
+    \\ud800 \x00 [ {
+    """
+)
+def varlink_reply(data: bytes) -> None:
+    """Whatever answers at the socket: an answer of its type, or one line for a person."""
+    from watcher import cli
+
+    client = Client.__new__(Client)
+    client._buffer = bytearray(data.replace(b"\0", b" ") + b"\0")
+    with only(CallError, *CallError.__subclasses__()):
+        answer = client._answer(client._receive())
+        for cls, key in (
+            (ServiceStatus, "services"),
+            (Event, "events"),
+            (PlannedChange, "changes"),
+            (Quarantined, "x"),
+        ):
+            with only(CallError, *CallError.__subclasses__()):
+                for item in client._list(cast(type[Any], cls), key, answer):
+                    again = schema.from_dict(cls, json.loads(json.dumps(schema.to_dict(item))))
+                    assert schema.to_dict(again) == schema.to_dict(item)
+                    if isinstance(item, Event):
+                        cli._when(item.when)
+
+
+# --- the bus ---
+
+_SIGNALS = ("PropertiesChanged", "Reloading", "NameOwnerChanged", "UnitNew", "JobRemoved")
+
+
+@target(
+    r"""
+    \x01s\x00 \x01b\x00 \x02ss\x00 \x03sss\x00 \x02so\x00 \x04uoss\x00 \x01v\x00 \x06sa{sv}as\x00
+    a.service\x00 \x01\x00\x00\x00 \x00\x00\x00\x00
+    """
+)
+def dbus_signal(data: bytes) -> None:
+    """A signal whose body is anything that D-Bus can carry is passed over."""
+    if len(data) < 2:
+        return
+    message = _message(data[1:], _SIGNALS[data[0] % len(_SIGNALS)])
+    if message is not None:
+        manager = systemd.Systemd(Settings())
+        manager._following._described = cast(Any, {"a@.service": None})
+        manager._on_signal(message)
+        manager.close()
+
+
+def _message(data: bytes, member: str) -> Message | None:
+    """A message with the signature that its first bytes give and the body of the rest; None where that is none."""
+    length, rest = data[0], data[1:]
+    signature, body = rest[:length], rest[length:].removeprefix(b"\0")
+    fields = {HeaderFields.member: member, HeaderFields.path: "/a", HeaderFields.sender: ":1.1"}
+    if signature:
+        try:
+            fields[HeaderFields.signature] = signature.decode("ascii")
+        except UnicodeDecodeError:
+            return None
+    try:
+        header = Header(Endianness.little, MessageType.signal, 0, 1, len(body), 1, fields)
+        raw = header.serialise() + body
+        return Message.from_buffer(raw)
+    except Exception:  # noqa: BLE001 -- jeepney says it in many ways; the connection is given up then (dbus.py)
+        return None
+
+
+# --- records of our own, which somebody may have damaged ---
+
+
+@target(
+    r"""
+    {"format":1 "when":1 "layers":[ "entries":[ "mounted":{ "slot":"a" "name":"a" "version":"1" "digest":"d"
+    "kind":"image" "source":"/a" "path":"/a" "optional":true } ] , { [ null 1e3 \\ud800 \xff
+    """
+)
+def stack_record(data: bytes) -> None:
+    """`.stack.json`: a stack that can be used, or Damaged."""
+    with only(stacks.Damaged):
+        accepted = stacks.decoded(data, "/a")
+        assert len(accepted.stack.id) in (0, 16) and isinstance(accepted.when, int)
+        assert all(type(value) is str for pair in accepted.mounted.items() for value in pair)
+        assert all(isinstance(entry.kind, Kind) for entry in accepted.entries)
+        assert stacks.decoded(stacks.encoded(accepted).encode(), "/a") == accepted
+
+
+@target(
+    r"""
+    {"name":"a" "pid":1 "started":1 "namespace":[1,2] "confext_dirs":["/a"] "reload_signal":"SIGHUP"
+    "settings":["A=b"] "check":[] , } { [ ] null true 1e3 \\ud800 \\u0000 "reload_command":["a"]
+    """
+)
+def registration(data: bytes) -> None:
+    """What `exec` has registered: everything of its type, or ValueError."""
+    with only(ValueError):
+        made = standalone._registration(_text(data), "a")
+        assert len(tuple(made.namespace)) == 2
+        made.declared.images  # noqa: B018 -- can be made
+        standalone.service_settings(made.settings, made.check, made.health_check)
+        for path in (*made.confext_dirs, *made.images, *made.directories):
+            assert b"\0" not in os.fsencode(path)
+        assert standalone._registration(json.dumps(asdict(made)), "a") == made
+
+
+@target(
+    r"""
+    [{"slot":"a","name":"a","version":"","digest":"d","kind":"image","source":"/"}] [ ] { } null \x00
+    applied failed 1 -1 x
+    """
+)
+def history_row(data: bytes) -> None:
+    """A row of the history: an outcome, or LedgerError."""
+    given = _fields(data, len(ledger._COLUMNS))
+    row: list[Any] = [int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text or None for text in given]
+    with only(ledger.LedgerError):
+        event = ledger._event(row)
+        assert type(event.outcome) is Outcome
+        assert type(event.when) is int
+        assert ledger._event(ledger._event_row(event)).outcome is event.outcome
+    good = ledger._event_row(Event("a", Outcome.APPLIED, "a", 1))
+    with only(ledger.LedgerError):
+        ledger._event([*good[:-1], given[-1]])
+
+
+# --- mount tables, and what else the kernel says in lines ---
+
+
+@target(
+    r"""
+    1\x201\x200:1\x20/\x20/\x20rw\x20-\x20tmpfs\x20a\x20rw\n
+    2\x201\x200:2\x20/\x20/etc\x20rw\x20-\x20overlay\x20systemd-extensions\x20 lowerdir+=cover
+    ,lowerdir+=layers/web_1@d ,lowerdir+=base@0:1 \\040 \\134 \n \r \v \x20 - /etc/a \xff %5F , @
+    """
+)
+def mountinfo(data: bytes) -> None:
+    """A mount table: what it says of `/etc`, or ValueError; other readers of it neither fail nor see other rows."""
+    text = _text(data)
+    with only(ValueError):
+        found = table.Table(text)
+        assert found.chain[-1:] in ([], [found.top]) and 0 <= found.surplus <= found.liftable <= len(
+            found.stacks
+        )
+        mounted = found.mounted()
+        assert (mounted.layers == ()) or mounted.overlay
+        assert mounted.stack is None or len(mounted.stack) in (0, 16)
+        assert found.base_path.startswith("base@") and len(os.fsencode(found.base_path)) <= 255
+        assert found.same_etc(table.Table(text)) and found.carries(found.top, found.top)
+        list(found.above(found.top))
+    cgroup.mount_point(text)
+    watch.mount_points(data)
+
+
+@target(
+    r"""
+    web 1.4 _ % , \x20 @ \\ / : + ^ \n \xff \xc3\xa9 \x00
+    """
+)
+def layer_path(data: bytes) -> None:
+    """The name of a layer comes back from the mount table as it went in, unless it had to be cut."""
+    name, version = _fields(data, 2)
+    digest = "d" * 64
+    path = table.layer_path(name, version, digest)
+    assert len(path) <= 255 and path.isascii() and not set(path) & set(" ,\\\n\t:")
+    options = f"rw,lowerdir+=cover,lowerdir+={path},lowerdir+=base@0:1"
+    mount = table.Mount(1, 1, "0:1", "/", "/etc", (), "overlay", table.SOURCE, options)
+    (layer,) = table.layers_of(mount) or ()
+    assert layer.digest == digest
+    if len(path) < 255 - 16:
+        assert (layer.name, layer.version) == (name, version)
+
+
+@target(
+    r"""
+    0:: 1:name=systemd: / system.slice web.service _web.service \n \v \r \x1c \xc2\x85 .. : \xff
+    """
+)
+def control_group(data: bytes) -> None:
+    """/proc/PID/cgroup: the unit's group is part of the one path that the kernel gave."""
+    group = cgroup.unit_group(_text(data), "web.service")
+    rows = [_text(row).split(":", 2)[-1] for row in data.split(b"\n")]
+    assert group == "" or any(row.startswith(group) for row in rows)
+    assert not group or group.rpartition("/")[2] in ("web.service", "_web.service")
+
+
+@target(
+    r"""
+    \x1b[2J \n \\ \xff \xc2\x85 \xe2\x80\xa8 a \x00 \xe2\x80\xae
+    """
+)
+def shown_text(data: bytes) -> None:
+    """Whatever strangers call their files is one printable line, and JSON and SQLite can carry it."""
+    text = _text(data)
+    assert shown(text).isprintable()
+    assert "\0" not in schema.text(text)
+    schema.text(text).encode()
+
+
+def grown(data: bytes) -> bytes:
+    """A long input made of a short one, for work that grows faster than its input."""
+    return data * max(1, 2048 // max(1, len(data)))
