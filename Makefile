@@ -42,6 +42,12 @@ test-fast: venv ## the tests without the containers
 test-oldest: $(OLDEST)/.installed tools ## the tests without the containers, on Debian 13's versions
 	@$(LIMIT) $(OLDEST)/bin/python -m pytest -q --ignore=tests/beds $(PYTEST_ARGS) tests
 
+SECONDS := 600
+TARGET :=
+.PHONY: fuzz
+fuzz: ## all parsers under atheris, `make fuzz SECONDS=60 TARGET=superblock`
+	@tests/run-fuzz --seconds $(SECONDS) $(if $(KEEP),--keep) $(TARGET)
+
 .PHONY: lint
 lint: venv ## ruff
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
@@ -81,7 +87,7 @@ lock: venv ## pin the newest versions again (needs uv)
 
 .PHONY: clean
 clean: ## remove what make made (root file systems of the containers stay in their cache)
-	rm -rf $(VENV) $(OLDEST) .venv.lock .venv-debian13.lock build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) .venv-fuzz .venv*.lock .fuzz build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 include contrib/packaging/packaging.mk

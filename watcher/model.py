@@ -248,7 +248,7 @@ def stack_id(digests: Iterable[str]) -> str:
 @functools.lru_cache(maxsize=1024)
 def _stack_id(digests: tuple[str, ...]) -> str:
     joined = "\n".join(digests)
-    return hashlib.sha256(joined.encode()).hexdigest()[:16] if joined else ""
+    return hashlib.sha256(joined.encode("utf-8", "surrogatepass")).hexdigest()[:16] if joined else ""
 
 
 class Outcome(enum.Enum):

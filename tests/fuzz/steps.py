@@ -30,13 +30,29 @@ def counted(function: Callable[[bytes], None], data: bytes) -> int:
     budget = STEPS + STEPS_PER_BYTE * len(data)
     steps = 0
 
-    def line(frame: FrameType, event: str, argument: Any) -> Any:
+    def step(frame: FrameType) -> None:
         nonlocal steps
-        steps += event == "line"
+        steps += 1
         if steps > budget:
             raise TooManySteps(
                 f"more than {budget} steps for {len(data)} bytes, in {frame.f_code.co_qualname}"
             )
+
+    _follow(function, data, step)
+    return steps
+
+
+def lines_of(function: Callable[[bytes], None], data: bytes) -> set[tuple[str, int]]:
+    """The lines that `function(data)` executes, by file and number."""
+    lines: set[tuple[str, int]] = set()
+    _follow(function, data, lambda frame: lines.add((frame.f_code.co_filename, frame.f_lineno)))
+    return lines
+
+
+def _follow(function: Callable[[bytes], None], data: bytes, step: Callable[[FrameType], None]) -> None:
+    def line(frame: FrameType, event: str, argument: Any) -> Any:
+        if event == "line":
+            step(frame)
         return line
 
     def call(frame: FrameType, event: str, argument: Any) -> Any:
@@ -48,4 +64,3 @@ def counted(function: Callable[[bytes], None], data: bytes) -> int:
         function(data)
     finally:
         sys.settrace(before)
-    return steps

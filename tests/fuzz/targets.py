@@ -26,6 +26,8 @@ from jeepney.low_level import Endianness, Header, MessageType
 from watcher import (
     config,
     control,
+    dropin,
+    hierarchies,
     ledger,
     release,
     schema,
@@ -218,7 +220,7 @@ def _chosen(parsed: unitfile.Parsed, keys: tuple[str, ...]) -> list[tuple[str, s
 )
 def unit_values(data: bytes) -> None:
     """Values of settings: a value within its bounds, or ValueError."""
-    text = _text(data)
+    text = _text(data.replace(b"\0", b""))  # it ends a line
     for read in (unitfile.boolean, config.signal_number, config.reload_kind):
         with only(ValueError):
             read(text)
@@ -285,11 +287,60 @@ def unit_name(data: bytes) -> None:
         assert name.full == text and text.endswith(f".{name.type}")
         assert name.template is None or unitname.UnitName(name.template).template is None
         names = unitname.drop_in_names(text)
-        assert names[0] == text and len(names) == len(set(names)) <= 2 * (text.count("-") + 1)
+        assert names[0] == text and len(names) == len(set(names)) <= 3 * (text.count("-") + 1)
         specifiers = unitname.Specifiers(text)
         for letter in "nNpPiIjJf":
             with only(ValueError):
                 assert "\0" not in specifiers.expand(f"%{letter}")
+
+
+@target(
+    r"""
+    /srv/a " \\ % : \n \r \t \x20 - + \xff \xc3\xa9 [Service] ExecStartPre=+ # ; ' \x00 = \x7f \xc2\x85 ${A} .. . ,
+    """
+)
+def drop_in(data: bytes) -> None:
+    """What is written into a drop-in says exactly what was meant, whatever a path is called; or it is refused."""
+    path, options = _fields(data, 2)
+    expand = unitname.Specifiers("web.service").expand
+    with only(dropin.Unwritable):
+        text = _assigned("ExtensionImages", dropin.image(f"/{path}", options, optional=True))
+        (found,) = unitfile.extension_images(text, expand)
+        assert found == (f"/{path}", options, True)
+    with only(dropin.Unwritable):
+        text = _assigned("ExtensionDirectories", dropin.path(f"/{path}"))
+        assert unitfile.extension_directories(text, expand) == [(f"/{path}", False)]
+    for key in ("ReadOnlyPaths", "BindPaths"):
+        with only(dropin.Unwritable):
+            _assigned(key, dropin.path(f"/{path}", "/usr", options=options, optional=True))
+
+
+def _assigned(key: str, word: dropin.Word) -> str:
+    """The value that is read of one assignment that was written; it is the only one."""
+    written = dropin.DropIn("By us")
+    written.assign("Service", key, word)
+    written.assign("Service", "Check", dropin.token("end"))
+    parsed = unitfile.parse(str(written), "/a")
+    assert not parsed.remarks
+    first, last = parsed.assignments
+    assert (first.section, first.key, last.key, last.value) == ("Service", key, "Check", "end")
+    return first.value
+
+
+@target(
+    r"""
+    ProtectSystem=full\n BindPaths= BindReadOnlyPaths= TemporaryFileSystem= MountImages= ReadOnlyPaths= /usr /etc :
+    \" \\ \n \x20 %
+    """
+)
+def sandbox(data: bytes) -> None:
+    """What is said again of a unit's sandbox is one setting to a line, and nothing else."""
+    parsed = unitfile.parse("[Service]\n" + _text(data), "/a")
+    kept = hierarchies.repair(parsed.assignments, lambda directory: ("bin", 'a"b\\c%d', "a\nb"))
+    for key, paths, options in kept.again:
+        assert key in ("ReadOnlyPaths", "BindPaths", "BindReadOnlyPaths")
+        with only(dropin.Unwritable):
+            _assigned(key, dropin.path(*paths, options=options, optional=True))
 
 
 # --- names of versions ---
@@ -344,7 +395,7 @@ def _sign(one: str, other: str) -> int:
 
 @cache
 def _server() -> control._Server:
-    return control._Server(cast(control.Backend, SimpleNamespace()))
+    return control._Server(cast(Any, None), cast(Any, None))
 
 
 @target(
@@ -386,7 +437,7 @@ def varlink_frames(data: bytes) -> None:
         return chunks.pop(0) if chunks else b""
 
     connection = wire.Connection(
-        cast(Any, SimpleNamespace(receive_some=receive_some)), wire.Peer(1, 0), cast(Any, None)
+        cast(Any, SimpleNamespace(receive_some=receive_some)), cast(Any, None), cast(Any, None)
     )
     found = []
     try:
