@@ -42,11 +42,15 @@ test-fast: venv ## the tests without the containers
 test-oldest: $(OLDEST)/.installed tools ## the tests without the containers, on Debian 13's versions
 	@$(LIMIT) $(OLDEST)/bin/python -m pytest -q --ignore=tests/beds $(PYTEST_ARGS) tests
 
-SECONDS := 600
+SECONDS :=
 TARGET :=
 .PHONY: fuzz
 fuzz: ## all parsers under atheris, `make fuzz SECONDS=60 TARGET=superblock`
-	@tests/run-fuzz --seconds $(SECONDS) $(if $(KEEP),--keep) $(TARGET)
+	@tests/run-fuzz $(if $(SECONDS),--seconds $(SECONDS)) $(if $(KEEP),--keep) $(TARGET)
+
+.PHONY: race
+race: venv tools ## for a minute, a drop directory's owner who does all that he can (as root)
+	@PYTHONPATH=tests $(VENV)/bin/python -m race $(if $(SECONDS),--seconds $(SECONDS))
 
 .PHONY: lint
 lint: venv ## ruff

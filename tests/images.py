@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -35,6 +36,12 @@ def image(tree: Path, path: Path, fstype: str = "squashfs", *options: str) -> Pa
         [tool, *(os.fspath(argument) for argument in arguments)], check=True, stdout=subprocess.DEVNULL
     )
     return path
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, as the store has it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def program(module: str, function: str, *arguments: object) -> list[str]:

@@ -607,7 +607,8 @@ def mountinfo(data: bytes) -> None:
         assert (mounted.layers == ()) or mounted.overlay
         assert mounted.stack is None or len(mounted.stack) in (0, 16)
         assert found.base_path.startswith("base@") and len(os.fsencode(found.base_path)) <= 255
-        assert found.same_etc(table.Table(text)) and found.carries(found.top, found.top)
+        assert found.same_etc(table.Table(text))
+        found.carries(found.top, found.under)
         list(found.above(found.top))
     cgroup.mount_point(text)
     watch.mount_points(data)
