@@ -111,7 +111,7 @@ def _listing(top: Path) -> dict[str, tuple[object, ...]]:
     for directory, directories, files in os.walk(top):
         for path in (Path(directory, name) for name in (*directories, *files)):
             status = path.lstat()
-            what = status.st_mode, status.st_uid, status.st_gid, attributes.read(str(path))
+            what = status.st_mode, status.st_uid, status.st_gid, attributes.read(str(path), path.name)
             found[str(path.relative_to(top))] = what
     return found
 
