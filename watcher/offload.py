@@ -15,8 +15,9 @@ is told so at once, until the first one comes back: then the service is looked a
 
 from __future__ import annotations
 
-import threading
+import contextlib
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import ParamSpec, TypeVar
 
 import trio
@@ -28,8 +29,11 @@ HANGS_SEC = 30.0
 """After so many seconds a job counts as hanging. A large image on a slow disk takes longer, and is not lost: its copy
 goes on, and is found when the service is looked at again."""
 
-
 _UNANSWERED = "a file system that its configuration comes from, or its root, does not answer"
+
+CROWD = 32
+CROWD_SEC = 0.25
+"""No more than so many begin at once, which is for memory alone: after this time nobody waits for them any more."""
 
 
 class Unanswered(Exception):
@@ -37,12 +41,10 @@ class Unanswered(Exception):
 
 
 class _Key:
-    """What runs for one service. `lock` guards the other two, which its thread changes as well."""
+    """What runs for one service."""
 
     def __init__(self) -> None:
         self.turn = trio.CapacityLimiter(1)
-        self.lock = threading.Lock()
-        self.running = False
         self.given_up = False
 
 
@@ -50,12 +52,13 @@ class Offload:
     """Runs functions in threads, one at a time for each key.
 
     Args:
-        returned: called on the event loop with the key, when a job that was given up has come to an end.
+        returned: called with the key, when a job that was given up has come to an end.
     """
 
     def __init__(self, returned: Callable[[str], None] = lambda key: None) -> None:
         self.returned = returned
         self._keys: dict[str, _Key] = {}
+        self._crowd = trio.CapacityLimiter(CROWD)
 
     async def run(self, key: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a function, in its turn. Whoever is cancelled leaves it alone, and goes.
@@ -70,29 +73,47 @@ class Offload:
         state = self._keys.setdefault(key, _Key())
         if state.given_up:
             raise Unanswered(_UNANSWERED)
-        work = self._work(key, state, function)
+        job: Future[T] = Future()
         with trio.move_on_after(min(seconds, HANGS_SEC)):
-            return await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=state.turn)
+            await state.turn.acquire_on_behalf_of(job)
+            try:
+                await self._crowd.acquire_on_behalf_of(job)
+            except BaseException:
+                state.turn.release_on_behalf_of(job)
+                raise
+            try:
+                done = self._start(key, state, job, function)
+                with trio.move_on_after(CROWD_SEC):
+                    await done.wait()
+            finally:
+                self._crowd.release_on_behalf_of(job)
+            await done.wait()
+            return job.result()
         if seconds >= HANGS_SEC:
-            with state.lock:
-                state.given_up = state.running
+            state.given_up = state.turn.borrowed_tokens > 0
         raise Unanswered(_UNANSWERED)
 
-    def _work(self, key: str, state: _Key, function: Callable[[], T]) -> Callable[[], T]:
+    def _start(self, key: str, state: _Key, job: Future[T], function: Callable[[], T]) -> trio.Event:
+        """Run it in a thread; the event is set when it has ended."""
         token = trio.lowlevel.current_trio_token()
+        done = trio.Event()
 
-        def work() -> T:
-            state.running = True
+        def work() -> None:
             try:
-                return function()
-            finally:
-                with state.lock:
-                    state.running = False
-                    given_up, state.given_up = state.given_up, False
-                if given_up:
-                    try:
-                        token.run_sync_soon(self.returned, key)
-                    except trio.RunFinishedError:
-                        pass
+                job.set_result(function())
+            except BaseException as error:  # noqa: BLE001 -- raised again where it is waited for
+                job.set_exception(error)
 
-        return work
+        def end() -> None:
+            state.turn.release_on_behalf_of(job)
+            done.set()
+            given_up, state.given_up = state.given_up, False
+            if given_up:
+                self.returned(key)
+
+        def deliver(_: object) -> None:
+            with contextlib.suppress(trio.RunFinishedError):
+                token.run_sync_soon(end)
+
+        trio.lowlevel.start_thread_soon(work, deliver, f"confext-{key}")
+        return done

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import trio
 from service import Service
 
 from needs import filesystem, loop, root, tool
@@ -241,6 +242,25 @@ async def test_a_worker_that_hangs_is_replaced_and_leaves_when_it_is_free(
         free.set()
         until(lambda: len(tids()) == len(before))
         assert await shop.run(divmod, 7, 2) == (3, 1)
+
+
+async def test_nobody_waits_for_those_that_hang_until_they_are_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(workshop, "_BUSY_SEC", 0.1)  # and HANGS_SEC is longer than pytest has patience
+    monkeypatch.setattr(workshop, "HANGS_SEC", 3600.0)
+    free = threading.Event()
+    with Workshop(2, privileged=may_mount()) as shop:
+        before = tids()
+        async with trio.open_nursery() as nursery:
+            for _ in range(6):
+                nursery.start_soon(shop.run, free.wait)
+            assert await shop.run(divmod, 7, 2) == (3, 1)
+            with trio.fail_after(30):
+                while len(tids()) != len(before) + 6:
+                    await trio.sleep(0.01)
+            free.set()
+        until(lambda: len(tids()) == len(before))
 
 
 async def test_what_waits_behind_one_that_hangs_is_not_done_later(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,9 +25,9 @@ from watcher.managers.tell import send_signal
 from watcher.managers.transient import Transient
 from watcher.managers.unitjob import UnitJobs
 from watcher.model import Entry, Interest, Unsupported
+from watcher.patient import PatientWatcher
 from watcher.process import Gone, Process
 from watcher.unitname import UNIT_PATHS
-from watcher.watch import Watcher
 
 _RECONNECT_SEC = (0.1, 0.2, 0.5, 1.0, 2.0)
 _CONFEXT_DIR = r"(?s:.*)\.service\.confext\.d"
@@ -93,7 +93,7 @@ class Systemd:
         self, changed: Callable[[str], None], task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         """See `Manager.run`; call `check()` before."""
-        with Watcher() as watcher:
+        with PatientWatcher() as watcher:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._reloads.run)
                 nursery.start_soon(self._follow_directories, watcher)
@@ -229,9 +229,9 @@ class Systemd:
             self._jobs.lost()  # what it said before it had its name was not heard
         self._following.note(message)
 
-    async def _follow_directories(self, watcher: Watcher) -> None:
+    async def _follow_directories(self, watcher: PatientWatcher) -> None:
         """A `<unit>.confext.d/` that comes or goes needs no daemon-reload to be noticed."""
-        watcher.set("", [Interest(path, pattern=_CONFEXT_DIR) for path in UNIT_PATHS])
+        await watcher.watch("", [Interest(path, pattern=_CONFEXT_DIR) for path in UNIT_PATHS])
         async for _ in watcher.changes():
             self._following.look_at_everything()
 

@@ -42,6 +42,7 @@ PLACE = "/sys"
 
 # Seconds: after which a job counts as hanging; and how long one that is under way may still take when we are to end.
 HANGS_SEC = 30.0
+_BUSY_SEC = 1.0  # after which another worker takes over what is waiting
 _GRACE_SEC = 0.4
 
 
@@ -124,16 +125,19 @@ class Workshop:
         done = trio.Event()
         job = self._submit(lambda: function(*args, **kwargs))
         job.future.add_done_callback(lambda _: _wake(token, done))
-        with trio.move_on_after(HANGS_SEC):
-            try:
-                await done.wait()
-            except trio.Cancelled:
-                with trio.move_on_after(_GRACE_SEC, shield=True):
+        for seconds in _patience():
+            with trio.move_on_after(seconds):
+                try:
                     await done.wait()
-                if not done.is_set():
-                    raise
-        if not job.future.done():
-            self._give_up(job)
+                except trio.Cancelled:
+                    with trio.move_on_after(_GRACE_SEC, shield=True):
+                        await done.wait()
+                    if not done.is_set():
+                        raise
+            if job.future.done():
+                return job.future.result()
+            self._relieve(job)
+        self._give_up(job)
         return job.future.result()
 
     def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -143,18 +147,27 @@ class Workshop:
             Hung: see there.
         """
         job = self._submit(lambda: function(*args, **kwargs))
-        if not wait([job.future], HANGS_SEC).done:
-            self._give_up(job)
+        for seconds in _patience():
+            if wait([job.future], seconds).done:
+                return job.future.result()
+            self._relieve(job)
+        self._give_up(job)
         return job.future.result()
+
+    def _relieve(self, job: _Job[Any]) -> None:
+        """Another worker takes the place of the one that is at this job, which leaves when it has done it.
+
+        So that those whose turn comes next do not wait for a service that hangs until it is given up.
+        """
+        if job.thread in self._threads and not job.future.done():
+            self._start_thread()
+            self._threads.discard(job.thread)
 
     def _give_up(self, job: _Job[Any]) -> None:
         if job.future.cancel():  # its turn never came
             raise Hung(f"all workers have been waiting for the kernel for {HANGS_SEC:g} s")
         if job.future.done():
             return
-        assert job.thread is not None
-        self._threads.discard(job.thread)
-        self._start_thread()
         raise Hung(f"no answer from the kernel for {HANGS_SEC:g} s")
 
     def check_foreign(self, identity: tuple[int, int]) -> None:
@@ -310,6 +323,14 @@ class Workshop:
             self._start_thread()
         except OSError as error:
             journal.log.error(f"workshop: no worker could be started in place of one that was lost: {error}")
+
+
+def _patience() -> Iterator[float]:
+    """Seconds after each of which a job is looked at, until it is given up; its turn may come late."""
+    left = HANGS_SEC
+    while left > 0:
+        yield min(_BUSY_SEC, left)
+        left -= _BUSY_SEC
 
 
 def _wake(token: trio.lowlevel.TrioToken, done: trio.Event) -> None:
