@@ -214,8 +214,10 @@ class PatientWatcher(Watcher):
                 self._failed = error
 
         def done(_: object) -> None:
-            with contextlib.suppress(trio.RunFinishedError):
+            try:
                 token.run_sync_soon(self._done, run)
+            except trio.RunFinishedError:
+                run.inotify.close()
 
         trio.lowlevel.start_thread_soon(follow, done, "confext-paths")
 

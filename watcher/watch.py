@@ -316,7 +316,7 @@ class _Mounts:
 
     def point(self, path: str) -> str:
         """Where the file system is mounted that has `path`, as of the last look at the table."""
-        points = {_unescape(line.split(b" ", 5)[4]) for line in self._lines}
+        points = mount_points(b"\n".join(self._lines))
         while path != "/" and path not in points:
             path = os.path.dirname(path)
         return path
