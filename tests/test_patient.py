@@ -7,6 +7,7 @@ Nobody waits for the hang itself to be found out: HANGS_SEC is made short where 
 from __future__ import annotations
 
 import os
+import random
 import shutil
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
@@ -16,6 +17,7 @@ import pytest
 import trio
 import trio.testing
 from hangs import LOOKUP, OPENDIR, READDIR, READLINK, Hanging, hanging
+from test_chase import CHANGES, apply, interests, shows, world
 
 from needs import root
 from watcher import patient
@@ -166,3 +168,56 @@ async def test_what_hangs_behind_a_watched_tree_is_left_alone(
                     shutil.rmtree(good / "more")
             dead.answer()
             await told(changes, "tree")
+
+
+class Looking:
+    """Does what the daemon does: looks at a service again whenever its key is told."""
+
+    def __init__(self, watcher: PatientWatcher, watched: dict[str, Interest], fence: str) -> None:
+        self.watcher = watcher
+        self._watched = watched
+        self._fence = fence
+        self._fences = 0
+        self._seen: dict[str, object] = {}
+
+    async def begin(self) -> None:
+        await self.watcher.watch("fence", [Interest(self._fence)])
+        for key, interest in self._watched.items():
+            while await self.watcher.watch(key, [interest]):
+                self._seen[key] = shows(interest)
+
+    async def listen(self) -> None:
+        async for keys in self.watcher.changes():
+            self._fences += "fence" in keys
+            for key in keys - {"fence"}:
+                self._seen[key] = shows(self._watched[key])
+
+    async def settled(self) -> None:
+        chase = self.watcher._chase
+        for _ in range(2):
+            before = self._fences
+            Path(self._fence, f"{before}").touch()
+            while self._fences == before or self.watcher._run or chase.dirty or chase.relist or chase.changed:
+                await trio.sleep(0.001)
+
+    def missed(self) -> list[str]:
+        return [key for key, interest in self._watched.items() if self._seen[key] != shows(interest)]
+
+
+async def test_what_a_path_shows_does_not_change_unseen(good: Path) -> None:
+    choose = random.Random(1).choice
+    places = ["a", "b", "c", "a/b", "b/a", "b/b", "a/b/c", "b/b/c", "a/c", "c/a"]
+    with world() as tree, PatientWatcher() as watcher:
+        looking = Looking(watcher, interests(tree), str(good))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(looking.listen)
+            await looking.begin()
+            for number in range(150):
+                for _ in range(number % 7 + 1):
+                    apply((choose(CHANGES), choose(places), choose(places)), tree)
+                    if number % 2:
+                        await trio.sleep(0)  # while a thread follows what the last change has changed
+                with trio.fail_after(30):
+                    await looking.settled()
+                assert not looking.missed()
+            nursery.cancel_scope.cancel()
