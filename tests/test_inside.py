@@ -12,8 +12,7 @@ import pytest
 
 from needs import root, tool
 from watcher import inside
-from watcher.become import Like
-from watcher.enter import Order
+from watcher.order import Like, Order
 from watcher.process import Process
 
 pytestmark = [root, tool("unshare"), tool("chroot")]

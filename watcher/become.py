@@ -8,43 +8,17 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 from watcher.mounts import syscalls
+
+TYPE_CHECKING = False  # typing's own costs more than all that is done here
+if TYPE_CHECKING:
+    from watcher.order import Like
 
 with open("/proc/sys/kernel/cap_last_cap", encoding="ascii") as _file:
     _LAST_CAPABILITY = int(_file.read())
 
-_ALL = (1 << 64) - 1
 _NO_LINKS = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
-
-
-@dataclass(frozen=True, slots=True)
-class Like:
-    """Whose user, groups, environment, root directory, capabilities and limits a command gets.
-
-    Attributes:
-        user, group, groups: numbers, as the watcher's user namespace has them.
-        environment: of the command.
-        bounding: capabilities that a program may get at most, a mask.
-        ambient: capabilities that it gets although its user is not root, a mask.
-        no_new_privs: as of the process.
-        root: its root directory, a path in its mount namespace.
-        root_id: device and inode of that directory.
-        cgroup: directory of its control group, "" if that is also ours.
-    """
-
-    user: int
-    group: int
-    groups: tuple[int, ...]
-    environment: Mapping[str, str] = field(default_factory=dict)
-    bounding: int = _ALL
-    ambient: int = 0
-    no_new_privs: bool = False
-    root: str = "/"
-    root_id: tuple[int, int] = (0, 0)
-    cgroup: str = ""
 
 
 def become(who: Like, *, other: bool) -> None:

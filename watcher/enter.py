@@ -14,18 +14,23 @@ to the daemon as its standard input, and ends everything when the daemon closes 
 from __future__ import annotations
 
 import contextlib
-import json
+import marshal
 import os
 import select
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import NoReturn
+from types import SimpleNamespace
 
-from watcher.become import Like, become
+from watcher.become import become
 from watcher.mounts import syscalls
+
+TYPE_CHECKING = False  # typing's own costs more than all that is done here
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+    from watcher.order import Order
 
 EXIT_EXEC = 203
 """The command could not be executed, as systemd.exec(5) has it."""
@@ -43,38 +48,14 @@ entered from there, and from then on capabilities count only in it."""
 _AGAIN_MAX_SEC = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What to run.
-
-    Attributes:
-        namespaces: paths by which root finds them, by their kind.
-        like: whom to become like.
-        words: the command.
-        contained: whether to see to it that nothing of the command survives (else systemd does).
-        group: directory of a control group below which the command gets one of its own; "": it gets none.
-        private_pids: where it gets none, whether it gets a PID namespace.
-    """
-
-    namespaces: dict[str, str]
-    like: Like
-    words: Sequence[str]
-    contained: bool = False
-    group: str = ""
-    private_pids: bool = False
-
-    def dump(self) -> bytes:
-        """What `main()` reads."""
-        return json.dumps(asdict(self)).encode()
-
-
 def main(path: str) -> NoReturn:
     """Does what the order in a file says."""
     # The service may have the rights to trace what stands in its user namespace.
     syscalls.prctl_not_dumpable()
     with open(path, "rb") as file:
-        told = json.load(file)
-    order = Order(**told | {"like": Like(**told["like"])})
+        told = marshal.load(file)
+    told["like"] = SimpleNamespace(**told["like"])
+    order: Order = SimpleNamespace(**told)  # type: ignore[assignment]
     if order.contained:
         _contain(order)
     else:

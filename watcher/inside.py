@@ -26,11 +26,11 @@ from typing import Final, ParamSpec, TypeVar
 import trio
 
 import watcher
-from watcher.become import Like
 from watcher.config import signal_name
-from watcher.enter import KINDS, Order
+from watcher.enter import KINDS
 from watcher.managers import cgroup
 from watcher.model import Later
+from watcher.order import Like, Order
 from watcher.process import Gone, Process, namespace_id
 
 P = ParamSpec("P")

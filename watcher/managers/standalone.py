@@ -24,13 +24,12 @@ from dataclasses import dataclass
 import trio
 
 from watcher import config, inside, journal, resolve
-from watcher.become import Like
 from watcher.config import ServiceSettings
-from watcher.enter import Order
 from watcher.managers import Reloaded, Service
 from watcher.managers.tell import send_signal
 from watcher.model import Declared, Entry, Interest, Kind, Later, Remark, shown
 from watcher.mounts.workshop import Workshop
+from watcher.order import Like, Order
 from watcher.process import Gone, Process, descendants, namespace_id
 from watcher.unitfile import Assignment
 from watcher.watch import Watcher

@@ -17,10 +17,10 @@ from typing import Any, Final
 import trio
 
 from watcher import dbus, enter
-from watcher.become import Like
 from watcher.inside import OUTPUT_MAX, PROGRAM, Ended, namespaces, path_of, reason_of, told
 from watcher.managers.systemd1 import Jobs, Systemd1
 from watcher.model import Later
+from watcher.order import Like, Order
 from watcher.process import Process
 
 # What a unit's control group and its processes may use: taken over from the service as they are.
@@ -70,7 +70,7 @@ class Transient:
             ours = held.enter_context(open(writing, "wb", buffering=0))
             stream = trio.lowlevel.FdStream(reading)
             held.callback(stream.close)
-            order = enter.Order(held.enter_context(namespaces(main, namespace)), who, words)
+            order = Order(held.enter_context(namespaces(main, namespace)), who, words)
             path = held.enter_context(told(order))
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_gather, stream, output)
