@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import itertools
@@ -67,7 +68,7 @@ def layer(copy: Copy, slot: str = "web.raw") -> Layer:
 
 
 def inside(tmp_path: Path) -> set[str]:
-    return {name for name in os.listdir(tmp_path / "state/store") if name != ".lock"}
+    return set(os.listdir(tmp_path / "state/store")) - {".lock", ".names"}
 
 
 class TestImages:
@@ -428,7 +429,7 @@ work = Path(sys.argv[1])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3M", "tmpfs", work], check=True)
 store = t.Store(str(work / "state"), 1 << 40, 1 << 40, 2)
 outside = Path(sys.argv[2])
-def left(): return [name for name in os.listdir(work / "state/store") if name != ".lock"]
+def left(): return [name for name in os.listdir(work / "state/store") if name not in (".lock", ".names")]
 {body}
 """
 
@@ -609,6 +610,51 @@ class TestCollect:
                 store.collect(())
             other.kill()
         assert len(store.collect(())) == 1
+
+    def test_one_that_never_comes_to_an_end_keeps_only_what_is_new(
+        self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What hangs (a drop directory on a dead file system) must not fill the store for all others."""
+        old, slot = add(store, dropped(tmp_path, b"old")), add(store, dropped(tmp_path, b"slot"))
+        store.accept(UNIT, Stack((layer(slot),)), ())
+        with store.using():
+            with pytest.raises(Busy):
+                store.collect(())
+            monkeypatch.setattr("watcher.store._LEFT_SEC", 0)
+            assert store.collect(()) == (old.digest,)
+        assert inside(tmp_path) == {slot.digest}
+        lost = Stack((layer(old),))
+        with pytest.raises(Later, match="is gone from the store"):
+            store.accept(UNIT, lost, ())
+
+    def test_what_the_dead_left_goes_beside_one_that_hangs(self, store: Store, tmp_path: Path) -> None:
+        (tmp_path / "state/store/.tmp-5-0123456789abcdef").write_bytes(b"half")
+        with store.using():
+            assert store.collect(()) == ()
+        assert inside(tmp_path) == set()
+
+    @pytest.mark.parametrize("kind", Kind)
+    def test_what_is_being_written_is_left_alone(
+        self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind
+    ) -> None:
+        monkeypatch.setattr("watcher.store._LEFT_SEC", 0)
+        sync = {Kind.IMAGE: "fdatasync", Kind.DIRECTORY: "fsync"}[kind]
+        real = getattr(os, sync)
+        seen = []
+
+        def slow(fd: int) -> None:
+            monkeypatch.setattr(os, sync, real)
+            with store.using(), contextlib.suppress(Busy):
+                store.collect(())
+            seen.append([name for name in inside(tmp_path) if name.startswith(".tmp")])
+            real(fd)
+
+        monkeypatch.setattr(os, sync, slow)
+        image = kind is Kind.IMAGE
+        copy = add(store, dropped(tmp_path, b"x") if image else confext(tmp_path / "web", "web"))
+        assert len(seen) == 1 and len(seen[0]) == 1
+        intact(tmp_path / "state/store")
+        assert inside(tmp_path) == {copy.digest}
 
     def test_content_used_again_after_it_was_collected(self, store: Store, tmp_path: Path) -> None:
         path = dropped(tmp_path, b"x")

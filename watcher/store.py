@@ -2,18 +2,24 @@
 """The store: a copy of every admitted image and tree, by its digest; and the accepted stacks made of them.
 
     store/DIGEST        a file of mode 0400, or a directory tree: whole, and never changed
-    store/.tmp-SIZE-*   being written, or being removed; SIZE bytes are set aside for it
-    store/.lock         held shared while copies are made and put into a stack, exclusively to remove some; mode 0600
+    store/.tmp-SIZE-*   being written (and locked), or being removed; SIZE bytes are set aside for it
+    store/.lock         held shared while copies are looked for, made and put into a stack, exclusively to remove some
+    store/.names        the same for the moments in which a stack gets its links, or a temporary file its name
     stacks/, units/     see `watcher.stacks`
 
 What is verified, mounted, started from and rolled back to is always the copy: the dropped file may be overwritten,
 truncated or deleted. The store is readable by its owner alone, because trees keep their modes, set-id bits included.
 
-The daemon and `confext-watcher exec` use it at the same time. A copy must not be collected between having been made
-(or found) and having become part of an accepted stack: whoever does both holds `using()` around them. flock(2)
-belongs to the open file, so this works between threads as between processes, and a killed process holds nothing.
-With the exclusive lock nobody is writing, so every `.tmp-*` is a dead one's. Whoever can open a file can lock it, for
-reading is enough: every lock of ours is on a file that its owner alone can open, where only he can replace it.
+The daemon and `confext-watcher exec` use it at the same time. A copy should not be collected between having been made
+(or found) and having become part of an accepted stack: whoever does both holds `using()` around them. One that hangs
+there (what it copies lies on a dead file system) holds it for ever: so copies older than ten minutes that nothing
+refers to go all the same, and a round that wanted one copies it again. What must never be is a stack without its
+copies, or a temporary file that goes while it is written: `.names` and the lock of that file see to it, and who holds
+these waits for nothing but the store's own disk.
+
+flock(2) belongs to the open file, so all this works between threads as between processes, and a killed process holds
+nothing. Whoever can open a file can lock it, for reading is enough: every lock of ours is on a file that its owner
+alone can open, where only he can replace it.
 """
 
 from __future__ import annotations
@@ -27,8 +33,9 @@ import re
 import secrets
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from watcher import origins, owntree, tree
 from watcher.filecopy import copy_file, hash_file
@@ -40,7 +47,11 @@ from watcher.stacks import TEMPORARY, Accepted, Damaged, Stacks
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _LOCK = ".lock"
+_NAMES = ".names"
+# How old a copy that nothing refers to is at least, for nobody to be about to put it into a stack.
+_LEFT_SEC = 600
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EFBIG})
+_AT_ONCE = fcntl.LOCK_EX | fcntl.LOCK_NB
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -178,13 +189,14 @@ class Store:
         Raises:
             Later: a copy is not in the store (any more), or the record cannot be written; the old one stays.
         """
-        with self.using(), _translated(f"the stack of {shown(unit)} cannot be recorded"):
-            for layer in stack.layers:
-                if not self._holds(layer.digest, None):
-                    raise Later(f"the copy {layer.digest} of {layer.label} is gone from the store")
+        with _translated(f"the stack of {shown(unit)} cannot be recorded"):
             record = self.record(unit)
             mounted = origins.noted(stack, record.mounted if record is not None else {})
-            return self._stacks.accept(unit, stack, entries, mounted, after)
+            with self._lock(fcntl.LOCK_SH, _NAMES):
+                for layer in stack.layers:
+                    if not self._holds(layer.digest, None):
+                        raise Later(f"the copy {layer.digest} of {layer.label} is gone from the store")
+                return self._stacks.accept(unit, stack, entries, mounted, after)
 
     def accepted(self, unit: str) -> Stack | None:
         """The accepted stack, None if there never was one, or its record cannot be read."""
@@ -232,15 +244,25 @@ class Store:
             Busy: copies are being made somewhere; nothing was removed, try again later.
             Later: the file system would not.
         """
-        with _translated("copies that nobody needs cannot be removed"):
-            with self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB):
+        with _translated("copies that nobody needs cannot be removed"), ExitStack() as held:
+            busy = None
+            try:
+                held.enter_context(self._lock(_AT_ONCE))
+            except Busy as error:
+                busy = error
+            with self._lock(_AT_ONCE, _NAMES):
                 keep = self._stacks.prune(self.keep_stacks) | frozenset(mounted)
                 names = os.listdir(self._directory)
                 unneeded = tuple(name for name in names if _DIGEST.fullmatch(name) and name not in keep)
-                dead = [name for name in names if name.startswith(TEMPORARY)]
+                if busy:
+                    unneeded = tuple(filter(self._is_left, unneeded))
+                dead = [name for name in names if name.startswith(TEMPORARY) and self._is_dead(name)]
+                if busy and not unneeded and not dead:
+                    raise busy
                 for name in unneeded:
                     dead.append(f"{TEMPORARY}0-{secrets.token_hex(8)}")
                     os.rename(name, dead[-1], src_dir_fd=self._directory, dst_dir_fd=self._directory)
+            held.close()
             if unneeded:
                 # Or a power cut may bring the name of a tree back, and half of what is in it.
                 os.fsync(self._directory)
@@ -251,10 +273,31 @@ class Store:
                 self._copies.pop(name, None)
         return unneeded
 
-    def _lock(self, operation: int) -> io.FileIO:
+    def _is_left(self, name: str) -> bool:
+        try:
+            made = os.stat(name, dir_fd=self._directory, follow_symlinks=False).st_ctime
+        except FileNotFoundError:
+            return False
+        return time.time() - made > _LEFT_SEC
+
+    def _is_dead(self, name: str) -> bool:
+        """Whether nobody writes to a temporary file or directory any more, as far as can be found out now."""
+        try:
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(fd, _AT_ONCE)
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(fd)
+        return True
+
+    def _lock(self, operation: int, name: str = _LOCK) -> io.FileIO:
         """Until what is returned is closed. Raises Busy."""
         flags = os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        lock = io.FileIO(os.open(_LOCK, flags, 0o600, dir_fd=self._directory))
+        lock = io.FileIO(os.open(name, flags, 0o600, dir_fd=self._directory))
         try:
             fcntl.flock(lock, operation)
         except OSError as error:
@@ -320,14 +363,17 @@ class Store:
             if used + size > self.store_max:
                 room = f"{used} of {self.store_max} bytes (StoreMax=) are in use"
                 raise StoreFull(f"the store is full: {room}, {size} more are needed")
-            if kind is Kind.DIRECTORY:
-                os.mkdir(name, 0o700, dir_fd=self._directory)
-            fd = os.open(name, _DIRECTORY if kind is Kind.DIRECTORY else _NEW, 0o400, dir_fd=self._directory)
+            with self._lock(fcntl.LOCK_SH, _NAMES):
+                if kind is Kind.DIRECTORY:
+                    os.mkdir(name, 0o700, dir_fd=self._directory)
+                flags = _DIRECTORY if kind is Kind.DIRECTORY else _NEW
+                fd = os.open(name, flags, 0o400, dir_fd=self._directory)
+                fcntl.flock(fd, fcntl.LOCK_EX)
         try:
             yield name, fd
         finally:
-            os.close(fd)
             owntree.remove(name, self._directory)
+            os.close(fd)
 
     def _write_image(self, fd: int, size: int, lease: Lease) -> str:
         hasher = hashlib.sha256()
