@@ -268,6 +268,23 @@ def test_names_that_can_be_listed_but_not_looked_at_are_unknown(public: Path) ->
     assert result.picks[0].unknown
 
 
+@pytest.mark.parametrize("which", ["the drop directory", "a directory of versions"])
+def test_a_directory_with_names_without_end_is_unknown_and_told(
+    drop: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    directory = versions(drop / "web.raw.v", "web_1.raw")
+    monkeypatch.setattr(scan, "_NAMES_MAX", 6)
+    for number in range(6):
+        ((drop if which == "the drop directory" else directory) / f".{number}").touch()
+    result = look(drop)
+    assert result.unknown or result.picks[0].unknown
+    (text,) = told(result, "warning")
+    assert re.fullmatch(
+        r"cannot be read, (all|what was accepted) stays( as it is)?: more than 6 names in it, remove some",
+        text,
+    )
+
+
 def test_two_looks_at_the_same_are_the_same(drop: Path, tmp_path: Path) -> None:
     inner = versions(drop / "web.raw.v", *(f"web_{number}.raw" for number in range(20)))
     for number in range(20):

@@ -19,6 +19,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 
 from . import resolve, vpick
 from .model import Candidate, Declared, Entry, Interest, Kind, Look, Picks, Remark, Scope, Unsafe
@@ -26,6 +27,7 @@ from .strictmodes import Found, StrictModes, Way
 from .vpick import Dirent
 
 _ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
+_NAMES_MAX = 10_000
 _NULL = os.makedev(1, 3)
 _NOTHING = r"(?!)"
 """A pattern that no name matches: what counts is the directory itself."""
@@ -238,12 +240,15 @@ def _read(
         kind: what they are to be, in a directory of versions: where their links lead is watched.
 
     Raises:
-        OSError: the directory itself cannot be read.
+        OSError: the directory itself cannot be read, or there are too many.
     """
     descriptor = os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with os.scandir(descriptor) as entries:
-            names = [entry for entry in entries if wanted is None or wanted.fullmatch(entry.name)]
+        with os.scandir(descriptor) as entries:  # which may be ten million
+            listed = list(islice(entries, _NAMES_MAX + 1))
+        if len(listed) > _NAMES_MAX:
+            raise OSError(errno.E2BIG, f"more than {_NAMES_MAX} names in it, remove some", path)
+        names = [entry for entry in listed if wanted is None or wanted.fullmatch(entry.name)]
         found = (
             _linked(f"{path}/{entry.name}", notes, kind)
             if entry.is_symlink()
