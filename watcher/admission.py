@@ -39,6 +39,7 @@ _SHORT = {
     errno.EBUSY: "no free loop device",
     errno.EMFILE: "too many open files",
     errno.ENFILE: "too many open files",
+    errno.EPERM: "images need root of the host, a user namespace has directories only",
     errno.ENODEV: "no file system for it in this kernel (or its module is not loaded)",
 }
 
