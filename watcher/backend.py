@@ -15,7 +15,7 @@ from watcher.control import Tell
 from watcher.ledger import LedgerError
 from watcher.line import Line, Tools
 from watcher.managers import Service
-from watcher.model import Event, Layer, Outcome, Remark, Stack
+from watcher.model import Event, Layer, Outcome, Remark, Stack, Unsafe
 from watcher.offload import Unanswered
 from watcher.process import Gone
 from watcher.schema import (
@@ -27,6 +27,7 @@ from watcher.schema import (
     ServiceStatus,
     text,
 )
+from watcher.strictmodes import StrictModes
 from watcher.waits import Verdicts, Waits, names
 from watcher.wanted import bad
 
@@ -299,11 +300,24 @@ def _applied(service: str, now: ServiceStatus, layer: Layer, history: Sequence[E
 
 
 def _stands(event: Event) -> bool:
-    """Whether the file that an outcome is about has not been replaced or removed since."""
+    """Whether the file that an outcome is about has not been replaced or removed since. Blocks.
+
+    Of what lies behind a link only as much is told as who has set that could see himself.
+    """
     try:
-        return os.stat(event.source).st_ctime_ns // 1000 <= event.when
+        return _seen(event.source).st_ctime_ns // 1000 <= event.when
     except OSError:
         return False
+
+
+def _seen(path: str) -> os.stat_result:
+    with StrictModes() as modes:
+        try:
+            found = modes.open(path)
+        except Unsafe:
+            return os.lstat(path)
+    os.close(found.fd)
+    return found.status
 
 
 async def _in_thread(function: Callable[..., T], *arguments: object) -> T:

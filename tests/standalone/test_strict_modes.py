@@ -169,3 +169,18 @@ def test_a_user_whom_nobody_knows_is_said_once(place: Place) -> None:
     service.reloaded("2")
     said = [line for line in service.log_lines() if "no user is called no-such-user" in line]
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_wait_does_not_tell_whether_anything_is_there(place: Place, secret: Path, there: bool) -> None:
+    """A refusal stands for as long as the link is what it was, whatever has become of its target."""
+    service = place.start(*TRUSTED)
+    given_away(service)
+    if not there:
+        secret.unlink()
+    as_nobody("ln", "-s", secret, service.versions / "web_9.raw")
+    service.logged("web_9.raw", "refused: ")
+    if there:
+        secret.touch()
+    answer = place.run("wait", "--timeout", "5", service.name, "web_9.raw", check=False)
+    assert answer.returncode == 1, answer
