@@ -12,6 +12,8 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Sequence
 
+from .basics import shown
+
 UNIT_PATHS = (
     "/etc/systemd/system.control",
     "/run/systemd/system.control",
@@ -199,7 +201,7 @@ class Specifiers:
             return self._release(_OS_RELEASE[letter])
         reader = _READERS.get(letter)
         if reader is None:
-            raise ValueError(f"the specifier %{letter} is not known")
+            raise ValueError(f"the specifier %{shown(letter)} is not known")
         return reader(self)
 
     def _release(self, key: str) -> str:

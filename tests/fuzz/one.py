@@ -12,7 +12,7 @@ with atheris.instrument_imports(include=["watcher", "jeepney", "varlink"]):
 
 from fuzz.steps import counted
 
-_COUNT_EVERY = 64
+_COUNT_EVERY = 512
 """One in so many runs has its steps counted, with a long input: counting takes time."""
 
 

@@ -197,9 +197,11 @@ def unit_file(data: bytes) -> None:
     parsed = unitfile.parse(_text(data), "/a")
     for each in parsed.assignments:
         assert each.section and each.key and "\n" not in "".join(each[:3]) and 0 < each.line <= len(data) + 1
-    text = "".join(f"[{each.section}]\n{each.key}={each.value}\n" for each in parsed.assignments)
+    # A backslash and blanks at the end of a line go on nowhere (257, 262), and cannot be written without the blanks.
+    kept = [each for each in parsed.assignments if (len(each.value) - len(each.value.rstrip("\\"))) % 2 == 0]
+    text = "".join(f"[{each.section}]\n{each.key}={each.value}\n" for each in kept)
     again = unitfile.parse(text, "/a").assignments
-    assert [each[:3] for each in again] == [each[:3] for each in parsed.assignments]
+    assert [each[:3] for each in again] == [each[:3] for each in kept]
     keys = ("ExtensionImages", "Check")
     short = unitfile.parse_only(data, "/a", unitfile.lines_of(keys))
     assert _chosen(short, keys) == _chosen(parsed, keys)
@@ -306,7 +308,7 @@ def drop_in(data: bytes) -> None:
     with only(dropin.Unwritable):
         text = _assigned("ExtensionImages", dropin.image(f"/{path}", options, optional=True))
         (found,) = unitfile.extension_images(text, expand)
-        assert found == (f"/{path}", options, True)
+        assert found == (f"/{path}", options.lstrip(":"), True)
     with only(dropin.Unwritable):
         text = _assigned("ExtensionDirectories", dropin.path(f"/{path}"))
         assert unitfile.extension_directories(text, expand) == [(f"/{path}", False)]
@@ -367,7 +369,8 @@ def versions(data: bytes) -> None:
         )
         for candidate in picked:
             assert re.fullmatch(vpick.pattern(spec), candidate.filename)
-            _count_is_the_same(candidate)
+            if kind is Kind.IMAGE:
+                _count_is_the_same(candidate)
         for name in names:
             vpick.split(name, kind)
     for one in names:
