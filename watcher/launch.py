@@ -37,7 +37,7 @@ from watcher.process import Gone, Process, may_mount, namespace_id, shares_host,
 from watcher.schema import Quarantined, text
 from watcher.store import Store
 from watcher.trials import Trial, Trials
-from watcher.wanted import Wanted, find
+from watcher.wanted import Wanted, find, newest_whole
 
 
 class CannotStart(Exception):
@@ -175,10 +175,20 @@ def _enter_stack(settings: Settings, order: Order) -> None:
         syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_SHARED)
         namespace = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            copies = {layer.digest: store.copy(layer) for layer in stack.layers}
-            shop.submit(swap, shop, namespace, stack, copies).result()
+            try:
+                _swap(store, shop, namespace, stack)
+            except (OSError, Refused, Later):
+                store.doubt(slots_of(order.name, "standalone"))
+                if store.is_whole(stack):
+                    raise
+                _swap(store, shop, namespace, _admit(settings, store, shop, order))
         finally:
             os.close(namespace)
+
+
+def _swap(store: Store, shop: Workshop, namespace: int, stack: Stack) -> None:
+    copies = {layer.digest: store.copy(layer) for layer in stack.layers}
+    shop.submit(swap, shop, namespace, stack, copies).result()
 
 
 def _admit(settings: Settings, store: Store, shop: Workshop, order: Order) -> Stack:
@@ -190,21 +200,23 @@ def _admit(settings: Settings, store: Store, shop: Workshop, order: Order) -> St
             wanted = _find(settings, Admission(store, shop), store, trials, order)
         except LedgerError as error:
             journal.log.warning(f"{order.name}: starts on its last accepted stack: {error}")
-            return store.accepted(slots_of(order.name, "standalone")) or Stack()
+            return newest_whole(store, slots_of(order.name, "standalone"))
         for remark in wanted.look.remarks:
             if remark.level != "debug":
                 journal.say(remark)
         for passed in wanted.passed:
             journal.log.warning(f"{order.name}: {shown(passed.candidate.path)} passed over: {passed.reason}")
         if wanted.new and wanted.current.layers and _is_tried_by_the_daemon(order):
-            return wanted.current
+            return wanted.staying().stack
         stack = _on_trial(trials, order, wanted) if wanted.new else wanted.stack
         try:
             entries = [pick.entry for pick in wanted.look.picks]
             store.accept(slots_of(order.name, "standalone"), stack, entries, [trials.directory])
         except Later as error:
             journal.log.warning(f"{order.name}: starts on its last accepted stack: {error}")
-            return wanted.current
+            return wanted.whole
+    if wanted.fallen and not stack.layers:
+        journal.log.error(f"{order.name}: nothing in the store is whole, it starts with the host's /etc")
     return stack
 
 

@@ -151,6 +151,10 @@ class Line:
     async def _one(self, service: Service, since: float) -> float | None:
         memory = self._memory.setdefault(service.name, Memory())
         try:
+            if service.failed and service.main is None and memory.doubted != service.invocation:
+                # systemd could not mount a slot, perhaps.
+                memory.doubted = service.invocation
+                await self._doubt(service)
             settled = await self._round(service, memory, since)
         except Gone:
             return None  # its manager will say so, and it is looked at again when it starts
@@ -164,8 +168,14 @@ class Line:
         except (OSError, Refused, Later, Hung, Lost, Moved) as error:
             await self._record.not_placed(service.name, error)
             settled = False
+            if not memory.attempts:
+                await self._doubt(service)
         memory.attempts = 0 if settled else memory.attempts + 1
         return None if settled else min(_AGAIN * 2 ** (memory.attempts - 1), _AGAIN_MAX)
+
+    async def _doubt(self, service: Service) -> None:
+        """The next look reads the copies again that the service is to have."""
+        await trio.to_thread.run_sync(self._tools.store.doubt, service.slots, abandon_on_cancel=True)
 
     async def look(self, service: Service) -> Wanted:
         """What a round would find now, without doing anything about it."""

@@ -37,6 +37,7 @@ class Memory:
         held_for: the start of the service for which `held` holds.
         fell: it went down with what is kept out, so that its next start is systemd's or our doing.
         output: what the command printed that the last stack failed by.
+        doubted: the failed start of the service after which its copies were looked at again.
     """
 
     interests: tuple[object, ...] | None = None
@@ -50,3 +51,4 @@ class Memory:
     held_for: str = ""
     fell: bool = False
     output: str = ""
+    doubted: str = ""

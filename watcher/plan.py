@@ -37,7 +37,12 @@ class Choice:
         return any(isinstance(passed.reason, Busy) for passed in self.passed)
 
 
-def choose(look: Look, admit: Callable[[Candidate], Copy], accepted: Stack) -> Choice:
+def choose(
+    look: Look,
+    admit: Callable[[Candidate], Copy],
+    accepted: Stack,
+    lost: Callable[[Candidate], bool] = lambda candidate: False,
+) -> Choice:
     """The stack that a service should have.
 
     Args:
@@ -45,6 +50,8 @@ def choose(look: Look, admit: Callable[[Candidate], Copy], accepted: Stack) -> C
         admit: gives the store's copy of a candidate; asked only for those that the answer depends on. Raises Refused
             or Busy where it may not become a layer.
         accepted: the last accepted stack.
+        lost: whether a candidate that is refused was accepted once, and would be now, were its copy not damaged: what
+            came in its place stays.
     """
     if look.unknown:  # a directory that could not be read: nothing is taken from a service for that
         return Choice(accepted, ())
@@ -52,14 +59,18 @@ def choose(look: Look, admit: Callable[[Candidate], Copy], accepted: Stack) -> C
     layers: list[Layer] = []
     passed: list[Passed] = []
     for pick in look.picks:
-        layer = _pick(pick, admit, before.get(pick.entry.slot), passed)
+        layer = _pick(pick, admit, before.get(pick.entry.slot), passed, lost)
         if layer is not None:
             layers.append(layer)
     return Choice(Stack(_distinct(layers)), tuple(passed))
 
 
 def _pick(
-    pick: Picks, admit: Callable[[Candidate], Copy], accepted: Layer | None, passed: list[Passed]
+    pick: Picks,
+    admit: Callable[[Candidate], Copy],
+    accepted: Layer | None,
+    passed: list[Passed],
+    lost: Callable[[Candidate], bool],
 ) -> Layer | None:
     if pick.unsafe is not None:  # one line for all of them
         passed += [Passed(pick.entry.slot, candidate, pick.unsafe) for candidate in pick.candidates[:1]]
@@ -72,7 +83,7 @@ def _pick(
             copy = admit(candidate)
         except (Refused, Busy) as reason:
             passed.append(Passed(pick.entry.slot, candidate, reason))
-            kept_out = kept_out or isinstance(reason, KeptOut)
+            kept_out = kept_out or isinstance(reason, KeptOut) or lost(candidate)
             if accepted is not None and accepted.source == candidate.path:
                 return accepted
         else:

@@ -2,7 +2,7 @@
 """The store: a copy of every admitted image and tree, by its digest; and the accepted stacks made of them.
 
     store/DIGEST        a file of mode 0400, or a directory tree: whole, and never changed
-    store/.tmp-SIZE-*   being written (and locked), or being removed; SIZE bytes are set aside for it
+    store/.tmp-SIZE-*   being written (and locked), or being removed, or damaged; SIZE bytes are set aside for it
     store/.lock         held shared while copies are looked for, made and put into a stack, exclusively to remove some
     store/.names        the same for the moments in which a stack gets its links, or a temporary file its name
     stacks/, units/     see `watcher.stacks`
@@ -44,6 +44,7 @@ from watcher.known import Known
 from watcher.lease import Lease
 from watcher.model import Busy, Copy, Entry, Kind, Later, Layer, Refused, Stack, shown
 from watcher.stacks import TEMPORARY, Accepted, Damaged, Stacks
+from watcher.whole import Whole
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _LOCK = ".lock"
@@ -82,6 +83,7 @@ class Store:
         for private in (self._path, self._stacks.directory):
             os.chmod(private, 0o700)  # whatever the umask, and whoever made it
         self._directory = os.open(self._path, _DIRECTORY)
+        self._whole = Whole(self._directory, TEMPORARY)
         self._room = threading.Lock()
         self._copies: dict[str, Copy] = {}
         self._warned: set[str] = set()
@@ -137,7 +139,7 @@ class Store:
             except (StoreFull, OSError) as error:
                 if not lease.held():
                     raise
-                digest = self._found_instead(error, lambda: _digest_of(fd, size, lease), size)
+                digest = self._found_instead(error, lambda: _digest_of(fd, size, lease))
         return self._made(digest, size, Kind.IMAGE, probed.fstype)
 
     def add_tree(self, root: int, signature: tree.Signature) -> Copy:
@@ -151,12 +153,31 @@ class Store:
             try:
                 digest = self._write_tree(root, signature)
             except (StoreFull, OSError) as error:
-                digest = self._found_instead(error, lambda: _digest_of_tree(root, signature), None)
+                digest = self._found_instead(error, lambda: _digest_of_tree(root, signature))
         return self._made(digest, signature.size, Kind.DIRECTORY)
 
     def has(self, copy: Copy) -> bool:
-        """Whether a copy is still there, whole as far as its size tells."""
-        return self._holds(copy.digest, copy.size if copy.kind is Kind.IMAGE else None)
+        """Whether a copy is still there, and whole (`verify`)."""
+        return self.verify(copy.digest)
+
+    def verify(self, digest: str) -> bool:
+        """Whether there is a whole copy of that digest; a damaged one is gone from now on. Blocks: see `watcher.whole`.
+
+        Raises:
+            Later: the store cannot be looked into.
+        """
+        with _translated("the store cannot be looked into"):
+            return self._whole.verify(digest)
+
+    def is_whole(self, stack: Stack) -> bool:
+        """Whether all copies of a stack are there and whole. Blocks, raises as `verify()`."""
+        return all(self.verify(digest) for digest in stack.digests)
+
+    def doubt(self, unit: str) -> None:
+        """Something went wrong with the accepted stack of a unit: its copies are read again before they are used."""
+        stack = self.accepted(unit)
+        if stack is not None:
+            self._whole.doubt(stack.digests)
 
     def copy(self, layer: Layer) -> Copy:
         """The copy that a layer of an accepted stack is.
@@ -251,12 +272,20 @@ class Store:
             except Busy as error:
                 busy = error
             with self._lock(_AT_ONCE, _NAMES):
-                keep = self._stacks.prune(self.keep_stacks) | frozenset(mounted)
+                used = frozenset(mounted)
+                keep = self._stacks.prune(self.keep_stacks) | used
                 names = os.listdir(self._directory)
                 unneeded = tuple(name for name in names if _DIGEST.fullmatch(name) and name not in keep)
                 if busy:
                     unneeded = tuple(filter(self._is_left, unneeded))
-                dead = [name for name in names if name.startswith(TEMPORARY) and self._is_dead(name)]
+                dead = [
+                    name
+                    for name in names
+                    # A damaged copy of a tree is what a service that runs on it still sees.
+                    if name.startswith(TEMPORARY)
+                    and self._is_dead(name)
+                    and not used.intersection(name.split("-"))
+                ]
                 if busy and not unneeded and not dead:
                     raise busy
                 for name in unneeded:
@@ -334,7 +363,7 @@ class Store:
     def _copy(self, digest: str) -> Copy:
         """What is under a digest, looked into once. Raises FileNotFoundError, or Refused if it is damaged."""
         known = self._copies.get(digest)
-        if known and self.has(known):
+        if known and self._holds(digest, known.size if known.kind is Kind.IMAGE else None):
             return known
         # O_NOFOLLOW and no more: a file and a directory open alike for reading.
         fd = os.open(digest, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
@@ -381,15 +410,16 @@ class Store:
             os.fchmod(made, 0o400)  # whatever the umask
             copy_file(fd, made, size, hasher, lease, sync=True)
             digest = hasher.hexdigest()
-            if not self._holds(digest, size):
+            if not self._whole.verify(digest):
                 os.rename(name, digest, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+                self._whole.made(digest)
         return digest
 
     def _write_tree(self, root: int, signature: tree.Signature) -> str:
         with self._set_aside(signature.size, Kind.DIRECTORY) as (name, made):
             copied = tree.copy(root, made, signature.size)
             _require_unchanged(root, signature)
-            if not self._holds(copied.digest, None):
+            if not self._whole.verify(copied.digest):
                 owntree.sync(made, signature.entries)
                 self._rename_tree(name, copied.digest)
         return copied.digest
@@ -400,13 +430,14 @@ class Store:
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise  # these two: another process was first with the same tree
+        self._whole.made(digest)
 
-    def _found_instead(self, error: Exception, digest: Callable[[], str], size: int | None) -> str:
+    def _found_instead(self, error: Exception, digest: Callable[[], str]) -> str:
         """There is no room, but the same content may be in the store already: then none is needed."""
         if isinstance(error, OSError) and error.errno not in _NO_SPACE:
             raise error
         found = digest()
-        if not self._holds(found, size):
+        if not self._whole.verify(found):
             raise error
         return found
 

@@ -55,6 +55,9 @@ class Wanted:
         waiting: for a pinned service, the stack that it would have otherwise.
         at_hand: digests of what was come upon and not refused, whether it is wanted now or has to wait.
         signatures: of the files that were passed over, by path (`record.signatures`).
+        whole: the newest accepted stack that can be used: `current`, unless a copy of that is damaged.
+        fallen: `stack` is that because it could not be what it should: a copy is damaged, and what was dropped is not
+            whole either.
     """
 
     look: Look
@@ -69,6 +72,8 @@ class Wanted:
     waiting: Stack | None = None
     at_hand: frozenset[str] = frozenset()
     signatures: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    whole: Stack = field(default_factory=Stack)
+    fallen: bool = False
 
     @property
     def busy(self) -> bool:
@@ -90,7 +95,8 @@ class Wanted:
     @property
     def new(self) -> bool:
         """Whether it is a stack that has not proved itself yet."""
-        return self.stack.id != self.current.id and not self.rolling_back and not self.pinned
+        known = self.rolling_back or self.pinned or self.fallen
+        return self.stack.id != self.current.id and not known
 
     @property
     def on_trial(self) -> bool:
@@ -99,7 +105,8 @@ class Wanted:
 
     def staying(self) -> Wanted:
         """The same service on the stack that it has, for the time being."""
-        return replace(self, stack=self.current, recorded=True)
+        damaged = self.whole.id != self.current.id
+        return replace(self, stack=self.whole, recorded=not damaged, fallen=damaged)
 
 
 def find(
@@ -174,7 +181,7 @@ def _find(
         )
         look = replace(look, unknown=True, remarks=(*look.remarks, remark))
     look = _nothing_removed(look, entries, origins.unmounted(good, mounted))
-    choice = choose(look, admit, good)
+    choice = choose(look, admit, good, lambda candidate: _is_lost(store, slots, candidate))
     if made_for is not None:
         choice = _with_sysexts(choice, look, lambda one: admission.admit(one, made_for, at_hand))
     stack = choice.stack
@@ -186,6 +193,11 @@ def _find(
     pinned = next((one for one in stacks if one.id == pin), None) if pin is not None else None
     gone = None if pinned is not None else _gone(stacks, kept_out, trial)
     wanted = pinned or (stack if gone is None else good)
+    whole = newest_whole(store, slots, kept_out)
+    fallen = not store.is_whole(wanted)
+    if fallen:
+        look = replace(look, remarks=(*look.remarks, _fallen(store, wanted, whole)))
+        wanted = whole
     said = wanted, tuple(pick.entry for pick in look.picks), origins.noted(wanted, mounted)
     return Wanted(
         look,
@@ -199,6 +211,8 @@ def _find(
         pinned=pinned is not None,
         waiting=stack if pinned is not None and stack.id != pinned.id else None,
         at_hand=frozenset(at_hand),
+        whole=whole,
+        fallen=fallen,
     )
 
 
@@ -216,6 +230,39 @@ def _with_sysexts(choice: Choice, look: Look, read: Callable[[Candidate], Copy])
                 pass  # what was wrong in the first place is what is said
         passed.append(one)
     return replace(choice, passed=tuple(passed))
+
+
+def newest_whole(store: Store, slots: str, kept_out: Mapping[str, str] | None = None) -> Stack:
+    """The newest accepted stack of which no copy is damaged, and that did not prove bad; the empty one if none is left.
+
+    Blocks, see `watcher.whole`.
+    """
+
+    def usable(stack: Stack) -> bool:
+        return not bad(stack, kept_out or {}) and store.is_whole(stack)
+
+    current = store.accepted(slots) or Stack()
+    if usable(current):
+        return current
+    return next(filter(usable, store.stacks(slots)), Stack())
+
+
+def _is_lost(store: Store, slots: str, candidate: Candidate) -> bool:
+    """Whether what had a candidate's place was accepted, and its copy is damaged."""
+    return any(
+        layer.source == candidate.path and not store.verify(layer.digest)
+        for stack in store.stacks(slots)
+        for layer in stack.layers
+    )
+
+
+def _fallen(store: Store, stack: Stack, instead: Stack) -> Remark:
+    lost = next(layer for layer in stack.layers if not store.verify(layer.digest))
+    then = ", ".join(layer.label for layer in instead.layers) or "the host's /etc alone"
+    what = (
+        f"the copy of {lost.label} in the store is damaged, and no whole file is there to take it from again"
+    )
+    return Remark("warning", lost.source, f"{what}: {then} is used instead; drop it again")
 
 
 def _nothing_removed(look: Look, recorded: Sequence[Entry], unmounted: Mapping[str, str]) -> Look:

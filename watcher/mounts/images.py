@@ -40,11 +40,12 @@ class _Image:
     Attributes:
         turn: held while it is mounted, which may take for ever: then only who wants the same one waits.
         users: who has it, or waits for it.
+        inode: of the copy that is mounted, 0 if none is.
     """
 
     turn: threading.Lock = field(default_factory=threading.Lock)
     users: int = 0
-    mounted: bool = False
+    inode: int = 0
 
 
 class Images:
@@ -90,10 +91,10 @@ class Images:
                 if image.users or digest in kept:
                     continue
                 try:
-                    if image.mounted:
+                    if image.inode:
                         syscalls.umount2(self._path(digest), syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
                     del self._known[digest]
-                    if image.mounted:
+                    if image.inode:
                         os.rmdir(self._path(digest))
                 except OSError as error:  # it is tried again; a directory that stays is used again
                     journal.log.warning(f"workshop: an image stays mounted for the moment: {problem(error)}")
@@ -107,9 +108,14 @@ class Images:
     def _mounted(self, copy: Copy, image: _Image) -> str:
         path = self._path(copy.digest)
         with image.turn:
-            if not image.mounted:
+            inode = os.stat(copy.path, follow_symlinks=False).st_ino
+            if image.inode and image.inode != inode:
+                # That copy was damaged, and was made anew. Who still puts something together of it tries again.
+                syscalls.umount2(path, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
+                image.inode = 0
+            if not image.inode:
                 _mount_image(copy, path)
-                image.mounted = True
+                image.inode = inode
         return path
 
     def _path(self, digest: str) -> str:
