@@ -151,10 +151,7 @@ class Line:
     async def _one(self, service: Service, since: float) -> float | None:
         memory = self._memory.setdefault(service.name, Memory())
         try:
-            if service.failed and service.main is None and memory.doubted != service.invocation:
-                # systemd could not mount a slot, perhaps.
-                memory.doubted = service.invocation
-                await self._doubt(service)
+            await self._look_at_copies(service, memory)
             settled = await self._round(service, memory, since)
         except Gone:
             return None  # its manager will say so, and it is looked at again when it starts
@@ -172,6 +169,17 @@ class Line:
                 await self._doubt(service)
         memory.attempts = 0 if settled else memory.attempts + 1
         return None if settled else min(_AGAIN * 2 ** (memory.attempts - 1), _AGAIN_MAX)
+
+    async def _look_at_copies(self, service: Service, memory: Memory) -> None:
+        """Of a service that went down: with a damaged copy it is not its configuration that is to blame."""
+        if service.failed and service.main is None and memory.doubted != service.invocation:
+            memory.doubted = service.invocation
+            await self._doubt(service)
+            accepted = await trio.to_thread.run_sync(self._tools.store.accepted, service.slots)
+            whole = functools.partial(self._tools.store.is_whole, accepted or Stack())
+            memory.blameless = not await trio.to_thread.run_sync(whole, abandon_on_cancel=True)
+            if memory.blameless:
+                memory.afterglow = None
 
     async def _doubt(self, service: Service) -> None:
         """The next look reads the copies again that the service is to have."""
@@ -210,7 +218,8 @@ class Line:
 
     async def _round(self, service: Service, memory: Memory, since: float) -> bool:
         """Whether there is nothing left to wait for."""
-        await self._judge.before_look(service, memory)
+        if not memory.blameless or memory.doubted != service.invocation:
+            await self._judge.before_look(service, memory)
         _let_in_at_start(service, memory)
         rolling = service.settings.rollout == "rolling"
         if rolling:

@@ -38,6 +38,7 @@ class Memory:
         fell: it went down with what is kept out, so that its next start is systemd's or our doing.
         output: what the command printed that the last stack failed by.
         doubted: the failed start of the service after which its copies were looked at again.
+        blameless: one of them was damaged then.
     """
 
     interests: tuple[object, ...] | None = None
@@ -52,3 +53,4 @@ class Memory:
     fell: bool = False
     output: str = ""
     doubted: str = ""
+    blameless: bool = False

@@ -193,7 +193,7 @@ def _find(
     pinned = next((one for one in stacks if one.id == pin), None) if pin is not None else None
     gone = None if pinned is not None else _gone(stacks, kept_out, trial)
     wanted = pinned or (stack if gone is None else good)
-    whole = newest_whole(store, slots, kept_out)
+    whole = newest_whole(store, slots, kept_out, current)
     fallen = not store.is_whole(wanted)
     if fallen:
         look = replace(look, remarks=(*look.remarks, _fallen(store, wanted, whole)))
@@ -232,17 +232,22 @@ def _with_sysexts(choice: Choice, look: Look, read: Callable[[Candidate], Copy])
     return replace(choice, passed=tuple(passed))
 
 
-def newest_whole(store: Store, slots: str, kept_out: Mapping[str, str] | None = None) -> Stack:
+def newest_whole(
+    store: Store, slots: str, kept_out: Mapping[str, str] | None = None, current: Stack | None = None
+) -> Stack:
     """The newest accepted stack of which no copy is damaged, and that did not prove bad; the empty one if none is left.
 
     Blocks, see `watcher.whole`.
+
+    Args:
+        current: the accepted stack, where it is known.
     """
 
     def usable(stack: Stack) -> bool:
         return not bad(stack, kept_out or {}) and store.is_whole(stack)
 
-    current = store.accepted(slots) or Stack()
-    if usable(current):
+    current = store.accepted(slots) if current is None else current
+    if current is not None and usable(current):
         return current
     return next(filter(usable, store.stacks(slots)), Stack())
 

@@ -41,7 +41,7 @@ class Whole:
         self._directory = directory
         self._temporary = temporary
         self._seen: dict[str, Seen] = {}
-        self._lock = threading.Lock()
+        self._turns: dict[str, threading.Lock] = {}
         # A user namespace knows few owners: a tree may have come with some that no copy there can have.
         self._owners_are_kept = may_mount()
 
@@ -63,7 +63,9 @@ class Whole:
         """
         if self._is_seen(digest):
             return True
-        with self._lock:  # of many services with the same image one reads it
+        with self._turns.setdefault(
+            digest, threading.Lock()
+        ):  # of many services with the same image one reads it
             if self._is_seen(digest):
                 return True
             try:
