@@ -258,7 +258,6 @@ class Daemon:
         """Let go of copies and mounted images that nobody needs."""
         tools = self._tools
         untidy = ""
-        self._line.let_go()
         try:
             removed = await trio.to_thread.run_sync(tools.store.collect, mounted, abandon_on_cancel=True)
             tools.admission.forget(removed)

@@ -10,11 +10,10 @@ wanted.
 from __future__ import annotations
 
 import functools
-import io
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 
 import trio
@@ -49,9 +48,6 @@ _HOST_ETC = Interest("/", pattern="etc")
 # a loop device that becomes free. Doubled each time, up to the second figure.
 _AGAIN = 0.25
 _AGAIN_MAX = 30.0
-
-# Seconds after which a look at files that do not answer does not keep the store from being tidied up.
-_LET_GO_SEC = 600.0
 
 # Seconds that a service waits for a look at the files of others (`Rollout=rolling`), which may not answer.
 _PEER_SEC = 1.0
@@ -97,7 +93,6 @@ class Line:
         self._rollout = Rollout(changed)
         self._accepted = accepted
         self._memory: dict[str, Memory] = {}
-        self._holds: dict[str, tuple[float, io.FileIO]] = {}
         self._awaited: dict[str, list[trio.Event]] = {}
 
     @property
@@ -109,15 +104,6 @@ class Line:
                 return None
             known |= memory.mounted | memory.at_hand
         return frozenset(known)
-
-    def let_go(self) -> None:
-        """What services have hold of whose files have not answered for long: nothing could be tidied up otherwise.
-
-        A copy that one of them still makes may be removed, and is made again.
-        """
-        for began, held in tuple(self._holds.values()):
-            if time.monotonic() - began > _LET_GO_SEC:
-                held.close()
 
     def forget(self, name: str) -> None:
         """The service takes no part any more; its slots stay."""
@@ -172,12 +158,12 @@ class Line:
 
     async def _look_at_copies(self, service: Service, memory: Memory) -> None:
         """Of a service that went down: with a damaged copy it is not its configuration that is to blame."""
-        if service.failed and service.main is None and memory.doubted != service.invocation:
+        if service.main is not None:
+            memory.ran = time.monotonic()
+        elif service.failed and memory.doubted != service.invocation:
             memory.doubted = service.invocation
-            await self._doubt(service)
-            accepted = await trio.to_thread.run_sync(self._tools.store.accepted, service.slots)
-            whole = functools.partial(self._tools.store.is_whole, accepted or Stack())
-            memory.blameless = not await trio.to_thread.run_sync(whole, abandon_on_cancel=True)
+            damaged = functools.partial(self._tools.store.was_damaged, service.slots, memory.ran)
+            memory.blameless = await trio.to_thread.run_sync(damaged, abandon_on_cancel=True)
             if memory.blameless:
                 memory.afterglow = None
 
@@ -354,7 +340,7 @@ class Line:
         tools, name = self._tools, service.name
         pin, trial = tools.ledger.pinned(name), tools.trials.of(name)
         memory = self._memory.get(name)
-        with self._holding_store(name):
+        with tools.store.using():  # whoever waits for this may give it up, while a copy goes on
             wanted = find(
                 tools.store,
                 tools.admission,
@@ -371,16 +357,6 @@ class Line:
         if memory is not None:
             memory.at_hand = wanted.at_hand
         return replace(wanted, signatures=signatures(wanted.passed))
-
-    @contextmanager
-    def _holding_store(self, name: str) -> Iterator[None]:
-        """`Store.using()` for a thread of the service: who waits for it may give it up, while a copy goes on."""
-        with self._tools.store.hold() as held:
-            self._holds[name] = time.monotonic(), held
-            try:
-                yield
-            finally:
-                self._holds.pop(name, None)
 
     def _kept_out(self, service: Service) -> tuple[dict[str, str], dict[str, str]]:
         """What must not get into a service with the reasons: for its own sake, and because of others."""

@@ -37,8 +37,9 @@ class Memory:
         held_for: the start of the service for which `held` holds.
         fell: it went down with what is kept out, so that its next start is systemd's or our doing.
         output: what the command printed that the last stack failed by.
+        ran: when a round saw it running, `time.monotonic()`.
         doubted: the failed start of the service after which its copies were looked at again.
-        blameless: one of them was damaged then.
+        blameless: one of them was damaged since it ran.
     """
 
     interests: tuple[object, ...] | None = None
@@ -52,5 +53,6 @@ class Memory:
     held_for: str = ""
     fell: bool = False
     output: str = ""
+    ran: float = 0.0
     doubted: str = ""
     blameless: bool = False

@@ -179,6 +179,18 @@ class Store:
         if stack is not None:
             self._whole.doubt(stack.digests)
 
+    def was_damaged(self, unit: str, since: float) -> bool:
+        """Whether a copy of the accepted stack of a unit is damaged, or was found to be.
+
+        Blocks: they are read again.
+
+        Args:
+            since: found after that, `time.monotonic()`.
+        """
+        stack = self.accepted(unit) or Stack()
+        self._whole.doubt(stack.digests)
+        return not self.is_whole(stack) or self._whole.damaged_since(stack.digests, since)
+
     def copy(self, layer: Layer) -> Copy:
         """The copy that a layer of an accepted stack is.
 

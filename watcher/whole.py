@@ -17,6 +17,7 @@ import os
 import secrets
 import stat
 import threading
+import time
 from collections.abc import Iterable
 
 from watcher import tree
@@ -41,6 +42,7 @@ class Whole:
         self._directory = directory
         self._temporary = temporary
         self._seen: dict[str, Seen] = {}
+        self._damaged: dict[str, float] = {}
         self._turns: dict[str, threading.Lock] = {}
         # A user namespace knows few owners: a tree may have come with some that no copy there can have.
         self._owners_are_kept = may_mount()
@@ -54,6 +56,10 @@ class Whole:
         """Something went wrong with them: they are read again before they are used."""
         for digest in digests:
             self._seen.pop(digest, None)
+
+    def damaged_since(self, digests: Iterable[str], since: float) -> bool:
+        """Whether one of them was found damaged after `since`, `time.monotonic()`, though it may be mended by now."""
+        return any(self._damaged.get(digest, -1.0) >= since for digest in digests)
 
     def verify(self, digest: str) -> bool:
         """Whether a copy is there and whole. Blocks, for as long as reading it takes, where that is not known.
@@ -75,6 +81,7 @@ class Whole:
             try:
                 found = os.fstat(fd)
                 if problem := self._problem(fd, found, digest):
+                    self._damaged[digest] = time.monotonic()
                     self._put_away(digest, found, problem)
                     return False
                 self._seen[digest] = _seen(found)

@@ -21,7 +21,7 @@ from watcher import attributes
 pytestmark = [needs.bed, needs.tool("mksquashfs"), needs.tool("mkfs.erofs")]
 
 NOBODY = 65534
-RELOADS = f"{SLEEP}ExecReload=/bin/true\n[X-Confext]\nSettleTreeSec=0\nTrustedUsers=nobody 1234\n"
+RELOADS = f"{SLEEP}ExecReload=/bin/true\n[X-Confext]\nTrustedUsers=nobody 1234\n"
 UNITS = {
     "plain.service": f"[Service]\nUser=nobody\n{RELOADS}Reload=signal:SIGCONT\n",
     "dynamic.service": f"[Service]\nDynamicUser=yes\nPrivateUsers=yes\n{RELOADS}",
@@ -93,7 +93,7 @@ def _odd_tree(host: Host) -> None:
     os.chmod(etc / "set-id", 0o4755)
     (etc / "shared").mkdir()
     os.chown(etc / "shared", 0, 1234)
-    os.chmod(etc / "shared", 0o2775)
+    os.chmod(etc / "shared", 0o2755)
     (etc / "capable").touch()
     os.setxattr(etc / "capable", "security.capability", CAPABLE)
     (etc / "link").symlink_to("owned")
@@ -157,9 +157,10 @@ def test_the_unit_allows_what_is_needed(host: Host) -> None:
 
 
 def test_the_watcher_is_little_exposed(host: Host) -> None:
+    """3.4, and 0.3 more for the namespaces of services without systemd, which their checks have to enter."""
     asked = ["systemd-analyze", "security", "--no-pager", "confext-watcher.service"]
-    done = host.bed.run([*asked, "--threshold=34"], check=False)
-    assert done.returncode == 0, done.stdout
+    done = host.bed.run([*asked, "--threshold=37"], check=False)
+    assert done.returncode == 0, done.stdout.splitlines()[-1]
 
 
 def test_the_watcher_has_limits(host: Host) -> None:
