@@ -84,6 +84,8 @@ def _execute(
     who, doing = order.like, "become"
     # In a user namespace of one user there is nothing to change to, and setgroups() is not allowed.
     other = (who.user, who.group) != (os.geteuid(), os.getegid())
+    # From here on an import would find the service's files.
+    sys.meta_path.clear()
     try:
         if other:
             # First of all: the user namespace may not allow it (PrivateUsers= does not).
@@ -92,10 +94,25 @@ def _execute(
             syscalls.setns(fd, flag)
         become(who, other=other)
         doing = "exec"
-        os.execvpe(order.words[0], list(order.words), who.environment)
+        _search(order)
     except OSError as error:
         failed(doing, error)
     os._exit(EXIT_EXEC)
+
+
+def _search(order: Order) -> None:
+    """execvpe(3); Python's own imports something first."""
+    words, environment = list(order.words), order.like.environment
+    failure: OSError | None = None
+    for directory in environment.get("PATH", os.defpath).split(":") if "/" not in words[0] else [""]:
+        try:
+            os.execve(os.path.join(directory, words[0]), words, environment)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            failure = failure or error
+        except OSError as error:
+            failure = error
+    if failure is not None:
+        raise failure
 
 
 # --- without systemd ---
