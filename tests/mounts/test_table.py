@@ -109,6 +109,9 @@ def test_the_empty_stack_is_one_too() -> None:
         "ro,lowerdir+=/a,lowerdir+=/b",
         "ro,lowerdir+=cover",
         f"ro,lowerdir+={COVER},lowerdir+=layers/web_1@{A}",
+        f"ro,lowerdir+={COVER},lowerdir+=layers/web_1@not\\012a\\012digest,lowerdir+=base@0:1",
+        f"ro,lowerdir+={COVER},lowerdir+=/layers/web_1@{A},lowerdir+=base@0:1",
+        f"ro,lowerdir+={COVER},lowerdir+=layers/web_1@{A.upper()},lowerdir+=base@0:1",
         "ro",
     ],
 )

@@ -39,6 +39,8 @@ LAYERS_MAX = 500 - 2
 _PATH_MAX = 255
 _LABEL_MAX = _PATH_MAX - len(LAYERS) - len("/@") - 64
 
+# Whoever may mount can give an overlay any paths: what is not as we write it goes no further.
+_LAYER = re.compile(LAYERS + r"/[!-~]*@[0-9a-f]{64}")
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
@@ -330,7 +332,7 @@ def _paths_of(mount: Mount) -> tuple[str, ...]:
     paths = tuple(
         _unescape(option[len("lowerdir+=") :]) for option in options if option.startswith("lowerdir+=")
     )
-    if len(paths) < 2 or paths[0] != COVER:
+    if len(paths) < 2 or paths[0] != COVER or not all(map(_LAYER.fullmatch, paths[1:-1])):
         return ()
     return paths if paths[-1] == _NAMELESS_BASE or paths[-1].startswith(BASE + "@") else ()
 
