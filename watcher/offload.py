@@ -31,8 +31,8 @@ goes on, and is found when the service is looked at again."""
 
 _UNANSWERED = "a file system that its configuration comes from, or its root, does not answer"
 
-CROWD = 32
-CROWD_SEC = 0.25
+CROWD = 8
+CROWD_SEC = 0.1
 """No more than so many begin at once, which is for memory alone: after this time nobody waits for them any more."""
 
 
