@@ -5,6 +5,7 @@
 
     drops/                the drop directory
     aside/A.raw ... A/    contents that are whole; broken-*.raw, which are not
+    ../pristine/          the same, to be copied
     ../secret/            root's own
 
 What is at rest is always whole (or one of the broken): a rewriting keeps the file open until it is done. That an image
@@ -71,6 +72,10 @@ class Attacker:
         """A whole image, or now and then one that is not."""
         if self.broken and self.random.random() < 0.15:
             return f"aside/{self.random.choice(self.broken)}"
+        return f"../pristine/{self.random.choice(LETTERS)}.raw"
+
+    def own(self) -> str:
+        """One that is ours: what is done to a link of it is done to it as well."""
         return f"aside/{self.random.choice(LETTERS)}.raw"
 
     def image(self) -> str:
@@ -103,7 +108,7 @@ class Attacker:
 
     def rewrite(self) -> None:
         """In place, piece by piece, all of it: another content of the same size."""
-        with open(f"aside/{self.random.choice(LETTERS)}.raw", "rb") as source:
+        with open(f"../pristine/{self.random.choice(LETTERS)}.raw", "rb") as source:
             data = source.read()
         with open(opened(self.image(), os.O_RDWR), "r+b", buffering=0) as file:
             step = self.random.choice((4096, 16384, 65536))
@@ -125,7 +130,7 @@ class Attacker:
             os._exit(0)
 
     def _write_mapped(self) -> None:
-        with open(f"aside/{self.random.choice(LETTERS)}.raw", "rb") as source:
+        with open(f"../pristine/{self.random.choice(LETTERS)}.raw", "rb") as source:
             data = source.read()
         with open(opened(self.image(), os.O_RDWR), "r+b", buffering=0) as file:
             file.truncate(len(data))
@@ -141,12 +146,12 @@ class Attacker:
 
     def hard_link(self) -> None:
         made = self.fresh()
-        os.link(self.content(), made)
+        os.link(self.own(), made)
         os.rename(made, self.image())
 
     def link(self) -> None:
         made = self.fresh()
-        os.symlink(f"../../{self.content()}", made)
+        os.symlink(f"../../{self.own()}", made)
         os.rename(made, self.image())
 
     def link_to_roots(self) -> None:
@@ -191,7 +196,7 @@ class Attacker:
         exchange(self.tree(), self.random.choice((self.tree(), f"aside/{self.random.choice(LETTERS)}")))
 
     def tree_into_place(self) -> None:
-        made, tree = shutil.copytree(f"aside/{self.random.choice(LETTERS)}", self.fresh()), self.tree()
+        made, tree = shutil.copytree(f"../pristine/{self.random.choice(LETTERS)}", self.fresh()), self.tree()
         if os.path.lexists(tree):
             exchange(made, tree)
             shutil.rmtree(made, ignore_errors=True)
@@ -239,9 +244,17 @@ class Attacker:
                 os.unlink(path)
             os.makedirs(path, exist_ok=True)
             os.chmod(path, 0o755)
+        letter = self.random.choice(LETTERS)
+        os.rename(shutil.copyfile(f"../pristine/{letter}.raw", self.fresh()), f"aside/{letter}.raw")
+        old = shutil.copytree(f"../pristine/{letter}", self.fresh())
+        exchange(old, f"aside/{letter}")
+        if os.path.islink(old):
+            os.unlink(old)
+        else:
+            shutil.rmtree(old, ignore_errors=True)
 
 
-_TOOLS = {"content", "image", "tree", "fresh", "pause", "restore"}
+_TOOLS = {"content", "own", "image", "tree", "fresh", "pause", "restore"}
 KINDS: dict[str, Callable[[Attacker], None]] = {
     name: method
     for name, method in vars(Attacker).items()

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ def race(path: Path, seconds: float, *, kinds: Sequence[str] = (), broken: str =
             program=(sys.executable, "-B", str(reader.__file__)),
             declared=False,
         )
-        tried = attack(home, seconds, kinds, seed)
+        tried = attack(place, home, seconds, kinds, seed)
         events = history(place)
         said = end(service)
     outcomes = [event["outcome"] for event in events]
@@ -94,7 +95,7 @@ def race(path: Path, seconds: float, *, kinds: Sequence[str] = (), broken: str =
     )
 
 
-def attack(home: Path, seconds: float, kinds: Sequence[str], seed: int) -> dict[str, int]:
+def attack(place: Place, home: Path, seconds: float, kinds: Sequence[str], seed: int) -> dict[str, int]:
     running = [
         subprocess.Popen(
             [sys.executable, "-m", "race.attacker", str(home), str(seed + number), str(seconds), *kinds],
@@ -103,9 +104,13 @@ def attack(home: Path, seconds: float, kinds: Sequence[str], seed: int) -> dict[
         )
         for number in range(ATTACKERS)
     ]
+    assert place.daemon is not None
+    while any(process.poll() is None for process in running):
+        place.daemon.log.read()  # or the pipe would be full, and it would wait for us
+        time.sleep(0.02)
     tried: dict[str, int] = {}
     for process in running:
-        answer, _ = process.communicate(timeout=seconds + 60)
+        answer, _ = process.communicate()
         assert process.returncode == 0, process.returncode
         for kind, count in json.loads(answer).items():
             tried[kind] = tried.get(kind, 0) + count
@@ -133,21 +138,23 @@ def end(service: Service) -> dict[str, Any]:
 
 def prepare(path: Path) -> Path:
     """Contents that are whole, broken ones, root's own; the attackers' home, which is theirs."""
-    made, home, secret = path / "images", path / "home", path / "secret"
-    for directory in (path / "place", made, path / "trees", secret / "web.raw.v", home / "drops"):
+    made, pristine, home, secret = (path / name for name in ("images", "pristine", "home", "secret"))
+    for directory in (path / "place", made, pristine, path / "trees", secret / "web.raw.v", home / "drops"):
         directory.mkdir(parents=True)
     (home / "aside").mkdir()
-    secret.chmod(0o700)
+    for private in (secret, made, path / "trees"):
+        private.chmod(0o700)
     for letter in (*LETTERS, SECRET):
         tree = images.confext(path / "trees" / letter, "www", _files("race-tree", letter))
         source = images.confext(path / "trees" / f"{letter}.image", "web", _files("race-image", letter))
         # Uncompressed, with the same times: all of the same size and layout, so that any piece of one fits another.
         image = images.image(source, made / f"{letter}.raw", "squashfs", *_PLAIN)
-        for target in (secret, secret / "web.raw.v") if letter == SECRET else (home / "aside",):
+        for target in (secret, secret / "web.raw.v") if letter == SECRET else (pristine, home / "aside"):
             name = "web_9.raw" if target.name == "web.raw.v" else image.name
             shutil.copyfile(image, target / name)
             os.chmod(target / name, 0o600 if letter == SECRET else 0o644)
-        shutil.copytree(tree, (secret if letter == SECRET else home / "aside") / letter)
+        for target in (secret,) if letter == SECRET else (pristine, home / "aside"):
+            shutil.copytree(tree, target / letter)
     sizes = {image.stat().st_size for image in made.iterdir()}
     assert len(sizes) == 1, sizes
     _break((made / "A.raw").read_bytes(), home / "aside")
