@@ -164,7 +164,7 @@ def _own_cgroup() -> str:
 
 
 def _own(name: str) -> str:
-    with open(f"/proc/self/{name}", encoding="utf-8", errors="surrogateescape") as file:
+    with open(f"/proc/self/{name}", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         return file.read()
 
 

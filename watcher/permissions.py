@@ -115,7 +115,7 @@ def served_by(device: int) -> int | None:
     if os.major(device):
         return None
     number = f"{os.major(device)}:{os.minor(device)}"
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as table:
         for row in table:
             fields, _, rest = row.partition(" - ")
             if fields.split(" ", 3)[2] == number:

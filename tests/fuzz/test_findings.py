@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import struct
@@ -16,12 +17,14 @@ import trio
 from jeepney import DBusAddress, HeaderFields, Message, new_signal
 from test_dbus import Daemon
 
-from needs import root, tool
-from watcher import dbus, unitfile
+from needs import filesystem, root, tool
+from race.attacker import NOBODY
+from watcher import dbus, inside, permissions, unitfile
 from watcher.config import Settings
-from watcher.managers import systemd1
+from watcher.managers import cgroup, systemd1
 from watcher.managers.systemd import Systemd
 from watcher.mounts import table
+from watcher.process import Process
 from watcher.watch import Watcher
 
 
@@ -136,6 +139,43 @@ async def test_a_carriage_return_in_the_path_of_a_mount(tmp_path: Path) -> None:
         finally:
             subprocess.run(["umount", directory], check=True)
         assert str(directory) in (mounts.changed() or ())
+
+
+@root
+@filesystem("fuse")
+def test_what_a_user_serves_is_his_also_at_a_path_with_a_carriage_return(tmp_path: Path) -> None:
+    """Read as text, such a row of the mount table was two: its file system was the kernel's, and its owners counted."""
+    directory = tmp_path / "a\rb c"
+    directory.mkdir()
+    device = os.open("/dev/fuse", os.O_RDWR)
+    options = f"fd={device},rootmode=40000,user_id={NOBODY},group_id={NOBODY}"
+    before = Path("/proc/self/mountinfo").read_bytes()
+    assert ctypes.CDLL(None).mount(b"nobodys", os.fsencode(directory), b"fuse", 0, options.encode()) == 0
+    try:
+        (row,) = set(Path("/proc/self/mountinfo").read_bytes().split(b"\n")) - set(before.split(b"\n"))
+        _, minor = row.split(b" ")[2].split(b":")
+        assert permissions.served_by(os.makedev(0, int(minor))) == NOBODY
+        assert (
+            permissions.served_by(os.makedev(0, 1 << 19)) is None
+        )  # every row is read, and none of them fails it
+        assert inside._own("mountinfo").count("\r") == row.count(b"\r")
+    finally:
+        subprocess.run(["umount", "--lazy", directory], check=True)
+        os.close(device)
+
+
+@root
+def test_a_service_below_a_mount_with_a_carriage_return(tmp_path: Path) -> None:
+    """Everybody's mount is in every mount table."""
+    directory = tmp_path / "a\rb"
+    directory.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", directory], check=True)
+    try:
+        with Process(os.getpid()) as process:
+            assert table.Table(process.mountinfo()).top
+        assert cgroup.processes(os.getpid(), "web.service")
+    finally:
+        subprocess.run(["umount", directory], check=True)
 
 
 def test_mounts_on_each_other_however_many() -> None:
