@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import io
 import re
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,14 +111,6 @@ async def test_a_start_of_a_service_puts_tidying_up_off_in_silence(said: list[st
 
     await made(collect)._tidy(frozenset())
     assert said == []
-
-
-async def test_who_hangs_for_long_does_not_keep_the_store_from_being_tidied_up(tmp_path: Path) -> None:
-    daemon = made()
-    with io.FileIO(tmp_path / "old", "w") as old, io.FileIO(tmp_path / "new", "w") as new:
-        daemon._line._holds |= {"old": (time.monotonic() - 3600, old), "new": (time.monotonic(), new)}
-        await daemon._tidy(frozenset())
-        assert old.closed and not new.closed
 
 
 def test_an_error_of_its_own_is_not_put_down_to_another_daemon(tmp_path: Path) -> None:
