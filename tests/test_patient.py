@@ -170,6 +170,30 @@ async def test_what_hangs_behind_a_watched_tree_is_left_alone(
             await told(changes, "tree")
 
 
+async def test_more_events_than_are_kept_are_told_in_the_end(
+    watcher: PatientWatcher, good: Path, dead: Hanging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patient, "EVENTS_MAX", 3)
+    monkeypatch.setattr(patient, "HANGS_SEC", 3600.0)
+    async with aclosing(watcher.changes()) as changes:
+        await watcher.watch("tree", [Interest(str(good), Scope.TREE)])
+        await watcher.watch("hung", [Interest(str(dead.where / "none"))])
+        dead.hang()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watcher.watch, "more", [Interest(str(dead.where / "a"))])
+            await trio.testing.wait_all_tasks_blocked()
+            for number in range(10):
+                (good / f"{number}").mkdir()
+            await told(changes, "tree")
+            dead.answer()
+        for number in range(10):
+            while f"{number}" not in (node.name for node in watcher._chase.root.below() if node.deep):
+                (good / "again").touch()
+                await told(changes, "tree")
+        (good / "9/file").touch()
+        await told(changes, "tree")
+
+
 class Looking:
     """Does what the daemon does: looks at a service again whenever its key is told."""
 

@@ -24,7 +24,7 @@ import trio
 from inotify_simple import INotify, flags
 
 from watcher.chase import CHILDREN, Abandoned, Chase
-from watcher.model import Interest, Remark
+from watcher.model import Interest, Remark, problem
 from watcher.nodes import Bound
 from watcher.watch import RETRY_SEC, Watcher, new_inotify
 
@@ -33,6 +33,9 @@ HANGS_SEC = 5.0
 
 LATE_SEC = 2 * HANGS_SEC
 """After so long `watch()` returns, whatever is watched by then; the key is told when the rest is."""
+
+EVENTS_MAX = 10_000
+"""So many events are kept while paths are followed."""
 
 LIFT_MAX_SEC = 3600.0
 """What hangs again and again is tried after this long at the latest."""
@@ -62,6 +65,8 @@ class PatientWatcher(Watcher):
         self._run: _Run | None = None
         self._before: _Run | None = None  # goes on telling while the first chase after it is not done
         self._backlog: list[Callable[[], None]] = []
+        self._events: list[tuple[int, int, str]] = []
+        self._too_many = False
         self._fresh: set[Bound] = set()
         self._late: set[Bound] = set()
         self._ran = trio.Event()
@@ -155,7 +160,7 @@ class PatientWatcher(Watcher):
                 self._event(wd, mask, name)
             else:
                 told |= self._concerned(self._chase, wd, mask, name)
-                self._backlog.append(lambda wd=wd, mask=mask, name=name: self._event(wd, mask, name))  # type: ignore[misc]
+                self._keep(wd, mask, name)
         if self._run is None:
             self._read_mounts()
             told |= self._take()  # what is known already does not wait for the rest
@@ -163,6 +168,13 @@ class PatientWatcher(Watcher):
         else:
             self._watch_the_thread()
         return frozenset(told)
+
+    def _keep(self, wd: int, mask: int, name: str) -> None:
+        """An event whose paths are followed later; of so many that they would fill the memory, that there were some."""
+        if len(self._events) < EVENTS_MAX:
+            self._events.append((wd, mask, name))
+        else:
+            self._too_many = True
 
     def _wake_if_needed(self) -> None:
         if self._run is None:
@@ -245,6 +257,12 @@ class PatientWatcher(Watcher):
             backlog, self._backlog = self._backlog, []
             for what in backlog:
                 what()
+            events, self._events = self._events, []
+            for event in dict.fromkeys(events):
+                self._event(*event)
+            if self._too_many:
+                self._too_many = False
+                self._lost_events()
         self._ran.set()
         self._ran = trio.Event()
         os.eventfd_write(self._poke, 1)
@@ -262,8 +280,10 @@ class PatientWatcher(Watcher):
         """Begin anew, without what is behind the place where one hangs."""
         try:
             inotify = new_inotify()
-        except OSError:
+        except OSError as error:
             hung.since = trio.current_time()  # none is left; once more after HANGS_SEC
+            text = f"does not answer, and until it does nothing new is watched: {problem(error)}"
+            self._said = (Remark("warning", hung.chase.at.path, text),)
             return
         now = trio.current_time()
         hung.chase.abandoned = True
@@ -302,6 +322,7 @@ class PatientWatcher(Watcher):
         self._late = {self._bounds[bound.interest] for bound in self._late if bound.interest in self._bounds}
         self._fresh.clear()
         self._backlog.clear()  # about nodes that are no more
+        self._events.clear()
         self._renames.clear()
         self._chase.dirty.update(self._bounds.values())
 
