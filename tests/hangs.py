@@ -15,6 +15,7 @@ import stat
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,10 @@ class Hanging:
     def hang(self, *operations: int) -> None:
         """From now on these have no answer; nothing has one if none is named."""
         self._say("hang " + " ".join(map(str, operations)))
+
+    def slow(self, seconds: float) -> None:
+        """Each answer takes so long from now on."""
+        self._say(f"slow {seconds}")
 
     def answer(self) -> None:
         """Everything has an answer again, also what was asked meanwhile."""
@@ -96,6 +101,7 @@ class _Server:
         self.device = device
         self.hangs: set[int] | None = set()  # None: nothing is read
         self.kept: list[bytes] = []
+        self.delay = 0.0
         self._paths = {1: shown}
         self._nodes = {shown: 1}
 
@@ -117,6 +123,7 @@ class _Server:
         _, operation, unique, node = _IN.unpack_from(request)[:4]
         if operation in NO_ANSWER:
             return
+        time.sleep(self.delay)
         try:
             error, answer = 0, self._answer(operation, self._paths.get(node, ""), request[_IN.size :])
         except OSError as problem:
@@ -212,6 +219,8 @@ def _serve(shown: str, where: str) -> None:
                 continue
             if command == "hang" and numbers:
                 server.hangs = set(map(int, numbers))
+            elif command == "slow":
+                server.delay = float(numbers[0])
             elif command == "hang":
                 server.hangs = None
                 selector.unregister(device)

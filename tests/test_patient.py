@@ -10,7 +10,7 @@ import os
 import random
 import shutil
 from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from pathlib import Path
 
 import pytest
@@ -148,6 +148,51 @@ async def test_fifty_that_hang_on_one_file_system_take_one_thread(
         assert len(os.listdir("/proc/self/task")) <= before + 2
         dead.answer()
         await told(changes, "hung-49")
+
+
+async def test_one_that_answers_slowly_does_not_take_the_others_time(
+    watcher: PatientWatcher, good: Path, dead: Hanging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patient, "SLOW_SEC", 0.2)
+    for number in range(100):
+        (dead.shown / f"a/{number}").mkdir()
+    dead.slow(0.05)
+    async with aclosing(watcher.changes()) as changes:
+        await watcher.watch("good", [Interest(str(good))])
+        await watcher.watch("slow", [Interest(str(dead.where / "a"), Scope.TREE)])
+        while not watcher.remarks():
+            (good / "file").touch()
+            await told(changes, "good")
+        (good / "new").mkdir()
+        await watcher.watch("more", [Interest(str(good / "new"))])
+        (good / "new/file").touch()
+        await told(changes, "more")
+
+
+async def test_three_that_hang_are_left_alone_one_by_one(
+    watcher: PatientWatcher, tmp_path: Path, good: Path
+) -> None:
+    async with aclosing(watcher.changes()) as changes:
+        await watcher.watch("good", [Interest(str(good))])
+        with ExitStack() as stack:
+            mounts = []
+            for number in range(3):
+                (tmp_path / f"shown-{number}").mkdir()
+                (tmp_path / f"dead-{number}").mkdir()
+                mounts.append(
+                    stack.enter_context(hanging(tmp_path / f"shown-{number}", tmp_path / f"dead-{number}"))
+                )
+                mounts[-1].hang()
+            async with trio.open_nursery() as nursery:
+                for number in range(3):
+                    interests = [Interest(str(tmp_path / f"dead-{number}/x"))]
+                    nursery.start_soon(watcher.watch, f"hung-{number}", interests)
+                while len(watcher.remarks()) < 3:
+                    (good / "file").touch()
+                    await told(changes, "good")
+            for number in range(3):
+                mounts[number].answer()
+                await told(changes, f"hung-{number}")
 
 
 async def test_what_hangs_behind_a_watched_tree_is_left_alone(

@@ -10,6 +10,8 @@ thread begins anew, with an inotify instance of its own, and with a bar before t
 one hangs: whatever leads there ends there. Until all else is watched again the old instance goes on telling. When the
 one that hung comes back, however that ends, the bar is lifted, and those who wait behind it are told. Nobody polls.
 
+One that answers, but slowly, is left alone for a while in the same way, and for longer each time.
+
 So a file system that hangs costs one thread and one inotify instance, however many services are on it.
 """
 
@@ -34,6 +36,9 @@ HANGS_SEC = 5.0
 LATE_SEC = 2 * HANGS_SEC
 """After so long `watch()` returns, whatever is watched by then; the key is told when the rest is."""
 
+SLOW_SEC = 10.0
+"""A file system that answers, but takes longer than this for all that is to be followed, is left alone for a while."""
+
 EVENTS_MAX = 10_000
 """So many events are kept while paths are followed."""
 
@@ -49,6 +54,9 @@ class _Run:
         self.chase = chase
         self.since = now
         self.steps = chase.steps
+        self.look_at = now + SLOW_SEC / 10
+        self.spent: dict[str, float] = {}
+        """Seconds, by mount point."""
         self.place = ""
         """Where it hangs."""
 
@@ -182,7 +190,7 @@ class PatientWatcher(Watcher):
 
     def _next_retry(self, now: float) -> float:
         if self._run is not None:
-            return self._run.since + HANGS_SEC
+            return min(self._run.since + HANGS_SEC, self._run.look_at)
         return min((super()._next_retry(now), *self._lift_at.values()))
 
     def _retry(self) -> None:
@@ -273,8 +281,15 @@ class PatientWatcher(Watcher):
             return
         if run.chase.steps != run.steps:
             run.steps, run.since = run.chase.steps, now
-        elif now >= run.since + HANGS_SEC:
+        if now >= run.since + HANGS_SEC or (now >= run.look_at and self._is_too_slow(run, now)):
             self._take_over(run)
+
+    def _is_too_slow(self, run: _Run, now: float) -> bool:
+        """Whether one file system has had so much time that the others must not wait for it any longer."""
+        passed, run.look_at = now - run.look_at + SLOW_SEC / 10, now + SLOW_SEC / 10
+        point = self._mounts.point(run.chase.at.path)
+        run.spent[point] = run.spent.get(point, 0.0) + passed
+        return point != "/" and run.spent[point] >= SLOW_SEC
 
     def _take_over(self, hung: _Run) -> None:
         """Begin anew, without what is behind the place where one hangs."""
@@ -340,7 +355,9 @@ class PatientWatcher(Watcher):
             run.inotify.close()
         if any(one.place == run.place for one in self._hung):
             return
-        again = self._hangs.get(run.place, (1, 0.0))[0] - 1
+        again = self._hangs.get(run.place, (1, 0.0))[0] - (
+            0 if run.spent.get(run.place, 0.0) >= SLOW_SEC else 1
+        )
         delay = min(RETRY_SEC * 2 ** (again - 1), LIFT_MAX_SEC) if again else 0.0
         if delay:
             self._lift_at[run.place] = trio.current_time() + delay
