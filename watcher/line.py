@@ -160,8 +160,9 @@ class Line:
         """Of a service that went down: with a damaged copy it is not its configuration that is to blame."""
         if service.main is not None:
             memory.ran = time.monotonic()
-        elif service.failed and memory.doubted != service.invocation:
-            memory.doubted = service.invocation
+        if service.main is not None or not service.failed:
+            memory.blameless = None
+        elif memory.blameless is None:
             damaged = functools.partial(self._tools.store.was_damaged, service.slots, memory.ran)
             memory.blameless = await trio.to_thread.run_sync(damaged, abandon_on_cancel=True)
             if memory.blameless:
@@ -204,7 +205,7 @@ class Line:
 
     async def _round(self, service: Service, memory: Memory, since: float) -> bool:
         """Whether there is nothing left to wait for."""
-        if not memory.blameless or memory.doubted != service.invocation:
+        if not memory.blameless:
             await self._judge.before_look(service, memory)
         _let_in_at_start(service, memory)
         rolling = service.settings.rollout == "rolling"

@@ -38,8 +38,7 @@ class Memory:
         fell: it went down with what is kept out, so that its next start is systemd's or our doing.
         output: what the command printed that the last stack failed by.
         ran: when a round saw it running, `time.monotonic()`.
-        doubted: the failed start of the service after which its copies were looked at again.
-        blameless: one of them was damaged since it ran.
+        blameless: of a service that went down, whether a copy was found damaged since it ran; None: not looked at.
     """
 
     interests: tuple[object, ...] | None = None
@@ -54,5 +53,4 @@ class Memory:
     fell: bool = False
     output: str = ""
     ran: float = 0.0
-    doubted: str = ""
-    blameless: bool = False
+    blameless: bool | None = None
