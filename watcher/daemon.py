@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 
 import trio
 
-from watcher import config, journal, notify
+from watcher import config, journal, notify, owntree
 from watcher.admission import Admission
 from watcher.backend import Control
 from watcher.config import Settings
@@ -67,7 +67,7 @@ async def _run(settings: Settings, tools: Tools) -> None:
 
 @contextmanager
 def _alone(runtime_directory: str) -> Iterator[None]:
-    os.makedirs(runtime_directory, 0o755, exist_ok=True)
+    owntree.make(runtime_directory)
     path = os.path.join(runtime_directory, "lock")
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:

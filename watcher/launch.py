@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from watcher import journal, tries
+from watcher import journal, owntree, tries
 from watcher.admission import Admission, host
 from watcher.config import ServiceSettings, Settings
 from watcher.ledger import LedgerError, Reader
@@ -69,7 +69,7 @@ def launch(settings: Settings, order: Order) -> None:
     order = _absolute(order)
     _require_ended(_registered(settings, order.name))
     try:
-        os.makedirs(settings.runtime_directory, 0o755, exist_ok=True)
+        owntree.make(settings.runtime_directory)
         _enter_stack(settings, order)
     except (OSError, Refused, Later, Moved, HostNamespace) as error:
         raise CannotStart(f"{order.name}: its stack cannot be put in place: {problem(error)}") from error

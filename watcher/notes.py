@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 
+from watcher import owntree
+
 
 class Notes:
     """The notes in one directory.
@@ -20,7 +22,7 @@ class Notes:
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
-        os.makedirs(directory, 0o700, exist_ok=True)
+        owntree.make(directory, 0o700)
         self._tidy()
 
     def write(self, service: str, text: str) -> None:

@@ -18,6 +18,23 @@ _THREADS = 16
 _ENTRIES = 8
 
 
+def make(path: str, mode: int = 0o755) -> None:
+    """Make a directory of ours, with those above it; one that is there is ours if nobody else can change it.
+
+    Raises:
+        PermissionError: somebody else can.
+        OSError: it cannot be made.
+    """
+    os.makedirs(path, mode, exist_ok=True)
+    found = os.stat(path)
+    group = found.st_mode & stat.S_IWGRP and found.st_gid not in (0, os.getegid())
+    if found.st_uid not in (0, os.geteuid()) or found.st_mode & stat.S_IWOTH or group:
+        owner = "root" if os.geteuid() == 0 else "yourself"
+        raise PermissionError(
+            errno.EPERM, f"others can change it: chown it to {owner}, and chmod go-w, or name another", path
+        )
+
+
 def sync(root: int, entries: int) -> None:
     """Bring everything below `root`, of about `entries` files and directories, to the disk; `root` included."""
     _bring(_descriptors(root), min(_THREADS, entries // _ENTRIES))

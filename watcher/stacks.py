@@ -77,10 +77,10 @@ class Stacks:
     def __init__(self, state_directory: str) -> None:
         self._path = state_directory
         self.directory = f"{state_directory}/stacks"
-        os.makedirs(state_directory, mode=0o755, exist_ok=True)
+        owntree.make(state_directory)
         for private in (self.directory, f"{self.directory}/{_LOCKS}"):
-            os.makedirs(private, mode=0o700, exist_ok=True)
-        os.makedirs(f"{state_directory}/units", mode=0o755, exist_ok=True)
+            owntree.make(private, 0o700)
+        owntree.make(f"{state_directory}/units")
 
     def slot_path(self, unit: str, slot: str) -> str:
         """Absolute path that is `slot` of whatever stack of `unit` was accepted last."""

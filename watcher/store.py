@@ -77,8 +77,8 @@ class Store:
         self.configure(store_max, image_max, keep_stacks)
         self.state_directory = state_directory
         self._path = f"{state_directory}/store"
-        os.makedirs(state_directory, mode=0o755, exist_ok=True)
-        os.makedirs(self._path, mode=0o700, exist_ok=True)
+        owntree.make(state_directory)
+        owntree.make(self._path, 0o700)
         self._stacks = Stacks(state_directory)
         for private in (self._path, self._stacks.directory):
             os.chmod(private, 0o700)  # whatever the umask, and whoever made it

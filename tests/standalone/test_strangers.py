@@ -128,6 +128,25 @@ def test_the_event_loop_waits_for_no_lock(open_place: Place) -> None:
         os.close(lock)
 
 
+@pytest.mark.parametrize(
+    "command", [["run"], ["exec", "--name", "web.service", "--", "true"]], ids=["run", "exec"]
+)
+@pytest.mark.parametrize("which", ["state", "runtime"])
+@pytest.mark.parametrize("how", ["another's", "for all to write"])
+def test_a_directory_that_others_can_change_is_not_ours(
+    open_place: Place, which: str, how: str, command: list[str]
+) -> None:
+    """Made by somebody in `/tmp` before us, say: what he puts in there would be a record, a copy, a registration."""
+    directory: Path = getattr(open_place, which)
+    directory.mkdir()
+    directory.chmod(0o755 if how == "another's" else 0o777)
+    os.chown(directory, 65534 if how == "another's" else 0, 0)
+    done = open_place.run(*command, check=False)
+    assert done.returncode == 1
+    assert f"{directory}: others can change it: chown it to root" in done.stderr, done.stderr
+    assert os.listdir(directory) == []
+
+
 LEASE = """
 import fcntl, os, signal, sys
 signal.signal(signal.SIGIO, signal.SIG_IGN)

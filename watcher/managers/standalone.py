@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import trio
 
-from watcher import config, inside, journal, resolve
+from watcher import config, inside, journal, owntree, resolve
 from watcher.config import ServiceSettings
 from watcher.managers import Reloaded, Service
 from watcher.managers.tell import send_signal
@@ -146,7 +146,7 @@ def unregister(runtime_directory: str, name: str) -> None:
 def services_directory(runtime_directory: str) -> str:
     """Where registrations lie; made if it is not there."""
     directory = services_path(runtime_directory)
-    os.makedirs(directory, 0o700, exist_ok=True)
+    owntree.make(directory, 0o700)
     return directory
 
 
