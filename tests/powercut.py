@@ -159,10 +159,15 @@ def _calls(trace: Path, disk: Disk) -> Iterator[tuple[str, list[str], int, _Bega
             text = text.removesuffix("<unfinished ...>")
             if re.match(r"f(data)?sync\((\d+)", text):
                 began = _Replay(disk).begin(int(re.findall(r"\d+", text)[0]))
+            if text.startswith("close("):
+                # Another thread may get the same number before this line is finished.
+                disk.files.pop(int(re.findall(r"\d+", text)[0]), None)
             unfinished[pid] = text, began
             continue
         if text.startswith("<... "):
             first, began = unfinished.pop(pid)
+            if first.startswith("close("):
+                continue
             text = first + text.partition(" resumed>")[2]
         found = re.match(r"(\w+)\((.*)\)\s+= (-?\d+)", text)
         if found and int(found[3]) >= 0:
