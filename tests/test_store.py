@@ -306,17 +306,26 @@ class TestRoom:
 
 
 @root
-def test_attributes_of_a_file_are_bounded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["etc/web.conf", "etc/extension-release.d/extension-release.web"])
+def test_attributes_of_a_file_are_bounded(tmp_path: Path, where: str) -> None:
     """They are not in its size; elsewhere than on ext4, each of any number may have 64 KiB."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
         source = confext(Path(memory) / "web", "web", {"etc/web.conf": b"x"})
-        os.setxattr(source / "etc/web.conf", "trusted.a", bytes(4000))
-        with Store(str(tmp_path / "state"), 64 * MIB, 64 * MIB, 2) as store:
-            add(store, source)
-            os.setxattr(source / "etc/web.conf", "trusted.b", bytes(4000))
-            text = r"^etc/web\.conf in it has more than 4096 bytes of extended attributes: remove some"
-            with pytest.raises(Refused, match=text):
-                add(store, source)
+        for count, largest in ((1, 3584 - 29), (100, 0)):
+            for number in range(count):
+                os.setxattr(source / where, f"trusted.{number}", bytes(largest))
+            with Store(str(tmp_path / "state"), 64 * MIB, 64 * MIB, 2) as store:
+                copy = add(store, source)
+                assert store.verify(copy.digest)
+            with Store(str(tmp_path / "state"), 64 * MIB, 64 * MIB, 2) as store:
+                assert store.verify(copy.digest)  # with what a copy has besides
+                os.setxattr(source / where, "trusted.more", bytes(3584 - 100))
+                with pytest.raises(
+                    Refused, match=rf"^{where} in it has too many extended attributes: remove some"
+                ):
+                    add(store, source)
+            for name in os.listxattr(source / where):
+                os.removexattr(source / where, name)
 
 
 class TestLimits:
