@@ -30,6 +30,8 @@ DISCONNECTED: Final = frozenset(
 )
 """Errors that say that the other side is not on the bus, or has just left it."""
 
+FAILED: Final = f"{BUS}.Error.Failed"
+
 # What jeepney raises for bytes that are no message.
 _NO_MESSAGE: Final = (ValueError, TypeError, LookupError, AttributeError, struct.error)
 
@@ -47,6 +49,12 @@ class Error(Exception):
     def __init__(self, name: str, text: str) -> None:
         super().__init__(f"{text or name}")
         self.name = name
+
+
+def require(what: str, found: str, wanted: str | None) -> None:
+    """Raises Error: what was found has another signature than the wanted one, if there is one."""
+    if wanted is not None and found != wanted:
+        raise Error(FAILED, f"{what}: {found or 'nothing'} came for an answer, and not {wanted or 'nothing'}")
 
 
 class Lost(Exception):
@@ -73,15 +81,18 @@ class Bus:
         member: str,
         signature: str = "",
         *arguments: Any,
+        answer: str | None = None,
         timeout: float = CALL_SEC,
     ) -> tuple[Any, ...]:
         """Call a method and wait for its reply; never starts a service by bus activation.
 
         Args:
+            answer: signature that the reply must have; None: any.
             timeout: seconds; `math.inf` waits for as long as the connection lasts.
 
         Raises:
-            Error: the reply is an error, or did not come in time ("org.freedesktop.DBus.Error.NoReply").
+            Error: the reply is an error or another than `answer`, or did not come in time
+                ("org.freedesktop.DBus.Error.NoReply").
             Lost: the connection ended first.
         """
         address = DBusAddress(path, destination, interface)
@@ -92,12 +103,22 @@ class Bus:
             raise Error(f"{BUS}.Error.NoReply", f"{member}: no reply within {timeout:g} s")
         if reply.header.message_type is MessageType.error:
             text = reply.body[0] if reply.body and isinstance(reply.body[0], str) else ""
-            raise Error(reply.header.fields[HeaderFields.error_name], text)
+            raise Error(reply.header.fields.get(HeaderFields.error_name, FAILED), text)
+        require(member, reply.header.fields.get(HeaderFields.signature, ""), answer)
         return tuple(reply.body)
 
-    async def get(self, destination: str, path: str, interface: str, name: str) -> Any:
-        """The value of a property; raises as `call()` does."""
-        ((_signature, value),) = await self.call(destination, path, PROPERTIES, "Get", "ss", interface, name)
+    async def get(
+        self, destination: str, path: str, interface: str, name: str, kind: str | None = None
+    ) -> Any:
+        """The value of a property; raises as `call()` does.
+
+        Args:
+            kind: signature that it must have; None: any.
+        """
+        ((signature, value),) = await self.call(
+            destination, path, PROPERTIES, "Get", "ss", interface, name, answer="v"
+        )
+        require(name, signature, kind)
         return value
 
     async def hear(self, name: str) -> None:
@@ -112,7 +133,9 @@ class Bus:
         rule.add_arg_condition(0, name)
         await self.add_match(rule)
         try:
-            (owner,) = await self.call(BUS, "/org/freedesktop/DBus", BUS, "GetNameOwner", "s", name)
+            (owner,) = await self.call(
+                BUS, "/org/freedesktop/DBus", BUS, "GetNameOwner", "s", name, answer="s"
+            )
         except Error:
             owner = ""  # it has none now
         # What a signal has said meanwhile is newer.

@@ -26,6 +26,7 @@ from jeepney.low_level import Endianness, Header, MessageType
 from watcher import (
     config,
     control,
+    dbus,
     dropin,
     hierarchies,
     ledger,
@@ -42,8 +43,8 @@ from watcher import (
 from watcher.client import Client
 from watcher.config import Settings
 from watcher.images import probe
-from watcher.managers import cgroup, standalone, systemd
-from watcher.model import Candidate, Event, Kind, Outcome, Refused, shown
+from watcher.managers import cgroup, standalone, systemd, systemd1, unitjob
+from watcher.model import Candidate, Event, Kind, Outcome, Refused, Unsupported, shown
 from watcher.mounts import table
 from watcher.schema import CallError, PlannedChange, Quarantined, ServiceStatus
 from watcher.unitfile import Assignment
@@ -529,6 +530,48 @@ def _message(data: bytes, member: str) -> Message | None:
         return Message.from_buffer(raw)
     except Exception:  # noqa: BLE001 -- jeepney says it in many ways; the connection is given up then (dbus.py)
         return None
+
+
+class _Answering(dbus.Bus):
+    """A bus on which every call gets the same answer."""
+
+    def __init__(self, answer: Message) -> None:
+        self._answer = answer
+        self._heard, self._owners = set(), {}
+
+    async def _exchange(self, message: Message, timeout: float) -> Message:
+        return self._answer
+
+
+@target(
+    r"""
+    \x01v\x00 \x01s\x00 \x01u\x00 \x01o\x00 \x0da(ssssssouso)\x00 \x05a{sv}\x00 \x01s\x00 \x02as\x00 \x02ay\x00
+    \x04(uo)\x00 \x0ea(sasbttttuii)\x00 MainPID ExecReload \x01\x00\x00\x00 \x00\x00\x00\x00 262 active
+    """
+)
+def dbus_reply(data: bytes) -> None:
+    """An answer that is anything that D-Bus can carry: what was asked for, of its type, or an error of the bus."""
+    message = _message(data, "") if data else None
+    if message is None:
+        return
+    asked = systemd1.Systemd1(_Answering(message))
+    with only(dbus.Error):
+        for row in _now(asked.loaded(["a.service"])):
+            assert isinstance(row.name, str) and isinstance(row.active, str)
+    with only(dbus.Error):
+        unitjob._failed_command(_now(asked.service_properties("a.service")))
+    with only(dbus.Error):
+        assert re.fullmatch(r"(?:[0-9a-f]{2})*", _now(asked.invocation("a.service")))
+    for name, kind in systemd1._KINDS.items():
+        with only(dbus.Error):
+            value = _now(asked.service("a.service", name))
+            assert isinstance(value, {"s": str, "u": int, "i": int, "(uo)": tuple}.get(kind, list | bytes))
+    for member in systemd1._ANSWERS:
+        with only(dbus.Error):
+            _now(asked.manager(member))
+    for ask in (asked.check_version, asked.unit_paths, asked.follow):
+        with only(dbus.Error, Unsupported):
+            _now(ask())
 
 
 # --- records of our own, which somebody may have damaged ---

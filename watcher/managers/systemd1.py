@@ -15,7 +15,7 @@ from typing import Any, Final
 import trio
 from jeepney import HeaderFields, MatchRule, Message
 
-from watcher.dbus import PROPERTIES, Bus
+from watcher.dbus import PROPERTIES, Bus, require
 from watcher.model import Unsupported
 
 NAME: Final = "org.freedesktop.systemd1"
@@ -32,6 +32,34 @@ NO_SUCH_UNIT: Final = f"{NAME}.NoSuchUnit"
 # ReloadUnit() of a unit that has no way to reload, and while a stop is queued.
 NOT_APPLICABLE: Final = f"{NAME}.JobTypeNotApplicable"
 DESTRUCTIVE: Final = f"{NAME}.TransactionIsDestructive"
+
+# What methods answer and what properties are, of those that are asked for: what follows takes it apart unseen.
+_ANSWERS: Final = {
+    "ListUnitsByPatterns": "a(ssssssouso)",
+    "ReloadUnit": "o",
+    "RestartUnit": "o",
+    "StartTransientUnit": "o",
+    "StartUnit": "o",
+    "StopUnit": "o",
+    "TryRestartUnit": "o",
+}
+_KINDS: Final = {
+    "ActiveState": "s",
+    "ExecMainCode": "i",
+    "ExecMainStatus": "i",
+    "ExecReload": "a(sasbttttuii)",
+    "ExecReloadPost": "a(sasbttttuii)",
+    "InvocationID": "ay",
+    "Job": "(uo)",
+    "MainPID": "u",
+    "NRestarts": "u",
+    "ReloadResult": "s",
+    "Result": "s",
+    "SubState": "s",
+    "TriggeredBy": "as",
+    "UnitPath": "as",
+    "Version": "s",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +185,10 @@ class Systemd1:
 
     async def manager(self, member: str, signature: str = "", *arguments: Any, timeout: float = 30.0) -> Any:
         """A method of the manager: its only result, or None."""
-        reply = await self._bus.call(NAME, PATH, MANAGER, member, signature, *arguments, timeout=timeout)
+        answer = _ANSWERS.get(member)
+        reply = await self._bus.call(
+            NAME, PATH, MANAGER, member, signature, *arguments, answer=answer, timeout=timeout
+        )
         return reply[0] if reply else None
 
     async def check_version(self) -> None:
@@ -165,7 +196,7 @@ class Systemd1:
         Raises:
             Unsupported: too old.
         """
-        version = str(await self._bus.get(NAME, PATH, MANAGER, "Version"))
+        version = str(await self._get(PATH, MANAGER, "Version"))
         number = version.removeprefix("v").partition(".")[0].partition("~")[0].partition("-")[0].split(" ")[0]
         if number.isdecimal() and int(number) < OLDEST:
             raise Unsupported(
@@ -174,7 +205,7 @@ class Systemd1:
 
     async def unit_paths(self) -> tuple[str, ...]:
         """The unit search path, highest precedence first."""
-        return tuple(await self._bus.get(NAME, PATH, MANAGER, "UnitPath"))
+        return tuple(await self._get(PATH, MANAGER, "UnitPath"))
 
     async def follow(self) -> None:
         """Have the manager's signals sent."""
@@ -206,17 +237,24 @@ class Systemd1:
 
     async def unit(self, unit: str, name: str) -> Any:
         """A property of a unit; loads it if need be."""
-        return await self._bus.get(NAME, unit_path(unit), UNIT, name)
+        return await self._get(unit_path(unit), UNIT, name)
 
     async def service(self, unit: str, name: str) -> Any:
         """A property that only services have."""
-        return await self._bus.get(NAME, unit_path(unit), SERVICE, name)
+        return await self._get(unit_path(unit), SERVICE, name)
 
     async def service_properties(self, unit: str) -> dict[str, Any]:
         """All properties that only services have, by name."""
-        reply = await self._bus.call(NAME, unit_path(unit), PROPERTIES, "GetAll", "s", SERVICE)
-        return {name: value for name, (_signature, value) in reply[0].items()}
+        reply = await self._bus.call(
+            NAME, unit_path(unit), PROPERTIES, "GetAll", "s", SERVICE, answer="a{sv}"
+        )
+        for name, (signature, _) in reply[0].items():
+            require(name, signature, _KINDS.get(name))
+        return {name: value for name, (_, value) in reply[0].items()}
 
     async def invocation(self, unit: str) -> str:
         """InvocationID, 32 hexadecimal digits."""
         return bytes(await self.unit(unit, "InvocationID")).hex()
+
+    async def _get(self, path: str, interface: str, name: str) -> Any:
+        return await self._bus.get(NAME, path, interface, name, _KINDS.get(name))
