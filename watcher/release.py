@@ -17,13 +17,14 @@ PREFIX = "extension-release."
 _IMAGE_SUFFIX = re.compile(
     r"(?:\.raw|\.confext\.raw|\.sysext\.raw|\.img|\.bin|\.qcow2|\.xz|\.gz|\.bz2|\.zst)+\Z"
 )
+_LINE_END = re.compile(r"[\r\n]")
 _KEY = re.compile(r"[ \t]*([A-Za-z_][A-Za-z0-9_]*)[ \t]*=[ \t]*")
 _PIECE = re.compile(
     r"""
     "(?P<double>(?:[^"\\]|\\.)*)"
     | '(?P<single>[^']*)'
     | \\(?P<escaped>.)
-    | (?P<plain>[^\\\n]+?)(?=["']|\\|\n|\Z)
+    | (?P<plain>[^\\\r\n]+?)(?=["']|\\|[\r\n]|\Z)
     """,
     re.VERBOSE | re.DOTALL,
 )
@@ -40,8 +41,8 @@ def parse_os_release(text: str) -> dict[str, str]:
         assignment = _KEY.match(text, at)
         if assignment:
             found[assignment[1]], at = _value(text, assignment.end())
-        end = text.find("\n", at)
-        at = end + 1 if end >= 0 else len(text)
+        end = _LINE_END.search(text, at)
+        at = end.end() if end else len(text)
     return found
 
 
@@ -134,7 +135,7 @@ def _differs(key: str, theirs: str, ours: str) -> Refused:
 def _value(text: str, at: int) -> tuple[str, int]:
     """The value that begins at `at`, and where it ends."""
     value = ""
-    while at < len(text) and text[at] != "\n":
+    while at < len(text) and text[at] not in "\r\n":
         piece = _PIECE.match(text, at)
         if piece is None:  # a backslash at the very end
             return value + text[at:], len(text)
@@ -142,9 +143,9 @@ def _value(text: str, at: int) -> tuple[str, int]:
         at = piece.end()
         if kind == "double":
             content = re.sub(r"""\\(?:(["\\`$])|\n)""", lambda match: match[1] or "", content)
-        elif kind == "escaped" and content == "\n":
+        elif kind == "escaped" and content in "\r\n":
             content = ""
-        elif kind == "plain" and text[at : at + 1] in ("", "\n"):
+        elif kind == "plain" and text[at : at + 1] in ("", "\r", "\n"):
             content = content.rstrip()
         value += content
     return value, at

@@ -19,7 +19,7 @@ from test_dbus import Daemon
 
 from needs import filesystem, root, tool
 from race.attacker import NOBODY
-from watcher import dbus, inside, permissions, unitfile
+from watcher import dbus, inside, permissions, release, unitfile
 from watcher.config import Settings
 from watcher.managers import cgroup, systemd1
 from watcher.managers.systemd import Systemd
@@ -186,6 +186,12 @@ def test_mounts_on_each_other_however_many() -> None:
     assert found.carries(found.top, found.top)
 
 
+def test_lines_of_an_extension_release_end_as_systemd_has_it() -> None:
+    """Written on Windows it was "made for ID=debian\\r": parse_env_file() ends a line at either."""
+    wanted = {"ID": "debian", "VERSION_ID": "13", "NAME": "a\rb"}
+    assert release.parse_os_release('ID=debian\r\nVERSION_ID="13"\rNAME="a\rb"\r\n') == wanted
+
+
 # A million bytes each; what copies all it has at every step needs minutes for them.
 LONG = {
     "lines that go on": ("parse", "\\\n" * 500_000),
@@ -212,8 +218,6 @@ def test_a_million_bytes_are_read_in_one_go(case: str) -> None:
 
 def read(case: str) -> None:
     """In a process of its own, which the kernel ends when it takes too long."""
-    from watcher import release
-
     how, text = LONG[case]
     if how == "parse":
         unitfile.parse(text, "/a")
