@@ -51,11 +51,18 @@ def exchange(one: str, other: str) -> None:
 
 
 def opened(path: str, flags: int) -> int:
-    """A descriptor of a regular file: a FIFO of another attacker's would have us wait for ever."""
-    fd = os.open(path, flags | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    """A descriptor of a regular file: a FIFO of another attacker's would have us wait for ever.
+
+    For one attacker at a time, by flock(2): what two have written at once would be a mixture by itself.
+    """
+    fd = os.open(path, flags | os.O_NONBLOCK, 0o644)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
         os.close(fd)
-        raise OSError(errno.EINVAL, "not a regular file", path)
+        raise
     return fd
 
 
@@ -100,7 +107,8 @@ class Attacker:
     def copy_into_place(self) -> None:
         with open(self.content(), "rb") as source:
             data = source.read()
-        with open(opened(self.image(), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:
+        with open(opened(self.image(), os.O_WRONLY | os.O_CREAT), "wb") as file:
+            file.truncate()
             file.write(data)
 
     def swap_two(self) -> None:
@@ -141,8 +149,8 @@ class Attacker:
                         self.pause()
 
     def truncate(self) -> None:
-        path = self.image()
-        os.truncate(path, self.random.randrange(os.stat(path).st_size + 1))
+        with open(opened(self.image(), os.O_RDWR), "r+b") as file:
+            file.truncate(self.random.randrange(os.fstat(file.fileno()).st_size + 1))
 
     def hard_link(self) -> None:
         made = self.fresh()
