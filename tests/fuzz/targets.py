@@ -356,7 +356,7 @@ def sandbox(data: bytes) -> None:
 )
 def versions(data: bytes) -> None:
     """Picking from a `.v/` directory: each name is either one of those to choose from or is passed over."""
-    path, *names = _fields(data, 8)
+    path, *names = _fields(data.replace(b"/", b""), 8)  # no name of a directory has one
     for kind in Kind:
         spec = vpick.parse_path(f"/srv/{path}.v", kind)
         assert spec is not None
