@@ -87,13 +87,15 @@ def _tools(settings: Settings) -> Iterator[Tools]:
         store = stack.enter_context(
             Store(settings.state_directory, settings.store_max, settings.image_max, settings.keep_stacks)
         )
-        standalone = Standalone(settings.runtime_directory, shop)
-        stack.callback(standalone.close)
-        manager: Manager = standalone
+        manager: Manager
         if on_systemd(settings):
             systemd = Systemd(settings)
             stack.callback(systemd.close)
+            standalone = Standalone(settings.runtime_directory, shop, systemd.transient.run)
             manager = Several([systemd, standalone])
+        else:
+            manager = standalone = Standalone(settings.runtime_directory, shop)
+        stack.callback(standalone.close)
         yield Tools(
             store=store,
             admission=Admission(store, shop),

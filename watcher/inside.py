@@ -5,7 +5,8 @@ What the command is and may do is what the main process is and may do at the mom
 piece, if that counts: rights of a user namespace that the service has made itself are none of the host's, and those of
 a set-user-ID program that it has executed (`su`, asking for a password) are not its own.
 
-A small program enters (`enter.py`), with systemd as a transient unit, without it as a child of ours.
+A small program enters (`enter.py`), with systemd as a transient unit (`managers/transient.py`), without it as a child
+of ours (`run_as_child`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, ParamSpec, TypeVar
@@ -221,6 +222,33 @@ def told(order: Order) -> Iterator[str]:
         yield path_of(fd)
     finally:
         os.close(fd)
+
+
+Run = Callable[[str, Process, int, Like, Sequence[str], float], Awaitable[Ended]]
+"""Runs a command (`words`) for a service, like somebody, in a mount namespace (a descriptor) and in the other
+namespaces of its main process, for so many seconds at most; nothing of it survives.
+
+    run(service, main, namespace, like, words, timeout_sec) -> Ended
+
+Raises:
+    Gone: the main process has ended.
+    Later: the machine could not run it now.
+"""
+
+
+async def run_as_child(
+    service: str, main: Process, namespace: int, who: Like, words: Sequence[str], timeout_sec: float
+) -> Ended:
+    """`Run` without systemd."""
+    own = main.namespace()
+    try:
+        # In a shadow it can have nothing to do with the service itself, whose PID would mean nothing to it.
+        shadowed = namespace_id(namespace) != namespace_id(own)
+    finally:
+        os.close(own)
+    with namespaces(main, namespace) as paths:
+        order = Order(paths, who, words, contained=True, group=group_for(who), private_pids=shadowed)
+        return await run(order, timeout_sec=timeout_sec)
 
 
 async def run(order: Order, *, timeout_sec: float) -> Ended:

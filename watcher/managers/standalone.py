@@ -29,7 +29,7 @@ from watcher.managers import Reloaded, Service
 from watcher.managers.tell import send_signal
 from watcher.model import Declared, Entry, Interest, Kind, Later, Remark, shown
 from watcher.mounts.workshop import Workshop
-from watcher.order import Like, Order
+from watcher.order import Like
 from watcher.process import Gone, Process, descendants, namespace_id
 from watcher.unitfile import Assignment
 from watcher.watch import Watcher
@@ -230,11 +230,16 @@ def registrations(runtime_directory: str) -> Iterator[str]:
 
 
 class Standalone:
-    """The manager of services that were started with `confext-watcher exec`."""
+    """The manager of services that were started with `confext-watcher exec`.
 
-    def __init__(self, runtime_directory: str, shop: Workshop) -> None:
+    Args:
+        run: runs their checks and reload commands.
+    """
+
+    def __init__(self, runtime_directory: str, shop: Workshop, run: inside.Run = inside.run_as_child) -> None:
         self._runtime_directory = runtime_directory
         self._shop = shop
+        self._run_for = run
         self._services: dict[str, Service] = {}
         self._registrations: dict[str, Registration] = {}
         # All pidfds in one epoll instance, so that one task waits for the end of any service.
@@ -309,7 +314,7 @@ class Standalone:
     async def execute(
         self, service: Service, namespace: int, words: Sequence[str], timeout_sec: float
     ) -> inside.Ended:
-        """Run a command as a child of the daemon; see `Manager.execute`."""
+        """See `Manager.execute`."""
         registration = self._registrations.get(service.name)
         if service.main is None or registration is None:
             raise Gone(f"{service.name} is not running")
@@ -326,17 +331,7 @@ class Standalone:
         self._shop.check_foreign(namespace_id(namespace))
         with held.hold() as main:
             who = await inside.aside(_who, main, registration)
-            with inside.namespaces(main, namespace) as paths:
-                order = Order(
-                    paths,
-                    who,
-                    words,
-                    contained=True,
-                    group=inside.group_for(who),
-                    # In a shadow it can have nothing to do with the service itself, whose PID would mean nothing to it.
-                    private_pids=namespace_id(namespace) != registration.namespace,
-                )
-                return await inside.run(order, timeout_sec=timeout_sec)
+            return await self._run_for(registration.name, main, namespace, who, words, timeout_sec)
 
     async def processes(self, service: Service) -> list[int]:
         if service.main is None:

@@ -72,7 +72,7 @@ class Systemd:
         self._following = Following(settings.state_directory)
         self._jobs = Jobs()
         self._unit_jobs = UnitJobs(self._connection, self._jobs)
-        self._transient = Transient(self._connection, self._jobs)
+        self.transient = Transient(self._connection, self._jobs)
         self._reloads = DaemonReload(
             self._daemon_reload, settings.reload_limit_burst, settings.reload_limit_interval_usec / 1_000_000
         )
@@ -156,7 +156,7 @@ class Systemd:
             raise Gone(f"{service.name} is not running")
         with service.main.hold() as main:
             who = await inside.aside(inside.like, main)
-            return await self._transient.run(service.name, main, namespace, who, words, timeout_sec)
+            return await self.transient.run(service.name, main, namespace, who, words, timeout_sec)
 
     async def processes(self, service: Service) -> list[int]:
         """See `Manager.processes`."""

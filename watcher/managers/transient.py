@@ -2,8 +2,9 @@
 """Running a service's check in a unit of its own: outside of the watcher's sandbox, inside of the service's limits.
 
 A child of the watcher would have its system call filter and its private network, and `nginx -t` or a health check
-would fail for reasons that have nothing to do with the configuration. A transient unit has what systemd gives every
-unit, its control group has the service's limits and is emptied at its end.
+would fail for reasons that have nothing to do with the configuration; and the watcher would need the right to become
+any user. A transient unit has what systemd gives every unit, and its control group is emptied at its end. It has the
+limits of the service, if that is a unit; what `confext-watcher exec` has started is none by that name.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, Final
 
 import trio
 
-from watcher import dbus, enter
+from watcher import dbus, enter, units
 from watcher.inside import OUTPUT_MAX, PROGRAM, Ended, namespaces, path_of, reason_of, told
 from watcher.managers.systemd1 import Jobs, Systemd1
 from watcher.model import Later
@@ -56,12 +57,7 @@ class Transient:
     async def run(
         self, service: str, main: Process, namespace: int, who: Like, words: Sequence[str], timeout_sec: float
     ) -> Ended:
-        """Run a command in a mount namespace (a descriptor) and in the other namespaces of a service.
-
-        Raises:
-            Gone: its main process has ended.
-            Later: systemd could not run it now, or could not be asked how it ended.
-        """
+        """`inside.Run`; Later also if systemd could not be asked how the command ended."""
         output = bytearray()
         later: Later | None = None
         reason = ""
@@ -123,6 +119,8 @@ class Transient:
 
 
 async def _limits(systemd: Systemd1, service: str) -> list[tuple[str, tuple[str, Any]]]:
+    if not units.is_service(service):
+        return []
     values = await systemd.service_properties(service)
     return [(key, (kind, values[key])) for key, kind in _LIMITS.items() if values.get(key) not in (None, "")]
 
