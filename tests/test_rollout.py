@@ -3,10 +3,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+from hangs import hanging
 from hypothesis import given
 from hypothesis import strategies as st
 
+from needs import root
+from watcher.config import ServiceSettings
+from watcher.line import Line
+from watcher.managers import Service
+from watcher.model import Declared, Kind, Layer, Look, Stack
+from watcher.offload import Offload
 from watcher.rollout import Bid, Peer, Rollout, may_go
+from watcher.wanted import Wanted
 
 NEW = frozenset({"a"})
 
@@ -89,3 +101,39 @@ def test_who_waits_is_asked_again_when_a_round_of_another_is_over() -> None:
         assert asked == []
     rollout.end("a")
     assert asked == ["b"]
+
+
+def drops(name: str, directory: Path, main: Any = None) -> Service:
+    settings = ServiceSettings(rollout="rolling")
+    return Service(name, Declared(confext_dirs=(str(directory),)), settings, main=main)
+
+
+@root
+async def test_one_whose_files_do_not_answer_is_not_waited_for(tmp_path: Path) -> None:
+    """A service that does not run leaves the first turn to those that do, and can have it."""
+    for name in ("shown", "hung", "good.d/web.raw.v"):
+        (tmp_path / name).mkdir(parents=True)
+    image = tmp_path / "good.d/web.raw.v/web_1.raw"
+    image.touch()
+    running = cast(Any, object())
+    asks = drops("asks.service", tmp_path / "good.d")
+    others = [
+        drops("good.service", tmp_path / "good.d", running),
+        drops("other.service", tmp_path / "none", running),
+        drops("hung.service", tmp_path / "hung", running),
+    ]
+    nothing = cast(Any, None)
+    tools = SimpleNamespace(
+        store=nothing,
+        pending=nothing,
+        trials=nothing,
+        ledger=nothing,
+        watcher=nothing,
+        offload=Offload(),
+    )
+    layer = Layer("web.raw", "web", "1", "d" * 64, Kind.IMAGE, str(image))
+    wanted = Wanted(Look((), (), (), False), Stack((layer,)), (), Stack(), recorded=False)
+    with hanging(tmp_path / "shown", tmp_path / "hung") as dead:
+        dead.hang()
+        line = Line(cast(Any, tools))
+        assert await line._offered(asks, wanted, frozenset({layer.digest}), others) == {"good.service"}

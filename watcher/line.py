@@ -110,6 +110,7 @@ class Line:
         self._memory.pop(name, None)
         self._record.forget(name)
         self._tools.watcher.drop(name)
+        self._tools.offload.forget(name)
         self._tools.pending.settle(name)
 
     async def round(self, service: Service, since: float) -> float | None:

@@ -68,6 +68,12 @@ class Offload:
         """
         return await self.run_within(HANGS_SEC, key, lambda: function(*args, **kwargs))
 
+    def forget(self, key: str) -> None:
+        """Nobody has work for it any more. What still runs goes on, and is told when it was given up."""
+        state = self._keys.get(key)
+        if state is not None and not state.turn.borrowed_tokens:
+            del self._keys[key]
+
     async def run_within(self, seconds: float, key: str, function: Callable[[], T]) -> T:
         """`run()`, for a caller who does not wait longer than so many seconds."""
         state = self._keys.setdefault(key, _Key())
