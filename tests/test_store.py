@@ -629,7 +629,7 @@ class TestCollect:
         with store.using():
             with pytest.raises(Busy):
                 store.collect(())
-            monkeypatch.setattr("watcher.store._LEFT_SEC", 0)
+            monkeypatch.setattr("watcher.names._LEFT_SEC", 0)
             assert store.collect(()) == (old.digest,)
         assert inside(tmp_path) == {slot.digest}
         lost = Stack((layer(old),))
@@ -646,7 +646,7 @@ class TestCollect:
     def test_what_is_being_written_is_left_alone(
         self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind
     ) -> None:
-        monkeypatch.setattr("watcher.store._LEFT_SEC", 0)
+        monkeypatch.setattr("watcher.names._LEFT_SEC", 0)
         sync = {Kind.IMAGE: "fdatasync", Kind.DIRECTORY: "fsync"}[kind]
         real = getattr(os, sync)
         seen = []

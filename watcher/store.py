@@ -5,37 +5,22 @@
     store/.tmp-SIZE-*   being written (and locked), or being removed, or damaged; SIZE bytes are set aside for it
     store/.lock         held shared while copies are looked for, made and put into a stack, exclusively to remove some
     store/.names        the same for the moments in which a stack gets its links, or a temporary file its name
-    stacks/, units/     see `watcher.stacks`
+    stacks/, units/     see `watcher.stacks`; for the locks, `watcher.names`
 
 What is verified, mounted, started from and rolled back to is always the copy: the dropped file may be overwritten,
 truncated or deleted. The store is readable by its owner alone, because trees keep their modes, set-id bits included.
-
-The daemon and `confext-watcher exec` use it at the same time. A copy should not be collected between having been made
-(or found) and having become part of an accepted stack: whoever does both holds `using()` around them. One that hangs
-there (what it copies lies on a dead file system) holds it for ever: so copies older than ten minutes that nothing
-refers to go all the same, and a round that wanted one copies it again. What must never be is a stack without its
-copies, or a temporary file that goes while it is written: `.names` and the lock of that file see to it, and who holds
-these waits for nothing but the store's own disk.
-
-flock(2) belongs to the open file, so all this works between threads as between processes, and a killed process holds
-nothing. Whoever can open a file can lock it, for reading is enough: every lock of ours is on a file that its owner
-alone can open, where only he can replace it.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import io
 import os
-import re
-import secrets
 import stat
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 from watcher import origins, owntree, tree
 from watcher.filecopy import copy_file, hash_file
@@ -43,18 +28,11 @@ from watcher.images.probe import Probe, probe
 from watcher.known import Known
 from watcher.lease import Lease
 from watcher.model import Busy, Copy, Entry, Kind, Later, Layer, Refused, Stack, shown
+from watcher.names import DIGEST, Names
 from watcher.stacks import TEMPORARY, Accepted, Damaged, Stacks
 from watcher.whole import Whole
 
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-_LOCK = ".lock"
-_NAMES = ".names"
-# How old a copy that nothing refers to is at least, for nobody to be about to put it into a stack.
-_LEFT_SEC = 600
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EFBIG})
-_AT_ONCE = fcntl.LOCK_EX | fcntl.LOCK_NB
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class StoreFull(Later):
@@ -82,7 +60,8 @@ class Store:
         self._stacks = Stacks(state_directory)
         for private in (self._path, self._stacks.directory):
             os.chmod(private, 0o700)  # whatever the umask, and whoever made it
-        self._directory = os.open(self._path, _DIRECTORY)
+        self._names = Names(self._path)
+        self._directory = self._names.directory
         self._whole = Whole(self._directory, TEMPORARY)
         self._room = threading.Lock()
         self._copies: dict[str, Copy] = {}
@@ -96,7 +75,7 @@ class Store:
         self.known.clear()
 
     def close(self) -> None:
-        os.close(self._directory)
+        self._names.close()
 
     def __enter__(self) -> Store:
         return self
@@ -120,7 +99,7 @@ class Store:
             Busy: somebody does, and it was not to be waited for.
             OSError: no descriptor is left.
         """
-        return self._lock(fcntl.LOCK_SH if wait else fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return self._names.hold(wait)
 
     def add_image(self, fd: int, probed: Probe, lease: Lease) -> Copy:
         """Copy the image behind `fd`, which `lease` (entered) protects. Hold `using()`.
@@ -225,9 +204,9 @@ class Store:
         with _translated(f"the stack of {shown(unit)} cannot be recorded"):
             record = self.record(unit)
             mounted = origins.noted(stack, record.mounted if record is not None else {})
-            with self._lock(fcntl.LOCK_SH, _NAMES):
+            with self._names.naming():
                 for layer in stack.layers:
-                    if not self._holds(layer.digest, None):
+                    if not self._names.holds(layer.digest, None):
                         raise Later(f"the copy {layer.digest} of {layer.label} is gone from the store")
                 return self._stacks.accept(unit, stack, entries, mounted, after)
 
@@ -277,93 +256,22 @@ class Store:
             Busy: copies are being made somewhere; nothing was removed, try again later.
             Later: the file system would not.
         """
-        with _translated("copies that nobody needs cannot be removed"), ExitStack() as held:
-            busy = None
-            try:
-                held.enter_context(self._lock(_AT_ONCE))
-            except Busy as error:
-                busy = error
-            with self._lock(_AT_ONCE, _NAMES):
-                used = frozenset(mounted)
-                keep = self._stacks.prune(self.keep_stacks) | used
-                names = os.listdir(self._directory)
-                unneeded = tuple(name for name in names if _DIGEST.fullmatch(name) and name not in keep)
-                if busy:
-                    unneeded = tuple(filter(self._is_left, unneeded))
-                dead = [
-                    name
-                    for name in names
-                    # A damaged copy of a tree is what a service that runs on it still sees.
-                    if name.startswith(TEMPORARY)
-                    and self._is_dead(name)
-                    and not used.intersection(name.split("-"))
-                ]
-                if busy and not unneeded and not dead:
-                    raise busy
-                for name in unneeded:
-                    dead.append(f"{TEMPORARY}0-{secrets.token_hex(8)}")
-                    os.rename(name, dead[-1], src_dir_fd=self._directory, dst_dir_fd=self._directory)
-            held.close()
-            if unneeded:
-                # Or a power cut may bring the name of a tree back, and half of what is in it.
-                os.fsync(self._directory)
-            # Their names are nobody's any more, so a large tree keeps nobody waiting.
-            for name in dead:
-                owntree.remove(name, self._directory)
-            for name in unneeded:
-                self._copies.pop(name, None)
-        return unneeded
-
-    def _is_left(self, name: str) -> bool:
-        try:
-            made = os.stat(name, dir_fd=self._directory, follow_symlinks=False).st_ctime
-        except FileNotFoundError:
-            return False
-        return time.time() - made > _LEFT_SEC
-
-    def _is_dead(self, name: str) -> bool:
-        """Whether nobody writes to a temporary file or directory any more, as far as can be found out now."""
-        try:
-            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(fd, _AT_ONCE)
-        except BlockingIOError:
-            return False
-        finally:
-            os.close(fd)
-        return True
-
-    def _lock(self, operation: int, name: str = _LOCK) -> io.FileIO:
-        """Until what is returned is closed. Raises Busy."""
-        flags = os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        lock = io.FileIO(os.open(name, flags, 0o600, dir_fd=self._directory))
-        try:
-            fcntl.flock(lock, operation)
-        except OSError as error:
-            lock.close()
-            if isinstance(error, BlockingIOError):
-                raise Busy("copies are being made, or removed") from error
-            raise
-        return lock
+        used = frozenset(mounted)
+        with _translated("copies that nobody needs cannot be removed"):
+            removed = self._names.collect(lambda: self._stacks.prune(self.keep_stacks), used)
+        for digest in removed:
+            self._copies.pop(digest, None)
+        return removed
 
     def _require_size(self, size: int) -> None:
         for limit, setting in ((self.image_max, "ImageMax="), (self.store_max, "StoreMax=")):
             if size > limit:
                 raise Refused(f"too large: {size} bytes, {limit} are allowed ({setting})")
 
-    def _holds(self, digest: str, size: int | None) -> bool:
-        try:
-            found = os.stat(digest, dir_fd=self._directory, follow_symlinks=False)
-        except FileNotFoundError:
-            return False
-        return size is None or (stat.S_ISREG(found.st_mode) and found.st_size == size)
-
     def _size_of(self, name: str) -> int:
         if name.startswith(TEMPORARY):
             return int(name.split("-")[1])
-        if not _DIGEST.fullmatch(name):
+        if not DIGEST.fullmatch(name):
             return 0
         try:
             return tree.in_blocks(self._copy(name).size)
@@ -375,7 +283,7 @@ class Store:
     def _copy(self, digest: str) -> Copy:
         """What is under a digest, looked into once. Raises FileNotFoundError, or Refused if it is damaged."""
         known = self._copies.get(digest)
-        if known and self._holds(digest, known.size if known.kind is Kind.IMAGE else None):
+        if known and self._names.holds(digest, known.size if known.kind is Kind.IMAGE else None):
             return known
         # O_NOFOLLOW and no more: a file and a directory open alike for reading.
         fd = os.open(digest, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
@@ -398,23 +306,16 @@ class Store:
         What still has that name at the end is removed. Threads take room in turn; two processes that ask in the same
         microseconds may both get the last of it, and `store_max` is exceeded by one image.
         """
-        name = f"{TEMPORARY}{size}-{secrets.token_hex(8)}"
         with self._room:
             used = self.usage()
             if used + size > self.store_max:
                 room = f"{used} of {self.store_max} bytes (StoreMax=) are in use"
                 raise StoreFull(f"the store is full: {room}, {size} more are needed")
-            with self._lock(fcntl.LOCK_SH, _NAMES):
-                if kind is Kind.DIRECTORY:
-                    os.mkdir(name, 0o700, dir_fd=self._directory)
-                flags = _DIRECTORY if kind is Kind.DIRECTORY else _NEW
-                fd = os.open(name, flags, 0o400, dir_fd=self._directory)
-                fcntl.flock(fd, fcntl.LOCK_EX)
+            name, fd = self._names.begin(size, kind)
         try:
             yield name, fd
         finally:
-            owntree.remove(name, self._directory)
-            os.close(fd)
+            self._names.end(name, fd)
 
     def _write_image(self, fd: int, size: int, lease: Lease) -> str:
         hasher = hashlib.sha256()
