@@ -366,4 +366,4 @@ def _reason(error: int) -> str:
 
 def _unescape(field: bytes) -> str:
     r"""A field of mountinfo, in which blanks and backslashes are written like `\040`."""
-    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field))
+    return os.fsdecode(re.sub(rb"\\([0-3][0-7]{2})", lambda match: bytes([int(match[1], 8)]), field))

@@ -41,7 +41,7 @@ _LABEL_MAX = _PATH_MAX - len(LAYERS) - len("/@") - 64
 
 # Whoever may mount can give an overlay any paths: what is not as we write it goes no further.
 _LAYER = re.compile(LAYERS + r"/[!-~]*@[0-9a-f]{64}")
-_ESCAPE = re.compile(r"\\([0-7]{3})")
+_ESCAPE = re.compile(r"\\([0-3][0-7]{2})")
 
 
 class Mount(NamedTuple):
