@@ -463,6 +463,38 @@ class TestTrees:
         (drop.parent / "link").symlink_to("drop/web")
         self.signed(drop.parent / "link")
 
+    @pytest.mark.parametrize("what", ["etc", "etc/web.conf", "listed"])
+    def test_whoever_leads_to_it_must_be_able_to_read_all_of_it(
+        self, drop: Path, content: Path, what: str
+    ) -> None:
+        link = drop.parent / "link"
+        link.symlink_to("drop/web")
+        os.lchown(link, NOBODY, NOBODY)
+        self.signed(link, NOBODY_DEPLOYS)
+        if what == "listed":
+            path = content
+            acl(path, (1, 6, 0), (2, 0, NOBODY), (4, 4, 0), (0x10, 4, 0), (0x20, 4, 0))
+        else:
+            path = drop / "web" / what
+            path.chmod(0o700)
+        with pytest.raises(Unsafe, match=f"{link} is a link that user nobody can set, to what"):
+            self.signed(link, NOBODY_DEPLOYS)
+        os.lchown(link, 0, 0)
+        self.signed(link, NOBODY_DEPLOYS)
+
+    def test_whoever_may_have_put_it_there_must_be_able_to_read_all_of_it(
+        self, drop: Path, content: Path
+    ) -> None:
+        content.chmod(0o600)
+        os.chown(drop, NOBODY, NOBODY)
+        drop.chmod(0o700)
+        with pytest.raises(
+            Unsafe, match=f'{content} cannot be read by user nobody.*"chown nobody {content}"'
+        ):
+            self.signed(drop / "web", NOBODY_DEPLOYS)
+        os.chown(content, NOBODY, NOBODY)
+        self.signed(drop / "web", NOBODY_DEPLOYS)
+
 
 def serve(device: int, target: bytes) -> None:
     """A FUSE file system in which all is root's: a directory, and in it any name is a link to `target`."""

@@ -131,10 +131,9 @@ def of_descriptor(status: os.stat_result, fd: int) -> Permissions:
 
 
 def of_entry(status: os.stat_result, directory: int, name: str) -> Permissions:
-    """Of a name in the directory that is open as `directory`, enough for `writers()`. Raises OSError."""
-    # Where a list names somebody, its mask stands in the place of the group's permissions.
-    listed = status.st_mode & stat.S_IWGRP and not stat.S_ISLNK(status.st_mode)
-    acl = _acl(f"/proc/self/fd/{directory}/{name}", follow=False) if listed else ()
+    """Of a name in the directory that is open as `directory`; a link has none of its own. Raises OSError."""
+    link = stat.S_ISLNK(status.st_mode)
+    acl = () if link else _acl(f"/proc/self/fd/{directory}/{name}", follow=False)
     return Permissions(status.st_uid, status.st_gid, status.st_mode, acl)
 
 

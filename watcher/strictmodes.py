@@ -256,7 +256,8 @@ class StrictModes:
             raise
         way.unsafe = unsafe
         closed = place.closed or not status.st_mode & 0o011
-        return Found(fd, way.path, status, unsafe, None if closed else self._guard(way.path))
+        guarded = not closed or bool(way._setters)
+        return Found(fd, way.path, status, unsafe, self._guard(way) if guarded else None)
 
     # Who may
 
@@ -345,19 +346,32 @@ class StrictModes:
             return Unsafe(f"{text}: put there what it leads to, or link it in a directory of root's", link)
         return Unsafe(f'{text}: "chown -h root {shown(link)}"', link)
 
-    def _guard(self, root: str) -> Guard:
-        """Judges what is in a tree: its owners and modes are content, but strangers could still write to it."""
+    def _guard(self, way: Way) -> Guard:
+        """Judges what is in a tree: its owners and modes are content, but strangers could still write to it, and who
+        has led here could not read all of it."""
 
         def guard(status: os.stat_result, directory: int, name: str, where: str) -> None:
+            path = f"{way.path}/{where}"
+            self._require_in_sight(way, status, directory, name, path)
             if status.st_uid in self._uids and not status.st_mode & 0o022:
                 return
             found = permissions.of_entry(status, directory, name)
             writers = [] if stat.S_ISLNK(found.mode) else found.writers()
-            unsafe = self._unsafe(f"{root}/{where}", found, writers, None, passing=False)
+            unsafe = self._unsafe(path, found, writers, None, passing=False)
             if unsafe is not None:
                 raise unsafe
 
         return guard
+
+    def _require_in_sight(
+        self, way: Way, status: os.stat_result, directory: int, name: str, path: str
+    ) -> None:
+        """As `_require_sight()`, of what is in a tree; a link in it is not followed."""
+        owners = {who.number for who in way._setters if who.kind == "user"}
+        if stat.S_ISLNK(status.st_mode) or (len(owners) == len(way._setters) and owners <= {status.st_uid}):
+            return
+        found = permissions.of_entry(status, directory, name)
+        self._require_sight(way, found, READ | SEARCH if stat.S_ISDIR(status.st_mode) else READ, path)
 
     def _numbers(self, key: str, names: Iterable[str], number: Callable[[str], int]) -> frozenset[int]:
         found = set()

@@ -64,6 +64,18 @@ def test_nobody_reads_no_image_of_roots_through_a_link(place: Place, secret: Pat
     assert service.heard == ["nothing", "1"]
 
 
+def test_nobody_reads_no_file_of_roots_in_a_tree_through_a_link(place: Place) -> None:
+    place.trees, place.suffix = True, ""
+    tree = place.path / "secret" / "web_9"
+    shutil.copytree(place.confext("9", "password"), tree, symlinks=True)
+    (tree / "etc/web.conf").chmod(0o600)
+    service = place.start(*TRUSTED)
+    given_away(service)
+    as_nobody("ln", "-s", tree, service.versions / "web_9")
+    service.logged("web_9", "refused: ")
+    assert service.heard == ["nothing"]
+
+
 def test_a_directory_of_nobodys_is_refused_unless_he_is_trusted(place: Place) -> None:
     service = place.start()
     service.put("1")
