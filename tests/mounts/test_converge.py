@@ -11,8 +11,8 @@ from service import Service
 
 from needs import root
 from watcher.model import Layer, Stack
+from watcher.mounts import namespaces, syscalls
 from watcher.mounts import swap as swapping
-from watcher.mounts import syscalls
 from watcher.mounts.converge import Compared, Converged, converge
 from watcher.mounts.descriptors import Descriptors
 from watcher.mounts.survey import Survey
@@ -134,6 +134,24 @@ def test_a_sandbox_with_users_of_its_own_follows_or_is_told_about(
         assert nested.read("/etc/secret") == "other"
         if nested.read("/etc/web.conf") != content:
             assert [remark for remark in converged.remarks if "mount namespace of its own" in remark]
+
+
+@pytest.mark.parametrize("bound", ["NESTED_MAX", "TABLES_MAX"])
+def test_of_more_namespaces_than_are_followed_the_service_itself_has_its_stack(
+    start: Start,
+    service: Service,
+    layers: Layers,
+    bring: Bring,
+    bound: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Any user can make thousands of them, with thousands of mounts in each."""
+    nested = [start("private", inside=service) for _ in range(2)]
+    monkeypatch.setattr(namespaces, bound, 1)
+    converged = bring(service, layers.tree({"web.conf": "1"}), others=(*nested, nested[0]))
+    assert service.read("/etc/web.conf") == "1"
+    assert converged.swaps == (2 if bound == "NESTED_MAX" else 1)
+    assert "the others keep the old stack" in converged.remarks[-1]
 
 
 def test_one_that_was_left_behind_catches_up(

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 
 from watcher.model import Copy, Kind, Layer, Stack, problem
 from watcher.mounts.compare import shows
-from watcher.mounts.namespaces import Namespace, of_service
+from watcher.mounts.namespaces import NESTED_MAX, Namespace, of_service
 from watcher.mounts.swap import Moved, Swapped, swap
 from watcher.mounts.table import Mounted
 from watcher.mounts.workshop import Workshop
 from watcher.process import Process
 
 _COMPARED_MAX = 64
+_TOO_MANY = f"more than {NESTED_MAX} mount namespaces, or mounts in them: the others keep the old stack"
 
 # By a namespace's identity, the mount on its /etc, and a stack's identity: the base on which a mount that does not say
 # from what it was made was found to show that stack; None: it shows something else.
@@ -82,6 +83,8 @@ def converge(
         rebased = own.done and _made_on(found.main, stack, compared, own.before) is not None
         for nested in found.following:
             _try(bring, nested, done, remarks)
+        if found.too_many:
+            remarks.append(_TOO_MANY)
     made = [swapped for swapped in (*done, own) if swapped.done]
     remarks += [remark for swapped in made for remark in swapped.remarks]
     return Converged(

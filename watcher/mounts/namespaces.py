@@ -10,15 +10,22 @@ are left alone.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 
 from watcher.model import Stack
 from watcher.mounts.descriptors import Descriptors
-from watcher.mounts.survey import read_table
+from watcher.mounts.survey import TooLong, read_namespace
 from watcher.mounts.table import Mount, Table
 from watcher.mounts.workshop import HostNamespace, Workshop
 from watcher.process import Gone, Process, namespace_id
+
+NESTED_MAX = 256
+"""Nested namespaces of one service that follow: each takes a descriptor, and any user can make thousands."""
+
+TABLES_MAX = 16 * 1024 * 1024
+"""Bytes of the mount tables of all nested namespaces of one service together; one row has about 100."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +36,7 @@ class Namespace:
     identity: tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Namespaces:
     """Where the stack of a service has to be swapped, in this order.
 
@@ -38,11 +45,13 @@ class Namespaces:
             stack because of these, without what was lifted off it there: they have to be done before.
         main: the main process's.
         following: the other nested ones; most have followed once the main one is done.
+        too_many: there are more, which are left as they are.
     """
 
     apart: list[Namespace]
     main: Namespace
     following: list[Namespace]
+    too_many: bool = False
 
 
 @contextlib.contextmanager
@@ -70,19 +79,17 @@ def of_service(
     with Descriptors() as fds:
         own = _hold(fds, main)
         shop.check_foreign(own.identity)
-        others: dict[tuple[int, int], Namespace] = {}
+        found = Namespaces([], own, [])
+        nested: _Nested | None = None
         for pid in pids:
             # What has ended or is not ours to look at is not the service's any more, or never was.
             with contextlib.suppress(Gone, PermissionError), Process(pid) as process:
-                if _identity(process.pid) not in (own.identity, *others):
-                    other = _hold(fds, process)
-                    others[other.identity] = other
-        found = Namespaces([], own, [])
-        if others:
-            for pid in elsewhere:
-                with contextlib.suppress(Gone, PermissionError):
-                    others.pop(_identity(pid), None)
-            _sort(shop, found, others.values(), {digest for stack in kept() for digest in stack.digests})
+                if _identity(process.pid) == own.identity:
+                    continue
+                nested = nested or _Nested(shop, fds, found, kept, elsewhere)
+                nested.add(process)
+                if found.too_many:
+                    break
         yield found
 
 
@@ -98,15 +105,58 @@ def _hold(fds: Descriptors, process: Process) -> Namespace:
     return Namespace(fd, namespace_id(fd))
 
 
-def _sort(shop: Workshop, found: Namespaces, others: Iterable[Namespace], digests: Set[str]) -> None:
-    main = read_table(shop, found.main.fd)
-    own = digests | _digests(main)
-    for other in others:
-        with contextlib.suppress(HostNamespace):
-            table = read_table(shop, other.fd)
-            if _belongs(table, main, own):
-                follows = main.carries(main.top, table.top, table)
-                (found.following if follows else found.apart).append(other)
+class _Nested:
+    """Sorts the namespaces of a service's other processes, and holds those that are the service's."""
+
+    def __init__(
+        self,
+        shop: Workshop,
+        fds: Descriptors,
+        found: Namespaces,
+        kept: Callable[[], Iterable[Stack]],
+        elsewhere: Iterable[int],
+    ) -> None:
+        self._shop, self._fds, self._found = shop, fds, found
+        self._room = TABLES_MAX
+        self._main = Table(read_namespace(shop, found.main.fd))
+        self._digests = {digest for stack in kept() for digest in stack.digests} | _digests(self._main)
+        self._seen: set[tuple[int, int]] = set()
+        for pid in elsewhere:
+            with contextlib.suppress(Gone, PermissionError):
+                self._seen.add(_identity(pid))
+
+    def add(self, process: Process) -> None:
+        fd = process.namespace()
+        try:
+            identity = namespace_id(fd)
+            if identity in self._seen:
+                return
+            self._seen.add(identity)
+            where = self._where(fd)
+            if where is None:
+                return
+            if len(self._found.apart) + len(self._found.following) == NESTED_MAX:
+                raise TooLong
+            where.append(Namespace(self._fds.add(fd), identity))
+            fd = -1
+        except TooLong:
+            self._found.too_many = True
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+    def _where(self, fd: int) -> list[Namespace] | None:
+        """Among which it is to be done; None: it is not the service's. Raises TooLong."""
+        try:
+            rows = read_namespace(self._shop, fd, self._room)
+        except HostNamespace:
+            return None
+        self._room -= len(rows)
+        table = Table(rows)
+        if not _belongs(table, self._main, self._digests):
+            return None
+        follows = self._main.carries(self._main.top, table.top, table)
+        return self._found.following if follows else self._found.apart
 
 
 def _belongs(other: Table, main: Table, own: Set[str]) -> bool:

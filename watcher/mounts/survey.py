@@ -54,13 +54,17 @@ class Survey:
             raise Moved
 
 
-def read_table(shop: Workshop, namespace: int) -> Table:
-    """The mount table of a namespace, from inside: /proc/PID/mountinfo of a process that has changed its root shows
-    nothing. Runs on a worker."""
+def read_namespace(shop: Workshop, namespace: int, size_max: int | None = None) -> str:
+    """The mountinfo of a namespace, from inside: that of a process that has changed its root shows nothing. Runs on a
+    worker.
+
+    Raises:
+        TooLong: it has more than `size_max` bytes.
+    """
     with shop.entered(namespace):
         mountinfo = shop.open_mountinfo()
         try:
-            return Table(read_rows(mountinfo))
+            return read_rows(mountinfo, size_max)
         finally:
             os.close(mountinfo)
 
@@ -124,12 +128,19 @@ def _clone(fds: Descriptors, directory: int, recursive: int) -> int:
     return tree
 
 
-def read_rows(mountinfo: int) -> str:
-    """The whole of a mountinfo file, again."""
+class TooLong(Exception):
+    """A mount table is longer than we read."""
+
+
+def read_rows(mountinfo: int, size_max: int | None = None) -> str:
+    """The whole of a mountinfo file, again. Raises TooLong."""
     os.lseek(mountinfo, 0, os.SEEK_SET)
-    parts = []
+    parts, size = [], 0
     while part := os.read(mountinfo, 1 << 16):
         parts.append(part)
+        size += len(part)
+        if size_max is not None and size > size_max:
+            raise TooLong
     return os.fsdecode(b"".join(parts))
 
 
