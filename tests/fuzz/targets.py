@@ -658,6 +658,7 @@ def mountinfo(data: bytes) -> None:
         assert found.same_etc(table.Table(text))
         found.carries(found.top, found.under)
         list(found.above(found.top))
+        found.points_on(found.top)
     cgroup.mount_point(text)
     watch.mount_points(data)
 

@@ -198,8 +198,14 @@ class Table:
         """Whether on `lower` is mounted what is on the stack `upper` (of another table), apart from parts of that."""
         there, stack = other or self, upper.device
         pairs = [(lower, upper)]
+        passed = (
+            set()
+        )  # the kernel gives an ID anew, also between two reads of one table: it may go round in a circle
         while pairs:
             mine, theirs = pairs.pop()
+            if (mine, theirs) in passed:
+                continue
+            passed.add((mine, theirs))
             twins = {row.point: row for row in self.on(mine)}
             for row in there.on(theirs):
                 twin = twins.get(row.point)
@@ -247,17 +253,25 @@ class Table:
     def above(self, mount: Mount) -> Iterator[Mount]:
         """What can be seen of all that lies on `mount`, at any depth."""
         rows = list(self.on(mount))
+        passed = {mount}  # as in `carries()`
         while rows:
             row = rows.pop()
-            yield row
-            rows += self.on(row)
+            if row not in passed:
+                passed.add(row)
+                yield row
+                rows += self.on(row)
 
     def points_on(self, mount: Mount) -> list[str]:
         """Paths below `/etc`, escaped as mountinfo has them, of all that lies on `mount` at any depth, seen or not."""
         points = []
         parents = [str(mount.id)]
+        passed = set()  # as in `carries()`
         while parents:
-            for point, line in self._lines.get(parents.pop(), ()):
+            parent = parents.pop()
+            if parent in passed:
+                continue
+            passed.add(parent)
+            for point, line in self._lines.get(parent, ()):
                 if point.startswith("/etc/"):
                     points.append(point)
                     parents.append(line.partition(" ")[0])
