@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from needs import root, tool
 from watcher import inside
+from watcher.model import Later
 from watcher.order import Like, Order
 from watcher.process import Process
 
@@ -91,3 +93,12 @@ async def test_whoever_exchanges_the_root_directory_gets_nothing_run(
 async def test_what_cannot_be_executed_is_said(main: Process) -> None:
     ended = await run(main, inside.like(main, {}), "/nowhere")
     assert ended.reason == "cannot be started: No such file or directory"
+
+
+async def test_what_was_to_run_it_says_why_it_has_failed(
+    main: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = (sys.executable, "-c", r"import sys; sys.exit('Traceback\nno such module')")
+    monkeypatch.setattr(inside, "PROGRAM", failing)
+    with pytest.raises(Later, match=r"what was to run it has failed \(no such module\)$"):
+        await run(main, inside.like(main, {}), "/bin/true")

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from watcher import unitfile
+from watcher.inside import last_line
 from watcher.managers import Manager, Service
 from watcher.model import Copy, Later, Stack, shown
 from watcher.mounts.shadow import shadow
@@ -75,11 +76,5 @@ async def run_all(
             raise Later(f"{what} {shown(command)!r} {error}") from error
         output += ended.output
         if ended.reason:
-            return Verdict(f"{what} {shown(command)!r} {ended.reason}{_last_line(ended.output)}", output)
+            return Verdict(f"{what} {shown(command)!r} {ended.reason}{last_line(ended.output)}", output)
     return Verdict("", output)
-
-
-def _last_line(output: str) -> str:
-    """The end of what was printed, which mostly says what is wrong."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return f" ({shown(lines[-1][:200])})" if lines else ""

@@ -30,7 +30,7 @@ import watcher
 from watcher.config import signal_name
 from watcher.enter import KINDS
 from watcher.managers import cgroup
-from watcher.model import Later
+from watcher.model import Later, shown
 from watcher.order import Like, Order
 from watcher.process import Gone, Process, namespace_id
 
@@ -301,7 +301,7 @@ async def _follow(
     try:
         with trio.move_on_after(timeout_sec) as scope:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(_gather, stream, output)
+                nursery.start_soon(gather, stream, output)
                 await trio.lowlevel.wait_readable(talk)
                 said = talk.recv(256)
                 # What holds the pipe open is about to be killed.
@@ -323,8 +323,7 @@ def _reason(said: str, output: str) -> str:
         Later: it says nothing about the command.
     """
     if not said:
-        last = (output.split("\n") or [""])[-1]
-        raise Later(f"could not be run: what was to run it has failed{': ' if last else ''}{last}")
+        raise Later(f"could not be run: what was to run it has failed{last_line(output)}")
     what, number = said.split()[:2]
     if what == "status":
         return reason_of(os.waitstatus_to_exitcode(int(number)))
@@ -343,9 +342,16 @@ async def _reap(child: subprocess.Popen[bytes], pidfd: int) -> None:
     threading.Thread(target=child.wait, name="reaper", daemon=True).start()
 
 
-async def _gather(stream: trio.abc.ReceiveStream, output: bytearray) -> None:
+async def gather(stream: trio.abc.ReceiveStream, output: bytearray) -> None:
+    """Read what a command prints to its end, and keep the first OUTPUT_MAX bytes."""
     async for chunk in stream:
         output += chunk[: OUTPUT_MAX - len(output)]
+
+
+def last_line(output: str) -> str:
+    """The end of what was printed, which mostly says what is wrong: " (LINE)", or ""."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return f" ({shown(lines[-1][:200])})" if lines else ""
 
 
 def reason_of(status: int) -> str:

@@ -18,7 +18,7 @@ from typing import Any, Final
 import trio
 
 from watcher import dbus, enter, units
-from watcher.inside import OUTPUT_MAX, PROGRAM, Ended, namespaces, path_of, reason_of, told
+from watcher.inside import PROGRAM, Ended, gather, namespaces, path_of, reason_of, told
 from watcher.managers.systemd1 import Jobs, Systemd1
 from watcher.model import Later
 from watcher.order import Like, Order
@@ -69,7 +69,7 @@ class Transient:
             order = Order(held.enter_context(namespaces(main, namespace)), who, words)
             path = held.enter_context(told(order))
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(_gather, stream, output)
+                nursery.start_soon(gather, stream, output)
                 try:
                     reason = await self._attempt(service, path, path_of(writing), timeout_sec)
                 except Later as error:
@@ -144,8 +144,3 @@ async def _reason(systemd: Systemd1, name: str, result: str, timeout_sec: float)
         return f"failed: {values['Result']}"
     # Canceled by a shutdown, say: the command did not get to say anything.
     raise Later(f"could not be followed to its end: {result or 'systemd cannot be reached'}")
-
-
-async def _gather(stream: trio.abc.ReceiveStream, output: bytearray) -> None:
-    async for chunk in stream:
-        output += chunk[: OUTPUT_MAX - len(output)]
