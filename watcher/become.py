@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 with open("/proc/sys/kernel/cap_last_cap", encoding="ascii") as _file:
     _LAST_CAPABILITY = int(_file.read())
 
-_NO_LINKS = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
-
 
 def become(who: Like, *, other: bool) -> None:
     """In the service's namespaces, about to execute a command. The groups are set by then.
@@ -55,7 +53,7 @@ def _enter_root(who: Like) -> None:
     """
     fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     if who.root != "/":
-        fd = syscalls.openat2(fd, who.root.lstrip("/"), os.O_PATH | os.O_DIRECTORY, _NO_LINKS)
+        fd = syscalls.openat2(fd, who.root.lstrip("/"), os.O_PATH | os.O_DIRECTORY, syscalls.RESOLVE_INSIDE)
     status = os.fstat(fd)
     if (status.st_dev, status.st_ino) != tuple(who.root_id):
         raise OSError(errno.ESTALE, "its root directory is not where it was")

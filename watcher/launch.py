@@ -31,7 +31,8 @@ from watcher.managers.standalone import (
 )
 from watcher.model import Later, Refused, Stack, problem, shown
 from watcher.mounts import syscalls
-from watcher.mounts.swap import Moved, swap
+from watcher.mounts.etc import Moved
+from watcher.mounts.swap import swap
 from watcher.mounts.workshop import HostNamespace, Workshop
 from watcher.process import Gone, Process, may_mount, namespace_id, shares_host, start_time
 from watcher.schema import Quarantined, text

@@ -27,7 +27,7 @@ from watcher.managers import Manager, Reloaded, Service
 from watcher.memory import Memory
 from watcher.model import Busy, Copy, Event, Interest, Later, Refused, Stack
 from watcher.mounts.converge import converge
-from watcher.mounts.swap import Moved
+from watcher.mounts.etc import Moved
 from watcher.mounts.workshop import Hung, Lost, Workshop
 from watcher.offload import Offload, Unanswered
 from watcher.patient import PatientWatcher

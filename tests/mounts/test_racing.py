@@ -18,7 +18,8 @@ from service import NOBODY, Service
 
 from needs import root
 from watcher.model import Copy, Layer, Refused, Stack
-from watcher.mounts.swap import Moved, swap
+from watcher.mounts.etc import Moved
+from watcher.mounts.swap import swap
 from watcher.mounts.table import Mounted
 from watcher.process import may_mount
 

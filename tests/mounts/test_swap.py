@@ -21,7 +21,8 @@ from needs import filesystem, loop, root, tool, userns
 from watcher.model import Refused, Stack
 from watcher.mounts import syscalls
 from watcher.mounts.compare import shows
-from watcher.mounts.swap import Moved, build, swap
+from watcher.mounts.etc import Moved
+from watcher.mounts.swap import build, swap
 from watcher.mounts.table import LAYERS_MAX, SOURCE
 from watcher.mounts.workshop import HostNamespace, Workshop
 from watcher.process import may_mount

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from watcher.model import Copy, Kind, Layer, Stack, problem
 from watcher.mounts.compare import shows
+from watcher.mounts.etc import Moved
 from watcher.mounts.namespaces import NESTED_MAX, Namespace, of_service
-from watcher.mounts.swap import Moved, Swapped, swap
+from watcher.mounts.swap import Swapped, swap
 from watcher.mounts.table import Mounted
 from watcher.mounts.workshop import Workshop
 from watcher.process import Process

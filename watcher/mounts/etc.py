@@ -19,8 +19,6 @@ from watcher.mounts import syscalls
 from watcher.mounts.descriptors import Descriptors
 from watcher.mounts.table import Mount
 
-# For whatever lies below a descriptor: nothing on the way may be a link, nothing may lead out.
-INSIDE = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
 _NO_LINK = syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
 
 _NOT_A_DIRECTORY = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
@@ -105,7 +103,9 @@ def open_etc(fds: Descriptors, root: int, resolve: int = 0) -> int:
         NotADirectoryError: there is none.
     """
     try:
-        return fds.add(syscalls.openat2(root, "etc", os.O_PATH | os.O_DIRECTORY, INSIDE | resolve))
+        return fds.add(
+            syscalls.openat2(root, "etc", os.O_PATH | os.O_DIRECTORY, syscalls.RESOLVE_INSIDE | resolve)
+        )
     except OSError as error:
         if error.errno not in _NOT_A_DIRECTORY:
             raise

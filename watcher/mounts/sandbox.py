@@ -28,7 +28,7 @@ from itertools import islice
 from watcher.model import Refused
 from watcher.mounts import syscalls
 from watcher.mounts.descriptors import Descriptors
-from watcher.mounts.etc import INSIDE, Moved
+from watcher.mounts.etc import Moved
 from watcher.mounts.table import COVER, Mount, Table
 
 _EMPTY = syscalls.AT_EMPTY_PATH
@@ -148,7 +148,7 @@ class _Found:
 
     def _open(self, path: str) -> int:
         try:
-            fd = self.fds.add(syscalls.openat2(self.etc, path, os.O_PATH, INSIDE))
+            fd = self.fds.add(syscalls.openat2(self.etc, path, os.O_PATH, syscalls.RESOLVE_INSIDE))
         except OSError as error:
             if error.errno not in _NOTHING_THERE:
                 raise
@@ -230,7 +230,7 @@ def _make_parents(path: str, lower: Lower, made: set[str], *, privileged: bool) 
     os.mkdir(place, 0o755)
     for layer in lower.directories:
         try:
-            fd = syscalls.openat2(layer, path, os.O_RDONLY | os.O_DIRECTORY, INSIDE)
+            fd = syscalls.openat2(layer, path, os.O_RDONLY | os.O_DIRECTORY, syscalls.RESOLVE_INSIDE)
         except OSError as error:
             if error.errno not in _NOTHING_THERE:
                 raise
@@ -277,7 +277,9 @@ def renew(mounts: Sequence[Sandbox], overlay: int, fds: Descriptors) -> None:
     for mount in mounts:
         if mount.tree >= 0:
             continue
-        source = syscalls.openat2(overlay, mount.source, os.O_PATH, INSIDE | syscalls.RESOLVE_NO_XDEV)
+        source = syscalls.openat2(
+            overlay, mount.source, os.O_PATH, syscalls.RESOLVE_INSIDE | syscalls.RESOLVE_NO_XDEV
+        )
         try:
             mount.tree = fds.add(syscalls.open_tree(source, "", syscalls.OPEN_TREE_CLONE | _EMPTY))
         finally:
@@ -290,7 +292,7 @@ def hang(mounts: Sequence[Sandbox], overlay: int) -> None:
     """Put all of them at their places in the new stack."""
     flags = syscalls.MOVE_MOUNT_F_EMPTY_PATH | syscalls.MOVE_MOUNT_T_EMPTY_PATH
     for mount in mounts:
-        place = syscalls.openat2(overlay, mount.path, os.O_PATH, INSIDE)
+        place = syscalls.openat2(overlay, mount.path, os.O_PATH, syscalls.RESOLVE_INSIDE)
         try:
             syscalls.move_mount(mount.tree, "", place, "", flags)
         finally:
@@ -299,7 +301,7 @@ def hang(mounts: Sequence[Sandbox], overlay: int) -> None:
 
 def _has(dirfd: int, path: str) -> bool:
     try:
-        os.close(syscalls.openat2(dirfd, path, os.O_PATH, INSIDE))
+        os.close(syscalls.openat2(dirfd, path, os.O_PATH, syscalls.RESOLVE_INSIDE))
     except OSError as error:
         if error.errno not in _NOTHING_THERE:
             raise

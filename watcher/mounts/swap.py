@@ -25,8 +25,7 @@ from dataclasses import dataclass
 from watcher.model import Copy, Layer, Refused, Stack, stack_id
 from watcher.mounts import syscalls
 from watcher.mounts.descriptors import Descriptors
-from watcher.mounts.etc import Etc, hold, lift, open_etc, unmount
-from watcher.mounts.etc import Moved as Moved
+from watcher.mounts.etc import Etc, Moved, hold, lift, open_etc, unmount
 from watcher.mounts.sandbox import (
     Lower,
     Sandbox,
