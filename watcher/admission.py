@@ -108,8 +108,8 @@ class Admission:
         self,
         candidate: Candidate,
         made_for: Host,
-        at_hand: set[str] | None = None,
-        modes: StrictModes | None = None,
+        at_hand: set[str],
+        modes: StrictModes | None,
     ) -> Copy:
         """The store's copy of a candidate. Blocks; not on a worker of the workshop.
 

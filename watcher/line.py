@@ -86,7 +86,7 @@ class Line:
         accepted: Callable[[str], None] = lambda name: None,
     ) -> None:
         self._tools = tools
-        self._record = Record(tools.ledger, told, tools.offload)
+        self._record = Record(tools.ledger, tools.offload, told)
         self._judge = Judge(
             tools.store, tools.pending, tools.trials, self._record, tools.watcher, tools.offload
         )

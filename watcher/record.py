@@ -27,19 +27,16 @@ class Record:
 
     Args:
         ledger: where history and quarantine are kept.
-        told: called with every outcome, after it was recorded.
         offload: where the files of services are looked at.
+        told: called with every outcome, after it was recorded.
     """
 
     def __init__(
-        self,
-        ledger: Ledger,
-        told: Callable[[Event], None] = lambda event: None,
-        offload: Offload | None = None,
+        self, ledger: Ledger, offload: Offload, told: Callable[[Event], None] = lambda event: None
     ) -> None:
         self._ledger = ledger
         self._told = told
-        self._offload = offload or Offload()
+        self._offload = offload
         self._unwritten: list[Event] = []
         self._writing = trio.Lock()
         self._said: dict[str, frozenset[_Key]] = {}

@@ -144,6 +144,9 @@ class StrictModes:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._close_places()
+
+    def _close_places(self) -> None:
         for place in self._places.values():
             os.close(place.fd)
         self._places.clear()
@@ -160,7 +163,7 @@ class StrictModes:
         """
         way = way if way is not None else Way()
         if len(self._places) > _PLACES_MAX:
-            self.__exit__()
+            self._close_places()
         todo = _parts(path)
         try:
             return self._walk(todo, way)

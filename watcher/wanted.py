@@ -183,7 +183,7 @@ def _find(
     look = _nothing_removed(look, entries, origins.unmounted(good, mounted))
     choice = choose(look, admit, good, lambda candidate: _is_lost(store, slots, candidate))
     if made_for is not None:
-        choice = _with_sysexts(choice, look, lambda one: admission.admit(one, made_for, at_hand))
+        choice = _with_sysexts(choice, look, lambda one: admission.admit(one, made_for, at_hand, None))
     stack = choice.stack
     if len(stack.layers) > LAYERS_MAX:
         look = replace(look, remarks=(*look.remarks, _too_many(stack)))
