@@ -153,27 +153,9 @@ def _root(main: Process) -> tuple[str, tuple[int, int]]:
 
 def _cgroup(main: Process) -> str:
     """Directory of a process's control group, "" if it is ours too, or cannot be seen from here."""
-    group, own = _unified(main.read("cgroup")), _unified(_own("cgroup"))
-    mount = cgroup.mount_point(_own("mountinfo"))
-    path = f"{mount}{group}"
-    return path if mount and group not in ("", own) and os.access(f"{path}/cgroup.procs", os.W_OK) else ""
-
-
-def _own_cgroup() -> str:
-    mount, group = cgroup.mount_point(_own("mountinfo")), _unified(_own("cgroup"))
-    return f"{mount}{group}" if mount and group else ""
-
-
-def _own(name: str) -> str:
-    with open(f"/proc/self/{name}", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-        return file.read()
-
-
-def _unified(text: str) -> str:
-    """The path in the line "0::/path" of cgroups(7), "" if there is none, or one outside of our cgroup namespace."""
-    rows = (line.removeprefix("0::") for line in text.split("\n") if line.startswith("0::"))
-    path = next(rows, "")
-    return "" if path.startswith("/..") else path
+    path = cgroup.directory(main.read("cgroup"))
+    other = path not in ("", cgroup.own_directory())
+    return path if other and os.access(f"{path}/cgroup.procs", os.W_OK) else ""
 
 
 def group_for(who: Like) -> str:
@@ -181,7 +163,7 @@ def group_for(who: Like) -> str:
 
     The service's, so that its limits hold. One that is not ours is delegated: its owner could move the command out.
     """
-    path = who.cgroup or _own_cgroup()
+    path = who.cgroup or cgroup.own_directory()
     try:
         return path if path and os.stat(path).st_uid == os.geteuid() else ""
     except OSError:

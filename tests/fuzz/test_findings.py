@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import trio
 from jeepney import DBusAddress, HeaderFields, Message, new_signal
+from nobody import NOBODY
 from test_dbus import Daemon
 
 from needs import filesystem, root, tool
-from race.attacker import NOBODY
-from watcher import dbus, inside, permissions, release, unitfile
+from watcher import dbus, permissions, release, unitfile
 from watcher.config import Settings
 from watcher.managers import cgroup, systemd1
 from watcher.managers.systemd import Systemd
@@ -158,7 +158,7 @@ def test_what_a_user_serves_is_his_also_at_a_path_with_a_carriage_return(tmp_pat
         assert (
             permissions.served_by(os.makedev(0, 1 << 19)) is None
         )  # every row is read, and none of them fails it
-        assert inside._own("mountinfo").count("\r") == row.count(b"\r")
+        assert cgroup._read("/proc/self/mountinfo").count("\r") == row.count(b"\r")
     finally:
         subprocess.run(["umount", "--lazy", directory], check=True)
         os.close(device)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The processes of a unit, by its control group: read from the kernel, because a swap has no time for a bus."""
+"""Control groups, as the kernel tells of them (cgroups(7)): which processes are a unit's, for a swap has no time for a
+bus; and where a command can be kept together."""
 
 from __future__ import annotations
 
@@ -56,6 +57,22 @@ def mount_point(text: str) -> str:
         if ours and len(fields) > 4 and fields[3] == "/":
             found.setdefault(kind, fields[4])
     return found.get("cgroup2") or found.get("cgroup", "")
+
+
+def directory(text: str) -> str:
+    """Directory of a process's control group in the unified hierarchy, by its `/proc/PID/cgroup`.
+
+    Returns:
+        "" where there is none, or it lies outside of our cgroup namespace.
+    """
+    rows = (line.removeprefix("0::") for line in text.split("\n") if line.startswith("0::"))
+    group, mount = next(rows, ""), mount_point(_read("/proc/self/mountinfo"))
+    return f"{mount}{group}" if mount and group and not group.startswith("/..") else ""
+
+
+def own_directory() -> str:
+    """`directory()` of this process."""
+    return directory(_read("/proc/self/cgroup"))
 
 
 def _groups(directory: str) -> Iterator[str]:
