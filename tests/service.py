@@ -24,7 +24,6 @@ from watcher.mounts import syscalls
 from watcher.mounts.table import Mounted, Table
 from watcher.process import Process
 
-NOBODY = 65534
 CLONE_NEWUSER = 0x10000000
 MS_BIND = 0x1000
 

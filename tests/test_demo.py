@@ -13,12 +13,13 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from nobody import AS_NOBODY
 
 from needs import root, tool, userns, which
 
 DEMO = Path(__file__).parent.parent / "contrib/demo.py"
 # setpriv looks up what it executes with root's rights still, so there is a shell in between.
-NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "sh", "-c", 'exec "$0" "$@"')
+SHELL_OF_NOBODY = (*AS_NOBODY, "sh", "-c", 'exec "$0" "$@"')
 
 # What the program found in /etc, step by step, and how often it had been told to reload.
 SEEN = [
@@ -91,7 +92,7 @@ def test_without_root_it_is_done_with_directories(tmp_path: Path) -> None:
 def interpreter_for_all() -> str | None:
     """A Python that the user nobody can start, and that takes the modules of ours."""
     for python in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"):
-        words = [*NOBODY, python, "-c", "import trio, structlog, psutil, inotify_simple"]
+        words = [*SHELL_OF_NOBODY, python, "-c", "import trio, structlog, psutil, inotify_simple"]
         environment = os.environ | {"PYTHONPATH": sysconfig.get_path("purelib")}
         if (
             which(python)
@@ -110,7 +111,7 @@ def test_a_user_without_any_rights_sees_it_too() -> None:
         pytest.skip("needs a Python and a checkout that everybody may read")
     before = {name for name in os.listdir("/tmp") if name.startswith("confext-demo-")}
     done = subprocess.run(
-        [*NOBODY, python, str(DEMO)],
+        [*SHELL_OF_NOBODY, python, str(DEMO)],
         env={"PATH": os.environ["PATH"], "PYTHONPATH": sysconfig.get_path("purelib")},
         capture_output=True,
         text=True,

@@ -21,6 +21,7 @@ import pytest
 import structlog
 import trio
 import trio.testing
+from nobody import NOBODY
 
 from needs import root
 from watcher import control, peers, schema, wire
@@ -31,7 +32,6 @@ from watcher.schema import Failed, PlannedChange, Quarantined, ServiceStatus
 pytestmark = root
 
 REPOSITORY = Path(__file__).parent.parent
-NOBODY = 65534
 GROUP = 4711
 
 NGINX = "nginx.service"

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from nobody import NOBODY, become_nobody
 
 from needs import filesystem, root, tool, userns
 from watcher import permissions, strictmodes, tree
@@ -26,7 +27,7 @@ from watcher.strictmodes import BY_EXEC, StrictModes, Trust, Way
 
 pytestmark = root
 
-NOBODY, DAEMON, GAMES = 65534, 1, 60
+DAEMON, GAMES = 1, 60
 """Users and groups that every system has; GAMES is a group."""
 
 CLONE_NEWUSER = 0x10000000
@@ -380,9 +381,7 @@ def test_a_race_of_his_link_with_his_file_is_never_won(drop: Path, secret: Path,
     os.chown(drop, NOBODY, NOBODY)
     attacker = os.fork()
     if attacker == 0:
-        os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
+        become_nobody()
         (drop / "his.raw").touch()
         while True:
             for target in (secret, drop / "his.raw"):
@@ -551,9 +550,7 @@ def as_root_of_a_user_namespace(ask: Callable[[], str]) -> str:
     if pid == 0:
         answer = "it failed"
         try:
-            os.setgroups([])
-            os.setresgid(NOBODY, NOBODY, NOBODY)
-            os.setresuid(NOBODY, NOBODY, NOBODY)
+            become_nobody()
             libc = ctypes.CDLL(None, use_errno=True)
             libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
             assert libc.unshare(CLONE_NEWUSER) == 0, os.strerror(ctypes.get_errno())

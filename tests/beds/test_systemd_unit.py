@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from images import image
+from nobody import NOBODY
 
 import needs
 from beds import site
@@ -20,7 +21,6 @@ from watcher import attributes
 
 pytestmark = [needs.bed, needs.tool("mksquashfs"), needs.tool("mkfs.erofs")]
 
-NOBODY = 65534
 RELOADS = f"{SLEEP}ExecReload=/bin/true\n[X-Confext]\nTrustedUsers=nobody 1234\n"
 UNITS = {
     "plain.service": f"[Service]\nUser=nobody\n{RELOADS}Reload=signal:SIGCONT\n",

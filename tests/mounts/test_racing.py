@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from service import NOBODY, Service
+from nobody import NOBODY
+from service import Service
 
 from needs import root
 from watcher.model import Copy, Layer, Refused, Stack

@@ -31,9 +31,10 @@ import sys
 import time
 from collections.abc import Callable
 
+from nobody import become_nobody
+
 from race.contents import LETTERS
 
-NOBODY = 65534
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -296,9 +297,7 @@ def attack(seed: int, seconds: float, kinds: list[str]) -> dict[str, int]:
 
 def main(home: str, seed: str, seconds: str, *kinds: str) -> None:
     os.chdir(home)
-    os.setgroups([])
-    os.setresgid(NOBODY, NOBODY, NOBODY)
-    os.setresuid(NOBODY, NOBODY, NOBODY)
+    become_nobody()
     signal.alarm(int(float(seconds)) + 20)  # whatever it may hang in
     signal.signal(signal.SIGIO, signal.SIG_IGN)  # somebody opened what we had a lease on
     print(json.dumps(attack(int(seed), float(seconds), list(kinds) or sorted(KINDS))))

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import images
+from nobody import NOBODY
 from standalone.place import Place, Service
 
 from race import reader
-from race.attacker import NOBODY
 from race.contents import FILES, LETTERS, SECRET, content
 
 ATTACKERS = 2

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from nobody import AS_NOBODY
 
 from needs import root, tool
 from standalone.place import Place
@@ -20,7 +21,6 @@ pytestmark = [root, tool("mksquashfs")]
 
 TOKEN = "api_token=s3cret"
 CHECK = f"sh -c 'echo line; echo {TOKEN}; test ! -e /etc/bad.conf'"
-NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 HINT = "confext-watcher: you see outcomes only: to see reasons, paths and outputs join the group confext-watcher\n"
 
 
@@ -51,7 +51,7 @@ def test_strangers_see_outcomes_only(place: Place) -> None:
     name = refused(place)
     for words in (("status",), ("history",), ("plan",), ("wait", "--timeout=20", name, "bad.raw")):
         for json_too in ((), ("--json",)):
-            done = place.run(*words, *json_too, prefix=NOBODY, check=False)
+            done = place.run(*words, *json_too, prefix=AS_NOBODY, check=False)
             assert done.returncode == (1 if words[0] == "wait" else 0), done
             for secret in ("s3cret", "line", ".confext.d", str(place.path), "exit status", "sh -c"):
                 assert secret not in done.stdout + done.stderr, words
@@ -64,15 +64,15 @@ def test_strangers_see_outcomes_only(place: Place) -> None:
             assert TOKEN in full.stdout
             if json_too:
                 assert json.loads(full.stdout)["redacted"] is False
-    assert f"{name}: bad refused" in place.run("history", prefix=NOBODY).stdout
-    assert "web 1.3 (" in place.run("status", prefix=NOBODY).stdout
+    assert f"{name}: bad refused" in place.run("history", prefix=AS_NOBODY).stdout
+    assert "web 1.3 (" in place.run("status", prefix=AS_NOBODY).stdout
 
 
 def test_a_stranger_cannot_ask_which_paths_there_are(place: Place) -> None:
     """Only by its name is an image known to him: at the right path and at a wrong one it is the same."""
     name = refused(place)
     answers = [
-        place.run("wait", "--timeout=20", name, f"{directory}/bad.raw", prefix=NOBODY, check=False)
+        place.run("wait", "--timeout=20", name, f"{directory}/bad.raw", prefix=AS_NOBODY, check=False)
         for directory in (place.drops(name), "/no/such")
     ]
     assert answers[0].returncode == answers[1].returncode == 1
@@ -90,7 +90,7 @@ def test_no_file_tells_what_the_daemon_does_not(place: Place) -> None:
             mode = path.stat().st_mode
             assert stat.S_ISSOCK(mode) or not mode & 0o007, path
     found = subprocess.run(
-        [*NOBODY, "grep", "-rlsE", "confext\\.d|api_token", str(place.runtime), str(place.state)],
+        [*AS_NOBODY, "grep", "-rlsE", "confext\\.d|api_token", str(place.runtime), str(place.state)],
         capture_output=True,
         text=True,
         check=False,
@@ -98,7 +98,7 @@ def test_no_file_tells_what_the_daemon_does_not(place: Place) -> None:
     assert found.stdout == ""
     place.daemon.stop()
     for words in (("status", name), ("history", name)):
-        done = place.run(*words, prefix=NOBODY, check=False)
+        done = place.run(*words, prefix=AS_NOBODY, check=False)
         assert done.returncode == 1 and done.stdout == ""
         assert done.stderr.endswith("ledger.sqlite: this user may not read it\n")
         assert TOKEN in place.run(*words).stdout

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from nobody import AS_NOBODY
 from place import Place, eventually
 
 from needs import root, tool
 
 pytestmark = [root, tool("mksquashfs"), tool("setpriv"), tool("unshare")]
 
-NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 WHO = "grep -E '^(Uid|CapEff):' /proc/self/status; readlink /proc/self/ns/user"
 
 
@@ -49,7 +49,7 @@ def start(
     place: Place, *words: str, options: tuple[str, ...], comm: str = "sleep"
 ) -> subprocess.Popen[bytes]:
     """A service of nobody's, once it has become what it wants to be."""
-    service = place.start(*NOBODY, *words, options=options)
+    service = place.start(*AS_NOBODY, *words, options=options)
     eventually(lambda: Path(f"/proc/{service.pid}/comm").read_text().strip() == comm)
     return service
 

@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from nobody import AS_NOBODY
 
 from needs import root, tool
 from standalone.place import Place, Service
 
 pytestmark = [root, tool("mksquashfs"), tool("setpriv")]
 
-NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 
 # Each lock that the kernel has, on each file and directory that can be opened; kept until standard input is closed.
 HOLD = """
@@ -64,7 +64,7 @@ def open_place() -> Iterator[Place]:
 @contextmanager
 def holding(place: Place, kind: str) -> Iterator[int]:
     """A stranger that has locked what he can; how much that is."""
-    words = [*NOBODY, sys.executable, "-c", HOLD, kind, str(place.state), str(place.runtime)]
+    words = [*AS_NOBODY, sys.executable, "-c", HOLD, kind, str(place.state), str(place.runtime)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as stranger:
         assert stranger.stdin is not None and stranger.stdout is not None
         yield int(stranger.stdout.readline())
@@ -102,7 +102,7 @@ def test_no_lock_of_a_strangers_is_waited_for(open_place: Place, kind: str) -> N
 def test_what_only_root_can_open(open_place: Place) -> None:
     """Names of images, their sources and the commands of services are nobody's business."""
     started(open_place)
-    words = [*NOBODY, "find", str(open_place.state), str(open_place.runtime), "-readable", "-type", "d,f"]
+    words = [*AS_NOBODY, "find", str(open_place.state), str(open_place.runtime), "-readable", "-type", "d,f"]
     found = subprocess.run(words, capture_output=True, text=True, check=False).stdout.splitlines()
     names = {os.path.relpath(path, open_place.path) for path in found}
     assert names == {"state", "state/units", "run"}
@@ -162,7 +162,7 @@ def test_check_does_not_wait_for_the_lease_of_an_images_owner(open_place: Place)
     image = open_place.path / "web_1.raw"
     open_place.bring(open_place.confext("1"), image)
     os.chown(image, 65534, 65534)
-    words = [*NOBODY, sys.executable, "-c", LEASE, str(image)]
+    words = [*AS_NOBODY, sys.executable, "-c", LEASE, str(image)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
         assert owner.stdout is not None and owner.stdout.readline() == b"held\n"
         done = open_place.run("check", str(image), check=False)

@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from nobody import AS_NOBODY, NOBODY
 
 from needs import root, tool
 from standalone.place import Place, Service
 
 pytestmark = [root, tool("mksquashfs"), tool("setpriv")]
-
-NOBODY = 65534
 
 
 @pytest.fixture
@@ -42,8 +41,7 @@ def secret(place: Place) -> Path:
 
 
 def as_nobody(*words: str | Path) -> None:
-    identity = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-    subprocess.run([*identity, *map(str, words)], check=True, stdin=subprocess.DEVNULL)
+    subprocess.run([*AS_NOBODY, *map(str, words)], check=True, stdin=subprocess.DEVNULL)
 
 
 def given_away(service: Service) -> None:
