@@ -37,7 +37,7 @@ class Repair(NamedTuple):
 
     Attributes:
         needed: there is something that would be forgotten (so the unit has a mount namespace of its own anyway).
-        again: that keep it.
+        again: settings that keep the rest.
         lost: settings that nothing keeps: such a unit must not be given images.
     """
 
