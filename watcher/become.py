@@ -47,7 +47,7 @@ def become(who: Like, *, other: bool) -> None:
 
 
 def _enter_root(who: Like) -> None:
-    """Stand in the root directory of the process, which whoever owns a directory above it may have exchanged.
+    """Enter the root directory of the process. The owner of a directory above it may have exchanged it since.
 
     A descriptor of it would not do: in a shadow of the mount namespace it leads to the original.
     """

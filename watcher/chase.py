@@ -60,7 +60,7 @@ ROUNDS = 16
 
 
 class Abandoned(Exception):
-    """Somebody else chases in place of this one, which has hung."""
+    """Another thread chases in place of this one, which has hung."""
 
 
 class _Watch:

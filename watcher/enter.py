@@ -119,7 +119,7 @@ def _search(order: Order) -> None:
 
 
 def _contain(order: Order) -> NoReturn:
-    # Whoever ends the daemon may tell all of its processes to end; this one has something to see to first.
+    # What ends the daemon may signal all of its processes; this one has to end the command first.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     group = ""

@@ -176,8 +176,8 @@ class Line:
     async def look(self, service: Service) -> Wanted:
         """What a round would find now, without doing anything about it."""
         async with self._using_store():
-            find = functools.partial(self._find, service, *self._kept_out(service))
-            return await self._tools.offload.run(service.name, find)
+            kept_out = self._kept_out(service)
+            return await self._tools.offload.run(service.name, self._find, service, *kept_out)
 
     @asynccontextmanager
     async def _using_store(self) -> AsyncIterator[None]:
@@ -328,8 +328,8 @@ class Line:
     async def _look(self, service: Service, memory: Memory) -> Wanted:
         """What is on disk, watched from before it is read, so that no change in between is missed."""
         while True:
-            find = functools.partial(self._find, service, *self._kept_out(service))
-            wanted = await self._tools.offload.run(service.name, find)
+            kept_out = self._kept_out(service)
+            wanted = await self._tools.offload.run(service.name, self._find, service, *kept_out)
             if wanted.look.interests == memory.interests:
                 return wanted
             new = await self._tools.watcher.watch(service.name, (*wanted.look.interests, _HOST_ETC))
@@ -342,7 +342,7 @@ class Line:
         tools, name = self._tools, service.name
         pin, trial = tools.ledger.pinned(name), tools.trials.of(name)
         memory = self._memory.get(name)
-        with tools.store.using():  # whoever waits for this may give it up, while a copy goes on
+        with tools.store.using():  # the round may give this up, while a copy goes on
             wanted = find(
                 tools.store,
                 tools.admission,

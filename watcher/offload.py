@@ -33,7 +33,8 @@ _UNANSWERED = "a file system that its configuration comes from, or its root, doe
 
 CROWD = 8
 CROWD_SEC = 0.1
-"""No more than so many begin at once, which is for memory alone: after this time nobody waits for them any more."""
+"""So many jobs begin at once: more of them fight for the interpreter. A job that takes longer than these seconds, or
+hangs, does not keep the next from beginning."""
 
 
 class Unanswered(Exception):
@@ -61,7 +62,7 @@ class Offload:
         self._crowd = trio.CapacityLimiter(CROWD)
 
     async def run(self, key: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a function, in its turn. Whoever is cancelled leaves it alone, and goes.
+        """Run a function, in its turn. If the caller is cancelled, the function goes on alone.
 
         Raises:
             Unanswered: it does not end, or one before it has not.

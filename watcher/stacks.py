@@ -215,7 +215,7 @@ class Stacks:
                 if os.fstat(lock).st_nlink:
                     yield
                     return
-                # Else whoever held it has removed the unit, and the lock with it.
+                # Else the process that held it has removed the unit, and this file with it.
             finally:
                 os.close(lock)
 
@@ -249,7 +249,7 @@ class Stacks:
         return current is not None and replace(current, when=accepted.when) == accepted
 
     def _clear(self, unit: str, directory: int) -> None:
-        """Remove what was never accepted, by somebody who was killed, or who got no further."""
+        """Remove stacks that were never accepted: the process that made them was killed, or failed."""
         current = self._pointed(unit)
         for name in os.listdir(directory):
             if name == f"{TEMPORARY}link":

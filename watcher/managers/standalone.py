@@ -449,7 +449,7 @@ def _who(main: Process, registration: Registration) -> Like:
 
     Raises:
         Gone: it has ended.
-        Later: it may be nobody.
+        Later: nothing may be run for it now; the message says why, and what to do.
     """
     if not registration.user_namespace:
         raise Later(
