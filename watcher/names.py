@@ -33,7 +33,7 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 
 _LOCK = ".lock"
 _NAMES = ".names"
-# How old a copy that nothing refers to is at least, for nobody to be about to put it into a stack.
+# Seconds. A copy that is older, and that nothing refers to, is not about to be put into a stack.
 _LEFT_SEC = 600
 _AT_ONCE = fcntl.LOCK_EX | fcntl.LOCK_NB
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -99,6 +99,8 @@ class Way:
 
 
 Guard = Callable[[os.stat_result, int, str, str], None]
+"""Judges what is in a tree: what `stat` says of a node, the directory it is in, its name there, and its path below the
+root of the tree. Raises Unsafe."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -32,6 +32,7 @@ from watcher.filecopy import copy_file, hash_file
 from watcher.images.extension import RELEASE_DIRECTORY, RELEASE_PREFIX
 from watcher.lease import Lease, coarse_now_ns
 from watcher.model import Busy, Refused, shown
+from watcher.strictmodes import Guard
 
 # More than any /etc has; a walk needs two descriptors per level, and recursion has its limit.
 DEPTH_MAX = 64
@@ -78,12 +79,11 @@ class Copied:
     size: int
 
 
-def signature(root: int, guard: Callable[[os.stat_result, int, str, str], None] | None = None) -> Signature:
+def signature(root: int, guard: Guard | None = None) -> Signature:
     """Walk the tree below the directory `root` by `stat` alone.
 
     Args:
-        guard: called for each node below it with what `stat` says, the directory it is in, its name there, and its path
-            below `root`; raises Refused where strangers could write to it.
+        guard: called for each node below it; raises Refused where strangers have a hand in it.
 
     Raises:
         Refused: it holds something that no copy could have (a device, a socket), or too much of it.
@@ -188,7 +188,7 @@ class _Bounded:
 
 
 class _Signing(_Bounded):
-    def __init__(self, guard: Callable[[os.stat_result, int, str, str], None] | None = None) -> None:
+    def __init__(self, guard: Guard | None) -> None:
         super().__init__()
         self._guard = guard
         self.hash = hashlib.sha256()
