@@ -213,7 +213,7 @@ def _first(error: BaseException) -> Exception:
 
 
 def _exec(settings: Settings, options: argparse.Namespace) -> int:
-    from watcher.launch import CannotStart, Order, launch
+    from watcher.launch import CannotStart, ExecOptions, launch
     from watcher.managers.standalone import service_settings, valid_name
 
     if not valid_name(options.name):
@@ -230,7 +230,7 @@ def _exec(settings: Settings, options: argparse.Namespace) -> int:
     _, wrong = service_settings(options.set, options.check, options.health_check)
     if wrong:
         return _fail(f"{wrong[0].text}", USAGE)
-    order = Order(
+    asked = ExecOptions(
         name=options.name,
         program=tuple(options.program),
         confext_dirs=tuple(options.confext_dir),
@@ -243,7 +243,7 @@ def _exec(settings: Settings, options: argparse.Namespace) -> int:
         settings=tuple(options.set),
     )
     try:
-        launch(settings, order)
+        launch(settings, asked)
     except CannotStart as error:
         return _fail(str(error), FAILED)
     raise AssertionError("launch() does not return")

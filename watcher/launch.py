@@ -46,7 +46,7 @@ class CannotStart(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class ExecOptions:
     """What `exec` was told; paths as given."""
 
     name: str
@@ -61,54 +61,54 @@ class Order:
     settings: tuple[str, ...] = ()
 
 
-def launch(settings: Settings, order: Order) -> None:
+def launch(settings: Settings, options: ExecOptions) -> None:
     """Start the program in place of this process; does not return.
 
     Raises:
         CannotStart: and nothing was changed but the service's slots.
     """
-    order = _absolute(order)
-    _require_ended(_registered(settings, order.name))
+    options = _absolute(options)
+    _require_ended(_registered(settings, options.name))
     try:
         owntree.make(settings.runtime_directory)
-        _enter_stack(settings, order)
+        _enter_stack(settings, options)
     except (OSError, Refused, Later, Moved, HostNamespace) as error:
-        raise CannotStart(f"{order.name}: its stack cannot be put in place: {problem(error)}") from error
+        raise CannotStart(f"{options.name}: its stack cannot be put in place: {problem(error)}") from error
     with _registering(settings):
         # Again: of two that were started at once, the other one may have been quicker.
-        former = _registered(settings, order.name)
+        former = _registered(settings, options.name)
         _require_ended(former)
-        register(settings.runtime_directory, _registration(order))
+        register(settings.runtime_directory, _registration(options))
     # Python ignores these two, and what is ignored stays so.
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
     try:
-        os.execvp(order.program[0], order.program)
+        os.execvp(options.program[0], options.program)
     except OSError as error:
         if former is None:
-            unregister(settings.runtime_directory, order.name)
+            unregister(settings.runtime_directory, options.name)
         else:
             register(settings.runtime_directory, former)
-        raise CannotStart(f"{shown(order.program[0])} cannot be executed: {error.strerror}") from error
+        raise CannotStart(f"{shown(options.program[0])} cannot be executed: {error.strerror}") from error
 
 
-def _registration(order: Order) -> Registration:
+def _registration(options: ExecOptions) -> Registration:
     """Of this process."""
     return Registration(
-        name=order.name,
+        name=options.name,
         pid=os.getpid(),
         started=start_time(os.getpid()),
         namespace=namespace_id("/proc/self/ns/mnt"),
         user_namespace=namespace_id("/proc/self/ns/user"),
         environment=tuple(f"{name}={value}" for name, value in os.environ.items()),
-        confext_dirs=order.confext_dirs,
-        images=order.images,
-        directories=order.directories,
-        reload_signal=order.reload_signal,
-        reload_command=order.reload_command,
-        check=order.check,
-        health_check=order.health_check,
-        settings=order.settings,
+        confext_dirs=options.confext_dirs,
+        images=options.images,
+        directories=options.directories,
+        reload_signal=options.reload_signal,
+        reload_command=options.reload_command,
+        check=options.check,
+        health_check=options.health_check,
+        settings=options.settings,
     )
 
 
@@ -125,7 +125,7 @@ def _registering(settings: Settings) -> Iterator[None]:
         os.close(lock)
 
 
-def _absolute(order: Order) -> Order:
+def _absolute(options: ExecOptions) -> ExecOptions:
     """With absolute paths: the daemon has another working directory."""
 
     def made(paths: Sequence[str]) -> tuple[str, ...]:
@@ -134,10 +134,10 @@ def _absolute(order: Order) -> Order:
         )
 
     return replace(
-        order,
-        confext_dirs=made(order.confext_dirs),
-        images=made(order.images),
-        directories=made(order.directories),
+        options,
+        confext_dirs=made(options.confext_dirs),
+        images=made(options.images),
+        directories=made(options.directories),
     )
 
 
@@ -158,7 +158,7 @@ def _require_ended(other: Registration | None) -> None:
     raise CannotStart(f"{other.name} is running already, as process {other.pid}")
 
 
-def _enter_stack(settings: Settings, order: Order) -> None:
+def _enter_stack(settings: Settings, options: ExecOptions) -> None:
     """Move this process into a mount namespace of its own with the service's stack on `/etc`."""
     with (
         Workshop(1, privileged=may_mount()) as shop,
@@ -166,7 +166,7 @@ def _enter_stack(settings: Settings, order: Order) -> None:
             settings.state_directory, settings.store_max, settings.image_max, settings.keep_stacks
         ) as store,
     ):
-        stack = _admit(settings, store, shop, order)
+        stack = _admit(settings, store, shop, options)
         # As systemd does it: what the host mounts arrives, nothing goes back, and namespaces that the program makes
         # for its own children follow. But from where another service starts us, its swaps would arrive: each would
         # bring a stack beneath ours and lift ours off.
@@ -179,10 +179,10 @@ def _enter_stack(settings: Settings, order: Order) -> None:
             try:
                 _swap(store, shop, namespace, stack)
             except (OSError, Refused, Later):
-                store.doubt(slots_of(order.name, "standalone"))
+                store.doubt(slots_of(options.name, "standalone"))
                 if store.is_whole(stack):
                     raise
-                _swap(store, shop, namespace, _admit(settings, store, shop, order))
+                _swap(store, shop, namespace, _admit(settings, store, shop, options))
         finally:
             os.close(namespace)
 
@@ -192,48 +192,52 @@ def _swap(store: Store, shop: Workshop, namespace: int, stack: Stack) -> None:
     shop.submit(swap, shop, namespace, stack, copies).result()
 
 
-def _admit(settings: Settings, store: Store, shop: Workshop, order: Order) -> Stack:
+def _admit(settings: Settings, store: Store, shop: Workshop, options: ExecOptions) -> Stack:
     """The stack that the service starts on: its slots are set to it."""
-    _mention_absent(order)
+    _mention_absent(options)
     trials = Trials(settings.state_directory)
     with store.using():
         try:
-            wanted = _find(settings, Admission(store, shop), store, trials, order)
+            wanted = _find(settings, Admission(store, shop), store, trials, options)
         except LedgerError as error:
-            journal.log.warning(f"{order.name}: starts on its last accepted stack: {error}")
-            return newest_whole(store, slots_of(order.name, "standalone"))
+            journal.log.warning(f"{options.name}: starts on its last accepted stack: {error}")
+            return newest_whole(store, slots_of(options.name, "standalone"))
         for remark in wanted.look.remarks:
             if remark.level != "debug":
                 journal.say(remark)
         for passed in wanted.passed:
-            journal.log.warning(f"{order.name}: {shown(passed.candidate.path)} passed over: {passed.reason}")
-        if wanted.new and wanted.current.layers and _is_tried_by_the_daemon(order):
+            journal.log.warning(
+                f"{options.name}: {shown(passed.candidate.path)} passed over: {passed.reason}"
+            )
+        if wanted.new and wanted.current.layers and _is_tried_by_the_daemon(options):
             return wanted.staying().stack
-        stack = _on_trial(trials, order, wanted) if wanted.new else wanted.stack
+        stack = _on_trial(trials, options, wanted) if wanted.new else wanted.stack
         try:
             entries = [pick.entry for pick in wanted.look.picks]
-            store.accept(slots_of(order.name, "standalone"), stack, entries, [trials.directory])
+            store.accept(slots_of(options.name, "standalone"), stack, entries, [trials.directory])
         except Later as error:
-            journal.log.warning(f"{order.name}: starts on its last accepted stack: {error}")
+            journal.log.warning(f"{options.name}: starts on its last accepted stack: {error}")
             return wanted.whole
     if wanted.fallen and not stack.layers:
-        journal.log.error(f"{order.name}: nothing in the store is whole, it starts with the host's /etc")
+        journal.log.error(f"{options.name}: nothing in the store is whole, it starts with the host's /etc")
     return stack
 
 
-def _mention_absent(order: Order) -> None:
-    for directory in order.confext_dirs:
+def _mention_absent(options: ExecOptions) -> None:
+    for directory in options.confext_dirs:
         if not os.path.lexists(directory):
-            journal.log.info(f"{order.name}: {shown(directory)} does not exist yet, it is watched for")
+            journal.log.info(f"{options.name}: {shown(directory)} does not exist yet, it is watched for")
 
 
-def _find(settings: Settings, admission: Admission, store: Store, trials: Trials, order: Order) -> Wanted:
+def _find(
+    settings: Settings, admission: Admission, store: Store, trials: Trials, options: ExecOptions
+) -> Wanted:
     """What the service should have.
 
     Raises:
         LedgerError: what must not get in is not known, while something is accepted that has been in.
     """
-    name, slots = order.name, slots_of(order.name, "standalone")
+    name, slots = options.name, slots_of(options.name, "standalone")
     kept_out: dict[str, str] = {}
     elsewhere: dict[str, str] = {}
     pin = None
@@ -241,15 +245,15 @@ def _find(settings: Settings, admission: Admission, store: Store, trials: Trials
         ledger = Reader(settings.state_directory)
         quarantined = ledger.quarantined()
         kept_out = {one.digest: one.reason for one in quarantined if one.service == text(name)}
-        elsewhere = _kept_out_elsewhere(settings, order, quarantined)
+        elsewhere = _kept_out_elsewhere(settings, options, quarantined)
         pin = ledger.pins().get(text(name))
     except LedgerError as error:
         if store.accepted(slots) is not None:
             raise
         # It never ran: there is nothing yet that could have proved bad.
         journal.log.warning(f"{name}: starts without regard to history: {error}")
-    sources = declared(order.images, order.directories, order.confext_dirs)
-    own = _own_settings(order)
+    sources = declared(options.images, options.directories, options.confext_dirs)
+    own = _own_settings(options)
     return find(
         store,
         admission,
@@ -266,32 +270,32 @@ def _find(settings: Settings, admission: Admission, store: Store, trials: Trials
 
 
 def _kept_out_elsewhere(
-    settings: Settings, order: Order, quarantined: Sequence[Quarantined]
+    settings: Settings, options: ExecOptions, quarantined: Sequence[Quarantined]
 ) -> dict[str, str]:
     """With `Rollout=rolling`: what proved bad for others that have it so, with the reasons."""
     found: dict[str, str] = {}
-    if _own_settings(order).rollout == "rolling":
+    if _own_settings(options).rollout == "rolling":
         for one in quarantined:
-            other = _registered(settings, one.service) if one.service != text(order.name) else None
+            other = _registered(settings, one.service) if one.service != text(options.name) else None
             if other is not None and _own_settings(other).rollout == "rolling":
                 found[one.digest] = f"it did not do on {one.service}: {one.reason}"
     return found
 
 
-def _own_settings(order: Order | Registration) -> ServiceSettings:
-    own, _ = service_settings(order.settings, order.check, order.health_check)
+def _own_settings(options: ExecOptions | Registration) -> ServiceSettings:
+    own, _ = service_settings(options.settings, options.check, options.health_check)
     return own
 
 
-def _is_tried_by_the_daemon(order: Order) -> bool:
+def _is_tried_by_the_daemon(options: ExecOptions) -> bool:
     """Whether something new has to wait until the program runs: for its check, or for its turn."""
-    own = _own_settings(order)
+    own = _own_settings(options)
     return bool(own.check) or own.rollout == "rolling"
 
 
-def _on_trial(trials: Trials, order: Order, wanted: Wanted) -> Stack:
+def _on_trial(trials: Trials, options: ExecOptions, wanted: Wanted) -> Stack:
     """A new stack, which the daemon judges when the program runs."""
-    name, trust = order.name, trust_of(_own_settings(order), "standalone")
+    name, trust = options.name, trust_of(_own_settings(options), "standalone")
     try:
         stack = tries.begin(wanted.stack, wanted.current.digests, name, trust=trust)
     except FileNotFoundError:
