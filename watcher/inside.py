@@ -137,7 +137,10 @@ def _check_own(main: Process, executed: Mapping[int, int], users: Sequence[int])
     lent = executed[_AT_SECURE] and (user, executed[_AT_GID]) != (executed[_AT_EUID], executed[_AT_EGID])
     ours = namespace_id(f"/proc/{main.pid}/ns/user") == namespace_id("/proc/self/ns/user")
     if lent or (ours and user != 0 and set(users) != {user}):
-        raise Later("could not be run: its main process runs a program with rights that are not its own")
+        raise Later(
+            "could not be run: its main process runs a program with rights that are not its own;"
+            " start it as the user that it is to be"
+        )
 
 
 def _root(main: Process) -> tuple[str, tuple[int, int]]:

@@ -29,7 +29,10 @@ HANGS_SEC = 30.0
 """After so many seconds a job counts as hanging. A large image on a slow disk takes longer, and is not lost: its copy
 goes on, and is found when the service is looked at again."""
 
-_UNANSWERED = "a file system that its configuration comes from, or its root, does not answer"
+_UNANSWERED = (
+    "a file system that its configuration comes from, or its root, does not answer;"
+    " it goes on by itself when that answers, or is unmounted (umount -f)"
+)
 
 CROWD = 8
 CROWD_SEC = 0.1

@@ -459,5 +459,8 @@ def _who(main: Process, registration: Registration) -> Like:
     who = inside.like(main, {name: value for name, _, value in pairs})
     # Afterwards: there is no way back, so what was found counts in the one that it was started in.
     if namespace_id(f"/proc/{main.pid}/ns/user") != registration.user_namespace:
-        raise Later("could not be run: its main process has left the user namespace that it was started in")
+        raise Later(
+            "could not be run: its main process has left the user namespace that it was started in;"
+            " let it stay there, or give it no commands"
+        )
     return who
