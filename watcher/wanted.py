@@ -29,6 +29,7 @@ from watcher.model import (
 )
 from watcher.mounts.table import LAYERS_MAX
 from watcher.plan import Choice, Passed, choose
+from watcher.stacks import Accepted
 from watcher.store import Store
 from watcher.strictmodes import ROOT_ALONE, StrictModes, Trust
 from watcher.trials import Trial
@@ -153,37 +154,17 @@ def _find(
     policy: str,
     modes: StrictModes,
 ) -> Wanted:
-    record = store.record(slots)
-    current = record.stack if record is not None else Stack()
-    entries = record.entries if record is not None else ()
-    mounted = record.mounted if record is not None else {}
+    record = store.record(slots) or Accepted(Stack(), (), 0)
+    current = record.stack
     reasons = {key: why for key, why in elsewhere.items() if key not in current.digests} | dict(kept_out)
-
-    at_hand: set[str] = set()
-
-    def admit(candidate: Candidate) -> Copy:
-        assert made_for is not None
-        copy = admission.admit(candidate, made_for, at_hand, modes)
-        if copy.digest in reasons:
-            raise KeptOut(f"kept out: {reasons[copy.digest]}")
-        if policy not in ("", "*"):
-            raise Refused(f"nothing is verified yet, as ImagePolicy={shown(policy)} asks for")
-        return copy
-
+    admitting = _Admitting(admission, made_for, modes, reasons, policy)
     # The others are read only where the current one may not do.
     stacks = (current, *store.stacks(slots)) if kept_out or pin is not None else (current,)
     good = next((stack for stack in stacks if not bad(stack, kept_out)), Stack())
-    look = scan.look(declared, modes=modes)
-    look = replace(look, remarks=(*modes.remarks, *look.remarks))
-    if made_for is None:
-        remark = Remark(
-            "debug", "RootImage=", "what fits it is known when it runs, until then it keeps what it has"
-        )
-        look = replace(look, unknown=True, remarks=(*look.remarks, remark))
-    look = _nothing_removed(look, entries, origins.unmounted(good, mounted))
-    choice = choose(look, admit, good, lambda candidate: _is_lost(store, slots, candidate))
-    if made_for is not None:
-        choice = _with_sysexts(choice, look, lambda one: admission.admit(one, made_for, at_hand, None))
+    look = _look(declared, modes, known=made_for is not None)
+    look = _nothing_removed(look, record.entries, origins.unmounted(good, record.mounted))
+    choice = choose(look, admitting.admit, good, lambda candidate: _is_lost(store, slots, candidate))
+    choice = _with_sysexts(choice, look, admitting.read)
     stack = choice.stack
     if len(stack.layers) > LAYERS_MAX:
         look = replace(look, remarks=(*look.remarks, _too_many(stack)))
@@ -198,22 +179,80 @@ def _find(
     if fallen:
         look = replace(look, remarks=(*look.remarks, _fallen(store, wanted, whole)))
         wanted = whole
-    said = wanted, tuple(pick.entry for pick in look.picks), origins.noted(wanted, mounted)
+    said = wanted, tuple(pick.entry for pick in look.picks), origins.noted(wanted, record.mounted)
     return Wanted(
         look,
         wanted,
         choice.passed,
         current,
-        recorded=said == (current, entries, mounted),
+        recorded=said == (current, record.entries, record.mounted),
         trial=trial,
         bad=gone,
         why=bad(gone, kept_out) if gone is not None else "",
         pinned=pinned is not None,
         waiting=stack if pinned is not None and stack.id != pinned.id else None,
-        at_hand=frozenset(at_hand),
+        at_hand=frozenset(admitting.at_hand),
         whole=whole,
         fallen=fallen,
     )
+
+
+class _Admitting:
+    """Admits what one look finds for a service.
+
+    Args:
+        made_for: None: nothing is admitted now.
+        reasons: digests that are kept out, with the reason.
+
+    Attributes:
+        at_hand: digests of what was not refused.
+    """
+
+    def __init__(
+        self,
+        admission: Admission,
+        made_for: Host | None,
+        modes: StrictModes,
+        reasons: Mapping[str, str],
+        policy: str,
+    ) -> None:
+        self._admission = admission
+        self._made_for = made_for
+        self._modes = modes
+        self._reasons = reasons
+        self._policy = policy
+        self.at_hand: set[str] = set()
+
+    def admit(self, candidate: Candidate) -> Copy:
+        """Raises as `Admission.admit()`, and KeptOut."""
+        copy = self._read(candidate, self._modes)
+        if copy.digest in self._reasons:
+            raise KeptOut(f"kept out: {self._reasons[copy.digest]}")
+        if self._policy not in ("", "*"):
+            raise Refused(f"nothing is verified yet, as ImagePolicy={shown(self._policy)} asks for")
+        return copy
+
+    def read(self, candidate: Candidate) -> Copy:
+        """`Admission.admit()`, whoever has a hand in it."""
+        return self._read(candidate, None)
+
+    def _read(self, candidate: Candidate, modes: StrictModes | None) -> Copy:
+        assert self._made_for is not None  # choose() asks for no candidate of a look that is unknown
+        return self._admission.admit(candidate, self._made_for, self.at_hand, modes)
+
+
+def _look(declared: Declared, modes: StrictModes, *, known: bool) -> Look:
+    """What is on disk.
+
+    Args:
+        known: whether it is known what an image must be made for.
+    """
+    look = scan.look(declared, modes=modes)
+    remarks = (*modes.remarks, *look.remarks)
+    if known:
+        return replace(look, remarks=remarks)
+    words = "what fits it is known when it runs, until then it keeps what it has"
+    return replace(look, unknown=True, remarks=(*remarks, Remark("debug", "RootImage=", words)))
 
 
 def _with_sysexts(choice: Choice, look: Look, read: Callable[[Candidate], Copy]) -> Choice:
