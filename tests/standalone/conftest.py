@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +27,15 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """No daemon yet, no services."""
     with Place(tmp_path_factory.mktemp("place"), trees=request.param == "trees") as made:
         yield made
+
+
+@pytest.fixture
+def open_place() -> Iterator[Place]:
+    """For images; where everybody may look, as in `/run` and `/var/lib`, and unlike in pytest's own directories."""
+    with tempfile.TemporaryDirectory() as path:
+        os.chmod(path, 0o755)
+        with Place(Path(path)) as place:
+            yield place
 
 
 @pytest.fixture(scope="module", params=[IMAGES, TREES])

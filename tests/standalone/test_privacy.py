@@ -4,12 +4,8 @@
 from __future__ import annotations
 
 import json
-import os
 import stat
 import subprocess
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from nobody import AS_NOBODY
@@ -25,12 +21,9 @@ HINT = "confext-watcher: you see outcomes only: to see reasons, paths and output
 
 
 @pytest.fixture
-def place() -> Iterator[Place]:
+def place(open_place: Place) -> Place:
     """With a path that other users can reach, and a drop directory that they cannot."""
-    with tempfile.TemporaryDirectory() as path:
-        os.chmod(path, 0o755)
-        with Place(Path(path)) as place:
-            yield place
+    return open_place
 
 
 def refused(place: Place) -> str:

@@ -7,7 +7,6 @@ import fcntl
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,15 +49,6 @@ for top in sys.argv[2:]:
 print(len(held), flush=True)
 sys.stdin.read()
 """
-
-
-@pytest.fixture
-def open_place() -> Iterator[Place]:
-    """Where everybody may look, as in `/run` and `/var/lib`."""
-    with tempfile.TemporaryDirectory() as path:
-        os.chmod(path, 0o755)
-        with Place(Path(path)) as place:
-            yield place
 
 
 @contextmanager

@@ -6,8 +6,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,13 +18,9 @@ pytestmark = [root, tool("mksquashfs"), tool("setpriv")]
 
 
 @pytest.fixture
-def place() -> Iterator[Place]:
-    """Unlike pytest's, in a directory that others may enter; with a daemon."""
-    with tempfile.TemporaryDirectory(prefix="confext-strict-") as path:
-        os.chmod(path, 0o755)
-        with Place(Path(path)) as made:
-            made.start_daemon()
-            yield made
+def place(open_place: Place) -> Place:
+    open_place.start_daemon()
+    return open_place
 
 
 @pytest.fixture
