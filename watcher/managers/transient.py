@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Running a service's check in a unit of its own: outside of the watcher's sandbox, inside of the service's limits.
+"""Running a command for a service in a unit of its own: outside of our sandbox, inside of the limits of the service.
 
 A child of the watcher would have its system call filter and its private network, and `nginx -t` or a health check
 would fail for reasons that have nothing to do with the configuration; and the watcher would need the right to become
 any user. A transient unit has what systemd gives every unit, and its control group is emptied at its end. It has the
 limits of the service, if that is a unit; what `confext-watcher exec` has started is none by that name.
+
+A command is a check, a health check, or the reload command of what `exec` has started.
 """
 
 from __future__ import annotations
@@ -93,7 +95,7 @@ class Transient:
         systemd = await self._systemd()
         name = f"confext-watcher-check-{secrets.token_hex(8)}.service"
         properties = [
-            ("Description", ("s", f"Check of {service} by confext-watcher")),
+            ("Description", ("s", f"Command of confext-watcher for {service}")),
             ("Type", ("s", "oneshot")),
             ("ExecStart", ("a(sasb)", [(PROGRAM[0], [*PROGRAM, path], False)])),
             ("StandardInput", ("s", "null")),
