@@ -79,7 +79,7 @@ def test_without_loop_devices_what_needs_none_is_applied(place: Place) -> None:
 def cramped(place: Place) -> Iterator[Place]:
     """The state directory on a file system of one megabyte, in memory."""
     place.state.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "state", place.state], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M,mode=755", "state", place.state], check=True)
     yield place
     for service in place.services:
         service.kill()
