@@ -109,6 +109,19 @@ async def test_a_round_costs_one_look_for_all() -> None:
     assert len(looks.made) == before + 2
 
 
+async def test_what_is_known_while_a_round_goes_on_is_not_told() -> None:
+    """Somebody has made a directory safe, and asks: the refusal before that is no answer."""
+    looks = Looks()
+    looks.known["web_1.4.raw"] = event(Outcome.REFUSED)
+    waits = Waits(looks, lambda service: service == NGINX)
+    async with trio.open_nursery() as nursery:
+        verdicts = await waiting(nursery, waits, 1)
+        assert verdicts == [] == looks.made
+        looks.known["web_1.4.raw"] = event(Outcome.APPLIED)
+        waits.round_over(NGINX)
+    assert verdicts == [event(Outcome.APPLIED)]
+
+
 async def test_what_happens_during_a_look_is_not_missed() -> None:
     looks = Looks()
     waits = Waits(looks)

@@ -41,6 +41,7 @@ class Control:
     Args:
         tools: what rounds work with.
         changed: asks for a round of a service.
+        in_round: whether one goes on or is due.
         reload_settings: reads the settings again and looks at everything.
 
     Attributes:
@@ -50,13 +51,17 @@ class Control:
     line: Line
 
     def __init__(
-        self, tools: Tools, changed: Callable[[str], None], reload_settings: Callable[[], None]
+        self,
+        tools: Tools,
+        changed: Callable[[str], None],
+        in_round: Callable[[str], bool],
+        reload_settings: Callable[[], None],
     ) -> None:
         self._tools = tools
         self._changed = changed
         self._reload_settings = reload_settings
         self._listeners: list[Callable[[Event], None]] = []
-        self._waits = Waits(self._look_at_images)
+        self._waits = Waits(self._look_at_images, in_round)
 
     def tell(self, event: Event) -> None:
         """Pass an outcome on to whoever waits for one."""

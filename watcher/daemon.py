@@ -130,7 +130,7 @@ class Daemon:
     def __init__(self, settings: Settings, tools: Tools) -> None:
         self._settings = settings
         self._tools = tools
-        self._control = Control(tools, self.changed, self._reload_settings)
+        self._control = Control(tools, self.changed, self._in_round, self._reload_settings)
         self._line = Line(tools, self._control.tell, self.changed, self._looked_at)
         self._control.line = self._line
         self._readers = Readers()
@@ -170,6 +170,10 @@ class Daemon:
         self._since.setdefault(name, now)
         self._settle.touch(name, _usec(now), quiet_usec, self._settings.settle_max_usec)
         self._wake.set()
+
+    def _in_round(self, name: str) -> bool:
+        """Whether a round of a service goes on or is due."""
+        return name in self._running or name in self._since
 
     def _look_at_everything(self) -> None:
         for name in self._tools.manager.services:

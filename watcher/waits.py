@@ -40,7 +40,7 @@ class _Waiter:
     """One call. `unsure`: something has happened since it was found out what is known of the image."""
 
     image: str
-    unsure: bool = True
+    unsure: bool
     known: Event | None = None
     told: collections.deque[Event] = field(default_factory=lambda: collections.deque(maxlen=BACKLOG))
     woken: trio.Event = field(default_factory=trio.Event)
@@ -59,10 +59,17 @@ class Waits:
 
     Args:
         look: what is known by now of images of a service, None for those that have no verdict. May raise CallError.
+        in_round: whether a round of a service goes on or is due. Then what is known may be out of date (somebody has
+            just mended a mode, say), and the first look waits for the end of that.
     """
 
-    def __init__(self, look: Callable[[str, Collection[str]], Awaitable[Verdicts]]) -> None:
+    def __init__(
+        self,
+        look: Callable[[str, Collection[str]], Awaitable[Verdicts]],
+        in_round: Callable[[str], bool] = lambda service: False,
+    ) -> None:
         self._look = look
+        self._in_round = in_round
         self._rooms: dict[str, _Room] = {}
 
     def tell(self, event: Event) -> None:
@@ -96,7 +103,7 @@ class Waits:
             tell: called with what happens to the image before.
             waits: called when there is no verdict yet, and nothing to do but wait.
         """
-        waiter = _Waiter(image)
+        waiter = _Waiter(image, unsure=not self._in_round(service))
         room = self._rooms.setdefault(service, _Room())
         room.waiters.append(waiter)
         try:
