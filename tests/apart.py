@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import ParamSpec
@@ -51,15 +52,17 @@ def apart(*command: str) -> Callable[[Test[Parameters]], Test[Parameters]]:
 def _run(command: Command, file: str) -> tuple[frozenset[str], str]:
     """Names of the tests that passed, and what pytest printed."""
     pytest = [sys.executable, "-m", "pytest", "-rA", "--no-header", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, *pytest, *_tests[command, file]],
-        cwd=ROOT,
-        env=os.environ | {INSIDE: "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
+    # Of its own: two that tidy up the same directory get into each other's way.
+    with tempfile.TemporaryDirectory() as scratch:
+        done = subprocess.run(
+            [*command, *pytest, f"--basetemp={scratch}/tests", *_tests[command, file]],
+            cwd=ROOT,
+            env=os.environ | {INSIDE: "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
     names = re.findall(r"^PASSED \S+?\.py::(.*)$", done.stdout, re.MULTILINE)
     return frozenset(names), done.stdout
