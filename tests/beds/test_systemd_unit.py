@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from images import image
-from nobody import NOBODY
+from nobody import AS_NOBODY, NOBODY
 
 import needs
 from beds import site
@@ -130,10 +130,7 @@ def _standalone(host: Host) -> Iterator[str]:
         ),
         *("--reload-command=/bin/sh -c '[ $(id -u) = 65534 ]'", "--"),
         *(
-            "setpriv",
-            "--reuid=65534",
-            "--regid=65534",
-            "--clear-groups",
+            *AS_NOBODY,
             "--bounding-set=-all",
             "sleep",
             "1000",

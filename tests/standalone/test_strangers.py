@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from nobody import AS_NOBODY
+from nobody import AS_NOBODY, NOBODY
 
 from needs import root, tool
 from standalone.place import Place, Service
@@ -130,7 +130,7 @@ def test_a_directory_that_others_can_change_is_not_ours(
     directory: Path = getattr(open_place, which)
     directory.mkdir()
     directory.chmod(0o755 if how == "another's" else 0o777)
-    os.chown(directory, 65534 if how == "another's" else 0, 0)
+    os.chown(directory, NOBODY if how == "another's" else 0, 0)
     done = open_place.run(*command, check=False)
     assert done.returncode == 1
     assert f"{directory}: others can change it: chown it to root" in done.stderr, done.stderr
