@@ -127,9 +127,8 @@ class Admission:
 
         def judge(copy: Copy) -> None:
             names, strict_false = self._release(copy)
-            if (
-                not names and candidate.kind is Kind.DIRECTORY
-            ):  # it comes file by file, and nobody says when that ends
+            # A directory comes file by file, and nobody says when that ends.
+            if not names and candidate.kind is Kind.DIRECTORY:
                 raise Incomplete(
                     "incomplete: there is no etc/extension-release.d/extension-release.* in it yet"
                 )

@@ -266,9 +266,8 @@ class Chase:
         turns: list[Node] = []
         try:
             state = self._follow_to(bound, opened, turns)
-        except (
-            OSError
-        ) as error:  # no descriptors left, or a directory on the way that fails: nobody tells when it is over
+        except OSError as error:
+            # No descriptors are left, or a directory on the way fails: no event tells when that is over.
             state = -(error.errno or errno.EIO)
             self._gaps[bound] = -state
         return tuple(turns), state

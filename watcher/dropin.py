@@ -21,9 +21,8 @@ from .basics import shown
 _KEY = re.compile(r"[A-Za-z]+")
 _TOKEN = re.compile(r"[A-Za-z0-9/_.@-]+")
 _PLAIN = re.compile(r"[A-Za-z0-9/._@~+=,-]+")  # means itself in a path, in each of the syntaxes
-_OPTIONS = re.compile(
-    r"(?:[!#$&(-\[\]-~]|\\[!-~])*"
-)  # no white space, no quotes; a backslash has its character
+# No white space, no quotes; a backslash has its character.
+_OPTIONS = re.compile(r"(?:[!#$&(-\[\]-~]|\\[!-~])*")
 _PATH_MAX = 4096
 
 

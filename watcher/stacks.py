@@ -277,9 +277,8 @@ class Stacks:
         path, store = f"{self.directory}/{unit}", f"{self._path}/store"
         paths = [f"{path}/{name}/{_RECORD}", f"{path}/{name}", path, *after]
         if os.path.isdir(store):
-            paths.append(
-                store
-            )  # a copy that another process has made a moment ago may be not on the disk yet
+            # A copy that another process has made a moment ago may be not on the disk yet.
+            paths.append(store)
         if not self._pointed(unit):
             paths += [self.directory, self._path]  # just made, perhaps
         owntree.bring(*paths)

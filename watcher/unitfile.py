@@ -279,9 +279,8 @@ def extension_images(
         try:
             source, options = _cut(word)
             path = "".join(split(source, "", escapes=True))
-            path = os.fsdecode(
-                os.fsencode(path)
-            )  # bytes that were written one by one may be a character together
+            # Bytes that were written one by one may be a character together.
+            path = os.fsdecode(os.fsencode(path))
             images.append((_path(path.removeprefix("-"), expand), options, path.startswith("-")))
         except ValueError as error:
             complain(str(error))

@@ -69,9 +69,8 @@ class Whole:
         """
         if self._is_seen(digest):
             return True
-        with self._turns.setdefault(
-            digest, threading.Lock()
-        ):  # of many services with the same image one reads it
+        # Of many services with the same image one reads it.
+        with self._turns.setdefault(digest, threading.Lock()):
             if self._is_seen(digest):
                 return True
             try:

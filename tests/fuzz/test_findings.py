@@ -155,9 +155,8 @@ def test_what_a_user_serves_is_his_also_at_a_path_with_a_carriage_return(tmp_pat
         (row,) = set(Path("/proc/self/mountinfo").read_bytes().split(b"\n")) - set(before.split(b"\n"))
         _, minor = row.split(b" ")[2].split(b":")
         assert permissions.served_by(os.makedev(0, int(minor))) == NOBODY
-        assert (
-            permissions.served_by(os.makedev(0, 1 << 19)) is None
-        )  # every row is read, and none of them fails it
+        # Every row is read, and none of them fails it.
+        assert permissions.served_by(os.makedev(0, 1 << 19)) is None
         assert cgroup._read("/proc/self/mountinfo").count("\r") == row.count(b"\r")
     finally:
         subprocess.run(["umount", "--lazy", directory], check=True)

@@ -198,9 +198,8 @@ class Table:
         """Whether on `lower` is mounted what is on the stack `upper` (of another table), apart from parts of that."""
         there, stack = other or self, upper.device
         pairs = [(lower, upper)]
-        passed = (
-            set()
-        )  # the kernel gives an ID anew, also between two reads of one table: it may go round in a circle
+        # The kernel gives an ID anew, also between two reads of one table: it may go round in a circle.
+        passed = set()
         while pairs:
             mine, theirs = pairs.pop()
             if (mine, theirs) in passed:

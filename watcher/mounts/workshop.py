@@ -334,9 +334,8 @@ def _patience() -> Iterator[float]:
 
 
 def _wake(token: trio.lowlevel.TrioToken, done: trio.Event) -> None:
-    with contextlib.suppress(
-        trio.RunFinishedError
-    ):  # the program has ended without waiting for a job that hangs
+    # The program may have ended without waiting for a job that hangs.
+    with contextlib.suppress(trio.RunFinishedError):
         token.run_sync_soon(done.set)
 
 
