@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +19,9 @@ from watcher.model import Later
 from watcher.order import Like, Order
 from watcher.process import Process
 
-pytestmark = [root, tool("unshare"), tool("chroot")]
+pytestmark = [root, tool("unshare"), tool("chroot"), tool("setpriv")]
+
+NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 
 JAILED = """
 cd "$0" && mkdir usr proc && echo yes >inside && mount --bind /usr usr && mount --bind /proc proc
@@ -43,6 +47,78 @@ def main(jail: Path) -> Iterator[Process]:
         with Process(child.pid) as process:
             yield process
         child.kill()
+
+
+# Writes the auxiliary vector of a program that root has executed, as CRIU does, and then executes what it is told to.
+FORGING = """
+import ctypes, os, struct, sys
+vector = bytearray(open("/proc/self/auxv", "rb").read())
+for at in range(0, len(vector), 16):
+    if struct.unpack_from("=Q", vector, at)[0] in (11, 12, 13, 14, 23):
+        struct.pack_into("=Q", vector, at + 8, 0)
+stat = [int(field) for field in open("/proc/self/stat").read().rpartition(")")[2].split()[1:]]
+field = {number: stat[number - 4] for number in (26, 27, 28, 45, 46, 47, 48, 49, 50, 51)}
+libc = ctypes.CDLL(None, use_errno=True)
+libc.sbrk.restype = ctypes.c_void_p
+held = ctypes.create_string_buffer(bytes(vector), len(vector))
+order = (26, 27, 45, 46, 47, None, 28, 48, 49, 50, 51)
+places = [libc.sbrk(0) if number is None else field[number] for number in order]
+told = struct.pack("=12QII", *places, ctypes.addressof(held), len(vector), 0xFFFFFFFF)
+if libc.prctl(35, 14, ctypes.c_char_p(told), ctypes.c_ulong(len(told)), ctypes.c_ulong(0)):  # PR_SET_MM_MAP
+    sys.exit(os.strerror(ctypes.get_errno()))
+print("ready", flush=True)
+input()
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+class Racing(Process):
+    """Executes the next program after one file of its was read, and before the next one is."""
+
+    after = ""
+
+    def read_bytes(self, name: str) -> bytes:
+        found = super().read_bytes(name)
+        if name == self.after:
+            self.after = ""
+            self.go_on()
+        return found
+
+    def go_on(self) -> None:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("after", ["auxv", "status"])
+@pytest.mark.parametrize("environment", [None, {}], ids=["", "its environment is known"])
+def test_a_program_that_says_root_has_executed_it_is_lent_nothing(
+    after: str, environment: dict[str, str] | None
+) -> None:
+    """`sudo` and `newgrp` are as much root as they like, and some execute what the user likes when they have done."""
+    with tempfile.TemporaryDirectory(prefix="confext-inside-", dir="/var/tmp") as lair:
+        os.chmod(lair, 0o755)
+        borrowing = shutil.copyfile(shutil.which("sleep") or "", f"{lair}/borrowing")
+        os.chmod(borrowing, 0o4755)
+        words = [*NOBODY, sys.executable, "-ISc", FORGING, borrowing, "1000"]
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+            try:
+                assert child.stdin is not None and child.stdout is not None
+                assert child.stdout.readline() == b"ready\n"
+                comm = Path(f"/proc/{child.pid}/comm")
+
+                def become_root() -> None:
+                    assert child.stdin is not None
+                    child.stdin.write(b"\n")
+                    child.stdin.flush()
+                    while comm.read_text() != "borrowing\n":
+                        pass
+
+                with Racing(child.pid) as main:
+                    main.after, main.go_on = after, become_root  # type: ignore[method-assign]
+                    with pytest.raises(Later):
+                        inside.like(main, environment)
+                    assert main.after == ""
+            finally:
+                child.kill()
 
 
 async def run(main: Process, who: Like, *words: str) -> inside.Ended:

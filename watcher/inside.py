@@ -19,6 +19,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,9 @@ PROGRAM: Final = (
 
 # Seconds that killed processes are waited for; those that the kernel does not let go of are left to `enter.py`.
 _DYING_SEC = 5.0
+
+# How often one that executes another program is looked at again, and after how many seconds.
+_TRIES, _EXECUTING_SEC = 20, 0.005
 
 # What the machine is short of, which says nothing about the command.
 _SHORT = frozenset({errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC})
@@ -90,13 +94,13 @@ def like(main: Process, environment: Mapping[str, str] | None = None) -> Like:
         Gone: it has ended.
         Later: its rights are not its own.
     """
-    executed = _executed(main)
-    fields = dict(line.partition(":")[::2] for line in main.read("status").split("\n"))
+    executed, status, environ = _of_one_execution(main, with_environment=environment is None)
+    fields = dict(line.partition(":")[::2] for line in status.split("\n"))
     # Uid: and Gid: list real, effective, saved and file system's.
     users, groups = (tuple(map(int, fields[key].split())) for key in ("Uid", "Gid"))
-    _check_own(main, executed, users)
+    _check_own(main, executed, users, groups)
     if environment is None:
-        pairs = (pair.partition("=") for pair in main.read("environ").split("\0"))
+        pairs = (pair.partition("=") for pair in environ.split("\0"))
         environment = {name: value for name, _, value in pairs if name}
     bounding = int(fields["CapBnd"], 16)
     root, root_id = _root(main)
@@ -116,27 +120,45 @@ def like(main: Process, environment: Mapping[str, str] | None = None) -> Like:
     )
 
 
+def _of_one_execution(main: Process, *, with_environment: bool) -> tuple[dict[int, int], str, str]:
+    """The auxiliary vector, the status and the environment of a process that executes nothing else meanwhile.
+
+    Its user may have written another vector into his own program (PR_SET_MM_MAP), and execute a set-user-ID one next.
+    """
+    for _ in range(_TRIES):
+        executed = _executed(main)
+        status, environ = main.read("status"), main.read("environ") if with_environment else ""
+        if executed and executed == _executed(main):
+            return executed, status, environ
+        time.sleep(_EXECUTING_SEC)
+    raise Later("could not be run: it is not known as whom its main process was executed")
+
+
 def _executed(main: Process) -> dict[int, int]:
-    """The auxiliary vector: of one execution of one program, whatever is executed while this is read."""
+    """The auxiliary vector; {} while another program takes over."""
     vector = main.read_bytes("auxv")
     for pair in (struct.Struct("=QQ"), struct.Struct("=II")):  # of a 64-bit program, of a 32-bit one
         found = dict(pair.iter_unpack(vector[: len(vector) // pair.size * pair.size]))
         if found.get(_AT_PAGESZ) == os.sysconf("SC_PAGESIZE"):
             return found
-    raise Later("could not be run: it is not known as whom its main process was executed")
+    return {}
 
 
-def _check_own(main: Process, executed: Mapping[int, int], users: Sequence[int]) -> None:
+def _check_own(
+    main: Process, executed: Mapping[int, int], users: Sequence[int], groups: Sequence[int]
+) -> None:
     """Refuse rights that the main process was lent.
 
     A program that another user than root has executed can only become somebody else if it is set-user-ID or
     set-group-ID, or has a capability for it. In another user namespace than ours numbers mean something else; but that
     is entered.
     """
+    # What the kernel says; anybody can make his own program's vector say something else, before he executes another.
+    lent = users[0] != 0 and (len(set(users)) > 1 or len(set(groups)) > 1)
     user = executed[_AT_UID]
-    lent = executed[_AT_SECURE] and (user, executed[_AT_GID]) != (executed[_AT_EUID], executed[_AT_EGID])
+    before, after = (user, executed[_AT_GID]), (executed[_AT_EUID], executed[_AT_EGID])
     ours = namespace_id(f"/proc/{main.pid}/ns/user") == namespace_id("/proc/self/ns/user")
-    if lent or (ours and user != 0 and set(users) != {user}):
+    if lent or (executed[_AT_SECURE] and before != after) or (ours and user != 0 and set(users) != {user}):
         raise Later(
             "could not be run: its main process runs a program with rights that are not its own;"
             " start it as the user that it is to be"
