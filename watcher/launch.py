@@ -11,12 +11,14 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
-from watcher import journal, owntree, tries
+from watcher import journal, owntree, scan, tries
 from watcher.admission import Admission, host
+from watcher.answers import comes_back
 from watcher.config import ServiceSettings, Settings
 from watcher.ledger import LedgerError, Reader
 from watcher.managers import slots_of, trust_of
@@ -37,8 +39,12 @@ from watcher.mounts.workshop import HostNamespace, Workshop
 from watcher.process import Gone, Process, may_mount, namespace_id, shares_host, start_time
 from watcher.schema import Quarantined, text
 from watcher.store import Store
+from watcher.strictmodes import StrictModes
 from watcher.trials import Trial, Trials
 from watcher.wanted import Wanted, find, newest_whole
+
+_ANSWER_SEC = 5.0
+"""Until then what is to be given must have answered, else the program is started on what was accepted last."""
 
 
 class CannotStart(Exception):
@@ -71,7 +77,9 @@ def launch(settings: Settings, options: ExecOptions) -> None:
     _require_ended(_registered(settings, options.name))
     try:
         owntree.make(settings.runtime_directory)
-        _enter_stack(settings, options)
+        # While there are no threads yet.
+        answers = comes_back(lambda: _look(options), _ANSWER_SEC)
+        _enter_stack(settings, options, answers=answers)
     except (OSError, Refused, Later, Moved, HostNamespace) as error:
         raise CannotStart(f"{options.name}: its stack cannot be put in place: {problem(error)}") from error
     with _registering(settings):
@@ -158,7 +166,7 @@ def _require_ended(other: Registration | None) -> None:
     raise CannotStart(f"{other.name} is running already, as process {other.pid}")
 
 
-def _enter_stack(settings: Settings, options: ExecOptions) -> None:
+def _enter_stack(settings: Settings, options: ExecOptions, *, answers: bool) -> None:
     """Move this process into a mount namespace of its own with the service's stack on `/etc`."""
     with (
         Workshop(1, privileged=may_mount()) as shop,
@@ -166,7 +174,7 @@ def _enter_stack(settings: Settings, options: ExecOptions) -> None:
             settings.state_directory, settings.store_max, settings.image_max, settings.keep_stacks
         ) as store,
     ):
-        stack = _admit(settings, store, shop, options)
+        stack = _admit(settings, store, shop, options, answers=answers)
         # As systemd does it: what the host mounts arrives, nothing goes back, and namespaces that the program makes
         # for its own children follow. But from where another service starts us, its swaps would arrive: each would
         # bring a stack beneath ours and lift ours off.
@@ -182,7 +190,7 @@ def _enter_stack(settings: Settings, options: ExecOptions) -> None:
                 store.doubt(slots_of(options.name, "standalone"))
                 if store.is_whole(stack):
                     raise
-                _swap(store, shop, namespace, _admit(settings, store, shop, options))
+                _swap(store, shop, namespace, _admit(settings, store, shop, options, answers=answers))
         finally:
             os.close(namespace)
 
@@ -192,8 +200,13 @@ def _swap(store: Store, shop: Workshop, namespace: int, stack: Stack) -> None:
     shop.submit(swap, shop, namespace, stack, copies).result()
 
 
-def _admit(settings: Settings, store: Store, shop: Workshop, options: ExecOptions) -> Stack:
+def _admit(settings: Settings, store: Store, shop: Workshop, options: ExecOptions, *, answers: bool) -> Stack:
     """The stack that the service starts on: its slots are set to it."""
+    if not answers:
+        what = f"what it is to be given does not answer within {_ANSWER_SEC:g} s (a file system that hangs?)"
+        journal.log.warning(f"{options.name}: starts on its last accepted stack: {what}")
+        with store.using():
+            return newest_whole(store, slots_of(options.name, "standalone"))
     _mention_absent(options)
     trials = Trials(settings.state_directory)
     with store.using():
@@ -221,6 +234,19 @@ def _admit(settings: Settings, store: Store, shop: Workshop, options: ExecOption
     if wanted.fallen and not stack.layers:
         journal.log.error(f"{options.name}: nothing in the store is whole, it starts with the host's /etc")
     return stack
+
+
+def _look(options: ExecOptions) -> None:
+    """Follow every path that is followed for a start, and read a little of each image."""
+    sources = declared(options.images, options.directories, options.confext_dirs)
+    with StrictModes(trust_of(_own_settings(options), "standalone")) as modes:
+        for pick in scan.look(sources, modes=modes).picks:
+            for candidate in pick.candidates:
+                with suppress(OSError, Refused):
+                    found = modes.open(candidate.path)
+                    if found.unsafe is None and stat.S_ISREG(found.status.st_mode):
+                        fd = os.open(f"/proc/self/fd/{found.fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                        os.pread(fd, 1, 0)
 
 
 def _mention_absent(options: ExecOptions) -> None:

@@ -153,3 +153,19 @@ def test_the_daemon_ends_while_a_service_hangs(shared: Place, tmp_path: Path) ->
             with hanging(dead.shown, dead.where.parent / "mounted"):
                 daemon.send(signal.SIGTERM)
                 assert daemon.wait() == 0
+
+
+def test_a_service_starts_while_its_drop_directory_hangs(shared: Place) -> None:
+    """Takes the five seconds after which `exec` stops waiting, and holds nothing of the program's open."""
+    with on_fuse(shared, "start.service") as dead:
+        options = ("--confext-dir", str(shared.drops("start.service")), "--reload-signal", "SIGHUP")
+        made = shared.confext("1", "1")
+        shared.bring(made, dead.shown / "web.raw.v/web_1.raw")
+        shared.start(*options, name="start.service", declared=False).kill()
+        dead.hang(LOOKUP)  # read by its server: who waits for that cannot even be killed
+        service = shared.start(*options, name="start.service", declared=False, wait=False)
+        service.said.wait_for("^started 1$")
+        service.errors.wait_for("start.service: starts on its last accepted stack: ", "does not answer")
+        service.send(signal.SIGKILL)
+        service.errors.wait_for_end()
+        dead.answer()
