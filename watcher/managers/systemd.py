@@ -156,7 +156,9 @@ class Systemd:
             raise Gone(f"{service.name} is not running")
         with service.main.hold() as main:
             who = await inside.aside(inside.like, main)
-            return await self.transient.run(service.name, main, namespace, who, words, timeout_sec)
+            return await self.transient.run(
+                service.name, main, namespace, who, words, timeout_sec, unit=service.name
+            )
 
     async def processes(self, service: Service) -> list[int]:
         """See `Manager.processes`."""

@@ -3,8 +3,7 @@
 
 A child of the watcher would have its system call filter and its private network, and `nginx -t` or a health check
 would fail for reasons that have nothing to do with the configuration; and the watcher would need the right to become
-any user. A transient unit has what systemd gives every unit, and its control group is emptied at its end. It has the
-limits of the service, if that is a unit; what `confext-watcher exec` has started is none by that name.
+any user. A transient unit has what systemd gives every unit, and its control group is emptied at its end.
 
 A command is a check, a health check, or the reload command of what `exec` has started.
 """
@@ -19,7 +18,7 @@ from typing import Any, Final
 
 import trio
 
-from watcher import dbus, enter, units
+from watcher import dbus, enter
 from watcher.inside import PROGRAM, Ended, gather, namespaces, path_of, reason_of, told
 from watcher.managers.systemd1 import Jobs, Systemd1
 from watcher.model import Later
@@ -57,9 +56,20 @@ class Transient:
         self._jobs = jobs
 
     async def run(
-        self, service: str, main: Process, namespace: int, who: Like, words: Sequence[str], timeout_sec: float
+        self,
+        service: str,
+        main: Process,
+        namespace: int,
+        who: Like,
+        words: Sequence[str],
+        timeout_sec: float,
+        unit: str = "",
     ) -> Ended:
-        """`inside.Run`; Later also if systemd could not be asked how the command ended."""
+        """`inside.Run`; Later also if systemd could not be asked how the command ended.
+
+        Args:
+            unit: whose limits the command gets; "": what any unit gets.
+        """
         output = bytearray()
         later: Later | None = None
         reason = ""
@@ -73,7 +83,7 @@ class Transient:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(gather, stream, output)
                 try:
-                    reason = await self._attempt(service, path, path_of(writing), timeout_sec)
+                    reason = await self._attempt(service, path, path_of(writing), timeout_sec, unit)
                 except Later as error:
                     later = error
                 ours.close()
@@ -83,15 +93,15 @@ class Transient:
             raise later
         return Ended(reason, output.decode(errors="replace"))
 
-    async def _attempt(self, service: str, path: str, output: str, timeout_sec: float) -> str:
+    async def _attempt(self, service: str, path: str, output: str, timeout_sec: float, unit: str) -> str:
         try:
-            return await self._follow(service, path, output, timeout_sec)
+            return await self._follow(service, path, output, timeout_sec, unit)
         except (dbus.Error, dbus.Lost) as error:
             raise Later(f"could not be run: {error}") from error
         except trio.TooSlowError as error:
             raise Later("could not be run: systemd did not start or end it in time") from error
 
-    async def _follow(self, service: str, path: str, output: str, timeout_sec: float) -> str:
+    async def _follow(self, service: str, path: str, output: str, timeout_sec: float, unit: str) -> str:
         systemd = await self._systemd()
         name = f"confext-watcher-check-{secrets.token_hex(8)}.service"
         properties = [
@@ -106,7 +116,7 @@ class Transient:
             ("CollectMode", ("s", "inactive-or-failed")),
             # While we are there to ask how it ended; if we are not, nobody will.
             ("AddRef", ("b", True)),
-            *await _limits(systemd, service),
+            *(await _limits(systemd, unit) if unit else ()),
         ]
         with self._jobs.listening() as listener, trio.fail_after(timeout_sec + _GRACE_SEC):
             job = await systemd.manager(
@@ -120,10 +130,8 @@ class Transient:
                     await systemd.manager("UnrefUnit", "s", name)
 
 
-async def _limits(systemd: Systemd1, service: str) -> list[tuple[str, tuple[str, Any]]]:
-    if not units.is_service(service):
-        return []
-    values = await systemd.service_properties(service)
+async def _limits(systemd: Systemd1, unit: str) -> list[tuple[str, tuple[str, Any]]]:
+    values = await systemd.service_properties(unit)
     return [(key, (kind, values[key])) for key, kind in _LIMITS.items() if values.get(key) not in (None, "")]
 
 
