@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import subprocess
+import threading
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
 
 from watcher.config import ServiceSettings
-from watcher.managers import Reloaded, Service
+from watcher.managers import Reloaded, Service, standalone
 from watcher.managers.standalone import Standalone
 from watcher.model import Declared
 from watcher.mounts.workshop import Workshop
-from watcher.process import Process
+from watcher.process import Process, descendants
 
 
 @pytest.fixture
@@ -29,4 +31,24 @@ async def test_a_service_whose_registration_has_gone_meanwhile_is_not_told(
     manager = Standalone(str(tmp_path), Workshop.__new__(Workshop))
     gone = Service("web.service", Declared(), ServiceSettings(), main=main, manager="standalone")
     assert await manager.reload(gone) == Reloaded(ok=True)
+    manager.close()
+
+
+async def test_the_event_loop_does_not_count_a_services_processes(
+    tmp_path: Path, main: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any service can have tens of thousands of them, and as many threads to ask for their children."""
+    counted_by = []
+
+    def counted(pid: int, apart: Collection[int]) -> list[int]:
+        counted_by.append(threading.current_thread())
+        return descendants(pid, apart)
+
+    monkeypatch.setattr(standalone, "descendants", counted)
+    manager = Standalone(str(tmp_path), Workshop.__new__(Workshop))
+    service = Service("web.service", Declared(), ServiceSettings(), main=main, manager="standalone")
+    with subprocess.Popen(["sleep", "1000"]) as child:
+        assert child.pid in await manager.processes(service)
+        child.kill()
+    assert counted_by and threading.main_thread() not in counted_by
     manager.close()

@@ -338,7 +338,8 @@ class Standalone:
             return []
         # A supervisor may have started another service, which has a stack of its own.
         mains = {other.main.pid for other in self._services.values() if other.main is not None}
-        return [service.main.pid, *descendants(service.main.pid, apart=mains)]
+        # There may be tens of thousands.
+        return [service.main.pid, *await inside.aside(descendants, service.main.pid, apart=mains)]
 
     async def _look_again(self, changed: Callable[[str], None]) -> None:
         """What could not be read for want of descriptors, say, nobody tells us of."""

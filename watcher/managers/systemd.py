@@ -162,7 +162,10 @@ class Systemd:
 
     async def processes(self, service: Service) -> list[int]:
         """See `Manager.processes`."""
-        return cgroup.processes(service.main.pid, service.name) if service.main is not None else []
+        if service.main is None:
+            return []
+        # There may be tens of thousands.
+        return await inside.aside(cgroup.processes, service.main.pid, service.name)
 
     # --- the connection ---
 
