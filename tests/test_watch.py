@@ -774,6 +774,24 @@ async def test_the_watch_limit_reached_while_waiting_is_heeded_too(
 
 @userns
 @own_limits
+async def test_a_tree_leaves_watches_to_the_directories_of_others(drop: Path, tree: Path) -> None:
+    """Who may drop trees could otherwise have all of them, and everybody else's drops would be late."""
+    limit = Path("/proc/sys/user/max_inotify_watches")
+    before = limit.read_text()
+    limit.write_text("40")
+    for number in range(100):
+        (tree / f"{number}").mkdir()
+    with Watcher() as watcher:
+        watcher.set("trees", [Interest(str(tree), scope=Scope.TREE)])
+        (remark,) = watcher.remarks()
+        assert "max_user_watches" in remark.text
+        watcher.set("others", [Interest(str(drop))])
+        assert watcher.remarks() == (remark,)
+    limit.write_text(before)
+
+
+@userns
+@own_limits
 async def test_at_the_watch_limit_within_a_tree_the_rest_is_watched_later(
     told: Told, tree: Path, autojump_clock: trio.testing.MockClock
 ) -> None:

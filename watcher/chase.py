@@ -24,6 +24,7 @@ all of it was watched before the last look, and no change can have slipped throu
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable, Iterable
@@ -116,6 +117,15 @@ class _Opened:
         return self._fds[node]
 
 
+def _watches_max() -> int:
+    """How many watches the kernel grants us, inotify(7); in a user namespace there is a limit of its own."""
+    found = [2**31]
+    for path in ("/proc/sys/fs/inotify/max_user_watches", "/proc/sys/user/max_inotify_watches"):
+        with contextlib.suppress(OSError), open(path, encoding="ascii") as file:
+            found.append(int(file.read()))
+    return min(found)
+
+
 class Chase:
     """The tree of nodes and their inotify watches.
 
@@ -130,6 +140,7 @@ class Chase:
 
     def __init__(self, inotify: INotify) -> None:
         self._inotify = inotify
+        self._tree_watches_max = _watches_max() // 2  # the rest is for the directories that one drops into
         self._watches: dict[int, _Watch] = {}
         self._armed = False
         self._gaps: dict[Bound, int] = {}
@@ -414,7 +425,10 @@ class Chase:
     def _watch_subdirectory(self, node: Node, fd: int) -> None:
         known = node.wd if node.deep else None
         node.deep = True
-        refused = self._arm(node, fd, TREE)
+        if node.wd is None and len(self._watches) >= self._tree_watches_max:
+            refused = errno.ENOSPC
+        else:
+            refused = self._arm(node, fd, TREE)
         if refused:
             self._skipped(node, refused)
         elif node.wd != known:
