@@ -119,7 +119,9 @@ class Managed(Host):
 def host(bed: Bed) -> Iterator[Managed]:
     install(bed)
     with contextlib.ExitStack() as stack:
-        yield Managed(bed, stack)
+        managed = Managed(bed, stack)
+        managed.no_watcher()
+        yield managed
 
 
 def running(service: Shown) -> bool:
