@@ -53,8 +53,8 @@ race: venv tools ## for a minute, a drop directory's owner who does all that he 
 	@PYTHONPATH=tests $(VENV)/bin/python -m race $(if $(SECONDS),--seconds $(SECONDS))
 
 .PHONY: lint
-lint: venv ## ruff
-	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+lint: venv ## ruff, and who may import whom
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/lint-imports --no-cache --no-logo
 
 .PHONY: types
 types: venv ## mypy

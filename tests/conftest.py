@@ -15,8 +15,8 @@ from types import FrameType
 import hypothesis
 import pytest
 
-import needs
-from leaks import RUN, Snapshot, settled
+from support import needs
+from support.leaks import RUN, Snapshot, settled
 
 # Nothing of a test may depend on how busy the machine is.
 hypothesis.settings.register_profile("default", deadline=None)

@@ -9,7 +9,7 @@ import platform
 import pytest
 
 from watcher import cli
-from watcher.client import NotRunning
+from watcher.control.client import NotRunning
 
 
 @pytest.fixture

@@ -14,13 +14,14 @@ import trio
 import trio.testing
 
 from watcher import daemon as module
-from watcher import journal, notify
-from watcher.config import Settings
 from watcher.daemon import AlreadyRunning, Daemon
-from watcher.line import Tools
+from watcher.managers.systemd import sd_notify
 from watcher.model import Busy, Later
-from watcher.mounts.workshop import Hung
-from watcher.offload import Offload
+from watcher.mounts.workers import Hung
+from watcher.records import journal
+from watcher.rounds.round import Tools
+from watcher.settings.config import Settings
+from watcher.watch.offload import Offload
 
 UNIT = Path(__file__).parent.parent / "units/confext-watcher.service.in"
 
@@ -30,7 +31,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What is logged, and "ready" where systemd is told so."""
     lines: list[str] = []
     monkeypatch.setattr(journal, "log", SimpleNamespace(info=lines.append, warning=lines.append))
-    monkeypatch.setattr(notify, "ready", lambda: lines.append("ready"))
+    monkeypatch.setattr(sd_notify, "ready", lambda: lines.append("ready"))
     yield lines
 
 
@@ -40,7 +41,7 @@ def made(collect: Callable[..., object] = lambda mounted: ()) -> Daemon:
 
     tools = SimpleNamespace(
         store=SimpleNamespace(collect=collect),
-        shop=SimpleNamespace(run=run, images=SimpleNamespace(retain=lambda mounted: None)),
+        workers=SimpleNamespace(run=run, images=SimpleNamespace(retain=lambda mounted: None)),
         admission=SimpleNamespace(forget=lambda digests: None),
         manager=SimpleNamespace(services={"web": None}),
         watcher=None,

@@ -13,9 +13,9 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from nobody import AS_NOBODY
 
-from needs import root, tool, userns, which
+from support.needs import root, tool, userns, which
+from support.nobody import AS_NOBODY
 
 DEMO = Path(__file__).parent.parent / "contrib/demo.py"
 # setpriv looks up what it executes with root's rights still, so there is a shell in between.

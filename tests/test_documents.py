@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from needs import tool, which
-from watcher import config, journal, tries
+from support.needs import tool, which
+from watcher.images import tries
 from watcher.model import Event, Outcome
+from watcher.records import journal
+from watcher.settings import config
 
 CONTRIB = Path(__file__).parent.parent / "contrib"
 MAN = CONTRIB / "man"

@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from watcher import generator, unitfile
+from watcher import generator
+from watcher.images.stacks import Stacks
+from watcher.managers.systemd import unit_drop_in
+from watcher.managers.systemd.units import DROPIN, Index, Unit
 from watcher.model import Entry, Kind, Layer, Stack
-from watcher.stacks import Stacks
-from watcher.units import DROPIN, Index, Unit
+from watcher.settings import syntax
 
 PLAIN = "[Service]\nExecStart=/bin/true\n"
 
@@ -62,9 +64,9 @@ class Host:
 
     def listed(self, unit: str) -> tuple[list[str], list[str]]:
         """What systemd would read: image and directory values after the resets."""
-        assignments = unitfile.parse(self.dropin(unit), "").assignments
+        assignments = syntax.parse(self.dropin(unit), "").assignments
         images, directories = (
-            [a.value for a in unitfile.values(assignments, "Service", key)]
+            [a.value for a in syntax.values(assignments, "Service", key)]
             for key in ("ExtensionImages", "ExtensionDirectories")
         )
         return images, directories
@@ -279,7 +281,7 @@ def test_a_declared_sysext_image_passes_through_as_the_pick_of_the_moment(host: 
     (versions / "tools_1.raw").touch()
     (versions / "tools_2.raw").touch()
     host.unit("web.service", PLAIN + f"ExtensionImages=-{versions}:ro\n", "web.raw")
-    generator.write_passed(str(host.state), "web.service", [str(versions)])
+    unit_drop_in.write_passed(str(host.state), "web.service", [str(versions)])
     images, _ = host.listed("web.service")
     assert images == [
         f"-{host.state}/units/web.service/web.raw:x-systemd.relax-extension-release-check",
@@ -294,15 +296,15 @@ def test_the_list_of_sysexts_is_read_as_it_was_written(
     tmp_path_factory: pytest.TempPathFactory, paths: set[str]
 ) -> None:
     state = str(tmp_path_factory.getbasetemp())
-    generator.write_passed(state, "web.service", paths)
-    assert generator.read_passed(state, "web.service") == paths
+    unit_drop_in.write_passed(state, "web.service", paths)
+    assert unit_drop_in.read_passed(state, "web.service") == paths
 
 
 def test_names_that_are_not_utf8_survive_in_the_list_of_sysexts(tmp_path: Path) -> None:
-    generator.write_passed(str(tmp_path), "web.service", ["/srv/\udcff\n.raw"])
-    assert generator.read_passed(str(tmp_path), "web.service") == {"/srv/\udcff\n.raw"}
-    generator.write_passed(str(tmp_path), "web.service", [])
-    assert generator.read_passed(str(tmp_path), "web.service") == frozenset()
+    unit_drop_in.write_passed(str(tmp_path), "web.service", ["/srv/\udcff\n.raw"])
+    assert unit_drop_in.read_passed(str(tmp_path), "web.service") == {"/srv/\udcff\n.raw"}
+    unit_drop_in.write_passed(str(tmp_path), "web.service", [])
+    assert unit_drop_in.read_passed(str(tmp_path), "web.service") == frozenset()
 
 
 def test_an_error_with_one_unit_does_not_touch_the_others(host: Host) -> None:

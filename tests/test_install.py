@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from support import CHECKOUT
 from watcher import cli
 
-CHECKOUT = Path(__file__).parent.parent
 INSTALLER = CHECKOUT / "contrib/packaging/install.py"
 
 

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from needs import root, tool
-from watcher import cli, tries
-from watcher.config import Settings
+from support import CHECKOUT
+from support.needs import root, tool
+from watcher import cli
+from watcher.images import tries
+from watcher.settings.config import Settings
 
-CHECKOUT = Path(__file__).parent.parent
 README = (CHECKOUT / "README.md").read_text()
 
 # In one shell, as somebody would who follows it, and waits to see what comes of a step before the next one.

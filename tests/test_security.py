@@ -7,7 +7,9 @@ import re
 import tomllib
 from pathlib import Path
 
-CHECKOUT = Path(__file__).parent.parent
+from support import CHECKOUT
+from watcher import model
+
 PAGE = (CHECKOUT / "SECURITY.md").read_text()
 NAMED = re.findall(r"\[`([^`]+)`\]\(([^)]+)\)", PAGE)
 
@@ -35,9 +37,8 @@ def test_the_readme_leads_to_it() -> None:
 
 
 def test_the_limits_that_it_names_are_those_of_trees() -> None:
-    from watcher import tree
 
-    assert f"{tree.DEPTH_MAX} levels and {tree.ENTRIES_MAX:,} entries" in " ".join(PAGE.split())
+    assert f"{model.DEPTH_MAX} levels and {model.ENTRIES_MAX:,} entries" in " ".join(PAGE.split())
 
 
 def test_it_belongs_to_the_source_and_not_to_the_package() -> None:

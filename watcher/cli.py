@@ -12,10 +12,11 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 
-from watcher import __version__, config
-from watcher.config import Settings
+from watcher import __version__
 from watcher.model import Busy, Outcome, Refused, Remark, Unsupported, printable, problem, shown
-from watcher.schema import CallError, Quarantined, ServiceStatus, to_dict
+from watcher.records.schema import CallError, Quarantined, ServiceStatus, to_dict
+from watcher.settings import config, signals
+from watcher.settings.config import Settings
 
 DONE, FAILED, USAGE, NOT_RUNNING, TIMED_OUT, UNSUPPORTED = range(6)
 
@@ -192,12 +193,12 @@ def _add_exec(parser: argparse.ArgumentParser) -> None:
 
 def _run(settings: Settings, options: argparse.Namespace) -> int:
     from watcher import daemon
-    from watcher.dbus import Lost
+    from watcher.managers.systemd.dbus import BusLost
 
     stopped: Exception | None = None
     try:
         daemon.main(settings)
-    except* (daemon.AlreadyRunning, Unsupported, Lost, OSError) as group:
+    except* (daemon.AlreadyRunning, Unsupported, BusLost, OSError) as group:
         stopped = _first(group)
     if stopped is None:
         return DONE
@@ -213,8 +214,8 @@ def _first(error: BaseException) -> Exception:
 
 
 def _exec(settings: Settings, options: argparse.Namespace) -> int:
-    from watcher.launch import CannotStart, ExecOptions, launch
     from watcher.managers.standalone import service_settings, valid_name
+    from watcher.rounds.exec_service import CannotStart, ExecOptions, launch
 
     if not valid_name(options.name):
         refused = f"{shown(options.name)!r} cannot be the name of a service: use one like web.service"
@@ -224,7 +225,7 @@ def _exec(settings: Settings, options: argparse.Namespace) -> int:
     except ValueError as error:
         return _fail(f"--reload-command: {error}", USAGE)
     try:
-        config.signal_number(options.reload_signal or "HUP")
+        signals.signal_number(options.reload_signal or "HUP")
     except ValueError as error:
         return _fail(f"--reload-signal: {error}", USAGE)
     _, wrong = service_settings(options.set, options.check, options.health_check)
@@ -250,9 +251,9 @@ def _exec(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def _status(settings: Settings, options: argparse.Namespace) -> int:
-    from watcher import status
-    from watcher.client import Client, NotRunning
-    from watcher.ledger import LedgerError
+    from watcher.control import status
+    from watcher.control.client import Client, NotRunning
+    from watcher.records.ledger import LedgerError
 
     try:
         try:
@@ -277,9 +278,9 @@ def _status(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def _plan(settings: Settings, options: argparse.Namespace) -> int:
-    from watcher.client import Client
+    from watcher.control.client import Client
     from watcher.model import Stack
-    from watcher.plan import describe
+    from watcher.rounds.choose import describe
 
     with Client(settings.runtime_directory, timeout=600) as client:
         changes = client.plan(options.service)
@@ -299,8 +300,8 @@ def _plan(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def _history(settings: Settings, options: argparse.Namespace) -> int:
-    from watcher.client import Client, NotRunning
-    from watcher.ledger import LedgerError, Reader
+    from watcher.control.client import Client, NotRunning
+    from watcher.records.ledger import LedgerError, Reader
 
     if options.lines < 1:
         return _fail("--lines: at least 1", USAGE)
@@ -330,8 +331,8 @@ def _history(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def _wait(settings: Settings, options: argparse.Namespace) -> int:
-    from watcher.client import Client
-    from watcher.schema import Failed
+    from watcher.control.client import Client
+    from watcher.records.schema import Failed
 
     image = os.path.abspath(options.image) if "/" in options.image else options.image
     last = None
@@ -350,7 +351,7 @@ def _wait(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def _rollback(settings: Settings, options: argparse.Namespace) -> int:
-    from watcher.client import Client
+    from watcher.control.client import Client
 
     with Client(settings.runtime_directory, timeout=600) as client:
         if options.forget:
@@ -377,8 +378,8 @@ def _print_forgotten(service: str, forgotten: Sequence[Quarantined]) -> None:
 
 
 def _check(settings: Settings, options: argparse.Namespace) -> int:
-    from watcher.admission import host
-    from watcher.examine import examine
+    from watcher.images.admission import host
+    from watcher.images.image_check import examine
 
     made_for = host()
     results: list[dict[str, object]] = []
@@ -481,7 +482,7 @@ def _escaped(char: str) -> str:
 
 
 def _begin_log(settings: Settings, remarks: Sequence[Remark]) -> None:
-    from watcher import journal
+    from watcher.records import journal
 
     journal.configure(level=settings.log_level)
     for remark in remarks:

@@ -16,28 +16,30 @@ from contextlib import ExitStack, contextmanager
 
 import trio
 
-from watcher import config, journal, notify, owntree
-from watcher.admission import Admission
-from watcher.backend import Control
-from watcher.config import Settings
-from watcher.control import serve
-from watcher.ledger import Ledger
-from watcher.line import Line, Tools
-from watcher.managers import Manager, Service
-from watcher.managers.several import Several
+from watcher.control.commands import Commands
+from watcher.control.peers import Readers
+from watcher.control.server import serve
+from watcher.images.admission import Admission
+from watcher.images.store import Store
+from watcher.managers.base import Manager, Service
+from watcher.managers.combined import Combined
 from watcher.managers.standalone import Standalone
-from watcher.managers.systemd import Systemd
-from watcher.managers.systemd import check as systemd_check
+from watcher.managers.systemd import sd_notify
+from watcher.managers.systemd.manager import Systemd
+from watcher.managers.systemd.manager import check as systemd_check
 from watcher.model import Busy, Later, Remark, problem, shown
-from watcher.mounts.workshop import Hung, Workshop
-from watcher.offload import Offload
-from watcher.patient import PatientWatcher
-from watcher.peers import Readers
-from watcher.pending import Pending
-from watcher.process import may_mount
-from watcher.settle import Settle
-from watcher.store import Store
-from watcher.trials import Trials
+from watcher.mounts.process import may_mount
+from watcher.mounts.workers import Hung, MountWorkers
+from watcher.records import durable, journal
+from watcher.records.ledger import Ledger
+from watcher.rounds.pending import Pending
+from watcher.rounds.round import Rounds, Tools
+from watcher.rounds.trials import Trials
+from watcher.settings import config
+from watcher.settings.config import Settings
+from watcher.watch.offload import Offload
+from watcher.watch.patient import PatientWatcher
+from watcher.watch.settle import Settle
 
 # Well below the unit's TimeoutStartSec=.
 _LOOKED_AT_SEC = 30.0
@@ -67,7 +69,7 @@ async def _run(settings: Settings, tools: Tools) -> None:
 
 @contextmanager
 def _alone(runtime_directory: str) -> Iterator[None]:
-    owntree.make(runtime_directory)
+    durable.make(runtime_directory)
     path = os.path.join(runtime_directory, "lock")
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
@@ -83,7 +85,7 @@ def _alone(runtime_directory: str) -> Iterator[None]:
 @contextmanager
 def _tools(settings: Settings) -> Iterator[Tools]:
     with ExitStack() as stack:
-        shop = stack.enter_context(Workshop(settings.mount_workers, privileged=may_mount()))
+        workers = stack.enter_context(MountWorkers(settings.mount_workers, privileged=may_mount()))
         store = stack.enter_context(
             Store(settings.state_directory, settings.store_max, settings.image_max, settings.keep_stacks)
         )
@@ -91,15 +93,15 @@ def _tools(settings: Settings) -> Iterator[Tools]:
         if on_systemd(settings):
             systemd = Systemd(settings)
             stack.callback(systemd.close)
-            standalone = Standalone(settings.runtime_directory, shop, systemd.transient.run)
-            manager = Several([systemd, standalone])
+            standalone = Standalone(settings.runtime_directory, workers, systemd.transient.run)
+            manager = Combined([systemd, standalone])
         else:
-            manager = standalone = Standalone(settings.runtime_directory, shop)
+            manager = standalone = Standalone(settings.runtime_directory, workers)
         stack.callback(standalone.close)
         yield Tools(
             store=store,
-            admission=Admission(store, shop),
-            shop=shop,
+            admission=Admission(store, workers),
+            workers=workers,
             manager=manager,
             watcher=stack.enter_context(PatientWatcher()),
             ledger=stack.enter_context(Ledger(settings.state_directory, settings.history_max)),
@@ -130,9 +132,9 @@ class Daemon:
     def __init__(self, settings: Settings, tools: Tools) -> None:
         self._settings = settings
         self._tools = tools
-        self._control = Control(tools, self.changed, self._in_round, self._reload_settings)
-        self._line = Line(tools, self._control.tell, self.changed, self._looked_at)
-        self._control.line = self._line
+        self._control = Commands(tools, self.changed, self._in_round, self._reload_settings)
+        self._line = Rounds(tools, self._control.tell, self.changed, self._looked_at)
+        self._control.rounds = self._line
         self._readers = Readers()
         tools.offload.returned = self.changed
         self._settle = Settle()
@@ -159,9 +161,9 @@ class Daemon:
                 nursery.start_soon(self._start_rounds, nursery)
                 nursery.start_soon(self._when_looked)
                 nursery.start_soon(self._when_idle)
-                nursery.start_soon(notify.keep_alive)
+                nursery.start_soon(sd_notify.keep_alive)
                 await self._follow_signals(signals)
-                notify.stopping()
+                sd_notify.stopping()
                 nursery.cancel_scope.cancel()
 
     def changed(self, name: str, quiet_usec: int = 0) -> None:
@@ -248,7 +250,7 @@ class Daemon:
                 await self._all_seen.wait()
         count = len(self._tools.manager.services)
         journal.log.info(f"watching for {count} {'service' if count == 1 else 'services'}")
-        notify.ready()
+        sd_notify.ready()
 
     async def _when_idle(self) -> None:
         """What is left for when nothing is going on."""
@@ -267,7 +269,7 @@ class Daemon:
         try:
             removed = await trio.to_thread.run_sync(tools.store.collect, mounted, abandon_on_cancel=True)
             tools.admission.forget(removed)
-            await tools.shop.run(tools.shop.images.retain, mounted)
+            await tools.workers.run(tools.workers.images.retain, mounted)
         except (Later, Hung, OSError) as error:
             untidy = problem(error)
         except Busy:
@@ -280,9 +282,9 @@ class Daemon:
         async for number in signals:
             if number != signal.SIGHUP:
                 return
-            notify.reloading()
+            sd_notify.reloading()
             self._reload_settings()
-            notify.ready()
+            sd_notify.ready()
 
     def _reload_settings(self) -> None:
         try:

@@ -16,10 +16,16 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from .basics import Kind as Kind
-from .basics import printable as printable
-from .basics import problem as problem
-from .basics import shown as shown
+from watcher.text import Kind as Kind
+from watcher.text import printable as printable
+from watcher.text import problem as problem
+from watcher.text import shown as shown
+
+# More than any /etc has; a walk needs two descriptors per level, and recursion has its limit.
+DEPTH_MAX = 64
+
+
+ENTRIES_MAX = 100_000
 
 
 class Unsupported(Exception):
@@ -43,7 +49,7 @@ class Sysext(Refused):
 
 
 class Unsafe(Refused):
-    """Somebody whom the service does not trust has a hand in it, see `strictmodes.py`.
+    """Somebody whom the service does not trust has a hand in it, see `strict_modes.py`.
 
     Attributes:
         path: what to mend, without links in it.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from beds.bed import Bed
-from leaks import Snapshot, settled
+from support.leaks import Snapshot, settled
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,9 +17,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from images import confext, image
-
 from beds.bed import Bed
+from support.images import confext, image
 
 UNITS = "/etc/systemd/system"
 SLEEP = "[Service]\nExecStart=/bin/sleep infinity\n"

@@ -13,11 +13,11 @@ from typing import Any
 
 import trio
 
-from watcher import journal
-from watcher.config import Settings
-from watcher.managers import Service
-from watcher.managers.systemd import Systemd, check
+from watcher.managers.base import Service
+from watcher.managers.systemd.manager import Systemd, check
 from watcher.model import Unsupported
+from watcher.records import journal
+from watcher.settings.config import Settings
 
 
 def say(**fields: Any) -> None:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import needs
+from support import needs
 
 SUITES = {"262": "forky", "257": "trixie", "254": "bookworm-backports"}
 """Debian's suite by the version of systemd in it."""

@@ -9,8 +9,8 @@ import sys
 
 from beds.bed import Bed, BootFailed
 from beds.roots import SUITES, BuildFailed
-from needs import bed as bed_needed
-from needs import lacking
+from support.needs import bed as bed_needed
+from support.needs import lacking
 
 
 def main() -> int:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-import needs
 from beds.bed import Bed
 from beds.host import SLEEP, Host
+from support import needs
 
 pytestmark = [needs.bed, needs.tool("dpkg-deb")]
 

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 
-import needs
 from beds import site
 from beds.bed import Bed
 from beds.host import Host
 from beds.site import WEB, drop, kept, run, sees
+from support import needs
 
 pytestmark = [needs.bed, needs.tool("mksquashfs")]
 

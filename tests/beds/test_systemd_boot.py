@@ -14,13 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from images import confext, image
 
-import needs
 from beds import host as hosts
 from beds.bed import Bed
+from support import needs
+from support.images import confext, image
+from watcher.images.stacks import Stacks
 from watcher.model import Entry, Kind, Layer, Stack
-from watcher.stacks import Stacks
 
 pytestmark = needs.bed
 

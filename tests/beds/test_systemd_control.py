@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-import needs
 from beds import site
 from beds.bed import Bed
 from beds.host import SLEEP, UNITS, Host
 from beds.site import WEB, drop, kept, run, sees
+from support import needs
 
 pytestmark = [needs.bed, needs.tool("mksquashfs")]
 

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-import needs
 from beds.bed import Bed
 from beds.host import SECONDS, SLEEP, UNITS, Entry, Host, Journal, install
+from support import needs
+from watcher.managers.systemd.units import DROPIN
 from watcher.mounts.table import Table
-from watcher.units import DROPIN
 
 pytestmark = needs.bed
 
@@ -532,7 +532,7 @@ def test_services_as_people_harden_them(host: Host) -> None:
     assert all("ro" in flags["/etc"] for _, flags in restarted.values())
     for name in names:
         assert host.see(name, "/etc/web.txt") == "2"
-        # Nothing of the sandbox outside of /etc is lost; /usr is kept by its parts (watcher.hierarchies).
+        # Nothing of the sandbox outside of /etc is lost; /usr is kept by its parts (sandbox_settings.py).
         after = {row[4] for row in host.mounts(name)}
         assert {row[4] for row in mounts[name] if elsewhere(row)} <= after, name
         if (

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-import needs
 from beds import site
 from beds.bed import Bed
 from beds.host import SECONDS, Host
 from beds.site import WEB, drop, run, sees
+from support import needs
 
 pytestmark = [needs.bed, needs.tool("mksquashfs")]
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-import needs
 from beds.bed import Bed
 from beds.host import SECONDS, UNITS, Host, install
+from support import needs
 
 pytestmark = needs.bed
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 
 import pytest
 
-import needs
 from beds import site
 from beds.bed import Bed
 from beds.host import SLEEP, Host
 from beds.site import WEB, drop, run
-from watcher.journal import MESSAGE_IDS
+from support import needs
+from watcher.records.journal import MESSAGE_IDS
 
 pytestmark = [needs.bed, needs.tool("mksquashfs")]
 

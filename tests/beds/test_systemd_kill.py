@@ -8,14 +8,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 
-import dying
 import pytest
 
-import needs
 from beds import site
 from beds.bed import Bed
 from beds.host import SECONDS, Host, Journal
 from beds.site import STATE, WEB, drop, kept, run, sees
+from support import dying, needs
 
 pytestmark = [needs.bed, needs.tool("mksquashfs")]
 

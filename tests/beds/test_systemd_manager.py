@@ -15,11 +15,11 @@ from queue import Empty, Queue
 from typing import Any
 
 import pytest
-from place import eventually
 
-import needs
 from beds.bed import Bed
 from beds.host import SECONDS, SLEEP, UNITS, Host, install
+from support import needs
+from support.place import eventually
 
 pytestmark = needs.bed
 

@@ -10,16 +10,15 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import nasty
 import pytest
-from images import image
 
-import needs
 from beds import site
 from beds.bed import Bed
 from beds.host import SLEEP, UNITS, Host
-from watcher import dropin
-from watcher.units import DROPIN
+from support import nasty, needs
+from support.images import image
+from watcher.managers.systemd import drop_ins
+from watcher.managers.systemd.units import DROPIN
 
 pytestmark = needs.bed
 
@@ -44,26 +43,29 @@ def properties(host: Host, unit: str, *names: str) -> dict[str, Any]:
 
 
 def test_systemd_reads_each_name_as_it_was_meant(host: Host) -> None:
-    drop_in = dropin.DropIn("for a test")
+    drop_in = drop_ins.DropIn("for a test")
     meant: dict[str, list[object]] = {key: [] for key in PROPERTIES}
     refused = 0
     for number, name in enumerate(nasty.names(400)):
         path = f"/srv/{number}{name}/x"
         bound = f"/opt{path}"
-        makers: dict[str, tuple[Callable[[], dropin.Word], object]] = {
+        makers: dict[str, tuple[Callable[[], drop_ins.Word], object]] = {
             "ExtensionImages": (
-                partial(dropin.image, path, "ro", optional=True),
+                partial(drop_ins.image, path, "ro", optional=True),
                 [path, True, [["root", "ro"]]],
             ),
-            "ExtensionDirectories": (partial(dropin.path, path, optional=True), f"-{path}"),
-            "BindReadOnlyPaths": (partial(dropin.path, path, bound, optional=True), [path, bound, True, REC]),
-            "ReadOnlyPaths": (partial(dropin.path, path, optional=True), f"-{path}"),
+            "ExtensionDirectories": (partial(drop_ins.path, path, optional=True), f"-{path}"),
+            "BindReadOnlyPaths": (
+                partial(drop_ins.path, path, bound, optional=True),
+                [path, bound, True, REC],
+            ),
+            "ReadOnlyPaths": (partial(drop_ins.path, path, optional=True), f"-{path}"),
         }
         for key, (make, value) in makers.items():
             try:
                 drop_in.assign("Service", key, make())
                 meant[key].append(value)
-            except dropin.Unwritable:
+            except drop_ins.Unwritable:
                 refused += 1
     host.unit("names.service", "[Service]\nExecStart=/bin/true\n", takes_part=False)
     directory = host.bed.path(f"{UNITS}/names.service.d")

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-import needs
 from beds import site
 from beds.bed import Bed
 from beds.host import Host
 from beds.site import drop, kept
+from support import needs
 
 pytestmark = [needs.bed, needs.tool("mksquashfs")]
 

@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from images import confext
-from place import eventually
 
-import needs
 from beds import site
 from beds.bed import Bed
 from beds.host import SLEEP, Host
 from beds.test_systemd_manager import NOTIFY_RELOAD, NOTIFY_RELOAD_PROGRAM, daemon_reloads
-from watcher.units import DROPIN
+from support import needs
+from support.images import confext
+from support.place import eventually
+from watcher.managers.systemd.units import DROPIN
 
 pytestmark = needs.bed
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-import needs
 from beds import site
 from beds.bed import Bed
 from beds.host import Host
+from support import needs
 
 pytestmark = [needs.bed, needs.tool("mksquashfs")]
 

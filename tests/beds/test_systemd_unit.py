@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from images import image
-from nobody import AS_NOBODY, NOBODY
 
-import needs
 from beds import site
 from beds.bed import Bed
 from beds.host import SECONDS, SLEEP, Host
 from beds.host import UNITS as UNIT_DIRECTORY
-from watcher import attributes
+from support import needs
+from support.images import image
+from support.nobody import AS_NOBODY, NOBODY
+from watcher.images import attributes
 
 pytestmark = [needs.bed, needs.tool("mksquashfs"), needs.tool("mkfs.erofs")]
 

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from needs import which
+from support.needs import which
 
 from . import drops, generator, idle, swap, systemd
 from .report import Figure, as_json, show

@@ -15,11 +15,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from support import CHECKOUT
+from watcher.images.stacks import Stacks
 from watcher.model import Entry, Kind, Layer, Stack
-from watcher.stacks import Stacks
 
 from .report import Figure, figure
-from .rig import CHECKOUT
 
 UNITS = 500
 KINDS = {
@@ -53,7 +53,7 @@ import gc, sys
 gc.disable()
 sys.path.insert(0, sys.argv[1])
 from watcher.generator import generate
-from watcher.units import Index
+from watcher.managers.systemd.units import Index
 generate(sys.argv[2], Index(sys.argv[3:4]), sys.argv[4], print)
 """
 

@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 
+from support import CHECKOUT
+
 from . import floor
 from .report import Figure, figure
-from .rig import CHECKOUT, Daemon, Failed, Image, cpu, drop, memory, rig, service
+from .rig import Daemon, Failed, Image, cpu, drop, memory, rig, service
 
 SERVICES = 500
 EVENTS = 10_000

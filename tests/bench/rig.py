@@ -23,13 +23,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from images import confext, image, noise
-
+from support import CHECKOUT
+from support.images import confext, image, noise
 from watcher.managers.standalone import Registration, register
 from watcher.mounts import syscalls
-from watcher.process import start_time
+from watcher.mounts.process import start_time
 
-CHECKOUT = Path(__file__).resolve().parent.parent.parent
 SECONDS = 60.0
 """Nothing takes this long: what does is a failure."""
 

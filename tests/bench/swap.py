@@ -16,12 +16,11 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from images import confext, image
-
+from support.images import confext, image
 from watcher.model import Copy, Kind, Layer, Stack
 from watcher.mounts import syscalls
 from watcher.mounts.swap import swap
-from watcher.mounts.workshop import PLACE, Workshop
+from watcher.mounts.workers import PLACE, MountWorkers
 
 from .report import Figure, figure
 
@@ -38,9 +37,9 @@ _DETACH = syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW
 
 def run(count: int = 1000) -> list[Figure]:
     """One row for each number of sandbox mounts, `count` swaps each."""
-    with tempfile.TemporaryDirectory(prefix="confext-bench-") as scratch, Workshop(1) as shop:
+    with tempfile.TemporaryDirectory(prefix="confext-bench-") as scratch, MountWorkers(1) as workers:
         layers, copies = _layers(Path(scratch))
-        return [_measure(shop, layers, copies, sandboxes, count) for sandboxes in SANDBOXES]
+        return [_measure(workers, layers, copies, sandboxes, count) for sandboxes in SANDBOXES]
 
 
 def _layers(scratch: Path) -> tuple[tuple[Layer, Layer], dict[str, Copy]]:
@@ -55,20 +54,20 @@ def _layers(scratch: Path) -> tuple[tuple[Layer, Layer], dict[str, Copy]]:
 
 
 def _measure(
-    shop: Workshop, layers: tuple[Layer, Layer], copies: dict[str, Copy], sandboxes: int, count: int
+    workers: MountWorkers, layers: tuple[Layer, Layer], copies: dict[str, Copy], sandboxes: int, count: int
 ) -> Figure:
     stacks = (Stack(layers), Stack(layers[::-1]))
     ours, floor = [], []
     with _service(sandboxes) as (namespace, paths):
-        bare = _Bare(shop, namespace, paths)
+        bare = _Bare(workers, namespace, paths)
         for number in range(2 * count):
             stack = stacks[number // 2 % 2]
             if number % 2 == 0:
-                ours.append(shop.submit(swap, shop, namespace, stack, copies).result().usec)
+                ours.append(workers.submit(swap, workers, namespace, stack, copies).result().usec)
             else:
-                floor.append(shop.submit(bare.swap, stack.digests).result() / 1000)
+                floor.append(workers.submit(bare.swap, stack.digests).result() / 1000)
             # What was put off (taking the bench apart) is not measured; wait until it is done.
-            shop.submit(bare.clear).result()
+            workers.submit(bare.clear).result()
     # The first one of each mounts the images, and finds no stack on /etc.
     return figure(
         f"the swap, 2 layers, {sandboxes} sandbox mounts", "us", ours[1:], floor[1:], _AIMS.get(sandboxes, "")
@@ -101,10 +100,10 @@ def _service(sandboxes: int) -> Iterator[tuple[int, Sequence[str]]]:
 class _Bare:
     """The calls of a swap of a service that has a stack already. They run on a worker of the workshop."""
 
-    def __init__(self, shop: Workshop, namespace: int, paths: Sequence[str]) -> None:
+    def __init__(self, workers: MountWorkers, namespace: int, paths: Sequence[str]) -> None:
         self._service = namespace
         self._paths = paths
-        self._own = shop.submit(os.open, "/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC).result()
+        self._own = workers.submit(os.open, "/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC).result()
         self._number = 0
         self._used: list[str] = []
 

@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import needs
 from beds.bed import Bed
 from beds.host import UNITS, install
+from support import needs
 
 from .report import Figure, figure
 from .rig import Failed, Image, stamp

@@ -23,31 +23,21 @@ import varlink
 from jeepney import HeaderFields, Message
 from jeepney.low_level import Endianness, Header, MessageType
 
-from watcher import (
-    config,
-    control,
-    dbus,
-    dropin,
-    hierarchies,
-    ledger,
-    release,
-    schema,
-    stacks,
-    tries,
-    unitfile,
-    unitname,
-    vpick,
-    watch,
-    wire,
-)
-from watcher.client import Client
-from watcher.config import Settings
-from watcher.images import probe
-from watcher.managers import cgroup, standalone, systemd, systemd1, unitjob
+from watcher.control import server, transport
+from watcher.control.client import Client
+from watcher.images import probe, stacks, tries
+from watcher.managers import cgroup, standalone
+from watcher.managers.systemd import dbus, drop_ins, jobs, manager, sandbox_settings, systemd1
 from watcher.model import Candidate, Event, Kind, Outcome, Refused, Unsupported, shown
 from watcher.mounts import table
-from watcher.schema import CallError, PlannedChange, Quarantined, ServiceStatus
-from watcher.unitfile import Assignment
+from watcher.records import ledger, schema
+from watcher.records.schema import CallError, PlannedChange, Quarantined, ServiceStatus
+from watcher.resolve import release, vpick
+from watcher.settings import config, signals, syntax, unit_names
+from watcher.settings.config import Settings
+from watcher.settings.os_release import parse_os_release
+from watcher.settings.syntax import Assignment
+from watcher.watch import watcher
 
 CORPUS = Path(__file__).parent.parent / "corpus"
 
@@ -152,12 +142,12 @@ def _sealed(data: bytes) -> bytes:
 )
 def os_release(data: bytes) -> None:
     """os-release and extension-release files: what was read and is written down again is the same."""
-    found = release.parse_os_release(_text(data))
+    found = parse_os_release(_text(data))
     for key, value in found.items():
         assert re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key)
         assert len(value) <= len(data)
     again = "".join(f"{key}={_release_quoted(value)}\n" for key, value in found.items())
-    assert release.parse_os_release(again) == found
+    assert parse_os_release(again) == found
     with only(Refused):
         release.match(found, {"ID": "debian", "VERSION_ID": "13"}, "x86-64")
     with only(Refused):
@@ -195,23 +185,23 @@ def release_names(data: bytes) -> None:
 )
 def unit_file(data: bytes) -> None:
     """A file's assignments, written down again, are the same; the generator's short cut finds what all of it does."""
-    parsed = unitfile.parse(_text(data), "/a")
+    parsed = syntax.parse(_text(data), "/a")
     for each in parsed.assignments:
         assert each.section and each.key and "\n" not in "".join(each[:3]) and 0 < each.line <= len(data) + 1
     # A backslash and blanks at the end of a line go on nowhere (257, 262), and cannot be written without the blanks.
     kept = [each for each in parsed.assignments if (len(each.value) - len(each.value.rstrip("\\"))) % 2 == 0]
     text = "".join(f"[{each.section}]\n{each.key}={each.value}\n" for each in kept)
-    again = unitfile.parse(text, "/a").assignments
+    again = syntax.parse(text, "/a").assignments
     assert [each[:3] for each in again] == [each[:3] for each in kept]
     keys = ("ExtensionImages", "Check")
-    short = unitfile.parse_only(data, "/a", unitfile.lines_of(keys))
+    short = syntax.parse_only(data, "/a", syntax.lines_of(keys))
     assert _chosen(short, keys) == _chosen(parsed, keys)
     for key in keys:
-        unitfile.values(parsed.assignments, "Service", key)
-        unitfile.last(parsed.assignments, "Service", key)
+        syntax.values(parsed.assignments, "Service", key)
+        syntax.last(parsed.assignments, "Service", key)
 
 
-def _chosen(parsed: unitfile.Parsed, keys: tuple[str, ...]) -> list[tuple[str, str, str]]:
+def _chosen(parsed: syntax.Parsed, keys: tuple[str, ...]) -> list[tuple[str, str, str]]:
     return [(each.section, each.key, each.value) for each in parsed.assignments if each.key in keys]
 
 
@@ -224,24 +214,24 @@ def _chosen(parsed: unitfile.Parsed, keys: tuple[str, ...]) -> list[tuple[str, s
 def unit_values(data: bytes) -> None:
     """Values of settings: a value within its bounds, or ValueError."""
     text = _text(data.replace(b"\0", b""))  # it ends a line
-    for read in (unitfile.boolean, config.signal_number, config.reload_kind):
+    for read in (syntax.boolean, signals.signal_number, config.reload_kind):
         with only(ValueError):
             read(text)
-    for measure in (unitfile.time_span, unitfile.size, unitfile.number):
+    for measure in (syntax.time_span, syntax.size, syntax.number):
         with only(ValueError):
-            assert 0 <= measure(text) <= unitfile.INFINITY
+            assert 0 <= measure(text) <= syntax.INFINITY
     with only(ValueError):
-        number = config.signal_number(text)
-        if not config.signal_name(number).startswith("signal "):  # the C library's own
-            assert config.signal_number(config.signal_name(number)) == number
+        number = signals.signal_number(text)
+        if not signals.signal_name(number).startswith("signal "):  # the C library's own
+            assert signals.signal_number(signals.signal_name(number)) == number
     for escapes in (False, True):
         with only(ValueError):
-            words = unitfile.split(text, escapes=escapes)
+            words = syntax.split(text, escapes=escapes)
             assert sum(map(len, words)) <= len(text)
-            assert unitfile.split(" ".join(map(_quoted, words))) == words
-    specifiers = unitname.Specifiers("a-b@c\\x2dd.service", "/etc/systemd/system/a-b@.service")
-    paths = [path for path, _, _ in unitfile.extension_images(text, specifiers.expand)]
-    paths += [path for path, _ in unitfile.extension_directories(text, specifiers.expand)]
+            assert syntax.split(" ".join(map(_quoted, words))) == words
+    specifiers = unit_names.Specifiers("a-b@c\\x2dd.service", "/etc/systemd/system/a-b@.service")
+    paths = [path for path, _, _ in syntax.extension_images(text, specifiers.expand)]
+    paths += [path for path, _ in syntax.extension_directories(text, specifiers.expand)]
     for path in paths:
         assert path.startswith("/") and "\0" not in path and ".." not in path.split("/")
         os.fsencode(path)
@@ -266,9 +256,9 @@ def settings(data: bytes) -> None:
             for at, (key, value) in enumerate(lines, 1)
         ]
         if section == config.SERVICE_SECTION:
-            specifiers = unitname.Specifiers("web.service")
+            specifiers = unit_names.Specifiers("web.service")
             found, remarks = config.service_settings(assignments, specifiers.expand)
-            assert all(unitfile.split(command) for command in (*found.check, *found.health_check))
+            assert all(syntax.split(command) for command in (*found.check, *found.health_check))
         else:
             watchers, remarks = config.watcher_settings(assignments)
             assert watchers.keep_stacks >= 1 and watchers.mount_workers >= 1
@@ -283,15 +273,15 @@ def settings(data: bytes) -> None:
 def unit_name(data: bytes) -> None:
     """Names of units; what `%` makes of one is a text that could be part of a path."""
     text = _text(data)
-    unitname.unescape(text)
+    unit_names.unescape(text)
     with only(ValueError):
-        name = unitname.UnitName(text)
+        name = unit_names.UnitName(text)
         assert text.isascii() and text.isprintable() and "/" not in text
         assert name.full == text and text.endswith(f".{name.type}")
-        assert name.template is None or unitname.UnitName(name.template).template is None
-        names = unitname.drop_in_names(text)
+        assert name.template is None or unit_names.UnitName(name.template).template is None
+        names = unit_names.drop_in_names(text)
         assert names[0] == text and len(names) == len(set(names)) <= 3 * (text.count("-") + 1)
-        specifiers = unitname.Specifiers(text)
+        specifiers = unit_names.Specifiers(text)
         for letter in "nNpPiIjJf":
             with only(ValueError):
                 assert "\0" not in specifiers.expand(f"%{letter}")
@@ -305,25 +295,25 @@ def unit_name(data: bytes) -> None:
 def drop_in(data: bytes) -> None:
     """What is written into a drop-in says exactly what was meant, whatever a path is called; or it is refused."""
     path, options = _fields(data, 2)
-    expand = unitname.Specifiers("web.service").expand
-    with only(dropin.Unwritable):
-        text = _assigned("ExtensionImages", dropin.image(f"/{path}", options, optional=True))
-        (found,) = unitfile.extension_images(text, expand)
+    expand = unit_names.Specifiers("web.service").expand
+    with only(drop_ins.Unwritable):
+        text = _assigned("ExtensionImages", drop_ins.image(f"/{path}", options, optional=True))
+        (found,) = syntax.extension_images(text, expand)
         assert found == (f"/{path}", options.lstrip(":"), True)
-    with only(dropin.Unwritable):
-        text = _assigned("ExtensionDirectories", dropin.path(f"/{path}"))
-        assert unitfile.extension_directories(text, expand) == [(f"/{path}", False)]
+    with only(drop_ins.Unwritable):
+        text = _assigned("ExtensionDirectories", drop_ins.path(f"/{path}"))
+        assert syntax.extension_directories(text, expand) == [(f"/{path}", False)]
     for key in ("ReadOnlyPaths", "BindPaths"):
-        with only(dropin.Unwritable):
-            _assigned(key, dropin.path(f"/{path}", "/usr", options=options, optional=True))
+        with only(drop_ins.Unwritable):
+            _assigned(key, drop_ins.path(f"/{path}", "/usr", options=options, optional=True))
 
 
-def _assigned(key: str, word: dropin.Word) -> str:
+def _assigned(key: str, word: drop_ins.Word) -> str:
     """The value that is read of one assignment that was written; it is the only one."""
-    written = dropin.DropIn("By us")
+    written = drop_ins.DropIn("By us")
     written.assign("Service", key, word)
-    written.assign("Service", "Check", dropin.token("end"))
-    parsed = unitfile.parse(str(written), "/a")
+    written.assign("Service", "Check", drop_ins.token("end"))
+    parsed = syntax.parse(str(written), "/a")
     assert not parsed.remarks
     first, last = parsed.assignments
     assert (first.section, first.key, last.key, last.value) == ("Service", key, "Check", "end")
@@ -338,12 +328,12 @@ def _assigned(key: str, word: dropin.Word) -> str:
 )
 def sandbox(data: bytes) -> None:
     """What is said again of a unit's sandbox is one setting to a line, and nothing else."""
-    parsed = unitfile.parse("[Service]\n" + _text(data), "/a")
-    kept = hierarchies.repair(parsed.assignments, lambda directory: ("bin", 'a"b\\c%d', "a\nb"))
+    parsed = syntax.parse("[Service]\n" + _text(data), "/a")
+    kept = sandbox_settings.repair(parsed.assignments, lambda directory: ("bin", 'a"b\\c%d', "a\nb"))
     for key, paths, options in kept.again:
         assert key in ("ReadOnlyPaths", "BindPaths", "BindReadOnlyPaths")
-        with only(dropin.Unwritable):
-            _assigned(key, dropin.path(*paths, options=options, optional=True))
+        with only(drop_ins.Unwritable):
+            _assigned(key, drop_ins.path(*paths, options=options, optional=True))
 
 
 # --- names of versions ---
@@ -389,7 +379,7 @@ def _count_is_the_same(candidate: Candidate) -> None:
 
 
 def _sign(one: str, other: str) -> int:
-    from watcher import version
+    from watcher.resolve import version
 
     return version.compare(one, other)
 
@@ -398,8 +388,8 @@ def _sign(one: str, other: str) -> int:
 
 
 @cache
-def _server() -> control._Server:
-    return control._Server(cast(Any, None), cast(Any, None))
+def _server() -> server._Server:
+    return server._Server(cast(Any, None), cast(Any, None))
 
 
 @target(
@@ -413,7 +403,7 @@ def varlink_call(data: bytes) -> None:
     """A call: one that the interface has, or refused as Varlink has it; never taken for a mistake of the program."""
     with only(ValueError):
         try:
-            request = wire.Request.parse(data)
+            request = transport.Request.parse(data)
         except UnicodeDecodeError:
             return
         with only(varlink.VarlinkError):
@@ -440,7 +430,7 @@ def varlink_frames(data: bytes) -> None:
     async def receive_some(_: int) -> bytes:
         return chunks.pop(0) if chunks else b""
 
-    connection = wire.Connection(
+    connection = transport.Connection(
         cast(Any, SimpleNamespace(receive_some=receive_some)), cast(Any, None), cast(Any, None)
     )
     found = []
@@ -448,7 +438,7 @@ def varlink_frames(data: bytes) -> None:
         while (message := _now(connection.receive())) is not None:
             found.append(message)
     except ValueError:
-        assert len(data) > wire.REQUEST_MAX
+        assert len(data) > transport.REQUEST_MAX
         return
     assert found == data.split(b"\0")[:-1]
 
@@ -508,10 +498,10 @@ def dbus_signal(data: bytes) -> None:
         return
     message = _message(data[1:], _SIGNALS[data[0] % len(_SIGNALS)])
     if message is not None:
-        manager = systemd.Systemd(Settings())
-        manager._following._described = cast(Any, {"a@.service": None})
-        manager._on_signal(message)
-        manager.close()
+        systemd = manager.Systemd(Settings())
+        systemd._following._described = cast(Any, {"a@.service": None})
+        systemd._on_signal(message)
+        systemd.close()
 
 
 def _message(data: bytes, member: str) -> Message | None:
@@ -561,7 +551,7 @@ def dbus_reply(data: bytes) -> None:
         for row in _now(asked.loaded(["a.service"])):
             assert isinstance(row.name, str) and isinstance(row.active, str)
     with only(dbus.Error):
-        unitjob._failed_command(_now(asked.service_properties("a.service")))
+        jobs._failed_command(_now(asked.service_properties("a.service")))
     with only(dbus.Error):
         assert re.fullmatch(r"(?:[0-9a-f]{2})*", _now(asked.invocation("a.service")))
     for name, kind in systemd1._KINDS.items():
@@ -660,7 +650,7 @@ def mountinfo(data: bytes) -> None:
         list(found.above(found.top))
         found.points_on(found.top)
     cgroup.mount_point(text)
-    watch.mount_points(data)
+    watcher.mount_points(data)
 
 
 @target(

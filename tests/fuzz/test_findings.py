@@ -15,17 +15,20 @@ from pathlib import Path
 import pytest
 import trio
 from jeepney import DBusAddress, HeaderFields, Message, new_signal
-from nobody import NOBODY
-from test_dbus import Daemon
+from managers.systemd.test_dbus import Daemon
 
-from needs import filesystem, root, tool
-from watcher import dbus, permissions, release, unitfile
-from watcher.config import Settings
-from watcher.managers import cgroup, systemd1
-from watcher.managers.systemd import Systemd
+from support.needs import filesystem, root, tool
+from support.nobody import NOBODY
+from watcher.managers import cgroup
+from watcher.managers.systemd import dbus, systemd1
+from watcher.managers.systemd.manager import Systemd
 from watcher.mounts import table
-from watcher.process import Process
-from watcher.watch import Watcher
+from watcher.mounts.process import Process
+from watcher.resolve import permissions
+from watcher.settings import syntax
+from watcher.settings.config import Settings
+from watcher.settings.os_release import parse_os_release
+from watcher.watch.watcher import Watcher
 
 
 @pytest.fixture
@@ -122,7 +125,7 @@ async def test_what_is_no_message_costs_the_connection_and_not_the_daemon(tmp_pa
                 async with dbus.connect(_ignore, f"unix:path={tmp_path}/bus"):
                     pass
             nursery.cancel_scope.cancel()
-    assert raised.group_contains(dbus.Lost)
+    assert raised.group_contains(dbus.BusLost)
 
 
 @root
@@ -188,7 +191,7 @@ def test_mounts_on_each_other_however_many() -> None:
 def test_lines_of_an_extension_release_end_as_systemd_has_it() -> None:
     """Written on Windows it was "made for ID=debian\\r": parse_env_file() ends a line at either."""
     wanted = {"ID": "debian", "VERSION_ID": "13", "NAME": "a\rb"}
-    assert release.parse_os_release('ID=debian\r\nVERSION_ID="13"\rNAME="a\rb"\r\n') == wanted
+    assert parse_os_release('ID=debian\r\nVERSION_ID="13"\rNAME="a\rb"\r\n') == wanted
 
 
 # A million bytes each; what copies all it has at every step needs minutes for them.
@@ -219,12 +222,12 @@ def read(case: str) -> None:
     """In a process of its own, which the kernel ends when it takes too long."""
     how, text = LONG[case]
     if how == "parse":
-        unitfile.parse(text, "/a")
+        syntax.parse(text, "/a")
     elif how == "values":
-        assert len(unitfile.values(unitfile.parse(text, "/a").assignments, "Service", "A")) == 250_000
+        assert len(syntax.values(syntax.parse(text, "/a").assignments, "Service", "A")) == 250_000
     elif how == "os_release":
-        release.parse_os_release(text)
+        parse_os_release(text)
     elif how == "split":
-        assert len(unitfile.split(text)) == 1
+        assert len(syntax.split(text)) == 1
     else:
-        assert unitfile.time_span(text) == 250_000
+        assert syntax.time_span(text) == 250_000

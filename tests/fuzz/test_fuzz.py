@@ -69,7 +69,7 @@ def test_the_kept_inputs_are_small() -> None:
 
 
 def test_work_that_is_not_linear_is_found() -> None:
-    from watcher import version
+    from watcher.resolve import version
 
     def quadratic(data: bytes) -> None:
         for _ in data:

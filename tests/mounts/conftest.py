@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from images import confext, image
-from service import Service, make_root
 
+from support.images import confext, image
+from support.service import Service, make_root
 from watcher.model import Copy, Kind, Layer, Stack
+from watcher.mounts.process import may_mount
 from watcher.mounts.swap import Swapped, swap
-from watcher.mounts.workshop import Workshop
-from watcher.process import may_mount
+from watcher.mounts.workers import MountWorkers
 
 BASE = {
     "base.conf": "base",
@@ -84,18 +84,20 @@ class Layers:
 class Swaps:
     """Swaps stacks of these layers in the workshop."""
 
-    def __init__(self, shop: Workshop, layers: Layers) -> None:
-        self.shop = shop
+    def __init__(self, workers: MountWorkers, layers: Layers) -> None:
+        self.workers = workers
         self.layers = layers
 
     def __call__(self, service: Service, *stack: Layer, begin: Callable[[], None] = lambda: None) -> Swapped:
         copies = self.layers.copies
-        return self.shop.submit(swap, self.shop, service.namespace, Stack(stack), copies, begin).result()
+        return self.workers.submit(
+            swap, self.workers, service.namespace, Stack(stack), copies, begin
+        ).result()
 
 
 @pytest.fixture(scope="module")
-def shop() -> Iterator[Workshop]:
-    with Workshop(2, privileged=may_mount()) as made:
+def workers() -> Iterator[MountWorkers]:
+    with MountWorkers(2, privileged=may_mount()) as made:
         yield made
 
 
@@ -105,8 +107,8 @@ def layers(tmp_path: Path) -> Layers:
 
 
 @pytest.fixture
-def swaps(shop: Workshop, layers: Layers) -> Swaps:
-    return Swaps(shop, layers)
+def swaps(workers: MountWorkers, layers: Layers) -> Swaps:
+    return Swaps(workers, layers)
 
 
 @pytest.fixture

@@ -7,19 +7,19 @@ import os
 from collections.abc import Callable, Sequence
 
 import pytest
-from service import Service
 
-from needs import root
+from support.needs import root
+from support.service import Service
 from watcher.model import Layer, Stack
 from watcher.mounts import namespaces, syscalls
 from watcher.mounts import swap as swapping
 from watcher.mounts.converge import Compared, Converged, converge
 from watcher.mounts.descriptors import Descriptors
+from watcher.mounts.process import Gone, Process
 from watcher.mounts.survey import Survey
 from watcher.mounts.swap import build
 from watcher.mounts.table import SOURCE, Table
-from watcher.mounts.workshop import HostNamespace, Workshop
-from watcher.process import Gone, Process
+from watcher.mounts.workers import HostNamespace, MountWorkers
 
 from .conftest import Layers
 
@@ -29,7 +29,7 @@ Start = Callable[..., Service]
 
 
 @pytest.fixture
-def bring(shop: Workshop, layers: Layers) -> Callable[..., Converged]:
+def bring(workers: MountWorkers, layers: Layers) -> Callable[..., Converged]:
     compared: Compared = {}
     accepted: dict[Service, list[Stack]] = {}
 
@@ -45,9 +45,9 @@ def bring(shop: Workshop, layers: Layers) -> Callable[..., Converged]:
         pids = [main.pid, *(other.pid for other in others)]
         kept = accepted.setdefault(main, [])
         kept.append(Stack(stack))
-        return shop.submit(
+        return workers.submit(
             converge,
-            shop,
+            workers,
             main.process,
             pids,
             Stack(stack),
@@ -218,18 +218,20 @@ def test_processes_that_have_ended_do_not_matter(
     assert service.read("/etc/web.conf") == "1"
 
 
-def test_a_main_process_that_has_ended_is_gone(start: Start, layers: Layers, shop: Workshop) -> None:
+def test_a_main_process_that_has_ended_is_gone(start: Start, layers: Layers, workers: MountWorkers) -> None:
     service = start()
     with service.process.hold() as main:
         service.close()
         with pytest.raises(Gone):
-            shop.submit(converge, shop, main, [], Stack(), {}, lambda: None, {}, kept=list).result()
+            workers.submit(converge, workers, main, [], Stack(), {}, lambda: None, {}, kept=list).result()
 
 
-def test_a_service_in_the_hosts_namespace_is_not_touched(shop: Workshop, layers: Layers) -> None:
+def test_a_service_in_the_hosts_namespace_is_not_touched(workers: MountWorkers, layers: Layers) -> None:
     stack = Stack((layers.tree({"web.conf": "1"}),))
     with Process(os.getpid()) as here, pytest.raises(HostNamespace):
-        shop.submit(converge, shop, here, [], stack, layers.copies, lambda: None, {}, kept=list).result()
+        workers.submit(
+            converge, workers, here, [], stack, layers.copies, lambda: None, {}, kept=list
+        ).result()
 
 
 def mount_as_systemd(service: Service, layers: Layers, layer: Layer) -> None:
@@ -412,21 +414,21 @@ def test_a_stack_of_systemd_that_the_host_changed_before_anybody_looked_follows_
 
 
 def test_killed_before_the_lift_what_lies_beneath_is_used_only_if_it_is_made_of_what_the_host_has_now(
-    shop: Workshop, host: Service, guest: Service, layers: Layers, bring: Bring
+    workers: MountWorkers, host: Service, guest: Service, layers: Layers, bring: Bring
 ) -> None:
     layer = layers.tree({"web.conf": "1"})
 
     def half() -> None:
         with (
-            build(shop, guest.namespace, Stack((layer,)), layers.copies) as tree,
-            shop.entered(guest.namespace),
+            build(workers, guest.namespace, Stack((layer,)), layers.copies) as tree,
+            workers.entered(guest.namespace),
         ):
             flags = syscalls.MOVE_MOUNT_F_EMPTY_PATH | syscalls.MOVE_MOUNT_BENEATH
             syscalls.move_mount(tree, "", syscalls.AT_FDCWD, "/etc", flags)
 
     bring(guest, layers.tree({"web.conf": "2"}))
     merge(host, "a")
-    shop.submit(half).result()
+    workers.submit(half).result()
     assert guest.mounted.doubled
     merge(host, "b", refresh=True)
     assert bring(guest, layer).swaps == 1

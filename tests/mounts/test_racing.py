@@ -14,15 +14,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from nobody import NOBODY
-from service import Service
 
-from needs import root
+from support.needs import root
+from support.nobody import NOBODY
+from support.service import Service
 from watcher.model import Copy, Layer, Refused, Stack
 from watcher.mounts.etc import Moved
+from watcher.mounts.process import may_mount
 from watcher.mounts.swap import swap
 from watcher.mounts.table import Mounted
-from watcher.process import may_mount
 
 from .conftest import Layers, Swaps
 
@@ -119,10 +119,10 @@ def test_exchanged_at_a_step_and_back_at_another(
         at(STEPS[0])
         return False
 
-    shop, copies = swaps.shop, Told(layers.copies, lambda: at(STEPS[1]))
+    workers, copies = swaps.workers, Told(layers.copies, lambda: at(STEPS[1]))
     begin = functools.partial(at, STEPS[2])
     with contextlib.suppress(Refused, Moved):
-        shop.submit(swap, shop, service.namespace, Stack((two,)), copies, begin, keep).result()
+        workers.submit(swap, workers, service.namespace, Stack((two,)), copies, begin, keep).result()
     assert "base.conf" in shown(service) and MARKER not in shown(service)
     while pending:
         at(pending[-1])
@@ -166,8 +166,8 @@ def test_exchanged_with_a_directory_in_which_the_sandbox_hides_something(
                 _exchange(process)
             return False
 
-        shop, stack = swaps.shop, Stack((layers.tree({"web.conf": "1"}),))
-        shop.submit(swap, shop, service.namespace, stack, layers.copies, keep=keep).result()
+        workers, stack = swaps.workers, Stack((layers.tree({"web.conf": "1"}),))
+        workers.submit(swap, workers, service.namespace, stack, layers.copies, keep=keep).result()
     assert [service.read(f"/etc/{name}") for name in ("web.conf", "base.conf")] == ["1", "other"]
     assert service.read("/etc/secret") == ""
 
@@ -189,7 +189,7 @@ def test_a_directory_above_a_sandbox_mount_is_renamed_and_another_made_in_its_pl
             service(f"write('/etc/app/{above}private', 'decoy')")
         return False
 
-    shop, stack = swaps.shop, Stack((layers.tree({"web.conf": "1"}),))
-    shop.submit(swap, shop, service.namespace, stack, layers.copies, keep=keep).result()
+    workers, stack = swaps.workers, Stack((layers.tree({"web.conf": "1"}),))
+    workers.submit(swap, workers, service.namespace, stack, layers.copies, keep=keep).result()
     assert (service.read("/etc/web.conf"), service.read(f"/etc/moved/{above}private")) == ("1", "")
     assert service.read(f"/etc/app/{above}private") == "decoy"

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from service import Service
 
-from needs import root
+from support.needs import root
+from support.service import Service
 from watcher.model import Stack
 from watcher.mounts.swap import swap
 
@@ -33,7 +33,7 @@ CHECKOUT = READER.parent.parent.parent
 def test_nobody_sees_a_swap(
     service: Service, swaps: Swaps, layers: Layers, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shop = swaps.shop
+    workers = swaps.workers
     stacks = [
         Stack((layers.tree({"one": content, "app/two": content, "secret": "to be hidden"}),))
         for content in "12"
@@ -52,7 +52,7 @@ def test_nobody_sees_a_swap(
             running.callback(reader.kill)
             assert reader.stdout is not None and reader.stdout.readline() == "reading\n"
         for number in range(SWAPS):
-            shop.submit(swap, shop, service.namespace, stacks[number % 2], layers.copies).result()
+            workers.submit(swap, workers, service.namespace, stacks[number % 2], layers.copies).result()
         found: dict[str, dict[str, Any]] = {}
         for reader in readers:
             reader.terminate()

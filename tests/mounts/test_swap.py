@@ -15,17 +15,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from service import Service
 
-from needs import filesystem, loop, root, tool, userns
+from support.needs import filesystem, loop, root, tool, userns
+from support.service import Service
 from watcher.model import Refused, Stack
 from watcher.mounts import syscalls
 from watcher.mounts.compare import shows
 from watcher.mounts.etc import Moved
+from watcher.mounts.process import may_mount
 from watcher.mounts.swap import build, swap
 from watcher.mounts.table import LAYERS_MAX, SOURCE
-from watcher.mounts.workshop import HostNamespace, Workshop
-from watcher.process import may_mount
+from watcher.mounts.workers import HostNamespace, MountWorkers
 
 from .conftest import Layers, Swaps
 
@@ -512,24 +512,24 @@ def test_a_stack_of_systemd_is_replaced(service: Service, swaps: Swaps, layers: 
 
 
 def test_one_that_shows_the_same_is_known_as_such(
-    shop: Workshop, service: Service, layers: Layers, tmp_path: Path
+    workers: MountWorkers, service: Service, layers: Layers, tmp_path: Path
 ) -> None:
     one, two = layers.tree({"web.conf": "1"}), layers.tree({"web.conf": "2"})
     service("(os.mkdir('/base'), bind('/etc', '/base'))")
     service(f"overlay({SOURCE!r}, {layers.copies[one.digest].path + '/etc'!r}, '/base')")
     for stack, same in ((Stack((one,)), True), (Stack((two,)), False), (Stack(), False)):
-        assert shop.submit(shows, shop, service.namespace, stack, layers.copies).result() is same
+        assert workers.submit(shows, workers, service.namespace, stack, layers.copies).result() is same
 
 
 def test_one_that_is_nested_deeper_than_any_etc_is_something_else(
-    shop: Workshop, service: Service, layers: Layers, tmp_path: Path
+    workers: MountWorkers, service: Service, layers: Layers, tmp_path: Path
 ) -> None:
     deep = "os.chdir('/base'), [(os.mkdir('d'), os.chdir('d')) for _ in range(1100)], os.chdir('/')"
     layer = layers.tree({"web.conf": "1"})
     service(f"(os.mkdir('/base'), bind('/etc', '/base'), {deep})")
     try:
         service(f"overlay({SOURCE!r}, {layers.copies[layer.digest].path + '/etc'!r}, '/base')")
-        job = shop.submit(shows, shop, service.namespace, Stack((layer,)), layers.copies)
+        job = workers.submit(shows, workers, service.namespace, Stack((layer,)), layers.copies)
         assert job.result() is False
     finally:
         subprocess.run(["rm", "-r", tmp_path / "root-0/etc/d"], check=True)
@@ -645,7 +645,7 @@ def test_more_mounts_than_any_sandbox_has_are_refused(service: Service, swaps: S
 
 
 def test_a_swap_that_was_killed_before_the_lift_is_finished_by_one_lift(
-    shop: Workshop, service: Service, swaps: Swaps, layers: Layers
+    workers: MountWorkers, service: Service, swaps: Swaps, layers: Layers
 ) -> None:
     one, two = one_and_two(layers)
     service("(tmpfs('/etc/empty'), write('/etc/empty/mine', 'mine'))")
@@ -653,46 +653,46 @@ def test_a_swap_that_was_killed_before_the_lift_is_finished_by_one_lift(
 
     def half() -> None:
         with (
-            build(shop, service.namespace, Stack((two,)), layers.copies) as tree,
-            shop.entered(service.namespace),
+            build(workers, service.namespace, Stack((two,)), layers.copies) as tree,
+            workers.entered(service.namespace),
         ):
             flags = syscalls.MOVE_MOUNT_F_EMPTY_PATH | syscalls.MOVE_MOUNT_BENEATH
             syscalls.move_mount(tree, "", syscalls.AT_FDCWD, "/etc", flags)
 
-    shop.submit(half).result()
+    workers.submit(half).result()
     assert service.mounted.doubled and service.read("/etc/web.conf") == "1"
     shown_next = service.table.stacks[-2].id
     assert swaps(service, two).done
     assert service.mounted.top == shown_next, "what was there already was uncovered, not made again"
     assert (service.read("/etc/web.conf"), service.read("/etc/empty/mine")) == ("2", "mine")
-    shop.submit(half).result()
+    workers.submit(half).result()
     swaps(service, one)
     assert not service.mounted.doubled and len(overlays(service)) == 1
     assert (service.read("/etc/web.conf"), service.read("/etc/empty/mine")) == ("1", "mine")
-    shop.submit(half).result()
+    workers.submit(half).result()
     swaps(service)
     assert overlays(service) == []
 
 
-def test_the_namespaces_of_the_host_are_never_touched(shop: Workshop, layers: Layers) -> None:
+def test_the_namespaces_of_the_host_are_never_touched(workers: MountWorkers, layers: Layers) -> None:
     stack = Stack((layers.tree({"web.conf": "1"}),))
     before = Path("/proc/self/mountinfo").read_text()
-    ours = shop.submit(os.open, "/proc/thread-self/ns/mnt", os.O_RDONLY).result()
+    ours = workers.submit(os.open, "/proc/thread-self/ns/mnt", os.O_RDONLY).result()
     namespaces = [ours]
     for path in ("/proc/self/ns/mnt", "/proc/1/ns/mnt"):
         with contextlib.suppress(PermissionError):  # then it cannot be entered either
             namespaces.append(os.open(path, os.O_RDONLY))
     for namespace in namespaces:
         with pytest.raises(HostNamespace):
-            shop.submit(swap, shop, namespace, stack, layers.copies).result()
+            workers.submit(swap, workers, namespace, stack, layers.copies).result()
         os.close(namespace)
     assert Path("/proc/self/mountinfo").read_text() == before
-    assert shop.submit(lambda: " - overlay " in Path("/proc/thread-self/mountinfo").read_text()).result() is (
-        " - overlay " in before
-    )
+    assert workers.submit(
+        lambda: " - overlay " in Path("/proc/thread-self/mountinfo").read_text()
+    ).result() is (" - overlay " in before)
 
 
-def test_nothing_leaks(shop: Workshop, service: Service, swaps: Swaps, layers: Layers) -> None:
+def test_nothing_leaks(workers: MountWorkers, service: Service, swaps: Swaps, layers: Layers) -> None:
     one, two = one_and_two(layers)
     service(
         "(tmpfs('/etc/empty'), write('/other', ''), bind('/other', '/etc/secret'), bind('/etc/app', '/etc/app'))"
@@ -702,7 +702,8 @@ def test_nothing_leaks(shop: Workshop, service: Service, swaps: Swaps, layers: L
         # Both workers have a job at the same time: all benches have been cleared.
         both = threading.Barrier(2)
         rows = [
-            shop.submit(lambda: (both.wait(), Path("/proc/thread-self/mountinfo").read_text())) for _ in "12"
+            workers.submit(lambda: (both.wait(), Path("/proc/thread-self/mountinfo").read_text()))
+            for _ in "12"
         ]
         inside = [future.result()[1].count("\n") for future in rows]
         return (

@@ -11,10 +11,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from standalone.place import SCRATCH
-
-import needs
 from race.harness import race
+from scenarios.place import SCRATCH
+from support import needs
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -31,9 +31,8 @@ import sys
 import time
 from collections.abc import Callable
 
-from nobody import become_nobody
-
 from race.contents import LETTERS
+from support.nobody import become_nobody
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2

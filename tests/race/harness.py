@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import images
-from nobody import NOBODY
-from standalone.place import Place, Service
-
 from race import reader
 from race.contents import FILES, LETTERS, SECRET, content
+from scenarios.place import Place, Service
+from support import images
+from support.nobody import NOBODY
 
 ATTACKERS = 2
 

@@ -10,16 +10,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from standalone.place import SCRATCH
 
-from needs import loop, root, tool
 from race import contents
 from race.harness import race
+from scenarios.place import SCRATCH
+from support.needs import loop, root, tool
 
 pytestmark = [root, loop, tool("mksquashfs")]
 
 WITHOUT_LEASES = """
-from watcher import lease
+from watcher.watch import lease
 def enter(self):
     self._open, self._before = True, self._signature()
     return self
@@ -28,7 +28,7 @@ lease.Lease.held = lambda self: True
 lease.Lease.release = lambda self: None
 """
 WITHOUT_STRICT_MODES = """
-from watcher import admit
+from watcher.images import admit
 real = admit._open
 admit._open = lambda candidate, modes: real(candidate, None)
 """

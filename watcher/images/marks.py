@@ -12,9 +12,8 @@ import os
 import stat
 from itertools import islice
 
-from watcher.attributes import require_unmarked
-from watcher.model import Refused, shown
-from watcher.tree import DEPTH_MAX, ENTRIES_MAX
+from watcher.images.attributes import require_unmarked
+from watcher.model import DEPTH_MAX, ENTRIES_MAX, Refused, shown
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 

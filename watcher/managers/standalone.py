@@ -23,16 +23,19 @@ from dataclasses import dataclass
 
 import trio
 
-from watcher import config, inside, journal, owntree, resolve
-from watcher.config import ServiceSettings
-from watcher.managers import Reloaded, Service
+from watcher.managers import command
+from watcher.managers.base import Reloaded, Service
+from watcher.managers.exec_context import ExecContext
 from watcher.managers.tell import send_signal
 from watcher.model import Declared, Entry, Interest, Kind, Later, Remark, shown
-from watcher.mounts.workshop import Workshop
-from watcher.order import Like
-from watcher.process import Gone, Process, descendants, namespace_id
-from watcher.unitfile import Assignment
-from watcher.watch import Watcher
+from watcher.mounts.process import Gone, Process, descendants, namespace_id
+from watcher.mounts.workers import MountWorkers
+from watcher.records import durable, journal
+from watcher.resolve import sources
+from watcher.settings import config, signals
+from watcher.settings.config import ServiceSettings
+from watcher.settings.syntax import Assignment
+from watcher.watch.watcher import Watcher
 
 # What a unit may be called (systemd.unit(5)), with or without its type; with room for what names of files add to it.
 _NAME = re.compile(r"[A-Za-z0-9:_.\\@-]{1,240}")
@@ -94,7 +97,7 @@ def declared(images: Sequence[str], directories: Sequence[str], confext_dirs: Se
 
 
 def _entry(path: str, kind: Kind) -> Entry:
-    return resolve.entry(path.removeprefix("-"), kind, optional=path.startswith("-"), declared=True)
+    return sources.entry(path.removeprefix("-"), kind, optional=path.startswith("-"), declared=True)
 
 
 def service_settings(
@@ -146,7 +149,7 @@ def unregister(runtime_directory: str, name: str) -> None:
 def services_directory(runtime_directory: str) -> str:
     """Where registrations lie; made if it is not there."""
     directory = services_path(runtime_directory)
-    owntree.make(directory, 0o700)
+    durable.make(directory, 0o700)
     return directory
 
 
@@ -194,7 +197,7 @@ def _registration(text: str, name: str) -> Registration:
     if not good:
         raise ValueError("not a registration")
     if made.reload_signal:
-        config.signal_number(made.reload_signal)
+        signals.signal_number(made.reload_signal)
     return made
 
 
@@ -236,9 +239,11 @@ class Standalone:
         run: runs their checks and reload commands.
     """
 
-    def __init__(self, runtime_directory: str, shop: Workshop, run: inside.Run = inside.run_as_child) -> None:
+    def __init__(
+        self, runtime_directory: str, workers: MountWorkers, run: command.Run = command.run_as_child
+    ) -> None:
         self._runtime_directory = runtime_directory
-        self._shop = shop
+        self._workers = workers
         self._run_for = run
         self._services: dict[str, Service] = {}
         self._registrations: dict[str, Registration] = {}
@@ -283,7 +288,7 @@ class Standalone:
             return Reloaded(ok=True)  # it is not running, or takes no part any more
         try:
             if registration.reload_signal:
-                return await send_signal(service.main, config.signal_number(registration.reload_signal))
+                return await send_signal(service.main, signals.signal_number(registration.reload_signal))
             if registration.reload_command:
                 return await self._run_command(service.main, registration)
         except Gone:
@@ -313,7 +318,7 @@ class Standalone:
 
     async def execute(
         self, service: Service, namespace: int, words: Sequence[str], timeout_sec: float
-    ) -> inside.Ended:
+    ) -> command.Ended:
         """See `Manager.execute`."""
         registration = self._registrations.get(service.name)
         if service.main is None or registration is None:
@@ -327,10 +332,10 @@ class Standalone:
         namespace: int,
         words: Sequence[str],
         timeout_sec: float,
-    ) -> inside.Ended:
-        self._shop.check_foreign(namespace_id(namespace))
+    ) -> command.Ended:
+        self._workers.check_foreign(namespace_id(namespace))
         with held.hold() as main:
-            who = await inside.aside(_who, main, registration)
+            who = await command.aside(_who, main, registration)
             return await self._run_for(registration.name, main, namespace, who, words, timeout_sec)
 
     async def processes(self, service: Service) -> list[int]:
@@ -339,7 +344,7 @@ class Standalone:
         # A supervisor may have started another service, which has a stack of its own.
         mains = {other.main.pid for other in self._services.values() if other.main is not None}
         # There may be tens of thousands.
-        return [service.main.pid, *await inside.aside(descendants, service.main.pid, apart=mains)]
+        return [service.main.pid, *await command.aside(descendants, service.main.pid, apart=mains)]
 
     async def _look_again(self, changed: Callable[[str], None]) -> None:
         """What could not be read for want of descriptors, say, nobody tells us of."""
@@ -445,7 +450,7 @@ class Standalone:
                 changed(service.name)
 
 
-def _who(main: Process, registration: Registration) -> Like:
+def _who(main: Process, registration: Registration) -> ExecContext:
     """Whom a command for a service is to be like. Blocks.
 
     Raises:
@@ -457,7 +462,7 @@ def _who(main: Process, registration: Registration) -> Like:
             "could not be run: start the service again with `exec`, it was registered by an older version"
         )
     pairs = (pair.partition("=") for pair in registration.environment)
-    who = inside.like(main, {name: value for name, _, value in pairs})
+    who = command.context_of(main, {name: value for name, _, value in pairs})
     # Afterwards: there is no way back, so what was found counts in the one that it was started in.
     if namespace_id(f"/proc/{main.pid}/ns/user") != registration.user_namespace:
         raise Later(

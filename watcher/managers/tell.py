@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import trio
 
-from watcher.config import signal_name
-from watcher.managers import Reloaded
-from watcher.process import Process
+from watcher.managers.base import Reloaded
+from watcher.mounts.process import Process
+from watcher.settings.signals import signal_name
 
 _HANDLER_SEC = 5.0
 

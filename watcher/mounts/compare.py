@@ -14,12 +14,11 @@ import stat
 from collections.abc import Mapping
 from itertools import islice
 
-from watcher.model import Copy, Stack
+from watcher.model import DEPTH_MAX, ENTRIES_MAX, Copy, Stack
 from watcher.mounts.descriptors import Descriptors
 from watcher.mounts.etc import look_up
 from watcher.mounts.swap import build
-from watcher.mounts.workshop import Workshop
-from watcher.tree import DEPTH_MAX, ENTRIES_MAX
+from watcher.mounts.workers import MountWorkers
 
 _BYTES_MAX = 256 << 20
 _CHUNK = 1 << 20
@@ -30,7 +29,7 @@ _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _CHANGED = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EWOULDBLOCK})
 
 
-def shows(shop: Workshop, namespace: int, stack: Stack, copies: Mapping[str, Copy]) -> bool:
+def shows(workers: MountWorkers, namespace: int, stack: Stack, copies: Mapping[str, Copy]) -> bool:
     """Whether `/etc` in a mount namespace (a descriptor) is what a stack would make it. Runs on a worker.
 
     Types, modes, owners, link targets and contents count; times and extended attributes do not.
@@ -38,8 +37,8 @@ def shows(shop: Workshop, namespace: int, stack: Stack, copies: Mapping[str, Cop
     Raises:
         Whatever `swap()` does.
     """
-    with build(shop, namespace, stack, copies) as tree, Descriptors() as fds:
-        with shop.entered(namespace):
+    with build(workers, namespace, stack, copies) as tree, Descriptors() as fds:
+        with workers.entered(namespace):
             etc = fds.add(look_up())
             shown = os.open(".", _DIRECTORY, dir_fd=etc)
         try:

@@ -15,10 +15,10 @@ from watcher.model import Copy, Kind, Layer, Stack, problem
 from watcher.mounts.compare import shows
 from watcher.mounts.etc import Moved
 from watcher.mounts.namespaces import NESTED_MAX, Namespace, of_service
+from watcher.mounts.process import Process
 from watcher.mounts.swap import Swapped, swap
 from watcher.mounts.table import Mounted
-from watcher.mounts.workshop import Workshop
-from watcher.process import Process
+from watcher.mounts.workers import MountWorkers
 
 _COMPARED_MAX = 64
 _TOO_MANY = f"more than {NESTED_MAX} mount namespaces, or mounts in them: the others keep the old stack"
@@ -48,7 +48,7 @@ class Converged:
 
 
 def converge(
-    shop: Workshop,
+    workers: MountWorkers,
     main: Process,
     pids: Iterable[int],
     stack: Stack,
@@ -76,8 +76,8 @@ def converge(
     """
     done: list[Swapped] = []
     remarks: list[str] = []
-    with of_service(shop, main, pids, lambda: (stack, *kept()), elsewhere) as found:
-        bring = functools.partial(_bring, shop, stack, copies, begin, compared, patient)
+    with of_service(workers, main, pids, lambda: (stack, *kept()), elsewhere) as found:
+        bring = functools.partial(_bring, workers, stack, copies, begin, compared, patient)
         for nested in found.apart:
             _try(bring, nested, done, remarks)
         own = bring(found.main)
@@ -108,7 +108,7 @@ def _try(
 
 
 def _bring(
-    shop: Workshop,
+    workers: MountWorkers,
     stack: Stack,
     copies: Mapping[str, Copy],
     begin: Callable[[], None],
@@ -121,7 +121,7 @@ def _bring(
             return True
         return _made_on(namespace, stack, compared, mounted) == mounted.base
 
-    swapped = swap(shop, namespace.fd, stack, copies, begin, keep)
+    swapped = swap(workers, namespace.fd, stack, copies, begin, keep)
     before = swapped.before
     if patient and before.layers is None:
         return swapped
@@ -129,9 +129,9 @@ def _bring(
     if before.made_on is None and _may_be(before, stack) and key not in compared:
         if len(compared) == _COMPARED_MAX:
             compared.clear()
-        same = before.layers is not None or shows(shop, namespace.fd, stack, copies)
+        same = before.layers is not None or shows(workers, namespace.fd, stack, copies)
         compared[key] = before.base if same else None
-        swapped = swap(shop, namespace.fd, stack, copies, begin, keep)
+        swapped = swap(workers, namespace.fd, stack, copies, begin, keep)
     return swapped
 
 

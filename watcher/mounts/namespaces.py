@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 from watcher.model import Stack
 from watcher.mounts.descriptors import Descriptors
+from watcher.mounts.process import Gone, Process, namespace_id
 from watcher.mounts.survey import TooLong, read_namespace
 from watcher.mounts.table import Mount, Table
-from watcher.mounts.workshop import HostNamespace, Workshop
-from watcher.process import Gone, Process, namespace_id
+from watcher.mounts.workers import HostNamespace, MountWorkers
 
 NESTED_MAX = 256
 """Nested namespaces of one service that follow: each takes a descriptor, and any user can make thousands."""
@@ -56,7 +56,7 @@ class Namespaces:
 
 @contextlib.contextmanager
 def of_service(
-    shop: Workshop,
+    workers: MountWorkers,
     main: Process,
     pids: Iterable[int],
     kept: Callable[[], Iterable[Stack]],
@@ -78,7 +78,7 @@ def of_service(
     """
     with Descriptors() as fds:
         own = _hold(fds, main)
-        shop.check_foreign(own.identity)
+        workers.check_foreign(own.identity)
         found = Namespaces([], own, [])
         nested: _Nested | None = None
         for pid in pids:
@@ -86,7 +86,7 @@ def of_service(
             with contextlib.suppress(Gone, PermissionError), Process(pid) as process:
                 if _identity(process.pid) == own.identity:
                     continue
-                nested = nested or _Nested(shop, fds, found, kept, elsewhere)
+                nested = nested or _Nested(workers, fds, found, kept, elsewhere)
                 nested.add(process)
                 if found.too_many:
                     break
@@ -110,15 +110,15 @@ class _Nested:
 
     def __init__(
         self,
-        shop: Workshop,
+        workers: MountWorkers,
         fds: Descriptors,
         found: Namespaces,
         kept: Callable[[], Iterable[Stack]],
         elsewhere: Iterable[int],
     ) -> None:
-        self._shop, self._fds, self._found = shop, fds, found
+        self._workers, self._fds, self._found = workers, fds, found
         self._room = TABLES_MAX
-        self._main = Table(read_namespace(shop, found.main.fd))
+        self._main = Table(read_namespace(workers, found.main.fd))
         self._digests = {digest for stack in kept() for digest in stack.digests} | _digests(self._main)
         self._seen: set[tuple[int, int]] = set()
         for pid in elsewhere:
@@ -148,7 +148,7 @@ class _Nested:
     def _where(self, fd: int) -> list[Namespace] | None:
         """Among which it is to be done; None: it is not the service's. Raises TooLong."""
         try:
-            rows = read_namespace(self._shop, fd, self._room)
+            rows = read_namespace(self._workers, fd, self._room)
         except HostNamespace:
             return None
         self._room -= len(rows)

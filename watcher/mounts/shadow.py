@@ -14,19 +14,19 @@ from watcher.mounts import syscalls
 from watcher.mounts.descriptors import Descriptors
 from watcher.mounts.etc import look_up
 from watcher.mounts.swap import build
-from watcher.mounts.workshop import Workshop
+from watcher.mounts.workers import MountWorkers
 
 
-def shadow(shop: Workshop, namespace: int, stack: Stack, copies: Mapping[str, Copy]) -> int:
+def shadow(workers: MountWorkers, namespace: int, stack: Stack, copies: Mapping[str, Copy]) -> int:
     """A shadow of the mount namespace behind a descriptor; a descriptor of its own. Runs on a worker.
 
     Raises:
         Whatever `swap()` does.
     """
-    with build(shop, namespace, stack, copies) as tree, Descriptors() as fds, shop.entered(namespace):
+    with build(workers, namespace, stack, copies) as tree, Descriptors() as fds, workers.entered(namespace):
         syscalls.unshare(syscalls.CLONE_NEWNS)
         syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
         etc = fds.add(look_up())
         flags = syscalls.MOVE_MOUNT_F_EMPTY_PATH | syscalls.MOVE_MOUNT_T_EMPTY_PATH
         syscalls.move_mount(tree, "", etc, "", flags)
-        return shop.own_namespace()
+        return workers.own_namespace()

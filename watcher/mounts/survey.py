@@ -14,7 +14,7 @@ from watcher.mounts import syscalls
 from watcher.mounts.descriptors import Descriptors
 from watcher.mounts.etc import Etc, Moved, hold
 from watcher.mounts.table import Mount, Table
-from watcher.mounts.workshop import Workshop
+from watcher.mounts.workers import MountWorkers
 
 
 @dataclass(slots=True)
@@ -54,22 +54,24 @@ class Survey:
             raise Moved
 
 
-def read_namespace(shop: Workshop, namespace: int, size_max: int | None = None) -> str:
+def read_namespace(workers: MountWorkers, namespace: int, size_max: int | None = None) -> str:
     """The mountinfo of a namespace, from inside: that of a process that has changed its root shows nothing. Runs on a
     worker.
 
     Raises:
         TooLong: it has more than `size_max` bytes.
     """
-    with shop.entered(namespace):
-        mountinfo = shop.open_mountinfo()
+    with workers.entered(namespace):
+        mountinfo = workers.open_mountinfo()
         try:
             return read_rows(mountinfo, size_max)
         finally:
             os.close(mountinfo)
 
 
-def survey(fds: Descriptors, shop: Workshop, namespace: int, needed: Callable[[Table], bool]) -> Survey:
+def survey(
+    fds: Descriptors, workers: MountWorkers, namespace: int, needed: Callable[[Table], bool]
+) -> Survey:
     """The first look at a namespace; with the clones if `needed()` by its mount table. Runs on a worker.
 
     Args:
@@ -79,8 +81,8 @@ def survey(fds: Descriptors, shop: Workshop, namespace: int, needed: Callable[[T
         Moved: `/etc` was something else when it was opened.
         Refused: it is no directory.
     """
-    with shop.entered(namespace):
-        mountinfo = fds.add(shop.open_mountinfo())
+    with workers.entered(namespace):
+        mountinfo = fds.add(workers.open_mountinfo())
         found = Survey(Table(read_rows(mountinfo)), mountinfo)
         table = found.table
         if needed(table):

@@ -49,7 +49,7 @@ from watcher.mounts.table import (
     layer_path,
     layers_of,
 )
-from watcher.mounts.workshop import Workshop
+from watcher.mounts.workers import MountWorkers
 
 # In the working directory: clones of what the base is or lies in, and of the service's `/etc`; where the new stack is
 # put together.
@@ -77,7 +77,7 @@ class Swapped:
 
 
 def swap(
-    shop: Workshop,
+    workers: MountWorkers,
     namespace: int,
     stack: Stack,
     copies: Mapping[str, Copy],
@@ -99,31 +99,31 @@ def swap(
         Refused: an image cannot be mounted, there are too many, or `/etc` is no directory.
         OSError: the kernel refused; `/etc` is what it was, or (killed or failed between beneath and lift) complete.
     """
-    with shop.attending(namespace):
+    with workers.attending(namespace):
         for _ in range(5):
             with contextlib.suppress(Moved):
-                return _swap_once(_Job(shop, namespace, stack, copies), begin, keep)
+                return _swap_once(_Job(workers, namespace, stack, copies), begin, keep)
     raise Moved("/etc kept changing while its stack was put together")
 
 
 @contextlib.contextmanager
-def build(shop: Workshop, namespace: int, stack: Stack, copies: Mapping[str, Copy]) -> Iterator[int]:
+def build(workers: MountWorkers, namespace: int, stack: Stack, copies: Mapping[str, Copy]) -> Iterator[int]:
     """A descriptor of the detached tree that a swap would put on `/etc`, for use during the block. Runs on a worker.
 
     Raises:
         Whatever `swap()` does.
     """
-    job = _Job(shop, namespace, stack, copies)
-    with shop.attending(namespace), Descriptors() as fds:
-        found = survey(fds, job.shop, job.namespace, lambda _: True)
-        with shop.images.attached(copies[digest] for digest in stack.digests) as roots, shop.bench():
+    job = _Job(workers, namespace, stack, copies)
+    with workers.attending(namespace), Descriptors() as fds:
+        found = survey(fds, job.workers, job.namespace, lambda _: True)
+        with workers.images.attached(copies[digest] for digest in stack.digests) as roots, workers.scratch():
             tree, _ = _build(fds, job, found, roots)
             yield tree
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    shop: Workshop
+    workers: MountWorkers
     namespace: int
     stack: Stack
     copies: Mapping[str, Copy]
@@ -153,20 +153,20 @@ def _swap_once(job: _Job, begin: Callable[[], None], keep: Callable[[Mounted], b
         return Swapped(before, done, (time.perf_counter_ns() - start) // 1000, tuple(remarks))
 
     with Descriptors() as fds:
-        found = survey(fds, job.shop, job.namespace, needed)
+        found = survey(fds, job.workers, job.namespace, needed)
         if lifts:
             begin()
-            with job.shop.entered(job.namespace):
+            with job.workers.entered(job.namespace):
                 found.require()
                 lift(uppermost(found.table, lifts))
             return swapped(done=True)
         if found.etc is None:
             return swapped(done=False)
         copies = [job.copies[digest] for digest in job.stack.digests]
-        with job.shop.images.attached(copies) as roots, job.shop.bench():
+        with job.workers.images.attached(copies) as roots, job.workers.scratch():
             tree, remarks = _build(fds, job, found, roots)
             begin()
-            with job.shop.entered(job.namespace):
+            with job.workers.entered(job.namespace):
                 found.require()
                 _put(fds, tree, found.etc, found.table)
             return swapped(done=True, remarks=remarks)
@@ -214,7 +214,7 @@ def _put(fds: Descriptors, tree: int, etc: Etc, table: Table) -> None:
 
 def _build(fds: Descriptors, job: _Job, found: Survey, roots: Mapping[str, str]) -> tuple[int, list[str]]:
     """On the bench: the finished tree, as a descriptor of a detached mount; and remarks."""
-    privileged = job.shop.privileged
+    privileged = job.workers.privileged
     for directory in (_ROOT, COVER, LAYERS):
         os.mkdir(directory, 0o755)
     base = _attach_base(fds, found)
@@ -254,13 +254,13 @@ def _attach_base(fds: Descriptors, found: Survey) -> int:
     try:
         if not found.peel:
             return open_etc(fds, found.root, syscalls.RESOLVE_NO_XDEV)
-        bench = fds.add(os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+        scratch = fds.add(os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
         for mount in found.peel:
             top = open_etc(fds, found.root)
             if _device(top) != mount.device:
                 raise Moved
             unmount(top)
-        os.fchdir(bench)
+        os.fchdir(scratch)
         return open_etc(fds, found.root)
     except NotADirectoryError:
         raise Moved from None
@@ -271,7 +271,7 @@ def _require_same_mounts(job: _Job, table: Table) -> None:
 
     As long as nothing is mounted on it, the service may have exchanged it for another directory in between.
     """
-    mountinfo = job.shop.open_mountinfo()
+    mountinfo = job.workers.open_mountinfo()
     try:
         rows = read_rows(mountinfo).split("\n")
     finally:

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+# What clients do to it over real sockets is in test_server.py.
+from __future__ import annotations
+
+import contextlib
+
+from watcher.control import peers
+
+
+def test_no_user_can_take_the_place_of_another_or_of_root() -> None:
+    places = peers.Quota(peers.CONNECTIONS, peers.CONNECTIONS_PER_USER)
+    with contextlib.ExitStack() as stack:
+
+        def connects(uid: int) -> bool:
+            return stack.enter_context(places.one_for(peers.Peer(1, uid)))
+
+        assert all(connects(1000) for _ in range(peers.CONNECTIONS_PER_USER))
+        assert not connects(1000)
+        assert connects(1001)
+        assert (
+            sum(connects(uid) for uid in range(2000, 2200))
+            == peers.CONNECTIONS - peers.CONNECTIONS_PER_USER - 1
+        )
+        assert connects(0)
+    assert places.one_for(peers.Peer(1, 1000)).__enter__()

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Copies are what their names say, or they are not there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from images.test_store import MIB, add, dropped
+
+from support.images import confext
+from watcher.images.store import Store
+from watcher.model import Kind, Layer, Stack
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store(str(tmp_path / "state"), 64 * MIB, 32 * MIB, 2) as made:
+        yield made
+
+
+@pytest.fixture
+def later(tmp_path: Path, store: Store) -> Iterator[Store]:
+    """The same store for another process, which knows nothing yet."""
+    with Store(str(tmp_path / "state"), 64 * MIB, 32 * MIB, 2) as made:
+        yield made
+
+
+def damage(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(b"damaged")
+
+
+def names(tmp_path: Path) -> list[str]:
+    return sorted(name for name in os.listdir(tmp_path / "state/store") if name not in (".lock", ".names"))
+
+
+def test_whole_copies_are_left_alone(store: Store, later: Store, tmp_path: Path) -> None:
+    image = add(store, dropped(tmp_path, b"content"))
+    tree = add(store, confext(tmp_path / "web", "web", {"etc/web.conf": b"x"}))
+    before = names(tmp_path)
+    for one in (store, later):
+        assert one.verify(image.digest) and one.verify(tree.digest)
+    assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_damaged_copy_is_gone_and_can_be_made_anew(
+    store: Store, later: Store, tmp_path: Path, known: bool
+) -> None:
+    path = dropped(tmp_path, b"the content")
+    copy = add(store, path)
+    damage(Path(copy.path))
+    using = store if known else later
+    assert not using.has(copy)
+    assert not Path(copy.path).exists()
+    assert not using.is_whole(Stack((Layer("web.raw", "web", "1", copy.digest, Kind.IMAGE, ""),)))
+    assert add(using, path) == copy
+    assert using.has(copy) and Path(copy.path).read_bytes() == b"the content"
+
+
+def test_a_copy_that_is_added_again_is_read(store: Store, later: Store, tmp_path: Path) -> None:
+    """By another process, that is: its own knows what it has written, as long as `stat` says the same."""
+    path = dropped(tmp_path, b"the content")
+    copy = add(store, path)
+    damage(Path(copy.path))
+    add(later, path)
+    assert Path(copy.path).read_bytes() == b"the content"
+
+
+def test_a_missing_copy_is_not_whole(store: Store, tmp_path: Path) -> None:
+    copy = add(store, dropped(tmp_path, b"content"))
+    os.unlink(copy.path)
+    assert not store.verify(copy.digest)
+
+
+def test_a_damaged_tree_stays_while_something_is_mounted_from_it(
+    store: Store, later: Store, tmp_path: Path
+) -> None:
+    source = confext(tmp_path / "web", "web", {"etc/web.conf": b"x"})
+    copy = add(store, source)
+    Path(copy.path, "etc/web.conf").unlink()
+    assert not later.verify(copy.digest)
+    add(later, source)
+    assert len(names(tmp_path)) == 2
+    later.collect([copy.digest])
+    assert len(names(tmp_path)) == 2
+    later.collect([])
+    assert names(tmp_path) == []
+
+
+def test_many_who_ask_at_once_get_the_same_answer(later: Store, store: Store, tmp_path: Path) -> None:
+    copy = add(store, dropped(tmp_path, os.urandom(MIB)))
+    damage(Path(copy.path))
+    answers: list[bool] = []
+    threads = [threading.Thread(target=lambda: answers.append(later.verify(copy.digest))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [False] * 8
+    assert [name.split("-")[2] for name in names(tmp_path)] == [copy.digest]
+    shutil.rmtree(tmp_path / "state")

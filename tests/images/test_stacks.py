@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A unit's slots go from one whole stack to the next, and history keeps what it should."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+from support.images import program
+from watcher.images.stacks import Damaged, Stacks
+from watcher.model import Entry, Kind, Layer, Stack
+
+UNIT = "web.service"
+
+
+def layer(slot: str, version: str = "1") -> Layer:
+    digest = f"{hash((slot, version)) & (1 << 256) - 1:064x}"
+    return Layer(slot, slot.removesuffix(".raw"), version, digest, Kind.IMAGE, f"/srv/{slot}.v/{version}.raw")
+
+
+def stack(version: str, *slots: str) -> Stack:
+    return Stack(tuple(layer(slot, version) for slot in slots or ("a.raw", "b.raw")))
+
+
+ENTRIES = (
+    Entry("a.raw", "/srv/a.raw.v", Kind.IMAGE, declared=True, options="x"),
+    Entry("b.raw", "/srv/b.raw.v", Kind.IMAGE, optional=True),
+)
+
+
+@pytest.fixture
+def stacks(tmp_path: Path) -> Stacks:
+    return Stacks(str(tmp_path))
+
+
+def slots(tmp_path: Path, unit: str = UNIT) -> dict[str, str]:
+    directory = tmp_path / "units" / unit
+    links = [path for path in directory.iterdir() if path.is_symlink()]
+    assert all(os.readlink(link).startswith("../../../store/") for link in links)
+    return {link.name: os.path.basename(os.readlink(link)) for link in links}
+
+
+def test_nothing_was_ever_accepted(stacks: Stacks) -> None:
+    assert stacks.current(UNIT) is None
+    assert stacks.history(UNIT) == ()
+    assert stacks.units() == ()
+
+
+def test_what_was_accepted_is_read_back_in_order(stacks: Stacks) -> None:
+    wanted = stack("1", "z.raw", "a.raw", "m")
+    assert stacks.accept(UNIT, wanted, ENTRIES)
+    current = stacks.current(UNIT)
+    assert current is not None
+    assert (current.stack, current.entries) == (wanted, ENTRIES)
+    assert stacks.units() == (UNIT,)
+
+
+def test_each_layer_has_its_slot_in_the_store(stacks: Stacks, tmp_path: Path) -> None:
+    stacks.accept(UNIT, stack("1"), ENTRIES)
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / layer("a.raw").digest).write_text("it")
+    assert slots(tmp_path) == {"a.raw": layer("a.raw").digest, "b.raw": layer("b.raw").digest}
+    assert Path(stacks.slot_path(UNIT, "a.raw")).read_text() == "it"
+
+
+def test_the_slots_follow_as_one(stacks: Stacks, tmp_path: Path) -> None:
+    stacks.accept(UNIT, stack("1"), ENTRIES)
+    stacks.accept(UNIT, stack("2", "b.raw", "c"), ENTRIES)
+    assert set(slots(tmp_path)) == {"b.raw", "c"}
+
+
+def test_the_empty_stack_is_not_the_same_as_none(stacks: Stacks, tmp_path: Path) -> None:
+    stacks.accept(UNIT, stack("1"), ENTRIES)
+    assert stacks.accept(UNIT, Stack(), ())
+    current = stacks.current(UNIT)
+    assert current is not None
+    assert current.stack == Stack()
+    assert slots(tmp_path) == {}
+
+
+def test_the_same_again_writes_nothing(stacks: Stacks, tmp_path: Path) -> None:
+    stacks.accept(UNIT, stack("1"), ENTRIES)
+    before = os.readlink(tmp_path / "units" / UNIT)
+    assert not stacks.accept(UNIT, stack("1"), ENTRIES)
+    assert os.readlink(tmp_path / "units" / UNIT) == before
+    assert stacks.accept(UNIT, stack("1"), ENTRIES[:1])
+    assert len(stacks.history(UNIT)) == 1
+
+
+def test_history_is_newest_first_and_each_once(stacks: Stacks) -> None:
+    for version in ("1", "2", "3", "2"):
+        stacks.accept(UNIT, stack(version), ENTRIES)
+    assert [accepted.stack for accepted in stacks.history(UNIT)] == [stack("2"), stack("3"), stack("1")]
+
+
+def test_prune_keeps_the_last_ones_and_says_what_they_need(stacks: Stacks, tmp_path: Path) -> None:
+    for version in ("1", "2", "3", "2", "4", "4"):
+        stacks.accept(UNIT, stack(version), ENTRIES)
+    stacks.accept("other.service", stack("9", "tree"), ENTRIES)
+    used = stacks.prune(2)
+    assert used == {*stack("4").digests, *stack("2").digests, *stack("9", "tree").digests}
+    assert [accepted.stack for accepted in stacks.history(UNIT)] == [stack("4"), stack("2")]
+    assert len(os.listdir(tmp_path / "stacks" / UNIT)) == 2
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+def test_prune_never_takes_the_current_one(stacks: Stacks, keep: int) -> None:
+    for version in ("1", "2"):
+        stacks.accept(UNIT, stack(version), ENTRIES)
+    stacks.prune(keep)
+    current = stacks.current(UNIT)
+    assert current is not None
+    assert current.stack == stack("2")
+    assert stacks.prune(keep) == set(stack("2").digests)
+
+
+def test_prune_removes_what_forget_left(stacks: Stacks, tmp_path: Path) -> None:
+    (tmp_path / "stacks" / UNIT).mkdir()
+    assert stacks.prune(3) == set()
+    assert os.listdir(tmp_path / "stacks") == [".locks"]
+    assert os.listdir(tmp_path / "stacks/.locks") == []
+
+
+def test_a_stack_killed_half_way_is_cleared_away(stacks: Stacks, tmp_path: Path) -> None:
+    stacks.accept(UNIT, stack("1"), ENTRIES)
+    left = tmp_path / "stacks" / UNIT / ".tmp-00000002-0123456789abcdef"
+    left.mkdir()
+    (left / "a.raw").symlink_to("x")
+    (tmp_path / "stacks" / UNIT / ".tmp-link").symlink_to("x")
+    assert stacks.units() == (UNIT,)
+    assert stacks.accept(UNIT, stack("2"), ENTRIES)
+    assert not left.exists()
+    assert os.listdir(tmp_path / "units") == [UNIT]
+    assert not any(name.startswith(".") for name in os.listdir(tmp_path / "stacks" / UNIT))
+
+
+@pytest.mark.parametrize(
+    "name", ["stack.json", "with space", "new\nline", os.fsdecode(b"caf\xe9.raw"), "a" * 255]
+)
+def test_odd_slots(stacks: Stacks, tmp_path: Path, name: str) -> None:
+    wanted = stack("1", name)
+    stacks.accept(UNIT, wanted, (Entry(name, f"/srv/{name}", Kind.DIRECTORY),))
+    current = stacks.current(UNIT)
+    assert current is not None
+    assert current.stack == wanted
+    assert set(slots(tmp_path)) == {name}
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "/etc", "a\0b"])
+def test_names_that_are_no_file_names(stacks: Stacks, name: str) -> None:
+    with pytest.raises(ValueError, match="cannot be the name"):
+        stacks.accept(name, stack("1"), ENTRIES)
+    with pytest.raises(ValueError, match="cannot be the name"):
+        stacks.accept(UNIT, stack("1", name), ENTRIES)
+    assert stacks.current(UNIT) is None
+
+
+def test_one_slot_for_two_layers(stacks: Stacks) -> None:
+    with pytest.raises(ValueError, match="not unique"):
+        stacks.accept(UNIT, stack("1", "a.raw", "a.raw"), ENTRIES)
+
+
+def test_forgotten(stacks: Stacks, tmp_path: Path) -> None:
+    stacks.accept(UNIT, stack("1"), ENTRIES)
+    stacks.forget(UNIT)
+    assert stacks.current(UNIT) is None
+    assert os.listdir(tmp_path / "units") == os.listdir(tmp_path / "stacks/.locks") == []
+    assert os.listdir(tmp_path / "stacks") == [".locks"]
+    stacks.forget("never seen.service")
+    assert stacks.accept(UNIT, stack("1"), ENTRIES)
+
+
+class TestDamaged:
+    @pytest.mark.parametrize(
+        "content",
+        ["", "{", "[]", "{}", '{"format": 2}', '{"format": 1, "when": 0, "layers": [{}], "entries": []}'],
+    )
+    def test_a_record_that_cannot_be_read(self, stacks: Stacks, tmp_path: Path, content: str) -> None:
+        stacks.accept(UNIT, stack("1"), ENTRIES)
+        (tmp_path / "units" / UNIT / ".stack.json").write_text(content)
+        with pytest.raises(Damaged, match=r"units/web.service: the record"):
+            stacks.current(UNIT)
+        assert stacks.history(UNIT) == ()
+        assert stacks.prune(3) == set(stack("1").digests)  # its slots are in use all the same
+        assert stacks.accept(UNIT, stack("1"), ENTRIES)
+        assert stacks.current(UNIT) is not None
+
+    def test_slots_that_lead_nowhere(self, stacks: Stacks, tmp_path: Path) -> None:
+        (tmp_path / "units" / UNIT).symlink_to("../stacks/gone")
+        with pytest.raises(Damaged):
+            stacks.current(UNIT)
+        assert stacks.accept(UNIT, stack("1"), ENTRIES)
+
+    def test_extra_keys_of_a_later_version_are_no_surprise(self, stacks: Stacks, tmp_path: Path) -> None:
+        stacks.accept(UNIT, stack("1"), ENTRIES)
+        path = tmp_path / "units" / UNIT / ".stack.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"new": 1}))
+        assert stacks.current(UNIT) is not None
+
+
+def accept_many(state: str, first: str) -> None:
+    stacks = Stacks(state)
+    for number in range(100):
+        stacks.accept(UNIT, stack(f"{first}{number}", *(f"{n}.raw" for n in range(5))), ENTRIES)
+
+
+def test_a_start_at_any_moment_sees_one_whole_stack(stacks: Stacks, tmp_path: Path) -> None:
+    """Two processes accept as fast as they can, one is killed; what a start would see is never a mix."""
+    stacks.accept(UNIT, stack("0", *(f"{n}.raw" for n in range(5))), ENTRIES)
+    writers = [
+        subprocess.Popen(program("images.test_stacks", "accept_many", tmp_path, first)) for first in "ab"
+    ]
+    seen = 0
+    while any(writer.poll() is None for writer in writers):
+        # One lookup of the unit, as systemd does for each slot, cannot be held still; the directory it leads to can.
+        fd = os.open(tmp_path / "units" / UNIT, os.O_RDONLY | os.O_DIRECTORY)
+        links = {os.path.basename(os.readlink(name, dir_fd=fd)) for name in os.listdir(fd) if name[0] != "."}
+        with open(os.open(".stack.json", os.O_RDONLY, dir_fd=fd)) as record:
+            digests = {entry["digest"] for entry in json.load(record)["layers"]}
+        os.close(fd)
+        assert links == digests
+        assert len(links) == 5
+        seen += 1
+        if seen == 50:
+            writers[0].kill()
+    assert writers[1].returncode == 0
+    assert seen > 50
+    stacks.prune(3)
+    assert len(stacks.history(UNIT)) == 3
+
+
+def test_forgetting_and_accepting_at_once_never_fails(tmp_path: Path) -> None:
+    errors: list[BaseException] = []
+
+    def work(job: str) -> None:
+        stacks = Stacks(str(tmp_path))
+        try:
+            for number in range(60):
+                if job == "forget":
+                    stacks.forget(UNIT)
+                elif job == "prune":
+                    stacks.prune(1)
+                else:
+                    stacks.accept(UNIT, stack(f"{job}{number}"), ENTRIES)
+        except BaseException as error:  # noqa: BLE001 # handed to the test
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(job,)) for job in ("a", "b", "forget", "prune")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+
+
+def test_a_record_without_where_its_layers_were_mounted_is_one_too(stacks: Stacks, tmp_path: Path) -> None:
+    places = {"/srv/a.raw.v/1.raw": "/srv"}
+    assert stacks.accept(UNIT, stack("1"), ENTRIES)
+    assert stacks.accept(UNIT, stack("1"), ENTRIES, places)
+    assert not stacks.accept(UNIT, stack("1"), ENTRIES, places)
+    path = tmp_path / "units" / UNIT / ".stack.json"
+    record = json.loads(path.read_text())
+    assert record.pop("mounted") == places
+    path.write_text(json.dumps(record))
+    current = stacks.current(UNIT)
+    assert current is not None
+    assert (current.stack, current.mounted) == (stack("1"), {})

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What is made of the ends that a unit's job can come to; jobs of a real systemd are in tests/beds/."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from watcher.managers.base import Reloaded
+from watcher.managers.systemd import dbus
+from watcher.managers.systemd.jobs import UnitJobs
+from watcher.managers.systemd.systemd1 import Jobs, Systemd1
+
+WEB, INVOCATION, JOB = "web.service", "1" * 32, "/job/1"
+
+
+class Answers(Systemd1):
+    """systemd with one running unit; each job has ended by the time that its name is known.
+
+    Args:
+        result: how each job ends, or the error that refuses it.
+    """
+
+    def __init__(self, jobs: Jobs, result: str | dbus.Error) -> None:
+        self._jobs = jobs
+        self._result = result
+        self.asked: list[str] = []
+
+    async def manager(self, member: str, signature: str = "", *arguments: Any, timeout: float = 30.0) -> Any:
+        self.asked.append(member)
+        if member == "ResetFailedUnit":
+            return None
+        if isinstance(self._result, dbus.Error):
+            raise self._result
+        self._jobs.ended(JOB, self._result)
+        return JOB
+
+    async def unit(self, unit: str, name: str) -> Any:
+        return {"ActiveState": "active", "Job": (0, "/")}[name]
+
+    async def service(self, unit: str, name: str) -> Any:
+        raise KeyError(name)
+
+    async def service_properties(self, unit: str) -> dict[str, Any]:
+        return {}
+
+
+def unit_jobs(result: str | dbus.Error) -> UnitJobs:
+    jobs = Jobs()
+    systemd = Answers(jobs, result)
+
+    async def connection() -> Systemd1:
+        return systemd
+
+    return UnitJobs(connection, jobs)
+
+
+async def reload(result: str | dbus.Error) -> Reloaded | None:
+    return await unit_jobs(result).reload(WEB, INVOCATION)
+
+
+@pytest.mark.parametrize("result", ["failed", "timeout"])
+async def test_a_reload_that_the_service_did_not_take_is_a_verdict(result: str) -> None:
+    reloaded = await reload(result)
+    assert reloaded and not reloaded.ok and not reloaded.interrupted
+
+
+@pytest.mark.parametrize(
+    "result", ["canceled", "dependency", "assert", "unsupported", "frozen", "concurrency", "not known yet"]
+)
+async def test_a_reload_that_came_to_nothing_without_the_service_is_no_verdict(result: str) -> None:
+    for reloaded in (
+        await reload(result),
+        await unit_jobs(result).restart(WEB),
+        await unit_jobs(result).start(WEB),
+    ):
+        assert reloaded and not reloaded.ok and reloaded.interrupted and reloaded.reason
+
+
+async def test_a_reload_that_systemd_does_not_begin_is_no_verdict() -> None:
+    reloaded = await reload(dbus.Error("org.freedesktop.systemd1.ShuttingDown", "going down"))
+    assert reloaded == Reloaded(False, "reload", "reload was not possible: going down", interrupted=True)
+
+
+@pytest.mark.parametrize("result", ["skipped", "invalid", "collected", "once"])
+async def test_a_reload_that_is_no_longer_needed_is_none(result: str) -> None:
+    assert await reload(result) == Reloaded(ok=True)

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""That nothing systemd does while it is being asked is missed; a real one is followed in tests/beds/."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import trio
+import trio.testing
+from jeepney import HeaderFields, Message
+
+from watcher.managers.systemd import dbus, tracker
+from watcher.managers.systemd.systemd1 import Loaded, Systemd1, unit_path
+from watcher.managers.systemd.tracker import Tracker
+
+
+class Host(Systemd1):
+    """systemd with units that can be started between any two answers of it.
+
+    Attributes:
+        before: what happens on the host before a question is answered, by the question; once.
+    """
+
+    def __init__(self, base: Path) -> None:
+        self.units, self.state = base / "units", base / "state"
+        self.units.mkdir()
+        self.following = Tracker(str(self.state))
+        self.before: dict[str, Callable[[], None]] = {}
+        self.asked: list[str] = []
+        self.pids: dict[str, int] = {}
+        self.sockets: dict[str, list[str]] = {}
+        self._loaded: set[str] = set()
+        self._followed: set[str] = set()
+        self._changed: list[str] = []
+
+    def unit_file(self, name: str) -> None:
+        (self.units / name).write_text("[Service]\nExecStart=/bin/true\n")
+        (self.units / f"{name}.confext.d").mkdir()
+        self._loaded.add(name)
+
+    def start(self, name: str) -> None:
+        """Start a unit, which systemd tells to those that have asked for it."""
+        if name not in self._loaded:
+            self._loaded.add(name)
+            self.following.note(_signal("UnitNew", "/", name, unit_path(name)))
+        self.pids[name] = os.getpid()
+        if name in self._followed:
+            self.following.note(_signal("PropertiesChanged", unit_path(name)))
+
+    async def update(self) -> None:
+        """As often as there is something to look at."""
+        while self.following._news.is_set() or self.following._everything:
+            await self.following.update(self, self._changed.append)
+
+    async def follow(self) -> None:
+        """For ever."""
+        while True:
+            await self.update()
+            await self.following.news()
+
+    def main(self, name: str) -> int:
+        """PID of the main process, as it is known."""
+        process = self.following.services[name].main
+        return process.pid if process else 0
+
+    def _is_asked(self, question: str) -> None:
+        self.asked.append(question)
+        self.before.pop(question, lambda: None)()
+
+    async def unit_paths(self) -> tuple[str, ...]:
+        self._is_asked("UnitPath")
+        return (str(self.units),)
+
+    async def manager(self, member: str, signature: str = "", *arguments: Any, timeout: float = 30.0) -> Any:
+        self._is_asked(member)
+
+    async def loaded(self, patterns: Iterable[str]) -> list[Loaded]:
+        state = {True: ("active", "running"), False: ("inactive", "dead")}
+        prefixes = tuple(pattern.partition("*")[0] for pattern in patterns)
+        assert prefixes, "no pattern at all matches everything"
+        names = sorted(name for name in self._loaded if name.startswith(prefixes))
+        rows = [Loaded(name, "loaded", *state[name in self.pids]) for name in names if "@." not in name]
+        self._is_asked("ListUnits")
+        return rows
+
+    async def follow_units(self, names: Iterable[str]) -> None:
+        self._is_asked("AddMatch")
+        self._followed = set(names)
+
+    async def service(self, unit: str, name: str) -> Any:
+        pid = self.pids.get(unit, 0)
+        self._is_asked(name)
+        return pid
+
+    async def unit(self, unit: str, name: str) -> Any:
+        values = {"ActiveState": "inactive", "SubState": "dead", "TriggeredBy": self.sockets.get(unit, [])}
+        self._is_asked(name)
+        return values[name]
+
+    async def invocation(self, unit: str) -> str:
+        return "1" * 32
+
+
+def _signal(member: str, path: str, *body: object) -> Message:
+    fields = {HeaderFields.member: member, HeaderFields.path: path}
+    return cast(Message, SimpleNamespace(header=SimpleNamespace(fields=fields), body=body))
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    async def run_sync(function: Callable[..., object], *arguments: object) -> object:
+        await trio.lowlevel.checkpoint()
+        return function(*arguments)
+
+    # A thread takes time that a clock which jumps knows nothing of.
+    monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
+    host = Host(tmp_path)
+    yield host
+    host.following.close()
+
+
+@pytest.mark.parametrize("question", ["MainPID", "ActiveState", "SubState"])
+async def test_a_start_while_the_same_unit_is_being_asked_about(host: Host, question: str) -> None:
+    host.unit_file("web.service")
+    await host.update()
+    host.before[question] = lambda: host.start("web.service")
+    host.following.look_at("web.service")
+    await host.update()
+    assert host.main("web.service") == os.getpid()
+
+
+@pytest.mark.parametrize("question", ["AddMatch", "ListUnits"])
+async def test_a_start_while_all_units_are_being_asked_about(host: Host, question: str) -> None:
+    host.unit_file("web.service")
+    host.before[question] = lambda: host.start("web.service")
+    await host.update()
+    assert host.main("web.service") == os.getpid()
+
+
+@pytest.mark.parametrize("question", ["AddMatch", "ListUnits"])
+async def test_an_instance_that_starts_while_all_units_are_being_asked_about(
+    host: Host, question: str
+) -> None:
+    host.unit_file("web@.service")
+    host.before[question] = lambda: host.start("web@one.service")
+    await host.update()
+    assert host.main("web@one.service") == os.getpid()
+
+
+async def test_the_server_of_one_connection_does_not_have_all_files_read_again(host: Host) -> None:
+    host.unit_file("echo@.service")
+    await host.update()
+    host.asked.clear()
+    for number in range(3):
+        host.sockets[f"echo@{number}.service"] = ["echo.socket"]
+        host.start(f"echo@{number}.service")
+        await host.update()
+    assert "UnitPath" not in host.asked and list(host.following.services) == ["echo@.service"]
+    host.start("echo@by-hand.service")
+    await host.update()
+    assert host.main("echo@by-hand.service") == os.getpid()
+    assert sorted(host.following.services) == ["echo@.service", "echo@by-hand.service"]
+
+
+def fail(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, "Too many open files"),
+        dbus.Error("org.freedesktop.DBus.Error.UnknownObject", ""),
+        ValueError(),
+    ],
+)
+@pytest.mark.parametrize("question", ["MainPID", "ListUnits"])
+async def test_what_cannot_be_found_out_costs_nobody_else_anything_and_is_tried_again(
+    host: Host, question: str, error: Exception, autojump_clock: trio.testing.MockClock
+) -> None:
+    for name in ("a.service", "b.service"):
+        host.unit_file(name)
+        host.start(name)
+    if question == "MainPID":
+        host.before[question] = lambda: fail(error)
+        await host.update()
+        assert (host.main("b.service"), "a.service" in host.following.services) == (os.getpid(), False)
+    else:
+        await host.update()
+        host.unit_file("c.service")
+        host.start("c.service")
+        host.before[question] = lambda: fail(error)
+        host.following.look_at_everything()
+        await host.update()
+        assert host.main("a.service") == os.getpid()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(host.follow)
+        await trio.sleep(60)
+        assert [host.main(name) for name in host.pids] == [os.getpid()] * len(host.pids)
+        asked = len(host.asked)
+        await trio.sleep(3600)
+        assert len(host.asked) == asked
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("error", [dbus.BusLost(), dbus.Error("org.freedesktop.DBus.Error.NoReply", "")])
+async def test_a_systemd_that_cannot_be_reached_is_for_whoever_holds_the_connection(
+    host: Host, error: Exception
+) -> None:
+    host.unit_file("web.service")
+    host.start("web.service")
+    host.before["MainPID"] = lambda: fail(error)
+    with pytest.raises(type(error)):
+        await host.update()
+    await host.update()
+    assert host.main("web.service") == os.getpid()
+
+
+@pytest.mark.parametrize("takes", [0.03, 1.0, 30.0])
+async def test_an_executor_that_waits_for_long_is_looked_at_less_and_less(
+    host: Host, takes: float, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    looks: list[float] = []
+    begun = trio.current_time()
+
+    def is_executor(process: object) -> bool:
+        looks.append(trio.current_time())
+        return trio.current_time() < begun + takes
+
+    monkeypatch.setattr(tracker, "is_executor", is_executor)
+    host.unit_file("web.service")
+    host.start("web.service")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(host.follow)
+        await trio.sleep(takes * 1.3 + 0.01)
+        assert host.main("web.service") == os.getpid()
+        assert len(looks) < 50
+        looks.clear()
+        await trio.sleep(3600)
+        assert not looks
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_systemd_that_starts_anew_while_it_is_subscribed_to_is_subscribed_to_again(
+    host: Host,
+) -> None:
+    host.unit_file("web.service")
+    anew = _signal("NameOwnerChanged", "/", "org.freedesktop.systemd1", "", ":1.7")
+    await host.update()
+    host.before["Subscribe"] = lambda: host.following.note(anew)
+    host.following.note(anew)
+    await host.update()
+    assert host.asked.count("Subscribe") == 2

@@ -1,0 +1,443 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Workers stand in a namespace nobody sees, come back from wherever they were, and are replaced when they do not."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from support.needs import filesystem, loop, root, tool
+from support.service import Service
+from watcher.model import Copy, Kind, Later, Layer, Refused, Stack
+from watcher.mounts import syscalls
+from watcher.mounts import workers as workers_module
+from watcher.mounts.process import may_mount
+from watcher.mounts.swap import swap
+from watcher.mounts.workers import PLACE, HostNamespace, Hung, MountWorkers, WorkerLost
+
+from .conftest import Layers, Swaps
+
+pytestmark = root
+
+Start = Callable[..., Service]
+
+
+def where() -> int:
+    return os.stat("/proc/thread-self/ns/mnt").st_ino
+
+
+def table() -> str:
+    return Path("/proc/thread-self/mountinfo").read_text()
+
+
+def tids() -> set[str]:
+    return set(os.listdir("/proc/self/task"))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what nothing announces: that the kernel has taken a thread apart."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def benches(workers: MountWorkers) -> list[str]:
+    """Those that are still there."""
+    points = [line.split()[4] for line in workers.submit(table).result().splitlines()]
+    return [point for point in points if point.removeprefix(PLACE + "/").isdecimal()]
+
+
+def both(workers: MountWorkers, function: Callable[[], object]) -> list[object]:
+    """What a function gives on each of two workers, which are known to do nothing else then."""
+    at_once = threading.Barrier(2)
+    futures = [workers.submit(lambda: (at_once.wait(10), function())) for _ in range(2)]
+    return [future.result()[1] for future in futures]
+
+
+@contextlib.contextmanager
+def strace(workers: MountWorkers, *injections: str) -> Iterator[None]:
+    """Inject faults into the one worker of a workshop."""
+    tid = workers.submit(threading.get_native_id).result()
+    words = [word for injection in injections for word in ("-e", f"inject={injection}")]
+    tracer = subprocess.Popen(
+        ["strace", "-p", str(tid), *words, "-o", "/dev/null"], stderr=subprocess.PIPE, text=True
+    )
+    with tracer:
+        assert tracer.stderr is not None and "attached" in tracer.stderr.readline()
+        try:
+            yield
+        finally:
+            tracer.send_signal(signal.SIGINT)
+
+
+# ---- apart from the rest
+
+
+def test_workers_share_one_namespace_that_nobody_else_is_in(workers: MountWorkers) -> None:
+    inside = both(workers, where)
+    assert inside[0] == inside[1] != where()
+    assert PLACE not in {line.split()[4] for line in table().splitlines() if "confext-watcher" in line}
+
+
+def test_what_is_mounted_there_is_seen_nowhere_else(workers: MountWorkers) -> None:
+    before = table()
+
+    def mounted() -> str:
+        with workers.scratch():
+            syscalls.mount("none", ".", "tmpfs", 0)
+            return table()
+
+    assert workers.submit(mounted).result().count("\n") == before.count("\n") + 3
+    assert table() == before
+
+
+def test_results_and_errors_come_back(workers: MountWorkers) -> None:
+    assert workers.submit(divmod, 7, 2).result() == (3, 1)
+    with pytest.raises(ZeroDivisionError):
+        workers.submit(divmod, 7, 0).result()
+    assert workers.submit(divmod, 7, 2).result() == (3, 1)
+
+
+async def test_a_task_can_wait_for_them(workers: MountWorkers) -> None:
+    assert await workers.run(divmod, 7, 2) == (3, 1)
+    with pytest.raises(ZeroDivisionError):
+        await workers.run(divmod, 7, 0)
+
+
+def test_it_ends_with_everything_in_it() -> None:
+    before = tids(), len(os.listdir("/proc/self/fd"))
+    with MountWorkers(2) as workers:
+        assert len(tids() - before[0]) == 2
+        both(workers, where)
+    assert len(os.listdir("/proc/self/fd")) == before[1]
+    until(lambda: tids() == before[0])
+
+
+# ---- entering
+
+
+def test_inside_it_is_the_service_and_afterwards_it_is_not(workers: MountWorkers, service: Service) -> None:
+    def look() -> list[object]:
+        seen: list[object] = [where()]
+        with workers.entered(service.namespace):
+            seen += [os.stat("/proc/thread-self/ns/mnt").st_ino, os.listdir("/etc"), os.getcwd()]
+        return [*seen, where(), os.getcwd()]
+
+    before, inside, listed, directory, after, back = workers.submit(look).result()
+    assert inside == os.fstat(service.namespace).st_ino
+    assert "base.conf" in str(listed)
+    assert before == after != inside
+    assert directory == back == "/"
+
+
+def test_it_comes_back_from_an_error(workers: MountWorkers, service: Service) -> None:
+    def fail() -> None:
+        with workers.entered(service.namespace):
+            os.stat("/nothing-there")
+
+    before = both(workers, where)
+    with pytest.raises(FileNotFoundError):
+        workers.submit(fail).result()
+    assert both(workers, where) == before
+
+
+def test_the_mount_table_is_that_of_where_it_stands_and_tells_of_changes(
+    workers: MountWorkers, service: Service
+) -> None:
+    def look() -> tuple[str, bool, bool, bool]:
+        with workers.entered(service.namespace):
+            fd = workers.open_mountinfo()
+        poll = select.poll()
+        poll.register(fd, select.POLLPRI)
+        text = os.read(fd, 1 << 20).decode()  # the first few lines
+        before = bool(poll.poll(0))
+        service("tmpfs('/mnt')")
+        after = bool(poll.poll(0)), bool(poll.poll(0))
+        os.close(fd)
+        return text, before, *after
+
+    expected = service("read('/proc/self/mountinfo')")
+    text, *changes = workers.submit(look).result()
+    assert text and expected.startswith(text)
+    assert changes == [False, True, False]
+
+
+def test_it_does_not_enter_what_is_not_a_services(workers: MountWorkers) -> None:
+    def enter() -> None:
+        with open("/proc/self/ns/mnt") as file, workers.entered(file.fileno()):
+            raise AssertionError("inside")
+
+    with pytest.raises(HostNamespace):
+        workers.submit(enter).result()
+
+
+def test_two_workers_swap_at_the_same_time(start: Start, swaps: Swaps, layers: Layers) -> None:
+    services = [start(), start()]
+    made = [layers.tree({"web.conf": version}, version=version) for version in ("1", "2")]
+    workers = swaps.workers
+    for _ in range(20):
+        futures = [
+            workers.submit(swap, workers, service.namespace, Stack((layer,)), layers.copies)
+            for service, layer in zip(services, made, strict=True)
+        ]
+        assert all(future.result().done for future in futures)
+        shown = [service.read("/etc/web.conf") for service in services]
+        assert shown == [layer.version for layer in made]
+        made.reverse()
+
+
+# ---- lost and hanging workers
+
+
+@tool("strace")
+def test_a_worker_that_cannot_come_back_is_replaced(service: Service, layers: Layers) -> None:
+    stack = Stack((layers.tree({"web.conf": "1"}),))
+    with MountWorkers(1, privileged=may_mount()) as workers:
+        workers.submit(where).result()
+        count, descriptors = len(tids()), len(os.listdir("/proc/self/fd"))
+        for when in (2, 4):  # back from the look, back from the swap
+            with strace(workers, f"setns:error=EPERM:when={when}"), pytest.raises(WorkerLost):
+                workers.submit(swap, workers, service.namespace, stack, layers.copies).result()
+            assert benches(workers) == [], "another has taken its bench apart"
+            until(lambda: len(tids()) == count)
+            assert len(os.listdir("/proc/self/fd")) == descriptors
+        assert service.read("/etc/web.conf") == "1"
+        assert workers.submit(swap, workers, service.namespace, Stack(), {}).result().done
+
+
+@tool("strace")
+def test_a_bench_that_cannot_be_taken_apart_is_later(service: Service, layers: Layers) -> None:
+    stack = Stack((layers.tree({"web.conf": "1"}),))
+    with MountWorkers(1, privileged=may_mount()) as workers:
+        for call in ("umount2", "rmdir"):
+            with strace(workers, f"{call}:error=EBUSY:when=1"):
+                assert workers.submit(swap, workers, service.namespace, stack, layers.copies).result().done
+                workers.submit(where).result()
+            assert benches(workers) == []
+            assert workers.submit(os.listdir, PLACE).result() == ["images"]
+            assert workers.submit(swap, workers, service.namespace, Stack(), {}).result().done
+
+
+async def test_a_worker_that_hangs_is_replaced_and_leaves_when_it_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(workers_module, "HANGS_SEC", 0.2)
+    free = threading.Event()
+    with MountWorkers(1, privileged=may_mount()) as workers:
+        before = tids()
+        with pytest.raises(Hung):
+            await workers.run(free.wait)
+        assert await workers.run(divmod, 7, 2) == (3, 1)
+        assert len(tids()) == len(before) + 1
+        free.set()
+        until(lambda: len(tids()) == len(before))
+        assert await workers.run(divmod, 7, 2) == (3, 1)
+
+
+async def test_nobody_waits_for_those_that_hang_until_they_are_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(workers_module, "_BUSY_SEC", 0.1)  # and HANGS_SEC is longer than pytest has patience
+    monkeypatch.setattr(workers_module, "HANGS_SEC", 3600.0)
+    free = threading.Event()
+    with MountWorkers(2, privileged=may_mount()) as workers:
+        before = tids()
+        async with trio.open_nursery() as nursery:
+            for _ in range(6):
+                nursery.start_soon(workers.run, free.wait)
+            assert await workers.run(divmod, 7, 2) == (3, 1)
+            with trio.fail_after(30):
+                while len(tids()) != len(before) + 6:
+                    await trio.sleep(0.01)
+            free.set()
+        until(lambda: len(tids()) == len(before))
+
+
+async def test_what_waits_behind_one_that_hangs_is_not_done_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers_module, "HANGS_SEC", 0.2)
+    free, done = threading.Event(), []
+    with MountWorkers(1, privileged=may_mount()) as workers:
+        hangs = workers.submit(free.wait)
+        with pytest.raises(Hung, match="all workers"):
+            await workers.run(done.append, 1)
+        free.set()
+        hangs.result()
+        await workers.run(done.append, 2)
+    assert done == [2]
+
+
+def test_a_service_that_hangs_costs_one_worker(
+    monkeypatch: pytest.MonkeyPatch, service: Service, start: Start, layers: Layers
+) -> None:
+    monkeypatch.setattr(workers_module, "HANGS_SEC", 0.1)
+    stack = Stack((layers.tree({"web.conf": "1"}),))
+    free, inside = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        inside.set()
+        free.wait()
+
+    with MountWorkers(2, privileged=may_mount()) as workers:
+        hangs = workers.submit(swap, workers, service.namespace, stack, layers.copies, hang)
+        inside.wait()
+        time.sleep(0.1)  # the limit itself
+        with pytest.raises(Hung):
+            workers.submit(swap, workers, service.namespace, stack, layers.copies).result()
+        other = start()
+        assert workers.submit(swap, workers, other.namespace, stack, layers.copies).result().done
+        free.set()
+        assert hangs.result().done
+        assert workers.submit(swap, workers, service.namespace, stack, layers.copies).result().done
+
+
+async def test_one_that_hangs_does_not_keep_the_program_from_ending(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers_module, "HANGS_SEC", 0.1)
+    free = threading.Event()
+    workers = MountWorkers(1, privileged=may_mount())
+    with pytest.raises(Hung):
+        await workers.run(free.wait)
+    workers.close()
+    free.set()
+
+
+def test_a_thread_does_not_wait_for_one_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers_module, "HANGS_SEC", 0.2)
+    free = threading.Event()
+    with MountWorkers(1, privileged=may_mount()) as workers:
+        with pytest.raises(Hung, match="no answer from the kernel"):
+            workers.call(free.wait)
+        assert workers.call(divmod, 7, 2) == (3, 1)
+        with pytest.raises(TimeoutError, match="its own"):
+            workers.call(fail, TimeoutError("its own"))
+        free.set()
+
+
+def fail(error: Exception) -> None:
+    raise error
+
+
+# ---- images
+
+
+@pytest.fixture
+def squashfs(layers: Layers) -> Layer:
+    return layers.image({"web.conf": "1"}, "squashfs")
+
+
+def loops(layers: Layers, layer: Layer) -> int:
+    """How many loop devices there are on a layer's file, whose path is cut when its namespace has gone."""
+    name = "/".join(layers.copies[layer.digest].path.split("/")[-2:])
+    backing = Path("/sys/block").glob("loop*/loop/backing_file")
+    return sum(one.read_text().strip().endswith(name) for one in backing if one.exists())
+
+
+@loop
+@tool("mksquashfs")
+@pytest.mark.skipif(not may_mount(), reason="needs root of the machine")
+class TestImages:
+    def test_an_image_is_mounted_once_for_all_its_users(self, layers: Layers, squashfs: Layer) -> None:
+        copy = layers.copies[squashfs.digest]
+        with MountWorkers(2) as workers:
+
+            def use() -> str:
+                with workers.images.attached([copy]) as roots:
+                    return Path(roots[copy.digest], "etc/web.conf").read_text()
+
+            assert both(workers, use) == both(workers, use) == ["1", "1"]
+            assert loops(layers, squashfs) == 1
+            workers.submit(workers.images.retain, [copy.digest]).result()
+            assert loops(layers, squashfs) == 1
+            workers.submit(workers.images.retain, []).result()
+            until(lambda: loops(layers, squashfs) == 0)
+            assert workers.submit(use).result() == "1"
+            assert loops(layers, squashfs) == 1
+
+    def test_one_that_cannot_be_mounted_yet_keeps_no_other_waiting(
+        self, layers: Layers, squashfs: Layer, tmp_path: Path
+    ) -> None:
+        """Its file is on a dead network file system, say."""
+        os.mkfifo(tmp_path / "blocks")
+        hangs = Copy("f" * 64, str(tmp_path / "blocks"), 0, Kind.IMAGE, "squashfs")
+        copy = layers.copies[squashfs.digest]
+        with MountWorkers(2) as workers:
+
+            def use(copy: Copy) -> str:
+                with workers.images.attached([copy]) as roots:
+                    return Path(roots[copy.digest], "etc/web.conf").read_text()
+
+            blocked = workers.submit(use, hangs)
+            until(blocked.running)
+            assert workers.submit(use, copy).result(timeout=30) == "1"
+            workers.submit(workers.images.retain, []).result(timeout=30)
+            until(lambda: loops(layers, squashfs) == 0)
+            assert not blocked.done()
+            (tmp_path / "blocks").write_text("")
+            with pytest.raises(Later):  # a FIFO cannot be mounted
+                blocked.result()
+            assert workers.submit(use, copy).result() == "1"
+
+    def test_one_in_use_is_not_unmounted(self, layers: Layers, squashfs: Layer) -> None:
+        copy = layers.copies[squashfs.digest]
+        with MountWorkers(1) as workers:
+
+            def use() -> str:
+                with workers.images.attached([copy]) as roots:
+                    workers.images.retain([])
+                    return Path(roots[copy.digest], "etc/web.conf").read_text()
+
+            assert workers.submit(use).result() == "1"
+
+    def test_a_service_keeps_its_stack_when_the_workshop_has_gone(
+        self, service: Service, layers: Layers, squashfs: Layer
+    ) -> None:
+        with MountWorkers(1) as workers:
+            workers.submit(swap, workers, service.namespace, Stack((squashfs,)), layers.copies).result()
+        assert service.read("/etc/web.conf") == "1"
+        assert loops(layers, squashfs) == 1
+
+    @filesystem("erofs")
+    @tool("mkfs.erofs")
+    def test_erofs_needs_no_loop_device_where_the_kernel_can_do_without(self, layers: Layers) -> None:
+        layer = layers.image({"web.conf": "1"}, "erofs")
+        with MountWorkers(1) as workers:
+
+            def use() -> str:
+                with workers.images.attached([layers.copies[layer.digest]]) as roots:
+                    return Path(roots[layer.digest], "etc/web.conf").read_text()
+
+            assert workers.submit(use).result() == "1"
+            path = layers.copies[layer.digest].path
+            kind = subprocess.check_output(["stat", "-f", "-c", "%T", path], text=True).strip()
+            release = tuple(map(int, os.uname().release.split(".")[:2]))
+            assert loops(layers, layer) == (1 if release < (6, 12) or kind == "tmpfs" else 0)
+
+    @pytest.mark.parametrize("fstype", ["squashfs", pytest.param("erofs", marks=filesystem("erofs"))])
+    def test_a_broken_image_is_refused_and_leaves_nothing(
+        self, layers: Layers, squashfs: Layer, tmp_path: Path, fstype: str
+    ) -> None:
+        broken = tmp_path / "broken.raw"
+        broken.write_bytes(os.urandom(1 << 16))
+        copy = layers.copies[squashfs.digest]
+        bad = type(copy)("b" * 64, str(broken), 1 << 16, Kind.IMAGE, fstype)
+        with MountWorkers(1) as workers:
+
+            def use() -> None:
+                with workers.images.attached([copy, bad]):
+                    raise AssertionError("mounted")
+
+            for _ in range(3):
+                with pytest.raises(Refused, match=f"the kernel cannot mount it as {fstype}: [^\n]+$"):
+                    workers.submit(use).result()
+            workers.submit(workers.images.retain, []).result()
+            assert "images/" not in workers.submit(table).result()

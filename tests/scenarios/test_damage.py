@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A copy in the store that is not any more what it was: found before it is used, taken again, and a service starts."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from scenarios.place import Place, Service, tree
+from support.needs import root, tool
+
+pytestmark = [root, tool("mksquashfs"), pytest.mark.parametrize("place", ["images"], indirect=True)]
+
+NAME = "web.service"
+
+
+def flipped(path: Path, offset: int) -> None:
+    """Sixteen bytes are other ones."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        before = file.read(16)
+        file.seek(offset)
+        file.write(bytes(byte ^ 0xFF for byte in before))
+
+
+def truncated(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "superblock": lambda path: flipped(path, 0),
+    "data": lambda path: flipped(path, 100),
+    "truncated": truncated,
+    "removed": Path.unlink,
+}
+damages = pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+
+
+def copy_of(place: Place, dropped: Path) -> Path:
+    return place.state / "store" / hashlib.sha256(dropped.read_bytes()).hexdigest()
+
+
+def is_whole(copy: Path) -> bool:
+    return copy.exists() and hashlib.sha256(copy.read_bytes()).hexdigest() == copy.name
+
+
+def ran(place: Place, *versions: str) -> list[Path]:
+    """Once on each of these versions, one after another, without a daemon; the files."""
+    dropped = []
+    for version in versions:
+        place.versions(NAME).mkdir(parents=True, exist_ok=True)
+        target = place.versions(NAME) / f"web_{version}.raw"
+        place.bring(place.confext(version), target)
+        dropped.append(target)
+        service = place.start(name=NAME)
+        assert service.heard == [version]
+        place.services.pop().kill()
+    return dropped
+
+
+def starts(place: Place) -> Service:
+    return place.start(name=NAME)
+
+
+@damages
+def test_it_is_taken_from_the_dropped_file_again(place: Place, damage: Callable[[Path], None]) -> None:
+    (dropped,) = ran(place, "1.3")
+    damage(copy_of(place, dropped))
+    service = starts(place)
+    assert service.heard == ["1.3"]
+    assert is_whole(copy_of(place, dropped))
+    said = [line for line in service.errors.read() if "is damaged and not used any more" in line]
+    assert len(said) == (0 if damage is Path.unlink else 1)
+
+
+@damages
+def test_where_the_dropped_file_is_damaged_too_the_stack_before_it_is_used(
+    place: Place, damage: Callable[[Path], None]
+) -> None:
+    old, dropped = ran(place, "1.2", "1.3")
+    old.unlink()
+    damage(copy_of(place, dropped))
+    truncated(dropped)
+    service = starts(place)
+    assert service.heard == ["1.2"]
+    service.errors.wait_for("the copy of web 1.3 in the store is damaged", "web 1.2 is used instead")
+    # And it stays so, whoever looks again.
+    service.kill()
+    assert starts(place).heard == ["1.2"]
+    place.start_daemon()
+    assert place.services[-1].status()["layers"][0]["version"] == "1.2"
+
+
+@damages
+@pytest.mark.parametrize("gone", [False, True], ids=["damaged too", "gone"])
+def test_a_service_starts_though_nothing_is_whole(
+    place: Place, damage: Callable[[Path], None], gone: bool
+) -> None:
+    (dropped,) = ran(place, "1.3")
+    damage(copy_of(place, dropped))
+    if gone:
+        dropped.unlink()
+    else:
+        truncated(dropped)
+    service = starts(place)
+    assert service.heard == ["nothing"]
+    if not gone:
+        service.errors.wait_for("nothing in the store is whole, it starts with the host's /etc")
+
+
+def test_a_service_with_a_check_starts_on_what_is_whole(place: Place) -> None:
+    """What is new waits for its check, and what it had is damaged."""
+    old, dropped = ran(place, "1.2", "1.3")
+    damaged = copy_of(place, dropped)
+    flipped(damaged, 0)
+    dropped.unlink()
+    place.bring(place.confext("1.4"), place.versions(NAME) / "web_1.4.raw")
+    old.unlink()
+    service = place.start("--check", "/bin/true", "--reload-signal", "SIGHUP", name=NAME)
+    assert service.heard == ["1.2"]
+
+
+@damages
+def test_the_same_file_dropped_again_mends_it(place: Place, damage: Callable[[Path], None]) -> None:
+    place.start_daemon()
+    service = starts(place)
+    dropped = service.put("1.3")
+    service.reloaded("1.3")
+    copy = copy_of(place, dropped)
+    damage(copy)
+    service.put("1.3")
+    service.put("1.4")
+    service.reloaded("1.4")
+    service.remove("1.4")
+    service.reloaded("1.3")
+    assert is_whole(copy)
+
+
+@damages
+def test_a_daemon_looks_at_all_copies_before_it_is_ready(
+    place: Place, damage: Callable[[Path], None]
+) -> None:
+    (dropped,) = ran(place, "1.3")
+    service = starts(place)
+    damage(copy_of(place, dropped))
+    place.start_daemon()
+    service.put("1.4")
+    service.reloaded("1.4")
+    service.remove("1.4")
+    service.reloaded("1.3")
+    assert is_whole(copy_of(place, dropped))
+
+
+def test_a_file_is_missing_in_the_copy_of_a_tree(place: Place) -> None:
+    place.drops(NAME).mkdir()
+    shutil.copytree(tree("web", "whole"), place.drops(NAME) / "web")
+    service = starts(place)
+    assert service.heard == ["whole"]
+    service.kill()
+    (copy,) = (path for path in (place.state / "store").iterdir() if path.is_dir() and path.name[0] != ".")
+    (copy / "etc/web.conf").unlink()
+    assert starts(place).heard == ["whole"]
+    assert (copy / "etc/web.conf").read_text().strip() == "whole"
+
+
+def test_what_a_running_service_sees_of_a_damaged_tree_stays(place: Place) -> None:
+    place.start_daemon()
+    place.drops(NAME).mkdir()
+    shutil.copytree(tree("web", "whole"), place.drops(NAME) / "web")
+    service = starts(place)
+    (copy,) = (path for path in (place.state / "store").iterdir() if path.is_dir() and path.name[0] != ".")
+    (copy / "etc/extra").touch()
+    place.bring(tree("other", "1", name="other"), place.drops(NAME) / "other")
+    service.reloaded("whole")
+    assert service.has("1", "other.conf") and service.has("whole")

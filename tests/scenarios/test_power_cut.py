@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A power cut after each system call, on a disk that keeps what was synced and any part of the rest.
+
+What a unit starts on is whole, and what was accepted last; records, notes and history name nothing that is not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from support import powercut
+from support.images import confext
+from support.needs import root, tool
+from watcher.images import tree
+from watcher.images.stacks import Stacks
+from watcher.managers.systemd.unit_drop_in import read_passed
+from watcher.records.ledger import Ledger
+from watcher.rounds.trials import Trials
+
+UNIT = "web.service"
+
+# What the daemon and `exec` do, in their order; each promise of a call that has returned is said.
+PROGRAM = """
+import os, sys
+sys.path[:0] = {path!r}
+from watcher.images import tree
+from watcher.managers.systemd.unit_drop_in import write_passed
+from watcher.images.probe import Probe
+from watcher.records.ledger import Ledger
+from watcher.watch.lease import Lease
+from watcher.model import Event, Kind, Layer, Outcome, Stack
+from watcher.records.schema import Quarantined
+from watcher.images.store import Store
+from watcher.rounds.trials import Trial, Trials
+state, directory, *images = sys.argv[1:]
+UNIT = "web.service"
+
+def say(*words):
+    os.write(1, " ".join(words).encode())
+
+def image(path):
+    fd = os.open(path, os.O_RDONLY)
+    with Lease(fd) as lease:
+        return store.add_image(fd, Probe("squashfs", 1), lease)
+
+def accept(stack, trial=True):
+    say("accepting", stack.id, "trial" if trial else "")
+    if trial:
+        trials.begin(UNIT, Trial(stack.id))
+    store.accept(UNIT, stack, (), [trials.directory])
+    say("accepted", stack.id)
+
+def tell(outcome, stack):
+    say("telling", outcome.value, stack.id)
+    with ledger.round() as made:
+        made.append(Event(UNIT, outcome, "", 1, stack.id))
+        if outcome is Outcome.ROLLED_BACK:
+            made.quarantine(Quarantined(UNIT, second.digests[0], "bad", 1, ""))
+            made.pin(UNIT, stack.id)
+    say("told", outcome.value, stack.id)
+
+with Store(state, 1 << 40, 1 << 40, 2) as store, Ledger(state) as ledger:
+    trials = Trials(state)
+    stack = lambda *copies: Stack(
+        tuple(Layer(str(n), "web", "1", copy.digest, copy.kind, "") for n, copy in enumerate(copies)))
+    with store.using():
+        root = os.open(directory, os.O_RDONLY)
+        first = stack(image(images[0]), store.add_tree(root, tree.signature(root)))
+        accept(first)
+        tell(Outcome.APPLIED, first)
+        say("judged", first.id)
+        trials.end(UNIT)
+        second = stack(image(images[1]))
+        accept(second)
+        accept(first, trial=False)
+        tell(Outcome.ROLLED_BACK, first)
+        say("judged", second.id)
+        trials.end(UNIT)
+        write_passed(state, UNIT, ["/srv/one"])
+        say("passed one")
+        write_passed(state, UNIT, ["/srv/two"])
+        say("passed two")
+        third = stack(image(images[2]))
+        accept(third)
+        tell(Outcome.APPLIED, third)
+    store.keep_stacks = 1
+    say("collecting")
+    store.collect(())
+"""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is there after a power cut, as the program's own code reads it."""
+
+    accepted: str | None
+    history: frozenset[str]
+    trial: str
+    passed: frozenset[str]
+
+
+def kept(state: Path) -> Kept:
+    """Read it; whatever can be wrong with it at any time is asserted."""
+    whole = intact(state / "store") if (state / "store").exists() else set()
+    stacks = Stacks(str(state))
+    current = stacks.current(UNIT)  # Damaged is a failure
+    if current is not None:
+        links = {os.readlink(link) for link in (state / "units" / UNIT).iterdir() if link.is_symlink()}
+        assert links == {f"../../../store/{digest}" for digest in current.stack.digests}
+    history = stacks.history(UNIT)
+    for one in history:
+        assert set(one.stack.digests) <= whole, "a stack in the history is not in the store"
+    trial = Trials(str(state)).of(UNIT)
+    return Kept(
+        None if current is None else current.stack.id,
+        frozenset(one.stack.id for one in history),
+        "" if trial is None else trial.stack,
+        read_passed(str(state), UNIT),
+    )
+
+
+def intact(store: Path) -> set[str]:
+    """Whatever has a digest for its name is what the digest says."""
+    digests = {path.name for path in store.iterdir() if re.fullmatch("[0-9a-f]{64}", path.name)}
+    for path in (store / digest for digest in digests):
+        if path.is_dir():
+            fd = os.open(path, os.O_RDONLY)
+            assert tree.digest(fd).digest == path.name, "half a tree"
+            os.close(fd)
+        else:
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name, "half an image"
+    return digests
+
+
+Told = tuple[frozenset[str], frozenset[str], frozenset[str]]
+
+
+def told(state: Path) -> Told:
+    """Events, digests in quarantine and pins that a ledger has; it has lost nothing else."""
+    with Ledger(str(state)) as ledger:
+        assert ledger.remarks == [], "the ledger was set aside"
+        return (
+            frozenset(f"{event.outcome.value} {event.stack}" for event in ledger.history()),
+            frozenset(one.digest for one in ledger.quarantined(UNIT)),
+            frozenset(ledger.pins().values()),
+        )
+
+
+def check(marks: list[str], found: Kept, said: Told) -> None:
+    """Against what the program had begun and been promised."""
+    words = [mark.split(" ") for mark in marks]
+    accepts = [word for word in words if word[0] in ("accepting", "accepted")]
+    done = max((n for n, word in enumerate(accepts) if word[0] == "accepted"), default=-1)
+    last = [accepts[done][1]] if done >= 0 else [None]
+    assert found.accepted in (*last, *(word[1] for word in accepts[done + 1 :])), "an older stack, or none"
+    on_trial = {word[1] for word in accepts if word[-1] == "trial"} - {
+        word[1] for word in words if word[0] == "judged"
+    }
+    assert found.accepted not in on_trial or found.trial == found.accepted, "accepted, and not on trial"
+    events, quarantined, pins = said
+    began = {" ".join(word[1:]) for word in words if word[0] == "telling"}
+    assert {" ".join(word[1:]) for word in words if word[0] == "told"} <= events <= began, "history"
+    if ["collecting"] not in words:
+        named = {event.split(" ")[1] for event in events} | pins
+        assert named <= found.history, "history of a stack, or a pin on one, that is not there"
+    rolled_back = any(event.startswith("rolled-back") for event in events)
+    assert bool(quarantined) == bool(pins) == rolled_back, "not in one step"
+    passed = len([word for word in words if word[0] == "passed"])
+    assert found.passed in (set(), {"/srv/one"}, {"/srv/two"})[passed : passed + 2], (
+        "an older list of sysexts"
+    )
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Iterator[Path]:
+    """In memory where that can be had: the disk that counts is another one."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as path:
+        yield Path(path)
+
+
+@root
+@tool("strace")
+@pytest.mark.limit(300)
+def test_the_power_is_cut_after_any_call(scratch: Path, tmp_path: Path) -> None:
+    state = scratch / "state"
+    state.mkdir()
+    images = []
+    for number in range(3):
+        images.append(tmp_path / f"{number}.raw")
+        images[-1].write_bytes(b"%d" % number * 5000)
+    source = confext(tmp_path / "web", "web", {"etc/a": b"1", "etc/b/c": b"2"})
+    code = PROGRAM.format(path=sys.path)
+    stores: dict[object, Kept] = {}
+    ledgers: dict[object, Told] = {}
+    numbers = itertools.count()
+    cuts = 0
+    for disk in powercut.replayed(code, [state, source, *images], state, tmp_path / "trace"):
+        marks = list(disk.marks)
+        seen = set()
+        for chosen, data in disk.cuts():
+            entries = disk.after(chosen, data)
+            entries["store"] = without_temporary(entries.get("store"))
+            ledger = {name: entries.pop(name) for name in list(entries) if name.startswith("ledger")}
+            key, other = json.dumps(list(entries.items()), default=repr), repr(ledger)
+            if (key, other) in seen:
+                continue
+            seen.add((key, other))
+            cuts += 1
+            try:
+                if key not in stores:
+                    made = scratch / f"cut{next(numbers)}"
+                    powercut.make(entries, made)
+                    stores[key] = kept(made)
+                if other not in ledgers:
+                    made = scratch / f"cut{next(numbers)}"
+                    powercut.make(ledger, made)
+                    ledgers[other] = told(made)
+                check(marks, stores[key], ledgers[other])
+            except Exception as error:
+                raise AssertionError(
+                    f"after {marks[-1:]}, {len(chosen)} of {len(disk.pending)}, {data}"
+                ) from error
+    assert disk.marks[-1] == "collecting"
+    print(f"{cuts} power cuts, {len(stores)} states, {len(ledgers)} ledgers")
+
+
+def without_temporary(store: powercut.Tree | None) -> powercut.Tree:
+    """Nobody looks at what has no digest for its name; it would be another state for each step of a copy."""
+    if store is None:
+        return ("d", 0o700, ())
+    kind, mode, inside = store
+    assert isinstance(inside, tuple)
+    return (kind, mode, tuple(one for one in inside if not one[0].startswith(".tmp")))

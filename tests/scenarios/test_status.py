@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`confext-watcher status` and `check`: the truth, without asking anybody."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from scenarios.place import Place, image, tree
+from support.needs import filesystem, root, tool
+
+images_only = pytest.mark.parametrize("place", ["images"], indirect=True)
+
+
+def test_status_says_what_a_service_runs_on(shared: Place) -> None:
+    service = shared.start()
+    assert service.status()["layers"] == []
+    before = time.time_ns() // 1000
+    dropped = service.put("1.3")
+    service.logged("web 1.3 added")
+    found = service.status()
+    assert (found["service"], found["manager"], found["state"]) == (service.name, "standalone", "running")
+    assert found["pid"] == service.pid
+    (layer,) = found["layers"]
+    assert (layer["name"], layer["version"], layer["source"]) == ("web", "1.3", str(dropped))
+    if not shared.trees:
+        assert layer["digest"] == hashlib.sha256(dropped.read_bytes()).hexdigest()
+    assert found["stack"] == found["accepted"] != ""
+    assert before < found["since"] <= found["last"]["when"] < time.time_ns() // 1000
+    assert found["last"]["outcome"] == "applied"
+    table = shared.run("status", service.name).stdout
+    assert all(
+        word in table for word in (service.name, str(service.pid), "web 1.3", layer["digest"][:12], "applied")
+    )
+
+
+def test_status_reads_the_kernel_and_no_record(place: Place) -> None:
+    place.start_daemon()
+    service = place.start()
+    service.put("1.3")
+    service.reloaded("1.3")
+    service.logged("web 1.3 added")
+    assert place.daemon is not None
+    place.daemon.stop()
+    service.put("1.4")
+    assert [layer["version"] for layer in service.status()["layers"]] == ["1.3"]
+    place.inside("nsenter", f"--target={service.pid}", "--mount", "umount", "/etc")
+    assert service.status()["layers"] == []
+    assert service.status()["accepted"] != ""
+
+
+def test_status_of_what_is_not_there(place: Place) -> None:
+    assert "no service takes part" in place.run("status").stdout
+    place.start_daemon()
+    assert "no service takes part" in place.run("status").stdout
+    done = place.run("status", "nobody.service", check=False)
+    assert done.returncode != 0
+    assert "nobody.service" in done.stderr
+
+
+def test_a_service_that_has_ended_is_stopped(place: Place) -> None:
+    service = place.start()
+    service.put("1.3")
+    service.kill()
+    service = place.start(name=service.name)
+    service.kill()
+    found = service.status()
+    assert (found["state"], found["pid"], found["layers"]) == ("stopped", None, [])
+    assert found["accepted"] != ""
+
+
+def test_a_broken_image_does_not_change_since_when(shared: Place) -> None:
+    service = shared.start()
+    service.put("1.3")
+    service.logged("web 1.3 added")
+    since = service.status()["since"]
+    made = shared.confext("1.4")
+    if shared.trees:
+        shutil.copytree(made, service.versions / ".new")
+        (service.versions / ".new/etc/extension-release.d/extension-release.web").write_text("ID=other\n")
+    else:
+        (service.versions / ".new").write_bytes(made.read_bytes()[:4096])
+    (service.versions / ".new").rename(service.versions / f"web_1.4{shared.suffix}")
+    service.logged("web_1.4", "refused|incomplete", "it keeps web 1.3")
+    found = service.status()
+    assert [layer["version"] for layer in found["layers"]] == ["1.3"]
+    assert found["since"] == since < found["last"]["when"]
+
+
+@pytest.mark.parametrize("place", ["trees"], indirect=True)
+def test_since_when_is_known_without_history(place: Place) -> None:
+    versions = place.versions("web.service")
+    versions.mkdir(parents=True)
+    place.bring(place.confext("1.3"), versions / "web_1.3")
+    before = time.time_ns() // 1000
+    service = place.start(name="web.service")
+    since = service.status()["since"]
+    assert before < since < time.time_ns() // 1000
+    place.start_daemon()
+    assert service.status()["since"] == since
+
+
+@images_only
+def test_exit_statuses(place: Place) -> None:
+    assert place.run("plan", check=False).returncode == 3
+    assert place.run("wait", "web.service", "web_1.raw", check=False).returncode == 3
+    assert place.run("history", "-n", "0", check=False).returncode == 2
+    assert place.run("history", "--nonsense", check=False).returncode == 2
+    place.start_daemon()
+    assert place.run("wait", "web.service", "web_1.raw", check=False).returncode == 1
+    place.start(name="web.service")
+    words = ("wait", "--timeout", "0.1", "web.service", "web_1.raw")
+    assert place.run(*words, check=False).returncode == 4
+
+
+@images_only
+@pytest.mark.parametrize(
+    "fstype", ["squashfs", pytest.param("erofs", marks=[tool("mkfs.erofs"), filesystem("erofs")])]
+)
+def test_check_says_that_an_image_is_good(place: Place, fstype: str) -> None:
+    path = place.path / "web_1.4.raw"
+    place.bring(image("web_1.4", "1.4", fstype=fstype), path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    done = place.run("check", str(path))
+    assert done.stdout == f"{path}: good: web 1.4, {fstype}, {path.stat().st_size} bytes, sha256 {digest}\n"
+
+
+def test_check_of_a_tree(place: Place) -> None:
+    path = place.path / "web_1.4"
+    place.bring(tree("web_1.4", "1.4"), path)
+    (found,) = json.loads(place.run("check", "--json", str(path)).stdout)["images"]
+    assert found["admitted"]
+    assert (found["name"], found["version"], found["format"]) == ("web", "1.4", "directory")
+
+
+def test_the_digest_of_a_tree_is_the_one_that_runs(shared: Place) -> None:
+    service = shared.start()
+    path = service.put("1.3")
+    service.logged("web 1.3 added")
+    (found,) = json.loads(shared.run("check", "--json", str(path)).stdout)["images"]
+    assert found["digest"] == service.status()["layers"][0]["digest"]
+
+
+def test_check_names_each_image_that_would_be_refused(place: Place, tmp_path: Path) -> None:
+    good = tmp_path / "web_1.4"
+    place.bring(tree("web_1.4", "1.4"), good)
+    foreign = tmp_path / "web_1.5"
+    place.bring(tree("web_1.5", "1.5", release="ID=other\n"), foreign)
+    empty = tmp_path / "web_1.6.raw"
+    empty.touch()
+    done = place.run("check", *map(str, (good, foreign, empty, tmp_path / "none.raw")), check=False)
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4
+    assert "good: web 1.4" in lines[0]
+    assert "would be refused: made for ID=other" in lines[1]
+    assert "would be refused: empty" in lines[2]
+    assert "No such file" in lines[3]
+
+
+@root
+@tool("mksquashfs")
+def test_check_needs_no_root(tmp_path: Path) -> None:
+    """In a user namespace nothing can be mounted: the release file is taken out by the image's own tools."""
+    with Place(tmp_path, trees=True) as place:
+        path = tmp_path / "web_1.4.raw"
+        place.bring(image("web_1.4", "1.4"), path)
+        assert "good: web 1.4, squashfs" in place.run("check", str(path)).stdout
+        assert (
+            subprocess.run(["losetup", "--associated", path], capture_output=True, check=True).stdout == b""
+        )
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        (".web_1", "called like a copy in progress, or hidden"),
+        ("web.v", "it is a directory for versions: name the versions in it"),
+        ("web.v/web_1 4", "not called web_VERSION"),
+        ("web.v/other_1", "not called web_VERSION"),
+        ("web.v/web_1_s390x", "made for s390x"),
+    ],
+)
+@pytest.mark.parametrize("place", ["trees"], indirect=True)
+def test_check_refuses_what_would_not_be_looked_at(place: Place, path: str, reason: str) -> None:
+    target = place.path / path
+    target.parent.mkdir(exist_ok=True)
+    place.bring(tree("web_1.4", "1.4"), target)
+    done = place.run("check", str(target), check=False)
+    assert done.returncode == 1
+    assert done.stdout.startswith(f"{target}: would be refused: it") and reason in done.stdout
+
+
+@pytest.mark.parametrize("place", ["trees"], indirect=True)
+def test_check_holds_a_tree_against_its_limit(place: Place) -> None:
+    place.configure("ImageMax=10K")
+    target = place.path / "web"
+    place.bring(tree("web_1.4", "1.4"), target)
+    done = place.run("check", str(target), check=False)
+    assert "would be refused: too large" in done.stdout and "10240 are allowed (ImageMax=)" in done.stdout
+
+
+@root
+@tool("mksquashfs")
+def test_a_tool_that_dies_silently_is_one_line(tmp_path: Path) -> None:
+    with Place(tmp_path, trees=True) as place:
+        path = tmp_path / "web_1.4.raw"
+        place.bring(image("web_1.4", "1.4"), path)
+        tools = tmp_path / "tools"
+        tools.mkdir()
+        (tools / "unsquashfs").write_text("#!/bin/sh\nkill -SEGV $$\n")
+        (tools / "unsquashfs").chmod(0o755)
+        place.environment["PATH"] = f"{tools}:{os.environ['PATH']}"
+        done = place.run("check", str(path), check=False)
+        assert done.stdout == f"{path}: would be refused: unsquashfs cannot read it: was ended by SIGSEGV\n"

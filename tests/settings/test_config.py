@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Settings: what is written, where it is looked for, and that nothing written wrong does any harm."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from watcher.settings import config, signals, syntax
+from watcher.settings.config import ServiceSettings, Settings
+
+
+def watcher(text: str) -> tuple[Settings, list[str]]:
+    settings, remarks = config.watcher_settings(syntax.parse(text, "/f").assignments)
+    return settings, [f"{r.path} {r.text}" for r in remarks]
+
+
+def service(text: str) -> tuple[ServiceSettings, list[str]]:
+    settings, remarks = config.service_settings(
+        syntax.parse(text, "/f").assignments, lambda t: t.replace("%n", "x")
+    )
+    return settings, [f"{r.path} {r.text}" for r in remarks]
+
+
+def test_nothing_written_gives_the_defaults() -> None:
+    assert watcher("") == (Settings(), [])
+    assert service("[Service]\nReload=x\nExtensionImages=/x\n") == (ServiceSettings(), [])
+
+
+def test_the_watchers_settings() -> None:
+    text = """[Watcher]
+        SettleSec=0
+        SettleMaxSec=1min
+        StoreMax=2G
+        ImageMax=64M
+        KeepStacks=5
+        HistoryMax=7
+        ReloadLimitBurst=0
+        ReloadLimitIntervalSec=3s
+        MountWorkers=1
+        LogLevel=debug
+    """
+    expected = Settings(
+        settle_usec=0,
+        settle_max_usec=60_000_000,
+        store_max=2 << 30,
+        image_max=64 << 20,
+        keep_stacks=5,
+        history_max=7,
+        reload_limit_burst=0,
+        reload_limit_interval_usec=3_000_000,
+        mount_workers=1,
+        log_level="debug",
+    )
+    assert watcher(text) == (expected, [])
+
+
+def test_the_settings_of_a_service() -> None:
+    text = """[X-Confext]
+        Reload=signal:hup
+        Check=/usr/sbin/nginx -t
+        Check=/bin/check %n "a b"
+        CheckSec=5s
+        HealthCheck=/bin/answers
+        HealthCheckSec=1s
+        HealthWatchSec=2s
+        Rollback=no
+        Rollout=rolling
+        RolloutParallel=2
+        SettleSec=250ms
+        ImagePolicy=signed
+        Enabled=no
+    """
+    expected = ServiceSettings(
+        reload="signal:SIGHUP",
+        check=("/usr/sbin/nginx -t", '/bin/check x "a b"'),
+        check_usec=5_000_000,
+        health_check=("/bin/answers",),
+        health_check_usec=1_000_000,
+        health_watch_usec=2_000_000,
+        rollback=False,
+        rollout="rolling",
+        rollout_parallel=2,
+        settle_usec=250_000,
+        image_policy="signed",
+        enabled=False,
+    )
+    assert service(text) == (expected, [])
+
+
+def test_later_wins_and_empty_goes_back_to_the_default() -> None:
+    settings, remarks = service(
+        "[X-Confext]\nCheck=/a\nCheck=\nCheck=/b\nReload=none\nReload=\nEnabled=no\nEnabled=yes\n"
+    )
+    assert (settings, remarks) == (ServiceSettings(check=("/b",)), [])
+
+
+def test_an_unknown_key_or_a_bad_value_is_told_and_changes_nothing_else() -> None:
+    settings, remarks = watcher(
+        "[Watcher]\nSettleSec=soon\nSetleSec=1\nImageMax=1G2\nKeepStacks=0\nX-Mine=1\nHistoryMax=9"
+    )
+    assert settings == Settings(image_max=(1 << 30) + 2, history_max=9)
+    assert remarks == [
+        "/f:2 ignored: SettleSec= is not a time span, such as 5s or 1min 30s: soon",
+        "/f:3 ignored: SetleSec= is not known in [Watcher]",
+        "/f:5 ignored: KeepStacks= is not a number from 1 on: 0",
+    ]
+
+
+def test_an_unknown_section_is_told() -> None:
+    assert watcher("[Watcher]\n[Wacher]\nSettleSec=0\n[X-Mine]\nA=1\n") == (
+        Settings(),
+        ["/f:3 ignored: the section [Wacher] is not known"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("Reload=maybe", "not auto, unit, signal:SIGNAL, restart or none: maybe"),
+        ("Reload=signal:", "not auto, unit, signal:SIGNAL, restart or none: signal:"),
+        ("Reload=signal:NOPE", "not a signal: NOPE"),
+        ("Reload=signal:99", "not a signal: 99"),
+        ("Rollout=slow", "not parallel or rolling: slow"),
+        ("Check='/bin/x", "a quote that is not closed: '/bin/x"),
+        ("Rollback=si", "not yes or no: si"),
+    ],
+)
+def test_bad_values_of_a_service(line: str, reason: str) -> None:
+    key = line.partition("=")[0]
+    assert service(f"[X-Confext]\n{line}\n") == (ServiceSettings(), [f"/f:2 ignored: {key}= is {reason}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("SIGHUP", "SIGHUP"),
+        ("hup", "SIGHUP"),
+        ("1", "SIGHUP"),
+        ("USR1", "SIGUSR1"),
+        ("RTMIN", "SIGRTMIN"),
+        ("sigrtmin+2", "SIGRTMIN+2"),
+        ("SIGRTMAX", "SIGRTMAX"),
+    ],
+)
+def test_signals_by_any_of_their_names(text: str, name: str) -> None:
+    assert config.reload_kind(f"signal:{text}") == f"signal:{name}"
+
+
+@pytest.mark.parametrize("text", ["", "SIG", "0", "-1", "99", "33", "HUP+1", "RTMIN+60", "²"])
+def test_what_is_no_signal(text: str) -> None:
+    with pytest.raises(ValueError, match="not a signal"):
+        signals.signal_number(text)
+
+
+def test_every_signal_that_may_end_a_command_has_a_name() -> None:
+    for number in range(1, 65):
+        assert signals.reason_of(-number).startswith("was ended by ")
+    assert signals.reason_of(-signal.SIGRTMIN - 1) == "was ended by SIGRTMIN+1"
+
+
+def test_directories_as_systemd_sets_them() -> None:
+    environment = {
+        "RUNTIME_DIRECTORY": "/run/a:/run/b",
+        "STATE_DIRECTORY": "/var/a/",
+        "XDG_CONFIG_HOME": "/x",
+    }
+    assert config.directories(environment, root=True) == {
+        "runtime_directory": "/run/a",
+        "state_directory": "/var/a",
+        "configuration_directory": "/etc/confext-watcher",
+    }
+
+
+def test_directories_of_a_person() -> None:
+    assert config.directories({"HOME": "/home/me", "XDG_RUNTIME_DIR": "/run/user/7"}, root=False) == {
+        "runtime_directory": "/run/user/7/confext-watcher",
+        "state_directory": "/home/me/.local/state/confext-watcher",
+        "configuration_directory": "/home/me/.config/confext-watcher",
+    }
+    environment = {"XDG_STATE_HOME": "/s", "XDG_CONFIG_HOME": "/c"}
+    assert config.directories(environment, root=False) == {
+        "runtime_directory": "/s/confext-watcher/run",
+        "state_directory": "/s/confext-watcher",
+        "configuration_directory": "/c/confext-watcher",
+    }
+
+
+def test_root_of_a_user_namespace_alone_has_a_persons_directories(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != ("/run", os.W_OK))
+    settings, _ = config.load({"HOME": "/home/me", "XDG_RUNTIME_DIR": "/run/user/7"})
+    assert settings.runtime_directory == "/run/user/7/confext-watcher"
+    assert settings.state_directory == "/home/me/.local/state/confext-watcher"
+
+
+def test_the_file_of_the_first_place_and_the_drop_ins_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    etc, usr = tmp_path / "etc", tmp_path / "usr"
+    monkeypatch.setattr(config, "_VENDOR_DIRECTORIES", (str(usr),))
+    for place in (etc, usr):
+        (place / "watcher.conf.d").mkdir(parents=True)
+    (usr / "watcher.conf").write_text("[Watcher]\nKeepStacks=9\nHistoryMax=9\n")
+    (usr / "watcher.conf.d/10-a.conf").write_text("[Watcher]\nSettleSec=1\nMountWorkers=2\n")
+    (usr / "watcher.conf.d/20-b.conf").write_text("[Watcher]\nMountWorkers=8\n")
+    environment = {"CONFIGURATION_DIRECTORY": str(etc), "STATE_DIRECTORY": "/s", "RUNTIME_DIRECTORY": "/r"}
+
+    settings, _ = config.load(environment)
+    assert (settings.keep_stacks, settings.settle_usec, settings.mount_workers) == (9, 1_000_000, 8)
+    assert (settings.configuration_directory, settings.state_directory) == (str(etc), "/s")
+
+    (etc / "watcher.conf").write_text("[Watcher]\nKeepStacks=7\nnonsense\n")
+    (etc / "watcher.conf.d/10-a.conf").write_text("[Watcher]\nSettleSec=2\n")
+    (etc / "watcher.conf.d/20-b.conf").symlink_to("/dev/null")
+    settings, remarks = config.load(environment)
+    assert (settings.keep_stacks, settings.history_max) == (7, 10_000)
+    assert (settings.settle_usec, settings.mount_workers) == (2_000_000, 4)
+    assert [r.path for r in remarks] == [f"{etc}/watcher.conf:3"]
+
+
+def test_no_file_at_all(tmp_path: Path) -> None:
+    settings, remarks = config.load({"CONFIGURATION_DIRECTORY": str(tmp_path)}, root=True)
+    assert settings == Settings(configuration_directory=str(tmp_path))
+    assert remarks == ()
+
+
+def test_trusted_users_add_up_until_an_empty_value() -> None:
+    settings, remarks = service(
+        "[X-Confext]\nTrustedUsers=forgotten\nTrustedUsers=\nTrustedUsers=deploy 1001\n"
+        "TrustedUsers=first.last@example.org\nTrustedUsers=a:b\nTrustedGroups=www"
+    )
+    assert settings.trusted_users == ("deploy", "1001", "first.last@example.org")
+    assert settings.trusted_groups == ("www",)
+    assert remarks == ["/f:6 ignored: TrustedUsers= is not the name of a user or group: a:b"]

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Tests that must not run in this process: with other namespaces, limits or privileges.
+
+What is decorated with `@apart("unshare", "--mount")` runs in a second pytest, under that command, and what it does to
+the machine ends with it. A module's tests under the same command share one: starting pytest takes longer than they do.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable
+from typing import ParamSpec
+
+from support import CHECKOUT
+
+Parameters = ParamSpec("Parameters")
+Test = Callable[Parameters, Awaitable[None]]
+Command = tuple[str, ...]
+
+INSIDE = "CONFEXT_WATCHER_TEST_APART"
+
+_tests: dict[tuple[Command, str], list[str]] = {}
+
+
+def apart(*command: str) -> Callable[[Test[Parameters]], Test[Parameters]]:
+    """A decorator for asynchronous tests; `command` is what their Python interpreter is started under."""
+
+    def decorate(test: Test[Parameters]) -> Test[Parameters]:
+        file = test.__code__.co_filename
+        _tests.setdefault((command, file), []).append(f"{file}::{test.__name__}")
+
+        @functools.wraps(test)
+        async def outer(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
+            if INSIDE in os.environ:
+                await test(*args, **kwargs)
+                return
+            name = os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0].partition("::")[2]
+            passed, output = _run(command, file)
+            assert name in passed, f"under {' '.join(command)}:\n{output}"
+
+        return outer
+
+    return decorate
+
+
+@functools.cache
+def _run(command: Command, file: str) -> tuple[frozenset[str], str]:
+    """Names of the tests that passed, and what pytest printed."""
+    pytest = [sys.executable, "-m", "pytest", "-rA", "--no-header", "-p", "no:cacheprovider"]
+    # Of its own: two that tidy up the same directory get into each other's way.
+    with tempfile.TemporaryDirectory() as scratch:
+        done = subprocess.run(
+            [*command, *pytest, f"--basetemp={scratch}/tests", *_tests[command, file]],
+            cwd=CHECKOUT,
+            env=os.environ | {INSIDE: "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+    names = re.findall(r"^PASSED \S+?\.py::(.*)$", done.stdout, re.MULTILINE)
+    return frozenset(names), done.stdout

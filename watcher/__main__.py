@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`python -m watcher`: the command line, from a checkout."""
+
+import sys
+
+from watcher.cli import main
+
+sys.exit(main())

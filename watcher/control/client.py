@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The other end of the control socket, for the command line: blocking, standard library only, so that it starts fast.
+
+    with Client(runtime_directory, timeout=30) as client:
+        event = client.rollback("nginx.service")
+
+Each failure is an exception whose `str()` is one line for a person and whose `exit_code` is the command line's: those
+that the daemon answers with are in schema.py (ServiceNotFound, NoSuchStack, NotPermitted, TooManyCalls, Failed), those
+of the way there are here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+from watcher.model import Event, shown
+from watcher.records import schema
+from watcher.records.schema import CallError, Failed, PlannedChange, Quarantined, ServiceStatus
+
+
+class NotRunning(CallError):
+    """No daemon listens at the socket."""
+
+    exit_code: ClassVar[int] = 3
+
+
+class TimedOut(CallError):
+    """There was no answer in time; what was asked for may go on."""
+
+    exit_code: ClassVar[int] = 4
+
+
+class Disconnected(CallError):
+    """The daemon went away, or did not want us, before it had answered."""
+
+
+class Client:
+    """A connection to the daemon; one call at a time.
+
+    Args:
+        runtime_directory: where the socket is.
+        timeout: seconds for all that is done with it, None to wait for ever.
+
+    Attributes:
+        redacted: the last answer has outcomes only, because this user is not told reasons, paths and outputs.
+
+    Raises:
+        NotRunning: there is no daemon.
+        TimedOut: it does not take the connection.
+    """
+
+    redacted = False
+
+    def __init__(self, runtime_directory: str, timeout: float | None = None) -> None:
+        self._path = Path(runtime_directory, schema.SOCKET)
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self._buffer = bytearray()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._connect()
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def status(self, service: str | None = None) -> list[ServiceStatus]:
+        """The services that take part, or one. Raises ServiceNotFound."""
+        return self._list(ServiceStatus, "services", self.call("Status", service=service))
+
+    def history(self, service: str | None = None, limit: int = 100) -> list[Event]:
+        """Outcomes, newest first; fewer than asked for if they are too big for one reply."""
+        return self._list(Event, "events", self.call("History", service=service, limit=limit))
+
+    def plan(self, service: str | None = None) -> list[PlannedChange]:
+        """What a look now would change. Raises ServiceNotFound."""
+        return self._list(PlannedChange, "changes", self.call("Plan", service=service))
+
+    def rollback(self, service: str, to: str | None = None) -> Event:
+        """Puts the service back on a stack. Raises ServiceNotFound, NoSuchStack, NotPermitted, Failed."""
+        return self._read(Event, self.call("Rollback", service=service, to=to).get("event"))
+
+    def forget(self, service: str, digest: str | None = None) -> list[Quarantined]:
+        """Lets content back in, and returns what. Raises ServiceNotFound, NotPermitted."""
+        answer = self.call("Forget", service=service, digest=digest)
+        return self._list(Quarantined, "forgotten", answer)
+
+    def reload(self) -> None:
+        """Has the settings read again. Raises NotPermitted."""
+        self.call("Reload")
+
+    def wait(self, service: str, image: str) -> Iterator[Event]:
+        """What happens to the image, until the verdict, which comes last.
+
+        Raises ServiceNotFound, TooManyCalls, TimedOut.
+        """
+        for answer in self.stream("Wait", service=service, image=image):
+            yield self._read(Event, answer.get("event"))
+
+    def call(self, method: str, **parameters: object) -> dict[str, Any]:
+        """The reply's parameters, to a method of our interface; parameters that are None are left out."""
+        self._send(method, parameters, more=False)
+        return self._answer(self._receive())
+
+    def stream(self, method: str, **parameters: object) -> Iterator[dict[str, Any]]:
+        """The parameters of each reply; for methods that have more than one."""
+        self._send(method, parameters, more=True)
+        continues = True
+        while continues:
+            reply = self._receive()
+            continues = reply.get("continues") is True
+            yield self._answer(reply)
+
+    def _connect(self) -> None:
+        where = shown(str(self._path))
+        left = self._left()
+        if left is not None:
+            # Not by settimeout(): a socket that does not block fails at once while the backlog is full (connect(2)).
+            seconds, fraction = divmod(left, 1)
+            limit = struct.pack("ll", int(seconds), max(1, int(fraction * 1e6)))
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        try:
+            # By way of the directory's descriptor: an address has room for 108 bytes (unix(7)), a path may be longer.
+            directory = os.open(self._path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                self._socket.connect(f"/proc/self/fd/{directory}/{self._path.name}")
+            finally:
+                os.close(directory)
+        except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
+            raise NotRunning(f"confext-watcher is not running (nobody listens at {where})")
+        except BlockingIOError:
+            raise TimedOut(f"{where}: confext-watcher does not take the connection")
+        except OSError as error:
+            raise Disconnected(f"{where}: cannot connect: {error.strerror}")
+
+    def _left(self) -> float | None:
+        """Seconds until the deadline. Raises TimedOut."""
+        if self._deadline is None:
+            return None
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimedOut("timed out: confext-watcher has not answered yet")
+        return left
+
+    def _send(self, method: str, parameters: dict[str, object], *, more: bool) -> None:
+        given = {name: schema.to_dict(value) for name, value in parameters.items() if value is not None}
+        message: dict[str, object] = {"method": f"{schema.INTERFACE}.{method}", "parameters": given}
+        if more:
+            message["more"] = True
+        try:
+            self._socket.settimeout(self._left())
+            self._socket.sendall(json.dumps(message).encode() + b"\0")
+        except TimeoutError:
+            raise TimedOut("timed out: confext-watcher does not take the call")
+        except ConnectionError:
+            # It may have said why before it went; reading will tell.
+            pass
+
+    def _receive(self) -> dict[str, Any]:
+        searched = 0
+        while (end := self._buffer.find(b"\0", searched)) < 0:
+            searched = len(self._buffer)
+            if searched > schema.MESSAGE_MAX:
+                raise Disconnected("confext-watcher answered with more than a reply may hold")
+            try:
+                self._socket.settimeout(self._left())
+                received = self._socket.recv(256 * 1024)
+            except TimeoutError:
+                raise TimedOut("timed out: confext-watcher has not answered yet")
+            except ConnectionError:
+                received = b""
+            if not received:
+                raise Disconnected("confext-watcher closed the connection (stopped, or too many connections)")
+            self._buffer += received
+        message = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        return _parsed(message)
+
+    def _answer(self, reply: dict[str, Any]) -> dict[str, Any]:
+        parameters = reply.get("parameters") or {}
+        if "error" not in reply:
+            self.redacted = parameters.get("redacted") is True
+            return dict(parameters)
+        raise _error(str(reply["error"]), parameters)
+
+    def _list(self, cls: type[schema.T], key: str, answer: dict[str, Any]) -> list[schema.T]:
+        items = answer.get(key)
+        return [self._read(cls, item) for item in (items if isinstance(items, list) else [items])]
+
+    def _read(self, cls: type[schema.T], data: object) -> schema.T:
+        try:
+            return schema.from_dict(cls, data)
+        except ValueError as error:
+            raise Failed(f"the running confext-watcher gave an answer of another version: {error}")
+
+
+def _parsed(message: bytes) -> dict[str, Any]:
+    try:
+        reply = json.loads(message)
+    except (ValueError, RecursionError):
+        reply = None
+    if not isinstance(reply, dict) or not isinstance(reply.get("parameters") or {}, dict):
+        raise Disconnected("what answers at the control socket does not speak Varlink")
+    return reply
+
+
+def _error(name: str, parameters: dict[str, Any]) -> CallError:
+    said = ", ".join(f"{shown(key)} {shown(str(value))}" for key, value in parameters.items())
+    unknown = Failed(
+        f"the running confext-watcher answered {shown(name)} ({said}); is it of another version?"
+    )
+    try:
+        return schema.ERRORS[name](**parameters) if name in schema.ERRORS else unknown
+    except TypeError:
+        return unknown

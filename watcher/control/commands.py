@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the control socket's calls do: ask the line, or change what it wants and wait for what becomes of that."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from typing import TypeVar
+
+import trio
+
+from watcher.control import status
+from watcher.control.server import Tell
+from watcher.control.waits import EventByImage, Waits, names
+from watcher.images import tries
+from watcher.managers.base import Service
+from watcher.model import Event, Layer, Outcome, Remark, Stack, Unsafe
+from watcher.mounts.process import Gone
+from watcher.records.ledger import LedgerError
+from watcher.records.schema import (
+    Failed,
+    NoSuchStack,
+    PlannedChange,
+    Quarantined,
+    ServiceNotFound,
+    ServiceStatus,
+    text,
+)
+from watcher.resolve.strict_modes import StrictModes
+from watcher.rounds import messages
+from watcher.rounds.desired import bad
+from watcher.rounds.round import Rounds, Tools
+from watcher.watch.offload import Unanswered
+
+Write = Callable[..., Awaitable[None]]
+T = TypeVar("T")
+
+
+class Commands:
+    """The daemon's `control.Backend`.
+
+    Args:
+        tools: what rounds work with.
+        changed: asks for a round of a service.
+        in_round: whether one goes on or is due.
+        reload_settings: reads the settings again and looks at everything.
+
+    Attributes:
+        line: the rounds; they tell their outcomes here, so that one of the two has to be made first.
+    """
+
+    rounds: Rounds
+
+    def __init__(
+        self,
+        tools: Tools,
+        changed: Callable[[str], None],
+        in_round: Callable[[str], bool],
+        reload_settings: Callable[[], None],
+    ) -> None:
+        self._tools = tools
+        self._changed = changed
+        self._reload_settings = reload_settings
+        self._listeners: list[Callable[[Event], None]] = []
+        self._waits = Waits(self._look_at_images, in_round)
+
+    def tell(self, event: Event) -> None:
+        """Pass an outcome on to whoever waits for one."""
+        self._waits.tell(event)
+        for listener in self._listeners:
+            listener(event)
+
+    def round_over(self, name: str) -> None:
+        """A round of a service is over: more may be known of what somebody waits for."""
+        self._waits.round_over(name)
+
+    async def status(self, service: str | None) -> Sequence[ServiceStatus]:
+        services = self._services(service)
+        newest = await _in_thread(self._tools.ledger.newest)
+        return await _in_thread(lambda: [self._status(one, newest) for one in services])
+
+    async def history(self, service: str | None, limit: int) -> Sequence[Event]:
+        return await _in_thread(self._tools.ledger.history, service, limit)
+
+    async def plan(self, service: str | None) -> Sequence[PlannedChange]:
+        return [await self._plan(one) for one in self._services(service)]
+
+    async def wait(self, service: str, image: str, tell: Tell, waits: Callable[[], None]) -> Event:
+        return await self._waits.verdict(self._service(service).name, image, tell, waits)
+
+    async def rollback(self, service: str, to: str | None) -> Event:
+        found = self._service(service)
+        stacks = await _in_thread(self._tools.store.stacks, found.slots)
+        kept_out = await _in_thread(self._kept_out, found.name)
+        target = _target(found.name, stacks, to, kept_out)
+        async with self._writing() as write:
+            await write(self._tools.ledger.pin, found.name, target.id)
+            done = [event for event in await self._next_round(found.name) if event.stack in (target.id, "")]
+            return done[-1] if done else await self._without_outcome(found.name, target)
+
+    async def _next_round(self, name: str) -> list[Event]:
+        """Have a round made for a service; what it did."""
+        events: list[Event] = []
+        over = self.rounds.next_round(name)
+        self._changed(name)
+        with self._listener(events.append):
+            await over.wait()
+        return [event for event in events if event.service == name and event.outcome in _DONE]
+
+    async def _without_outcome(self, name: str, target: Stack) -> Event:
+        """What to say of a round that had nothing to do, or could not do it and has said why before."""
+        now = await _in_thread(self._status, self._service(name), {})
+        if now.stack == target.id or now.state == "stopped":
+            sentence = "is on that stack already, and stays on it until `rollback --forget`"
+            return messages.event(name, Outcome.UNCHANGED, sentence, stack=target.id)
+        sentence = "is to go back to that stack, but could not yet: it is tried again, the log says why"
+        return messages.event(name, Outcome.FAILED, sentence, stack=target.id)
+
+    async def forget(self, service: str, digest: str | None) -> Sequence[Quarantined]:
+        found = self._service(service)
+        async with self._writing() as write:
+            return await self._forget(found, digest, write)
+
+    async def _forget(self, found: Service, digest: str | None, write: Write) -> Sequence[Quarantined]:
+        ledger = self._tools.ledger
+        forgotten = [one for one in ledger.quarantined(found.name) if digest in (None, one.digest)]
+        await write(ledger.forget, found.name, digest)
+        if digest is None:
+            await write(ledger.unpin, found.name)
+        self.rounds.let_in(found.name)
+        self._changed(found.name)
+        if found.settings.rollout == "rolling":
+            # What it kept out of the others with it.
+            for other in self._tools.manager.services.values():
+                if other.settings.rollout == "rolling":
+                    self._changed(other.name)
+        return forgotten
+
+    async def reload(self) -> None:
+        self._reload_settings()
+
+    def _kept_out(self, name: str) -> dict[str, str]:
+        return {one.digest: one.reason for one in self._tools.ledger.quarantined(name)}
+
+    @asynccontextmanager
+    async def _writing(self) -> AsyncIterator[Write]:
+        """Changes of the ledger, which hold in memory where they cannot be written down: that is said at the end of the
+        block, when all has been done."""
+        failed: list[LedgerError] = []
+
+        async def write(function: Callable[..., object], *arguments: object) -> None:
+            try:
+                await trio.to_thread.run_sync(function, *arguments)
+            except LedgerError as error:
+                failed.append(error)
+
+        yield write
+        if failed:
+            raise Failed(
+                f"done, and it holds until the daemon ends, but could not be written down: {failed[0]}"
+            )
+
+    def _services(self, service: str | None) -> list[Service]:
+        if service is not None:
+            return [self._service(service)]
+        services = self._tools.manager.services
+        return [services[name] for name in sorted(services)]
+
+    def _service(self, name: str) -> Service:
+        for service in self._tools.manager.services.values():
+            if name in (text(service.name), *map(text, service.aliases)):
+                return service
+        raise ServiceNotFound(name)
+
+    def _status(self, service: Service, newest: dict[str, Event]) -> ServiceStatus:
+        tools = self._tools
+        key = text(service.name)
+        with ExitStack() as held:
+            main = None
+            with suppress(Gone):
+                main = held.enter_context(service.main.hold()) if service.main is not None else None
+            return status.of_service(
+                tools.store.state_directory,
+                service.name,
+                service.manager,
+                main,
+                newest.get(key),
+                tools.ledger.pinned(service.name),
+                tools.ledger.quarantined(service.name),
+                tools.ledger.placed,
+            )
+
+    async def _plan(self, service: Service) -> PlannedChange:
+        now = await _in_thread(self._status, service, {})
+        try:
+            wanted = await self.rounds.look(service)
+        except Unanswered as error:
+            return _unanswered(service, now, error)
+        before, after = Stack(now.layers), wanted.stack
+        if now.state != "running":
+            before = wanted.current
+        changes = before.id != after.id
+        remarks = [remark for remark in wanted.look.remarks if remark.level != "debug"]
+        waits = await self.rounds.waits(service, wanted) if changes else ""
+        if waits:
+            new = [layer for layer in after.layers if layer.digest not in before.digests]
+            remarks += [Remark("info", layer.source, waits) for layer in new]
+            after, changes = before, False
+        remarks += [Remark("warning", one.candidate.path, str(one.reason)) for one in wanted.passed]
+        return PlannedChange(
+            service=service.name,
+            changes=changes,
+            stack=before.id,
+            wanted=after.id,
+            layers=before.layers,
+            wanted_layers=after.layers,
+            reload=service.settings.reload if changes else "",
+            remarks=tuple(remarks),
+        )
+
+    async def _look_at_images(self, name: str, images: Collection[str]) -> EventByImage:
+        service = self._tools.manager.services.get(name)
+        if service is None:
+            return dict.fromkeys(images)
+        verdicts = await _in_thread(self._verdicts, service, images)
+        refused = [event for event in verdicts.values() if event and event.outcome in _FINAL_REFUSALS]
+        if refused:
+            try:
+                gone = await self._tools.offload.run(
+                    name, lambda: [one for one in refused if not _stands(one)]
+                )
+            except Unanswered:
+                gone = refused
+            verdicts = {image: None if event in gone else event for image, event in verdicts.items()}
+        return verdicts
+
+    def _verdicts(self, service: Service, images: Collection[str]) -> EventByImage:
+        """What is known of images without waiting: one is in the stack, or the last word on it was a refusal."""
+        now = self._status(service, {})
+        history = self._tools.ledger.history(service.name, 100)
+        trial = self._tools.trials.of(service.name)
+        on_trial = now.state == "running" and trial is not None and trial.stack == now.stack and not trial.bad
+        shown = {name: layer for layer in reversed(now.layers) for name in _names(layer.source)}
+        newest = {name: event for event in reversed(history) for name in _names(event.source)}
+        verdicts: dict[str, Event | None] = {}
+        for image in images:
+            name = tries.plain(image)
+            if name in shown:
+                verdicts[image] = None if on_trial else _applied(service.name, now, shown[name], history)
+            else:
+                last = newest.get(name)
+                final = last is not None and last.outcome in _FINAL_REFUSALS
+                verdicts[image] = last if final else None
+        return verdicts
+
+    @contextmanager
+    def _listener(self, listener: Callable[[Event], None]) -> Iterator[None]:
+        self._listeners.append(listener)
+        try:
+            yield
+        finally:
+            self._listeners.remove(listener)
+
+
+def _unanswered(service: Service, now: ServiceStatus, error: Unanswered) -> PlannedChange:
+    """It stays on what it has."""
+    return PlannedChange(
+        service=service.name,
+        changes=False,
+        stack=now.stack,
+        wanted=now.stack,
+        layers=now.layers,
+        wanted_layers=now.layers,
+        reload="",
+        remarks=(Remark("warning", service.name, str(error)),),
+    )
+
+
+# What a round can have done, rather than said on the way.
+_DONE = (Outcome.APPLIED, Outcome.FAILED, Outcome.ROLLED_BACK, Outcome.NEEDS_RESTART)
+_FINAL_REFUSALS = (Outcome.REFUSED, Outcome.ROLLED_BACK)
+
+
+def _target(service: str, stacks: Sequence[Stack], to: str | None, kept_out: Mapping[str, str]) -> Stack:
+    """The stack to go back to: the one before that did not prove bad, or the one whose identity begins so."""
+    if to is None:
+        before = next((stack for stack in stacks[1:] if not bad(stack, kept_out)), None)
+        if before is None:
+            raise NoSuchStack(service, "")
+        return before
+    found = [stack for stack in stacks if to and stack.id.startswith(to)]
+    if len(found) != 1:
+        raise NoSuchStack(service, to)
+    return found[0]
+
+
+def _names(source: str) -> tuple[str, ...]:
+    return names(source) if source else ()
+
+
+def _applied(service: str, now: ServiceStatus, layer: Layer, history: Sequence[Event]) -> Event:
+    """The outcome by which a service got the stack that it runs on, if it is known."""
+    done = (event for event in history if event.outcome in (Outcome.APPLIED, Outcome.FAILED))
+    already = messages.event(service, Outcome.APPLIED, f"{layer.label} is applied already", stack=now.stack)
+    return next((event for event in done if event.stack == now.stack), already)
+
+
+def _stands(event: Event) -> bool:
+    """Whether the file that an outcome is about has not been replaced or removed since. Blocks.
+
+    Of what lies behind a link only as much is told as who has set that could see himself.
+    """
+    try:
+        return _seen(event.source).st_ctime_ns // 1000 <= event.when
+    except OSError:
+        return False
+
+
+def _seen(path: str) -> os.stat_result:
+    with StrictModes() as modes:
+        try:
+            found = modes.open(path)
+        except Unsafe:
+            return os.lstat(path)
+    os.close(found.fd)
+    return found.status
+
+
+async def _in_thread(function: Callable[..., T], *arguments: object) -> T:
+    """What blocks, away from the event loop. Raises Failed where the ledger cannot be read."""
+    try:
+        return await trio.to_thread.run_sync(function, *arguments)
+    except LedgerError as error:
+        raise Failed(str(error))

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Who is at the other end of the control socket, what that user may be told, and how much of us he may take.
+
+Everything goes by the credentials that the kernel recorded when the client connected (unix(7)). Root and the user that
+the watcher runs as are *privileged*: they may change things. Everybody else is bounded by user, so that one user is
+only ever in his own way: so many connections, so many calls that wait, and one call at a time that makes work. After
+each such call the user has to pause for longer than it took, so that asking without end takes a small part of a
+processor, and no drop waits for it.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import grp
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+
+import trio
+
+GROUP = "confext-watcher"
+"""Its members are told reasons, paths and outputs; they may change no more than others."""
+
+CONNECTIONS = 128
+"""Of everybody but the privileged, who have as many of their own: root is never locked out."""
+CONNECTIONS_PER_USER = 16
+CONNECTS_PER_SEC = 1000
+"""New connections of everybody but the privileged. Root's wait behind those in the backlog, which are 128 at most."""
+WAITS = 64
+"""Calls of `Wait` by everybody but the privileged, who have as many of their own."""
+WAITS_PER_USER = 8
+AT_ONCE = 4
+"""Calls of clients without privileges that are worked on at a time, each another user's."""
+PAUSE = 4
+"""After a call, a user's next one begins no sooner than this many times what it took."""
+PAUSE_MAX_SEC = 1.0
+
+_SO_PEERGROUPS = 59  # asm-generic/socket.h; Python has no name for it
+_GROUPS_MAX = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who connected; pid 0: not of our PID namespace.
+
+    Attributes:
+        groups: the primary and the supplementary ones, by number.
+    """
+
+    pid: int
+    uid: int
+    groups: frozenset[int] = frozenset()
+
+    @staticmethod
+    def of(stream: trio.SocketStream) -> Peer:
+        credentials = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII"))
+        pid, uid, gid = struct.unpack("iII", credentials)
+        return Peer(pid, uid, frozenset((gid, *_supplementary(stream))))
+
+    @property
+    def privileged(self) -> bool:
+        """May change things: root and the daemon's own user."""
+        return self.uid in (0, os.geteuid())
+
+
+def _supplementary(stream: trio.SocketStream) -> tuple[int, ...]:
+    size = struct.calcsize("I")
+    try:
+        found = stream.socket.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_MAX * size)
+    except OSError:
+        return ()  # in more groups than Python has room for (ERANGE): counted as in none of them
+    return struct.unpack(f"{len(found) // size}I", found)
+
+
+class Readers:
+    """Who may be told everything: the privileged, and the members of GROUP.
+
+    Which number the group has is asked for in a thread: a directory service may not answer. Until it does, only the
+    privileged are readers.
+    """
+
+    def __init__(self) -> None:
+        self.gid: int | None = None
+        self._asked = trio.Event()
+
+    def include(self, peer: Peer) -> bool:
+        return peer.privileged or self.gid in peer.groups
+
+    def look_up(self) -> None:
+        """Have the group looked up again: it may have been made, or removed."""
+        self._asked.set()
+
+    async def follow(self) -> None:
+        """Looks the group up, now and when asked to."""
+        while True:
+            self._asked = trio.Event()
+            self.gid = await trio.to_thread.run_sync(_gid, abandon_on_cancel=True)
+            await self._asked.wait()
+
+
+def _gid() -> int | None:
+    try:
+        return grp.getgrnam(GROUP).gr_gid
+    except (KeyError, OSError):
+        return None
+
+
+class Quota:
+    """How many of something there may be at a time, and whose.
+
+    Args:
+        of_all: places of everybody but the privileged, who have as many of their own.
+        per_user: of these, what one user may have.
+    """
+
+    def __init__(self, of_all: int, per_user: int) -> None:
+        self._of_all = of_all
+        self.per_user = per_user
+        self._taken: collections.Counter[int] = collections.Counter()
+        self._privileged = 0
+
+    @contextlib.contextmanager
+    def one_for(self, peer: Peer) -> Iterator[bool]:
+        """Whether there is a place for this peer, which is then taken for the length of the block."""
+        if peer.privileged:
+            free = self._privileged < self._of_all
+        else:
+            free = self._taken[peer.uid] < self.per_user and self._taken.total() < self._of_all
+        self._count(peer, int(free))
+        try:
+            yield free
+        finally:
+            self._count(peer, -int(free))
+
+    def _count(self, peer: Peer, change: int) -> None:
+        if peer.privileged:
+            self._privileged += change
+        else:
+            self._taken[peer.uid] += change
+            if not self._taken[peer.uid]:
+                del self._taken[peer.uid]
+
+
+@dataclass(slots=True)
+class _User:
+    """One user's calls: `calls` are at it or wait for it, `free_at` is when the next one may begin."""
+
+    one: trio.Semaphore = field(default_factory=lambda: trio.Semaphore(1))
+    calls: int = 0
+    free_at: float = 0.0
+
+
+class Turn:
+    """A call that makes work. `over()` ends that before the block does: from then on it only waits."""
+
+    def __init__(self, over: Callable[[], None] = lambda: None) -> None:
+        self._over: Callable[[], None] | None = over
+
+    def over(self) -> None:
+        over, self._over = self._over, None
+        if over is not None:
+            over()
+
+
+class Turns:
+    """Calls that make work: of each user without privileges one at a time, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._users: dict[int, _User] = {}
+        self._at_once = trio.Semaphore(AT_ONCE)
+
+    @contextlib.asynccontextmanager
+    async def one_for(self, peer: Peer) -> AsyncIterator[Turn]:
+        """Waits for the peer's turn, which is over at the end of the block at the latest."""
+        if peer.privileged:
+            # Calls that are not answered would otherwise keep the event loop to themselves.
+            await trio.lowlevel.checkpoint()
+            yield Turn()
+            return
+        self._forget_idle()
+        user = self._users.setdefault(peer.uid, _User())
+        user.calls += 1
+        try:
+            async with self._turn(user) as turn:
+                yield turn
+        finally:
+            user.calls -= 1
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, user: _User) -> AsyncIterator[Turn]:
+        began: float | None = None
+
+        def over() -> None:
+            if began is not None:
+                self._at_once.release()
+                now = trio.current_time()
+                user.free_at = now + min(PAUSE * (now - began), PAUSE_MAX_SEC)
+            user.one.release()
+
+        await user.one.acquire()
+        turn = Turn(over)
+        try:
+            await trio.sleep_until(user.free_at)
+            await self._at_once.acquire()
+            began = trio.current_time()
+            yield turn
+        finally:
+            turn.over()
+
+    def _forget_idle(self) -> None:
+        now = trio.current_time()
+        idle = [uid for uid, user in self._users.items() if not user.calls and user.free_at <= now]
+        for uid in idle:
+            del self._users[uid]

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What strangers are told, at one place: each answer of the control socket goes through `redacted()`.
+
+A stranger is everybody but root, the user that the watcher runs as, and the members of the group `confext-watcher`
+(peers.py). Strangers are told outcomes, names, versions and digests. These stand in the mount table of the service as
+well, which everybody may read (proc_pid_mountinfo(5)). They are not told
+
+- what commands have printed, which may be a password: outputs, and the reasons and messages that quote them;
+- which paths there are, also in directories that they cannot read: sources, remarks, and again reasons and messages.
+
+A field is private until it is named here. What is private is there all the same, and empty: readers of the JSON find
+every key. An event's message is a shorter sentence, made of what is public.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from watcher.model import Event, Layer, shown
+from watcher.records.schema import (
+    CallError,
+    NoSuchStack,
+    NotPermitted,
+    PlannedChange,
+    Quarantined,
+    ServiceNotFound,
+    ServiceStatus,
+    TooManyCalls,
+)
+
+PUBLIC: dict[type, frozenset[str]] = {
+    Layer: frozenset({"slot", "name", "version", "digest", "kind"}),
+    Event: frozenset(
+        {
+            *("service", "outcome", "message", "when", "stack", "previous", "image", "version", "digest"),
+            *("swap_usec", "total_usec", "layers"),
+        }
+    ),
+    Quarantined: frozenset({"service", "digest", "when"}),
+    ServiceStatus: frozenset(
+        {
+            *("service", "manager", "state", "pid", "stack", "accepted", "layers", "since", "last", "pinned"),
+            "quarantined",
+        }
+    ),
+    # Its remarks are about what lies in directories: not even how many there are is told.
+    PlannedChange: frozenset(
+        {"service", "changes", "stack", "wanted", "layers", "wanted_layers", "reload"},
+    ),
+}
+"""The fields of each answer that strangers are told. A remark has none."""
+
+PUBLIC_RESULTS = frozenset({"services", "events", "truncated", "changes", "event", "redacted"})
+"""The results of methods that strangers are told, in as far as their types are public."""
+
+PUBLIC_ERRORS: frozenset[type[CallError]] = frozenset(
+    {ServiceNotFound, NoSuchStack, NotPermitted, TooManyCalls}
+)
+"""The errors whose parameters strangers are told: they repeat what was asked."""
+
+
+def redacted(value: Any) -> Any:
+    """An answer, or a part of one, as strangers are told it."""
+    if isinstance(value, Event):
+        value = dataclasses.replace(value, message=_sentence(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        public = PUBLIC.get(type(value), frozenset())
+        return dataclasses.replace(
+            value,
+            **{
+                name: redacted(getattr(value, name)) if name in public else _blank(kind)
+                for name, kind in _hints(type(value)).items()
+            },
+        )
+    return tuple(map(redacted, value)) if isinstance(value, list | tuple) else value
+
+
+def redacted_results(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The results of a method as strangers are told them. Raises ValueError for one that is private."""
+    private = results.keys() - PUBLIC_RESULTS
+    if private:
+        raise ValueError(f"not for strangers: {private}")
+    return {name: redacted(value) for name, value in results.items()}
+
+
+def redacted_error(error: CallError) -> dict[str, Any]:
+    """The parameters of an error as strangers are told them: why something failed is private."""
+    parameters = error.parameters()
+    return parameters if type(error) in PUBLIC_ERRORS else dict.fromkeys(parameters, "")
+
+
+def _sentence(event: Event) -> str:
+    image = f"{event.image} {event.version}".rstrip()
+    return f"{shown(event.service)}: {shown(image)} {event.outcome.value}".replace(":  ", ": ")
+
+
+def _blank(kind: Any) -> Any:
+    if isinstance(kind, types.UnionType):
+        return None
+    return (typing.get_origin(kind) or kind)()
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)

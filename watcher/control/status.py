@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a service runs on: the truth, read from the kernel. With the daemon or without it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from watcher.images.stacks import Accepted, Damaged, Stacks
+from watcher.managers.base import slots_of
+from watcher.managers.standalone import registered, registrations
+from watcher.managers.systemd.units import is_service
+from watcher.model import Event, Kind, Layer, Stack, problem
+from watcher.mounts.process import Gone, Process, shares_host
+from watcher.mounts.table import Mounted, Table
+from watcher.records import journal
+from watcher.records.ledger import Reader
+from watcher.records.schema import Quarantined, ServiceNotFound, ServiceStatus, text
+from watcher.settings.config import Settings
+
+
+def without_daemon(settings: Settings, service: str | None = None) -> list[ServiceStatus]:
+    """The services, or one of them, without asking the daemon.
+
+    Raises:
+        ServiceNotFound: nobody has ever started it here.
+        PermissionError: this user may not look at its process.
+        LedgerError: the history is there and cannot be read.
+    """
+    ledger = Reader(settings.state_directory)
+    newest, pins, quarantined = ledger.newest(), ledger.pins(), ledger.quarantined()
+    found = []
+    with contextlib.ExitStack() as held:
+        for name, manager, main in _known(settings, held):
+            key = text(name)
+            if service in (None, name):
+                kept_out = [one for one in quarantined if one.service == key]
+                last, pin = newest.get(key), pins.get(key)
+                found.append(
+                    of_service(
+                        settings.state_directory, name, manager, main, last, pin, kept_out, ledger.placed
+                    )
+                )
+    if service is not None and not found:
+        raise ServiceNotFound(service)
+    return sorted(found, key=lambda one: one.service)
+
+
+def _known(settings: Settings, held: contextlib.ExitStack) -> Iterator[tuple[str, str, Process | None]]:
+    """Name, manager and main process of every service: those that are registered, and units that have slots."""
+    standalone = set()
+    for name in registrations(settings.runtime_directory):
+        with contextlib.suppress(ValueError):
+            registration = registered(settings.runtime_directory, name)
+            if registration is not None:
+                standalone.add(name)
+                yield (
+                    name,
+                    "standalone",
+                    _hold(held, registration.pid, registration.started, registration.namespace),
+                )
+    if os.path.isdir("/run/systemd/system") and os.path.isdir(f"{settings.state_directory}/units"):
+        units = sorted(filter(is_service, set(Stacks(settings.state_directory).units()) - standalone))
+        for name, pid in _main_pids(units).items():
+            yield name, "systemd", _hold(held, pid) if pid else None
+
+
+def _hold(
+    held: contextlib.ExitStack, pid: int, started: int | None = None, home: tuple[int, int] | None = None
+) -> Process | None:
+    try:
+        return held.enter_context(Process(pid, started, home))
+    except Gone:
+        return None
+
+
+def _main_pids(units: Sequence[str]) -> dict[str, int]:
+    """Main PIDs by unit, 0 for one that does not run; empty if systemd does not answer."""
+    if not units:
+        return {}
+    words = ["systemctl", "show", "--property=Id,MainPID", "--", *units]
+    try:
+        answer = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        journal.log.warning(f"systemd cannot be asked about its units: {problem(error)}")
+        return {}
+    blocks = (dict(line.split("=", 1) for line in block.splitlines()) for block in answer.split("\n\n"))
+    return {block["Id"]: int(block["MainPID"]) for block in blocks if "MainPID" in block}
+
+
+def of_service(
+    state_directory: str,
+    name: str,
+    manager: str,
+    main: Process | None,
+    last: Event | None,
+    pinned: str | None,
+    quarantined: Sequence[Quarantined],
+    placed: Callable[[str, str], int | None],
+) -> ServiceStatus:
+    """One service: `main` is its main process, None if it does not run; the rest comes from the ledger.
+
+    Args:
+        placed: when a service was last given a stack, by their names; None: not known.
+    """
+    kept = _kept(state_directory, slots_of(name, manager))
+    stacks = [accepted.stack for accepted in kept]
+    status = ServiceStatus(
+        service=name,
+        manager=manager,
+        state="stopped",
+        accepted=stacks[0].id if stacks else "",
+        last=last,
+        pinned=pinned,
+        quarantined=tuple(quarantined),
+    )
+    if main is None:
+        return status
+    try:
+        if shares_host(main.pid) or not main.at_home():
+            return replace(status, state="needs-restart", pid=main.pid)
+        mounted = Table(main.mountinfo()).mounted()
+    except (Gone, FileNotFoundError):
+        return status
+    layers = shown_layers(mounted, stacks)
+    stack = Stack(layers).id
+    # `exec` starts a service on its stack, and writes no history.
+    accepted = (one.when for one in kept if one.stack.id == stack)
+    since = placed(name, stack) or next(accepted, None)
+    return replace(status, state="running", pid=main.pid, stack=stack, layers=layers, since=since)
+
+
+def shown_layers(mounted: Mounted, stacks: Sequence[Stack]) -> tuple[Layer, ...]:
+    """The layers that a mount table shows, bottom to top.
+
+    A stack that systemd mounted does not say what it is: the service was started on its slots, which is the first of
+    the accepted stacks.
+    """
+    if mounted.layers is None:
+        return stacks[0].layers if stacks else ()
+    return tuple(_layer(one.name, one.version, one.digest, stacks) for one in mounted.layers)
+
+
+def _kept(state_directory: str, slots: str) -> list[Accepted]:
+    """The accepted stacks kept under a name, newest first: they know the whole names of what the kernel shows cut."""
+    if not os.path.isdir(f"{state_directory}/stacks"):
+        return []  # and none is made: this may be a user who only looks
+    with contextlib.suppress(Damaged):
+        return list(Stacks(state_directory).history(slots))
+    return []
+
+
+def _layer(name: str, version: str, digest: str, stacks: Sequence[Stack]) -> Layer:
+    for stack in stacks:
+        for layer in stack.layers:
+            if layer.digest == digest:
+                return layer
+    return Layer("", name, version, digest, Kind.IMAGE, "")

@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The store: a copy of every admitted image and tree, by its digest; and the accepted stacks made of them.
+
+    store/DIGEST        a file of mode 0400, or a directory tree: whole, and never changed
+    store/.tmp-SIZE-*   being written (and locked), or being removed, or damaged; SIZE bytes are set aside for it
+    store/.lock         held shared while copies are looked for, made and put into a stack, exclusively to remove some
+    store/.names        the same for the moments in which a stack gets its links, or a temporary file its name
+    stacks/, units/     see stacks.py; for the locks, store_names.py
+
+What is verified, mounted, started from and rolled back to is always the copy: the dropped file may be overwritten,
+truncated or deleted. The store is readable by its owner alone, because trees keep their modes, set-id bits included.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from watcher.images import tree, unmounted
+from watcher.images.files import copy_file, hash_file
+from watcher.images.integrity import Whole
+from watcher.images.probe import Probe, probe
+from watcher.images.stacks import TEMPORARY, Accepted, Damaged, Stacks
+from watcher.images.store_names import DIGEST, Names
+from watcher.images.verdicts import Verdicts
+from watcher.model import Busy, Copy, Entry, Kind, Later, Layer, Refused, Stack, shown
+from watcher.records import durable
+from watcher.watch.lease import Lease
+
+_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EFBIG})
+
+
+class StoreFull(Later):
+    """No room for a copy: in the file system, in memory, or below StoreMax=. `collect()` may make some."""
+
+
+class Store:
+    """The store of one state directory. Threads may share it.
+
+    Args:
+        state_directory: absolute path; made if it does not exist.
+        store_max: bytes all copies together may take, each file, directory and link as `tree.in_blocks()` has it
+            (`StoreMax=`).
+        image_max: bytes one image may have, or one tree may take in the same way (`ImageMax=`).
+        keep_stacks: accepted stacks that `collect` keeps for each unit (`KeepStacks=`), the current one included.
+    """
+
+    def __init__(self, state_directory: str, store_max: int, image_max: int, keep_stacks: int) -> None:
+        self.known = Verdicts()
+        self.configure(store_max, image_max, keep_stacks)
+        self.state_directory = state_directory
+        self._path = f"{state_directory}/store"
+        durable.make(state_directory)
+        durable.make(self._path, 0o700)
+        self._stacks = Stacks(state_directory)
+        for private in (self._path, self._stacks.directory):
+            os.chmod(private, 0o700)  # whatever the umask, and whoever made it
+        self._names = Names(self._path)
+        self._directory = self._names.directory
+        self._whole = Whole(self._directory, TEMPORARY)
+        self._room = threading.Lock()
+        self._copies: dict[str, Copy] = {}
+        self._warned: set[str] = set()
+
+    def configure(self, store_max: int, image_max: int, keep_stacks: int) -> None:
+        """Other limits from now on. What was refused is asked anew."""
+        self.store_max = store_max
+        self.image_max = image_max
+        self.keep_stacks = keep_stacks
+        self.known.clear()
+
+    def close(self) -> None:
+        self._names.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def using(self) -> Iterator[None]:
+        """While held, nothing is collected. Users do not exclude each other; may be nested."""
+        with self.hold():
+            yield
+
+    def hold(self, wait: bool = True) -> io.FileIO:
+        """`using()` until what is returned is closed.
+
+        Args:
+            wait: while somebody else removes copies; that takes milliseconds, where the disk answers.
+
+        Raises:
+            Busy: somebody does, and it was not to be waited for.
+            OSError: no descriptor is left.
+        """
+        return self._names.hold(wait)
+
+    def add_image(self, fd: int, probed: Probe, lease: Lease) -> Copy:
+        """Copy the image behind `fd`, which `lease` (entered) protects. Hold `using()`.
+
+        Raises:
+            Busy: somebody began to write to it.
+            Refused: larger than `image_max`.
+            StoreFull: no room; the same content found in the store needs none.
+            Later: reading or writing failed.
+        """
+        size = os.fstat(fd).st_size
+        self._require_size(size)
+        with _translated("cannot be copied into the store"):
+            try:
+                digest = self._write_image(fd, size, lease)
+            except (StoreFull, OSError) as error:
+                if not lease.held():
+                    raise
+                digest = self._found_instead(error, lambda: _digest_of(fd, size, lease))
+        return self._made(digest, size, Kind.IMAGE, probed.fstype)
+
+    def add_tree(self, root: int, signature: tree.Signature) -> Copy:
+        """Copy the directory tree `root`, whose signature was taken before. Hold `using()`.
+
+        Raises: as `add_image`; Refused also for what no tree may hold.
+        """
+        self._require_size(signature.size)
+        with _translated("cannot be copied into the store"):
+            tree.wait_for_clock(signature)
+            try:
+                digest = self._write_tree(root, signature)
+            except (StoreFull, OSError) as error:
+                digest = self._found_instead(error, lambda: _digest_of_tree(root, signature))
+        return self._made(digest, signature.size, Kind.DIRECTORY)
+
+    def has(self, copy: Copy) -> bool:
+        """Whether a copy is still there, and whole (`verify`)."""
+        return self.verify(copy.digest)
+
+    def verify(self, digest: str) -> bool:
+        """Whether there is a whole copy of that digest; a damaged one is gone from now on. Blocks: see integrity.py.
+
+        Raises:
+            Later: the store cannot be looked into.
+        """
+        with _translated("the store cannot be looked into"):
+            return self._whole.verify(digest)
+
+    def is_whole(self, stack: Stack) -> bool:
+        """Whether all copies of a stack are there and whole. Blocks, raises as `verify()`."""
+        return all(self.verify(digest) for digest in stack.digests)
+
+    def doubt(self, unit: str) -> None:
+        """Something went wrong with the accepted stack of a unit: its copies are read again before they are used."""
+        stack = self.accepted(unit)
+        if stack is not None:
+            self._whole.doubt(stack.digests)
+
+    def was_damaged(self, unit: str, since: float) -> bool:
+        """Whether a copy of the accepted stack of a unit is damaged, or was found to be.
+
+        Blocks: they are read again.
+
+        Args:
+            since: found after that, `time.monotonic()`.
+        """
+        stack = self.accepted(unit) or Stack()
+        self._whole.doubt(stack.digests)
+        return not self.is_whole(stack) or self._whole.damaged_since(stack.digests, since)
+
+    def copy(self, layer: Layer) -> Copy:
+        """The copy that a layer of an accepted stack is.
+
+        Raises:
+            Later: it is gone, or no longer what it was: somebody else removed or damaged it.
+        """
+        with _translated(f"the copy of {layer.label} in the store, {layer.digest}"):
+            try:
+                return self._copy(layer.digest)
+            except (FileNotFoundError, Refused) as error:
+                reason = "gone" if isinstance(error, OSError) else f"damaged, remove it: {error}"
+                raise Later(f"the copy of {layer.label} in the store, {layer.digest}, is {reason}") from error
+
+    def usage(self) -> int:
+        """Bytes that all copies take, and of what is set aside for those being made."""
+        return sum(self._size_of(name) for name in os.listdir(self._directory))
+
+    def accept(self, unit: str, stack: Stack, entries: Sequence[Entry], after: Sequence[str] = ()) -> bool:
+        """Make `stack` the accepted stack of `unit`, its slots in one atomic step. Hold `using()`.
+
+        When this returns, it is so after a power cut as well.
+
+        Args:
+            after: directories whose entries have to be on the disk before it is: a note that it is on trial, say.
+
+        Returns:
+            False if it was already, with the same names and entries, from the same places: nothing was written.
+
+        Raises:
+            Later: a copy is not in the store (any more), or the record cannot be written; the old one stays.
+        """
+        with _translated(f"the stack of {shown(unit)} cannot be recorded"):
+            record = self.record(unit)
+            mounted = unmounted.noted(stack, record.mounted if record is not None else {})
+            with self._names.naming():
+                for layer in stack.layers:
+                    if not self._names.holds(layer.digest, None):
+                        raise Later(f"the copy {layer.digest} of {layer.label} is gone from the store")
+                return self._stacks.accept(unit, stack, entries, mounted, after)
+
+    def accepted(self, unit: str) -> Stack | None:
+        """The accepted stack, None if there never was one, or its record cannot be read."""
+        record = self.record(unit)
+        return record.stack if record else None
+
+    def record(self, unit: str) -> Accepted | None:
+        """The accepted stack with its entries and its time, None if there never was one.
+
+        A record that cannot be read is said once and counts as none; the slots stay, and the next `accept` replaces it.
+        """
+        try:
+            return self._stacks.current(unit)
+        except Damaged as error:
+            if str(error) not in self._warned:
+                from watcher.records import (
+                    journal,  # 190 ms that `exec` does not have, for what hardly ever happens
+                )
+
+                self._warned.add(str(error))
+                journal.log.warning(str(error), service=unit)
+            return None
+
+    def stacks(self, unit: str) -> tuple[Stack, ...]:
+        """The last accepted stacks that are kept, newest first, each once."""
+        return tuple(accepted.stack for accepted in self._stacks.history(unit))
+
+    def slot_path(self, unit: str, slot: str) -> str:
+        """Absolute path of a slot; it exists while the accepted stack has a layer for it."""
+        return self._stacks.slot_path(unit, slot)
+
+    def units(self) -> tuple[str, ...]:
+        """The units with an accepted stack."""
+        return self._stacks.units()
+
+    def forget(self, unit: str) -> None:
+        """Drop slots and history of a unit that is gone."""
+        self._stacks.forget(unit)
+
+    def collect(self, mounted: Iterable[str]) -> tuple[str, ...]:
+        """Remove the copies that no slot, no kept stack and none of the digests `mounted` refers to.
+
+        Returns:
+            The digests removed.
+
+        Raises:
+            Busy: copies are being made somewhere; nothing was removed, try again later.
+            Later: the file system would not.
+        """
+        used = frozenset(mounted)
+        with _translated("copies that nobody needs cannot be removed"):
+            removed = self._names.collect(lambda: self._stacks.prune(self.keep_stacks), used)
+        for digest in removed:
+            self._copies.pop(digest, None)
+        return removed
+
+    def _require_size(self, size: int) -> None:
+        for limit, setting in ((self.image_max, "ImageMax="), (self.store_max, "StoreMax=")):
+            if size > limit:
+                raise Refused(f"too large: {size} bytes, {limit} are allowed ({setting})")
+
+    def _size_of(self, name: str) -> int:
+        if name.startswith(TEMPORARY):
+            return int(name.split("-")[1])
+        if not DIGEST.fullmatch(name):
+            return 0
+        try:
+            return tree.in_blocks(self._copy(name).size)
+        except FileNotFoundError:
+            return 0  # collected just now
+        except Refused:
+            return tree.in_blocks(os.stat(name, dir_fd=self._directory, follow_symlinks=False).st_size)
+
+    def _copy(self, digest: str) -> Copy:
+        """What is under a digest, looked into once. Raises FileNotFoundError, or Refused if it is damaged."""
+        known = self._copies.get(digest)
+        if known and self._names.holds(digest, known.size if known.kind is Kind.IMAGE else None):
+            return known
+        # O_NOFOLLOW and no more: a file and a directory open alike for reading.
+        fd = os.open(digest, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
+        try:
+            found = os.fstat(fd)
+            if stat.S_ISDIR(found.st_mode):
+                return self._made(digest, tree.size_of(fd), Kind.DIRECTORY)
+            return self._made(digest, found.st_size, Kind.IMAGE, probe(fd, found.st_size).fstype)
+        finally:
+            os.close(fd)
+
+    def _made(self, digest: str, size: int, kind: Kind, fstype: str = "") -> Copy:
+        self._copies[digest] = Copy(digest, f"{self._path}/{digest}", size, kind, fstype)
+        return self._copies[digest]
+
+    @contextmanager
+    def _set_aside(self, size: int, kind: Kind) -> Iterator[tuple[str, int]]:
+        """A temporary file or directory with `size` bytes of the store's room, by name and descriptor.
+
+        What still has that name at the end is removed. Threads take room in turn; two processes that ask in the same
+        microseconds may both get the last of it, and `store_max` is exceeded by one image.
+        """
+        with self._room:
+            used = self.usage()
+            if used + size > self.store_max:
+                room = f"{used} of {self.store_max} bytes (StoreMax=) are in use"
+                raise StoreFull(f"the store is full: {room}, {size} more are needed")
+            name, fd = self._names.begin(size, kind)
+        try:
+            yield name, fd
+        finally:
+            self._names.end(name, fd)
+
+    def _write_image(self, fd: int, size: int, lease: Lease) -> str:
+        hasher = hashlib.sha256()
+        with self._set_aside(tree.in_blocks(size), Kind.IMAGE) as (name, made):
+            os.fchmod(made, 0o400)  # whatever the umask
+            copy_file(fd, made, size, hasher, lease, sync=True)
+            digest = hasher.hexdigest()
+            if not self._whole.verify(digest):
+                os.rename(name, digest, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+                self._whole.made(digest)
+        return digest
+
+    def _write_tree(self, root: int, signature: tree.Signature) -> str:
+        with self._set_aside(signature.size, Kind.DIRECTORY) as (name, made):
+            copied = tree.copy(root, made, signature.size)
+            _require_unchanged(root, signature)
+            if not self._whole.verify(copied.digest):
+                durable.sync(made, signature.entries)
+                self._rename_tree(name, copied.digest)
+        return copied.digest
+
+    def _rename_tree(self, name: str, digest: str) -> None:
+        try:
+            os.rename(name, digest, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise  # these two: another process was first with the same tree
+        self._whole.made(digest)
+
+    def _found_instead(self, error: Exception, digest: Callable[[], str]) -> str:
+        """There is no room, but the same content may be in the store already: then none is needed."""
+        if isinstance(error, OSError) and error.errno not in _NO_SPACE:
+            raise error
+        found = digest()
+        if not self._whole.verify(found):
+            raise error
+        return found
+
+
+def _digest_of(fd: int, size: int, lease: Lease) -> str:
+    hasher = hashlib.sha256()
+    hash_file(fd, size, hasher)
+    lease.check()
+    return hasher.hexdigest()
+
+
+def _digest_of_tree(root: int, signature: tree.Signature) -> str:
+    digest = tree.digest(root).digest
+    _require_unchanged(root, signature)
+    return digest
+
+
+def _require_unchanged(root: int, signature: tree.Signature) -> None:
+    if tree.signature(root).key != signature.key:
+        raise Busy("changed while it was read")
+
+
+@contextmanager
+def _translated(what: str) -> Iterator[None]:
+    """What the machine has to say, in a line: no room is one thing, anything else another."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise StoreFull(f"{what}: no room: {error.strerror}") from error
+        raise Later(f"{what}: {error.strerror}") from error
+    except MemoryError as error:
+        raise StoreFull(f"{what}: no memory") from error

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Counted tries, systemd.v(7): "NAME_VERSION+LEFT-DONE.raw", kept up by renaming the dropped file.
+
+Before each attempt one is taken from what is left and added to what is done; after a success the counters are removed.
+A file with nothing left is not picked while there is another (`vpick.py`). One that failed and has tries left is
+tried again at the next start of the service or of the watcher, or after `rollback --forget`; one that failed its last
+try is in quarantine like any other. An attempt is whatever may show that the file is bad: a check, a reload, and for a
+service that does not run its next start.
+
+The count belongs to the file. Services that share a directory share it: every attempt of any of them counts, and the
+first success of any of them removes the counters. Two attempts at once are two: who comes second finds the name that
+the first has made. What one service has put into quarantine stays there, whatever becomes of the file's name.
+
+A rename never overwrites (RENAME_NOREPLACE) and is one step, so that a kill in between leaves one of the two names.
+Only files in a directory of the form `.v/` have counters; "+3" in any other name is part of that.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+
+from watcher.model import Layer, Stack, Unsafe, shown
+from watcher.mounts import syscalls
+from watcher.records import journal
+from watcher.resolve import vpick
+from watcher.resolve.strict_modes import ROOT_ALONE, StrictModes, Trust
+
+Renaming = Callable[[str, str], AbstractContextManager[None]]
+"""Called with the old and the new path; the rename happens inside (`Watcher.renaming`)."""
+
+
+def unseen(old: str, new: str) -> AbstractContextManager[None]:
+    """For one who watches nothing."""
+    return nullcontext()
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """A file's name taken apart: how many tries are left, how many were made."""
+
+    stem: str
+    left: int
+    done: int
+    suffix: str
+
+    def next(self) -> str:
+        """Its name while the next try is made."""
+        return f"{self.stem}+{max(self.left - 1, 0)}-{self.done + 1}{self.suffix}"
+
+    def good(self) -> str:
+        """Its name after a try that went well."""
+        return self.stem + self.suffix
+
+    def is_later(self, other: Counted) -> bool:
+        """Whether `other` may be the same file after further tries: each moves one from left to done."""
+        same = (self.stem, self.suffix) == (other.stem, other.suffix)
+        return same and other.done >= self.done and other.left + other.done == self.left + self.done
+
+
+def counted(path: str) -> Counted | None:
+    """The counters in the name of a file, None if it has none."""
+    directory, name = os.path.split(path)
+    return _taken_apart(name) if directory.endswith(".v") else None
+
+
+def _taken_apart(name: str) -> Counted | None:
+    """As a version is picked by them: at the end of the name, before the suffix of an image."""
+    rest = name.removesuffix(".raw")
+    stem, left, done = vpick.counters(rest) or ("", 0, 0)
+    return Counted(stem, left, done, name[len(rest) :]) if stem else None
+
+
+def plain(path: str) -> str:
+    """A path, or a name alone, without counters."""
+    directory, name = os.path.split(path)
+    counters = _taken_apart(name)
+    return os.path.join(directory, counters.good()) if counters else path
+
+
+def are_counted(stack: Stack) -> bool:
+    """Whether any file of a stack has counters."""
+    return any(counted(layer.source) is not None for layer in stack.layers)
+
+
+def begin(
+    stack: Stack,
+    known: Collection[str],
+    service: str,
+    renaming: Renaming = unseen,
+    trust: Trust = ROOT_ALONE,
+) -> Stack:
+    """Count one try of each layer of a stack that is new; the stack with the files' names from now on.
+
+    Args:
+        known: digests that the service has already.
+        trust: whom it lets drop things.
+
+    Raises:
+        FileNotFoundError: somebody renamed or removed one meanwhile; look again.
+    """
+    return Stack(
+        tuple(
+            layer if layer.digest in known else _counted_once(layer, service, renaming, trust)
+            for layer in stack.layers
+        )
+    )
+
+
+def succeed(stack: Stack, service: str, renaming: Renaming = unseen, trust: Trust = ROOT_ALONE) -> Stack:
+    """Remove the counters of all layers of a stack; the stack with the files' names from now on."""
+    return Stack(tuple(_proved_good(layer, service, renaming, trust) for layer in stack.layers))
+
+
+def _counted_once(layer: Layer, service: str, renaming: Renaming, trust: Trust) -> Layer:
+    counters = counted(layer.source)
+    if counters is None:
+        return layer
+    try:
+        with _directory(layer.source, trust) as directory:
+            return _renamed(layer, directory, os.path.basename(layer.source), counters.next(), renaming)
+    except FileNotFoundError:
+        raise
+    except (OSError, Unsafe) as error:
+        return _not_counted(layer, service, error)
+
+
+def _proved_good(layer: Layer, service: str, renaming: Renaming, trust: Trust) -> Layer:
+    counters = counted(layer.source)
+    if counters is None:
+        return layer
+    try:
+        with _directory(layer.source, trust) as directory:
+            name = _now(directory, os.path.basename(layer.source), counters)
+            return _renamed(layer, directory, name, counters.good(), renaming)
+    except FileNotFoundError:
+        return layer  # removed, or another service's success was first
+    except (OSError, Unsafe) as error:
+        return _not_counted(layer, service, error)
+
+
+@contextmanager
+def _directory(path: str, trust: Trust) -> Iterator[str]:
+    """A path of the directory of a file that does not change its meaning; raises Unsafe where strangers set the way."""
+    with StrictModes(trust) as modes:
+        found = modes.open(os.path.dirname(path))
+    try:
+        if found.unsafe is not None:
+            raise found.unsafe
+        yield f"/proc/self/fd/{found.fd}"
+    finally:
+        os.close(found.fd)
+
+
+def _now(directory: str, was: str, counters: Counted) -> str:
+    """What a counted file is called now: another service's attempts may have renamed it."""
+    for name in os.listdir(directory):
+        found = _taken_apart(name)
+        if found is not None and counters.is_later(found):
+            return name
+    return was
+
+
+def _renamed(layer: Layer, directory: str, old: str, new: str, renaming: Renaming) -> Layer:
+    above = os.path.dirname(layer.source)
+    with renaming(os.path.join(above, old), os.path.join(above, new)):
+        syscalls.rename_noreplace(os.path.join(directory, old), os.path.join(directory, new))
+    return replace(layer, source=os.path.join(above, new))
+
+
+def _not_counted(layer: Layer, service: str, error: OSError | Unsafe) -> Layer:
+    why = str(error) if isinstance(error, Unsafe) else error.strerror
+    journal.log.warning(
+        f"{service}: {shown(layer.source)}: its tries cannot be counted: {why}", service=service
+    )
+    return layer

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Several managers as one: on a systemd host there may be standalone services as well."""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
+
+import trio
+
+from watcher.managers.base import Manager, Reloaded, Service
+from watcher.managers.command import Ended
+from watcher.model import Entry
+
+
+class Combined:
+    """See `Manager`. A name that two of them know is the first one's."""
+
+    def __init__(self, managers: Sequence[Manager]) -> None:
+        self._managers = managers
+
+    @property
+    def services(self) -> Mapping[str, Service]:
+        # ChainMap is typed for mappings that can be changed, and changes only the first.
+        return ChainMap(*(manager.services for manager in self._managers))  # type: ignore[arg-type]
+
+    async def run(self, changed: Callable[[str], None], task_status: trio.TaskStatus[None]) -> None:
+        async with trio.open_nursery() as nursery:
+            for manager in self._managers:
+                await nursery.start(manager.run, changed)
+            task_status.started()
+
+    async def learn(self, service: Service, entries: Sequence[Entry], sysexts: Sequence[Entry] = ()) -> None:
+        await self._of(service).learn(service, entries, sysexts)
+
+    async def reload(self, service: Service) -> Reloaded:
+        return await self._of(service).reload(service)
+
+    async def started(self, service: Service) -> bool:
+        return await self._of(service).started(service)
+
+    async def revive(self, service: Service) -> Reloaded:
+        return await self._of(service).revive(service)
+
+    async def execute(
+        self, service: Service, namespace: int, words: Sequence[str], timeout_sec: float
+    ) -> Ended:
+        return await self._of(service).execute(service, namespace, words, timeout_sec)
+
+    async def processes(self, service: Service) -> list[int]:
+        return await self._of(service).processes(service)
+
+    def _of(self, service: Service) -> Manager:
+        found = (manager for manager in self._managers if service.name in manager.services)
+        return next(found, self._managers[-1])

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""daemon-reload, as seldom as possible: many who need one share it.
+
+It stops systemd for as long as it takes (0.4 s with 1000 units), and an administrator may have limited how many there
+can be (`ReloadLimitBurst=` in systemd-system.conf(5)). So requests are gathered for a moment, reloads keep a distance,
+and there are never more than our own `ReloadLimitBurst=` in `ReloadLimitIntervalSec=`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from watcher.records import journal
+
+GATHER_SEC = 0.1
+"""Requests that come within this time of the first are served together."""
+
+DISTANCE_SEC = 1.0
+"""Between the end of one and the beginning of the next."""
+
+RETRY_SEC = 2.0
+
+
+class ReloadRefused(Exception):
+    """systemd does not do it now (its own limit), or cannot be reached: try again. `str()` says why."""
+
+
+class DaemonReload:
+    """Shared daemon-reloads.
+
+    Args:
+        reload: does one, to its end. Raises Refused.
+        burst: at most so many within `interval` seconds; 0: no limit.
+    """
+
+    def __init__(self, reload: Callable[[], Awaitable[None]], burst: int, interval: float) -> None:
+        self.burst = burst
+        self.interval = interval
+        self._reload = reload
+        self._wanted = trio.Event()
+        self._waiting: list[trio.Event] = []
+        self._begun: deque[float] = deque()
+        self._ended = float("-inf")
+        self._failure = ""
+
+    async def request(self) -> None:
+        """Wait for the end of a reload that began after this call. Needs `run()` in another task."""
+        done = self.ask()
+        await done.wait()
+
+    def ask(self) -> trio.Event:
+        """The same without waiting; the event is set at the end."""
+        done = trio.Event()
+        self._waiting.append(done)
+        self._wanted.set()
+        return done
+
+    async def run(self) -> None:
+        """Serve requests until cancelled."""
+        while True:
+            await self._wanted.wait()
+            await trio.sleep(GATHER_SEC)
+            await trio.sleep_until(self._allowed(trio.current_time()))
+            waiting, self._waiting = self._waiting, []
+            self._wanted = trio.Event()
+            try:
+                await self._once()
+            except Exception as error:  # noqa: BLE001 -- must not end the daemon, nor hold up those who wait
+                self._say(error)
+                self._wanted.set()
+                await trio.sleep(RETRY_SEC)
+            for done in waiting:
+                done.set()
+
+    async def _once(self) -> None:
+        while True:
+            self._begun.append(trio.current_time())
+            try:
+                await self._reload()
+            except ReloadRefused as error:
+                self._say(error)
+                await trio.sleep(RETRY_SEC)
+            else:
+                self._ended = trio.current_time()
+                self._failure = ""
+                return
+
+    def _say(self, error: Exception) -> None:
+        """Once, however often it is tried."""
+        if self._failure == repr(error):
+            return
+        self._failure = repr(error)
+        if isinstance(error, ReloadRefused):
+            journal.log.warning(f"daemon-reload was not possible, it is tried again: {error}")
+        else:
+            journal.log.exception("daemon-reload went wrong, it is tried again")
+
+    def _allowed(self, now: float) -> float:
+        """When the next one may begin."""
+        earliest = max(now, self._ended + DISTANCE_SEC)
+        while self._begun and self._begun[0] <= now - self.interval:
+            self._begun.popleft()
+        if self.burst and len(self._begun) >= self.burst:
+            earliest = max(earliest, self._begun[-self.burst] + self.interval)
+        return earliest

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The manager of services that systemd runs: over D-Bus, as `systemctl` does.
+
+`Tracker` keeps what is known current, `UnitJobs` has units reload, `DaemonReload` shares daemon-reloads between those
+who need one. Here they are wired to one connection, which may be lost at any time (the bus restarts, systemd executes
+itself anew) and is then made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import trio
+from jeepney import HeaderFields, Message
+
+from watcher.managers import cgroup, command
+from watcher.managers.base import Reloaded, Service
+from watcher.managers.systemd import dbus, unit_drop_in
+from watcher.managers.systemd.daemon_reload import DaemonReload, ReloadRefused
+from watcher.managers.systemd.jobs import UnitJobs
+from watcher.managers.systemd.systemd1 import DAEMON_RELOAD_SEC, Jobs, Systemd1, is_known
+from watcher.managers.systemd.tracker import Tracker
+from watcher.managers.systemd.transient import Transient
+from watcher.managers.systemd.unit_facts import stale
+from watcher.managers.tell import send_signal
+from watcher.model import Entry, Interest, Unsupported
+from watcher.mounts.process import Gone, Process
+from watcher.records import journal
+from watcher.settings import signals
+from watcher.settings.config import Settings
+from watcher.settings.unit_names import UNIT_PATHS
+from watcher.watch.patient import PatientWatcher
+
+_RECONNECT_SEC = (0.1, 0.2, 0.5, 1.0, 2.0)
+_CONFEXT_DIR = r"(?s:.*)\.service\.confext\.d"
+
+
+async def check() -> None:
+    """Whether there is a systemd that this can work with.
+
+    Raises:
+        Unsupported: it is too old; `str()` is one line for the administrator.
+        dbus.Lost: it cannot be reached over the system bus.
+    """
+    failure: Exception | None = None
+    try:
+        async with dbus.connect(lambda message: None) as bus:
+            try:
+                await Systemd1(bus).check_version()
+            except (Unsupported, dbus.BusLost) as error:
+                failure = error
+            except dbus.Error as error:
+                failure = dbus.BusLost(f"systemd does not answer: {error}")
+    except* dbus.BusLost as group:
+        failure = group.exceptions[0]
+    if failure:
+        raise failure
+
+
+class Systemd:
+    """See `Manager`.
+
+    While systemd's executor is on its way to becoming the service, `main` is None and `starting` set: its namespaces
+    are the host's, or half made.
+
+    Args:
+        settings: the watcher's; its `state_directory` must be the one that the generator knows.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._state_directory = settings.state_directory
+        self._systemd: Systemd1 | None = None
+        self._connected = trio.Event()
+        self._following = Tracker(settings.state_directory)
+        self._jobs = Jobs()
+        self._unit_jobs = UnitJobs(self._connection, self._jobs)
+        self.transient = Transient(self._connection, self._jobs)
+        self._reloads = DaemonReload(
+            self._daemon_reload, settings.reload_limit_burst, settings.reload_limit_interval_usec / 1_000_000
+        )
+        # What a daemon-reload did not help with, by unit: no second one is tried for it.
+        self._hopeless: dict[str, str] = {}
+        # What the drop-in of a unit cannot say, as it was said last.
+        self._complaints: dict[str, list[str]] = {}
+
+    @property
+    def services(self) -> Mapping[str, Service]:
+        return self._following.services
+
+    def close(self) -> None:
+        """Let go of all processes."""
+        self._following.close()
+
+    async def run(
+        self, changed: Callable[[str], None], task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """See `Manager.run`; call `check()` before."""
+        with PatientWatcher() as watcher:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._reloads.run)
+                nursery.start_soon(self._follow_directories, watcher)
+                await self._stay_connected(changed, task_status)
+
+    async def learn(self, service: Service, entries: Sequence[Entry], sysexts: Sequence[Entry] = ()) -> None:
+        """See `Manager.learn`; what was accepted is read from the record beside the slots.
+
+        Args:
+            sysexts: declared entries that are no confexts: they are passed through to systemd.
+        """
+        paths = [entry.path for entry in sysexts]
+        await trio.to_thread.run_sync(unit_drop_in.write_passed, self._state_directory, service.name, paths)
+        if await self._stale([service.name]):
+            await self._reloads.request()
+
+    async def reload(self, service: Service) -> Reloaded:
+        """See `Manager.reload`."""
+        kind = service.settings.reload
+        if kind == "none" or service.main is None:
+            return Reloaded(ok=True)
+        try:
+            if kind.startswith("signal:"):
+                return await self._signal(
+                    service, service.main, signals.signal_number(kind.removeprefix("signal:"))
+                )
+            if kind == "restart":
+                return await self._unit_jobs.restart(service.name)
+            reloaded = await self._unit_jobs.reload(service.name, service.invocation)
+        except (dbus.Error, dbus.BusLost) as error:
+            reason = f"reload could not be followed: {error}"
+            return Reloaded(ok=False, told="reload", reason=reason, interrupted=True)
+        if reloaded is None and kind == "unit":
+            return Reloaded(ok=False, reason="Reload=unit is set, but its unit says no way to reload it")
+        return reloaded or Reloaded(ok=True)
+
+    async def _signal(self, service: Service, held: Process, number: int) -> Reloaded:
+        try:
+            # Held for as long as this takes: the service may be started anew meanwhile.
+            with held.hold() as main:
+                if not await self._unit_jobs.is_up(service.name, service.invocation):
+                    return Reloaded(ok=True)
+                return await send_signal(main, number)
+        except Gone:
+            return Reloaded(
+                False, signals.signal_name(number), "its main process has ended", interrupted=True
+            )
+
+    async def started(self, service: Service) -> bool:
+        """See `Manager.started`."""
+        return await self._unit_jobs.is_up(service.name, service.invocation)
+
+    async def revive(self, service: Service) -> Reloaded:
+        """See `Manager.revive`; the job is systemd's own way to start it."""
+        return await self._unit_jobs.start(service.name)
+
+    async def execute(
+        self, service: Service, namespace: int, words: Sequence[str], timeout_sec: float
+    ) -> command.Ended:
+        """See `Manager.execute`."""
+        if service.main is None:
+            raise Gone(f"{service.name} is not running")
+        with service.main.hold() as main:
+            who = await command.aside(command.context_of, main)
+            return await self.transient.run(
+                service.name, main, namespace, who, words, timeout_sec, unit=service.name
+            )
+
+    async def processes(self, service: Service) -> list[int]:
+        """See `Manager.processes`."""
+        if service.main is None:
+            return []
+        # There may be tens of thousands.
+        return await command.aside(cgroup.processes, service.main.pid, service.name)
+
+    # --- the connection ---
+
+    async def _stay_connected(
+        self, changed: Callable[[str], None], task_status: trio.TaskStatus[None]
+    ) -> None:
+        failures = 0
+        while True:
+            lost: list[BaseException] = []
+            try:
+                async with dbus.connect(self._on_signal) as bus:
+                    await self._begin(Systemd1(bus), changed)
+                    if failures:
+                        journal.log.info("systemd can be reached again")
+                    failures = 0
+                    task_status.started()
+                    task_status = trio.TASK_STATUS_IGNORED
+                    await self._follow(changed)
+            except* (dbus.BusLost, dbus.Error) as group:
+                lost += group.exceptions
+            self._systemd = None
+            self._connected = trio.Event()
+            self._jobs.lost()
+            if not failures:
+                journal.log.warning(f"systemd cannot be reached, it is tried again: {lost[0]}")
+            await trio.sleep(_RECONNECT_SEC[min(failures, len(_RECONNECT_SEC) - 1)])
+            failures += 1
+
+    async def _begin(self, systemd: Systemd1, changed: Callable[[str], None]) -> None:
+        await systemd.follow()
+        self._systemd = systemd
+        self._connected.set()
+        self._following.look_at_everything()
+        await self._update(changed)
+
+    async def _follow(self, changed: Callable[[str], None]) -> None:
+        while True:
+            await self._following.news()
+            await self._update(changed)
+
+    async def _update(self, changed: Callable[[str], None]) -> None:
+        assert self._systemd is not None
+        files_were_read = await self._following.update(self._systemd, changed)
+        if files_were_read and await self._needs_daemon_reload():
+            self._reloads.ask()
+
+    async def _needs_daemon_reload(self) -> bool:
+        try:
+            return bool(await self._stale(self.services))
+        except Exception:  # noqa: BLE001 -- where a daemon-reload is done it shows again, is said and tried again
+            return True
+
+    async def _connection(self) -> Systemd1:
+        while self._systemd is None:
+            await self._connected.wait()
+        return self._systemd
+
+    def _on_signal(self, message: Message) -> None:
+        if not is_known(message):
+            return
+        member = message.header.fields[HeaderFields.member]
+        if member == "JobRemoved":
+            self._jobs.ended(message.body[1], message.body[3])
+            return
+        if member == "NameOwnerChanged":
+            self._jobs.lost()  # what it said before it had its name was not heard
+        self._following.note(message)
+
+    async def _follow_directories(self, watcher: PatientWatcher) -> None:
+        """A `<unit>.confext.d/` that comes or goes needs no daemon-reload to be noticed."""
+        await watcher.watch("", [Interest(path, pattern=_CONFEXT_DIR) for path in UNIT_PATHS])
+        async for _ in watcher.changes():
+            self._following.look_at_everything()
+
+    # --- drop-ins ---
+
+    async def _stale(self, names: Sequence[str] | Mapping[str, Service]) -> list[str]:
+        """Those of the units that need a daemon-reload, unless it is known not to help."""
+        index = self._following.index
+        complaints: dict[str, list[str]] = {}
+        looked = partial(stale, index, list(names), self._state_directory, complaints=complaints)
+        found = await trio.to_thread.run_sync(looked)
+        for name, lines in complaints.items():
+            for line in set(lines) - set(self._complaints.get(name, ())):
+                journal.log.warning(line, service=name)
+        self._complaints |= complaints
+        return [name for name, text in found.items() if self._hopeless.get(name) != text]
+
+    async def _daemon_reload(self) -> None:
+        before = await trio.to_thread.run_sync(
+            stale, self._following.index, list(self.services), self._state_directory
+        )
+        if all(self._hopeless.get(name) == text for name, text in before.items()):
+            return  # one that began meanwhile, ours or somebody else's, has done it
+        try:
+            systemd = await self._connection()
+            await systemd.manager("Reload", timeout=DAEMON_RELOAD_SEC)
+        except (dbus.BusLost, dbus.Error) as error:
+            raise ReloadRefused(str(error)) from error
+        after = await trio.to_thread.run_sync(
+            stale, self._following.index, list(before), self._state_directory
+        )
+        after = {name: text for name, text in after.items() if before.get(name) == text}
+        for name in after:
+            journal.log.error(
+                f"{name}: daemon-reload did not give it its drop-in, it will start on what it picks itself; "
+                "is the generator installed?",
+                service=name,
+            )
+        self._hopeless = after

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What systemd forgets of a unit's sandbox once the unit has `ExtensionImages=`, and how the drop-in puts it back.
+
+For `/usr`, `/opt` and `/etc` systemd then plans an overlay, drops every other mount planned for exactly the same path
+as a duplicate, and skips the overlay where no extension has that hierarchy (257 and 262, each case tried). So with a
+confext, `ProtectSystem=full` leaves `/usr` writable, `TemporaryFileSystem=/opt` shows what it should hide, and with
+`BindReadOnlyPaths=/usr` below a `RootDirectory=` nothing can be started. Mounts further down are kept: so what was for
+`/usr` is said again for each directory in it. `/etc` itself is read-only under an overlay, whatever was asked for.
+
+Pure but for `children()`; standard library only, for the generator.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from watcher.settings import syntax
+from watcher.settings.syntax import Assignment
+
+HIERARCHIES = ("/usr", "/opt", "/etc")
+
+_USUAL = ("bin", "games", "include", "lib", "lib32", "lib64", "libexec", "local", "sbin", "share", "src")
+
+
+class Again(NamedTuple):
+    """A setting to be said again: one path, or source and target, of which a missing one is ignored."""
+
+    key: str
+    paths: tuple[str, ...]
+    options: str = ""
+
+
+class Repair(NamedTuple):
+    """What a drop-in with images has to say besides.
+
+    Attributes:
+        needed: there is something that would be forgotten (so the unit has a mount namespace of its own anyway).
+        again: settings that keep the rest.
+        lost: settings that nothing keeps: such a unit must not be given images.
+    """
+
+    needed: bool = False
+    again: tuple[Again, ...] = ()
+    lost: tuple[str, ...] = ()
+
+
+def children(directory: str) -> tuple[str, ...]:
+    """Names of what is in a directory, links left out; nothing if it cannot be read."""
+    try:
+        with os.scandir(directory) as entries:
+            return tuple(sorted(entry.name for entry in entries if not entry.is_symlink()))
+    except OSError:
+        return ()
+
+
+def repair(assignments: Sequence[Assignment], listing: Callable[[str], Iterable[str]] = children) -> Repair:
+    """What has to be said again for a unit.
+
+    Args:
+        listing: names in a directory.
+    """
+    root = syntax.last(assignments, "Service", "RootDirectory")
+    base = root.value.removeprefix("-").rstrip("/") if root else ""
+    read_only = {"/usr"} if _protects(assignments) else set()
+    again: list[Again] = []
+    lost: list[str] = []
+    for word in _words(assignments, "ReadOnlyPaths"):
+        path = _normal(word.lstrip("-+"))
+        read_only |= {path} & {"/usr", "/opt"}
+    for path in sorted(read_only):
+        names = sorted({*listing(base + path), *(_USUAL if path == "/usr" else ())})
+        again += [Again("ReadOnlyPaths", (f"{path}/{name}",)) for name in names]
+    for key in ("BindPaths", "BindReadOnlyPaths"):
+        for word in _words(assignments, key):
+            source, target, options = _bind(word)
+            if target == "/etc":
+                lost.append(f"{key}={word}")
+            elif target in HIERARCHIES:
+                again += [
+                    Again(key, (f"{source}/{name}", f"{target}/{name}"), options) for name in listing(source)
+                ]
+    for key in ("TemporaryFileSystem", "MountImages"):
+        lost += [f"{key}={word}" for word in _words(assignments, key) if _hides(key, word)]
+    return Repair(bool(read_only or again or lost), tuple(again), tuple(lost))
+
+
+def _protects(assignments: Sequence[Assignment]) -> bool:
+    """`ProtectSystem=yes` and `full`; with `strict` all of it is below a read-only root, which is kept."""
+    protect = syntax.last(assignments, "Service", "ProtectSystem")
+    if protect is None:
+        return False
+    try:
+        return protect.value == "full" or syntax.boolean(protect.value)
+    except ValueError:
+        return False
+
+
+def _words(assignments: Sequence[Assignment], key: str) -> list[str]:
+    found: list[str] = []
+    for assignment in syntax.values(assignments, "Service", key):
+        try:
+            found += syntax.split(assignment.value)
+        except ValueError:
+            continue  # systemd leaves such a line out too
+    return found
+
+
+def _bind(word: str) -> tuple[str, str, str]:
+    """Source, target and options of a word of BindPaths=."""
+    source, _, rest = word.removeprefix("-").partition(":")
+    target, _, options = rest.partition(":")
+    return _normal(source), _normal(target or source), options
+
+
+def _hides(key: str, word: str) -> bool:
+    parts = word.removeprefix("-").split(":")
+    target = parts[0] if key == "TemporaryFileSystem" else (parts[1] if len(parts) > 1 else "")
+    return _normal(target) in HIERARCHIES
+
+
+def _normal(path: str) -> str:
+    return os.path.normpath(path) if path else ""

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""systemd's D-Bus interface (org.freedesktop.systemd1(5)), as far as it is needed: units, their signals, jobs.
+
+A job can end before the reply that names it has been read. Whoever starts one therefore listens for the ends of all
+jobs from before the call (`Jobs.listening`), and looks his up afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import trio
+from jeepney import HeaderFields, MatchRule, Message
+
+from watcher.managers.systemd.dbus import PROPERTIES, Bus, require
+from watcher.model import Unsupported
+
+NAME: Final = "org.freedesktop.systemd1"
+PATH: Final = "/org/freedesktop/systemd1"
+MANAGER: Final = f"{NAME}.Manager"
+UNIT: Final = f"{NAME}.Unit"
+SERVICE: Final = f"{NAME}.Service"
+
+OLDEST: Final = 255
+"""The first systemd with confexts for services."""
+
+DAEMON_RELOAD_SEC: Final = 300.0
+NO_SUCH_UNIT: Final = f"{NAME}.NoSuchUnit"
+# ReloadUnit() of a unit that has no way to reload, and while a stop is queued.
+NOT_APPLICABLE: Final = f"{NAME}.JobTypeNotApplicable"
+DESTRUCTIVE: Final = f"{NAME}.TransactionIsDestructive"
+
+# What methods answer and what properties are, of those that are asked for: what follows takes it apart unseen.
+_ANSWERS: Final = {
+    "ListUnitsByPatterns": "a(ssssssouso)",
+    "ReloadUnit": "o",
+    "RestartUnit": "o",
+    "StartTransientUnit": "o",
+    "StartUnit": "o",
+    "StopUnit": "o",
+    "TryRestartUnit": "o",
+}
+_KINDS: Final = {
+    "ActiveState": "s",
+    "ExecMainCode": "i",
+    "ExecMainStatus": "i",
+    "ExecReload": "a(sasbttttuii)",
+    "ExecReloadPost": "a(sasbttttuii)",
+    "InvocationID": "ay",
+    "Job": "(uo)",
+    "MainPID": "u",
+    "NRestarts": "u",
+    "ReloadResult": "s",
+    "Result": "s",
+    "SubState": "s",
+    "TriggeredBy": "as",
+    "UnitPath": "as",
+    "Version": "s",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A row of ListUnits()."""
+
+    name: str
+    load: str
+    active: str
+    sub: str
+
+
+def unit_path(name: str) -> str:
+    """Object path of a unit: every byte that is no letter (or digit, but at the start) as _XX."""
+    escaped = "".join(
+        char if char.isascii() and (char.isalpha() or (char.isdigit() and index)) else _hex(char)
+        for index, char in enumerate(name)
+    )
+    return f"{PATH}/unit/{escaped or '_'}"
+
+
+def _hex(char: str) -> str:
+    return "".join(f"_{byte:02x}" for byte in char.encode())
+
+
+def signal_rule(member: str) -> MatchRule:
+    """One of the manager's own signals."""
+    return MatchRule(type="signal", sender=NAME, interface=MANAGER, member=member, path=PATH)
+
+
+def properties_rule(unit: str | None) -> MatchRule:
+    """Changes of one unit, or of all."""
+    if unit is None:
+        namespace = f"{PATH}/unit"
+        return MatchRule(
+            type="signal",
+            sender=NAME,
+            interface=PROPERTIES,
+            member="PropertiesChanged",
+            path_namespace=namespace,
+        )
+    return MatchRule(
+        type="signal", sender=NAME, interface=PROPERTIES, member="PropertiesChanged", path=unit_path(unit)
+    )
+
+
+# The arguments of each signal that is followed (org.freedesktop.systemd1(5), the D-Bus Specification).
+_SIGNALS: Final = {
+    "JobRemoved": "uoss",
+    "NameOwnerChanged": "sss",
+    "PropertiesChanged": "sa{sv}as",
+    "Reloading": "b",
+    "UnitNew": "so",
+}
+
+
+def is_known(message: Message) -> bool:
+    """Whether it is one of the signals that are followed, with the arguments that this has."""
+    fields = message.header.fields
+    signature = _SIGNALS.get(fields.get(HeaderFields.member))
+    return signature is not None and fields.get(HeaderFields.signature) == signature
+
+
+class Jobs:
+    """The ends of jobs, for those who wait for one."""
+
+    def __init__(self) -> None:
+        self._listeners: set[Listener] = set()
+
+    def ended(self, job: str, result: str) -> None:
+        """A JobRemoved signal came."""
+        for listener in self._listeners:
+            listener.ended(job, result)
+
+    def lost(self) -> None:
+        """The connection was lost, and with it what would have been heard."""
+        for listener in self._listeners:
+            listener.lost()
+
+    @contextmanager
+    def listening(self) -> Iterator[Listener]:
+        listener = Listener()
+        self._listeners.add(listener)
+        try:
+            yield listener
+        finally:
+            self._listeners.discard(listener)
+
+
+class Listener:
+    """What has ended since it began to listen."""
+
+    def __init__(self) -> None:
+        self._results: dict[str, str] = {}
+        self._news = trio.Event()
+        self._deaf = False
+
+    def ended(self, job: str, result: str) -> None:
+        self._results[job] = result
+        self._wake()
+
+    def lost(self) -> None:
+        self._deaf = True
+        self._wake()
+
+    async def result(self, job: str) -> str:
+        """How a job ended ("done", "failed", "timeout", ...); "" if that can no longer be heard."""
+        while job not in self._results and not self._deaf:
+            await self._news.wait()
+        return self._results.get(job, "")
+
+    def _wake(self) -> None:
+        self._news.set()
+        self._news = trio.Event()
+
+
+class Systemd1:
+    """systemd at the other end of a bus. All methods raise `dbus.Error` and `dbus.Lost` as `Bus.call` does."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._matched: set[str | None] = set()
+
+    async def manager(self, member: str, signature: str = "", *arguments: Any, timeout: float = 30.0) -> Any:
+        """A method of the manager: its only result, or None."""
+        answer = _ANSWERS.get(member)
+        reply = await self._bus.call(
+            NAME, PATH, MANAGER, member, signature, *arguments, answer=answer, timeout=timeout
+        )
+        return reply[0] if reply else None
+
+    async def check_version(self) -> None:
+        """
+        Raises:
+            Unsupported: too old.
+        """
+        version = str(await self._get(PATH, MANAGER, "Version"))
+        number = version.removeprefix("v").partition(".")[0].partition("~")[0].partition("-")[0].split(" ")[0]
+        if number.isdecimal() and int(number) < OLDEST:
+            raise Unsupported(
+                f"systemd {version} has no configuration extensions for services: {OLDEST} or newer is needed"
+            )
+
+    async def unit_paths(self) -> tuple[str, ...]:
+        """The unit search path, highest precedence first."""
+        return tuple(await self._get(PATH, MANAGER, "UnitPath"))
+
+    async def follow(self) -> None:
+        """Have the manager's signals sent."""
+        await self._bus.hear(NAME)
+        for member in ("JobRemoved", "Reloading", "UnitNew"):
+            await self._bus.add_match(signal_rule(member))
+        await self.manager("Subscribe")
+
+    async def follow_units(self, names: Iterable[str]) -> None:
+        """Have changes of exactly these units sent.
+
+        The bus daemon allows a connection 512 rules unless it is told otherwise; for more units than that, all
+        changes are sent, and those of others passed over.
+        """
+        wanted: set[str | None] = set(names)
+        if len(wanted) > 400:
+            wanted = {None}
+        for unit in wanted - self._matched:
+            await self._bus.add_match(properties_rule(unit))
+            self._matched.add(unit)
+        for unit in self._matched - wanted:
+            await self._bus.remove_match(properties_rule(unit))
+            self._matched.discard(unit)
+
+    async def loaded(self, patterns: Iterable[str]) -> list[Loaded]:
+        """The loaded units among these names and shell patterns."""
+        found = await self.manager("ListUnitsByPatterns", "asas", [], list(patterns))
+        return [Loaded(row[0], row[2], row[3], row[4]) for row in found]
+
+    async def unit(self, unit: str, name: str) -> Any:
+        """A property of a unit; loads it if need be."""
+        return await self._get(unit_path(unit), UNIT, name)
+
+    async def service(self, unit: str, name: str) -> Any:
+        """A property that only services have."""
+        return await self._get(unit_path(unit), SERVICE, name)
+
+    async def service_properties(self, unit: str) -> dict[str, Any]:
+        """All properties that only services have, by name."""
+        reply = await self._bus.call(
+            NAME, unit_path(unit), PROPERTIES, "GetAll", "s", SERVICE, answer="a{sv}"
+        )
+        for name, (signature, _) in reply[0].items():
+            require(name, signature, _KINDS.get(name))
+        return {name: value for name, (_, value) in reply[0].items()}
+
+    async def invocation(self, unit: str) -> str:
+        """InvocationID, 32 hexadecimal digits."""
+        return bytes(await self.unit(unit, "InvocationID")).hex()
+
+    async def _get(self, path: str, interface: str, name: str) -> Any:
+        return await self._bus.get(NAME, path, interface, name, _KINDS.get(name))

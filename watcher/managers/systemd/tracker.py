@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Keeps what is known of systemd's services current.
+
+Which units take part is read from their files (units.py), as the generator does; systemd is asked for what only
+it knows: where unit files are, which instances there are, which process is the main one, since which start. Signals
+only say what to ask about again, so that none is worth more than the next: after a loss of the connection, or a
+daemon-reload by anyone, everything is asked again.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import trio
+from jeepney import HeaderFields, Message
+
+from watcher.managers.base import Service
+from watcher.managers.systemd import dbus, units
+from watcher.managers.systemd.systemd1 import Systemd1, unit_path
+from watcher.managers.systemd.unit_facts import UnitFacts, describe_all, seen
+from watcher.managers.systemd.units import Index
+from watcher.model import Remark
+from watcher.mounts.process import Gone, Process
+from watcher.records import journal
+from watcher.settings.unit_names import UNIT_PATHS, UnitName
+
+_ALREADY_SUBSCRIBED = "org.freedesktop.systemd1.AlreadySubscribed"
+_EXECUTOR = "systemd-executor"
+# How often the executor is looked at: less and less, it may wait for long (for a terminal, or with Type=idle). What it
+# becomes is noticed late by at most a quarter of the time that it took.
+_POLL_SEC, _POLL_GROWTH, _POLL_MAX_SEC = 0.002, 1.25, 10.0
+_RETRY_SEC = 5.0
+_ACTIVE = frozenset({"active", "reloading", "refreshing"})
+_STOPPED = frozenset({"inactive", "failed"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """A start of a unit: its main process, InvocationID and NRestarts; nothing where it does not run."""
+
+    process: Process | None = None
+    invocation: str = ""
+    restarts: int = 0
+
+
+class Tracker:
+    """The services that take part, as of the last `update()`."""
+
+    def __init__(self, state_directory: str) -> None:
+        self.services: dict[str, Service] = {}
+        self.index = Index(())
+        self._state_directory = state_directory
+        self._described: dict[str, UnitFacts] = {}
+        self._names: dict[str, str] = {}
+        self._said: set[Remark] = set()
+        self._per_connection: set[str] = set()
+        self._starting: dict[str, _Start] = {}
+        # What to look at again, and the event that says so.
+        self._everything = True
+        self._dirty: dict[str, None] = {}  # first come, first served
+        self._new_instances: set[str] = set()
+        self._resubscribe = False
+        self._news = trio.Event()
+        # What could not be looked at, by unit ("": the files), with the reason; and when that is tried again.
+        self._failures: dict[str, str] = {}
+        self._retry_at = math.inf
+
+    def close(self) -> None:
+        """Let go of all processes."""
+        for name in list(self.services):
+            self._drop(name)
+
+    # --- what to look at again ---
+
+    def look_at_everything(self) -> None:
+        self._everything = True
+        self._news.set()
+
+    def look_at(self, name: str) -> None:
+        self._dirty[name] = None
+        self._news.set()
+
+    def note(self, message: Message) -> None:
+        """A signal came."""
+        member = message.header.fields.get(HeaderFields.member)
+        if member == "PropertiesChanged":
+            name = self._names.get(message.header.fields.get(HeaderFields.path, ""))
+            if name:
+                self.look_at(name)
+        elif member == "Reloading" and not message.body[0]:
+            self.look_at_everything()
+        elif member == "NameOwnerChanged" and message.body[2]:
+            self._resubscribe = True
+            self.look_at_everything()
+        elif member == "UnitNew":
+            self._note_unit(message.body[0])
+
+    def _note_unit(self, name: str) -> None:
+        """An instance that was loaded takes part if its template does."""
+        known = name in self.services or name in self._described or name in self._per_connection
+        if known or not name.endswith(".service"):
+            return
+        try:
+            template = UnitName(name).template
+        except ValueError:
+            return  # nothing that a unit of ours could be called
+        if template in self._described:
+            self._new_instances.add(name)
+            self._news.set()
+
+    async def news(self) -> None:
+        """Wait until there is something to look at.
+
+        Nothing tells when systemd's executor has become the service: while there is one, it is looked at.
+        """
+        delay = _POLL_SEC
+        while True:
+            poll_at = trio.current_time() + delay if self._starting else math.inf
+            with trio.move_on_at(min(poll_at, self._retry_at)):
+                await self._news.wait()
+            delay = min(delay * _POLL_GROWTH, _POLL_MAX_SEC)
+            for name, start in self._starting.items():
+                if start.process and not is_executor(start.process):
+                    self.look_at(name)
+            if trio.current_time() >= self._retry_at:
+                self._try_again()
+            if self._news.is_set():
+                return
+
+    # --- looking ---
+
+    async def update(self, systemd: Systemd1, changed: Callable[[str], None]) -> bool:
+        """Look at all that is due.
+
+        Where that fails for one unit alone, this is said, and tried again later.
+
+        Returns:
+            Whether the unit files were read again.
+
+        Raises:
+            dbus.Lost, dbus.Error: systemd cannot be reached. Everything is then to be looked at again.
+        """
+        # What is due is struck off before it is looked at: a signal that comes meanwhile makes it due again.
+        self._news = trio.Event()
+        resubscribe, self._resubscribe = self._resubscribe, False
+        everything, self._everything = self._everything, False
+        new, self._new_instances = self._new_instances, set()
+        try:
+            if resubscribe:
+                await _subscribe(systemd)
+            if not everything:
+                everything = await self._has_own(systemd, new)
+            if everything:
+                with self._trying(""):
+                    await self._look_at_files(systemd, changed)
+            while self._dirty:
+                name = next(iter(self._dirty))
+                del self._dirty[name]
+                with self._trying(name):
+                    await self._look_at_unit(systemd, name, changed)
+        except BaseException:
+            self._everything = True
+            raise
+        return everything
+
+    # --- what could not be looked at ---
+
+    @contextmanager
+    def _trying(self, name: str) -> Iterator[None]:
+        """What is wrong with one unit (or a bug that shows with it) must not cost the others theirs."""
+        try:
+            yield
+        except dbus.BusLost:
+            raise
+        except Exception as error:
+            if isinstance(error, dbus.Error) and error.name in dbus.DISCONNECTED:
+                raise
+            self._put_off(name, error)
+        else:
+            self._failures.pop(name, None)
+
+    def _put_off(self, name: str, error: Exception) -> None:
+        self._retry_at = min(self._retry_at, trio.current_time() + _RETRY_SEC)
+        if self._failures.get(name) == repr(error):
+            return  # said already
+        self._failures[name] = repr(error)
+        what = f"{name}: what became of it" if name else "which units take part"
+        if isinstance(error, (OSError, dbus.Error)):
+            journal.log.error(f"{what} cannot be found out, it is tried again: {error}")
+        else:
+            journal.log.exception(f"{what} cannot be found out, it is tried again: a bug in confext-watcher")
+
+    def _try_again(self) -> None:
+        self._retry_at = math.inf
+        for name in self._failures:
+            if name:
+                self.look_at(name)
+            else:
+                self.look_at_everything()
+
+    # --- what is found ---
+
+    async def _look_at_files(self, systemd: Systemd1, changed: Callable[[str], None]) -> None:
+        paths = await systemd.unit_paths()
+        self.index = await trio.to_thread.run_sync(Index, paths or UNIT_PATHS)
+        known = await trio.to_thread.run_sync(seen, self._state_directory)
+        # Entered before anything is asked: an instance that is loaded from now on is noted by its template.
+        self._described = described = await trio.to_thread.run_sync(describe_all, self.index, known)
+        patterns = [name.replace("@.", "@*.") for name in described if units.is_template(name)]
+        found = [row.name for row in await systemd.loaded(patterns)] if patterns else []
+        instances = [name for name in found if name not in described]
+        if instances:
+            own = await self._own_instances(systemd, instances)
+            described |= await trio.to_thread.run_sync(describe_all, self.index, dict.fromkeys(own, False))
+        self._say(remark for each in described.values() for remark in each.remarks)
+        self._names = {unit_path(name): name for name in described}
+        await systemd.follow_units(name for name in described if not units.is_template(name))
+        # Asked only now: of what happened before the bus was asked for it there was no signal.
+        loaded = {row.name: row for row in await systemd.loaded(described)} if described else {}
+        for name in [name for name in self.services if name not in described]:
+            self._drop(name)
+            changed(name)
+        for name in described:
+            row = loaded.get(name)
+            if row is None or row.active in _STOPPED:
+                self._put(name, changed, failed=row is not None and row.active == "failed")
+            else:
+                self._dirty[name] = None
+
+    async def _has_own(self, systemd: Systemd1, instances: Iterable[str]) -> bool:
+        """Whether among instances that were loaded just now is one that takes part in its own right."""
+        found = [row.name for row in await systemd.loaded(instances)] if instances else []
+        for name in found:
+            if not await _serves_one_connection(systemd, name):
+                return True
+        return False
+
+    async def _own_instances(self, systemd: Systemd1, names: Sequence[str]) -> list[str]:
+        """Those of all loaded instances that take part in their own right."""
+        self._per_connection.intersection_update(names)
+        for name in names:
+            if name not in self._per_connection and await _serves_one_connection(systemd, name):
+                self._per_connection.add(name)
+        return [name for name in names if name not in self._per_connection]
+
+    async def _look_at_unit(self, systemd: Systemd1, name: str, changed: Callable[[str], None]) -> None:
+        if name in self._described:
+            start = await self._main(systemd, name)
+            failed = headless = False
+            if start.process is None:
+                failed = await _has_failed(systemd, name)
+                headless = not failed and await systemd.unit(name, "ActiveState") in _ACTIVE
+            if headless:
+                # Unless it has been started since.
+                start = await self._main(systemd, name)
+                headless = start.process is None
+            self._put(name, changed, start, failed=failed, headless=headless)
+
+    async def _main(self, systemd: Systemd1, name: str) -> _Start:
+        """The main process that a unit has now, and since which start."""
+        while pid := int(await systemd.service(name, "MainPID")):
+            held = self._held(name, pid)
+            if held is not None:
+                return held
+            try:
+                process = Process(pid)
+            except Gone:
+                await trio.sleep(_POLL_SEC)  # systemd will have noticed in a moment
+                continue
+            invocation = await systemd.invocation(name)
+            restarts = int(await systemd.service(name, "NRestarts"))
+            # Still the same by systemd's word: then it was not reaped in between, and it is the one we hold.
+            if int(await systemd.service(name, "MainPID")) == pid and invocation:
+                return _Start(process, invocation, restarts)
+            process.close()
+        return _Start()
+
+    def _held(self, name: str, pid: int) -> _Start | None:
+        """The start with the process of that PID, if it is held already."""
+        service = self.services.get(name)
+        held = self._starting.get(name)
+        if service is not None and service.main is not None:
+            held = _Start(service.main, service.invocation, service.restarts)
+        if held is None or held.process is None or held.process.pid != pid or not held.process.alive():
+            return None
+        return held
+
+    def _put(
+        self,
+        name: str,
+        changed: Callable[[str], None],
+        start: _Start | None = None,
+        *,
+        failed: bool = False,
+        headless: bool = False,
+    ) -> None:
+        """Enter what is known of a service now; the process of its start is owned from here on."""
+        start = start or _Start()
+        process = start.process
+        described = self._described[name]
+        starting = process is not None and is_executor(process)
+        main = None if starting else process
+        root: str | None = described.root
+        if described.root_image:
+            root = f"/proc/{main.pid}/root" if main else None
+        service = Service(
+            name=name,
+            declared=described.declared,
+            settings=described.settings,
+            main=main,
+            invocation=start.invocation,
+            restarts=start.restarts,
+            starting=starting,
+            failed=failed,
+            headless=headless,
+            root=root,
+            aliases=described.names[1:],
+        )
+        before = self.services.get(name)
+        held = [before.main if before else None, self._starting.pop(name, _Start()).process]
+        for other in held:
+            if other is not None and other is not process:
+                other.close()
+        if starting:
+            self._starting[name] = start
+        self.services[name] = service
+        if before != service:
+            changed(name)
+
+    def _drop(self, name: str) -> None:
+        service = self.services.pop(name, None)
+        for process in (service.main if service else None, self._starting.pop(name, _Start()).process):
+            if process is not None:
+                process.close()
+
+    def _say(self, remarks: Iterable[Remark]) -> None:
+        """Once for as long as it is so."""
+        present = set(remarks)
+        for remark in present - self._said:
+            journal.say(remark)
+        self._said = present
+
+
+def is_executor(process: Process) -> bool:
+    """Whether it is still systemd's executor, on its way to becoming the service (systemd >= 255).
+
+    It sets up the service's namespaces itself, so that until then these are the host's, or half made.
+    """
+    try:
+        return os.path.basename(os.readlink(f"/proc/{process.pid}/exe")).startswith(_EXECUTOR)
+    except OSError:
+        return False  # gone, which whoever uses it will notice
+
+
+async def _serves_one_connection(systemd: Systemd1, name: str) -> bool:
+    """Whether an instance is the server of one connection (`Accept=yes`): these end soon, and are a new name each time;
+    they start on the stack of their template and keep it."""
+    socket = (UnitName(name).template or "").replace("@.service", ".socket")
+    return socket in await systemd.unit(name, "TriggeredBy")
+
+
+async def _has_failed(systemd: Systemd1, name: str) -> bool:
+    """Whether it went down rather than being stopped; it may be waiting for its automatic restart."""
+    if await systemd.unit(name, "ActiveState") == "failed":
+        return True
+    return str(await systemd.unit(name, "SubState")).startswith("auto-restart")
+
+
+async def _subscribe(systemd: Systemd1) -> None:
+    try:
+        await systemd.manager("Subscribe")
+    except dbus.Error as error:
+        if error.name != _ALREADY_SUBSCRIBED:
+            raise

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Running a command for a service in a unit of its own: outside of our sandbox, inside of the limits of the service.
+
+A child of the watcher would have its system call filter and its private network, and `nginx -t` or a health check
+would fail for reasons that have nothing to do with the configuration; and the watcher would need the right to become
+any user. A transient unit has what systemd gives every unit, and its control group is emptied at its end.
+
+A command is a check, a health check, or the reload command of what `exec` has started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final
+
+import trio
+
+from watcher.managers import enter
+from watcher.managers.command import PROGRAM, Ended, gather, namespaces, path_of, told
+from watcher.managers.exec_context import ExecContext, ExecOrder
+from watcher.managers.systemd import dbus
+from watcher.managers.systemd.systemd1 import Jobs, Systemd1
+from watcher.model import Later
+from watcher.mounts.process import Process
+from watcher.settings.signals import reason_of
+
+# What a unit's control group and its processes may use: taken over from the service as they are.
+_LIMITS: Final = {
+    "Slice": "s",
+    "MemoryHigh": "t",
+    "MemoryMax": "t",
+    "MemorySwapMax": "t",
+    "TasksMax": "t",
+    "CPUQuotaPerSecUSec": "t",
+    "CPUWeight": "t",
+    "LimitNOFILE": "t",
+    "LimitNPROC": "t",
+    "LimitAS": "t",
+    "LimitMEMLOCK": "t",
+}
+# Seconds more than the command may take, for systemd to start and to end it.
+_GRACE_SEC: Final = 10.0
+
+
+class Transient:
+    """Runs commands in transient units.
+
+    Args:
+        systemd: gives the connection, waiting for one if there is none.
+        jobs: told of the end of every job.
+    """
+
+    def __init__(self, systemd: Callable[[], Awaitable[Systemd1]], jobs: Jobs) -> None:
+        self._systemd = systemd
+        self._jobs = jobs
+
+    async def run(
+        self,
+        service: str,
+        main: Process,
+        namespace: int,
+        who: ExecContext,
+        words: Sequence[str],
+        timeout_sec: float,
+        unit: str = "",
+    ) -> Ended:
+        """`inside.Run`; Later also if systemd could not be asked how the command ended.
+
+        Args:
+            unit: whose limits the command gets; "": what any unit gets.
+        """
+        output = bytearray()
+        later: Later | None = None
+        reason = ""
+        with contextlib.ExitStack() as held:
+            reading, writing = os.pipe2(os.O_CLOEXEC)
+            ours = held.enter_context(open(writing, "wb", buffering=0))
+            stream = trio.lowlevel.FdStream(reading)
+            held.callback(stream.close)
+            order = ExecOrder(held.enter_context(namespaces(main, namespace)), who, words)
+            path = held.enter_context(told(order))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(gather, stream, output)
+                try:
+                    reason = await self._attempt(service, path, path_of(writing), timeout_sec, unit)
+                except Later as error:
+                    later = error
+                ours.close()
+                # What it left running, for as long as that lives, may hold the pipe open.
+                nursery.cancel_scope.deadline = trio.current_time() + 0.1
+        if later is not None:
+            raise later
+        return Ended(reason, output.decode(errors="replace"))
+
+    async def _attempt(self, service: str, path: str, output: str, timeout_sec: float, unit: str) -> str:
+        try:
+            return await self._follow(service, path, output, timeout_sec, unit)
+        except (dbus.Error, dbus.BusLost) as error:
+            raise Later(f"could not be run: {error}") from error
+        except trio.TooSlowError as error:
+            raise Later("could not be run: systemd did not start or end it in time") from error
+
+    async def _follow(self, service: str, path: str, output: str, timeout_sec: float, unit: str) -> str:
+        systemd = await self._systemd()
+        name = f"confext-watcher-check-{secrets.token_hex(8)}.service"
+        properties = [
+            ("Description", ("s", f"Command of confext-watcher for {service}")),
+            ("Type", ("s", "oneshot")),
+            ("ExecStart", ("a(sasb)", [(PROGRAM[0], [*PROGRAM, path], False)])),
+            ("StandardInput", ("s", "null")),
+            ("StandardOutputFile", ("s", output)),
+            ("StandardError", ("s", "inherit")),
+            ("TimeoutStartUSec", ("t", round(timeout_sec * 1_000_000))),
+            ("TimeoutStopUSec", ("t", 1_000_000)),
+            ("CollectMode", ("s", "inactive-or-failed")),
+            # While we are there to ask how it ended; if we are not, nobody will.
+            ("AddRef", ("b", True)),
+            *(await _limits(systemd, unit) if unit else ()),
+        ]
+        with self._jobs.listening() as listener, trio.fail_after(timeout_sec + _GRACE_SEC):
+            job = await systemd.manager(
+                "StartTransientUnit", "ssa(sv)a(sa(sv))", name, "fail", properties, []
+            )
+            result = await listener.result(job)
+            try:
+                return await _reason(systemd, name, result, timeout_sec)
+            finally:
+                with (
+                    contextlib.suppress(dbus.Error, dbus.BusLost),
+                    trio.move_on_after(_GRACE_SEC, shield=True),
+                ):
+                    await systemd.manager("UnrefUnit", "s", name)
+
+
+async def _limits(systemd: Systemd1, unit: str) -> list[tuple[str, tuple[str, Any]]]:
+    values = await systemd.service_properties(unit)
+    return [(key, (kind, values[key])) for key, kind in _LIMITS.items() if values.get(key) not in (None, "")]
+
+
+async def _reason(systemd: Systemd1, name: str, result: str, timeout_sec: float) -> str:
+    if result == "done":
+        return ""
+    if result == "timeout":
+        return f"was killed: it took longer than {timeout_sec:g} s"
+    if result == "failed":
+        values = await systemd.service_properties(name)
+        if values["Result"] == "timeout":
+            return f"was killed: it took longer than {timeout_sec:g} s"
+        if values["Result"] == "oom-kill":
+            return "was killed: it took more memory than the service may have"
+        status = int(values["ExecMainStatus"])
+        if values["Result"] == "exit-code":
+            return "cannot be started" if status == enter.EXIT_EXEC else reason_of(status)
+        if values["Result"] in ("signal", "core-dump"):
+            return reason_of(-status)
+        return f"failed: {values['Result']}"
+    # Canceled by a shutdown, say: the command did not get to say anything.
+    raise Later(f"could not be followed to its end: {result or 'systemd cannot be reached'}")

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The drop-in of one unit, which makes it start on its slots: the generator writes it, the daemon expects it.
+
+Standard library only, for the generator; what is mostly not needed is imported where it is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from watcher.managers.systemd import drop_ins, sandbox_settings, units
+from watcher.managers.systemd.units import Index, Unit
+from watcher.settings import syntax
+from watcher.text import Kind, shown
+
+if TYPE_CHECKING:
+    from watcher.model import Entry
+
+WATCHER = "confext-watcher.service"
+
+
+RELAX = "x-systemd.relax-extension-release-check"
+
+
+EMPTY_SLOT = ".empty"
+"""Listed where there is nothing to list, never there: for the sake of the namespace. No slot begins with a dot."""
+
+
+# What the watcher itself needs or is ordered after: to wait for it would be a cycle.
+_BEFORE_US = frozenset(
+    {
+        WATCHER,
+        "dbus.service",
+        "dbus-broker.service",
+        "dbus.socket",
+        "local-fs-pre.target",
+        "local-fs.target",
+        "sysinit.target",
+        "sockets.target",
+        "basic.target",
+    }
+)
+
+
+class Forgotten(Exception):
+    """With images a unit would lose some of its sandbox for good, see sandbox_settings.py: `str()` says what."""
+
+
+class Listed(NamedTuple):
+    """One layer in the drop-in: a slot, or a sysext passed through (`slot` ""), its best candidate first."""
+
+    kind: Kind
+    slot: str = ""
+    paths: tuple[str, ...] = ()
+    options: str = ""
+    optional: bool = True
+
+
+def text(
+    index: Index, unit: Unit, state_directory: str, complain: Callable[[str], None] = lambda text: None
+) -> str:
+    """The drop-in of one unit.
+
+    Raises:
+        Forgotten: it must not be given images. (One that declares images has lost as much by them already; with a
+            drop-in they are at least accepted ones.)
+    """
+    parsed = index.relevant(unit)
+    kept = sandbox_settings.repair(parsed.assignments, index.children)
+    if kept.lost and not _declares(parsed):
+        raise Forgotten(f"systemd would forget {shown(kept.lost[0])}")
+    listed = _listed(index, unit, parsed, state_directory, complain)
+    if kept.needed and _is_known_empty(state_directory, unit.name):
+        # It has a namespace without us, and keeps all of its sandbox until there is something to mount.
+        listed = [item for item in listed if not item.slot]
+    elif not listed:
+        listed = [Listed(Kind.IMAGE, EMPTY_SLOT)]
+    drop_in = drop_ins.DropIn(f"By {WATCHER}: this unit starts on its last accepted stack.")
+    if not _starts_before_us(unit.names, parsed):
+        _assign_order(drop_in, state_directory)
+    left_out = _assign_layers(drop_in, f"{state_directory}/units/{unit.name}", listed)
+    if listed:
+        left_out += _assign_again(drop_in, kept.again)
+    if any(item.kind is Kind.IMAGE for item in listed) and _restricts_devices(parsed):
+        for device in ("/dev/loop-control", "block-loop"):
+            drop_in.assign("Service", "DeviceAllow", drop_ins.token(device), drop_ins.token("rw"))
+    for what in left_out:
+        complain(f"{shown(unit.name)}: left out: {what}")
+    return str(drop_in)
+
+
+def _declares(parsed: syntax.Parsed) -> bool:
+    keys = ("ExtensionImages", "ExtensionDirectories")
+    return any(syntax.values(parsed.assignments, "Service", key) for key in keys)
+
+
+def _is_known_empty(state_directory: str, unit: str) -> bool:
+    """Whether it is known (the state directory is there) that the unit has no stack."""
+    try:
+        return all(name.startswith(".") for name in os.listdir(f"{state_directory}/units/{unit}"))
+    except OSError:
+        return os.path.isdir(state_directory)
+
+
+def _assign_order(drop_in: drop_ins.DropIn, state_directory: str) -> None:
+    for key in ("Wants", "After"):
+        drop_in.assign("Unit", key, drop_ins.token(WATCHER))
+    drop_in.assign("Unit", "RequiresMountsFor", drop_ins.path(state_directory))
+
+
+def _assign_layers(drop_in: drop_ins.DropIn, slots: str, listed: Sequence[Listed]) -> list[str]:
+    """Reset what the unit declares and name its layers; what had to be left out, with the reasons.
+
+    Args:
+        slots: the directory with the unit's slots. By its name rather than with %n: an instance of a template that
+            was never seen has the slots of the template.
+    """
+    left_out = []
+    for kind, key in ((Kind.IMAGE, "ExtensionImages"), (Kind.DIRECTORY, "ExtensionDirectories")):
+        drop_in.assign("Service", key)
+        for item in listed:
+            if item.kind is kind:
+                left_out += _assign_layer(drop_in, key, slots, item)
+    return left_out
+
+
+def _assign_layer(drop_in: drop_ins.DropIn, key: str, slots: str, item: Listed) -> list[str]:
+    """The first of its paths that can be written; the first that cannot, if that comes before."""
+    left_out: list[str] = []
+    for path in (f"{slots}/{item.slot}",) if item.slot else item.paths:
+        try:
+            if item.kind is Kind.IMAGE:
+                word = drop_ins.image(path, RELAX if item.slot else item.options, optional=item.optional)
+            else:
+                word = drop_ins.path(path, optional=item.optional)
+            drop_in.assign("Service", key, word)
+        except drop_ins.Unwritable as error:
+            left_out = left_out or [f"{shown(path)}: {error}"]
+        else:
+            break
+    return left_out
+
+
+def _assign_again(drop_in: drop_ins.DropIn, again: Iterable[sandbox_settings.Again]) -> list[str]:
+    """Keep of the unit's sandbox what systemd would forget; what had to be left out, with the reasons."""
+    left_out = []
+    for key, paths, options in again:
+        try:
+            drop_in.assign("Service", key, drop_ins.path(*paths, options=options, optional=True))
+        except drop_ins.Unwritable as error:
+            left_out.append(f"{key}= for {shown(paths[-1])}: {error}")
+    return left_out
+
+
+def _listed(
+    index: Index,
+    unit: Unit,
+    parsed: syntax.Parsed,
+    state_directory: str,
+    complain: Callable[[str], None],
+) -> list[Listed]:
+    """What was accepted last, and the sysexts among what is declared."""
+    slots = read_slots(state_directory, unit.name, complain)
+    passed = read_passed(state_directory, unit.name) if _declares(parsed) else frozenset()
+    trees = (path for path, _ in index.sources(unit).directories)
+    if slots is not None and not passed and not any(map(_is_sysext_tree, trees)):
+        return [Listed(kind, slot) for slot, kind in slots]
+    declared, _remarks = units.declared(unit, parsed, index.search_path)
+    sysexts = [
+        listed
+        for entry in (*declared.images, *declared.directories)
+        if _is_sysext(entry, passed) and (listed := _passed_through(entry))
+    ]
+    if slots is None:
+        from watcher.model import Declared
+        from watcher.resolve import scan  # here and below: mostly not needed, and milliseconds count
+
+        there = Declared(declared.images, declared.directories, index.confext_dirs(unit))
+        slots = [
+            (entry.slot, entry.kind)
+            for entry in scan.entries(there)
+            if not (entry.declared and _is_sysext(entry, passed))
+        ]
+    return [*(Listed(kind, slot) for slot, kind in slots), *sysexts]
+
+
+def read_slots(
+    state_directory: str, unit: str, complain: Callable[[str], None] = lambda text: None
+) -> list[tuple[str, Kind]] | None:
+    """Slots of the stack that was accepted last, bottom to top, with or without a layer; None if nothing ever was.
+
+    Reads the record that stacks.py writes; that module itself costs more to import than all the rest here.
+    """
+    path = f"{state_directory}/units/{unit}/.stack.json"
+    try:
+        content = syntax.read(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        complain(f"{path}: cannot be read, what lies in the directories is listed: {error.strerror}")
+        return None
+    import json
+
+    try:
+        return [(entry["slot"], Kind(entry["kind"])) for entry in json.loads(content)["entries"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        complain(f"{path}: not a record of a stack, what lies in the directories is listed: {error!r}")
+        return None
+
+
+def passed_path(state_directory: str, unit: str) -> str:
+    return f"{state_directory}/sysexts/{unit}"
+
+
+def read_passed(state_directory: str, unit: str) -> frozenset[str]:
+    """Declared paths of a unit that turned out to be sysexts when they were looked into; one on a line, escaped."""
+    try:
+        with open(passed_path(state_directory, unit), encoding="ascii") as file:
+            return frozenset(
+                os.fsdecode(line.encode("ascii").decode("unicode_escape").encode("latin-1"))
+                for line in file.read().splitlines()
+            )
+    except (FileNotFoundError, UnicodeError):
+        return frozenset()
+
+
+def write_passed(state_directory: str, unit: str, paths: Iterable[str]) -> None:
+    """Remember which declared paths are sysexts, for the generator.
+
+    Raises:
+        OSError
+    """
+    from watcher.records import durable  # only the daemon writes
+
+    target = passed_path(state_directory, unit)
+    lines = [os.fsencode(path).decode("latin-1").encode("unicode_escape") + b"\n" for path in sorted(paths)]
+    if not lines:
+        if os.path.exists(target):
+            os.unlink(target)
+        return
+    os.makedirs(os.path.dirname(target), mode=0o755, exist_ok=True)
+    with open(f"{target}.tmp", "wb") as file:
+        file.write(b"".join(lines))
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(f"{target}.tmp", target)
+    durable.bring(os.path.dirname(target), state_directory)
+
+
+def _is_sysext_tree(path: str) -> bool:
+    """A directory that says by itself that it is no confext; one in `.v/` form was looked into by the watcher."""
+    return not os.path.isdir(f"{path}/etc/extension-release.d") and os.path.isdir(
+        f"{path}/usr/lib/extension-release.d"
+    )
+
+
+def _is_sysext(entry: Entry, passed: frozenset[str]) -> bool:
+    return entry.path in passed or (entry.kind is Kind.DIRECTORY and _is_sysext_tree(entry.path))
+
+
+def _passed_through(entry: Entry) -> Listed | None:
+    """A sysext as it is picked at this moment, never in `.v/` form: else systemd's refresh would run."""
+    from watcher.model import Declared
+    from watcher.resolve import scan
+
+    images, directories = ((entry,), ()) if entry.kind is Kind.IMAGE else ((), (entry,))
+    (pick,) = scan.look(Declared(images, directories)).picks
+    paths = tuple(candidate.path for candidate in pick.candidates)
+    return Listed(entry.kind, "", paths, entry.options, entry.optional) if paths else None
+
+
+def _starts_before_us(names: Iterable[str], parsed: syntax.Parsed) -> bool:
+    if any(name in _BEFORE_US or name.startswith("systemd-") for name in names):
+        return True
+    default = syntax.last(parsed.assignments, "Unit", "DefaultDependencies")
+    if default and default.value.lower() in ("no", "false", "off", "0", "n", "f"):
+        return True
+    before = syntax.values(parsed.assignments, "Unit", "Before")
+    return any(word in _BEFORE_US for assignment in before for word in assignment.value.split())
+
+
+def _restricts_devices(parsed: syntax.Parsed) -> bool:
+    """Whether the unit keeps its processes from devices, and so systemd from the loop devices of its own images.
+
+    systemd lets itself through for `RootImage=` but not for `ExtensionImages=` (257 and 262): with `PrivateDevices=`
+    and an image no process of the unit can be started (226/NAMESPACE). Where nothing is restricted, `DeviceAllow=`
+    must not be set: it would be the first restriction.
+    """
+    private = syntax.last(parsed.assignments, "Service", "PrivateDevices")
+    policy = syntax.last(parsed.assignments, "Service", "DevicePolicy")
+    return (
+        (private is not None and _is_true(private.value))
+        or (policy is not None and policy.value in ("closed", "strict"))
+        or bool(syntax.values(parsed.assignments, "Service", "DeviceAllow"))
+    )
+
+
+def _is_true(text: str) -> bool:
+    try:
+        return syntax.boolean(text)
+    except ValueError:
+        return False

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Reads the directories a service's layers come from, and says what must be watched so that no change is missed.
+
+Every look starts from nothing and trusts only what it reads: the watcher is level-triggered. A directory is read
+through one descriptor, so that a rename under it cannot mix two directories. What a name is, is asked of its target;
+links are then followed step by step, because each directory in which one lies is a place where the answer can
+change.
+
+A thing that is not there is an answer ("removed"); a thing that cannot be read is not. The latter marks the entry, or
+the whole look, as `unknown`: nothing is taken from a service because a permission changed or a disk failed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+
+from watcher.model import Candidate, Declared, Entry, Interest, Kind, Look, Picks, Remark, Scope, Unsafe
+from watcher.resolve import sources, vpick
+from watcher.resolve.strict_modes import Found, StrictModes, Way
+from watcher.resolve.vpick import Dirent
+
+_ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
+_NAMES_MAX = 10_000
+_NULL = os.makedev(1, 3)
+_NOTHING = r"(?!)"
+"""A pattern that no name matches: what counts is the directory itself."""
+
+
+@dataclass(slots=True)
+class _Notes:
+    """What one look gathers on its way; interests keep the order in which they were found."""
+
+    modes: StrictModes
+    interests: dict[Interest, None] = field(default_factory=dict)
+    remarks: list[Remark] = field(default_factory=list)
+
+    def watch(self, path: str, pattern: str | None = None, scope: Scope = Scope.CHILDREN) -> None:
+        self.interests[Interest(path, scope, pattern)] = None
+
+    def watch_name(self, path: str) -> None:
+        parent, _, name = path.rpartition("/")
+        self.watch(parent or "/", re.escape(name) if name else _NOTHING)
+
+    def say(self, level: str, path: str, text: str) -> None:
+        self.remarks.append(Remark(level, path, text))
+
+    @contextmanager
+    def followed(self, path: str, *, watched: bool = True) -> Iterator[Found]:
+        """Where a path leads. Watched: each link on the way, what they lead to, and what is to be mended."""
+        way = Way()
+        try:
+            found = self.modes.open(path, way)
+        except Unsafe as unsafe:  # behind the last link nothing is ours to watch
+            if watched:
+                self._watch_links(way, unsafe.path)
+                self.watch_name(unsafe.path)
+            raise
+        except OSError:
+            if watched:
+                self._watch_links(way, way.path)
+            raise
+        try:
+            if watched:
+                self._watch_links(way, found.path)
+                if found.unsafe is not None:
+                    self.watch_name(found.unsafe.path)
+            yield found
+        finally:
+            os.close(found.fd)
+
+    def _watch_links(self, way: Way, end: str) -> None:
+        for directory, name in way.links:
+            self.watch(directory, re.escape(name))
+        if way.links:
+            self.watch_name(end)
+
+
+def look(declared: Declared, architecture: str | None = None, modes: StrictModes | None = None) -> Look:
+    """What the disk has for a service now.
+
+    Args:
+        declared: paths must be absolute.
+        architecture: systemd's name of the native one; None: this host's.
+        modes: whom the service trusts; None: root alone.
+
+    Raises:
+        Nothing for what lies on the disk: that is in `Look.remarks`.
+    """
+    with nullcontext(modes) if modes is not None else StrictModes() as own:
+        notes = _Notes(own)
+        listings, unknown, unsafe = _listings(declared.confext_dirs, notes)
+        resolved = sources.resolve(declared, listings)
+        notes.remarks.extend(resolved.remarks)
+        picks = tuple(_picks(entry, architecture, notes) for entry in resolved.entries)
+    return Look(picks, tuple(notes.interests), tuple(notes.remarks), unknown, unsafe)
+
+
+def entries(declared: Declared) -> tuple[Entry, ...]:
+    """The entries of `look()` alone, without a look at what they lead to."""
+    with StrictModes() as modes:
+        listings, _, _ = _listings(declared.confext_dirs, _Notes(modes))
+    return sources.resolve(declared, listings).entries
+
+
+def _listings(paths: Iterable[str], notes: _Notes) -> tuple[list[sources.Listing], bool, bool]:
+    """The `.confext.d/` directories that are there; whether one could not be read; whether one is unsafe."""
+    listings = []
+    unknown = unsafe = False
+    for path in paths:
+        try:
+            found = notes.modes.open(path)
+        except Unsafe as error:
+            unknown = True
+            notes.watch_name(error.path)
+            notes.say("warning", path, f"not looked at, all stays as it is: {error}")
+            continue
+        except OSError as error:
+            unknown = _no_listing(path, error, notes) or unknown
+            continue
+        notes.watch(path, sources.ENTRY_NAME)
+        unsafe = unsafe or found.unsafe is not None
+        try:
+            listings.append(sources.Listing(path, _read(found.fd, notes, path)))
+        except OSError as error:
+            unknown = _no_listing(path, error, notes) or unknown
+        finally:
+            os.close(found.fd)
+    return listings, unknown, unsafe
+
+
+def _no_listing(path: str, error: OSError, notes: _Notes) -> bool:
+    """Say why a `.confext.d/` has no listing; whether there may be something in it all the same."""
+    notes.watch(path, sources.ENTRY_NAME)
+    if error.errno not in _ABSENT:
+        notes.say("warning", path, f"cannot be read, all stays as it is: {error.strerror}")
+        return True
+    if error.errno != errno.ENOENT and not _is_null(path, notes):
+        notes.say("warning", path, f"ignored: {error.strerror}")
+    return False
+
+
+def _picks(entry: Entry, architecture: str | None, notes: _Notes) -> Picks:
+    spec = vpick.parse_path(entry.path, entry.kind)
+    if spec is None:
+        return _direct(entry, notes)
+    wanted = re.compile(vpick.pattern(spec))
+    try:
+        with notes.followed(spec.directory) as found:
+            notes.watch(spec.directory, vpick.pattern(spec))
+            dirents, unsafe = _read(found.fd, notes, spec.directory, wanted, entry.kind), found.unsafe
+    except OSError as error:
+        notes.watch(spec.directory, vpick.pattern(spec))
+        return _unread(entry, spec.directory, error, notes)
+    except Unsafe as error:
+        return _out_of_sight(entry, spec.basename, error)
+    unseen = {dirent.name for dirent in dirents if dirent.problem and dirent.type == "other"}
+    for passed in vpick.passed_over(spec, dirents, architecture):
+        stays = "cannot be read, what was accepted stays until something newer comes"
+        what = stays if passed.name in unseen else "passed over"
+        notes.say(passed.level, f"{spec.directory}/{passed.name}", f"{what}: {passed.reason}")
+    candidates = vpick.pick(spec, dirents, architecture)
+    if not candidates:
+        notes.say("info", spec.directory, f"nothing in it yet that is called {vpick.called(spec)} and fits")
+    if entry.kind is Kind.DIRECTORY and unsafe is None:
+        for candidate in candidates:
+            _watch_tree(candidate.path, notes)
+    return Picks(entry, candidates, bool(unseen), unsafe)
+
+
+def _watch_tree(path: str, notes: _Notes) -> None:
+    """A tree changes anywhere below; of an image, its directory's watch sees all that matters."""
+    try:
+        with notes.followed(path) as found:
+            if found.unsafe is None:
+                notes.watch(found.path, scope=Scope.TREE)
+    except (OSError, Unsafe):
+        pass  # whoever opens it says so
+
+
+def _out_of_sight(entry: Entry, name: str, unsafe: Unsafe) -> Picks:
+    """An entry that leads to what must not be looked at: refused as it is."""
+    candidate = Candidate(entry.path, entry.path.rpartition("/")[2], name, "", entry.kind)
+    return Picks(entry, (candidate,), unsafe=unsafe)
+
+
+def _direct(entry: Entry, notes: _Notes) -> Picks:
+    """An entry that names its one file or directory."""
+    name = entry.path.rpartition("/")[2]
+    if entry.declared:
+        notes.watch_name(entry.path)
+    extension, version = vpick.split(name, entry.kind)
+    try:
+        with notes.followed(entry.path) as found:
+            path, status, unsafe = found.path, found.status, found.unsafe
+    except OSError as error:
+        return _unread(entry, entry.path, error, notes)
+    except Unsafe as error:
+        return _out_of_sight(entry, extension, error)
+    wanted = (stat.S_ISDIR,) if entry.kind is Kind.DIRECTORY else (stat.S_ISREG, stat.S_ISBLK)
+    if not any(test(status.st_mode) for test in wanted):
+        what = "a directory" if entry.kind is Kind.DIRECTORY else "a regular file"
+        notes.say("warning", entry.path, f"passed over: not {what}")
+        return Picks(entry, ())
+    if not version:  # "web.raw" as a link to "web_1.4.raw": the target tells
+        version = vpick.split(path.rpartition("/")[2], entry.kind)[1]
+    if entry.kind is Kind.DIRECTORY and unsafe is None:
+        notes.watch(path, scope=Scope.TREE)
+    return Picks(entry, (Candidate(entry.path, name, extension, version, entry.kind),), unsafe=unsafe)
+
+
+def _unread(entry: Entry, path: str, error: OSError, notes: _Notes) -> Picks:
+    """No answer for an entry: removed, or only out of reach."""
+    unknown = error.errno not in _ABSENT
+    if unknown:
+        notes.say("warning", path, f"cannot be read, what was accepted stays: {error.strerror}")
+    elif error.errno != errno.ENOENT:
+        notes.say("warning", path, f"passed over: {error.strerror}")
+    elif os.path.lexists(path):
+        notes.say("warning", path, "passed over: the link leads nowhere")
+    elif not entry.optional:
+        notes.say("warning", path, "does not exist")
+    return Picks(entry, (), unknown)
+
+
+def _read(
+    place: int, notes: _Notes, path: str, wanted: re.Pattern[str] | None = None, kind: Kind | None = None
+) -> tuple[Dirent, ...]:
+    """The names in a directory, each with what it leads to, in the order of the names.
+
+    Args:
+        place: O_PATH descriptor of it, `path` the path that it was found by.
+        wanted: leave out names that do not match.
+        kind: what they are to be, in a directory of versions: where their links lead is watched.
+
+    Raises:
+        OSError: the directory itself cannot be read, or there are too many.
+    """
+    descriptor = os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with os.scandir(descriptor) as entries:  # which may be ten million
+            listed = list(islice(entries, _NAMES_MAX + 1))
+        if len(listed) > _NAMES_MAX:
+            raise OSError(errno.E2BIG, f"more than {_NAMES_MAX} names in it, remove some", path)
+        names = [entry for entry in listed if wanted is None or wanted.fullmatch(entry.name)]
+        found = (
+            _linked(f"{path}/{entry.name}", notes, kind)
+            if entry.is_symlink()
+            else _dirent(entry.name, descriptor)
+            for entry in sorted(names, key=lambda entry: entry.name)
+        )
+        return tuple(dirent for dirent in found if dirent)
+    finally:
+        os.close(descriptor)
+
+
+def _dirent(name: str, directory: int) -> Dirent | None:
+    """None: it went away meanwhile."""
+    try:
+        return Dirent(name, _type(os.stat(name, dir_fd=directory, follow_symlinks=False), False))
+    except OSError as error:
+        return None if error.errno == errno.ENOENT else Dirent(name, "other", False, _reason(error))
+
+
+def _linked(path: str, notes: _Notes, kind: Kind | None) -> Dirent:
+    """A link, by what it leads to; one that must not be followed is a candidate still, to be refused."""
+    name = path.rpartition("/")[2]
+    try:
+        with notes.followed(path, watched=kind is not None) as found:
+            return Dirent(name, _type(found.status, True), True)
+    except Unsafe as unsafe:
+        if kind is None:
+            return Dirent(name, "other", True, str(unsafe))
+        return Dirent(name, "directory" if kind is Kind.DIRECTORY else "file", True)
+    except OSError as error:
+        return Dirent(name, "missing" if error.errno in _ABSENT else "other", True, _reason(error))
+
+
+def _type(status: os.stat_result, link: bool) -> vpick.Type:
+    if stat.S_ISREG(status.st_mode):
+        return "file"
+    if stat.S_ISDIR(status.st_mode):
+        return "directory"
+    if stat.S_ISBLK(status.st_mode):
+        return "block"
+    if link and stat.S_ISCHR(status.st_mode) and status.st_rdev == _NULL:
+        return "null"
+    return "other"
+
+
+def _reason(error: OSError) -> str:
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return "the link leads nowhere"
+    if error.errno == errno.ELOOP:
+        return "the link leads in a circle"
+    return error.strerror or str(error)
+
+
+def _is_null(path: str, notes: _Notes) -> bool:
+    """A whole `.confext.d` that is a link to /dev/null: nothing there, and meant so."""
+    return _linked(path, notes, None).type == "null"

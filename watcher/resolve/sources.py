@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a unit declares and what lies in its `.confext.d/` directories, made into one ordered list of entries.
+
+Bottom to top: the declared `ExtensionImages=`, the images of `.confext.d/` by name, the declared
+`ExtensionDirectories=`, the directories of `.confext.d/` by name. Pure: `scan.py` reads the directories.
+
+Entries of `.confext.d/` are known by their own names, be they links or not: `NAME.raw` (image), `NAME/` (directory
+tree), `NAME.raw.v/` (versioned images), `NAME.v/` (versioned trees). The order is that of NAME, byte by byte, so that
+`web.raw` may become `web.raw.v/` and keep its place.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from watcher.model import Declared, Entry, Kind, Remark, shown
+from watcher.resolve import vpick
+from watcher.resolve.vpick import Dirent
+from watcher.settings.syntax import normalized
+
+ENTRY_NAME = vpick.NO_LEFTOVER
+"""Regular expression (`re.fullmatch`) of the names in a `.confext.d/` that can be an entry."""
+
+_entry_name = re.compile(ENTRY_NAME)
+_RESERVED = ("stack.json",)
+_NAME_MAX = 255
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """One `.confext.d/` as it was read."""
+
+    path: str
+    dirents: tuple[Dirent, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """Entries bottom to top, with what there is to say about the rest."""
+
+    entries: tuple[Entry, ...]
+    remarks: tuple[Remark, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    name: str
+    dirent: Dirent
+    entry: Entry
+
+    @property
+    def order(self) -> tuple[bytes, bytes]:
+        return os.fsencode(self.name), os.fsencode(self.dirent.name)
+
+
+def declare(
+    images: Iterable[tuple[str, str, bool]],
+    directories: Iterable[tuple[str, bool]],
+    confext_dirs: Iterable[str] = (),
+) -> Declared:
+    """What a unit, or the command line, declares.
+
+    Args:
+        images: (path, mount options, optional), as `unitfile.extension_images()` gives them.
+        directories: (path, optional), as `unitfile.extension_directories()` gives them.
+        confext_dirs: highest precedence first.
+    """
+    return Declared(
+        tuple(entry(path, Kind.IMAGE, optional=opt, declared=True, options=o) for path, o, opt in images),
+        tuple(entry(path, Kind.DIRECTORY, optional=opt, declared=True) for path, opt in directories),
+        tuple(confext_dirs),
+    )
+
+
+def entry(path: str, kind: Kind, *, optional: bool, declared: bool, options: str = "") -> Entry:
+    """An entry for `path`, in `.v/` form or not; its slot is unique only after `resolve()`."""
+    path = normalized(path)
+    spec = vpick.parse_path(path, kind)
+    name = spec.basename if spec else vpick.split(path.rpartition("/")[2], kind)[0]
+    return Entry(slot_name(name, kind), path, kind, optional, declared, options)
+
+
+def slot_name(name: str, kind: Kind) -> str:
+    """The slot for an extension's name: "web" is "web.raw" or "web".
+
+    A slot stands in a unit file, between colons, under a unit's name: whatever has a meaning there (specifiers, quotes,
+    white space, backslashes), is not ASCII, or would read as `.v/` form, becomes "_".
+    """
+    suffix = ".raw" if kind is Kind.IMAGE else ""
+    safe = re.sub(r"[^A-Za-z0-9._@~-]|\A\.", "_", name)[: _NAME_MAX - len(suffix)] or "_"
+    return re.sub(r"\.v\Z", "_v", safe).replace("___", "__-") + suffix
+
+
+def resolve(declared: Declared, listings: Sequence[Listing]) -> Resolved:
+    """All entries of a service, bottom to top, with slots of their own.
+
+    Args:
+        listings: the `.confext.d/` directories that exist, highest precedence first; a name in an earlier one wins.
+    """
+    found, remarks = _dropped(listings)
+    dropped = sorted(found, key=lambda f: f.order)
+    entries = (
+        *declared.images,
+        *(f.entry for f in dropped if f.entry.kind is Kind.IMAGE),
+        *declared.directories,
+        *(f.entry for f in dropped if f.entry.kind is Kind.DIRECTORY),
+    )
+    return Resolved(_distinct(entries), tuple(remarks))
+
+
+def _dropped(listings: Sequence[Listing]) -> tuple[list[_Found], list[Remark]]:
+    found: list[_Found] = []
+    remarks: list[Remark] = []
+    taken: dict[str, str] = {}
+    for listing in listings:
+        for dirent in sorted(listing.dirents, key=lambda d: os.fsencode(d.name)):
+            path = f"{listing.path}/{dirent.name}"
+            outcome = _classify(path, dirent)
+            if isinstance(outcome, Remark):
+                remarks.append(outcome)
+                continue
+            if winner := taken.get(dirent.name):
+                remarks.append(Remark("debug", path, f"overridden by {winner}"))
+                continue
+            taken[dirent.name] = path
+            if isinstance(outcome, _Found):
+                found.append(outcome)
+            else:
+                remarks.append(Remark("debug", path, "a link to /dev/null: masks entries of this name"))
+    return found, remarks
+
+
+def _classify(path: str, dirent: Dirent) -> _Found | Remark | None:
+    """An entry, a reason why it is none, or None for a mask."""
+    if not _entry_name.fullmatch(dirent.name):
+        return Remark("debug", path, "ignored: a hidden, backup or temporary name")
+    if dirent.type == "null":
+        return None
+    name, kind, versioned = _form(dirent.name)
+    if remark := _mismatch(path, dirent, name, kind, versioned):
+        return remark
+    slot = slot_name(name, kind)
+    return _Found(name, dirent, Entry(slot, path, kind, optional=True, declared=False))
+
+
+def _form(filename: str) -> tuple[str, Kind, bool]:
+    """(NAME, kind, in `.v/` form) by the file name alone."""
+    stem, versioned = (filename[:-2], True) if filename.endswith(".v") else (filename, False)
+    if stem.endswith(".raw"):
+        return stem.removesuffix(".raw"), Kind.IMAGE, versioned
+    return stem, Kind.DIRECTORY, versioned
+
+
+def _mismatch(path: str, dirent: Dirent, name: str, kind: Kind, versioned: bool) -> Remark | None:
+    """What is wrong with an entry of this form being what it is."""
+    telling = versioned or kind is Kind.IMAGE
+    if (dirent.type == "missing" and telling) or (dirent.type == "other" and dirent.problem):
+        return None  # an entry whose file has yet to come, or cannot be reached: whoever opens it says so
+    if dirent.type == "directory":
+        if telling and not versioned:
+            return Remark(
+                "warning", path, f"ignored: a directory, no image (versions go into {shown(name)}.raw.v/)"
+            )
+        return None
+    if kind is Kind.IMAGE and not versioned and dirent.type in ("file", "block"):
+        return None
+    if versioned:
+        return Remark("warning", path, "ignored: not a directory, as the name promises")
+    if kind is Kind.IMAGE:
+        return Remark("warning", path, f"ignored: {dirent.problem or 'not a regular file'}")
+    if dirent.type == "missing":
+        return Remark("warning", path, f"ignored: {dirent.problem or 'a dangling link'}")
+    return Remark("debug", path, "ignored: neither NAME.raw nor a directory")
+
+
+def _distinct(entries: Iterable[Entry]) -> tuple[Entry, ...]:
+    """Slots made unique, the lowest layer keeping its name: "web.raw", "web~2.raw"."""
+    taken = set(_RESERVED)
+    result = []
+    for item in entries:
+        slot, number = item.slot, 2
+        while slot in taken:
+            suffix = f"~{number}" + (".raw" if item.kind is Kind.IMAGE else "")
+            stem = item.slot.removesuffix(".raw") if item.kind is Kind.IMAGE else item.slot
+            slot, number = stem[: _NAME_MAX - len(suffix)] + suffix, number + 1
+        taken.add(slot)
+        result.append(replace(item, slot=slot))
+    return tuple(result)

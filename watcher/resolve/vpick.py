@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Which file of a `.v/` directory is the newest that fits: systemd.v(7), without reading any directory.
+
+Where the manual page leaves room, systemd 262 decides, whose `systemd-vpick` the tests hold this against:
+
+- What follows the last `_` of the version is taken for the architecture and dropped, known or not: "web_1_2.raw" is
+  version 1, and "web_x86-64.raw" is version "x86-64". A known architecture that this host cannot run is passed over.
+- A counter is read as C does, so "+010" is 8, and "+09" is no counter at all and makes the version invalid.
+- A version has letters, digits and "-.~^"; any other character, and the name is none of ours.
+
+One thing is better than there: a dangling link makes systemd fail the whole pick, here it is passed over.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from watcher.model import Candidate, Kind, shown
+from watcher.resolve import version
+from watcher.settings import architectures
+
+Type = Literal["file", "directory", "block", "null", "other", "missing"]
+
+_TYPES: dict[Kind, tuple[Type, ...]] = {Kind.IMAGE: ("file", "block"), Kind.DIRECTORY: ("directory",)}
+_SUFFIX = {Kind.IMAGE: ".raw", Kind.DIRECTORY: ""}
+_VERSION = re.compile(r"[A-Za-z0-9.~^-]+")
+_COUNTER = re.compile(r"(.*)\+([0-9]+)(?:-([0-9]+))?", re.DOTALL)
+_UINT_MAX = 0xFFFFFFFF
+
+# systemd's hidden_or_backup_file(), and the names under which uploads grow.
+_LEFTOVER = (
+    r"\..*|lost\+found|aquota\.(?:user|group)|.*~|"
+    r".*\.(?:bak|old|orig|new|swp|tmp|part|partial|filepart|rpm(?:new|save|orig)|(?:dpkg|ucf)-[a-z]+)"
+)
+NO_LEFTOVER = rf"(?s:(?!(?:{_LEFTOVER})\Z).+)"
+"""Regular expression (`re.fullmatch`) of the names that somebody may have meant."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dirent:
+    """A name in a directory.
+
+    Attributes:
+        name: as `os.fsdecode()` makes it.
+        type: what it is, or what its link leads to. "null": a link to /dev/null. "missing": a link that leads nowhere.
+        link: it is a symbolic link.
+        problem: why it is "missing" or "other", in a few words.
+    """
+
+    name: str
+    type: Type
+    link: bool = False
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What to look for, and where: `directory/basename_VERSION[_ARCHITECTURE][+LEFT[-DONE]]suffix`."""
+
+    directory: str
+    basename: str
+    suffix: str
+    kind: Kind
+
+
+@dataclass(frozen=True, slots=True)
+class NotPicked:
+    """A name that does not count, and why; `level` as that of a `Remark`."""
+
+    name: str
+    reason: str
+    level: str = "warning"
+
+
+@dataclass(frozen=True, slots=True)
+class _Match:
+    dirent: Dirent
+    version: str
+    architecture: int  # 0 native, 1 secondary, 2 any
+    left: int
+    done: int
+
+    def key(self) -> tuple[Any, ...]:
+        """Greater is better (systemd.v(7), "Example" and the list before it)."""
+        name = os.fsencode(self.dirent.name)
+        return (self.left != 0, version.key(self.version), -self.architecture, self.left, -self.done, name)
+
+
+def parse_path(path: str, kind: Kind) -> Spec | None:
+    """What a path in `.v/` form asks for: "/srv/web.raw.v", "/srv/web.v" or "/srv/x.v/web___.raw".
+
+    Returns:
+        None if `path` is not in that form: then it names its one file itself.
+    """
+    parent, _, name = path.rstrip("/").rpartition("/")
+    if name.endswith(".v"):
+        basename = name[:-2].removesuffix(_SUFFIX[kind])
+        return Spec(f"{parent}/{name}", basename, _SUFFIX[kind], kind)
+    if "___" in name and parent.endswith(".v") and parent:
+        at = name.rindex("___")
+        return Spec(parent, name[:at], name[at + 3 :], kind)
+    return None
+
+
+def pattern(spec: Spec) -> str:
+    """Regular expression (`re.fullmatch`) of the names worth a look in `spec.directory`: not the leftovers of uploads.
+
+    That is more than can be picked: a file that was named wrong is told about.
+    """
+    prefix = re.escape(f"{spec.basename}_") if spec.basename else ""
+    rest = r"[A-Za-z0-9.~^-]+(?:_[^_]*)?(?:\+[0-9]+(?:-[0-9]+)?)?"
+    return f"(?s:{prefix}{rest}{re.escape(spec.suffix)}|{NO_LEFTOVER})"
+
+
+def pick(spec: Spec, dirents: Iterable[Dirent], architecture: str | None = None) -> tuple[Candidate, ...]:
+    """All that fit, best first.
+
+    Args:
+        architecture: systemd's name of the native one; None: this host's.
+    """
+    runnable = _runnable(architecture)
+    matches = (_match(spec, dirent, runnable) for dirent in dirents if dirent.type in _TYPES[spec.kind])
+    right = sorted((m for m in matches if isinstance(m, _Match)), key=_Match.key, reverse=True)
+    return tuple(_candidate(spec, match) for match in right)
+
+
+def passed_over(
+    spec: Spec, dirents: Iterable[Dirent], architecture: str | None = None
+) -> tuple[NotPicked, ...]:
+    """Everything else, with the reason."""
+    runnable = _runnable(architecture)
+    wanted = "a directory" if spec.kind is Kind.DIRECTORY else "a regular file"
+    passed = []
+    for dirent in dirents:
+        match = _match(spec, dirent, runnable)
+        if isinstance(match, NotPicked):
+            passed.append(match)
+        elif dirent.type not in _TYPES[spec.kind]:
+            passed.append(NotPicked(dirent.name, dirent.problem or f"not {wanted}"))
+    return tuple(passed)
+
+
+def split(name: str, kind: Kind) -> tuple[str, str]:
+    """Extension name and version of a file that is named directly: "web_1.4+3.raw" is ("web", "1.4").
+
+    The name is what systemd calls it: cut at the first "_" or "+", without ".confext.raw" or ".raw".
+    """
+    if kind is Kind.IMAGE:
+        name = re.sub(r"(\.sysext|\.confext)?\.raw\Z", "", name)
+    end = re.search(r"[_+]", name)
+    if end is None:
+        return name, ""
+    spec = Spec("", name[: end.start()], "", kind)
+    match = _match(spec, Dirent(name, "file"), tuple(architectures.NAMES))
+    return spec.basename, match.version if isinstance(match, _Match) else ""
+
+
+def called(spec: Spec) -> str:
+    """How a file must be called to fit, for people: "web_VERSION.raw"."""
+    return shown(f"{spec.basename}_VERSION{spec.suffix}" if spec.basename else f"VERSION{spec.suffix}")
+
+
+def _runnable(architecture: str | None) -> tuple[str, ...]:
+    native = architecture or architectures.native()
+    return tuple(a for a in (native, architectures.secondary(native)) if a)
+
+
+def _match(spec: Spec, dirent: Dirent, runnable: tuple[str, ...]) -> _Match | NotPicked:
+    name, prefix = dirent.name, f"{spec.basename}_" if spec.basename else ""
+    if not name.startswith(prefix) or not name[len(prefix) :].endswith(spec.suffix):
+        meant = name.startswith(spec.basename) and spec.basename != ""
+        return NotPicked(name, f"not called {called(spec)}", "warning" if meant else "debug")
+    rest, left, done = _counters(name[len(prefix) :].removesuffix(spec.suffix))
+    text, underscore, suffix = rest.rpartition("_") if "_" in rest else (rest, "", "")
+    index = 2
+    if underscore and suffix in architectures.NAMES:
+        if suffix not in runnable:
+            return NotPicked(name, f"made for {suffix}, and this host is {runnable[0]}", "info")
+        index = min(runnable.index(suffix), 1)
+    if not _VERSION.fullmatch(text):
+        return NotPicked(name, f"not called {called(spec)}, with letters, digits and -.~^ for VERSION")
+    return _Match(dirent, text, index, left, done)
+
+
+def _counters(text: str) -> tuple[str, int, int]:
+    """`+LEFT` or `+LEFT-DONE` taken off the end; without them systemd counts with UINT_MAX, and so do we."""
+    return counters(text) or (text, _UINT_MAX, _UINT_MAX)
+
+
+def counters(text: str) -> tuple[str, int, int] | None:
+    """What stands before `+LEFT[-DONE]` at the end of a name without its suffix, left, and done; None without them."""
+    match = _COUNTER.fullmatch(text)
+    left, done = (_atou(match[2]), _atou(match[3] or "0")) if match else (None, None)
+    return (match[1], left, done) if match and left is not None and done is not None else None
+
+
+def _atou(text: str) -> int | None:
+    """Digits as C's strtoul() with base 0 reads them into an unsigned int, None if it would not."""
+    try:
+        value = int(text, 8 if text.startswith("0") else 10)
+    except ValueError:  # "+09"
+        return None
+    return value if value <= _UINT_MAX else None
+
+
+def _candidate(spec: Spec, match: _Match) -> Candidate:
+    counted = match.left != _UINT_MAX
+    return Candidate(
+        path=f"{spec.directory}/{match.dirent.name}",
+        filename=match.dirent.name,
+        name=spec.basename or match.version,
+        version=match.version,
+        kind=spec.kind,
+        tries_left=match.left if counted else None,
+        tries_done=match.done if counted else None,
+    )

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One service, one round: look, choose, check, accept, swap, reload, judge, record.
+
+In comes the name of a service of which something changed. Out comes the time of the next round, or none. A round starts
+from what is on disk and what is mounted now, so that a lost event, a kill or a restart all lead to the same end:
+another round. This room never keeps in memory alone what a decision depends on.
+"""

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The outcomes of a round, in words that somebody understands at three in the morning. Pure."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+from watcher.managers.base import Reloaded
+from watcher.model import Event, Incomplete, Layer, Outcome, Stack, shown
+from watcher.rounds.choose import Passed, describe
+
+_REBASED = "the host's /etc has changed, same stack"
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Microseconds: of the swap, of the reload, from noticing the change to the end."""
+
+    swap: int = 0
+    reload: int = 0
+    total: int = 0
+
+
+def applied(
+    service: str,
+    before: Stack,
+    stack: Stack,
+    reloaded: Reloaded,
+    times: Times,
+    *,
+    swapped: bool,
+    rebased: bool = False,
+) -> Event:
+    """A stack was put in place, or had been already by somebody who was then killed, and the service was told.
+
+    Args:
+        rebased: it is the stack that the service had, because of what the host has done to its own `/etc`.
+    """
+    what = describe(before, stack)
+    if swapped and rebased:
+        sentence = f"{_REBASED} applied anew in {duration(times.swap)}"
+    elif swapped:
+        comma = "" if " -> " in what and "," not in what else ","
+        sentence = f"{what}{comma} applied in {duration(times.swap)}"
+    else:
+        sentence = "its stack was in place already"
+    if reloaded.told:
+        done = "sent" if reloaded.told.startswith("SIG") else "done"
+        sentence += f", {reloaded.told} {done} in {duration(times.reload)}"
+    else:
+        sentence += f"; {reloaded.reason or 'it was not told to reload, it has no way to'}"
+    return _of_stack(service, Outcome.APPLIED, sentence, before, stack, reloaded, times)
+
+
+def failed(
+    service: str,
+    before: Stack,
+    stack: Stack,
+    reloaded: Reloaded,
+    times: Times,
+    *,
+    rebased: bool = False,
+) -> Event:
+    """A stack was put in place, the service did not take it well, and it stays: `Rollback=no`, or the stack was good.
+
+    Args:
+        rebased: see `applied()`.
+    """
+    what = f"{_REBASED} applied anew" if rebased else f"{describe(before, stack)} is in place"
+    sentence = f"{what}, but {reloaded.reason}; it is not rolled back"
+    return _of_stack(service, Outcome.FAILED, sentence, before, stack, reloaded, times)
+
+
+def rolled_back(
+    service: str,
+    bad: Stack,
+    good: Stack,
+    why: str,
+    reloaded: Reloaded,
+    times: Times,
+    *,
+    running: bool,
+    output: str = "",
+) -> Event:
+    """The last good stack is back.
+
+    Args:
+        output: what the command printed that the bad one failed by.
+    """
+    was = ", ".join(new.label for new in _new_layers(good, bad)) or "the stack without it"
+    back = ", ".join(layer.label for layer in reversed(good.layers)) or "its own /etc"
+    sentence = f"{was} taken out again: {why}; "
+    if not running and reloaded.ok:
+        sentence += f"it is not running, its next start gets {back}"
+    elif reloaded.ok:
+        sentence += f"back on {back} in {duration(times.swap + times.reload)}"
+        sentence += f", {reloaded.told} done" if reloaded.told == "start" else ""
+    else:
+        sentence += f"back on {back}, but that failed too: {reloaded.reason}; it is not tried again"
+    both = "\n".join(part.rstrip("\n") for part in (output, reloaded.output) if part)
+    event = _of_stack(service, Outcome.ROLLED_BACK, sentence, bad, good, reloaded, times)
+    # Whoever waits for the image that was dropped waits for this.
+    return replace(event, reason=why, output=both, **_about(good, bad))
+
+
+def accepted(service: str, before: Stack, stack: Stack, *, starting: bool, headless: bool = False) -> Event:
+    """The service does not run, or not yet, or not with a main process: its slots were set."""
+    when = "it is not running, its next start gets it"
+    if starting:
+        when = "it is being started, and gets it"
+    elif headless:
+        when = "systemd knows no main process of it, its next start gets it: restart it"
+    sentence = f"{describe(before, stack)}, accepted; {when}"
+    return _of_stack(service, Outcome.APPLIED, sentence, before, stack, Reloaded(ok=True), Times())
+
+
+def refused(service: str, passed: Passed, kept: Layer | None, stack: Stack) -> Event:
+    """An image was passed over."""
+    candidate, reason = passed.candidate, str(passed.reason)
+    incomplete = isinstance(passed.reason, Incomplete)
+    word = "incomplete" if incomplete else "refused"
+    keeps = f"it keeps {kept.label}" if kept else "it goes without"
+    return event(
+        service,
+        Outcome.INCOMPLETE if incomplete else Outcome.REFUSED,
+        f"{shown(candidate.path)} {word}: {reason.removeprefix('incomplete: ')}; {keeps}",
+        stack=stack.id,
+        image=candidate.name,
+        version=candidate.version,
+        source=candidate.path,
+        reason=reason,
+    )
+
+
+def check_failed(service: str, before: Stack, stack: Stack, reason: str, output: str) -> Event:
+    """The service's own check did not like the new `/etc`, which it never saw."""
+    sentence = f"{describe(before, stack)}, refused: {reason}; the service was not touched"
+    reloaded = Reloaded(ok=False, reason=reason, output=output)
+    return _of_stack(service, Outcome.REFUSED, sentence, before, stack, reloaded, Times())
+
+
+def needs_restart(service: str, reason: str) -> Event:
+    """Its main process has no mount namespace that could be entered."""
+    sentence = f"not touched, its main process {reason}: restart it once to have its stack"
+    return event(service, Outcome.NEEDS_RESTART, sentence, reason=reason)
+
+
+def not_placed(service: str, reason: str, *, again: bool) -> Event:
+    """The kernel did not let us put the stack in place."""
+    sentence = f"its stack could not be put in place{', it is tried again' if again else ''}: {reason}"
+    return event(service, Outcome.FAILED, sentence, reason=reason)
+
+
+def event(service: str, outcome: Outcome, sentence: str, **fields: str) -> Event:
+    """An event of this moment; the sentence gets the service's name in front."""
+    message = f"{shown(service)}: {sentence}"
+    return Event(service, outcome, message, when=now(), **fields)  # type: ignore[arg-type]
+
+
+def now() -> int:
+    """Microseconds since the epoch."""
+    return time.time_ns() // 1000
+
+
+def duration(usec: int) -> str:
+    """Microseconds for people: "870 us", "2 ms", "31 s"."""
+    if usec < 1000:
+        return f"{usec} us"
+    return f"{usec / 1000:.0f} ms" if usec < 10_000_000 else f"{usec / 1_000_000:.0f} s"
+
+
+def _of_stack(
+    service: str,
+    outcome: Outcome,
+    sentence: str,
+    before: Stack,
+    stack: Stack,
+    reloaded: Reloaded,
+    times: Times,
+) -> Event:
+    return Event(
+        service,
+        outcome,
+        f"{shown(service)}: {sentence}",
+        when=now(),
+        stack=stack.id,
+        previous=before.id,
+        reason=reloaded.reason,
+        output=reloaded.output,
+        swap_usec=times.swap,
+        total_usec=times.total,
+        layers=stack.layers,
+        **_about(before, stack),
+    )
+
+
+def _about(before: Stack, stack: Stack) -> dict[str, Any]:
+    """The image that an outcome is about: the topmost that a stack has and the one before had not."""
+    changed = _new_layers(before, stack) or list(stack.layers)
+    if not changed:
+        return {}
+    top = changed[-1]
+    return {"image": top.name, "version": top.version, "digest": top.digest, "source": top.source}
+
+
+def _new_layers(before: Stack, after: Stack) -> list[Layer]:
+    known = set(before.digests)
+    return [layer for layer in after.layers if layer.digest not in known]

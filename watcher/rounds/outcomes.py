@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The last step of a round: what became of it, into the journal, the history and the quarantine.
+
+What was said is remembered, so that it is said once for as long as it lasts; nothing is decided by that.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+import trio
+
+from watcher.images import tries
+from watcher.model import Event, KeptOut, Later, Refused, Stack, Unsafe, printable, problem, shown
+from watcher.records import journal
+from watcher.records.ledger import Ledger, LedgerError
+from watcher.records.schema import Quarantined, text
+from watcher.rounds import messages
+from watcher.rounds.choose import Passed
+from watcher.rounds.desired import STACK, Desired
+from watcher.watch.offload import Offload, Unanswered
+
+_Key = tuple[object, ...]
+
+
+class Outcomes:
+    """Writes down outcomes.
+
+    Args:
+        ledger: where history and quarantine are kept.
+        offload: where the files of services are looked at.
+        told: called with every outcome, after it was recorded.
+    """
+
+    def __init__(
+        self, ledger: Ledger, offload: Offload, told: Callable[[Event], None] = lambda event: None
+    ) -> None:
+        self._ledger = ledger
+        self._told = told
+        self._offload = offload
+        self._unwritten: list[Event] = []
+        self._writing = trio.Lock()
+        self._said: dict[str, frozenset[_Key]] = {}
+        self._not_placed: dict[str, str] = {}
+        self._needs_restart: dict[str, str] = {}
+
+    def forget(self, service: str) -> None:
+        """Forget what was said of a service."""
+        for memory in (self._said, self._not_placed, self._needs_restart):
+            memory.pop(service, None)
+
+    async def outcome(self, event: Event, *, critical: bool = False) -> None:
+        """One entry in the journal, one line of history.
+
+        While the disk is busy with one commit, the outcomes of other services gather for the next.
+        """
+        journal.record(event, "critical" if critical else None)
+        self._unwritten.append(event)
+        with trio.CancelScope(shield=True):  # it has happened, also when we are about to end
+            async with self._writing:
+                await self._write()
+        self._told(event)
+
+    async def _write(self) -> None:
+        events, self._unwritten = self._unwritten, []
+        if not events:
+            return  # they were in somebody else's commit
+        try:
+            await trio.to_thread.run_sync(self._ledger.append, *events)
+        except LedgerError as error:
+            journal.log.error(f"history: {error}")
+
+    def placed(self, service: str) -> None:
+        """Its stack could be put in place: what prevented that before is over."""
+        self._not_placed.pop(service, None)
+        self._needs_restart.pop(service, None)
+
+    async def not_placed(self, service: str, error: Exception) -> None:
+        """Its stack could not be put in place, or what was begun has to wait: said once for as long as it is so."""
+        reason = printable(problem(error))
+        if self._not_placed.get(service) == reason:
+            return
+        self._not_placed[service] = reason
+        if isinstance(error, Later):
+            _log("warning", f"{service}: {reason}; it is tried again by itself", service)
+        else:
+            # What is refused waits for somebody to see to it.
+            await self.outcome(messages.not_placed(service, reason, again=not isinstance(error, Refused)))
+
+    async def needs_restart(self, service: str, invocation: str, reason: str) -> None:
+        """Its main process shares the host's namespace; said once for each start of the service."""
+        if self._needs_restart.get(service) != invocation:
+            self._needs_restart[service] = invocation
+            await self.outcome(messages.needs_restart(service, reason))
+
+    def kept_out(self, service: str) -> dict[str, str]:
+        """What is in quarantine for a service, with the reasons."""
+        return {one.digest: one.reason for one in self._ledger.quarantined(service)}
+
+    async def quarantine(
+        self, service: str, before: Stack, bad: Stack, reason: str, event: Event | None = None
+    ) -> dict[str, str]:
+        """Keep what is new in a stack out of the service; the stack itself where nothing in it is new.
+
+        Args:
+            event: the outcome that this is, if it is one already: recorded in the same commit, since what is in
+                quarantine is not said again.
+
+        Returns:
+            What is kept out for the moment only, because it has tries left: reasons by digest.
+        """
+        known = set(before.digests)
+        new = {layer.digest: layer.source for layer in bad.layers if layer.digest not in known}
+        when = messages.now()
+        held = {}
+        contents = []
+        for digest, source in (new or {STACK + bad.id: ""}).items():
+            counters = tries.counted(source)
+            # Another service's success may have removed the counters meanwhile: then there is no other try.
+            if counters is not None and counters.left and await self._is_there(service, source):
+                held[digest] = f"{reason}; tries left: {counters.left}"
+            else:
+                contents.append(Quarantined(service, digest, reason, when, source))
+        if event is not None:
+            journal.record(event)
+        with trio.CancelScope(shield=True):
+            try:
+                await trio.to_thread.run_sync(self._write_quarantine, contents, event)
+            except LedgerError as error:
+                journal.log.error(f"quarantine, kept in memory only: {error}")
+        if event is not None:
+            self._told(event)
+        return held
+
+    async def _is_there(self, service: str, path: str) -> bool:
+        try:
+            return await self._offload.run(service, os.path.lexists, path)
+        except Unanswered:
+            return True  # nobody has removed what cannot be seen
+
+    def _write_quarantine(self, contents: Sequence[Quarantined], event: Event | None) -> None:
+        with self._ledger.round() as made:
+            for content in contents:
+                made.quarantine(content)
+            if event is not None:
+                made.append(event)
+
+    async def look(self, service: str, desired: Desired) -> None:
+        """What a look found that is worth a line, unless it was said already and has been so ever since."""
+        before = self._said.get(service, frozenset())
+        # Of what could not be looked at nothing is known to be over.
+        said: set[_Key] = set(before) if desired.look.unknown else set()
+        key: _Key
+        for remark in desired.look.remarks:
+            key = (remark.path, remark.text)
+            if key not in before:
+                _log(remark.level, f"{service}: {shown(remark.path)}: {remark.text}", service)
+            said.add(key)
+        for passed in desired.passed:
+            key = (
+                passed.candidate.path,
+                str(passed.reason),
+                *desired.signatures.get(passed.candidate.path, ()),
+            )
+            if key not in before:
+                await self._passed(service, passed, desired)
+            said.add(key)
+        if desired.waiting is not None:
+            key = ("pinned", desired.waiting.id)
+            if key not in before:
+                waits = f"{service}: stays on the stack that it was put on by hand; `rollback --forget`"
+                _log("warning", f"{waits} lets it have what was dropped since", service)
+            said.add(key)
+        self._said[service] = frozenset(said)
+
+    async def _passed(self, service: str, passed: Passed, desired: Desired) -> None:
+        path = shown(passed.candidate.path)
+        known = isinstance(passed.reason, KeptOut) and self._is_known(service, passed)
+        if known or passed.slot in {entry.slot for entry in desired.sysexts}:
+            _log("debug", f"{service}: {path} {passed.reason}", service)
+        elif isinstance(passed.reason, Refused):
+            kept = next((one for one in desired.stack.layers if one.slot == passed.slot), None)
+            await self.outcome(messages.refused(service, passed, kept, desired.stack))
+        elif isinstance(passed.reason, Later):
+            waits = f"{service}: {path} has to wait, it is tried again by itself: {passed.reason}"
+            _log("warning", waits, service)
+        else:
+            _log("debug", f"{service}: {path} has to wait: {passed.reason}", service)
+
+    def _is_known(self, service: str, passed: Passed) -> bool:
+        """Whether this very file was said to be bad when it was put into the quarantine."""
+        source = text(passed.candidate.path)
+        return any(one.source == source for one in self._ledger.quarantined(service))
+
+
+def signatures(passed: Sequence[Passed]) -> dict[str, tuple[int, ...]]:
+    """Of what was passed over, by path: another file by the same name is said again. Blocks."""
+    # What lies behind an unsafe link is nobody's to know, not even that it changes.
+    return {
+        one.candidate.path: _signature(one.candidate.path, follow=not isinstance(one.reason, Unsafe))
+        for one in passed
+    }
+
+
+def _signature(path: str, *, follow: bool) -> tuple[int, ...]:
+    try:
+        status = os.stat(path, follow_symlinks=follow)
+    except OSError:
+        return ()
+    return (status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def _log(level: str, line: str, service: str) -> None:
+    getattr(journal.log, level)(line, service=service)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Before the swap: the service's own test of the new `/etc` (`Check=`), where the service cannot see it.
+
+The test runs in a shadow of the service's mount namespace that has the new stack on `/etc`: `nginx -t` reads what nginx
+would read, sandbox mounts, root directory and all. Whatever it does to mounts is gone with the shadow, and whatever it
+leaves running its manager ends.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from watcher.managers.base import Manager, Service
+from watcher.managers.command import last_line
+from watcher.model import Copy, Later, Stack, shown
+from watcher.mounts.process import Process
+from watcher.mounts.shadow import shadow
+from watcher.mounts.workers import MountWorkers
+from watcher.settings import syntax
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a test says: `reason` is "" when all is well, else one line; `output` is what it printed."""
+
+    reason: str = ""
+    output: str = ""
+
+
+async def check(
+    workers: MountWorkers,
+    manager: Manager,
+    service: Service,
+    main: Process,
+    stack: Stack,
+    copies: Mapping[str, Copy],
+) -> Verdict:
+    """Run every `Check=` of a running service against a stack, in order, until one fails.
+
+    Raises:
+        Gone: the service has ended.
+        Later: a test could not be run.
+        HostNamespace, Refused, OSError, ...: as `swap()`.
+    """
+    if not service.settings.check:
+        return Verdict()
+    namespace = main.namespace()
+    try:
+        shadowed = await workers.run(shadow, workers, namespace, stack, copies)
+    finally:
+        os.close(namespace)
+    try:
+        return await run_all(
+            manager, service, shadowed, service.settings.check, service.settings.check_usec, "check"
+        )
+    finally:
+        os.close(shadowed)
+
+
+async def run_all(
+    manager: Manager, service: Service, namespace: int, commands: tuple[str, ...], usec: int, what: str
+) -> Verdict:
+    """Run command lines one after the other, each for at most `usec` microseconds, until one fails.
+
+    Raises:
+        Gone: the service has ended.
+        Later: one could not be run, which says nothing about the stack.
+    """
+    output = ""
+    for command in commands:
+        try:
+            ended = await manager.execute(service, namespace, syntax.split(command), usec / 1_000_000)
+        except Later as error:
+            raise Later(f"{what} {shown(command)!r} {error}") from error
+        output += ended.output
+        if ended.reason:
+            return Verdict(f"{what} {shown(command)!r} {ended.reason}{last_line(ended.output)}", output)
+    return Verdict("", output)

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The watcher's own settings, and those of a service in the `[X-Confext]` section of its unit.
+
+Nothing in a configuration file is ever fatal: an unknown key or a bad value is one warning with file and line, and the
+default is used. Values are written as systemd writes them (`5s`, `64M`, `yes`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from watcher.model import Remark, shown
+from watcher.settings import syntax, unit_names
+from watcher.settings.signals import signal_name, signal_number
+from watcher.settings.syntax import Assignment
+
+SERVICE_SECTION = "X-Confext"
+WATCHER_SECTION = "Watcher"
+_NAME = "confext-watcher"
+_VENDOR_DIRECTORIES = (f"/run/{_NAME}", f"/usr/local/lib/{_NAME}", f"/usr/lib/{_NAME}")
+
+
+# What systemd lets through with a warning (USER_NAMES, "relaxed mode").
+_USER = re.compile(r"(?!\.{1,2}\Z|-)[^\s:/,\x00-\x1f\x7f]{1,256}")
+
+_MiB = 1024**2
+_GiB = 1024**3
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """`watcher.conf`, section `[Watcher]`; *_usec are microseconds.
+
+    Attributes:
+        settle_usec: `SettleSec=`, quiet time that ends a burst; 0: at once.
+        settle_max_usec: `SettleMaxSec=`, but no later than this after the first change.
+        store_max: `StoreMax=`, bytes that all copies together may take.
+        image_max: `ImageMax=`, bytes of one image or tree.
+        keep_stacks: `KeepStacks=`, accepted stacks kept for each service.
+        history_max: `HistoryMax=`, entries.
+        reload_limit_burst: `ReloadLimitBurst=`, daemon-reloads within `reload_limit_interval_usec`; 0: no limit.
+        reload_limit_interval_usec: `ReloadLimitIntervalSec=`.
+        mount_workers: `MountWorkers=`, swaps at the same time.
+        log_level: `LogLevel=`, "debug", "info", "warning" or "error".
+        state_directory: $STATE_DIRECTORY, runtime_directory and configuration_directory likewise; absolute.
+    """
+
+    settle_usec: int = 100_000
+    settle_max_usec: int = 5_000_000
+    store_max: int = 4 * _GiB
+    image_max: int = 1 * _GiB
+    keep_stacks: int = 3
+    history_max: int = 10_000
+    reload_limit_burst: int = 5
+    reload_limit_interval_usec: int = 10_000_000
+    mount_workers: int = 4
+    log_level: str = "info"
+    runtime_directory: str = f"/run/{_NAME}"
+    state_directory: str = f"/var/lib/{_NAME}"
+    configuration_directory: str = f"/etc/{_NAME}"
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceSettings:
+    """`[X-Confext]` of a unit; *_usec are microseconds.
+
+    Attributes:
+        reload: `Reload=`, "auto", "unit", "restart", "none" or "signal:SIGHUP".
+        check: `Check=`, command lines, all of which must succeed, in order; see `unitfile.split()`.
+        check_usec: `CheckSec=`, for each of them.
+        health_check: `HealthCheck=`, command lines.
+        health_check_usec: `HealthCheckSec=`, within which they are tried again.
+        health_watch_usec: `HealthWatchSec=`, how long the service must stay up after it.
+        rollback: `Rollback=`.
+        rollout: `Rollout=`, "parallel" or "rolling".
+        rollout_parallel: `RolloutParallel=`, at a time, after the first.
+        settle_usec: `SettleSec=`; None: as the watcher's.
+        trusted_users: `TrustedUsers=`, names or numbers.
+        trusted_groups: `TrustedGroups=`.
+        image_policy: `ImagePolicy=`, as written (systemd.image-policy(7), or "signed"); "" when not set.
+        enabled: `Enabled=`.
+    """
+
+    reload: str = "auto"
+    check: tuple[str, ...] = ()
+    check_usec: int = 30_000_000
+    health_check: tuple[str, ...] = ()
+    health_check_usec: int = 10_000_000
+    health_watch_usec: int = 0
+    rollback: bool = True
+    rollout: str = "parallel"
+    rollout_parallel: int = 1
+    settle_usec: int | None = None
+    trusted_users: tuple[str, ...] = ()
+    trusted_groups: tuple[str, ...] = ()
+    image_policy: str = ""
+    enabled: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """A setting: the attribute it sets, and how its value is read (ValueError: it is bad)."""
+
+    attribute: str
+    read: Callable[[str], Any]
+    repeats: bool = False
+
+
+def directories(environment: Mapping[str, str], *, root: bool) -> dict[str, str]:
+    """`runtime_directory`, `state_directory` and `configuration_directory` for `Settings`.
+
+    Args:
+        environment: as systemd sets it for `RuntimeDirectory=` and its kin, and XDG's for people.
+        root: without the former, the system's directories rather than a user's.
+    """
+    home = environment.get("HOME") or "/"
+    state = f"{environment.get('XDG_STATE_HOME') or f'{home}/.local/state'}/{_NAME}"
+    runtime = environment.get("XDG_RUNTIME_DIR")
+    own = {
+        # Not in /tmp, where anybody may be there first: what lies in it survives a reboot without harm.
+        "runtime_directory": f"{runtime}/{_NAME}" if runtime else f"{state}/run",
+        "state_directory": state,
+        "configuration_directory": f"{environment.get('XDG_CONFIG_HOME') or f'{home}/.config'}/{_NAME}",
+    }
+    system = {field.name: field.default for field in fields(Settings) if field.name in own}
+    found = {}
+    for attribute, default in own.items():
+        given = environment.get(attribute.upper(), "").split(":")[0]
+        found[attribute] = os.path.abspath(given or (str(system[attribute]) if root else default))
+    return found
+
+
+def is_root() -> bool:
+    """Whether the system's directories are ours: root's, and in a container its root's; not those of a user who is root
+    in a user namespace of his own only."""
+    return os.geteuid() == 0 and os.access("/run", os.W_OK)
+
+
+def load(
+    environment: Mapping[str, str] = os.environ, *, root: bool | None = None
+) -> tuple[Settings, tuple[Remark, ...]]:
+    """`watcher.conf` from the first place that has one, then the drop-ins of all places.
+
+    Places are the configuration directory (/etc), /run, /usr/local/lib, /usr/lib; of drop-ins with the same name the
+    earliest place's counts, and the later in the order of their names win.
+
+    Args:
+        root: whether the system's directories are meant; None: if they are ours.
+
+    Raises:
+        OSError: a file is there and cannot be read.
+    """
+    paths = directories(environment, root=is_root() if root is None else root)
+    places = (paths["configuration_directory"], *_VENDOR_DIRECTORIES)
+    main = next((path for place in places if os.path.exists(path := f"{place}/watcher.conf")), None)
+    drop_ins = unit_names.config_files(f"{place}/watcher.conf.d" for place in places)
+    parsed = syntax.load([main, *drop_ins] if main else drop_ins)
+    settings, remarks = watcher_settings(parsed.assignments, paths)
+    return settings, parsed.remarks + remarks
+
+
+def watcher_settings(
+    assignments: Iterable[Assignment], paths: Mapping[str, str] | None = None
+) -> tuple[Settings, tuple[Remark, ...]]:
+    """`[Watcher]`, and a warning for every section that is none of ours.
+
+    Args:
+        paths: the three directories, see `directories()`.
+    """
+    assignments = tuple(assignments)
+    values, remarks = _read(assignments, WATCHER_SECTION, _WATCHER_KEYS)
+    remarks += [
+        assignment.remark(f"ignored: the section [{shown(assignment.section)}] is not known")
+        for assignment in assignments
+        if assignment.section != WATCHER_SECTION and not assignment.section.startswith("X-")
+    ]
+    values.update(paths or {})
+    return Settings(**values), tuple(remarks)
+
+
+def service_settings(
+    assignments: Iterable[Assignment], expand: Callable[[str], str] = lambda text: text
+) -> tuple[ServiceSettings, tuple[Remark, ...]]:
+    """`[X-Confext]` of a unit and its drop-ins.
+
+    Args:
+        expand: replaces the specifiers of systemd.unit(5); may raise ValueError.
+    """
+    values, remarks = _read(assignments, SERVICE_SECTION, _SERVICE_KEYS, expand)
+    return ServiceSettings(**values), tuple(remarks)
+
+
+def reload_kind(text: str) -> str:
+    """`Reload=`: checked, with the signal's full name ("signal:hup" is "signal:SIGHUP").
+
+    Raises:
+        ValueError: none of auto, unit, restart, none, signal:NAME.
+    """
+    if text in ("auto", "unit", "restart", "none"):
+        return text
+    kind, _, name = text.partition(":")
+    if kind == "signal" and name:
+        return f"signal:{signal_name(signal_number(name))}"
+    raise ValueError(f"not auto, unit, signal:SIGNAL, restart or none: {shown(text)}")
+
+
+def _read(
+    assignments: Iterable[Assignment],
+    section: str,
+    keys: Mapping[str, _Key],
+    expand: Callable[[str], str] = lambda text: text,
+) -> tuple[dict[str, Any], list[Remark]]:
+    """Values by attribute, for those that were set well; the empty value goes back to the default."""
+    values: dict[str, Any] = {}
+    remarks: list[Remark] = []
+    for assignment in assignments:
+        if assignment.section != section:
+            continue
+        key = keys.get(assignment.key)
+        if key is None:
+            if not assignment.key.startswith("X-"):
+                remarks.append(
+                    assignment.remark(f"ignored: {shown(assignment.key)}= is not known in [{section}]")
+                )
+        elif not assignment.value:
+            values.pop(key.attribute, None)
+        else:
+            try:
+                value = key.read(expand(assignment.value))
+            except ValueError as error:
+                remarks.append(assignment.remark(f"ignored: {assignment.key}= is {error}"))
+            else:
+                if key.repeats:
+                    value = (
+                        *values.get(key.attribute, ()),
+                        *(value if isinstance(value, tuple) else (value,)),
+                    )
+                values[key.attribute] = value
+    return values, remarks
+
+
+def _choice(*words: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"not {', '.join(words[:-1])} or {words[-1]}: {shown(text)}")
+        return text
+
+    return read
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    return lambda text: syntax.number(text, least)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Users or groups, by name or number; systemd.syntax(7) has "," and ":" in none of them."""
+    names = tuple(text.split())
+    for name in names:
+        if not _USER.fullmatch(name):
+            raise ValueError(f"not the name of a user or group: {shown(name)}")
+    return names
+
+
+def _command(text: str) -> str:
+    """A command line, if it is one."""
+    if not syntax.split(text):
+        raise ValueError(f"not a command: {shown(text)}")
+    return text
+
+
+_WATCHER_KEYS = {
+    "SettleSec": _Key("settle_usec", syntax.time_span),
+    "SettleMaxSec": _Key("settle_max_usec", syntax.time_span),
+    "StoreMax": _Key("store_max", syntax.size),
+    "ImageMax": _Key("image_max", syntax.size),
+    "KeepStacks": _Key("keep_stacks", _at_least(1)),
+    "HistoryMax": _Key("history_max", _at_least(1)),
+    "ReloadLimitBurst": _Key("reload_limit_burst", _at_least(0)),
+    "ReloadLimitIntervalSec": _Key("reload_limit_interval_usec", syntax.time_span),
+    "MountWorkers": _Key("mount_workers", _at_least(1)),
+    "LogLevel": _Key("log_level", _choice("debug", "info", "warning", "error")),
+}
+_SERVICE_KEYS = {
+    "Reload": _Key("reload", reload_kind),
+    "Check": _Key("check", _command, repeats=True),
+    "CheckSec": _Key("check_usec", syntax.time_span),
+    "HealthCheck": _Key("health_check", _command, repeats=True),
+    "HealthCheckSec": _Key("health_check_usec", syntax.time_span),
+    "HealthWatchSec": _Key("health_watch_usec", syntax.time_span),
+    "Rollback": _Key("rollback", syntax.boolean),
+    "Rollout": _Key("rollout", _choice("parallel", "rolling")),
+    "RolloutParallel": _Key("rollout_parallel", _at_least(1)),
+    "SettleSec": _Key("settle_usec", syntax.time_span),
+    "TrustedUsers": _Key("trusted_users", _names, repeats=True),
+    "TrustedGroups": _Key("trusted_groups", _names, repeats=True),
+    "ImagePolicy": _Key("image_policy", str),
+    "Enabled": _Key("enabled", syntax.boolean),
+}

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Unit names, where their files and drop-ins are, and what `%` stands for in them (systemd.unit(5)).
+
+Standard library only: the generator uses this at boot, before the bus can be asked.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Sequence
+
+from watcher.text import shown
+
+UNIT_PATHS = (
+    "/etc/systemd/system.control",
+    "/run/systemd/system.control",
+    "/run/systemd/transient",
+    "/run/systemd/generator.early",
+    "/etc/systemd/system",
+    "/etc/systemd/system.attached",
+    "/run/systemd/system",
+    "/run/systemd/system.attached",
+    "/run/systemd/generator",
+    "/usr/local/lib/systemd/system",
+    "/usr/lib/systemd/system",
+    "/run/systemd/generator.late",
+)
+"""The system manager's search path, highest precedence first, as `systemd-analyze unit-paths` prints it."""
+
+_NAME = re.compile(
+    r"(?P<prefix>[A-Za-z0-9:_.\\-]+)(?P<at>@(?P<instance>[A-Za-z0-9:_.\\@-]*))?\.(?P<type>[a-z]+)"
+)
+# The same name is taken apart several times on its way through the generator.
+_match = functools.lru_cache(maxsize=2048)(_NAME.fullmatch)
+_ESCAPED = re.compile(rb"\\x([0-9a-fA-F]{2})")
+
+
+class UnitName:
+    """The parts of a unit's name: "foo-bar@inst.service".
+
+    Attributes:
+        full: "foo-bar@inst.service".
+        prefix: "foo-bar".
+        instance: "inst"; "" for the template "foo-bar@.service"; None for a plain unit.
+        type: "service".
+    """
+
+    __slots__ = ("full", "instance", "prefix", "type")
+
+    def __init__(self, full: str) -> None:
+        """
+        Raises:
+            ValueError: not a unit's name.
+        """
+        match = _match(full)
+        if match is None or len(full) > 255:
+            raise ValueError(f"not a unit name: {full!r}")
+        self.full = full
+        self.prefix: str = match["prefix"]
+        self.instance: str | None = match["instance"]
+        self.type: str = match["type"]
+
+    @property
+    def template(self) -> str | None:
+        """ "foo-bar@.service" for an instance, None for anything else."""
+        return f"{self.prefix}@.{self.type}" if self.instance else None
+
+
+def unescape(text: str) -> str:
+    """`systemd-escape --unescape`: "-" is "/", "\\x2d" is the byte; with "\\x00" the text ends, as C has it."""
+    raw = _ESCAPED.sub(lambda m: bytes([int(m[1], 16)]), os.fsencode(text).replace(b"-", b"/"))
+    return os.fsdecode(raw.partition(b"\0")[0])
+
+
+def drop_in_names(unit: str) -> list[str]:
+    """Names whose `.d/` directories configure `unit`, most specific first, without the one for its whole type.
+
+    "foo-bar@x.service" has its own, then "foo-bar@.service", "foo-.service", "foo-@x.service", "foo-@.service".
+
+    Raises:
+        ValueError: not a unit's name.
+    """
+    name = UnitName(unit)
+    names = [unit]
+    if name.template:
+        names += drop_in_names(name.template)
+    stem = name.prefix.removesuffix("-")
+    dash = stem.rfind("-")
+    if dash > 0:
+        instance = f"@{name.instance}" if name.instance else ""
+        names += drop_in_names(f"{stem[: dash + 1]}{instance}.{name.type}")
+    return list(dict.fromkeys(names))
+
+
+def drop_ins(unit: str, unit_paths: Sequence[str] = UNIT_PATHS, aliases: Iterable[str] = ()) -> list[str]:
+    """The drop-in files of a unit in the order in which they are read: the later one wins.
+
+    Sorted by file name over all directories; the same file name counts once, from the earliest search path, there from
+    the most specific directory. A link to /dev/null or an empty file masks its name.
+
+    Raises:
+        ValueError: not a unit's name.
+        OSError: a directory is there and cannot be read.
+    """
+    directories = [
+        f"{path}/{name}.d"
+        for alias in (unit, *aliases)
+        for path in unit_paths
+        for name in drop_in_names(alias)
+    ]
+    directories += [f"{path}/{UnitName(unit).type}.d" for path in unit_paths]
+    return config_files(directories)
+
+
+def config_files(
+    directories: Iterable[str],
+    suffix: str = ".conf",
+    listing: Callable[[str], Iterable[str]] = os.listdir,
+) -> list[str]:
+    """The files of several drop-in directories, highest precedence first, in the order in which they are read.
+
+    Args:
+        listing: names in a directory.
+
+    Raises:
+        OSError: a directory is there and cannot be read.
+    """
+    chosen: dict[str, str] = {}
+    for directory in directories:
+        try:
+            names = listing(directory)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        for name in names:
+            if name.endswith(suffix) and not name.startswith("."):
+                chosen.setdefault(name, f"{directory}/{name}")
+    ordered = sorted(chosen.items(), key=lambda item: os.fsencode(item[0]))
+    return [path for _, path in ordered if not is_masked(path) and not os.path.isdir(path)]
+
+
+def fragment(unit: str, unit_paths: Sequence[str] = UNIT_PATHS) -> str | None:
+    """The file of a unit, or of the template it is an instance of; None if it has none or is masked.
+
+    Raises:
+        ValueError: not a unit's name.
+    """
+    template = UnitName(unit).template
+    for name in (unit, template) if template else (unit,):
+        for directory in unit_paths:
+            path = f"{directory}/{name}"
+            if os.path.exists(path):
+                return None if is_masked(path) else path
+    return None
+
+
+def is_masked(path: str) -> bool:
+    """A link to /dev/null, or an empty regular file; not what leads nowhere, such as a link to itself."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return False
+    if stat.S_ISREG(status.st_mode):
+        return status.st_size == 0
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == os.makedev(1, 3)
+
+
+class Specifiers:
+    """Replaces `%` specifiers as the system manager does for a unit (systemd.unit(5), "Specifiers").
+
+    Those that depend on the host are read when they are met, and only then.
+    """
+
+    def __init__(self, unit: str, fragment_path: str = "", root: str = "/") -> None:
+        """
+        Args:
+            fragment_path: for %y and %Y.
+            root: where the host's own files are read from.
+
+        Raises:
+            ValueError: not a unit's name.
+        """
+        self.unit = UnitName(unit)
+        self._root = root.rstrip("/")
+        self._fragment = fragment_path
+        self._os_release: dict[str, str] | None = None
+
+    def expand(self, text: str) -> str:
+        """
+        Raises:
+            ValueError: a specifier that is not known, or has no value on this host: systemd ignores the whole value.
+        """
+        return re.sub(r"%(.)", lambda m: self._value(m[1]), text, flags=re.DOTALL) if "%" in text else text
+
+    def _value(self, letter: str) -> str:
+        if letter in _FIXED:
+            return _FIXED[letter]
+        if letter in _OS_RELEASE:
+            return self._release(_OS_RELEASE[letter])
+        reader = _READERS.get(letter)
+        if reader is None:
+            raise ValueError(f"the specifier %{shown(letter)} is not known")
+        return reader(self)
+
+    def _release(self, key: str) -> str:
+        if self._os_release is None:
+            from watcher.settings.os_release import parse_os_release
+
+            text = ""
+            for path in ("/etc/os-release", "/usr/lib/os-release"):
+                if os.path.exists(self._root + path):
+                    text = self._read(path)
+                    break
+            self._os_release = parse_os_release(text)
+        return self._os_release.get(key, "linux" if key == "ID" else "")
+
+    def _read(self, path: str) -> str:
+        try:
+            with open(self._root + path, encoding="utf-8", errors="surrogateescape") as file:
+                return file.read()
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+
+    def _last(self) -> str:
+        return self.unit.prefix.rpartition("-")[2]
+
+    def _path(self) -> str:
+        return "/" + unescape(self.unit.instance or self.unit.prefix).strip("/")
+
+    def _id(self, path: str) -> str:
+        return self._read(path).strip().replace("-", "")
+
+
+_FIXED = {
+    "%": "%",
+    "C": "/var/cache",
+    "D": "/usr/share",
+    "E": "/etc",
+    "L": "/var/log",
+    "S": "/var/lib",
+    "T": "/tmp",
+    "V": "/var/tmp",
+    "g": "root",
+    "G": "0",
+    "h": "/root",
+    "s": "/bin/sh",
+    "t": "/run",
+    "u": "root",
+    "U": "0",
+}
+_OS_RELEASE = {
+    "A": "IMAGE_VERSION",
+    "B": "BUILD_ID",
+    "M": "IMAGE_ID",
+    "o": "ID",
+    "w": "VERSION_ID",
+    "W": "VARIANT_ID",
+}
+_READERS: dict[str, Callable[[Specifiers], str]] = {
+    "n": lambda s: s.unit.full,
+    "N": lambda s: s.unit.full.removesuffix(f".{s.unit.type}"),
+    "p": lambda s: s.unit.prefix,
+    "P": lambda s: unescape(s.unit.prefix),
+    "i": lambda s: s.unit.instance or "",
+    "I": lambda s: unescape(s.unit.instance or ""),
+    "j": lambda s: s._last(),
+    "J": lambda s: unescape(s._last()),
+    "f": lambda s: s._path(),
+    "y": lambda s: s._fragment,
+    "Y": lambda s: os.path.dirname(s._fragment),
+    "d": lambda s: f"/run/credentials/{s.unit.full}",
+    "m": lambda s: s._id("/etc/machine-id"),
+    "b": lambda s: s._id("/proc/sys/kernel/random/boot_id"),
+    "H": lambda s: os.uname().nodename,
+    "l": lambda s: os.uname().nodename.partition(".")[0],
+    "v": lambda s: os.uname().release,
+    "a": lambda s: _architecture(),
+}
+
+
+def _architecture() -> str:
+    from watcher.settings.architectures import native
+
+    return native()

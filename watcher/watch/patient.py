@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A `Watcher` for strangers' paths, any of which may hang: the event loop never follows one.
+
+The loop reads the kernel's events, and tells whom they concern. Where paths have to be followed anew a thread does
+that, and for as long as it does the tree of nodes is its own: events are told by what the nodes say meanwhile, and kept
+for when it has done. So a drop, for which nothing has to be followed, costs no thread.
+
+A step that does not end (a dead network mount, a FUSE file system whose author has stopped it) is left alone. Another
+thread begins anew, with an inotify instance of its own, and with a bar before the mount point behind which the first
+one hangs: whatever leads there ends there. Until all else is watched again the old instance goes on telling. When the
+one that hung comes back, however that ends, the bar is lifted, and those who wait behind it are told. Nobody polls.
+
+One that answers, but slowly, is left alone for a while in the same way, and for longer each time.
+
+So a file system that hangs costs one thread and one inotify instance, however many services are on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+from collections.abc import Callable, Iterable
+
+import trio
+from inotify_simple import INotify, flags
+
+from watcher.model import Interest, Remark, problem
+from watcher.watch.chase import CHILDREN, Abandoned, Chase
+from watcher.watch.nodes import Bound
+from watcher.watch.watcher import RETRY_SEC, Watcher, new_inotify
+
+HANGS_SEC = 5.0
+"""A step that takes longer hangs. One is a single system call; thousands make up a chase."""
+
+LATE_SEC = 2 * HANGS_SEC
+"""After so long `watch()` returns, whatever is watched by then; the key is told when the rest is."""
+
+SLOW_SEC = 10.0
+"""A file system that answers, but takes longer than this for all that is to be followed, is left alone for a while."""
+
+EVENTS_MAX = 10_000
+"""So many events are kept while paths are followed."""
+
+LIFT_MAX_SEC = 3600.0
+"""What hangs again and again is tried after this long at the latest."""
+
+
+class _Run:
+    """One thread that follows paths, and what it works on."""
+
+    def __init__(self, inotify: INotify, chase: Chase, now: float) -> None:
+        self.inotify = inotify
+        self.chase = chase
+        self.since = now
+        self.steps = chase.steps
+        self.look_at = now + SLOW_SEC / 10
+        self.spent: dict[str, float] = {}
+        """Seconds, by mount point."""
+        self.place = ""
+        """Where it hangs."""
+
+
+class PatientWatcher(Watcher):
+    """Says whose directories changed, whatever hangs. Use `watch()` instead of `set()`.
+
+    Raises:
+        OSError: as `Watcher`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._run: _Run | None = None
+        self._before: _Run | None = None  # goes on telling while the first chase after it is not done
+        self._backlog: list[Callable[[], None]] = []
+        self._events: list[tuple[int, int, str]] = []
+        self._too_many = False
+        self._fresh: set[Bound] = set()
+        self._late: set[Bound] = set()
+        self._ran = trio.Event()
+        self._failed: BaseException | None = None
+        self._hung: list[_Run] = []
+        self._hangs: dict[str, tuple[int, float]] = {}  # how often in a row, and when last
+        self._lift_at: dict[str, float] = {}
+        self._said: tuple[Remark, ...] = ()
+        self._closed = False
+
+    def __exit__(self, *exc: object) -> None:
+        self._closed = True
+        if self._run is not None:
+            self._run.chase.abandoned = True
+        super().__exit__(*exc)
+
+    def _close_inotify(self) -> None:
+        """All but those that threads still use, which end with the program."""
+        if self._run is None:
+            self._inotify.close()
+        if self._before is not None and self._before not in self._hung:
+            self._before.inotify.close()
+
+    async def watch(self, key: str, interests: Iterable[Interest]) -> bool:
+        """From now on `key` is concerned by changes in `interests`, and by nothing else: `set()` for strangers' paths.
+
+        Returns:
+            True if one of them is new to the key: what changed there before this call went unnoticed, look again.
+
+        Raises:
+            ValueError: a path that is not absolute.
+        """
+        bounds = {self._bound(interest) for interest in interests}
+        before = self._keys.get(key, set())
+        new = bounds - before
+        self._keys[key] = bounds
+        for bound in new:
+            bound.keys.add(key)
+        if fresh := {bound for bound in new if bound.state == 0}:
+            self._when_free(lambda: self._follow(fresh))
+        self._leave(key, before - bounds)
+        with trio.move_on_after(LATE_SEC) as patience:
+            while any(bound.state == 0 for bound in self._keys.get(key, ())):
+                self._go_on()
+                await self._ran.wait()
+        if patience.cancelled_caught:
+            self._late |= {bound for bound in self._keys.get(key, ()) if bound.state == 0}
+        return bool(new)
+
+    def retry(self) -> None:
+        self._when_free(self._retry_all)
+
+    def _retry_all(self) -> None:
+        super()._retry()
+        os.eventfd_write(self._poke, 1)
+
+    def remarks(self) -> tuple[Remark, ...]:
+        if self._run is None:
+            self._said = super().remarks()
+        return self._said
+
+    def _forget(self, bound: Bound) -> None:
+        chase = self._chase
+        self._when_free(lambda: chase.forget(bound))
+
+    def _follow(self, fresh: set[Bound]) -> None:
+        wanted = {bound for bound in fresh if self._bounds.get(bound.interest) is bound}
+        self._fresh |= wanted
+        self._chase.dirty |= wanted
+
+    def _when_free(self, what: Callable[[], None]) -> None:
+        """Do something with the nodes: now, or when the thread has done that works on them."""
+        if self._run is None:
+            what()
+        else:
+            self._backlog.append(what)
+
+    # What the base class asks for in `changes()`
+
+    def _collect(self) -> frozenset[str]:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._poke)
+        if self._failed is not None:
+            raise self._failed
+        told: set[str] = set()
+        if self._before is not None:
+            for wd, mask, _, name in self._before.inotify.read(timeout=0):
+                told |= self._concerned(self._before.chase, wd, mask, name)
+        for wd, mask, _, name in self._inotify.read(timeout=0):
+            if self._run is None:
+                self._event(wd, mask, name)
+            else:
+                told |= self._concerned(self._chase, wd, mask, name)
+                self._keep(wd, mask, name)
+        if self._run is None:
+            self._read_mounts()
+            told |= self._take()  # what is known already does not wait for the rest
+            self._go_on()
+        else:
+            self._watch_the_thread()
+        return frozenset(told)
+
+    def _keep(self, wd: int, mask: int, name: str) -> None:
+        """An event whose paths are followed later; of so many that they would fill the memory, that there were some."""
+        if len(self._events) < EVENTS_MAX:
+            self._events.append((wd, mask, name))
+        else:
+            self._too_many = True
+
+    def _wake_if_needed(self) -> None:
+        if self._run is None:
+            super()._wake_if_needed()
+
+    def _next_retry(self, now: float) -> float:
+        if self._run is not None:
+            return min(self._run.since + HANGS_SEC, self._run.look_at)
+        return min((super()._next_retry(now), *self._lift_at.values()))
+
+    def _retry(self) -> None:
+        if self._run is not None:
+            self._watch_the_thread()
+            return
+        now = trio.current_time()
+        for place in [place for place, when in self._lift_at.items() if when <= now]:
+            del self._lift_at[place]
+            self._chase.unbar(place)
+        if now >= self._retry_at:
+            super()._retry()
+
+    @staticmethod
+    def _concerned(chase: Chase, wd: int, mask: int, name: str) -> set[str]:
+        """Whom an event concerns, by nodes that another thread may be working on: they are read, and nothing else."""
+        keys: set[str] = set()
+        for node in chase.nodes(wd):
+            for bound in node.ends:
+                if (mask & CHILDREN and bound.matches(name)) if name else (mask & flags.ATTRIB):
+                    keys |= bound.keys
+            for bound in node.trees():
+                keys |= bound.keys
+        return keys
+
+    # The thread
+
+    def _go_on(self) -> None:
+        """Have paths followed, where there is anything to follow."""
+        if self._run is not None or not (self._chase.dirty or self._chase.relist):
+            return
+        run = self._run = _Run(self._inotify, self._chase, trio.current_time())
+        token = trio.lowlevel.current_trio_token()
+
+        def follow() -> None:
+            try:
+                self._follow_all(run.chase)
+            except Abandoned:
+                pass
+            except BaseException as error:  # noqa: BLE001 -- raised again where somebody waits for changes
+                self._failed = error
+
+        def done(_: object) -> None:
+            try:
+                token.run_sync_soon(self._done, run)
+            except trio.RunFinishedError:
+                run.inotify.close()
+
+        trio.lowlevel.start_thread_soon(follow, done, "confext-paths")
+
+    def _done(self, run: _Run) -> None:
+        if self._closed:
+            run.inotify.close()
+            return
+        if run is not self._run:
+            self._came_back(run)
+        else:
+            self._run = None
+            chase = run.chase
+            if not chase.dirty and not chase.relist:
+                if self._before is not None:
+                    # What happened before all was watched again is not known.
+                    chase.changed.update(self._bounds.values())
+                    self._silence(self._before)
+                else:
+                    chase.changed -= self._fresh
+                self._fresh.clear()
+            self._said = super().remarks()
+            late = {bound for bound in self._late if bound.state != 0}
+            self._late -= late
+            chase.changed |= late
+            backlog, self._backlog = self._backlog, []
+            for what in backlog:
+                what()
+            events, self._events = self._events, []
+            for event in dict.fromkeys(events):
+                self._event(*event)
+            if self._too_many:
+                self._too_many = False
+                self._lost_events()
+        self._ran.set()
+        self._ran = trio.Event()
+        os.eventfd_write(self._poke, 1)
+
+    def _watch_the_thread(self) -> None:
+        run, now = self._run, trio.current_time()
+        if run is None:
+            return
+        if run.chase.steps != run.steps:
+            run.steps, run.since = run.chase.steps, now
+        if now >= run.since + HANGS_SEC or (now >= run.look_at and self._is_too_slow(run, now)):
+            self._take_over(run)
+
+    def _is_too_slow(self, run: _Run, now: float) -> bool:
+        """Whether one file system has had so much time that the others must not wait for it any longer."""
+        passed, run.look_at = now - run.look_at + SLOW_SEC / 10, now + SLOW_SEC / 10
+        point = self._mounts.point(run.chase.at.path)
+        run.spent[point] = run.spent.get(point, 0.0) + passed
+        return point != "/" and run.spent[point] >= SLOW_SEC
+
+    def _take_over(self, hung: _Run) -> None:
+        """Begin anew, without what is behind the place where one hangs."""
+        try:
+            inotify = new_inotify()
+        except OSError as error:
+            hung.since = trio.current_time()  # none is left; once more after HANGS_SEC
+            text = f"does not answer, and until it does nothing new is watched: {problem(error)}"
+            self._said = (Remark("warning", hung.chase.at.path, text),)
+            return
+        now = trio.current_time()
+        hung.chase.abandoned = True
+        hung.place = self._place(hung.chase.at.path)
+        self._hung.append(hung)
+        self._hangs = {place: one for place, one in self._hangs.items() if one[1] > now - LIFT_MAX_SEC}
+        self._hangs[hung.place] = (self._hangs.get(hung.place, (0, now))[0] + 1, now)
+        self._lift_at.pop(hung.place, None)
+        if self._before is None:
+            self._before = hung
+        else:
+            self._epoll.unregister(hung.inotify.fileno())
+        self._inotify = inotify
+        self._epoll.register(inotify.fileno(), select.EPOLLIN)
+        self._chase = Chase(inotify)
+        for place in {*self._lift_at, *(one.place for one in self._hung)}:
+            self._chase.bar(place)
+        self._renew_bounds()
+        self._run = None
+        self._go_on()
+
+    def _place(self, path: str) -> str:
+        point = self._mounts.point(path)
+        return path if point == "/" else point
+
+    def _renew_bounds(self) -> None:
+        """The thread that hangs may still change the old ones."""
+        before = self._bounds
+        self._bounds = {}
+        for interest, old in before.items():
+            self._bounds[interest] = bound = Bound(interest)
+            bound.keys = old.keys
+        self._keys = {
+            key: {self._bounds[bound.interest] for bound in bounds} for key, bounds in self._keys.items()
+        }
+        self._late = {self._bounds[bound.interest] for bound in self._late if bound.interest in self._bounds}
+        self._fresh.clear()
+        self._backlog.clear()  # about nodes that are no more
+        self._events.clear()
+        self._renames.clear()
+        self._chase.dirty.update(self._bounds.values())
+
+    def _silence(self, run: _Run) -> None:
+        """What it had to tell is told by another one now."""
+        self._before = None
+        self._epoll.unregister(run.inotify.fileno())
+        if run not in self._hung:
+            run.inotify.close()
+
+    def _came_back(self, run: _Run) -> None:
+        """A step that hung has ended after all, well or not."""
+        self._hung.remove(run)
+        if run is not self._before:
+            run.inotify.close()
+        if any(one.place == run.place for one in self._hung):
+            return
+        again = self._hangs.get(run.place, (1, 0.0))[0] - (
+            0 if run.spent.get(run.place, 0.0) >= SLOW_SEC else 1
+        )
+        delay = min(RETRY_SEC * 2 ** (again - 1), LIFT_MAX_SEC) if again else 0.0
+        if delay:
+            self._lift_at[run.place] = trio.current_time() + delay
+        else:
+            place = run.place
+            self._when_free(lambda: self._chase.unbar(place))
