@@ -236,7 +236,7 @@ def test_a_service_in_the_hosts_namespace_is_not_touched(workers: MountWorkers, 
 
 def mount_as_systemd(service: Service, layers: Layers, layer: Layer) -> None:
     """A stack that does not say what it is."""
-    service("(os.mkdir('/base'), bind('/etc', '/base'))")
+    service("os.path.exists('/base') or (os.mkdir('/base'), bind('/etc', '/base'))")
     service(f"overlay({SOURCE!r}, {layers.copies[layer.digest].path + '/etc'!r}, '/base')")
 
 
@@ -250,6 +250,28 @@ def test_a_stack_of_systemd_that_shows_the_same_is_taken_over(
     assert service("rows()") == before
     assert bring(service, two).swaps == 1
     assert service.read("/etc/web.conf") == "2"
+
+
+def test_a_stack_of_systemd_is_not_taken_for_one_that_had_its_mount_id_before(
+    service: Service, layers: Layers, bring: Bring
+) -> None:
+    one, two = layers.tree({"web.conf": "1"}), layers.tree({"web.conf": "2"})
+
+    def mounted(layer: Layer) -> int:
+        mount_as_systemd(service, layers, layer)
+        return service.table.top.id
+
+    for _ in range(100):
+        first = mounted(one)
+        assert bring(service, one).swaps == 0
+        service("syscalls.umount2('/etc', 0)")
+        if mounted(two) == first:  # Likely: the kernel gives the lowest ID that is free.
+            break
+        service("syscalls.umount2('/etc', 0)")
+    else:
+        pytest.fail("the kernel gave no mount ID again")
+    assert bring(service, one).swaps == 1
+    assert service.read("/etc/web.conf") == "1"
 
 
 def test_a_stack_of_systemd_stays_while_what_it_may_be_made_of_is_being_written(

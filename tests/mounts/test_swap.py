@@ -663,7 +663,7 @@ def test_a_swap_that_was_killed_before_the_lift_is_finished_by_one_lift(
     assert service.mounted.doubled and service.read("/etc/web.conf") == "1"
     shown_next = service.table.stacks[-2].id
     assert swaps(service, two).done
-    assert service.mounted.top == shown_next, "what was there already was uncovered, not made again"
+    assert service.table.top.id == shown_next, "what was there already was uncovered, not made again"
     assert (service.read("/etc/web.conf"), service.read("/etc/empty/mine")) == ("2", "mine")
     workers.submit(half).result()
     swaps(service, one)

@@ -83,10 +83,11 @@ def test_a_name_cannot_pass_for_something_else(name: str) -> None:
 
 
 def test_the_stack_is_known_by_its_layers_bottom_to_top() -> None:
-    mounted = table(stack_row(30, 20, layer_path("one", "1", A), layer_path("two", "2", B))).mounted()
+    found = table(stack_row(30, 20, layer_path("one", "1", A), layer_path("two", "2", B)))
+    mounted = found.mounted()
     assert [layer.name for layer in mounted.layers or ()] == ["one", "two"]
     assert mounted.stack == stack_id([A, B])
-    assert mounted.top == 30
+    assert found.top.id == 30
     assert mounted.overlay and not mounted.doubled
 
 

@@ -23,9 +23,10 @@ from watcher.mounts.workers import MountWorkers
 _COMPARED_MAX = 64
 _TOO_MANY = f"more than {NESTED_MAX} mount namespaces, or mounts in them: the others keep the old stack"
 
-# By a namespace's identity, the mount on its /etc, and a stack's identity: the base on which a mount that does not say
-# from what it was made was found to show that stack; None: it shows something else.
-Compared = dict[tuple[tuple[int, int], int, str], str | None]
+# By the mount on /etc (`Mounted.mount`) and a stack's identity: the base on which a mount that does not say from what
+# it was made was found to show that stack; None: it shows something else. The kernel reuses a namespace's inode and an
+# ID of the mount table, often at the next start of the same service: these cannot be the key.
+Compared = dict[tuple[int, str], str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ def converge(
         for nested in found.apart:
             _try(bring, nested, done, remarks)
         own = bring(found.main)
-        rebased = own.done and _made_on(found.main, stack, compared, own.before) is not None
+        rebased = own.done and _made_on(stack, compared, own.before) is not None
         for nested in found.following:
             _try(bring, nested, done, remarks)
         if found.too_many:
@@ -119,13 +120,13 @@ def _bring(
     def keep(mounted: Mounted) -> bool:
         if patient and mounted.layers is None:
             return True
-        return _made_on(namespace, stack, compared, mounted) == mounted.base
+        return _made_on(stack, compared, mounted) == mounted.base
 
     swapped = swap(workers, namespace.fd, stack, copies, begin, keep)
     before = swapped.before
     if patient and before.layers is None:
         return swapped
-    key = (namespace.identity, before.top, stack.id)
+    key = (before.mount, stack.id)
     if before.made_on is None and _may_be(before, stack) and key not in compared:
         if len(compared) == _COMPARED_MAX:
             compared.clear()
@@ -135,13 +136,13 @@ def _bring(
     return swapped
 
 
-def _made_on(namespace: Namespace, stack: Stack, compared: Compared, mounted: Mounted) -> str | None:
+def _made_on(stack: Stack, compared: Compared, mounted: Mounted) -> str | None:
     """From which base the stack was made that a namespace shows; None if it is not this one."""
     if not _may_be(mounted, stack):
         return None
     if mounted.made_on is not None:
         return mounted.made_on
-    return compared.get((namespace.identity, mounted.top, stack.id), mounted.base)
+    return compared.get((mounted.mount, stack.id), mounted.base)
 
 
 def _may_be(mounted: Mounted, stack: Stack) -> bool:

@@ -20,7 +20,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from watcher.model import Copy, Layer, Refused, Stack, stack_id
 from watcher.mounts import syscalls
@@ -143,7 +143,7 @@ def _swap_once(job: _Job, begin: Callable[[], None], keep: Callable[[Mounted], b
 
     def needed(table: Table) -> bool:
         nonlocal before, lifts
-        before = table.mounted()
+        before = _identified(table)
         if keep(before):
             return False
         lifts = _only_lift(table, job.stack)
@@ -170,6 +170,18 @@ def _swap_once(job: _Job, begin: Callable[[], None], keep: Callable[[Mounted], b
                 found.require()
                 _put(fds, tree, found.etc, found.table)
             return swapped(done=True, remarks=remarks)
+
+
+def _identified(table: Table) -> Mounted:
+    """In the service: what `/etc` shows, with `Mounted.mount`."""
+    mounted = table.mounted()
+    if mounted.made_on is not None:
+        return mounted
+    with Descriptors() as fds:
+        etc = hold(fds)
+        if etc.mount != table.top.id:
+            raise Moved
+        return replace(mounted, mount=syscalls.unique_mount_id(etc.fd))
 
 
 def _only_lift(table: Table, stack: Stack) -> int:

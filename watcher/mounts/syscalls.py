@@ -81,6 +81,7 @@ _PR_CAP_AMBIENT_RAISE = 2
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522
 
 _STATX_MNT_ID = 0x1000
+_STATX_MNT_ID_UNIQUE = 0x4000
 _STATX_ATTR_MOUNT_ROOT = 0x2000
 
 _LOOP_CTL_GET_FREE = 0x4C82
@@ -242,15 +243,20 @@ def mount_id(path: str, dirfd: int = AT_FDCWD) -> int:
     return int(struct.unpack_from("=Q", _statx(path, dirfd), 0x90)[0])
 
 
+def unique_mount_id(fd: int) -> int:
+    """ID of an open file's mount; the kernel does not reuse it until the next boot (statx(2), STATX_MNT_ID_UNIQUE)."""
+    return int(struct.unpack_from("=Q", _statx("", fd, _STATX_MNT_ID_UNIQUE), 0x90)[0])
+
+
 def is_mount_root(fd: int) -> bool:
     """Whether an open file is the root of the mount that it was reached through (statx(2))."""
     return bool(struct.unpack_from("=Q", _statx("", fd), 0x8)[0] & _STATX_ATTR_MOUNT_ROOT)
 
 
-def _statx(path: str, dirfd: int) -> ctypes.Array[ctypes.c_char]:
+def _statx(path: str, dirfd: int, mask: int = _STATX_MNT_ID) -> ctypes.Array[ctypes.c_char]:
     found = _StatxBuffer()
     flags = AT_SYMLINK_NOFOLLOW | (0 if path else AT_EMPTY_PATH)
-    if _libc_statx(dirfd, _bytes(path), flags, _STATX_MNT_ID, found) < 0:
+    if _libc_statx(dirfd, _bytes(path), flags, mask, found) < 0:
         _check(-1, path)
     return found
 

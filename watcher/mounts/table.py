@@ -83,17 +83,17 @@ class Mounted:
         layers: bottom to top; None where the stack is systemd's, which does not say.
         doubled: two of ours lie on each other (killed between beneath and lift): the upper one must go.
         overlay: there is an overlay of ours or systemd's at all.
-        top: ID of the mount that is visible on `/etc`.
         base: what lies beneath the stack now: `Table.base_path`.
         made_on: what lay there when the stack was made; None where that is not known.
+        mount: where `made_on` is None, `syscalls.unique_mount_id()` of `/etc`; the mount table does not have it.
     """
 
     layers: tuple[MountedLayer, ...] | None = ()
     doubled: bool = False
     overlay: bool = False
-    top: int = 0
     base: str = ""
     made_on: str | None = ""
+    mount: int = 0
 
     @property
     def stack(self) -> str | None:
@@ -284,9 +284,9 @@ class Table:
         """Which stack `/etc` shows."""
         base = self.base_path
         if not self.stacks:
-            return Mounted(top=self.top.id, base=base, made_on=base)
+            return Mounted(base=base, made_on=base)
         doubled = self.surplus > 0
-        return Mounted(layers_of(self.top), doubled, True, self.top.id, base, base_of(self.top))
+        return Mounted(layers_of(self.top), doubled, True, base, base_of(self.top))
 
 
 def _row(line: str) -> Mount:
