@@ -141,6 +141,19 @@ async def test_what_happens_during_a_look_is_not_missed() -> None:
     assert verdicts == [event(Outcome.REFUSED)] * 3
 
 
+async def test_what_happens_during_a_look_is_newer_than_what_it_finds() -> None:
+    """It has seen the image on the service, and that nothing is on trial any more: the rollback was in between."""
+    looks = Looks()
+    looks.known["web_1.4.raw"] = event(Outcome.APPLIED)
+    waits = Waits(looks)
+    async with trio.open_nursery() as nursery:
+        looks.go = trio.Event()
+        verdicts = await waiting(nursery, waits, 1)
+        waits.tell(event(Outcome.ROLLED_BACK))
+        looks.go.set()
+    assert verdicts == [event(Outcome.ROLLED_BACK)]
+
+
 async def test_who_looks_may_go_away() -> None:
     looks = Looks()
     waits = Waits(looks)

@@ -111,7 +111,8 @@ class Waits:
                 waiter.woken = trio.Event()
                 if waiter.unsure:
                     await self._find_out(service, room, waiter)
-                if waiter.known is not None:
+                # A look takes time, and reads one thing after the other: an outcome that came during it is newer.
+                if waiter.known is not None and not waiter.told:
                     return waiter.known
                 waits()
                 while waiter.told:
@@ -119,7 +120,8 @@ class Waits:
                     if event.outcome not in NOT_YET:
                         return event
                     await tell(event)
-                await waiter.woken.wait()
+                if waiter.known is None:
+                    await waiter.woken.wait()
         finally:
             room.waiters.remove(waiter)
             if not room.waiters:
