@@ -30,6 +30,7 @@ from watcher.managers import cgroup, standalone
 from watcher.managers.systemd import dbus, drop_ins, jobs, manager, sandbox_settings, systemd1
 from watcher.model import Candidate, Event, Kind, Outcome, Refused, Unsupported, shown
 from watcher.mounts import table
+from watcher.mounts.mountinfo import Mount
 from watcher.records import ledger, schema
 from watcher.records.schema import CallError, PlannedChange, Quarantined, ServiceStatus
 from watcher.resolve import release, vpick
@@ -665,7 +666,7 @@ def layer_path(data: bytes) -> None:
     path = table.layer_path(name, version, digest)
     assert len(path) <= 255 and path.isascii() and not set(path) & set(" ,\\\n\t:")
     options = f"rw,lowerdir+=cover,lowerdir+={path},lowerdir+=base@0:1"
-    mount = table.Mount(1, 1, "0:1", "/", "/etc", (), "overlay", table.SOURCE, options)
+    mount = Mount(1, 1, "0:1", "/", "/etc", (), "overlay", table.SOURCE, options)
     (layer,) = table.layers_of(mount) or ()
     assert layer.digest == digest
     if len(path) < 255 - 16:

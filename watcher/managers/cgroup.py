@@ -7,6 +7,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+from watcher.mounts.mountinfo import mounts
+
 _DELEGATED = ("trusted.delegate", "user.delegate")
 
 
@@ -47,15 +49,10 @@ def mount_point(text: str) -> str:
     Only a mount of the whole of it counts: a unit's sandbox binds single files of it onto themselves.
     """
     found: dict[str, str] = {}
-    # Only "\n" ends a row: anybody may have a "\r" in the path of a mount, and the kernel does not escape it.
-    for line in filter(None, text.split("\n")):
-        left, _, right = line.partition(" - ")
-        fields, (kind, _, rest) = left.split(" "), right.partition(" ")
-        ours = kind == "cgroup2" or (
-            kind == "cgroup" and "name=systemd" in rest.rpartition(" ")[2].split(",")
-        )
-        if ours and len(fields) > 4 and fields[3] == "/":
-            found.setdefault(kind, fields[4])
+    for mount in mounts(line for line in text.split("\n") if " - cgroup" in line):
+        named = "name=systemd" in mount.super_options.split(",")
+        if mount.root == "/" and (mount.fstype == "cgroup2" or (mount.fstype == "cgroup" and named)):
+            found.setdefault(mount.fstype, mount.point)
     return found.get("cgroup2") or found.get("cgroup", "")
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from watcher.model import Refused
 from watcher.mounts import syscalls
 from watcher.mounts.descriptors import Descriptors
-from watcher.mounts.table import Mount
+from watcher.mounts.mountinfo import Mount
 
 _NO_LINK = syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
 

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 from watcher.model import Stack
 from watcher.mounts.descriptors import Descriptors
+from watcher.mounts.mountinfo import Mount
 from watcher.mounts.process import Gone, Process, namespace_id
 from watcher.mounts.survey import TooLong, read_namespace
-from watcher.mounts.table import Mount, Table
+from watcher.mounts.table import Table
 from watcher.mounts.workers import HostNamespace, MountWorkers
 
 NESTED_MAX = 256

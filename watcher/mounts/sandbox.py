@@ -29,7 +29,8 @@ from watcher.model import Refused
 from watcher.mounts import syscalls
 from watcher.mounts.descriptors import Descriptors
 from watcher.mounts.etc import Moved
-from watcher.mounts.table import COVER, Mount, Table
+from watcher.mounts.mountinfo import Mount
+from watcher.mounts.table import COVER, Table
 
 _EMPTY = syscalls.AT_EMPTY_PATH
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from watcher.mounts import syscalls
 from watcher.mounts.descriptors import Descriptors
 from watcher.mounts.etc import Etc, Moved, hold
-from watcher.mounts.table import Mount, Table
+from watcher.mounts.mountinfo import Mount
+from watcher.mounts.table import Table
 from watcher.mounts.workers import MountWorkers
 
 
@@ -109,7 +110,7 @@ def _find_base(fds: Descriptors, survey: Survey, etc: Etc) -> None:
             survey.root = _clone(fds, root, 0)
             return
     survey.root = _clone(fds, root, syscalls.AT_RECURSIVE)
-    survey.peel = uppermost(table, len(table.stacks))
+    survey.peel = table.stacks[::-1]
 
 
 class _Locked(Exception):
@@ -144,8 +145,3 @@ def read_rows(mountinfo: int, size_max: int | None = None) -> str:
         if size_max is not None and size > size_max:
             raise TooLong
     return os.fsdecode(b"".join(parts))
-
-
-def uppermost(table: Table, count: int) -> Sequence[Mount]:
-    """So many of the stacks, uppermost first."""
-    return table.stacks[::-1][:count]

@@ -36,13 +36,12 @@ from watcher.mounts.sandbox import (
     make_cover,
     renew,
 )
-from watcher.mounts.survey import Survey, read_rows, survey, uppermost
+from watcher.mounts.survey import Survey, read_rows, survey
 from watcher.mounts.table import (
     COVER,
     LAYERS,
     LAYERS_MAX,
     SOURCE,
-    Mount,
     Mounted,
     Table,
     base_of,
@@ -158,7 +157,7 @@ def _swap_once(job: _Job, begin: Callable[[], None], keep: Callable[[Mounted], b
             begin()
             with job.workers.entered(job.namespace):
                 found.require()
-                lift(uppermost(found.table, lifts))
+                lift(found.table.uppermost(lifts))
             return swapped(done=True)
         if found.etc is None:
             return swapped(done=False)
@@ -188,17 +187,13 @@ def _only_lift(table: Table, stack: Stack) -> int:
     """How many overlays to lift where that is all there is to do, else 0."""
     for count in range(1, table.surplus + 1):
         hidden = table.stacks[-1 - count]
-        if _identity(hidden) == stack.id and base_of(hidden) in (table.base_path, None):
+        hidden_id = stack_id(layer.digest for layer in layers_of(hidden) or ())
+        if hidden_id == stack.id and base_of(hidden) in (table.base_path, None):
             return count
     everything = len(table.stacks)
     if not stack.layers and table.liftable == everything and table.carries(table.beneath, table.top):
         return everything
     return 0
-
-
-def _identity(mount: Mount) -> str | None:
-    layers = layers_of(mount)
-    return None if layers is None else stack_id(layer.digest for layer in layers)
 
 
 def _put(fds: Descriptors, tree: int, etc: Etc, table: Table) -> None:
@@ -214,14 +209,14 @@ def _put(fds: Descriptors, tree: int, etc: Etc, table: Table) -> None:
             raise
         return
     surplus = table.surplus
-    lift(uppermost(table, surplus))
-    old = uppermost(table, surplus + 1)[surplus:]
+    *above, old = table.uppermost(surplus + 1)
+    lift(above)
     if surplus:
         etc = hold(fds)
-        if etc.mount != old[0].id:
+        if etc.mount != old.id:
             raise Moved
     syscalls.move_mount(tree, "", etc.fd, "", flags | syscalls.MOVE_MOUNT_BENEATH)
-    lift(old)
+    lift([old])
 
 
 def _build(fds: Descriptors, job: _Job, found: Survey, roots: Mapping[str, str]) -> tuple[int, list[str]]:

@@ -1,35 +1,40 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Reading a mount table: what is on /etc, what is ours, and which stack it is. Pure.
+"""What a mount table says of /etc: what is mounted there, what of it is ours, and which stack that is. Pure.
 
-The mount table of a service is the record of what it runs on: overlayfs repeats in mountinfo the paths that its layers
-were given by, and ours are given by paths that carry their identity:
+The mount table of a service is the record of what it runs on. Overlayfs repeats in mountinfo the paths that it was
+given for its layers, and we give it paths that carry their identity, topmost first:
 
     lowerdir+=cover , lowerdir+=layers/NAME_VERSION@DIGEST , ... , lowerdir+=base@DEVICE
 
-topmost first, with `NAME` and `VERSION` percent-encoded so that the first `_` divides them. The base is named by the
-device that `/etc` was on when the overlay was made (and the directory on that, if it was mounted there by itself). It
-cannot be mistaken for another that the host has mounted since: the overlay holds it, and so its number.
+`NAME` and `VERSION` are percent-encoded, so that the first `_` divides them. The base is named by the device that
+`/etc` was on when the overlay was made, followed by the directory on that device if something was mounted on `/etc`.
+The overlay holds its base, so the kernel does not give that device number to another file system.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import takewhile
+from typing import TypeVar
 from urllib.parse import quote, unquote
 
 from watcher.model import stack_id
+from watcher.mounts.mountinfo import Mount, parse, unescape
 
-# systemd >= 258 recognises its own overlay by this, and then a `systemctl reload` by hand finds what it expects.
+T = TypeVar("T")
+
+# systemd >= 258 recognises its own overlay by this source. `systemctl reload` by hand fails with any other.
 SOURCE = "systemd-extensions"
+# Older ones give their overlay no source. It is known by the place where systemd mounts the layers of a unit.
 _OF_A_UNIT = "/run/systemd/unit-extensions/"
 COVER = "cover"
 LAYERS = "layers"
 BASE = "base"
 
-# What stacks were put on before that said which base it was.
+# The base of the stacks of earlier versions of this program, which do not say what it was.
 _NAMELESS_BASE = "root/etc"
 
 # Overlayfs takes 500 layers, of which two are the cover and the base.
@@ -39,31 +44,8 @@ LAYERS_MAX = 500 - 2
 _PATH_MAX = 255
 _LABEL_MAX = _PATH_MAX - len(LAYERS) - len("/@") - 64
 
-# Whoever may mount can give an overlay any paths: what is not as we write it goes no further.
+# A service that may mount can give an overlay any paths: only what looks as we write it is read.
 _LAYER = re.compile(LAYERS + r"/[!-~]*@[0-9a-f]{64}")
-_ESCAPE = re.compile(r"\\([0-3][0-7]{2})")
-
-
-class Mount(NamedTuple):
-    """One row of mountinfo (proc_pid_mountinfo(5))."""
-
-    id: int
-    parent: int
-    device: str
-    root: str
-    point: str
-    options: tuple[str, ...]
-    fstype: str
-    source: str
-    super_options: str
-
-    @property
-    def extensions(self) -> bool:
-        """Whether this is a stack of extensions for one service: ours, or one that systemd made at its start."""
-        if self.fstype != "overlay":
-            return False
-        # Before 258 systemd gave its own no name: it is known by where the layers of a unit were mounted.
-        return self.source == SOURCE or self.super_options.partition("lowerdir=")[2].startswith(_OF_A_UNIT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +62,9 @@ class Mounted:
     """What a namespace shows on /etc.
 
     Attributes:
-        layers: bottom to top; None where the stack is systemd's, which does not say.
-        doubled: two of ours lie on each other (killed between beneath and lift): the upper one must go.
-        overlay: there is an overlay of ours or systemd's at all.
+        layers: bottom to top; None for a stack of systemd's, which does not say.
+        doubled: two of ours lie on each other (we were killed between beneath and lift): the upper one must go.
+        overlay: there is an overlay of ours or of systemd's.
         base: what lies beneath the stack now: `Table.base_path`.
         made_on: what lay there when the stack was made; None where that is not known.
         mount: where `made_on` is None, `syscalls.unique_mount_id()` of `/etc`; the mount table does not have it.
@@ -108,34 +90,31 @@ class Table:
         text: content of a mountinfo file.
 
     Attributes:
-        chain: what is mounted on "/etc", lowest first, found by following parents: the position of a row says
-            nothing after the host has merged its own confexts beneath.
+        chain: what is mounted on "/etc", lowest first, found by following parents. The order of the rows says nothing
+            once the host has merged its own confexts beneath.
         under: the mount that `/etc` lies on: the visible one at "/".
         top: the mount that is visible at `/etc`.
-        stacks: the overlays of ours and systemd's that lie uppermost on `/etc`, lowest first.
+        stacks: the overlays of ours and of systemd's that lie uppermost on `/etc`, lowest first.
         beneath: what is visible at `/etc` once `stacks` are lifted.
 
     Raises:
-        ValueError: it has no root, or what is no row.
+        ValueError: there is no root, or a line is no row.
     """
 
     def __init__(self, text: str) -> None:
-        # Rows are taken apart when they are asked for: most are about something else.
+        # By parent: mount point and row, which is parsed when it is asked for. Most rows are about something else.
         self._lines: dict[str, list[tuple[str, str]]] = {}
         self._on: dict[int, list[Mount]] = {}
         root = self._sort(text)
         self.under = [root, *self._upwards(root, "/")][-1]
         self.chain = self._upwards(self.under, "/etc")
         self.top = self.chain[-1] if self.chain else self.under
-        count = 0
-        while count < len(self.chain) and self.chain[-1 - count].extensions:
-            count += 1
-        kept = len(self.chain) - count
+        kept = len(self.chain) - _count_while(_is_stack, reversed(self.chain))
         self.stacks = self.chain[kept:]
         self.beneath = self.chain[kept - 1] if kept else self.under
 
     def _sort(self, text: str) -> Mount:
-        """Put the rows that have to do with `/etc` below their parents; the root."""
+        """Put the rows that have to do with `/etc` below their parents. Returns the root."""
         ids = set()
         roots = []
         for line in text.split("\n"):
@@ -149,7 +128,7 @@ class Table:
                 self._lines.setdefault(parent, []).append((point, line))
         for mount_id, parent, line in roots:
             if parent not in ids or parent == mount_id:
-                return _row(line)
+                return parse(line)
         raise ValueError("a mount table without a root")
 
     def _upwards(self, mount: Mount, point: str) -> list[Mount]:
@@ -157,7 +136,7 @@ class Table:
         found: list[Mount] = []
         passed = {mount.id}
         while True:
-            above = (_row(line) for where, line in self._lines.get(str(mount.id), ()) if where == point)
+            above = (parse(line) for where, line in self._lines.get(str(mount.id), ()) if where == point)
             upper = next((row for row in above if row.id not in passed), None)
             if upper is None:
                 return found
@@ -169,36 +148,40 @@ class Table:
     def liftable(self) -> int:
         """How many of `stacks`, from the top, may be lifted off.
 
-        One that systemd mounted has no cover: without it whoever still holds a directory of it would see what is
-        mounted on it no more, but the files below. Such a one stays where it is, and ours go on top.
+        An overlay that systemd mounted has no cover: once it is lifted, a process that still holds a directory of it
+        sees the files below the mounts on it. With mounts on it, it stays where it is, and ours go on top.
         """
-        count = 0
-        for mount in reversed(self.stacks):
-            if layers_of(mount) is None and self.on(mount):
-                break
-            count += 1
-        return count
+        return _count_while(
+            lambda mount: layers_of(mount) is not None or not self.on(mount), self.stacks[::-1]
+        )
 
     @property
     def surplus(self) -> int:
         """How many of `stacks`, from the top, hide one that could take their place at once.
 
-        Somebody was killed between beneath and lift. What a namespace that follows another has mounted below `/etc`
-        for itself is only on the upper one: then that is no surplus.
+        We were killed between beneath and lift. A nested namespace may have mounts of its own below `/etc`, on the
+        upper stack alone: then that one is no surplus.
         """
-        count = 0
-        while count < min(self.liftable, len(self.stacks) - 1):
-            upper, lower = self.stacks[-1 - count], self.stacks[-2 - count]
-            if layers_of(lower) is None or not self.carries(lower, upper):
-                break
-            count += 1
-        return count
+        pairs = zip(self.uppermost(self.liftable), self.stacks[-2::-1], strict=False)
+        return _count_while(
+            lambda pair: layers_of(pair[1]) is not None and self.carries(pair[1], pair[0]), pairs
+        )
+
+    def uppermost(self, count: int) -> Sequence[Mount]:
+        """So many of `stacks`, uppermost first."""
+        return self.stacks[::-1][:count]
 
     def carries(self, lower: Mount, upper: Mount, other: Table | None = None) -> bool:
-        """Whether on `lower` is mounted what is on the stack `upper` (of another table), apart from parts of that."""
+        """Whether all that is mounted on the stack `upper` is mounted on `lower` too.
+
+        Bind mounts of the stack itself need only be mounts at the same place.
+
+        Args:
+            other: the table that `upper` is of, if it is another.
+        """
         there, stack = other or self, upper.device
         pairs = [(lower, upper)]
-        # The kernel gives an ID anew, also between two reads of one table: it may go round in a circle.
+        # The kernel reuses an ID, even while the table is being read: parents may lead round in a circle.
         passed = set()
         while pairs:
             mine, theirs = pairs.pop()
@@ -222,35 +205,35 @@ class Table:
 
     @property
     def base_path(self) -> str:
-        """The path, in the directory in which a stack is put together, by which overlayfs is told the base."""
-        # Where the root lies on its file system says nothing: it may be renamed while the service runs.
+        """The path by which overlayfs is told the base, relative to the scratch directory of a swap."""
+        # The path of the root on its file system says nothing: it may be renamed while the service runs.
         directory = "" if self.beneath is self.under else self.beneath.root
         identity = quote(self.beneath.device + directory, safe=":", errors="surrogateescape")
         return f"{BASE}@{identity}"[:_PATH_MAX]  # only ever compared: it may be cut anywhere
 
     @property
     def base_on_root(self) -> bool:
-        """Whether that is also the `/etc` of `under`, and not something else that was mounted there."""
+        """Whether `base` is the `/etc` of `under` itself, and not something else that was mounted there."""
         return self.base == self._etc_of(self.under)
 
     def _etc_of(self, mount: Mount) -> tuple[str, str]:
         return mount.device, mount.root.rstrip("/") + "/etc" if mount is self.under else mount.root
 
     def on(self, mount: Mount) -> Sequence[Mount]:
-        """What can be seen of the mounts that lie directly on `mount` somewhere below `/etc`, by path.
+        """The visible mounts that lie directly on `mount` somewhere below `/etc`, sorted by path.
 
-        One that was mounted later at a path above covers those below it.
+        A mount at a path above hides those below it.
         """
         if mount.id not in self._on:
             lines = self._lines.get(str(mount.id), ())
-            rows = [_row(line) for point, line in lines if point.startswith("/etc/")]
+            rows = [parse(line) for point, line in lines if point.startswith("/etc/")]
             points = {row.point for row in rows}
-            seen = [row for row in rows if not _covered(row.point, points)]
-            self._on[mount.id] = sorted(seen, key=lambda row: row.point)
+            visible = [row for row in rows if not _is_hidden(row.point, points)]
+            self._on[mount.id] = sorted(visible, key=lambda row: row.point)
         return self._on[mount.id]
 
     def above(self, mount: Mount) -> Iterator[Mount]:
-        """What can be seen of all that lies on `mount`, at any depth."""
+        """The visible mounts that lie on `mount` below `/etc`, at any depth."""
         rows = list(self.on(mount))
         passed = {mount}  # as in `carries()`
         while rows:
@@ -261,7 +244,7 @@ class Table:
                 rows += self.on(row)
 
     def points_on(self, mount: Mount) -> list[str]:
-        """Paths below `/etc`, escaped as mountinfo has them, of all that lies on `mount` at any depth, seen or not."""
+        """The mount points of all that lies on `mount` below `/etc`, at any depth, hidden or not; sorted, escaped."""
         points = []
         parents = [str(mount.id)]
         passed = set()  # as in `carries()`
@@ -277,7 +260,7 @@ class Table:
         return sorted(points)
 
     def same_etc(self, other: Table) -> bool:
-        """Whether nothing has changed on `/etc` and below it."""
+        """Whether the same is mounted on `/etc` and below it."""
         return self._lines == other._lines
 
     def mounted(self) -> Mounted:
@@ -285,41 +268,29 @@ class Table:
         base = self.base_path
         if not self.stacks:
             return Mounted(base=base, made_on=base)
-        doubled = self.surplus > 0
-        return Mounted(layers_of(self.top), doubled, True, base, base_of(self.top))
+        return Mounted(layers_of(self.top), self.surplus > 0, True, base, base_of(self.top))
 
 
-def _row(line: str) -> Mount:
-    left, _, right = line.partition(" - ")
-    mount_id, parent, device, root, point, options, *_ = left.split(" ")
-    fstype, source, super_options = right.split(" ", 2)
-    return Mount(
-        int(mount_id),
-        int(parent),
-        device,
-        _unescape(root),
-        _unescape(point),
-        tuple(options.split(",")),
-        fstype,
-        _unescape(source),
-        super_options,
-    )
+def _is_stack(mount: Mount) -> bool:
+    """Whether this is a stack of extensions for one service: ours, or one that systemd mounted at its start."""
+    layers = mount.super_options.partition("lowerdir=")[2]
+    return mount.fstype == "overlay" and (mount.source == SOURCE or layers.startswith(_OF_A_UNIT))
 
 
-def _covered(point: str, points: set[str]) -> bool:
+def _count_while(condition: Callable[[T], bool], items: Iterable[T]) -> int:
+    return sum(1 for _ in takewhile(condition, items))
+
+
+def _is_hidden(point: str, points: set[str]) -> bool:
     while (point := point.rpartition("/")[0]) != "/etc":
         if point in points:
             return True
     return False
 
 
-def _unescape(text: str) -> str:
-    return _ESCAPE.sub(lambda match: chr(int(match[1], 8)), text) if "\\" in text else text
-
-
 @functools.lru_cache(maxsize=128)
 def layers_of(mount: Mount) -> tuple[MountedLayer, ...] | None:
-    """The layers of an overlay of ours, bottom to top; None where it is not one of ours."""
+    """The layers of an overlay of ours, bottom to top; None if it is not one of ours."""
     paths = _paths_of(mount)
     if not paths:
         return None
@@ -332,18 +303,18 @@ def layers_of(mount: Mount) -> tuple[MountedLayer, ...] | None:
 
 
 def base_of(mount: Mount) -> str | None:
-    """The base of an overlay of ours, as `Table.base_path` has it; None where it does not say, or is another's."""
+    """The base of an overlay of ours, as in `Table.base_path`; None if it does not say, or is not one of ours."""
     paths = _paths_of(mount)
     return paths[-1] if paths and paths[-1] != _NAMELESS_BASE else None
 
 
 @functools.lru_cache(maxsize=128)
 def _paths_of(mount: Mount) -> tuple[str, ...]:
-    """By what paths an overlay of ours was told its layers, topmost first; none where it is not one of ours."""
-    # Split first, then undo the escapes: an escaped comma is part of a path.
+    """The paths that an overlay of ours was given for its layers, topmost first; none if it is not one of ours."""
+    # Split first: an escaped comma is part of a path.
     options = mount.super_options.split(",")
     paths = tuple(
-        _unescape(option[len("lowerdir+=") :]) for option in options if option.startswith("lowerdir+=")
+        unescape(option[len("lowerdir+=") :]) for option in options if option.startswith("lowerdir+=")
     )
     if len(paths) < 2 or paths[0] != COVER or not all(map(_LAYER.fullmatch, paths[1:-1])):
         return ()
@@ -351,7 +322,7 @@ def _paths_of(mount: Mount) -> tuple[str, ...]:
 
 
 def layer_path(name: str, version: str, digest: str) -> str:
-    """The path, relative to the directory in which a stack is put together, by which overlayfs is told a layer."""
+    """The path by which overlayfs is told a layer, relative to the scratch directory of a swap."""
     label = f"{_quote(name)}_{_quote(version)}"
     if len(label) > _LABEL_MAX:
         label = _cut(name, version)
@@ -359,7 +330,7 @@ def layer_path(name: str, version: str, digest: str) -> str:
 
 
 def _cut(name: str, version: str) -> str:
-    """As much of it as there is room for, in whole characters."""
+    """As much of the label as there is room for, in whole characters."""
     label = ""
     for piece in (*map(_quote, name), "_", *map(_quote, version)):
         if len(label) + len(piece) > _LABEL_MAX:
