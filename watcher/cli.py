@@ -396,7 +396,7 @@ def _check(settings: Settings, options: argparse.Namespace) -> int:
                 "admitted": True,
                 "name": found.candidate.name,
                 "version": found.candidate.version,
-                "format": found.fstype or "directory",
+                "format": found.format,
                 "size": found.size,
                 "digest": found.digest,
             }

@@ -15,6 +15,7 @@ import functools
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from watcher.text import Kind as Kind
 from watcher.text import printable as printable
@@ -195,6 +196,15 @@ class Look:
     unsafe: bool = False
 
 
+class Mountable(Protocol):
+    """The format of an image, as far as mounts need it: see `images/formats/base.py`."""
+
+    @property
+    def name(self) -> str: ...
+
+    def fsmount(self, backing: int, label: str) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Copy:
     """An image or tree in the store.
@@ -203,14 +213,14 @@ class Copy:
         digest: SHA-256, 64 hexadecimal digits: of the file's bytes, or of a tree as `store.py` defines it.
         path: absolute path in the store; a regular file of mode 0400 or a directory.
         size: bytes.
-        fstype: "squashfs" or "erofs" for an image, "" for a tree.
+        format: of an image, None for a tree.
     """
 
     digest: str
     path: str
     size: int
     kind: Kind
-    fstype: str = ""
+    format: Mountable | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from support.images import confext, image
+from support.images import FORMATS, confext, image
 from watcher.model import Copy, Kind, Layer, Stack
 from watcher.mounts import syscalls
 from watcher.mounts.swap import swap
@@ -48,7 +48,7 @@ def _layers(scratch: Path) -> tuple[tuple[Layer, Layer], dict[str, Copy]]:
         tree = confext(scratch / f"tree-{version}", "web", {"etc/bench/version": version.encode()})
         path = image(tree, scratch / f"web_{version}.raw", fstype)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        copies[digest] = Copy(digest, str(path), path.stat().st_size, Kind.IMAGE, fstype)
+        copies[digest] = Copy(digest, str(path), path.stat().st_size, Kind.IMAGE, FORMATS[fstype])
         layers.append(Layer("web.raw", "web", version, digest, Kind.IMAGE, str(path)))
     return (layers[0], layers[1]), copies
 

@@ -25,7 +25,10 @@ from jeepney.low_level import Endianness, Header, MessageType
 
 from watcher.control import server, transport
 from watcher.control.client import Client
-from watcher.images import probe, stacks, tries
+from watcher.images import stacks, tries
+from watcher.images.formats import erofs
+from watcher.images.formats.base import HEAD, ImageFile
+from watcher.images.formats.probe import probe
 from watcher.managers import cgroup, standalone
 from watcher.managers.systemd import dbus, drop_ins, jobs, manager, sandbox_settings, systemd1
 from watcher.model import Candidate, Event, Kind, Outcome, Refused, Unsupported, shown
@@ -115,9 +118,10 @@ def superblock(data: bytes) -> None:
         try:
             os.write(fd, content)
             with only(Refused):
-                found = probe.probe(fd, len(content))
-                assert found.fstype in ("squashfs", "erofs")
-                assert 96 <= found.bytes_used <= len(content)
+                found = probe(fd, len(content))
+                assert found.name in ("squashfs", "erofs")
+                used = found.complete(ImageFile(fd, len(content), content[:HEAD]))
+                assert 96 <= used <= len(content)
         finally:
             os.close(fd)
 
@@ -127,9 +131,7 @@ def _sealed(data: bytes) -> bytes:
     if len(data) < 1024 + 128:
         return data
     sealed = bytearray(data)
-    bits = data[1024 + 12]
-    checksum = probe._erofs_checksum(data[: 1 << 16], 1 << bits if 9 <= bits <= 16 else 4096)
-    sealed[1024 + 4 : 1024 + 8] = checksum.to_bytes(4, "little")
+    sealed[1024 + 4 : 1024 + 8] = erofs.checksum(data[:HEAD]).to_bytes(4, "little")
     return bytes(sealed)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from support.images import confext, image
+from support.images import FORMATS, confext, image
 from support.needs import loop, root, tool
 from watcher.images.admission import Admission, host
 from watcher.images.store import Store
@@ -64,8 +64,8 @@ def test_an_image_that_the_kernel_gives_no_answer_about_is_later_and_keeps_no_ot
     monkeypatch.setattr(workers_module, "HANGS_SEC", 0.5)
     os.mkfifo(tmp_path / "hangs")
     path = image(confext(tmp_path / "web", "web"), tmp_path / "web.raw")
-    hangs = Copy("f" * 64, str(tmp_path / "hangs"), 0, Kind.IMAGE, "squashfs")
-    good = Copy("a" * 64, str(path), 0, Kind.IMAGE, "squashfs")
+    hangs = Copy("f" * 64, str(tmp_path / "hangs"), 0, Kind.IMAGE, FORMATS["squashfs"])
+    good = Copy("a" * 64, str(path), 0, Kind.IMAGE, FORMATS["squashfs"])
     with Store(str(tmp_path / "state"), 1 << 30, 1 << 30, 2) as store, MountWorkers(1) as workers:
         admission = Admission(store, workers)
         with pytest.raises(Later, match=r"^no answer from the kernel for 0.5 s$"):

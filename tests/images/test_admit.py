@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from support.images import confext, image, noise
+from support.images import FORMATS, confext, image, noise
 from support.needs import root, tool, userns
 from watcher.images import admit as module
 from watcher.images import tree
@@ -74,7 +74,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_an_image(store: Store, source: Path, tmp_path: Path, fstype: str) -> None:
     path = image(source, tmp_path / "web.raw", fstype)
     copy = admit(store, candidate(path))
-    assert (copy.fstype, copy.size) == (fstype, path.stat().st_size)
+    assert (copy.format, copy.size) == (FORMATS[fstype], path.stat().st_size)
     assert Path(copy.path).read_bytes() == path.read_bytes()
 
 

@@ -24,7 +24,7 @@ import pytest
 from support.images import confext, program
 from support.needs import root, tool
 from watcher.images import tree
-from watcher.images.probe import Probe
+from watcher.images.formats.squashfs import SQUASHFS
 from watcher.images.stacks import Stacks
 from watcher.images.store import Store, StoreFull
 from watcher.model import Busy, Copy, Kind, Later, Layer, Refused, Stack
@@ -54,7 +54,7 @@ def add(store: Store, path: Path) -> Copy:
         if path.is_dir():
             return store.add_tree(fd, tree.signature(fd))
         with Lease(fd) as lease:
-            return store.add_image(fd, Probe("squashfs", path.stat().st_size), lease)
+            return store.add_image(fd, SQUASHFS, lease)
 
 
 def dropped(tmp_path: Path, content: bytes, name: str = "web.raw") -> Path:
@@ -77,7 +77,7 @@ class TestImages:
         content = os.urandom(size)
         copy = add(store, dropped(tmp_path, content))
         assert copy.digest == hashlib.sha256(content).hexdigest()
-        assert (copy.size, copy.kind, copy.fstype) == (size, Kind.IMAGE, "squashfs")
+        assert (copy.size, copy.kind, copy.format) == (size, Kind.IMAGE, SQUASHFS)
         path = Path(copy.path)
         assert path == tmp_path / "state/store" / copy.digest
         assert path.read_bytes() == content
@@ -141,7 +141,7 @@ class TestImages:
                 while lease.held():
                     pass
                 with pytest.raises(Busy):
-                    store.add_image(fd, Probe("squashfs", 1), lease)
+                    store.add_image(fd, SQUASHFS, lease)
                 lease.release()
                 assert writer.stdout is not None
                 assert writer.stdout.readline() == b"open\n"
@@ -161,7 +161,7 @@ class TestImages:
                 sync(target)
 
             monkeypatch.setattr(os, "fdatasync", fdatasync)
-            store.add_image(fd, Probe("squashfs", 1), lease)
+            store.add_image(fd, SQUASHFS, lease)
         assert held == [False]
 
 
@@ -169,7 +169,7 @@ class TestTrees:
     def test_a_copy_of_a_tree(self, store: Store, tmp_path: Path) -> None:
         source = confext(tmp_path / "web", "web", {"etc/web.conf": b"x = 1\n"})
         copy = add(store, source)
-        assert (copy.kind, copy.fstype, copy.size) == (Kind.DIRECTORY, "", 5 * 4096)
+        assert (copy.kind, copy.format, copy.size) == (Kind.DIRECTORY, None, 5 * 4096)
         assert Path(copy.path, "etc/web.conf").read_bytes() == b"x = 1\n"
         with opened(source) as fd:
             assert tree.digest(fd).digest == copy.digest
@@ -685,7 +685,7 @@ import os, sys
 sys.path[:0] = {path!r}
 from watcher.images import tree
 from watcher.records import durable
-from watcher.images.probe import Probe
+from watcher.images.formats.squashfs import SQUASHFS
 from watcher.watch.lease import Lease
 from watcher.model import Kind, Layer, Stack
 from watcher.images.store import Store
@@ -696,7 +696,7 @@ with Store(state, 1 << 40, 1 << 40, 2) as store:
     fd, root = os.open(image, os.O_RDONLY), os.open(directory, os.O_RDONLY)
     with store.using():
         with Lease(fd) as lease:
-            copies = [store.add_image(fd, Probe("squashfs", 1), lease)]
+            copies = [store.add_image(fd, SQUASHFS, lease)]
         copies.append(store.add_tree(root, tree.signature(root)))
         for layers in (copies, copies[:1]):
             stack = Stack(tuple(Layer(str(n), "web", "1", c.digest, c.kind, "") for n, c in enumerate(layers)))

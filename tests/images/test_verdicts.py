@@ -7,11 +7,12 @@ import threading
 
 import pytest
 
+from support.images import FORMATS
 from watcher.images import verdicts
 from watcher.images.verdicts import Verdicts
 from watcher.model import Copy, Incomplete, Kind
 
-COPY = Copy("0" * 64, "/store/0", 1, Kind.IMAGE, "squashfs")
+COPY = Copy("0" * 64, "/store/0", 1, Kind.IMAGE, FORMATS["squashfs"])
 
 
 def test_what_was_remembered_is_recalled() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from support.images import confext, image
+from support.images import FORMATS, confext, image
 from support.service import Service, make_root
 from watcher.model import Copy, Kind, Layer, Stack
 from watcher.mounts.process import may_mount
@@ -77,7 +77,7 @@ class Layers:
 
     def _layer(self, path: Path, kind: Kind, fstype: str, name: str, version: str) -> Layer:
         digest = hashlib.sha256(str(path).encode()).hexdigest()
-        self.copies[digest] = Copy(digest, str(path), 0, kind, fstype)
+        self.copies[digest] = Copy(digest, str(path), 0, kind, FORMATS.get(fstype))
         return Layer(path.name, name, version, digest, kind, str(path))
 
 

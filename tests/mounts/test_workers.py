@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from support.images import FORMATS
 from support.needs import filesystem, loop, root, tool
 from support.service import Service
 from watcher.model import Copy, Kind, Later, Layer, Refused, Stack
@@ -368,7 +369,7 @@ class TestImages:
     ) -> None:
         """Its file is on a dead network file system, say."""
         os.mkfifo(tmp_path / "blocks")
-        hangs = Copy("f" * 64, str(tmp_path / "blocks"), 0, Kind.IMAGE, "squashfs")
+        hangs = Copy("f" * 64, str(tmp_path / "blocks"), 0, Kind.IMAGE, FORMATS["squashfs"])
         copy = layers.copies[squashfs.digest]
         with MountWorkers(2) as workers:
 
@@ -429,7 +430,7 @@ class TestImages:
         broken = tmp_path / "broken.raw"
         broken.write_bytes(os.urandom(1 << 16))
         copy = layers.copies[squashfs.digest]
-        bad = type(copy)("b" * 64, str(broken), 1 << 16, Kind.IMAGE, fstype)
+        bad = type(copy)("b" * 64, str(broken), 1 << 16, Kind.IMAGE, FORMATS[fstype])
         with MountWorkers(1) as workers:
 
             def use() -> None:

@@ -36,7 +36,7 @@ import os, sys
 sys.path[:0] = {path!r}
 from watcher.images import tree
 from watcher.managers.systemd.unit_drop_in import write_passed
-from watcher.images.probe import Probe
+from watcher.images.formats.squashfs import SQUASHFS
 from watcher.records.ledger import Ledger
 from watcher.watch.lease import Lease
 from watcher.model import Event, Kind, Layer, Outcome, Stack
@@ -52,7 +52,7 @@ def say(*words):
 def image(path):
     fd = os.open(path, os.O_RDONLY)
     with Lease(fd) as lease:
-        return store.add_image(fd, Probe("squashfs", 1), lease)
+        return store.add_image(fd, SQUASHFS, lease)
 
 def accept(stack, trial=True):
     say("accepting", stack.id, "trial" if trial else "")

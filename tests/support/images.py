@@ -11,7 +11,11 @@ from pathlib import Path
 
 from support import CHECKOUT
 from support.needs import which
+from watcher.images.formats.base import Format
+from watcher.images.formats.erofs import EROFS
+from watcher.images.formats.squashfs import SQUASHFS
 
+FORMATS: dict[str, Format] = {"squashfs": SQUASHFS, "erofs": EROFS}
 TOOLS = {"squashfs": "mksquashfs", "erofs": "mkfs.erofs"}
 
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from watcher.images import tree
-from watcher.images.probe import probe
+from watcher.images.formats.probe import probe
 from watcher.images.store import Store
 from watcher.images.verdicts import Key
 from watcher.model import Busy, Candidate, Copy, Kind, Later, Refused

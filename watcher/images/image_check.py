@@ -15,8 +15,9 @@ from watcher.images import admit, tree
 from watcher.images.admission import Host
 from watcher.images.extension import RELEASE_DIRECTORY, read_release
 from watcher.images.files import hash_file
+from watcher.images.formats.base import Format
+from watcher.images.formats.probe import probe
 from watcher.images.marks import require_no_marks
-from watcher.images.probe import probe
 from watcher.model import Busy, Candidate, Copy, Kind, Refused, shown
 from watcher.mounts.process import may_mount
 from watcher.mounts.workers import Hung, MountWorkers
@@ -37,13 +38,13 @@ class Examined:
     Attributes:
         candidate: its name and version.
         digest: SHA-256 of an image; of a tree as the store has it.
-        fstype: "squashfs", "erofs" or "" for a tree.
+        format: "squashfs", "erofs" or "directory".
         size: bytes.
     """
 
     candidate: Candidate
     digest: str
-    fstype: str
+    format: str
     size: int
 
 
@@ -100,7 +101,7 @@ def _tree(root: int, candidate: Candidate, made_for: Host, image_max: int) -> Ex
     names, strict_false = read_release(root)
     _match(candidate, names, strict_false, made_for)
     found = tree.digest(root)
-    return Examined(candidate, found.digest, "", size)
+    return Examined(candidate, found.digest, "directory", size)
 
 
 def _too_large(size: int, image_max: int) -> Refused:
@@ -112,17 +113,17 @@ def _image(fd: int, candidate: Candidate, made_for: Host, image_max: int) -> Exa
         size = os.fstat(fd).st_size
         if size > image_max:
             raise _too_large(size, image_max)
-        probed = probe(fd, size)
+        format = probe(fd, size)
         hasher = hashlib.sha256()
         hash_file(fd, size, hasher)
-        copy = Copy(hasher.hexdigest(), os.path.realpath(candidate.path), size, Kind.IMAGE, probed.fstype)
-        names, strict_false = _mounted_release(copy) if may_mount() else _extracted_release(copy)
+        copy = Copy(hasher.hexdigest(), os.path.realpath(candidate.path), size, Kind.IMAGE, format)
+        names, strict_false = _mounted_release(copy) if may_mount() else _extracted_release(copy.path, format)
         lease.check()
         # It was mounted, or taken apart, by its path.
         if not os.path.samestat(os.fstat(fd), os.stat(copy.path)):
             raise Busy("it was replaced meanwhile")
     _match(candidate, names, strict_false, made_for)
-    return Examined(candidate, copy.digest, copy.fstype, size)
+    return Examined(candidate, copy.digest, format.name, size)
 
 
 def _match(candidate: Candidate, names: dict[str, str], strict_false: set[str], made_for: Host) -> None:
@@ -142,15 +143,11 @@ def _mounted_release(copy: Copy) -> tuple[dict[str, str], set[str]]:
             raise Busy(str(error)) from error
 
 
-def _extracted_release(copy: Copy) -> tuple[dict[str, str], set[str]]:
+def _extracted_release(path: str, format: Format) -> tuple[dict[str, str], set[str]]:
     """Without root no image can be mounted: its own tools take the few files out that are needed."""
     with tempfile.TemporaryDirectory() as directory:
         target = f"{directory}/root"
-        wanted = "/".join(RELEASE_DIRECTORY)
-        if copy.fstype == "squashfs":
-            words = ["unsquashfs", "-no-progress", "-quiet", "-dest", target, copy.path, wanted]
-        else:
-            words = ["fsck.erofs", f"--extract={target}", copy.path]
+        words = format.unpack_command(path, target, "/".join(RELEASE_DIRECTORY))
         try:
             done = subprocess.run(
                 words, capture_output=True, text=True, errors="replace", check=False, timeout=_TOOL_SEC

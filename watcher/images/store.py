@@ -24,12 +24,12 @@ from contextlib import contextmanager
 
 from watcher.images import tree, unmounted
 from watcher.images.files import copy_file, hash_file
+from watcher.images.formats.probe import probe
 from watcher.images.integrity import Whole
-from watcher.images.probe import Probe, probe
 from watcher.images.stacks import TEMPORARY, Accepted, Damaged, Stacks
 from watcher.images.store_names import DIGEST, Names
 from watcher.images.verdicts import Verdicts
-from watcher.model import Busy, Copy, Entry, Kind, Later, Layer, Refused, Stack, shown
+from watcher.model import Busy, Copy, Entry, Kind, Later, Layer, Mountable, Refused, Stack, shown
 from watcher.records import durable
 from watcher.watch.lease import Lease
 
@@ -102,7 +102,7 @@ class Store:
         """
         return self._names.hold(wait)
 
-    def add_image(self, fd: int, probed: Probe, lease: Lease) -> Copy:
+    def add_image(self, fd: int, format: Mountable, lease: Lease) -> Copy:
         """Copy the image behind `fd`, which `lease` (entered) protects. Hold `using()`.
 
         Raises:
@@ -120,7 +120,7 @@ class Store:
                 if not lease.held():
                     raise
                 digest = self._found_instead(error, lambda: _digest_of(fd, size, lease))
-        return self._made(digest, size, Kind.IMAGE, probed.fstype)
+        return self._made(digest, size, Kind.IMAGE, format)
 
     def add_tree(self, root: int, signature: tree.Signature) -> Copy:
         """Copy the directory tree `root`, whose signature was taken before. Hold `using()`.
@@ -294,12 +294,12 @@ class Store:
             found = os.fstat(fd)
             if stat.S_ISDIR(found.st_mode):
                 return self._made(digest, tree.size_of(fd), Kind.DIRECTORY)
-            return self._made(digest, found.st_size, Kind.IMAGE, probe(fd, found.st_size).fstype)
+            return self._made(digest, found.st_size, Kind.IMAGE, probe(fd, found.st_size))
         finally:
             os.close(fd)
 
-    def _made(self, digest: str, size: int, kind: Kind, fstype: str = "") -> Copy:
-        self._copies[digest] = Copy(digest, f"{self._path}/{digest}", size, kind, fstype)
+    def _made(self, digest: str, size: int, kind: Kind, format: Mountable | None = None) -> Copy:
+        self._copies[digest] = Copy(digest, f"{self._path}/{digest}", size, kind, format)
         return self._copies[digest]
 
     @contextmanager

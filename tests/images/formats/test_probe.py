@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whole images are told from truncated ones and from everything else, byte for byte."""
+"""Whole images are told from truncated ones and from everything else, byte for byte.
+
+Of the formats: images/formats/base.py, images/formats/squashfs.py, images/formats/erofs.py.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,14 @@ import struct
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from support.images import confext, image, noise
 from support.needs import tool
-from watcher.images.probe import Probe, probe
+from watcher.images.formats.base import HEAD, ImageFile
+from watcher.images.formats.probe import probe
 from watcher.model import Incomplete, Refused
 
 both = [
@@ -25,11 +30,17 @@ squashfs = tool("mksquashfs")
 erofs = tool("mkfs.erofs")
 
 
-def probed(content: bytes) -> Probe:
+class Probed(NamedTuple):
+    fstype: str
+    bytes_used: int
+
+
+def probed(content: bytes) -> Probed:
     with tempfile.TemporaryFile() as file:
         file.write(content)
         file.flush()
-        return probe(file.fileno(), len(content))
+        found = probe(file.fileno(), len(content))
+        return Probed(found.name, found.complete(ImageFile(file.fileno(), len(content), content[:HEAD])))
 
 
 @pytest.fixture

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What every format of an image can do: recognise a file, say whether it is complete, verify it, mount it.
+
+Every field of a file is whatever its author wrote. What is checked before the kernel sees it is what decides between
+"not all here yet" and "will never do", and what the kernel would answer with a bare EINVAL; the kernel does the rest.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from watcher.model import Incomplete, Later, Refused
+from watcher.mounts import syscalls
+
+_MOUNT_ATTRIBUTES = (
+    syscalls.MOUNT_ATTR_RDONLY
+    | syscalls.MOUNT_ATTR_NOSUID
+    | syscalls.MOUNT_ATTR_NODEV
+    | syscalls.MOUNT_ATTR_NOEXEC
+)
+
+# How file systems say that an image is not well-formed, or uses what this kernel does not know.
+_BROKEN_IMAGE = {
+    errno.EINVAL,
+    errno.EIO,
+    errno.EUCLEAN,
+    errno.EBADMSG,
+    errno.EOPNOTSUPP,
+    errno.ENOENT,
+    errno.E2BIG,
+}
+
+
+HEAD = 1 << 16
+"""Bytes at the start of a file that a format gets to see. The largest block of an erofs: a checksum covers it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """A file that may be an image.
+
+    Attributes:
+        fd: open for reading.
+        size: bytes.
+        head: its first bytes, HEAD of them or all there are.
+    """
+
+    fd: int
+    size: int
+    head: bytes
+
+
+class Format(ABC):
+    """A file system in a file. Call `complete()` for a file that `recognises()` took, then `verify()`.
+
+    Attributes:
+        name: for people, and for fsopen(2): "squashfs".
+    """
+
+    name: str
+
+    @abstractmethod
+    def recognises(self, head: bytes) -> bool:
+        """Whether a file with these first bytes is of this format."""
+
+    @abstractmethod
+    def complete(self, file: ImageFile) -> int:
+        """The number of bytes from its start that belong to the image; what follows is padding.
+
+        Raises:
+            Incomplete: bytes are missing; says how many there are and how many it takes.
+            Refused: the superblock is broken, or asks for what no kernel can do.
+        """
+
+    @abstractmethod
+    def verify(self, file: ImageFile) -> None:
+        """Check a complete image, as far as that goes without mounting it.
+
+        Raises:
+            Refused: it contradicts itself.
+        """
+
+    @abstractmethod
+    def unpack_command(self, image: str, target: str, path: str) -> list[str]:
+        """A command that unpacks `path` of an image, and perhaps more, into the new directory `target`.
+
+        It needs no privilege, as mounting does.
+        """
+
+    def fsmount(self, backing: int, label: str) -> int:
+        """A detached mount of the image file `backing`: read-only, nosuid, nodev, noexec.
+
+        Args:
+            label: of the loop device (lo_file_name): losetup(8) shows it.
+
+        Raises:
+            Refused: the kernel cannot mount it.
+            Later: no loop device is free.
+            OSError: anything else, such as no memory.
+        """
+        device, path = _loop_device(backing, label)
+        try:
+            return self._fsmount(path)
+        except OSError as error:
+            if error.errno in _BROKEN_IMAGE:
+                raise Refused(f"the kernel cannot mount it as {self.name}: {error.strerror}") from error
+            raise
+        finally:
+            os.close(device)
+
+    def _fsmount(self, source: str) -> int:
+        """`fsmount()` of a block device, or of a file where the file system needs no device. Raises OSError."""
+        context = syscalls.fsopen(self.name)
+        try:
+            syscalls.fsconfig_set_string(context, "source", source)
+            syscalls.fsconfig_set_flag(context, "ro")
+            syscalls.fsconfig_cmd_create(context, source)
+            return syscalls.fsmount(context, _MOUNT_ATTRIBUTES)
+        finally:
+            os.close(context)
+
+
+def require_superblock(file: ImageFile, end: int) -> None:
+    """Raise Incomplete where the superblock is not all there; it ends after `end` bytes."""
+    if len(file.head) < end:
+        raise Incomplete(f"incomplete: {file.size} bytes are here, the superblock alone takes {end}")
+
+
+def require_claimed(file: ImageFile, claimed: int, least: int) -> None:
+    """Raise Incomplete, or Refused, where the file is shorter than the superblock claims, or the claim is absurd.
+
+    Args:
+        claimed: bytes.
+        least: bytes that an empty image has.
+    """
+    if claimed < least:
+        raise Refused(f"lies about its size: it claims {claimed} bytes, its superblock alone takes {least}")
+    if file.size < claimed:
+        raise Incomplete(f"incomplete: {file.size} of {claimed} bytes are here")
+
+
+def _loop_device(backing: int, label: str) -> tuple[int, str]:
+    try:
+        return syscalls.loop_attach(backing, label)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise Later(f"no loop device is to be had: {where}{error.strerror}") from error

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Which format a file has. The formats are asked one by one; what none of them knows gets the most helpful word."""
+
+from __future__ import annotations
+
+import os
+
+from watcher.images.formats.base import HEAD, Format, ImageFile
+from watcher.images.formats.erofs import EROFS
+from watcher.images.formats.squashfs import SQUASHFS
+from watcher.model import Incomplete, Refused
+
+# UEFI 5.3.2: the header is in the second logical block, of 512 bytes or on some disks 4096.
+_GPT_MAGIC = b"EFI PART"
+_GPT_OFFSETS = (512, 4096)
+
+# What people drop by mistake, for a better word than "unknown".
+_HINTS = (
+    (0, b"\x1f\x8b", "gzip data: unpack it first"),
+    (0, b"\xfd7zXZ\x00", "xz data: unpack it first"),
+    (0, b"\x28\xb5\x2f\xfd", "zstd data: unpack it first"),
+    (0, b"BZh", "bzip2 data: unpack it first"),
+    (257, b"ustar", "a tar archive: build an image from its contents"),
+    (0, b"PK\x03\x04", "a zip archive: build an image from its contents"),
+    (1080, b"\x53\xef", "an ext2/3/4 file system: use squashfs or erofs"),
+    (0, b"XFSB", "an XFS file system: use squashfs or erofs"),
+    (0x8001, b"CD001", "an ISO 9660 image: use squashfs or erofs"),
+    (0, b"sqsh", "a big-endian squashfs: build it with mksquashfs 4 or later"),
+)
+
+
+def probe(fd: int, size: int) -> Format:
+    """The format of the image behind `fd`, which is complete and does not contradict itself.
+
+    Args:
+        size: of the file, bytes.
+
+    Raises:
+        Incomplete: bytes are missing; says how many there are and how many it takes.
+        Refused: empty, of an unknown kind, with a partition table, or contradicting itself.
+        OSError: it could not be read.
+    """
+    if size == 0:
+        raise Refused("empty")
+    file = ImageFile(fd, size, os.pread(fd, min(size, HEAD), 0))
+    found = _recognised(file)
+    found.complete(file)
+    found.verify(file)
+    return found
+
+
+def _recognised(file: ImageFile) -> Format:
+    if SQUASHFS.recognises(file.head):
+        return SQUASHFS
+    # Before erofs, which leaves its first 1024 bytes to others.
+    if any(file.head[offset : offset + 8] == _GPT_MAGIC for offset in _GPT_OFFSETS):
+        raise Refused("disk images with a partition table are not supported yet: drop the bare file system")
+    if EROFS.recognises(file.head):
+        return EROFS
+    raise _unknown(file)
+
+
+def _unknown(file: ImageFile) -> Refused:
+    for offset, magic, hint in _HINTS:
+        if file.head[offset : offset + len(magic)] == magic:
+            return Refused(hint)
+    if file.size >= 1024 and not any(file.head):
+        # Space set aside by `rsync --preallocate` or fallocate(1) before the bytes come.
+        return Incomplete(f"nothing but zeros in its first {len(file.head)} bytes: not uploaded yet")
+    return Refused("neither a squashfs nor an erofs image")
