@@ -386,7 +386,7 @@ def _check(settings: Settings, options: argparse.Namespace) -> int:
     for path in options.images:
         result: dict[str, object] = {"image": path, "admitted": False, "reason": ""}
         try:
-            found = examine(path, made_for, settings.image_max)
+            candidate, copy = examine(path, made_for, settings.image_max)
         except (Refused, Busy) as error:
             result["reason"] = str(error)
         except OSError as error:
@@ -394,11 +394,11 @@ def _check(settings: Settings, options: argparse.Namespace) -> int:
         else:
             result |= {
                 "admitted": True,
-                "name": found.candidate.name,
-                "version": found.candidate.version,
-                "format": found.format,
-                "size": found.size,
-                "digest": found.digest,
+                "name": candidate.name,
+                "version": candidate.version,
+                "format": copy.format.name if copy.format else "directory",
+                "size": copy.size,
+                "digest": copy.digest,
             }
         results.append(result)
     if options.json:

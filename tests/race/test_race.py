@@ -28,9 +28,9 @@ lease.Lease.held = lambda self: True
 lease.Lease.release = lambda self: None
 """
 WITHOUT_STRICT_MODES = """
-from watcher.images import admit
-real = admit._open
-admit._open = lambda candidate, modes: real(candidate, None)
+from watcher.images import admission
+real = admission._open
+admission._open = lambda candidate, modes: real(candidate, None)
 """
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`confext-watcher status` and `check`: the truth, without asking anybody."""
+"""`confext-watcher status` and `check` (images/image_check.py): the truth, without asking anybody."""
 
 from __future__ import annotations
 

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""May this become a layer of that service? Complete, whole, made for its host; copied into the store on the way.
+"""May this become a layer of that service? From a candidate on the disk to a copy in the store, or one line why not.
 
-What is asked of the content alone is asked once, whoever wants it: the copy (`admit.py`) and its release files are
-remembered by digest. What depends on the service (its root's os-release, the file's name) is asked each time; it costs
-microseconds.
+The path is looked up once, and each step of it judged on the way (`strict_modes.py`). Links are followed: they are how
+people deploy. From then on everything happens to the file that was found.
+
+Each content is read once, whoever wants it. Its verdict, good or bad, is remembered by what `stat` says of it, and its
+release files by its digest. What depends on the service (its root's os-release, the file's name) is asked each time;
+that costs microseconds.
 """
 
 from __future__ import annotations
@@ -12,25 +15,43 @@ import errno
 import functools
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Protocol
 
-from watcher.images import admit
-from watcher.images.extension import NoRelease, read_release
+from watcher.images import tree
+from watcher.images.extension import NoRelease, Release, read_release
+from watcher.images.formats.probe import probe
 from watcher.images.marks import require_no_marks
 from watcher.images.store import Store
-from watcher.model import Candidate, Copy, Incomplete, Kind, Later, Refused, problem
+from watcher.images.verdicts import Key
+from watcher.model import Busy, Candidate, Copy, Incomplete, Kind, Later, Refused, problem
 from watcher.mounts import syscalls
+from watcher.mounts.descriptors import Descriptors
 from watcher.mounts.workers import Hung, MountWorkers
 from watcher.resolve import release
-from watcher.resolve.strict_modes import StrictModes
+from watcher.resolve.strict_modes import Guard, StrictModes
 from watcher.settings import architectures
 from watcher.settings.os_release import parse_os_release
+from watcher.watch.lease import Lease, coarse_now_ns
 
-Release = tuple[Mapping[str, str], frozenset[str]]
+Judge = Callable[[Copy], object]
 
-_OS_RELEASE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_SECOND_NS = 1_000_000_000
+
+_TYPES = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFREG: "a file",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFCHR: "a character device",
+}
+_EXPECTED = {Kind.IMAGE: stat.S_IFREG, Kind.DIRECTORY: stat.S_IFDIR}
+# O_NONBLOCK: a write lease makes this fail, not wait for 45 seconds.
+_READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _IN_ROOT = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
 _OS_RELEASE_MAX = 64 * 1024
 
@@ -60,43 +81,38 @@ class Host:
         return (*sorted(self.os_release.items()), self.architecture)
 
 
-@functools.lru_cache(maxsize=64)
-def _parsed(text: str) -> Mapping[str, str]:
-    """The same few texts are met again and again."""
-    return MappingProxyType(parse_os_release(text))
-
-
 def host(root: str = "/") -> Host:
     """The host of a service, os-release(5): `/etc/os-release` of its root, else `/usr/lib/os-release`.
 
-    Links lead nowhere out of that root, whoever made them.
+    No link leads out of that root.
 
     Raises:
         FileNotFoundError: there is neither.
         OSError: it cannot be read.
     """
-    directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with Descriptors() as fds:
+        directory = fds.add(os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
         for name in ("etc/os-release", "usr/lib/os-release"):
             try:
-                fd = syscalls.openat2(directory, name, os.O_PATH, _IN_ROOT)
+                found = fds.add(syscalls.openat2(directory, name, os.O_PATH, _IN_ROOT))
             except FileNotFoundError:
                 continue
-            return Host(_parsed(_text(fd)), architectures.native())
-    finally:
-        os.close(directory)
+            return Host(_parsed(_text(found)), architectures.native())
     raise FileNotFoundError(errno.ENOENT, "no os-release in it", root)
 
 
-def _text(fd: int) -> str:
-    """What is in a regular file; nothing in anything else, which may do something when it is opened. Closes `fd`."""
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            return ""
-        with open(os.open(f"/proc/self/fd/{fd}", _OS_RELEASE), encoding="utf-8", errors="replace") as file:
-            return file.read(_OS_RELEASE_MAX)
-    finally:
-        os.close(fd)
+@functools.lru_cache(maxsize=64)
+def _parsed(text: str) -> Mapping[str, str]:
+    """Of an os-release or extension-release file; most files have one of the same few texts."""
+    return MappingProxyType(parse_os_release(text))
+
+
+def _text(place: int) -> str:
+    """The content of a regular file (O_PATH), "" for anything else: opening that may have effects of its own."""
+    if not stat.S_ISREG(os.fstat(place).st_mode):
+        return ""
+    with open(os.open(f"/proc/self/fd/{place}", _READ), encoding="utf-8", errors="replace") as file:
+        return file.read(_OS_RELEASE_MAX)
 
 
 class Admission:
@@ -114,12 +130,13 @@ class Admission:
         at_hand: set[str],
         modes: StrictModes | None,
     ) -> Copy:
-        """The store's copy of a candidate. Blocks; not on a worker of the workshop.
+        """The store's copy of a candidate. Blocks; must not run on a mount worker, which it waits for.
 
         Hold `Store.using()` until a stack with the copy has been accepted.
 
         Args:
-            at_hand: gets the digest, also of what has to wait.
+            at_hand: gets the digest of what is not refused. What has to wait is in no stack; without this it would be
+                collected, and copied again at every look.
             modes: whom the service trusts; None: everybody.
 
         Raises:
@@ -129,17 +146,20 @@ class Admission:
         """
 
         def judge(copy: Copy) -> None:
-            names, strict_false = self._release(copy)
-            # A directory comes file by file, and nobody says when that ends.
-            if not names and candidate.kind is Kind.DIRECTORY:
-                raise Incomplete(
-                    "incomplete: there is no etc/extension-release.d/extension-release.* in it yet"
-                )
-            name = release.choose_release_file(candidate.filename, names, strict_false, candidate.kind)
-            release.match(_parsed(names[name]), made_for.os_release, made_for.architecture)
+            try:
+                found = self._release(copy)
+                # A directory comes file by file, and nobody says when that ends.
+                if not found[0] and candidate.kind is Kind.DIRECTORY:
+                    raise Incomplete(
+                        "incomplete: there is no etc/extension-release.d/extension-release.* in it yet"
+                    )
+                require_match(candidate, found, made_for)
+            except (OSError, Busy):
+                at_hand.add(copy.digest)
+                raise
+            at_hand.add(copy.digest)
 
-        terms = candidate.filename, made_for.terms
-        return admit.admit(self._store, candidate, judge, terms, at_hand, modes)
+        return copied(self._store, candidate, judge, (candidate.filename, made_for.terms), modes)
 
     def forget(self, digests: Iterable[str]) -> None:
         """Drop what is remembered of content that has left the store."""
@@ -147,29 +167,34 @@ class Admission:
             self._releases.pop(digest, None)
 
     def _release(self, copy: Copy) -> Release:
-        known = self._releases.get(copy.digest)
-        if known is None:
-            try:
-                if copy.kind is Kind.DIRECTORY:
-                    known = _read_tree(copy)
-                else:
-                    known = self._workers.call(_read_mounted, self._workers, copy)
-            except OSError as error:
-                short = _SHORT.get(error.errno or 0)
-                if short is None:
-                    raise
-                raise Later(f"{short}: {problem(error)}") from error
-            except Hung as error:
-                raise Later(str(error)) from error
-            self._releases[copy.digest] = known
-        return known
+        found = self._releases.get(copy.digest)
+        if found is None:
+            found = self._releases[copy.digest] = release_of(copy, self._workers)
+        return found
 
 
-def _read_tree(copy: Copy) -> Release:
+def release_of(copy: Copy, workers: MountWorkers) -> Release:
+    """The release files of a copy. An image is mounted for that; blocks, must not run on a mount worker.
+
+    Raises:
+        Refused: not a confext; broken; or with attributes that mean something to overlayfs.
+        Later: something is missing here, not in the copy.
+        OSError: it cannot be read.
+    """
     try:
-        return _read(copy.path)
-    except NoRelease:
-        return {}, frozenset()
+        if copy.kind is Kind.IMAGE:
+            return workers.call(_read_mounted, workers, copy)
+        try:
+            return _read(copy.path)
+        except NoRelease:
+            return {}, frozenset()
+    except OSError as error:
+        short = _SHORT.get(error.errno or 0)
+        if short is None:
+            raise
+        raise Later(f"{short}: {problem(error)}") from error
+    except Hung as error:
+        raise Later(str(error)) from error
 
 
 def _read_mounted(workers: MountWorkers, copy: Copy) -> Release:
@@ -183,10 +208,192 @@ def _read_mounted(workers: MountWorkers, copy: Copy) -> Release:
 
 
 def _read(root: str) -> Release:
-    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        names, strict_false = read_release(fd)
+    with Descriptors() as fds:
+        fd = fds.add(os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
+        found = read_release(fd)
         require_no_marks(fd)
-        return names, frozenset(strict_false)
-    finally:
+        return found
+
+
+def require_match(candidate: Candidate, found: Release, made_for: Host) -> None:
+    """Raise Refused where the release files do not make it a confext of that name, made for that host."""
+    names, strict_false = found
+    name = release.choose_release_file(candidate.filename, names, strict_false, candidate.kind)
+    release.match(_parsed(names[name]), made_for.os_release, made_for.architecture)
+
+
+def copied(
+    store: Store,
+    candidate: Candidate,
+    judge: Judge | None = None,
+    terms: Hashable = None,
+    modes: StrictModes | None = None,
+) -> Copy:
+    """The store's copy of a candidate, made now or before, whatever it is made for.
+
+    Args:
+        judge: whether the copy will do as a confext; raises Refused if not.
+        terms: all that the judgement depends on besides the content. A refusal is remembered with them. Otherwise the
+            store would collect what was refused, and copy it again at every look.
+        modes: as of `Admission.admit()`. Whom the service does not trust is no verdict on a content, and never
+            remembered as one.
+
+    Raises: as `Admission.admit()`, and what `judge` raises.
+    """
+    with opened(candidate, modes) as (fd, guard):
+        content = _Image(fd) if candidate.kind is Kind.IMAGE else _Tree(fd, guard)
+        verdicts = store.verdicts
+        verdicts.recall((content.key, terms))
+        with verdicts.turn(content.key):
+            copy = verdicts.recall(content.key)
+            if copy is None or not store.has(copy):
+                copy = _copy(store, content)
+        if judge is not None:
+            try:
+                judge(copy)
+            except Refused as refused:
+                if verdicts.recall(content.key) == copy:
+                    verdicts.remember((content.key, terms), refused)
+                raise
+        return copy
+
+
+class _Content(Protocol):
+    """An image or a tree, open.
+
+    Attributes:
+        key: what `stat` says of it.
+        lasting: after `copy()`: `key` stands for exactly that content from now on.
+    """
+
+    key: Key
+    lasting: bool
+
+    def copy(self, store: Store) -> Copy: ...
+
+
+def _copy(store: Store, content: _Content) -> Copy:
+    verdict: Copy | Refused
+    try:
+        verdict = content.copy(store)
+    except Refused as refused:
+        verdict = refused
+    if content.lasting:
+        store.verdicts.remember(content.key, verdict)
+    if isinstance(verdict, Refused):
+        raise verdict
+    return verdict
+
+
+class _Image:
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self.key = _image_key(os.fstat(fd))
+        self.lasting = False
+
+    def copy(self, store: Store) -> Copy:
+        with Lease(self._fd) as lease:
+            found = os.fstat(self._fd)
+            self.key = _image_key(found)
+            try:
+                return store.add_image(self._fd, probe(self._fd, found.st_size), lease)
+            except Refused:
+                lease.check()
+                raise
+            finally:
+                self.lasting = _is_past(found.st_ctime_ns, lease.proven_ns)
+
+
+class _Tree:
+    def __init__(self, root: int, guard: Guard | None) -> None:
+        self._root = root
+        self._signature = tree.signature(root, guard)
+        self.key: Key = ("tree", self._signature.key)
+        self.lasting = False
+
+    def copy(self, store: Store) -> Copy:
+        try:
+            return store.add_tree(self._root, self._signature)
+        finally:
+            self.lasting = _is_past(self._signature.youngest_ns, coarse_now_ns())
+
+
+def _image_key(found: os.stat_result) -> Key:
+    return "image", found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _is_past(ctime_ns: int, proven_ns: int) -> bool:
+    """Whether a change after `proven_ns` must show in the ctime: timestamps are as coarse as the timer's tick.
+
+    A time far in the future (the clock was set back) will not come again by itself.
+    """
+    return ctime_ns < proven_ns or ctime_ns > proven_ns + _SECOND_NS
+
+
+@contextmanager
+def opened(candidate: Candidate, modes: StrictModes | None = None) -> Iterator[tuple[int, Guard | None]]:
+    """What a candidate's path leads to, open for reading, and the guard of all below it.
+
+    Raises: also for an OSError in the block:
+        Refused: a link that leads nowhere or in a circle, not the type its kind asks for, or not readable.
+        Unsafe: somebody whom the service does not trust has a hand in it.
+        Busy: it has just vanished, or somebody holds a write lease on it.
+        Later: the machine could not look it up.
+    """
+    try:
+        place, guard = _open(candidate, modes)
+        try:
+            fd = _reopen(place, candidate.kind)
+        finally:
+            os.close(place)
+        try:
+            yield fd, guard
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise Later(f"cannot be read: {error.strerror}") from error
+
+
+def _open(candidate: Candidate, modes: StrictModes | None) -> tuple[int, Guard | None]:
+    """An O_PATH descriptor: links are followed, and nothing but a file or directory is opened for real."""
+    guard: Guard | None = None
+    refused: Refused | None = None
+    try:
+        if modes is None:
+            fd = os.open(candidate.path, os.O_PATH | os.O_CLOEXEC)
+        else:
+            found = modes.open(candidate.path)
+            fd, guard, refused = found.fd, found.guard, found.unsafe
+    except OSError as error:
+        raise _not_opened(candidate, error) from error
+    type_, expected = stat.S_IFMT(os.fstat(fd).st_mode), _EXPECTED[candidate.kind]
+    if refused is None and type_ != expected:
+        refused = Refused(f"{_TYPES.get(type_, 'of an unknown type')}, not {_TYPES[expected]}")
+    if refused is not None:
         os.close(fd)
+        raise refused
+    return fd, guard
+
+
+def _not_opened(candidate: Candidate, error: OSError) -> Refused | Busy | OSError:
+    match error.errno:
+        case errno.ELOOP:
+            return Refused("a link that leads in a circle")
+        case errno.ENOENT | errno.ENOTDIR:
+            return (
+                Refused("a link that leads nowhere") if os.path.islink(candidate.path) else Busy("vanished")
+            )
+        case errno.EACCES | errno.EPERM:
+            return Refused(f"cannot be read: {error.strerror}")
+        case _:
+            return error
+
+
+def _reopen(place: int, kind: Kind) -> int:
+    """The very file that `place` (O_PATH) is, for reading."""
+    try:
+        return os.open(f"/proc/self/fd/{place}", _READ | (os.O_DIRECTORY if kind is Kind.DIRECTORY else 0))
+    except PermissionError as error:
+        raise Refused(f"cannot be read: {error.strerror}") from error
+    except BlockingIOError as error:
+        raise Busy("open for writing") from error

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The extension-release files of a mounted image or a directory tree (os-release(5)).
 
-The tree is somebody else's. It is walked by descriptor, one component at a time, and no link in it is ever
-followed: not `etc`, not the directory, not a release file.
+Strangers made the tree. It is opened by descriptor, one component at a time. No link in it is followed: not `etc`, not
+the directory, not a release file.
 """
 
 from __future__ import annotations
@@ -10,12 +10,17 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Mapping
 from itertools import islice
 
 from watcher.model import Refused, Sysext, shown
+from watcher.mounts.descriptors import Descriptors
+from watcher.resolve.release import PREFIX
+
+Release = tuple[Mapping[str, str], frozenset[str]]
+"""See `read_release()`."""
 
 RELEASE_DIRECTORY = ("etc", "extension-release.d")
-RELEASE_PREFIX = "extension-release."
 
 # systemd accepts a release file under any name when this attribute is false (portable.c, extension-util.c).
 STRICT_XATTR = "user.extension-release.strict"
@@ -34,7 +39,7 @@ class NoRelease(Refused):
     """There is no `etc/extension-release.d/`."""
 
 
-def read_release(root_fd: int) -> tuple[dict[str, str], set[str]]:
+def read_release(root_fd: int) -> Release:
     """Read `etc/extension-release.d/` below the directory `root_fd` (an O_PATH descriptor will do).
 
     Returns:
@@ -45,15 +50,10 @@ def read_release(root_fd: int) -> tuple[dict[str, str], set[str]]:
         Refused: not a confext (`NoRelease`, `Sysext`), a link on the way, too many or too large files.
         OSError: it could not be read.
     """
-    etc = _directory(root_fd, RELEASE_DIRECTORY[0], root_fd)
-    try:
-        releases = _directory(etc, RELEASE_DIRECTORY[1], root_fd)
-    finally:
-        os.close(etc)
-    try:
+    with Descriptors() as fds:
+        etc = fds.add(_directory(root_fd, RELEASE_DIRECTORY[0], root_fd))
+        releases = fds.add(_directory(etc, RELEASE_DIRECTORY[1], root_fd))
         return _read_all(releases)
-    finally:
-        os.close(releases)
 
 
 def _directory(parent: int, name: str, root_fd: int) -> int:
@@ -76,25 +76,22 @@ def _not_a_confext(root_fd: int) -> Refused:
 
 
 def _is_sysext(root_fd: int) -> bool:
-    fd = os.dup(root_fd)
-    try:
-        for name in ("usr", "lib", RELEASE_DIRECTORY[1]):
-            parent = fd
-            fd = os.open(name, _DIRECTORY, dir_fd=parent)
-            os.close(parent)
-    except OSError:
-        return False  # only decides which words the refusal has
-    finally:
-        os.close(fd)
+    with Descriptors() as fds:
+        fd = root_fd
+        try:
+            for name in ("usr", "lib", RELEASE_DIRECTORY[1]):
+                fd = fds.add(os.open(name, _DIRECTORY, dir_fd=fd))
+        except OSError:
+            return False  # only decides which words the refusal has
     return True
 
 
-def _read_all(directory: int) -> tuple[dict[str, str], set[str]]:
-    with os.scandir(directory) as entries:  # which may be ten million
+def _read_all(directory: int) -> Release:
+    with os.scandir(directory) as entries:  # there may be ten million
         found = [entry.name for entry in islice(entries, _NAMES_MAX + 1)]
     if len(found) > _NAMES_MAX:
         raise Refused(f"it has more than {_NAMES_MAX} entries in {'/'.join(RELEASE_DIRECTORY)}/")
-    names = sorted(name for name in found if name.startswith(RELEASE_PREFIX))
+    names = sorted(name for name in found if name.startswith(PREFIX))
     if len(names) > _FILES_MAX:
         raise Refused(f"it has more than {_FILES_MAX} extension-release files")
     texts: dict[str, str] = {}
@@ -107,7 +104,7 @@ def _read_all(directory: int) -> tuple[dict[str, str], set[str]]:
                 relaxed.add(name)
         finally:
             os.close(fd)
-    return texts, relaxed
+    return texts, frozenset(relaxed)
 
 
 def _open_release(directory: int, name: str) -> int:
@@ -129,7 +126,7 @@ def _read_text(fd: int, name: str) -> str:
 
 
 def _strict(fd: int) -> str:
-    """The value of `user.extension-release.strict` as the author of the tree gave it, "" if he gave none."""
+    """The value of `user.extension-release.strict` in the tree as its author made it, "" without one."""
     value = _xattr(fd, KEPT_STRICT_XATTR)
     if value is None:
         value = _xattr(fd, STRICT_XATTR) or b""

@@ -40,6 +40,12 @@ class StoreFull(Later):
     """No room for a copy: in the file system, in memory, or below StoreMax=. `collect()` may make some."""
 
 
+def require_size(size: int, limit: int, setting: str) -> None:
+    """Raise Refused for more bytes than a setting allows."""
+    if size > limit:
+        raise Refused(f"too large: {size} bytes, {limit} are allowed ({setting})")
+
+
 class Store:
     """The store of one state directory. Threads may share it.
 
@@ -52,7 +58,7 @@ class Store:
     """
 
     def __init__(self, state_directory: str, store_max: int, image_max: int, keep_stacks: int) -> None:
-        self.known = Verdicts()
+        self.verdicts = Verdicts()
         self.configure(store_max, image_max, keep_stacks)
         self.state_directory = state_directory
         self._path = f"{state_directory}/store"
@@ -73,7 +79,7 @@ class Store:
         self.store_max = store_max
         self.image_max = image_max
         self.keep_stacks = keep_stacks
-        self.known.clear()
+        self.verdicts.clear()
 
     def close(self) -> None:
         self._names.close()
@@ -267,9 +273,8 @@ class Store:
         return removed
 
     def _require_size(self, size: int) -> None:
-        for limit, setting in ((self.image_max, "ImageMax="), (self.store_max, "StoreMax=")):
-            if size > limit:
-                raise Refused(f"too large: {size} bytes, {limit} are allowed ({setting})")
+        require_size(size, self.image_max, "ImageMax=")
+        require_size(size, self.store_max, "StoreMax=")
 
     def _size_of(self, name: str) -> int:
         if name.startswith(TEMPORARY):

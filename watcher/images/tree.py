@@ -28,9 +28,10 @@ from itertools import islice
 
 from watcher.images import attributes
 from watcher.images.attributes import Xattrs
-from watcher.images.extension import RELEASE_DIRECTORY, RELEASE_PREFIX
+from watcher.images.extension import RELEASE_DIRECTORY
 from watcher.images.files import copy_file, hash_file
 from watcher.model import DEPTH_MAX, ENTRIES_MAX, Busy, Refused, shown
+from watcher.resolve import release
 from watcher.resolve.strict_modes import Guard
 from watcher.watch.lease import Lease, coarse_now_ns
 
@@ -340,8 +341,8 @@ class _Walk(_Bounded):
         made = os.open(path[-1], _NEW, 0o600, dir_fd=target.fd)
         try:
             copy_file(fd, made, st.st_size, self._hash, lease)
-            release = path[:-1] == RELEASE_DIRECTORY and path[-1].startswith(RELEASE_PREFIX)
-            attributes.give(made, st, attributes.relaxed(xattrs) if release else xattrs)
+            is_release = path[:-1] == RELEASE_DIRECTORY and path[-1].startswith(release.PREFIX)
+            attributes.give(made, st, attributes.relaxed(xattrs) if is_release else xattrs)
         finally:
             os.close(made)
 
