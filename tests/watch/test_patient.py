@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from watch.test_chase import CHANGES, apply, interests, shows, world
 
+from support.changes import CHANGES, apply, interests, shows, world
 from support.hangs import LOOKUP, OPENDIR, READDIR, READLINK, Hanging, hanging
 from support.needs import root
 from watcher.model import Interest, Scope
@@ -261,7 +261,7 @@ class Looking:
             for key in keys - {"fence"}:
                 self._seen[key] = shows(self._watched[key])
 
-    async def settled(self) -> None:
+    async def until_all_is_followed(self) -> None:
         chase = self.watcher._chase
         for _ in range(2):
             before = self._fences
@@ -287,6 +287,6 @@ async def test_what_a_path_shows_does_not_change_unseen(good: Path) -> None:
                     if number % 2:
                         await trio.sleep(0)  # while a thread follows what the last change has changed
                 with trio.fail_after(30):
-                    await looking.settled()
+                    await looking.until_all_is_followed()
                 assert not looking.missed()
             nursery.cancel_scope.cancel()

@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from watch.test_watcher import Told, drop, told
 
+from support.told import Told
 from watcher.model import DEPTH_MAX, Interest, Scope
 from watcher.watch import chase
 from watcher.watch.watcher import Watcher
-
-__all__ = ["drop", "told"]
 
 STEP = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
@@ -64,7 +62,7 @@ def pit(tmp_path: Path) -> Iterator[Path]:
     fill_in(tmp_path / "pit")
 
 
-async def settled(told: Told) -> set[str]:
+async def everything(told: Told) -> set[str]:
     """All that is told until everything is watched that is to be."""
     keys: set[str] = set()
     while new := await told.keys():
@@ -81,14 +79,14 @@ async def test_a_deep_tree_is_watched_as_far_as_it_is_looked_at(told: Told, pit:
     told.watch(pit, Scope.TREE)
     before = nodes(told.watcher)
     dig(pit, levels)
-    assert await settled(told) == {"web"}
+    assert await everything(told) == {"web"}
     assert nodes(told.watcher) - before < DEPTH_MAX
     remarks = told.watcher.remarks()
     assert [(remark.path, remark.text) for remark in remarks] == [
         (str(pit), f"watched only in part: more than {DEPTH_MAX} levels in it")
     ]
     fill_in(pit)
-    assert await settled(told) == {"web"}
+    assert await everything(told) == {"web"}
     assert nodes(told.watcher) == before
     assert not told.watcher.remarks()
 
@@ -96,16 +94,16 @@ async def test_a_deep_tree_is_watched_as_far_as_it_is_looked_at(told: Told, pit:
 async def test_a_tree_of_the_allowed_depth_is_watched_to_its_last_directory(told: Told, pit: Path) -> None:
     dig(pit, DEPTH_MAX - 1)
     told.watch(pit, Scope.TREE)
-    await settled(told)
+    await everything(told)
     assert not told.watcher.remarks()
     last = pit.joinpath(*["d"] * (DEPTH_MAX - 1))
     (last / "file").touch()
-    assert await settled(told) == {"web"}
+    assert await everything(told) == {"web"}
     (last / "d").mkdir()
-    assert await settled(told) == {"web"}
+    assert await everything(told) == {"web"}
     assert told.watcher.remarks()
     (last / "d").rmdir()
-    assert await settled(told) == {"web"}
+    assert await everything(told) == {"web"}
     assert not told.watcher.remarks()
 
 
@@ -128,12 +126,12 @@ async def test_a_tree_of_too_many_entries_is_watched_in_part_until_it_has_fewer(
             (pit / name / str(number)).unlink()
         (pit / name / "gone").mkdir()
         (pit / name / "gone").rmdir()
-    assert await settled(told) == {"web"}
+    assert await everything(told) == {"web"}
     assert not told.watcher.remarks()
     assert nodes(told.watcher) > watched
     for name in "abcd":
         (pit / name / "sub/file").touch()
-        assert await settled(told) == {"web"}
+        assert await everything(told) == {"web"}
 
 
 async def test_many_entries_are_counted_for_each_tree_alone(
@@ -147,7 +145,7 @@ async def test_many_entries_are_counted_for_each_tree_alone(
     assert not told.watcher.remarks()
     (tmp_path / "one/0/x").mkdir()
     (tmp_path / "one/1/x").mkdir()
-    assert await settled(told) == {"one"}
+    assert await everything(told) == {"one"}
     assert [remark.path for remark in told.watcher.remarks()] == [str(tmp_path / "one")]
     told.watcher.drop("one")
     assert not told.watcher.remarks()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import aclosing
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import trio.testing
 
 from support.apart import apart
 from support.needs import root, tool, userns
+from support.told import Told
 from watcher.model import Interest, Scope
 from watcher.watch.watcher import Watcher
 
@@ -28,53 +29,6 @@ IMAGES = r"web_.*\.raw"
 own_mounts = apart("unshare", "--mount", "--propagation", "private")
 own_limits = apart("unshare", "--user", "--map-root-user")
 unprivileged = apart(*(("setpriv", "--bounding-set=-all") if os.geteuid() == 0 else ()))
-
-
-class Told:
-    """A watcher, and what it told since one last asked."""
-
-    def __init__(self, watcher: Watcher, fence: Path) -> None:
-        self.watcher = watcher
-        self._changes = watcher.changes()
-        self._fence = fence
-        watcher.set("fence", [Interest(str(fence))])
-
-    def watch(
-        self, path: Path | str, scope: Scope = Scope.CHILDREN, pattern: str | None = None, key: str = "web"
-    ) -> None:
-        self.watcher.set(key, [Interest(str(path), scope, pattern)])
-
-    async def reports(self) -> list[frozenset[str]]:
-        """One by one, without the fence's own."""
-        (self._fence / "crossed").touch()
-        reports = []
-        with trio.fail_after(30):
-            async for keys in self._changes:
-                reports.append(keys - {"fence"})
-                if "fence" in keys:
-                    return [report for report in reports if report]
-        raise AssertionError("the changes ended")
-
-    async def keys(self) -> set[str]:
-        return set().union(*await self.reports())
-
-    async def next(self) -> frozenset[str] | None:
-        """The next report, without a fence; None: there is none for a day (of a clock that jumps when all wait)."""
-        with trio.move_on_after(24 * 3600):
-            return await anext(self._changes)
-        return None
-
-    async def expect(self, keys: set[str]) -> None:
-        with trio.fail_after(300):
-            assert await anext(self._changes) == keys
-
-
-@pytest.fixture
-def told(tmp_path: Path) -> Iterator[Told]:
-    fence = tmp_path / "fence"
-    fence.mkdir()
-    with Watcher() as watcher:
-        yield Told(watcher, fence)
 
 
 @pytest.fixture
