@@ -33,7 +33,7 @@ from watcher.managers import cgroup, standalone
 from watcher.managers.systemd import dbus, drop_ins, jobs, manager, sandbox_settings, systemd1
 from watcher.model import Candidate, Event, Kind, Outcome, Refused, Unsupported, shown
 from watcher.mounts import table
-from watcher.mounts.mountinfo import Mount
+from watcher.mounts.mountinfo import Mount, mounts
 from watcher.records import ledger, schema
 from watcher.records.schema import CallError, PlannedChange, Quarantined, ServiceStatus
 from watcher.resolve import release, vpick
@@ -41,7 +41,6 @@ from watcher.settings import config, signals, syntax, unit_names
 from watcher.settings.config import Settings
 from watcher.settings.os_release import parse_os_release
 from watcher.settings.syntax import Assignment
-from watcher.watch import watcher
 
 CORPUS = Path(__file__).parent.parent / "corpus"
 
@@ -653,7 +652,7 @@ def mountinfo(data: bytes) -> None:
         list(found.above(found.top))
         found.points_on(found.top)
     cgroup.mount_point(text)
-    watcher.mount_points(data)
+    list(mounts(text.split("\n")))
 
 
 @target(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A watcher whose paths may hang: on a FUSE file system that does, and with nothing that does.
 
-Nobody waits for the hang itself to be found out: HANGS_SEC is made short where a test needs it.
+Nobody waits for the hang itself to be found out: STEP_HANGS_SEC is made short where a test needs it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ pytestmark = root
 
 @pytest.fixture
 def watcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[PatientWatcher]:
-    monkeypatch.setattr(patient, "HANGS_SEC", 0.3)
+    monkeypatch.setattr(patient, "STEP_HANGS_SEC", 0.3)
     monkeypatch.setattr(patient, "LATE_SEC", 0.6)
     with PatientWatcher() as made:
         yield made
@@ -219,7 +219,7 @@ async def test_more_events_than_are_kept_are_told_in_the_end(
     watcher: PatientWatcher, good: Path, dead: Hanging, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(patient, "EVENTS_MAX", 3)
-    monkeypatch.setattr(patient, "HANGS_SEC", 3600.0)
+    monkeypatch.setattr(patient, "STEP_HANGS_SEC", 3600.0)
     async with aclosing(watcher.changes()) as changes:
         await watcher.watch("tree", [Interest(str(good), Scope.TREE)])
         await watcher.watch("hung", [Interest(str(dead.where / "none"))])
@@ -232,7 +232,9 @@ async def test_more_events_than_are_kept_are_told_in_the_end(
             await told(changes, "tree")
             dead.answer()
         for number in range(10):
-            while f"{number}" not in (node.name for node in watcher._chase.root.below() if node.deep):
+            while f"{number}" not in (
+                node.name for node in watcher._directories.root.below() if node.in_tree
+            ):
                 (good / "again").touch()
                 await told(changes, "tree")
         (good / "9/file").touch()
@@ -262,11 +264,11 @@ class Looking:
                 self._seen[key] = shows(self._watched[key])
 
     async def until_all_is_followed(self) -> None:
-        chase = self.watcher._chase
+        todo = self.watcher._directories
         for _ in range(2):
             before = self._fences
             Path(self._fence, f"{before}").touch()
-            while self._fences == before or self.watcher._run or chase.dirty or chase.relist or chase.changed:
+            while self._fences == before or self.watcher._run or todo.dirty or todo.relist or todo.changed:
                 await trio.sleep(0.001)
 
     def missed(self) -> list[str]:

@@ -35,7 +35,8 @@ from watcher.resolve import permissions
 from watcher.resolve.permissions import READ, SEARCH, Permissions, Who
 
 _PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-_LINKS_MAX = 40  # as the kernel's MAXSYMLINKS
+LINKS_MAX = 40
+"""Links followed in one path, path_resolution(7)."""
 _PLACES_MAX = 64  # directories that stay open during one look
 
 IN_UNIT = "in [X-Confext] of the unit"
@@ -166,7 +167,7 @@ class StrictModes:
         way = way if way is not None else Way()
         if len(self._places) > _PLACES_MAX:
             self._close_places()
-        todo = _parts(path)
+        todo = components(path)[::-1]
         try:
             return self._walk(todo, way)
         except OSError:
@@ -189,7 +190,7 @@ class StrictModes:
                 if stat.S_ISLNK(status.st_mode):
                     target = os.readlink("", dir_fd=fd)
                     self._cross(way, place, name, fd, status)
-                    todo += _parts(target)
+                    todo += reversed(components(target))
                     place = self._top(way) if target.startswith("/") else place
                 elif not todo:
                     return self._found(way, place, os.dup(fd), status)
@@ -236,7 +237,7 @@ class StrictModes:
 
     def _cross(self, way: Way, place: _Place, name: str, fd: int, status: os.stat_result) -> None:
         """Follow a link. It is as safe as its owner is, and the directory that it lies in."""
-        if len(way.links) == _LINKS_MAX:
+        if len(way.links) == LINKS_MAX:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), way.path)
         link = self._permissions(status, fd)
         way.links.append((place.path, name))
@@ -398,9 +399,8 @@ def _made_by_anybody(path: str, place: _Place, status: os.stat_result) -> Unsafe
     return Unsafe(f"{text}: copy it, or move it to a directory that only root may write to", path)
 
 
-def _parts(path: str) -> list[str]:
-    """Components, the first one last."""
-    return [part for part in reversed(path.split("/")) if part not in ("", ".")]
+def components(path: str) -> list[str]:
+    return [part for part in path.split("/") if part not in ("", ".")]
 
 
 def _joined(directory: str, name: str) -> str:

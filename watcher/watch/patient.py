@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A `Watcher` for strangers' paths, any of which may hang: the event loop never follows one.
+"""A `Watcher` for strangers' paths. Any of them may hang, so the event loop never follows one.
 
-The loop reads the kernel's events, and tells whom they concern. Where paths have to be followed anew a thread does
-that, and for as long as it does the tree of nodes is its own: events are told by what the nodes say meanwhile, and kept
-for when it has done. So a drop, for which nothing has to be followed, costs no thread.
+The event loop reads the kernel's events, and tells whom they concern. A thread follows paths where they have to be
+followed anew, and works on the nodes alone meanwhile. The loop then only reads the nodes, to tell whom an event
+concerns, and keeps the event for the time when the thread is done. A drop, for which nothing has to be followed, costs
+no thread.
 
 A step that does not end (a dead network mount, a FUSE file system whose author has stopped it) is left alone. Another
-thread begins anew, with an inotify instance of its own, and with a bar before the mount point behind which the first
-one hangs: whatever leads there ends there. Until all else is watched again the old instance goes on telling. When the
-one that hung comes back, however that ends, the bar is lifted, and those who wait behind it are told. Nobody polls.
+thread begins anew, with an inotify instance of its own, and with a bar at the mount point behind which the first one
+hangs: no path is followed beyond it. Until all else is watched again the old instance goes on telling. When the hung
+step comes back, well or not, the bar is lifted, and all that wait behind it are told. Nothing polls.
 
-One that answers, but slowly, is left alone for a while in the same way, and for longer each time.
+A file system that answers, but slowly, is left alone for a while in the same way, and for longer each time.
 
 So a file system that hangs costs one thread and one inotify instance, however many services are on it.
 """
@@ -26,14 +27,15 @@ import trio
 from inotify_simple import INotify, flags
 
 from watcher.model import Interest, Remark, problem
-from watcher.watch.chase import CHILDREN, Abandoned, Chase
-from watcher.watch.nodes import Bound
+from watcher.watch.follow_links import Follower
+from watcher.watch.real_paths import Route
+from watcher.watch.watched_directories import CHILDREN, Abandoned, WatchedDirectories
 from watcher.watch.watcher import RETRY_SEC, Watcher, new_inotify
 
-HANGS_SEC = 5.0
-"""A step that takes longer hangs. One is a single system call; thousands make up a chase."""
+STEP_HANGS_SEC = 5.0
+"""A step that takes longer hangs. A step is one system call; to follow paths takes thousands of them."""
 
-LATE_SEC = 2 * HANGS_SEC
+LATE_SEC = 2 * STEP_HANGS_SEC
 """After so long `watch()` returns, whatever is watched by then; the key is told when the rest is."""
 
 SLOW_SEC = 10.0
@@ -47,18 +49,25 @@ LIFT_MAX_SEC = 3600.0
 
 
 class _Run:
-    """One thread that follows paths, and what it works on."""
+    """One thread that follows paths, and what it works on.
 
-    def __init__(self, inotify: INotify, chase: Chase, now: float) -> None:
+    Attributes:
+        since: when it was first seen at the step that is under way.
+        steps: how many it had made then.
+        look_at: when to look whether it is too slow.
+        spent: seconds, by mount point.
+        place: where it hangs.
+    """
+
+    def __init__(self, inotify: INotify, follower: Follower, now: float) -> None:
         self.inotify = inotify
-        self.chase = chase
+        self.follower = follower
+        self.directories = follower.directories
         self.since = now
-        self.steps = chase.steps
+        self.steps = self.directories.steps
         self.look_at = now + SLOW_SEC / 10
         self.spent: dict[str, float] = {}
-        """Seconds, by mount point."""
         self.place = ""
-        """Where it hangs."""
 
 
 class PatientWatcher(Watcher):
@@ -71,12 +80,12 @@ class PatientWatcher(Watcher):
     def __init__(self) -> None:
         super().__init__()
         self._run: _Run | None = None
-        self._before: _Run | None = None  # goes on telling while the first chase after it is not done
+        self._before: _Run | None = None  # goes on telling until the first run after it is done
         self._backlog: list[Callable[[], None]] = []
         self._events: list[tuple[int, int, str]] = []
         self._too_many = False
-        self._fresh: set[Bound] = set()
-        self._late: set[Bound] = set()
+        self._fresh: set[Route] = set()
+        self._late: set[Route] = set()
         self._ran = trio.Event()
         self._failed: BaseException | None = None
         self._hung: list[_Run] = []
@@ -88,7 +97,7 @@ class PatientWatcher(Watcher):
     def __exit__(self, *exc: object) -> None:
         self._closed = True
         if self._run is not None:
-            self._run.chase.abandoned = True
+            self._run.directories.abandoned = True
         super().__exit__(*exc)
 
     def _close_inotify(self) -> None:
@@ -107,21 +116,16 @@ class PatientWatcher(Watcher):
         Raises:
             ValueError: a path that is not absolute.
         """
-        bounds = {self._bound(interest) for interest in interests}
-        before = self._keys.get(key, set())
-        new = bounds - before
-        self._keys[key] = bounds
-        for bound in new:
-            bound.keys.add(key)
-        if fresh := {bound for bound in new if bound.state == 0}:
+        new, old = self._replace(key, interests)
+        if fresh := {route for route in new if route.state == 0}:
             self._when_free(lambda: self._follow(fresh))
-        self._leave(key, before - bounds)
+        self._leave(key, old)
         with trio.move_on_after(LATE_SEC) as patience:
-            while any(bound.state == 0 for bound in self._keys.get(key, ())):
+            while any(route.state == 0 for route in self._keys.get(key, ())):
                 self._go_on()
                 await self._ran.wait()
         if patience.cancelled_caught:
-            self._late |= {bound for bound in self._keys.get(key, ()) if bound.state == 0}
+            self._late |= {route for route in self._keys.get(key, ()) if route.state == 0}
         return bool(new)
 
     def retry(self) -> None:
@@ -136,14 +140,14 @@ class PatientWatcher(Watcher):
             self._said = super().remarks()
         return self._said
 
-    def _forget(self, bound: Bound) -> None:
-        chase = self._chase
-        self._when_free(lambda: chase.forget(bound))
+    def _forget(self, route: Route) -> None:
+        follower = self._follower
+        self._when_free(lambda: follower.forget(route))
 
-    def _follow(self, fresh: set[Bound]) -> None:
-        wanted = {bound for bound in fresh if self._bounds.get(bound.interest) is bound}
+    def _follow(self, fresh: set[Route]) -> None:
+        wanted = {route for route in fresh if self._routes.get(route.interest) is route}
         self._fresh |= wanted
-        self._chase.dirty |= wanted
+        self._directories.dirty |= wanted
 
     def _when_free(self, what: Callable[[], None]) -> None:
         """Do something with the nodes: now, or when the thread has done that works on them."""
@@ -162,12 +166,12 @@ class PatientWatcher(Watcher):
         told: set[str] = set()
         if self._before is not None:
             for wd, mask, _, name in self._before.inotify.read(timeout=0):
-                told |= self._concerned(self._before.chase, wd, mask, name)
+                told |= self._concerned(self._before.directories, wd, mask, name)
         for wd, mask, _, name in self._inotify.read(timeout=0):
             if self._run is None:
                 self._event(wd, mask, name)
             else:
-                told |= self._concerned(self._chase, wd, mask, name)
+                told |= self._concerned(self._directories, wd, mask, name)
                 self._keep(wd, mask, name)
         if self._run is None:
             self._read_mounts()
@@ -190,7 +194,7 @@ class PatientWatcher(Watcher):
 
     def _next_retry(self, now: float) -> float:
         if self._run is not None:
-            return min(self._run.since + HANGS_SEC, self._run.look_at)
+            return min(self._run.since + STEP_HANGS_SEC, self._run.look_at)
         return min((super()._next_retry(now), *self._lift_at.values()))
 
     def _retry(self) -> None:
@@ -200,34 +204,34 @@ class PatientWatcher(Watcher):
         now = trio.current_time()
         for place in [place for place, when in self._lift_at.items() if when <= now]:
             del self._lift_at[place]
-            self._chase.unbar(place)
+            self._directories.unbar(place)
         if now >= self._retry_at:
             super()._retry()
 
     @staticmethod
-    def _concerned(chase: Chase, wd: int, mask: int, name: str) -> set[str]:
+    def _concerned(directories: WatchedDirectories, wd: int, mask: int, name: str) -> set[str]:
         """Whom an event concerns, by nodes that another thread may be working on: they are read, and nothing else."""
         keys: set[str] = set()
-        for node in chase.nodes(wd):
-            for bound in node.ends:
-                if (mask & CHILDREN and bound.matches(name)) if name else (mask & flags.ATTRIB):
-                    keys |= bound.keys
-            for bound in node.trees():
-                keys |= bound.keys
+        for node in directories.nodes(wd):
+            for route in node.ends:
+                if (mask & CHILDREN and route.matches(name)) if name else (mask & flags.ATTRIB):
+                    keys |= route.keys
+            for route in node.trees():
+                keys |= route.keys
         return keys
 
     # The thread
 
     def _go_on(self) -> None:
         """Have paths followed, where there is anything to follow."""
-        if self._run is not None or not (self._chase.dirty or self._chase.relist):
+        if self._run is not None or not (self._directories.dirty or self._directories.relist):
             return
-        run = self._run = _Run(self._inotify, self._chase, trio.current_time())
+        run = self._run = _Run(self._inotify, self._follower, trio.current_time())
         token = trio.lowlevel.current_trio_token()
 
         def follow() -> None:
             try:
-                self._follow_all(run.chase)
+                self._follow_all(run.follower)
             except Abandoned:
                 pass
             except BaseException as error:  # noqa: BLE001 -- raised again where somebody waits for changes
@@ -249,19 +253,19 @@ class PatientWatcher(Watcher):
             self._came_back(run)
         else:
             self._run = None
-            chase = run.chase
-            if not chase.dirty and not chase.relist:
+            directories = run.directories
+            if not directories.dirty and not directories.relist:
                 if self._before is not None:
                     # What happened before all was watched again is not known.
-                    chase.changed.update(self._bounds.values())
+                    directories.changed.update(self._routes.values())
                     self._silence(self._before)
                 else:
-                    chase.changed -= self._fresh
+                    directories.changed -= self._fresh
                 self._fresh.clear()
             self._said = super().remarks()
-            late = {bound for bound in self._late if bound.state != 0}
+            late = {route for route in self._late if route.state != 0}
             self._late -= late
-            chase.changed |= late
+            directories.changed |= late
             backlog, self._backlog = self._backlog, []
             for what in backlog:
                 what()
@@ -279,15 +283,15 @@ class PatientWatcher(Watcher):
         run, now = self._run, trio.current_time()
         if run is None:
             return
-        if run.chase.steps != run.steps:
-            run.steps, run.since = run.chase.steps, now
-        if now >= run.since + HANGS_SEC or (now >= run.look_at and self._is_too_slow(run, now)):
+        if run.directories.steps != run.steps:
+            run.steps, run.since = run.directories.steps, now
+        if now >= run.since + STEP_HANGS_SEC or (now >= run.look_at and self._is_too_slow(run, now)):
             self._take_over(run)
 
     def _is_too_slow(self, run: _Run, now: float) -> bool:
         """Whether one file system has had so much time that the others must not wait for it any longer."""
         passed, run.look_at = now - run.look_at + SLOW_SEC / 10, now + SLOW_SEC / 10
-        point = self._mounts.point(run.chase.at.path)
+        point = self._mounts.point(run.directories.at.path)
         run.spent[point] = run.spent.get(point, 0.0) + passed
         return point != "/" and run.spent[point] >= SLOW_SEC
 
@@ -296,13 +300,13 @@ class PatientWatcher(Watcher):
         try:
             inotify = new_inotify()
         except OSError as error:
-            hung.since = trio.current_time()  # none is left; once more after HANGS_SEC
+            hung.since = trio.current_time()  # none is left; once more after STEP_HANGS_SEC
             text = f"does not answer, and until it does nothing new is watched: {problem(error)}"
-            self._said = (Remark("warning", hung.chase.at.path, text),)
+            self._said = (Remark("warning", hung.directories.at.path, text),)
             return
         now = trio.current_time()
-        hung.chase.abandoned = True
-        hung.place = self._place(hung.chase.at.path)
+        hung.directories.abandoned = True
+        hung.place = self._place(hung.directories.at.path)
         self._hung.append(hung)
         self._hangs = {place: one for place, one in self._hangs.items() if one[1] > now - LIFT_MAX_SEC}
         self._hangs[hung.place] = (self._hangs.get(hung.place, (0, now))[0] + 1, now)
@@ -313,10 +317,10 @@ class PatientWatcher(Watcher):
             self._epoll.unregister(hung.inotify.fileno())
         self._inotify = inotify
         self._epoll.register(inotify.fileno(), select.EPOLLIN)
-        self._chase = Chase(inotify)
+        self._follower = Follower(inotify)
         for place in {*self._lift_at, *(one.place for one in self._hung)}:
-            self._chase.bar(place)
-        self._renew_bounds()
+            self._directories.bar(place)
+        self._renew_routes()
         self._run = None
         self._go_on()
 
@@ -324,22 +328,23 @@ class PatientWatcher(Watcher):
         point = self._mounts.point(path)
         return path if point == "/" else point
 
-    def _renew_bounds(self) -> None:
+    def _renew_routes(self) -> None:
         """The thread that hangs may still change the old ones."""
-        before = self._bounds
-        self._bounds = {}
+        before = self._routes
+        self._routes = {}
         for interest, old in before.items():
-            self._bounds[interest] = bound = Bound(interest)
-            bound.keys = old.keys
+            self._routes[interest] = route = Route(interest)
+            route.keys = old.keys
         self._keys = {
-            key: {self._bounds[bound.interest] for bound in bounds} for key, bounds in self._keys.items()
+            key: frozenset(self._routes[route.interest] for route in routes)
+            for key, routes in self._keys.items()
         }
-        self._late = {self._bounds[bound.interest] for bound in self._late if bound.interest in self._bounds}
+        self._late = {self._routes[route.interest] for route in self._late if route.interest in self._routes}
         self._fresh.clear()
         self._backlog.clear()  # about nodes that are no more
         self._events.clear()
         self._renames.clear()
-        self._chase.dirty.update(self._bounds.values())
+        self._directories.dirty.update(self._routes.values())
 
     def _silence(self, run: _Run) -> None:
         """What it had to tell is told by another one now."""
@@ -363,4 +368,4 @@ class PatientWatcher(Watcher):
             self._lift_at[run.place] = trio.current_time() + delay
         else:
             place = run.place
-            self._when_free(lambda: self._chase.unbar(place))
+            self._when_free(lambda: self._directories.unbar(place))

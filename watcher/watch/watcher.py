@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Something happened in a directory that somebody cares about.
+"""Tells for which services something changed in a directory that they depend on.
 
-Keys (services) say which directories they care about (`Interest`), and are told when to look again. What happened is
-not told: an event may be late, doubled or lost, what is on disk cannot be. `chase.py` keeps the right directories
+Keys (services) say which directories they depend on (`Interest`), and are told when to look again. What happened is not
+told: an event may be late, doubled or lost, what is on disk cannot be. `follow_links.py` keeps the right directories
 watched; here the kernel's events become keys.
 
-One epoll instance is what trio waits for. In it are the inotify instance and an eventfd: by that the loop hears of
-changes in the mount table, and of what `set()` comes upon before its event was read. While nothing changes nothing
-wakes up; only what cannot be watched (the watch limit, a directory that one may neither read nor ask its parent about)
-is looked at every RETRY_SEC, which `remarks()` says.
+trio waits for one epoll instance. In it are the inotify instance and an eventfd. The eventfd wakes the loop after a
+change of the mount table, and when `set()` finds a change before its event is read. While nothing changes nothing wakes
+up. Only what cannot be watched (the watch limit; a directory that we may neither read nor ask its parent about) is
+looked at every RETRY_SEC, and `remarks()` says so.
 
 Not seen, because the kernel does not tell: a file changed through a hard link in another directory, a network file
 system changed elsewhere, and truncate(2) by path of an image.
@@ -20,7 +20,6 @@ import contextlib
 import errno
 import math
 import os
-import re
 import select
 import threading
 from collections.abc import AsyncIterator, Iterable, Iterator
@@ -30,8 +29,11 @@ import trio
 from inotify_simple import INotify, flags
 
 from watcher.model import Interest, Remark
-from watcher.watch.chase import CHILDREN, NAMED, ROUNDS, UNANSWERED, Chase
-from watcher.watch.nodes import Bound, Node
+from watcher.mounts import mountinfo
+from watcher.resolve.strict_modes import components
+from watcher.watch.follow_links import ROUNDS, Follower
+from watcher.watch.real_paths import Node, Route
+from watcher.watch.watched_directories import CHILDREN, NAMED, UNANSWERED, WatchedDirectories
 
 RETRY_SEC = 30.0
 """What cannot be watched is looked at this often, in seconds."""
@@ -48,18 +50,22 @@ class Watcher:
 
     def __init__(self) -> None:
         self._inotify = new_inotify()
-        self._chase = Chase(self._inotify)
-        self._bounds: dict[Interest, Bound] = {}
-        self._keys: dict[str, set[Bound]] = {}
+        self._follower = Follower(self._inotify)
+        self._routes: dict[Interest, Route] = {}
+        self._keys: dict[str, frozenset[Route]] = {}
         self._retry_at = math.inf
         # Renames of our own whose events are still to come, with the key that made them.
         self._renames: dict[tuple[int, int, str], str] = {}
         self._others: set[str] = set()  # to be told of such a rename
         self._poke = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._mounts = _Mounts(self._poke)
+        self._mounts = _MountTable(self._poke)
         self._epoll = select.epoll()
         self._epoll.register(self._inotify.fileno(), select.EPOLLIN)
         self._epoll.register(self._poke, select.EPOLLIN)
+
+    @property
+    def _directories(self) -> WatchedDirectories:
+        return self._follower.directories
 
     def __enter__(self) -> Self:
         return self
@@ -82,35 +88,39 @@ class Watcher:
         Raises:
             ValueError: a path that is not absolute.
         """
-        bounds = {self._bound(interest) for interest in interests}
-        before = self._keys.get(key, set())
-        new = bounds - before
-        self._keys[key] = bounds
-        for bound in new:
-            bound.keys.add(key)
-        fresh = {bound for bound in new if bound.state == 0}
-        self._chase.dirty |= fresh
-        if self._follow_all(self._chase):
-            self._chase.changed -= fresh
-        self._leave(key, before - bounds)
+        new, old = self._replace(key, interests)
+        fresh = {route for route in new if route.state == 0}
+        self._directories.dirty |= fresh
+        if self._follow_all(self._follower):
+            self._directories.changed -= fresh
+        self._leave(key, old)
         self._wake_if_needed()
         return bool(new)
 
+    def _replace(self, key: str, interests: Iterable[Interest]) -> tuple[frozenset[Route], frozenset[Route]]:
+        """Give `key` other interests. Returns the routes that are new to it, and those that it is to leave."""
+        routes = frozenset(map(self._route, interests))
+        before = self._keys.get(key, frozenset())
+        self._keys[key] = routes
+        for route in routes - before:
+            route.keys.add(key)
+        return routes - before, before - routes
+
     def drop(self, key: str) -> None:
-        """`key` is concerned by nothing any more. An unknown one does no harm."""
-        self._leave(key, self._keys.pop(key, set()))
+        """`key` is concerned by nothing any more. It may be unknown."""
+        self._leave(key, self._keys.pop(key, frozenset()))
 
     @contextlib.contextmanager
     def renaming(self, key: str, old: str, new: str) -> Iterator[None]:
-        """While a file is renamed in its directory on behalf of `key`, which knows of that already: of the two events
-        of this rename it is not told, the others are.
+        """For the time in which we rename a file in its directory on behalf of `key`, which knows of that already.
 
-        A directory tree's path is followed all the same: that it is another one now does concern its key.
+        The key is not told of the two events of this rename; all other keys are. A directory tree's path is followed
+        all the same: that it is another path now does concern the key.
         """
         directory, name = os.path.split(old)
         both = (flags.MOVED_FROM | flags.MOVED_TO) | flags.MASK_ADD | flags.ONLYDIR
         wd = self._inotify.add_watch(directory, both)
-        if not self._chase.nodes(wd):
+        if not self._directories.nodes(wd):
             self._inotify.rm_watch(wd)
             yield
             return
@@ -124,21 +134,21 @@ class Watcher:
             raise
 
     def retry(self) -> None:
-        """Watch now what could not be watched, rather than within RETRY_SEC: somebody may have raised the limit."""
+        """Watch now what could not be watched, and not within RETRY_SEC: an administrator may have raised the limit."""
         self._retry()
         self._wake_if_needed()
 
     def remarks(self) -> tuple[Remark, ...]:
         """What cannot be watched at the moment, and why; the caller remembers what it has said."""
-        gaps = sorted(((bound.interest.path, reason) for bound, reason in self._chase.gaps().items()))
-        cut = sorted((bound.interest.path, what) for bound, what in self._chase.cut().items())
+        gaps = {(route.interest.path, reason) for route, reason in self._follower.gaps().items()}
+        large = {(route.interest.path, what) for route, what in self._follower.too_large().items()}
         return (
-            *(Remark("warning", path, _reason(reason)) for path, reason in dict.fromkeys(gaps)),
-            *(Remark("warning", path, f"watched only in part: {what}") for path, what in dict.fromkeys(cut)),
+            *(Remark("warning", path, _reason(reason)) for path, reason in sorted(gaps)),
+            *(Remark("warning", path, f"watched only in part: {what}") for path, what in sorted(large)),
         )
 
     async def changes(self) -> AsyncIterator[frozenset[str]]:
-        """Keys to look at again, those that one burst of events concerns together. It does not end by itself."""
+        """Keys to look at again. What is read at once is told at once. It does not end by itself."""
         while True:
             keys = self._collect()
             if keys:
@@ -149,7 +159,7 @@ class Watcher:
                 self._retry()
 
     def _next_retry(self, now: float) -> float:
-        if not self._chase.polled():
+        if not self._follower.polled():
             self._retry_at = math.inf
         elif self._retry_at == math.inf:
             self._retry_at = now + RETRY_SEC
@@ -161,36 +171,37 @@ class Watcher:
             os.eventfd_read(self._poke)
         for wd, mask, _, name in self._inotify.read(timeout=0):
             self._event(wd, mask, name)
-        self._follow_all(self._chase)
+        self._follow_all(self._follower)
         return self._take()
 
     def _take(self) -> frozenset[str]:
         """The keys that are to be told."""
-        changed, self._chase.changed = self._chase.changed, set()
+        changed, self._directories.changed = self._directories.changed, set()
         others, self._others = self._others, set()
         self._wake_if_needed()
-        return frozenset(others).union(*(bound.keys for bound in changed))
+        return frozenset(others).union(*(route.keys for route in changed))
 
-    def _follow_all(self, chase: Chase) -> bool:
-        """Bring all watches up to date; False: not done yet, somebody keeps changing things under our hands."""
-        if not chase.abandoned:
+    def _follow_all(self, follower: Follower) -> bool:
+        """Bring all watches up to date; False: not done yet, paths keep changing under our hands."""
+        directories = follower.directories
+        if not directories.abandoned:
             self._read_mounts()
         for _ in range(ROUNDS):
-            done = chase.run()
-            if chase.abandoned or not self._read_mounts():
+            done = follower.run()
+            if directories.abandoned or not self._read_mounts():
                 return done
-            # What was mounted only while paths were chased is in neither table: where do they lead really?
-            chase.lost_events()
+            # What was mounted only while paths were followed is in neither table: where do they lead really?
+            directories.lost_events()
         return False
 
     def _read_mounts(self) -> bool:
-        """Take note of what changed in the mount table; whether anything did."""
+        """Note what changed in the mount table; whether anything did."""
         paths = self._mounts.changed()
         if paths is None:
             return False
         for path in paths:
             self._mount_changed(path)
-        if not paths:  # mounted and unmounted again; who has looked in between has seen what is not there
+        if not paths:  # mounted and unmounted again: a look in between has seen what is not there now
             self._lost_events()
         return True
 
@@ -198,9 +209,9 @@ class Watcher:
         if mask & flags.Q_OVERFLOW:
             self._lost_events()
             return
-        nodes = self._chase.nodes(wd)
+        nodes = self._directories.nodes(wd)
         if mask & flags.IGNORED:
-            self._chase.lost(wd)
+            self._directories.lost(wd)
         spared = self._renames.pop((wd, mask & (flags.MOVED_FROM | flags.MOVED_TO), name), None)
         for node in nodes:
             if name:
@@ -209,31 +220,31 @@ class Watcher:
                 self._node_changed(node, mask)
 
     def _entry_changed(self, node: Node, name: str, mask: int, spared: str | None = None) -> None:
-        """Something happened to `name` in the directory of `node`, which need not be told to the key `spared`."""
+        """Something happened to `name` in the directory of `node`. The key `spared` is not told."""
         if mask & NAMED and (child := node.children.get(name)):
-            self._chase.dirty |= child.users_below()
+            self._directories.dirty |= child.routes_below()
         if mask & CHILDREN:
-            concerned = [bound for bound in node.ends if bound.matches(name)]
+            concerned = [route for route in node.ends if route.matches(name)]
             if spared is None:
-                self._chase.changed.update(concerned)
+                self._directories.changed.update(concerned)
             else:
-                self._others.update(*(bound.keys - {spared} for bound in concerned))
-        if node.deep:
-            self._chase.changed.update(node.trees())
+                self._others.update(*(route.keys - {spared} for route in concerned))
+        if node.in_tree:
+            self._directories.changed.update(node.trees())
             if mask & flags.ISDIR:
-                self._chase.relist.add(node)
+                self._directories.relist.add(node)
 
     def _node_changed(self, node: Node, mask: int) -> None:
         """The directory of `node` itself was moved, deleted or unmounted, or its mode or owner changed."""
-        self._chase.dirty |= node.users_below()
-        self._chase.changed.update(node.trees())  # of the top of a mount nothing is told to its parent
+        self._directories.dirty |= node.routes_below()
+        self._directories.changed.update(node.trees())  # of the top of a mount nothing is told to its parent
         if mask & flags.ATTRIB:
-            self._chase.changed.update(node.ends)
+            self._directories.changed.update(node.ends)
 
     def _mount_changed(self, path: str) -> None:
         """Something was mounted on `path`, or is not any more."""
-        node = self._chase.root
-        names = [name for name in path.split("/") if name]
+        node = self._directories.root
+        names = components(path)
         if not names:
             self._lost_events()
             return
@@ -246,47 +257,52 @@ class Watcher:
     def _lost_events(self) -> None:
         """Anything may have happened."""
         self._renames.clear()
-        self._chase.lost_events()
-        self._chase.changed.update(tuple(self._bounds.values()))
+        self._directories.lost_events()
+        self._directories.changed.update(tuple(self._routes.values()))
 
     def _retry(self) -> None:
         """Look at what could not be watched, as if it had changed, and try to watch it."""
         self._retry_at = math.inf
-        self._chase.changed.update(self._chase.polled())
-        self._chase.retry()
+        self._directories.changed.update(self._follower.polled())
+        self._follower.retry()
 
     def _wake_if_needed(self) -> None:
-        """Something is left to do, or somebody to be told, for which no event will come."""
-        chase = self._chase
-        if chase.dirty or chase.relist or chase.changed or (chase.polled() and self._retry_at == math.inf):
+        """Wake the loop where something is left to do or to tell for which no event will come."""
+        todo = self._directories
+        if (
+            todo.dirty
+            or todo.relist
+            or todo.changed
+            or (self._follower.polled() and self._retry_at == math.inf)
+        ):
             os.eventfd_write(self._poke, 1)
 
-    def _bound(self, interest: Interest) -> Bound:
+    def _route(self, interest: Interest) -> Route:
         if not interest.path.startswith("/") or "\0" in interest.path:
             raise ValueError(f"not an absolute path: {interest.path!r}")
-        bound = self._bounds.get(interest)
-        if bound is None:
-            bound = self._bounds[interest] = Bound(interest)
-        return bound
+        route = self._routes.get(interest)
+        if route is None:
+            route = self._routes[interest] = Route(interest)
+        return route
 
-    def _leave(self, key: str, bounds: Iterable[Bound]) -> None:
-        for bound in bounds:
-            bound.keys.discard(key)
-            if not bound.keys:
-                del self._bounds[bound.interest]
-                self._forget(bound)
+    def _leave(self, key: str, routes: Iterable[Route]) -> None:
+        for route in routes:
+            route.keys.discard(key)
+            if not route.keys:
+                del self._routes[route.interest]
+                self._forget(route)
 
-    def _forget(self, bound: Bound) -> None:
-        self._chase.forget(bound)
+    def _forget(self, route: Route) -> None:
+        self._follower.forget(route)
 
 
-class _Mounts:
+class _MountTable:
     """Changes of the mount table.
 
-    /proc/self/mountinfo is always readable, and says POLLPRI when the table has changed, to the first poll of each open
-    descriptor and to no other (proc_pid_mounts(5)). That can neither be asked of trio, nor of an epoll instance inside
-    trio's, which polls what it contains already when it is registered, and then waits for what it has taken. So a
-    thread waits, on a descriptor of its own.
+    /proc/self/mountinfo is always readable. When the table has changed it says POLLPRI, once for each open descriptor:
+    only the first poll hears of it (proc_pid_mounts(5)). trio cannot wait for that. Nor can an epoll instance inside
+    trio's: it polls what is in it already when it is registered, and so takes what it then waits for. So a thread
+    waits, on a descriptor of its own.
     """
 
     def __init__(self, wake: int) -> None:
@@ -297,7 +313,7 @@ class _Mounts:
         self._table = os.open(MOUNTINFO, os.O_RDONLY | os.O_CLOEXEC)
         self._poll = select.poll()
         self._poll.register(self._table, select.POLLPRI)
-        self._lines = self._read()
+        self._rows = self._read()
         self._thread = threading.Thread(target=self._wait, name="mountinfo", daemon=True)
         self._thread.start()
 
@@ -316,7 +332,7 @@ class _Mounts:
 
     def point(self, path: str) -> str:
         """Where the file system is mounted that has `path`, as of the last look at the table."""
-        points = mount_points(b"\n".join(self._lines))
+        points = _mount_points(self._rows)
         while path != "/" and path not in points:
             path = os.path.dirname(path)
         return path
@@ -328,20 +344,18 @@ class _Mounts:
         """
         if not self._poll.poll(0):
             return None
-        before, self._lines = self._lines, self._read()
-        return mount_points(b"\n".join(before ^ self._lines))
+        before, self._rows = self._rows, self._read()
+        return _mount_points(before ^ self._rows)
 
-    def _read(self) -> frozenset[bytes]:
-        with open(self._table, "rb", closefd=False) as table:
-            table.seek(0)
-            # Not splitlines(): anybody who may mount may have a "\r" in a path, and the kernel does not escape it.
-            return frozenset(table.read().split(b"\n"))
+    def _read(self) -> frozenset[str]:
+        with open(self._table, "rb", closefd=False) as file:
+            file.seek(0)
+            # Not splitlines(): whoever may mount may have a "\r" in a path, and the kernel does not escape it.
+            return frozenset(os.fsdecode(file.read()).split("\n"))
 
 
-def mount_points(table: bytes) -> frozenset[str]:
-    """The mount points in rows of mountinfo (proc_pid_mountinfo(5)); what is no row is passed over."""
-    rows = (line.split(b" ", 5) for line in table.split(b"\n"))
-    return frozenset(_unescape(row[4]) for row in rows if len(row) > 5)
+def _mount_points(rows: Iterable[str]) -> frozenset[str]:
+    return frozenset(mount.point for mount in mountinfo.mounts(rows))
 
 
 def new_inotify() -> INotify:
@@ -362,8 +376,3 @@ def _reason(error: int) -> str:
     if error == errno.ENOSPC:
         reason = "the limit fs.inotify.max_user_watches is reached, raise it with sysctl"
     return f"cannot be watched: {reason}. Until then it is looked at every {RETRY_SEC:.0f} s"
-
-
-def _unescape(field: bytes) -> str:
-    r"""A field of mountinfo, in which blanks and backslashes are written like `\040`."""
-    return os.fsdecode(re.sub(rb"\\([0-3][0-7]{2})", lambda match: bytes([int(match[1], 8)]), field))

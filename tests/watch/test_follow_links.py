@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The one promise of watching: whoever looks again when told to has seen, in the end, what is there.
+"""The one promise of watching: who looks again whenever it is told has seen, in the end, what is there.
 
-Not by examples: any sequence of changes, and a change between any two steps of a chase.
+Not by examples: any sequence of changes, and a change between any two steps on a path. What is followed is kept in
+watch/watched_directories.py and watch/real_paths.py.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from support.changes import (
 )
 from support.needs import root, tool
 from watcher.model import Interest, Scope
-from watcher.watch import chase
+from watcher.watch import follow_links, watched_directories, watched_trees
 from watcher.watch.watcher import Watcher
 
 own_mounts = apart("unshare", "--mount", "--propagation", "private")
@@ -212,6 +213,8 @@ def test_a_directory_that_cannot_be_listed_for_a_while(scope: Scope, monkeypatch
 
 # A change between any two steps
 
+OURS = {module.__file__ for module in (follow_links, watched_directories, watched_trees)}
+
 
 class Between:
     """Makes changes before the system calls of these numbers, of those that watching makes; as a context manager."""
@@ -233,7 +236,7 @@ class Between:
         return self.calls < max(self._changes)
 
     def _step(self, frame: FrameType, event: str, what: Any) -> None:
-        ours = event == "c_call" and frame.f_code.co_filename == chase.__file__
+        ours = event == "c_call" and frame.f_code.co_filename in OURS
         if not (
             (ours and what.__module__ == "posix") or (event == "call" and frame.f_code.co_name == "add_watch")
         ):

@@ -16,7 +16,7 @@ import pytest
 
 from support.told import Told
 from watcher.model import DEPTH_MAX, Interest, Scope
-from watcher.watch import chase
+from watcher.watch import follow_links, watched_trees
 from watcher.watch.watcher import Watcher
 
 STEP = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -71,7 +71,7 @@ async def everything(told: Told) -> set[str]:
 
 
 def nodes(watcher: Watcher) -> int:
-    return sum(1 for _ in watcher._chase.root.below())
+    return sum(1 for _ in watcher._directories.root.below())
 
 
 @pytest.mark.parametrize("levels", [1500, 10_000])
@@ -110,7 +110,7 @@ async def test_a_tree_of_the_allowed_depth_is_watched_to_its_last_directory(told
 async def test_a_tree_of_too_many_entries_is_watched_in_part_until_it_has_fewer(
     told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chase, "ENTRIES_MAX", 20)
+    monkeypatch.setattr(watched_trees, "ENTRIES_MAX", 20)
     pit = tmp_path / "tree"
     for name in "abcd":
         (pit / name / "sub").mkdir(parents=True)
@@ -137,7 +137,7 @@ async def test_a_tree_of_too_many_entries_is_watched_in_part_until_it_has_fewer(
 async def test_many_entries_are_counted_for_each_tree_alone(
     told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chase, "ENTRIES_MAX", 5)
+    monkeypatch.setattr(watched_trees, "ENTRIES_MAX", 5)
     for top in ("one", "two"):
         for number in range(4):
             (tmp_path / top / str(number)).mkdir(parents=True)
@@ -180,5 +180,5 @@ def test_a_path_deeper_than_any_may_be_takes_no_descriptors(
     os.close(fd)
     with Watcher() as watcher, most_descriptors(monkeypatch) as most:
         watcher.set("web", [Interest(str(pit / "link"))])
-        assert nodes(watcher) < chase.LEVELS_MAX + 20
+        assert nodes(watcher) < follow_links.LEVELS_MAX + 20
     assert most[0] < 100
