@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whose word counts on the way to a file, tried with real owners, modes and lists; `nobody` is the stranger."""
+"""Whose word counts on the way to a file, tried with real owners, modes and lists; `nobody` is the stranger.
+
+Here are also the tests of resolve/trust.py and resolve/permissions.py.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,10 @@ from support.needs import filesystem, root, tool, userns
 from support.nobody import NOBODY, become_nobody
 from watcher.images import tree
 from watcher.model import Unsafe
-from watcher.resolve import permissions, strict_modes
+from watcher.resolve import permissions
 from watcher.resolve.permissions import READ, SEARCH, WRITE, Who
-from watcher.resolve.strict_modes import BY_EXEC, StrictModes, Trust, Way
+from watcher.resolve.strict_modes import StrictModes, Way
+from watcher.resolve.trust import BY_EXEC, ROOT_ALONE, Trust
 
 pytestmark = root
 
@@ -70,7 +74,7 @@ def secret(top: Path) -> Path:
     return path
 
 
-def verdict(path: Path | str, trust: Trust = strict_modes.ROOT_ALONE) -> str:
+def verdict(path: Path | str, trust: Trust = ROOT_ALONE) -> str:
     """What is wrong with it, "" if nothing."""
     with StrictModes(trust) as modes:
         try:
@@ -81,7 +85,7 @@ def verdict(path: Path | str, trust: Trust = strict_modes.ROOT_ALONE) -> str:
         return str(found.unsafe or "")
 
 
-def mended(path: Path, said: str, trust: Trust = strict_modes.ROOT_ALONE) -> bool:
+def mended(path: Path, said: str, trust: Trust = ROOT_ALONE) -> bool:
     """Whether the command that the words name is all that was missing."""
     subprocess.run(["sh", "-ec", said.split('"')[1]], check=True)
     return verdict(path, trust) == ""
@@ -418,7 +422,7 @@ class TestTrees:
         path.write_text("x")
         return path
 
-    def signed(self, path: Path, trust: Trust = strict_modes.ROOT_ALONE) -> None:
+    def signed(self, path: Path, trust: Trust = ROOT_ALONE) -> None:
         with StrictModes(trust) as modes:
             found = modes.open(str(path))
             assert found.unsafe is None

@@ -26,7 +26,8 @@ from watcher.model import Layer, Stack, Unsafe, shown
 from watcher.mounts import syscalls
 from watcher.records import journal
 from watcher.resolve import vpick
-from watcher.resolve.strict_modes import ROOT_ALONE, StrictModes, Trust
+from watcher.resolve.strict_modes import StrictModes
+from watcher.resolve.trust import ROOT_ALONE, Trust
 
 Renaming = Callable[[str, str], AbstractContextManager[None]]
 """Called with the old and the new path; the rename happens inside (`Watcher.renaming`)."""

@@ -11,7 +11,7 @@ import trio
 
 from watcher.model import Declared, Entry
 from watcher.mounts.process import Process
-from watcher.resolve.strict_modes import BY_EXEC, IN_UNIT, Trust
+from watcher.resolve.trust import BY_EXEC, IN_UNIT, Trust
 from watcher.settings.config import ServiceSettings
 
 if TYPE_CHECKING:

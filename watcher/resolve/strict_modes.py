@@ -1,63 +1,39 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Whose word counts on the way to a file: StrictModes of sshd_config(5), CHASE_SAFE of systemd.
 
-Who may write to a drop directory decides what root reads, copies and gives to a service. So a path is walked from `/`
-component by component, links are read and followed by hand, and each step is judged by what `fstat` says of the
-descriptor that the walk goes on with. No name is looked up twice: what was judged is what is opened.
+Who may write to a drop directory decides what root reads, copies and gives to a service. So we walk a path from `/`
+component by component, read and follow links by hand, and judge each step by what `fstat` says of the descriptor that
+the walk goes on with. No name is looked up twice: what was judged is what is opened.
 
-- All on the way is owned by root or by a user whom the service trusts, and only these can write to it. Where others can
-  write to a directory that is sticky, they cannot touch what is not theirs: one may pass, but not drop there.
-- Whoever is not root and decides where the way goes on (he owns a link, he may write to a directory) borrows no eyes of
-  root's: each further step must be one that he could make himself, and the end of the way something that he may read.
-  That is asked before the step is made. What he cannot see is refused in the same words, whatever it is.
-- On a file system that a user serves (FUSE) all is that user's, whatever it says.
-- The owner of `/` is root, whatever his number: in a user namespace the host's root has the number of all who are
-  not known there. Some stranger's number is the same, so it counts on the way only, and never in a sticky directory.
+- Everything on the way is owned by root or by a user whom the service trusts, and only these can write to it. In a
+  sticky directory others can make names, but not touch names that are not theirs: a path may pass it, not end in it.
+- A user who is not root decides where the way goes on if he owns a link, or may write to a directory. Then he must be
+  able to make each further step himself, and to read the end of the way. That is asked before the step is made. What
+  he cannot see is refused in the same words, whatever it is.
+- On a file system that a user serves (FUSE) everything is that user's, whatever it says.
 
-What is on an unsafe way is found all the same, as far as those who make it unsafe can see: it is there, and refused.
+We still find what is on an unsafe way, as far as those who make it unsafe can see it: it is there, and refused.
 
-Standard library only, because the generator imports it at boot. Names of users may come from LDAP: not on an event
-loop.
+Standard library only, because the generator imports it at boot. Not on an event loop, see trust.py.
 """
 
 from __future__ import annotations
 
 import errno
-import grp
 import os
-import pwd
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from watcher.model import Remark, Unsafe, shown
+from watcher.model import Unsafe, shown
 from watcher.resolve import permissions
 from watcher.resolve.permissions import READ, SEARCH, Permissions, Who
+from watcher.resolve.trust import ROOT_ALONE, Trust, Trusted, name_of
 
 _PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 LINKS_MAX = 40
 """Links followed in one path, path_resolution(7)."""
 _PLACES_MAX = 64  # directories that stay open during one look
-
-IN_UNIT = "in [X-Confext] of the unit"
-BY_EXEC = "with exec --set"
-
-
-@dataclass(frozen=True, slots=True)
-class Trust:
-    """Whom a service trusts with what it gets, besides root: `TrustedUsers=` and `TrustedGroups=`.
-
-    Attributes:
-        users, groups: names or numbers.
-        where: IN_UNIT or BY_EXEC, where that is set.
-    """
-
-    users: tuple[str, ...] = ()
-    groups: tuple[str, ...] = ()
-    where: str = IN_UNIT
-
-
-ROOT_ALONE = Trust()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +41,9 @@ class _Place:
     """A directory on the way, open.
 
     Attributes:
-        setters: who is not root and decides what its names lead to, or may have brought us here.
-        sticky: strangers may make names in it, but not touch those of others.
-        closed: nobody but its owner may enter it, or a directory above it.
+        setters: those who are not root, and decide what its names lead to, or may have brought us here.
+        sticky: strangers may make names in it, but not touch the names of others.
+        closed: only its owner may enter it, or a directory above it.
         unsafe: what is wrong with it.
     """
 
@@ -82,7 +58,7 @@ class _Place:
 
 @dataclass(slots=True)
 class Way:
-    """How far a walk came; also known when it raises.
+    """How far a walk came; the caller has it also when the walk raises.
 
     Attributes:
         path: without any link in it, as far as it exists; behind that as it was written.
@@ -94,14 +70,14 @@ class Way:
     links: list[tuple[str, str]] = field(default_factory=list)
     unsafe: Unsafe | None = None
     _setters: frozenset[Who] = frozenset()
-    """Who decides where it goes on, and is not root."""
+    """Those who are not root, and decide where it goes on."""
     _link_setters: frozenset[Who] = frozenset()
-    """Who could have made the latest link, besides its owner."""
+    """Those who could have made the latest link, besides its owner."""
 
 
 Guard = Callable[[os.stat_result, int, str, str], None]
-"""Judges what is in a tree: what `stat` says of a node, the directory it is in, its name there, and its path below the
-root of the tree. Raises Unsafe."""
+"""Judges an entry of a tree: what `stat` says of it, the directory that it is in, its name there, and its path below
+the root of the tree. Raises Unsafe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +85,11 @@ class Found:
     """The end of a way.
 
     Attributes:
-        fd: O_PATH, to be closed by whoever asked for it.
+        fd: O_PATH; the caller closes it.
         path: without any link in it.
         status: `fstat` of it.
         unsafe: why it must not be used.
-        guard: for `tree.signature()`; None where nobody else can enter the tree.
+        guard: for `tree.signature()`; None where only its owner can enter the tree.
     """
 
     fd: int
@@ -127,19 +103,12 @@ class StrictModes:
     """For one look of one service; a context manager, which closes the directories that were passed.
 
     Attributes:
-        remarks: names that nobody has.
+        remarks: names in `trust` that nobody has.
     """
 
     def __init__(self, trust: Trust = ROOT_ALONE) -> None:
-        self.remarks: list[Remark] = []
-        self._where = trust.where
-        own = frozenset((0, os.geteuid()))
-        self._uids = own | self._numbers("TrustedUsers", trust.users, lambda name: pwd.getpwnam(name).pw_uid)
-        named = self._numbers("TrustedGroups", trust.groups, lambda name: grp.getgrnam(name).gr_gid)
-        self._gids = named | {0}
-        self._above_all = os.stat("/").st_uid
-        self._roots = own | {self._above_all}
-        self._users: dict[int, Who] = {}
+        self._trusted = Trusted(trust)
+        self.remarks = self._trusted.remarks
         self._servers: dict[int, int | None] = {}
         self._places: dict[tuple[str, frozenset[Who]], _Place] = {}
 
@@ -161,8 +130,8 @@ class StrictModes:
             way: gets what was met on the way.
 
         Raises:
-            Unsafe: who is not root has set it, and could not see it himself.
-            OSError: it is not there, or cannot be reached; of links that lead in a circle ELOOP.
+            Unsafe: a user who is not root leads us there, and could not see it himself.
+            OSError: it is not there, or cannot be reached; ELOOP for links that lead in a circle.
         """
         way = way if way is not None else Way()
         if len(self._places) > _PLACES_MAX:
@@ -227,10 +196,10 @@ class StrictModes:
             os.dup(fd),
             path,
             found,
-            way._setters | self._setters(found.owner, writers),
+            way._setters | self._trusted.not_root(found.owner, writers),
             sticky=sticky and bool(found.writers()),
             closed=not found.mode & 0o011 or (above is not None and above.closed),
-            unsafe=self._unsafe(path, found, writers, above, passing=True),
+            unsafe=self._trusted.unsafe(path, found, writers, like_root=above is None or not above.sticky),
         )
         self._places[path, way._setters] = place
         return self._entered(place, way)
@@ -241,11 +210,11 @@ class StrictModes:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), way.path)
         link = self._permissions(status, fd)
         way.links.append((place.path, name))
-        way.unsafe = way.unsafe or self._unsafe(way.path, link, [], place, passing=True)
+        way.unsafe = way.unsafe or self._trusted.unsafe(way.path, link, [], like_root=not place.sticky)
         if way.unsafe is None:
             way.unsafe = _made_by_anybody(way.path, place, status)
         way._link_setters = way._setters
-        way._setters |= self._setters(link.owner, [])
+        way._setters |= self._trusted.not_root(link.owner)
 
     def _found(self, way: Way, place: _Place, fd: int, status: os.stat_result) -> Found:
         try:
@@ -254,7 +223,7 @@ class StrictModes:
             self._require_sight(way, found, READ | SEARCH if directory else READ, way.path)
             unsafe = way.unsafe
             if unsafe is None and (directory or stat.S_ISREG(status.st_mode)):
-                unsafe = self._unsafe(way.path, found, found.writers(), place, passing=False)
+                unsafe = self._trusted.unsafe(way.path, found, found.writers())
             if unsafe is None and not directory:
                 unsafe = _made_by_anybody(way.path, place, status)
         except BaseException:
@@ -265,85 +234,25 @@ class StrictModes:
         guarded = not closed or bool(way._setters)
         return Found(fd, way.path, status, unsafe, self._guard(way) if guarded else None)
 
-    # Who may
-
     def _permissions(self, status: os.stat_result, fd: int) -> Permissions:
         found = permissions.of_descriptor(status, fd)
         if status.st_dev not in self._servers:
             self._servers[status.st_dev] = permissions.served_by(status.st_dev)
         server = self._servers[status.st_dev]
-        return found if server is None or server in self._roots else replace(found, owner=server)
-
-    def _setters(self, owner: int, writers: Iterable[Who]) -> frozenset[Who]:
-        """Those of the owner and the writers of something who are not root."""
-        found = {self._user(owner)} if owner not in self._roots else set()
-        for who in writers:
-            if who.kind == "user" and who.number not in self._roots:
-                found.add(self._user(who.number))
-            elif who.kind == "everybody" or (who.kind == "group" and who.number):
-                found.add(who)
-        return frozenset(found)
-
-    def _user(self, uid: int) -> Who:
-        if uid not in self._users:
-            groups: Iterable[int] = ()
-            try:
-                known = pwd.getpwuid(uid)
-                groups = os.getgrouplist(known.pw_name, known.pw_gid)
-            except KeyError:
-                pass  # a user without a name has no groups that could be known
-            self._users[uid] = Who("user", uid, frozenset(groups))
-        return self._users[uid]
-
-    def _is_trusted(self, who: Who) -> bool:
-        if who.kind == "user":
-            return who.number in self._uids or bool(self._user(who.number).groups & (self._gids - {0}))
-        return who.kind == "group" and who.number in self._gids
-
-    def _unsafe(
-        self, path: str, found: Permissions, writers: Iterable[Who], above: _Place | None, *, passing: bool
-    ) -> Unsafe | None:
-        """Who has a hand in it without being trusted, and what mends it."""
-        shows_root = passing and found.owner == self._above_all and not (above is not None and above.sticky)
-        if not shows_root and not self._is_trusted(Who("user", found.owner)):
-            name = _name(Who("user", found.owner))
-            if found.owner == self._above_all:
-                text = f"{shown(path)} is owned by somebody whom this user namespace does not know"
-                return Unsafe(f"{text}: use a copy of it, or TrustedUsers={name} {self._where}", path)
-            link = "-h " if stat.S_ISLNK(found.mode) else ""
-            return self._told(f"{shown(path)} is owned by {name}", f"chown {link}root", path, f"Users={name}")
-        for who in writers:
-            if not self._is_trusted(who):
-                return self._writable(path, found, who)
-        return None
-
-    def _writable(self, path: str, found: Permissions, who: Who) -> Unsafe:
-        if who.kind == "everybody":
-            text = f"{shown(path)} is writable by everybody ({stat.S_IMODE(found.mode):04o})"
-            return Unsafe(f'{text}: "chmod o-w {shown(path)}"', path)
-        name = _name(who)
-        text = f"{shown(path)} is writable by {who.kind} {name}"
-        setting = f"{who.kind.capitalize()}s={name}"
-        if found.acl and (who.kind == "user" or who.number != found.group):
-            return self._told(f"{text} (ACL)", f"setfacl -x {who.kind[0]}:{name}", path, setting)
-        # Where there is a list, chmod changes its mask, and nobody named in it may write any more.
-        return self._told(f"{text} ({stat.S_IMODE(found.mode):04o})", "chmod g-w", path, setting)
-
-    def _told(self, what: str, mend: str, path: str, setting: str) -> Unsafe:
-        return Unsafe(f'{what}: "{mend} {shown(path)}", or Trusted{setting} {self._where}', path)
+        return found if server is None or self._trusted.is_root(server) else replace(found, owner=server)
 
     def _require_sight(self, way: Way, found: Permissions, need: int, path: str) -> None:
-        """All who set the way, and are not root, could make this step themselves."""
+        """Raise Unsafe unless all who set the way, and are not root, could make this step themselves."""
         for who in sorted(way._setters, key=lambda one: (one.kind, one.number)):
             if not found.allow(who, need):
-                # What was wrong before is said, whatever lies behind it.
+                # Say what was wrong before, whatever lies behind it.
                 unsafe = way.unsafe or self._out_of_sight(way, who, path)
                 raise Unsafe(str(unsafe), unsafe.path, hidden=True)
 
     def _out_of_sight(self, way: Way, who: Who, path: str) -> Unsafe:
-        name = "everybody" if who.kind == "everybody" else f"{who.kind} {_name(who)}"
+        name = "everybody" if who.kind == "everybody" else f"{who.kind} {name_of(who)}"
         if not way.links:
-            mend = f"chown {_name(who)}" if who.kind == "user" else "chmod +r"
+            mend = f"chown {name_of(who)}" if who.kind == "user" else "chmod +r"
             text = f"{shown(path)} cannot be read by {name}, who may have put it there"
             return Unsafe(f'{text}; if they may read it: "{mend} {shown(path)}"', path)
         link = _joined(*way.links[-1])
@@ -353,17 +262,17 @@ class StrictModes:
         return Unsafe(f'{text}: "chown -h root {shown(link)}"', link)
 
     def _guard(self, way: Way) -> Guard:
-        """Judges what is in a tree: its owners and modes are content, but strangers could still write to it, and who
-        has led here could not read all of it."""
+        """Judges a tree. Its owners and modes are content, so only two things count: strangers could write to it, or
+        those who have led here could not read all of it."""
 
         def guard(status: os.stat_result, directory: int, name: str, where: str) -> None:
             path = f"{way.path}/{where}"
             self._require_in_sight(way, status, directory, name, path)
-            if status.st_uid in self._uids and not status.st_mode & 0o022:
+            if status.st_uid in self._trusted.uids and not status.st_mode & 0o022:
                 return
             found = permissions.of_entry(status, directory, name)
             writers = [] if stat.S_ISLNK(found.mode) else found.writers()
-            unsafe = self._unsafe(path, found, writers, None, passing=False)
+            unsafe = self._trusted.unsafe(path, found, writers)
             if unsafe is not None:
                 raise unsafe
 
@@ -379,20 +288,9 @@ class StrictModes:
         found = permissions.of_entry(status, directory, name)
         self._require_sight(way, found, READ | SEARCH if stat.S_ISDIR(status.st_mode) else READ, path)
 
-    def _numbers(self, key: str, names: Iterable[str], number: Callable[[str], int]) -> frozenset[int]:
-        found = set()
-        for name in names:
-            try:
-                found.add(int(name) if name.isdecimal() else number(name))
-            except KeyError:
-                who = "user" if key == "TrustedUsers" else "group"
-                words = f"no {who} is called {shown(name)}: nobody is trusted for that"
-                self.remarks.append(Remark("warning", f"{key}=", words))
-        return frozenset(found)
-
 
 def _made_by_anybody(path: str, place: _Place, status: os.stat_result) -> Unsafe | None:
-    """In a sticky directory, a name of a file of root's may be another hard link, which anybody can have made."""
+    """In a sticky directory anybody can have made this name, as a hard link to a file of root's."""
     if not place.sticky or status.st_nlink < 2:
         return None
     text = f"{shown(path)} has other names, and anybody may have made this one"
@@ -407,10 +305,3 @@ def _joined(directory: str, name: str) -> str:
     if name == "..":
         return directory.rpartition("/")[0] or "/"
     return f"{directory.rstrip('/')}/{name}"
-
-
-def _name(who: Who) -> str:
-    try:
-        return pwd.getpwuid(who.number)[0] if who.kind == "user" else grp.getgrgid(who.number)[0]
-    except KeyError:
-        return str(who.number)

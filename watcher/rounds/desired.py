@@ -31,7 +31,8 @@ from watcher.model import (
 )
 from watcher.mounts.table import LAYERS_MAX
 from watcher.resolve import scan
-from watcher.resolve.strict_modes import ROOT_ALONE, StrictModes, Trust
+from watcher.resolve.strict_modes import StrictModes
+from watcher.resolve.trust import ROOT_ALONE, Trust
 from watcher.rounds.choose import Choice, Passed, choose
 from watcher.rounds.trials import Trial
 
