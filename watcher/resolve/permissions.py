@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who may read or write a file, by its owner, its mode and its access control list (acl(5)), and who may make that up.
+"""Who may read or write a file, by its owner, its mode and its access control list (acl(5)), and who may fake these.
 
 Standard library only, because the generator imports it at boot.
 """
@@ -29,7 +29,7 @@ class Who:
 
     Attributes:
         number: uid or gid; 0 for everybody.
-        groups: of a user, all that he is in.
+        groups: those that a user is in.
     """
 
     kind: Literal["user", "group", "everybody"]
@@ -54,7 +54,7 @@ class Permissions:
     acl: tuple[tuple[int, int, int], ...] = ()
 
     def writers(self) -> list[Who]:
-        """Who may write besides the owner. The mode's group bits are an upper bound of what a list grants."""
+        """Who may write besides the owner. A list grants no more than the group bits of the mode."""
         found = []
         if self.mode & stat.S_IWOTH:
             found.append(Who("everybody"))
@@ -70,38 +70,27 @@ class Permissions:
         return found
 
     def allow(self, who: Who, need: int) -> bool:
-        """Whether `who` has all of `need` (READ, WRITE, SEARCH); an owner can always take it."""
+        """Whether `who` has all of `need` (READ, WRITE, SEARCH), by the access check algorithm of acl(5).
+
+        An owner has everything: he can change the mode.
+        """
         if who.kind == "user" and who.number == self.owner:
             return True
-        if who.kind == "everybody":
-            return self._other(need)
-        groups = who.groups if who.kind == "user" else frozenset((who.number,))
-        return self._listed(who, groups, need) if self.acl else self._plain(groups, need)
-
-    def _other(self, need: int) -> bool:
-        return self.mode & need == need
-
-    def _plain(self, groups: frozenset[int], need: int) -> bool:
-        if self.group in groups:
-            return self.mode >> 3 & need == need
-        return self._other(need)
-
-    def _listed(self, who: Who, groups: frozenset[int], need: int) -> bool:
-        """The access check algorithm of acl(5)."""
+        groups = frozenset((who.number,)) if who.kind == "group" else who.groups
         mask = self.mode >> 3 & 7
         in_class = False
-        for tag, granted, number in self.acl:
+        for tag, granted, number in self.acl or ((_GROUP_OBJ, 7, self.group),):
             if tag == _USER and who.kind == "user" and number == who.number:
                 return granted & mask & need == need
             if tag in (_GROUP_OBJ, _GROUP) and (self.group if tag == _GROUP_OBJ else number) in groups:
                 in_class = True
                 if granted & mask & need == need:
                     return True
-        return not in_class and self._other(need)
+        return not in_class and self.mode & need == need
 
 
 def served_by(device: int) -> int | None:
-    """uid of the user whose program answers for a file system, fuse(4): what that says of owners and modes is his word.
+    """uid of the user whose program serves a file system, fuse(4): he decides what it says of owners and modes.
 
     Args:
         device: `st_dev`.

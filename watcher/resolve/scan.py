@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Reads the directories a service's layers come from, and says what must be watched so that no change is missed.
 
-Every look starts from nothing and trusts only what it reads: the watcher is level-triggered. A directory is read
-through one descriptor, so that a rename under it cannot mix two directories. What a name is, is asked of its target;
-links are then followed step by step, because each directory in which one lies is a place where the answer can
-change.
+Every look starts from nothing and trusts only what it reads: the watcher is level-triggered. We read a directory
+through one descriptor, so that a rename under it cannot mix two directories. We ask what a name is of its target, and
+follow links step by step: the answer can change in each directory in which a link lies.
 
-A thing that is not there is an answer ("removed"); a thing that cannot be read is not. The latter marks the entry, or
-the whole look, as `unknown`: nothing is taken from a service because a permission changed or a disk failed.
+A thing that is not there is an answer ("removed"); a thing that cannot be read is not. It marks the entry, or the whole
+look, as `unknown`: no service loses anything because a permission changed or a disk failed.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _NOTHING = r"(?!)"
 
 @dataclass(slots=True)
 class _Notes:
-    """What one look gathers on its way; interests keep the order in which they were found."""
+    """What one look gathers; interests keep the order in which they were found."""
 
     modes: StrictModes
     interests: dict[Interest, None] = field(default_factory=dict)
@@ -53,11 +52,11 @@ class _Notes:
 
     @contextmanager
     def followed(self, path: str, *, watched: bool = True) -> Iterator[Found]:
-        """Where a path leads. Watched: each link on the way, what they lead to, and what is to be mended."""
+        """Where a path leads. Watched are each link on the way, what they lead to, and what is to be mended."""
         way = Way()
         try:
             found = self.modes.open(path, way)
-        except Unsafe as unsafe:  # behind the last link nothing is ours to watch
+        except Unsafe as unsafe:  # we must not watch anything behind the last link
             if watched:
                 self._watch_links(way, unsafe.path)
                 self.watch_name(unsafe.path)
@@ -141,7 +140,8 @@ def _no_listing(path: str, error: OSError, notes: _Notes) -> bool:
     if error.errno not in _ABSENT:
         notes.say("warning", path, f"cannot be read, all stays as it is: {error.strerror}")
         return True
-    if error.errno != errno.ENOENT and not _is_null(path, notes):
+    # A whole `.confext.d` may be a link to /dev/null: nothing there, and meant so.
+    if error.errno != errno.ENOENT and _linked(path, notes, None).type != "null":
         notes.say("warning", path, f"ignored: {error.strerror}")
     return False
 
@@ -181,7 +181,7 @@ def _watch_tree(path: str, notes: _Notes) -> None:
             if found.unsafe is None:
                 notes.watch(found.path, scope=Scope.TREE)
     except (OSError, Unsafe):
-        pass  # whoever opens it says so
+        pass  # admission opens it, and says so
 
 
 def _out_of_sight(entry: Entry, name: str, unsafe: Unsafe) -> Picks:
@@ -269,7 +269,7 @@ def _dirent(name: str, directory: int) -> Dirent | None:
 
 
 def _linked(path: str, notes: _Notes, kind: Kind | None) -> Dirent:
-    """A link, by what it leads to; one that must not be followed is a candidate still, to be refused."""
+    """A link, by what it leads to. One that must not be followed is still a candidate, which is then refused."""
     name = path.rpartition("/")[2]
     try:
         with notes.followed(path, watched=kind is not None) as found:
@@ -300,8 +300,3 @@ def _reason(error: OSError) -> str:
     if error.errno == errno.ELOOP:
         return "the link leads in a circle"
     return error.strerror or str(error)
-
-
-def _is_null(path: str, notes: _Notes) -> bool:
-    """A whole `.confext.d` that is a link to /dev/null: nothing there, and meant so."""
-    return _linked(path, notes, None).type == "null"

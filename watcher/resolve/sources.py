@@ -4,8 +4,8 @@
 Bottom to top: the declared `ExtensionImages=`, the images of `.confext.d/` by name, the declared
 `ExtensionDirectories=`, the directories of `.confext.d/` by name. Pure: `scan.py` reads the directories.
 
-Entries of `.confext.d/` are known by their own names, be they links or not: `NAME.raw` (image), `NAME/` (directory
-tree), `NAME.raw.v/` (versioned images), `NAME.v/` (versioned trees). The order is that of NAME, byte by byte, so that
+An entry of `.confext.d/` goes by its own name, also if it is a link: `NAME.raw` (image), `NAME/` (directory tree),
+`NAME.raw.v/` (versioned images), `NAME.v/` (versioned trees). The order is that of NAME, byte by byte, so that
 `web.raw` may become `web.raw.v/` and keep its place.
 """
 
@@ -86,8 +86,8 @@ def entry(path: str, kind: Kind, *, optional: bool, declared: bool, options: str
 def slot_name(name: str, kind: Kind) -> str:
     """The slot for an extension's name: "web" is "web.raw" or "web".
 
-    A slot stands in a unit file, between colons, under a unit's name: whatever has a meaning there (specifiers, quotes,
-    white space, backslashes), is not ASCII, or would read as `.v/` form, becomes "_".
+    A slot stands in a unit file, between colons, under a unit's name. So "_" replaces what has a meaning there
+    (specifiers, quotes, white space, backslashes), what is not ASCII, and what would read as `.v/` form.
     """
     suffix = ".raw" if kind is Kind.IMAGE else ""
     safe = re.sub(r"[^A-Za-z0-9._@~-]|\A\.", "_", name)[: _NAME_MAX - len(suffix)] or "_"
@@ -156,24 +156,21 @@ def _form(filename: str) -> tuple[str, Kind, bool]:
 
 def _mismatch(path: str, dirent: Dirent, name: str, kind: Kind, versioned: bool) -> Remark | None:
     """What is wrong with an entry of this form being what it is."""
-    telling = versioned or kind is Kind.IMAGE
-    if (dirent.type == "missing" and telling) or (dirent.type == "other" and dirent.problem):
-        return None  # an entry whose file has yet to come, or cannot be reached: whoever opens it says so
-    if dirent.type == "directory":
-        if telling and not versioned:
-            return Remark(
-                "warning", path, f"ignored: a directory, no image (versions go into {shown(name)}.raw.v/)"
-            )
-        return None
-    if kind is Kind.IMAGE and not versioned and dirent.type in ("file", "block"):
+    directory = versioned or kind is Kind.DIRECTORY
+    if dirent.type == "missing" and kind is Kind.DIRECTORY and not versioned:
+        return Remark("warning", path, f"ignored: {dirent.problem or 'a dangling link'}")
+    if dirent.type == "missing" or (dirent.type == "other" and dirent.problem):
+        return None  # its file has yet to come, or cannot be reached: the look at it says so
+    if dirent.type in (("directory",) if directory else ("file", "block")):
         return None
     if versioned:
         return Remark("warning", path, "ignored: not a directory, as the name promises")
-    if kind is Kind.IMAGE:
-        return Remark("warning", path, f"ignored: {dirent.problem or 'not a regular file'}")
-    if dirent.type == "missing":
-        return Remark("warning", path, f"ignored: {dirent.problem or 'a dangling link'}")
-    return Remark("debug", path, "ignored: neither NAME.raw nor a directory")
+    if directory:
+        return Remark("debug", path, "ignored: neither NAME.raw nor a directory")
+    if dirent.type == "directory":
+        hint = f"versions go into {shown(name)}.raw.v/"
+        return Remark("warning", path, f"ignored: a directory, no image ({hint})")
+    return Remark("warning", path, "ignored: not a regular file")
 
 
 def _distinct(entries: Iterable[Entry]) -> tuple[Entry, ...]:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Version comparison by UAPI.10, the Version Format Specification.
 
-systemd picks, boots and updates by this order, so ours must be the same down to its corners: the tests hold it against
-`systemd-analyze compare-versions`. A tuple of tokens per version would be the obvious key, but the specification's
-steps are not quite a token order ("~~" is newer than "~"), so the steps are followed as they are written.
+systemd picks, boots and updates by this order, so ours must be the same down to its corners. The tests compare it with
+`systemd-analyze compare-versions`. A tuple of tokens per version would be the obvious key. But the steps of the
+specification are not quite a token order ("~~" is newer than "~"), so we follow them as they are written.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def compare(a: str, b: str) -> int:
             if at_a != at_b:
                 return -1 if at_a == "~" else 1
             i, j = i + 1, j + 1
-        # A pre-release ("~") is older than nothing at all; whatever else still follows makes a version newer.
+        # A pre-release ("~") is older than nothing at all; anything else that still follows makes a version newer.
         if i == len(a) or j == len(b):
             return (i < len(a)) - (j < len(b))
         for separator in "-^.":
@@ -36,7 +36,7 @@ def compare(a: str, b: str) -> int:
         numeric = not _DIGITS.isdisjoint(a[i : i + 1] + b[j : j + 1])
         charset = _DIGITS if numeric else _LETTERS
         end_a, end_b = _span(a, i, charset), _span(b, j, charset)
-        order = (_numbers if numeric else _words)(a[i:end_a], b[j:end_b])
+        order = (_numbers if numeric else _order)(a[i:end_a], b[j:end_b])
         if order:
             return order
         i, j = end_a, end_b
@@ -66,10 +66,6 @@ def _numbers(a: str, b: str) -> int:
     return _order(len(a), len(b)) or _order(a, b)
 
 
-def _words(a: str, b: str) -> int:
-    """Letters against letters by ASCII, so capitals are older; a prefix is older than what it begins."""
-    return _order(a, b)
-
-
 def _order(a: str | int, b: str | int) -> int:
+    """Letters go by ASCII: capitals are older, and a prefix is older than what it begins."""
     return (a > b) - (a < b)  # type: ignore[operator]

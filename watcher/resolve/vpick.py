@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which file of a `.v/` directory is the newest that fits: systemd.v(7), without reading any directory.
+"""Which file of a `.v/` directory is the newest that fits: systemd.v(7). Pure: it reads no directory.
 
-Where the manual page leaves room, systemd 262 decides, whose `systemd-vpick` the tests hold this against:
+Where the manual page leaves room we do as systemd 262 does; the tests compare this with its `systemd-vpick`:
 
 - What follows the last `_` of the version is taken for the architecture and dropped, known or not: "web_1_2.raw" is
   version 1, and "web_x86-64.raw" is version "x86-64". A known architecture that this host cannot run is passed over.
 - A counter is read as C does, so "+010" is 8, and "+09" is no counter at all and makes the version invalid.
-- A version has letters, digits and "-.~^"; any other character, and the name is none of ours.
+- A version has letters, digits and "-.~^"; a name with any other character is passed over.
 
-One thing is better than there: a dangling link makes systemd fail the whole pick, here it is passed over.
+One thing is different: a dangling link makes systemd fail the whole pick, here it is passed over.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _LEFTOVER = (
     r".*\.(?:bak|old|orig|new|swp|tmp|part|partial|filepart|rpm(?:new|save|orig)|(?:dpkg|ucf)-[a-z]+)"
 )
 NO_LEFTOVER = rf"(?s:(?!(?:{_LEFTOVER})\Z).+)"
-"""Regular expression (`re.fullmatch`) of the names that somebody may have meant."""
+"""Regular expression (`re.fullmatch`) of all names but these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ def parse_path(path: str, kind: Kind) -> Spec | None:
 def pattern(spec: Spec) -> str:
     """Regular expression (`re.fullmatch`) of the names worth a look in `spec.directory`: not the leftovers of uploads.
 
-    That is more than can be picked: a file that was named wrong is told about.
+    It matches more than can be picked, so that we can report a file with a wrong name.
     """
     prefix = re.escape(f"{spec.basename}_") if spec.basename else ""
     rest = r"[A-Za-z0-9.~^-]+(?:_[^_]*)?(?:\+[0-9]+(?:-[0-9]+)?)?"
@@ -174,7 +174,8 @@ def _match(spec: Spec, dirent: Dirent, runnable: tuple[str, ...]) -> _Match | No
     if not name.startswith(prefix) or not name[len(prefix) :].endswith(spec.suffix):
         meant = name.startswith(spec.basename) and spec.basename != ""
         return NotPicked(name, f"not called {called(spec)}", "warning" if meant else "debug")
-    rest, left, done = _counters(name[len(prefix) :].removesuffix(spec.suffix))
+    rest = name[len(prefix) :].removesuffix(spec.suffix)
+    rest, left, done = counters(rest) or (rest, _UINT_MAX, _UINT_MAX)  # systemd counts so without counters
     text, underscore, suffix = rest.rpartition("_") if "_" in rest else (rest, "", "")
     index = 2
     if underscore and suffix in architectures.NAMES:
@@ -186,20 +187,15 @@ def _match(spec: Spec, dirent: Dirent, runnable: tuple[str, ...]) -> _Match | No
     return _Match(dirent, text, index, left, done)
 
 
-def _counters(text: str) -> tuple[str, int, int]:
-    """`+LEFT` or `+LEFT-DONE` taken off the end; without them systemd counts with UINT_MAX, and so do we."""
-    return counters(text) or (text, _UINT_MAX, _UINT_MAX)
-
-
 def counters(text: str) -> tuple[str, int, int] | None:
-    """What stands before `+LEFT[-DONE]` at the end of a name without its suffix, left, and done; None without them."""
+    """A name without its suffix as (what stands before `+LEFT[-DONE]`, left, done); None if it has no counters."""
     match = _COUNTER.fullmatch(text)
     left, done = (_atou(match[2]), _atou(match[3] or "0")) if match else (None, None)
     return (match[1], left, done) if match and left is not None and done is not None else None
 
 
 def _atou(text: str) -> int | None:
-    """Digits as C's strtoul() with base 0 reads them into an unsigned int, None if it would not."""
+    """Digits as C's strtoul() with base 0 reads them into an unsigned int; None where it fails."""
     try:
         value = int(text, 8 if text.startswith("0") else 10)
     except ValueError:  # "+09"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whether file systems answer, found out before somebody waits for them who must not.
+"""Finds out whether file systems answer, for a program that must not wait for them.
 
-By a process of its own: a thread that a file system keeps in the kernel can often not even be killed, and execve(2)
-waits for all threads of its process.
+A process of its own tries it. A thread would not do: a file system can keep a thread in the kernel so that nothing can
+kill it, and execve(2) waits for all threads of its process.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from collections.abc import Callable
 
 
 def comes_back(look: Callable[[], object], seconds: float) -> bool:
-    """Whether a function that follows strangers' paths comes to an end, well or not. For a program without threads.
+    """Whether a function that follows strangers' paths ends, well or not. For a program without threads.
 
-    The process that tries it is no child of ours that a program which we execute would have to wait for; it holds
-    nothing of ours open, and ends by itself as soon as the kernel lets it.
+    A grandchild tries it, so the program that we execute later has no child to wait for. The grandchild holds nothing
+    of ours open, and ends as soon as the kernel lets it.
     """
     reading, writing = os.pipe2(os.O_CLOEXEC)
     try:

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Read leases: the kernel's own word that nobody is writing to a file, and that nobody has begun to.
+"""Read leases: the kernel says that no process is writing to a file, and that none has begun to.
 
 `F_SETLEASE` with `F_RDLCK` (fcntl(2), "Leases") succeeds only while no process has the file open for writing or mapped
-writable. While the lease is held, whoever opens the file for writing or truncates it waits until the lease is given
-back (at most /proc/sys/fs/lease-break-time, 45 s), so the holder looks between chunks and gives way at once.
+writable. While we hold the lease, a process that opens the file for writing or truncates it waits until we give the
+lease back (at most /proc/sys/fs/lease-break-time, 45 s). So we look between chunks, and give way at once.
 
-The kernel announces such a writer to the holder by SIGIO, which by default kills it. A handler would do, but a
-process can lose its handlers (exec, a library, a start-up not yet finished). So the signal is changed, before the
-lease is taken, to SIGURG: its default action is to be ignored, and an ignored signal is dropped without waking
-anything. Nothing is lost by that: `held()` asks the kernel itself.
+The kernel announces such a writer to the holder by SIGIO, which by default kills it. A handler would do, but a process
+can lose its handlers (exec, a library, a start-up not yet finished). So we change the signal to SIGURG before we take
+the lease. Its default action is to be ignored, and an ignored signal is dropped without waking anything. Nothing is
+lost by that: `held()` asks the kernel itself.
 
 File systems without leases (NFS, FUSE, 9p), and files of other users where CAP_LEASE is missing (a user namespace),
-cannot say so much. There the lease is not `exact`: size, mtime and ctime must stay the same, and the quiet time
-before is what keeps half-written files out. So it is with an image that systemd has mounted itself for a service: it
-opens it for reading and writing, for as long as that lives, though the file systems of images are never written to.
+cannot say so much. There the lease is not `exact`: size, mtime and ctime must stay the same, and the quiet time before
+keeps half-written files out. The same goes for an image that systemd has mounted itself for a service. systemd opens
+it for reading and writing for as long as it is mounted, though file systems of images are never written to.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from types import TracebackType
 
 from watcher.model import Busy
 from watcher.mounts import syscalls
@@ -46,11 +45,11 @@ class Lease:
 
     Attributes:
         exact: the kernel vouches for it; False where only size and times are compared.
-        proven_ns: `coarse_now_ns()` of the last `check()` that found the lease held. A file whose ctime is older
-            cannot be changed afterwards without its ctime showing it.
+        proven_ns: `coarse_now_ns()` of the last `check()` that found the lease held. If the ctime of a file is older,
+            any later change of it shows in its ctime.
 
     Raises:
-        Busy: on entry, when somebody has the file open for writing.
+        Busy: on entry, when a process has the file open for writing.
     """
 
     def __init__(self, fd: int) -> None:
@@ -75,7 +74,7 @@ class Lease:
         return self
 
     def held(self) -> bool:
-        """True while what was read since entry is what the file was all the time."""
+        """True while the file has not changed since entry, so that what was read of it is consistent."""
         if not self._open:
             return False
         if self.exact and fcntl.fcntl(self._fd, fcntl.F_GETLEASE) != fcntl.F_RDLCK:
@@ -89,7 +88,7 @@ class Lease:
         self.proven_ns = coarse_now_ns()
 
     def release(self) -> None:
-        """Give way to writers. May be called twice; a lease the kernel took back (45 s) is gone already: EAGAIN."""
+        """Give way to writers. May be called twice."""
         if not self._open:
             return
         self._open = False
@@ -98,12 +97,10 @@ class Lease:
         try:
             fcntl.fcntl(self._fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
         except OSError as error:
-            if error.errno != errno.EAGAIN:
+            if error.errno != errno.EAGAIN:  # the kernel has taken it back, after 45 s
                 raise
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.release()
 
     def _signature(self) -> tuple[int, int, int]:
@@ -112,7 +109,7 @@ class Lease:
 
 
 def _is_in_a_loop_device(fd: int) -> bool:
-    """Whether a file is mounted by way of a loop device: whose, and whether read-only, is all the same."""
+    """Whether a file is behind a loop device. Whose that is, and whether read-only, makes no difference."""
     file = os.fstat(fd)
     return (file.st_dev, file.st_ino) in _in_loop_devices()
 
@@ -129,7 +126,7 @@ def _in_loop_devices() -> Iterator[tuple[int, int]]:
         try:
             device = os.open(f"/dev/{name}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
-            continue  # not ours to look at, or gone: then it does not count
+            continue  # we may not look at it, or it is gone: then it does not count
         try:
             yield syscalls.loop_backing(device)
         except OSError:

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What works on a service's paths, in threads: any of them may hang, and then nobody but that service waits.
+"""Runs what works on a service's paths in threads. Any of them may hang, and then only that service waits.
 
-A path may lead to a network file system whose server is gone, or to a FUSE file system whose author has stopped it. Who
-looks it up waits in the kernel, and cannot be called back. The event loop therefore never works on such paths. The
+A path may lead to a network file system whose server is gone, or to a FUSE file system whose author has stopped it.
+A look-up there waits in the kernel, and cannot be called back. So the event loop never works on such paths. The
 alternatives for a thread:
 
 - trio's own limiter: 40 threads for all. Forty services on one dead mount take them all, and the others wait.
 - A process for each service: could be killed, costs 10 MiB each, and the leases, locks and descriptors of a copy would
   have to go with it. A thread that waits for a FUSE server which has taken its request cannot be killed either.
 
-So each service has one thread at most. When its job does not end, the job is left alone, and whoever asks for another
-is told so at once, until the first one comes back: then the service is looked at again. Nobody polls.
+So each service has one thread at most. When its job does not end, we leave the job alone, and the next job of that
+service is refused at once. When the first one comes back, the service is looked at again. Nothing polls.
 """
 
 from __future__ import annotations
@@ -22,12 +22,10 @@ from typing import ParamSpec, TypeVar
 
 import trio
 
+from watcher.mounts.workers import HANGS_SEC
+
 P = ParamSpec("P")
 T = TypeVar("T")
-
-HANGS_SEC = 30.0
-"""After so many seconds a job counts as hanging. A large image on a slow disk takes longer, and is not lost: its copy
-goes on, and is found when the service is looked at again."""
 
 _UNANSWERED = (
     "a file system that its configuration comes from, or its root, does not answer;"
@@ -36,12 +34,12 @@ _UNANSWERED = (
 
 CROWD = 8
 CROWD_SEC = 0.1
-"""So many jobs begin at once: more of them fight for the interpreter. A job that takes longer than these seconds, or
-hangs, does not keep the next from beginning."""
+"""So many jobs begin at once: more of them would fight for the interpreter. A job that takes longer than these seconds
+lets the next one begin."""
 
 
 class Unanswered(Exception):
-    """The files of a service do not answer. It is looked at again as soon as they do, without anybody asking."""
+    """The files of a service do not answer. It is looked at again by itself as soon as they do."""
 
 
 class _Key:
@@ -67,19 +65,21 @@ class Offload:
     async def run(self, key: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a function, in its turn. If the caller is cancelled, the function goes on alone.
 
+        A large image on a slow disk may take longer than HANGS_SEC. Its copy goes on, and the next look finds it.
+
         Raises:
-            Unanswered: it does not end, or one before it has not.
+            Unanswered: it does not end within HANGS_SEC, or one before it has not.
         """
         return await self.run_within(HANGS_SEC, key, lambda: function(*args, **kwargs))
 
     def forget(self, key: str) -> None:
-        """Nobody has work for it any more. What still runs goes on, and is told when it was given up."""
+        """No more work comes for this key. What still runs goes on, and `returned` is called if it was given up."""
         state = self._keys.get(key)
         if state is not None and not state.turn.borrowed_tokens:
             del self._keys[key]
 
     async def run_within(self, seconds: float, key: str, function: Callable[[], T]) -> T:
-        """`run()`, for a caller who does not wait longer than so many seconds."""
+        """`run()` for a caller that waits so many seconds at most."""
         state = self._keys.setdefault(key, _Key())
         if state.given_up:
             raise Unanswered(_UNANSWERED)
@@ -104,7 +104,7 @@ class Offload:
         raise Unanswered(_UNANSWERED)
 
     def _start(self, key: str, state: _Key, job: Future[T], function: Callable[[], T]) -> trio.Event:
-        """Run it in a thread; the event is set when it has ended."""
+        """Start a thread; the event is set when it has ended."""
         token = trio.lowlevel.current_trio_token()
         done = trio.Event()
 

@@ -81,15 +81,17 @@ class PatientWatcher(Watcher):
         super().__init__()
         self._run: _Run | None = None
         self._before: _Run | None = None  # goes on telling until the first run after it is done
+        # Kept while a thread has the nodes: what is to be done with them, and events (or that there were too many).
         self._backlog: list[Callable[[], None]] = []
         self._events: list[tuple[int, int, str]] = []
         self._too_many = False
-        self._fresh: set[Route] = set()
-        self._late: set[Route] = set()
-        self._ran = trio.Event()
+        self._fresh: set[Route] = set()  # not followed yet: `watch()` tells of them itself
+        self._late: set[Route] = set()  # for which `watch()` has not waited to the end
+        self._ran = trio.Event()  # set when a thread has ended
         self._failed: BaseException | None = None
         self._hung: list[_Run] = []
-        self._hangs: dict[str, tuple[int, float]] = {}  # how often in a row, and when last
+        # By place: how often in a row it hung, and when last; when to try it again.
+        self._hangs: dict[str, tuple[int, float]] = {}
         self._lift_at: dict[str, float] = {}
         self._said: tuple[Remark, ...] = ()
         self._closed = False
@@ -101,7 +103,7 @@ class PatientWatcher(Watcher):
         super().__exit__(*exc)
 
     def _close_inotify(self) -> None:
-        """All but those that threads still use, which end with the program."""
+        """Close all but those that threads still use: they end with the program."""
         if self._run is None:
             self._inotify.close()
         if self._before is not None and self._before not in self._hung:
@@ -150,7 +152,7 @@ class PatientWatcher(Watcher):
         self._directories.dirty |= wanted
 
     def _when_free(self, what: Callable[[], None]) -> None:
-        """Do something with the nodes: now, or when the thread has done that works on them."""
+        """Do something with the nodes: now, or when the thread that works on them is done."""
         if self._run is None:
             what()
         else:
@@ -182,7 +184,7 @@ class PatientWatcher(Watcher):
         return frozenset(told)
 
     def _keep(self, wd: int, mask: int, name: str) -> None:
-        """An event whose paths are followed later; of so many that they would fill the memory, that there were some."""
+        """Keep an event until its paths can be followed; of very many keep only that there were too many."""
         if len(self._events) < EVENTS_MAX:
             self._events.append((wd, mask, name))
         else:
@@ -210,7 +212,7 @@ class PatientWatcher(Watcher):
 
     @staticmethod
     def _concerned(directories: WatchedDirectories, wd: int, mask: int, name: str) -> set[str]:
-        """Whom an event concerns, by nodes that another thread may be working on: they are read, and nothing else."""
+        """Whom an event concerns. Another thread may be working on the nodes, so they are only read."""
         keys: set[str] = set()
         for node in directories.nodes(wd):
             for route in node.ends:
@@ -223,7 +225,7 @@ class PatientWatcher(Watcher):
     # The thread
 
     def _go_on(self) -> None:
-        """Have paths followed, where there is anything to follow."""
+        """Start a thread if there is anything to follow, and none at work."""
         if self._run is not None or not (self._directories.dirty or self._directories.relist):
             return
         run = self._run = _Run(self._inotify, self._follower, trio.current_time())
@@ -234,7 +236,7 @@ class PatientWatcher(Watcher):
                 self._follow_all(run.follower)
             except Abandoned:
                 pass
-            except BaseException as error:  # noqa: BLE001 -- raised again where somebody waits for changes
+            except BaseException as error:  # noqa: BLE001 -- `_collect()` raises it again
                 self._failed = error
 
         def done(_: object) -> None:
@@ -246,38 +248,43 @@ class PatientWatcher(Watcher):
         trio.lowlevel.start_thread_soon(follow, done, "confext-paths")
 
     def _done(self, run: _Run) -> None:
+        """A thread has ended."""
         if self._closed:
             run.inotify.close()
             return
-        if run is not self._run:
-            self._came_back(run)
+        if run is self._run:
+            self._take_back(run)
         else:
-            self._run = None
-            directories = run.directories
-            if not directories.dirty and not directories.relist:
-                if self._before is not None:
-                    # What happened before all was watched again is not known.
-                    directories.changed.update(self._routes.values())
-                    self._silence(self._before)
-                else:
-                    directories.changed -= self._fresh
-                self._fresh.clear()
-            self._said = super().remarks()
-            late = {route for route in self._late if route.state != 0}
-            self._late -= late
-            directories.changed |= late
-            backlog, self._backlog = self._backlog, []
-            for what in backlog:
-                what()
-            events, self._events = self._events, []
-            for event in dict.fromkeys(events):
-                self._event(*event)
-            if self._too_many:
-                self._too_many = False
-                self._lost_events()
+            self._came_back(run)
         self._ran.set()
         self._ran = trio.Event()
         os.eventfd_write(self._poke, 1)
+
+    def _take_back(self, run: _Run) -> None:
+        """The nodes are the event loop's again."""
+        self._run = None
+        todo = run.directories
+        if not todo.dirty and not todo.relist:
+            if self._before is not None:
+                # What happened before everything was watched again is not known.
+                todo.changed.update(self._routes.values())
+                self._silence(self._before)
+            else:
+                todo.changed -= self._fresh
+            self._fresh.clear()
+        self._said = super().remarks()
+        late = {route for route in self._late if route.state != 0}
+        self._late -= late
+        todo.changed |= late
+        backlog, self._backlog = self._backlog, []
+        for what in backlog:
+            what()
+        events, self._events = self._events, []
+        for event in dict.fromkeys(events):
+            self._event(*event)
+        if self._too_many:
+            self._too_many = False
+            self._lost_events()
 
     def _watch_the_thread(self) -> None:
         run, now = self._run, trio.current_time()
@@ -289,18 +296,18 @@ class PatientWatcher(Watcher):
             self._take_over(run)
 
     def _is_too_slow(self, run: _Run, now: float) -> bool:
-        """Whether one file system has had so much time that the others must not wait for it any longer."""
+        """Whether one file system took so much time that the others must not wait for it any longer."""
         passed, run.look_at = now - run.look_at + SLOW_SEC / 10, now + SLOW_SEC / 10
         point = self._mounts.point(run.directories.at.path)
         run.spent[point] = run.spent.get(point, 0.0) + passed
         return point != "/" and run.spent[point] >= SLOW_SEC
 
     def _take_over(self, hung: _Run) -> None:
-        """Begin anew, without what is behind the place where one hangs."""
+        """Begin anew, without what is behind the place where a thread hangs."""
         try:
             inotify = new_inotify()
         except OSError as error:
-            hung.since = trio.current_time()  # none is left; once more after STEP_HANGS_SEC
+            hung.since = trio.current_time()  # no instance is left: try again after STEP_HANGS_SEC
             text = f"does not answer, and until it does nothing new is watched: {problem(error)}"
             self._said = (Remark("warning", hung.directories.at.path, text),)
             return
@@ -329,12 +336,10 @@ class PatientWatcher(Watcher):
         return path if point == "/" else point
 
     def _renew_routes(self) -> None:
-        """The thread that hangs may still change the old ones."""
-        before = self._routes
-        self._routes = {}
-        for interest, old in before.items():
-            self._routes[interest] = route = Route(interest)
-            route.keys = old.keys
+        """Make new ones: the thread that hangs may still change the old ones."""
+        before, self._routes = self._routes, {interest: Route(interest) for interest in self._routes}
+        for interest, route in self._routes.items():
+            route.keys = before[interest].keys
         self._keys = {
             key: frozenset(self._routes[route.interest] for route in routes)
             for key, routes in self._keys.items()
@@ -347,25 +352,22 @@ class PatientWatcher(Watcher):
         self._directories.dirty.update(self._routes.values())
 
     def _silence(self, run: _Run) -> None:
-        """What it had to tell is told by another one now."""
+        """Read no more events of its inotify instance: another one tells all of them now."""
         self._before = None
         self._epoll.unregister(run.inotify.fileno())
         if run not in self._hung:
             run.inotify.close()
 
     def _came_back(self, run: _Run) -> None:
-        """A step that hung has ended after all, well or not."""
+        """A step that hung has ended after all, well or not. Try its place again, but not at once if that was slow."""
         self._hung.remove(run)
         if run is not self._before:
             run.inotify.close()
         if any(one.place == run.place for one in self._hung):
             return
-        again = self._hangs.get(run.place, (1, 0.0))[0] - (
-            0 if run.spent.get(run.place, 0.0) >= SLOW_SEC else 1
-        )
-        delay = min(RETRY_SEC * 2 ** (again - 1), LIFT_MAX_SEC) if again else 0.0
-        if delay:
-            self._lift_at[run.place] = trio.current_time() + delay
+        slow = run.spent.get(run.place, 0.0) >= SLOW_SEC
+        again = self._hangs.get(run.place, (1, 0.0))[0] - (0 if slow else 1)
+        if again:
+            self._lift_at[run.place] = trio.current_time() + min(RETRY_SEC * 2 ** (again - 1), LIFT_MAX_SEC)
         else:
-            place = run.place
-            self._when_free(lambda: self._directories.unbar(place))
+            self._when_free(lambda: self._directories.unbar(run.place))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """When a burst of changes is over.
 
-Pure: the clock is handed in, so that this says *when* and somebody else waits. Times are integers in microseconds of
-any monotonic clock. Whether a file is complete is not decided here: a lease and the image's own size say that
-(`admit`), a quiet time never could. It only makes one round out of twenty events.
+Pure: the caller has the clock, and waits. Times are integers in microseconds of any monotonic clock. This makes one
+round out of twenty events. It does not say whether a file is complete: a quiet time cannot, but a lease and the image's
+own size can (images/admit.py).
 """
 
 from __future__ import annotations
@@ -16,24 +16,20 @@ class _Burst:
     ends: int
     """When it counts as over, if nothing more comes."""
     at_latest: int
-    """When it counts as over whatever comes: a directory in which something always happens must not starve."""
+    """When it counts as over whatever comes: else a directory in which something always happens would never be due."""
 
 
 class Settle:
-    """Debounce by key: quiet for `quiet`, but never later than `longest` after the first change of the burst.
-
-    A key may also be due again at a certain time, if nothing happens before.
-    """
+    """Debounces changes by key. A key may also be due at a certain time, if nothing happens before."""
 
     def __init__(self) -> None:
         self._bursts: dict[str, _Burst] = {}
         self._again: dict[str, int] = {}
 
     def touch(self, key: str, now: int, quiet: int, longest: int) -> None:
-        """Something changed for `key` at `now`.
+        """Something changed for `key`: it is due after `quiet`, but not later than `longest` after the first change.
 
         Args:
-            key: any string, a service's name.
             now: microseconds.
             quiet: `SettleSec=` in microseconds; 0 makes the key due at once.
             longest: `SettleMaxSec=` in microseconds, counted from the first change since the key was last due.
@@ -58,10 +54,10 @@ class Settle:
         return frozenset(over)
 
     def deadline(self) -> int | None:
-        """When `due()` will next have something (microseconds); None while nothing is pending: nobody need wake up."""
+        """When `due()` will next have something (microseconds); None while nothing is pending."""
         return min((*(burst.ends for burst in self._bursts.values()), *self._again.values()), default=None)
 
     def forget(self, key: str) -> None:
-        """`key` is gone or was just looked at: what is pending for it, if anything, is dropped."""
+        """Drop what is pending for `key`, if anything: it is gone, or was just looked at."""
         self._bursts.pop(key, None)
         self._again.pop(key, None)
