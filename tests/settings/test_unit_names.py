@@ -58,40 +58,6 @@ def write(path: Path, text: str = "[Service]\n") -> str:
     return str(path)
 
 
-def test_drop_ins_are_read_in_order_of_their_names_over_all_directories(tmp_path: Path) -> None:
-    etc, usr = tmp_path / "etc", tmp_path / "usr"
-    expected = [
-        write(usr / "service.d/05-all.conf"),
-        write(usr / "foo@x.service.d/10-a.conf"),
-        write(etc / "foo@.service.d/20-b.conf"),
-        write(usr / "alias.service.d/25-alias.conf"),
-        write(etc / "foo@x.service.d/30-c.conf"),
-    ]
-    write(usr / "foo@x.service.d/20-b.conf")  # a later search path
-    write(etc / "foo@.service.d/30-c.conf")  # less specific
-    write(usr / "foo@x.service.d/40-masked.conf")
-    (etc / "foo@.service.d/40-masked.conf").symlink_to("/dev/null")
-    write(etc / "foo@x.service.d/50-empty.conf", "")
-    write(etc / "foo@x.service.d/note.txt")
-    write(etc / "foo@x.service.d/.60-hidden.conf")
-    (etc / "foo@x.service.d/70-directory.conf").mkdir()
-    write(etc / "bar.service.d/10-other.conf")
-    write(etc / "foo.service.d/10-other.conf")
-    assert unit_names.drop_ins("foo@x.service", [str(etc), str(usr)], ["alias.service"]) == expected
-
-
-def test_the_file_of_a_unit(tmp_path: Path) -> None:
-    etc, usr = tmp_path / "etc", tmp_path / "usr"
-    paths = [str(etc), str(usr)]
-    own, template = write(usr / "foo@own.service"), write(usr / "foo@.service")
-    assert unit_names.fragment("foo@own.service", paths) == own
-    assert unit_names.fragment("foo@x.service", paths) == template
-    assert unit_names.fragment("none.service", paths) is None
-    etc.mkdir()
-    (etc / "foo@own.service").symlink_to("/dev/null")
-    assert unit_names.fragment("foo@own.service", paths) is None
-
-
 @pytest.mark.parametrize(
     ("text", "expanded"),
     [

@@ -10,7 +10,7 @@ import functools
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 from watcher.text import shown
 
@@ -95,26 +95,6 @@ def drop_in_names(unit: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def drop_ins(unit: str, unit_paths: Sequence[str] = UNIT_PATHS, aliases: Iterable[str] = ()) -> list[str]:
-    """The drop-in files of a unit in the order in which they are read: the later one wins.
-
-    Sorted by file name over all directories; the same file name counts once, from the earliest search path, there from
-    the most specific directory. A link to /dev/null or an empty file masks its name.
-
-    Raises:
-        ValueError: not a unit's name.
-        OSError: a directory is there and cannot be read.
-    """
-    directories = [
-        f"{path}/{name}.d"
-        for alias in (unit, *aliases)
-        for path in unit_paths
-        for name in drop_in_names(alias)
-    ]
-    directories += [f"{path}/{UnitName(unit).type}.d" for path in unit_paths]
-    return config_files(directories)
-
-
 def config_files(
     directories: Iterable[str],
     suffix: str = ".conf",
@@ -138,25 +118,10 @@ def config_files(
             if name.endswith(suffix) and not name.startswith("."):
                 chosen.setdefault(name, f"{directory}/{name}")
     ordered = sorted(chosen.items(), key=lambda item: os.fsencode(item[0]))
-    return [path for _, path in ordered if not is_masked(path) and not os.path.isdir(path)]
+    return [path for _, path in ordered if not _is_masked(path) and not os.path.isdir(path)]
 
 
-def fragment(unit: str, unit_paths: Sequence[str] = UNIT_PATHS) -> str | None:
-    """The file of a unit, or of the template it is an instance of; None if it has none or is masked.
-
-    Raises:
-        ValueError: not a unit's name.
-    """
-    template = UnitName(unit).template
-    for name in (unit, template) if template else (unit,):
-        for directory in unit_paths:
-            path = f"{directory}/{name}"
-            if os.path.exists(path):
-                return None if is_masked(path) else path
-    return None
-
-
-def is_masked(path: str) -> bool:
+def _is_masked(path: str) -> bool:
     """A link to /dev/null, or an empty regular file; not what leads nowhere, such as a link to itself."""
     try:
         status = os.stat(path)

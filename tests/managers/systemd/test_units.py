@@ -92,6 +92,45 @@ def test_a_masked_unit_does_not_take_part(paths: Paths, form: str) -> None:
     assert paths.services() == []
 
 
+def write(path: Path, text: str = "[Service]\n") -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return str(path)
+
+
+def test_drop_ins_are_read_in_order_of_their_names_over_all_directories(paths: Paths) -> None:
+    etc, usr = paths.etc, paths.usr
+    (etc / "alias.service").symlink_to("foo@x.service")
+    expected = [
+        write(usr / "service.d/05-all.conf"),
+        write(usr / "foo@x.service.d/10-a.conf"),
+        write(etc / "foo@.service.d/20-b.conf"),
+        write(usr / "alias.service.d/25-alias.conf"),
+        write(etc / "foo@x.service.d/30-c.conf"),
+    ]
+    write(usr / "foo@x.service.d/20-b.conf")  # a later search path
+    write(etc / "foo@.service.d/30-c.conf")  # less specific
+    write(usr / "foo@x.service.d/40-masked.conf")
+    (etc / "foo@.service.d/40-masked.conf").symlink_to("/dev/null")
+    write(etc / "foo@x.service.d/50-empty.conf", "")
+    write(etc / "foo@x.service.d/note.txt")
+    write(etc / "foo@x.service.d/.60-hidden.conf")
+    (etc / "foo@x.service.d/70-directory.conf").mkdir()
+    write(etc / "bar.service.d/10-other.conf")
+    write(etc / "foo.service.d/10-other.conf")
+    unit = paths.index().unit("foo@x.service", unwritten=True)
+    assert unit and list(unit.dropins) == expected
+
+
+def test_the_file_of_a_unit(paths: Paths) -> None:
+    own, template = write(paths.usr / "foo@own.service"), write(paths.usr / "foo@.service")
+    index = paths.index()
+    found = [index.unit(name) for name in ("foo@own.service", "foo@x.service", "none.service")]
+    assert [unit and unit.fragment for unit in found] == [own, template, None]
+    (paths.etc / "foo@own.service").symlink_to("/dev/null")
+    assert paths.index().unit("foo@own.service") is None
+
+
 @pytest.mark.parametrize(
     ("unit", "directory"),
     [
