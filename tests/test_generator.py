@@ -66,7 +66,7 @@ class Host:
         """What systemd would read: image and directory values after the resets."""
         assignments = syntax.parse(self.dropin(unit), "").assignments
         images, directories = (
-            [a.value for a in syntax.values(assignments, "Service", key)]
+            [a.value for a in syntax.assigned(assignments, "Service", key)]
             for key in ("ExtensionImages", "ExtensionDirectories")
         )
         return images, directories

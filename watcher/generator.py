@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from watcher.managers.systemd import drop_ins, unit_drop_in, units
 from watcher.managers.systemd.units import DROPIN, Index, Unit
-from watcher.settings import syntax
+from watcher.settings import syntax, values
 from watcher.text import shown
 
 STATE_DIRECTORY = "/var/lib/confext-watcher"
@@ -51,7 +51,7 @@ def generate(output: str, index: Index, state_directory: str, complain: Callable
     for name in index.candidates(_seen(state_directory)):
         try:
             unit = index.unit(name, unwritten=True)
-            if unit and unit.name not in done and index.takes_part(unit) and _enabled(index, unit):
+            if unit and unit.name not in done and index.takes_part(unit) and _is_enabled(index, unit):
                 _write(f"{output}/{unit.name}.d", unit_drop_in.text(index, unit, state_directory, complain))
                 done[unit.name] = None
         except unit_drop_in.Forgotten as error:
@@ -62,13 +62,10 @@ def generate(output: str, index: Index, state_directory: str, complain: Callable
     return list(done)
 
 
-def _enabled(index: Index, unit: Unit) -> bool:
-    """Unless `Enabled=no` in its `[X-Confext]` leaves it to systemd."""
+def _is_enabled(index: Index, unit: Unit) -> bool:
+    """`Enabled=no` in its `[X-Confext]` leaves the unit to systemd."""
     enabled = syntax.last(index.relevant(unit).assignments, "X-Confext", "Enabled")
-    try:
-        return enabled is None or syntax.boolean(enabled.value)
-    except ValueError:
-        return True  # the watcher says what is wrong with it
+    return values.flag(enabled, default=True)  # the watcher says what is wrong with a bad value
 
 
 def _seen(state_directory: str) -> list[str]:

@@ -37,7 +37,7 @@ from watcher.mounts.mountinfo import Mount, mounts
 from watcher.records import ledger, schema
 from watcher.records.schema import CallError, PlannedChange, Quarantined, ServiceStatus
 from watcher.resolve import release, vpick
-from watcher.settings import config, signals, syntax, unit_names
+from watcher.settings import config, signals, syntax, unit_names, values
 from watcher.settings.config import Settings
 from watcher.settings.os_release import parse_os_release
 from watcher.settings.syntax import Assignment
@@ -199,7 +199,7 @@ def unit_file(data: bytes) -> None:
     short = syntax.parse_only(data, "/a", syntax.lines_of(keys))
     assert _chosen(short, keys) == _chosen(parsed, keys)
     for key in keys:
-        syntax.values(parsed.assignments, "Service", key)
+        syntax.assigned(parsed.assignments, "Service", key)
         syntax.last(parsed.assignments, "Service", key)
 
 
@@ -216,24 +216,24 @@ def _chosen(parsed: syntax.Parsed, keys: tuple[str, ...]) -> list[tuple[str, str
 def unit_values(data: bytes) -> None:
     """Values of settings: a value within its bounds, or ValueError."""
     text = _text(data.replace(b"\0", b""))  # it ends a line
-    for read in (syntax.boolean, signals.signal_number, config.reload_kind):
+    for read in (values.boolean, signals.signal_number, config.reload_kind):
         with only(ValueError):
             read(text)
-    for measure in (syntax.time_span, syntax.size, syntax.number):
+    for measure in (values.time_span, values.size, values.number):
         with only(ValueError):
-            assert 0 <= measure(text) <= syntax.INFINITY
+            assert 0 <= measure(text) <= values.INFINITY
     with only(ValueError):
         number = signals.signal_number(text)
         if not signals.signal_name(number).startswith("signal "):  # the C library's own
             assert signals.signal_number(signals.signal_name(number)) == number
     for escapes in (False, True):
         with only(ValueError):
-            words = syntax.split(text, escapes=escapes)
+            words = values.split(text, escapes=escapes)
             assert sum(map(len, words)) <= len(text)
-            assert syntax.split(" ".join(map(_quoted, words))) == words
+            assert values.split(" ".join(map(_quoted, words))) == words
     specifiers = unit_names.Specifiers("a-b@c\\x2dd.service", "/etc/systemd/system/a-b@.service")
-    paths = [path for path, _, _ in syntax.extension_images(text, specifiers.expand)]
-    paths += [path for path, _ in syntax.extension_directories(text, specifiers.expand)]
+    paths = [path for path, _, _ in values.extension_images(text, specifiers.expand)]
+    paths += [path for path, _ in values.extension_directories(text, specifiers.expand)]
     for path in paths:
         assert path.startswith("/") and "\0" not in path and ".." not in path.split("/")
         os.fsencode(path)
@@ -260,7 +260,7 @@ def settings(data: bytes) -> None:
         if section == config.SERVICE_SECTION:
             specifiers = unit_names.Specifiers("web.service")
             found, remarks = config.service_settings(assignments, specifiers.expand)
-            assert all(syntax.split(command) for command in (*found.check, *found.health_check))
+            assert all(values.split(command) for command in (*found.check, *found.health_check))
         else:
             watchers, remarks = config.watcher_settings(assignments)
             assert watchers.keep_stacks >= 1 and watchers.mount_workers >= 1
@@ -300,11 +300,11 @@ def drop_in(data: bytes) -> None:
     expand = unit_names.Specifiers("web.service").expand
     with only(drop_ins.Unwritable):
         text = _assigned("ExtensionImages", drop_ins.image(f"/{path}", options, optional=True))
-        (found,) = syntax.extension_images(text, expand)
+        (found,) = values.extension_images(text, expand)
         assert found == (f"/{path}", options.lstrip(":"), True)
     with only(drop_ins.Unwritable):
         text = _assigned("ExtensionDirectories", drop_ins.path(f"/{path}"))
-        assert syntax.extension_directories(text, expand) == [(f"/{path}", False)]
+        assert values.extension_directories(text, expand) == [(f"/{path}", False)]
     for key in ("ReadOnlyPaths", "BindPaths"):
         with only(drop_ins.Unwritable):
             _assigned(key, drop_ins.path(f"/{path}", "/usr", options=options, optional=True))

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from watcher.model import Declared, Entry, Kind, Remark, shown
 from watcher.resolve import vpick
 from watcher.resolve.vpick import Dirent
-from watcher.settings.syntax import normalized
+from watcher.settings.values import normalized
 
 ENTRY_NAME = vpick.NO_LEFTOVER
 """Regular expression (`re.fullmatch`) of the names in a `.confext.d/` that can be an entry."""

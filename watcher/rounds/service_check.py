@@ -18,7 +18,7 @@ from watcher.model import Copy, Later, Stack, shown
 from watcher.mounts.process import Process
 from watcher.mounts.shadow import shadow
 from watcher.mounts.workers import MountWorkers
-from watcher.settings import syntax
+from watcher.settings import values
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ async def run_all(
     output = ""
     for command in commands:
         try:
-            ended = await manager.execute(service, namespace, syntax.split(command), usec / 1_000_000)
+            ended = await manager.execute(service, namespace, values.split(command), usec / 1_000_000)
         except Later as error:
             raise Later(f"{what} {shown(command)!r} {error}") from error
         output += ended.output

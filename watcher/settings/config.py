@@ -17,6 +17,7 @@ from watcher.model import Remark, shown
 from watcher.settings import syntax, unit_names
 from watcher.settings.signals import signal_name, signal_number
 from watcher.settings.syntax import Assignment
+from watcher.settings.values import boolean, number, size, split, time_span
 
 SERVICE_SECTION = "X-Confext"
 WATCHER_SECTION = "Watcher"
@@ -27,7 +28,6 @@ _VENDOR_DIRECTORIES = (f"/run/{_NAME}", f"/usr/local/lib/{_NAME}", f"/usr/lib/{_
 # What systemd lets through with a warning (USER_NAMES, "relaxed mode").
 _USER = re.compile(r"(?!\.{1,2}\Z|-)[^\s:/,\x00-\x1f\x7f]{1,256}")
 
-_MiB = 1024**2
 _GiB = 1024**3
 
 
@@ -70,7 +70,7 @@ class ServiceSettings:
 
     Attributes:
         reload: `Reload=`, "auto", "unit", "restart", "none" or "signal:SIGHUP".
-        check: `Check=`, command lines, all of which must succeed, in order; see `unitfile.split()`.
+        check: `Check=`, command lines, all of which must succeed, in order; see `values.split()`.
         check_usec: `CheckSec=`, for each of them.
         health_check: `HealthCheck=`, command lines.
         health_check_usec: `HealthCheckSec=`, within which they are tried again.
@@ -253,7 +253,7 @@ def _choice(*words: str) -> Callable[[str], str]:
 
 
 def _at_least(least: int) -> Callable[[str], int]:
-    return lambda text: syntax.number(text, least)
+    return lambda text: number(text, least)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -267,36 +267,36 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _command(text: str) -> str:
     """A command line, if it is one."""
-    if not syntax.split(text):
+    if not split(text):
         raise ValueError(f"not a command: {shown(text)}")
     return text
 
 
 _WATCHER_KEYS = {
-    "SettleSec": _Key("settle_usec", syntax.time_span),
-    "SettleMaxSec": _Key("settle_max_usec", syntax.time_span),
-    "StoreMax": _Key("store_max", syntax.size),
-    "ImageMax": _Key("image_max", syntax.size),
+    "SettleSec": _Key("settle_usec", time_span),
+    "SettleMaxSec": _Key("settle_max_usec", time_span),
+    "StoreMax": _Key("store_max", size),
+    "ImageMax": _Key("image_max", size),
     "KeepStacks": _Key("keep_stacks", _at_least(1)),
     "HistoryMax": _Key("history_max", _at_least(1)),
     "ReloadLimitBurst": _Key("reload_limit_burst", _at_least(0)),
-    "ReloadLimitIntervalSec": _Key("reload_limit_interval_usec", syntax.time_span),
+    "ReloadLimitIntervalSec": _Key("reload_limit_interval_usec", time_span),
     "MountWorkers": _Key("mount_workers", _at_least(1)),
     "LogLevel": _Key("log_level", _choice("debug", "info", "warning", "error")),
 }
 _SERVICE_KEYS = {
     "Reload": _Key("reload", reload_kind),
     "Check": _Key("check", _command, repeats=True),
-    "CheckSec": _Key("check_usec", syntax.time_span),
+    "CheckSec": _Key("check_usec", time_span),
     "HealthCheck": _Key("health_check", _command, repeats=True),
-    "HealthCheckSec": _Key("health_check_usec", syntax.time_span),
-    "HealthWatchSec": _Key("health_watch_usec", syntax.time_span),
-    "Rollback": _Key("rollback", syntax.boolean),
+    "HealthCheckSec": _Key("health_check_usec", time_span),
+    "HealthWatchSec": _Key("health_watch_usec", time_span),
+    "Rollback": _Key("rollback", boolean),
     "Rollout": _Key("rollout", _choice("parallel", "rolling")),
     "RolloutParallel": _Key("rollout_parallel", _at_least(1)),
-    "SettleSec": _Key("settle_usec", syntax.time_span),
+    "SettleSec": _Key("settle_usec", time_span),
     "TrustedUsers": _Key("trusted_users", _names, repeats=True),
     "TrustedGroups": _Key("trusted_groups", _names, repeats=True),
     "ImagePolicy": _Key("image_policy", str),
-    "Enabled": _Key("enabled", syntax.boolean),
+    "Enabled": _Key("enabled", boolean),
 }

@@ -15,7 +15,7 @@ from watcher import generator
 from watcher.managers.systemd import drop_ins, sandbox_settings, unit_drop_in
 from watcher.managers.systemd.drop_ins import DropIn, Unwritable
 from watcher.managers.systemd.units import DROPIN, Index
-from watcher.settings import syntax
+from watcher.settings import syntax, values
 
 PATHS = st.lists(nasty.NAMES.filter(lambda part: part not in (".", "..")), min_size=1, max_size=3).map(
     lambda parts: "/" + "/".join(parts)
@@ -52,10 +52,10 @@ def test_a_path_is_one_word_of_one_line_or_nothing(path: str, other: str, option
     found = []
     for section, key, value in written(str(drop_in)):
         if key == "ExtensionImages":
-            ((read, options, missing),) = syntax.extension_images(value, unescaped)
+            ((read, options, missing),) = values.extension_images(value, unescaped)
             assert (section, options, missing) == ("Service", "", optional)
         elif key == "ExtensionDirectories":
-            ((read, missing),) = syntax.extension_directories(value, unescaped)
+            ((read, missing),) = values.extension_directories(value, unescaped)
             assert (section, missing) == ("Service", optional)
         else:
             assert (section, key, value) == ("Unit", "After", "confext-watcher.service")
@@ -66,8 +66,8 @@ def test_a_path_is_one_word_of_one_line_or_nothing(path: str, other: str, option
 
 @given(SURE)
 def test_what_a_line_can_hold_is_never_refused(name: str) -> None:
-    assert syntax.extension_images(drop_ins.image(f"/{name}"), unescaped) == [(f"/{name}", "", False)]
-    assert syntax.extension_directories(drop_ins.path(f"/{name}"), unescaped) == [(f"/{name}", False)]
+    assert values.extension_images(drop_ins.image(f"/{name}"), unescaped) == [(f"/{name}", "", False)]
+    assert values.extension_directories(drop_ins.path(f"/{name}"), unescaped) == [(f"/{name}", False)]
 
 
 @pytest.mark.parametrize("line", nasty.LINES)
@@ -132,7 +132,7 @@ class Host:
             assert section in ("Unit", "Service")
             assert key in ("Wants", "After", "RequiresMountsFor", "ExtensionImages", "ExtensionDirectories")
             if key == "ExtensionDirectories":
-                found += syntax.extension_directories(value, unescaped)
+                found += values.extension_directories(value, unescaped)
         return [path for path, _ in found]
 
 
@@ -188,6 +188,6 @@ def test_a_sandbox_is_kept_in_lines_of_its_own(name: str) -> None:
     unit_drop_in._assign_again(drop_in, kept.again)
     for _, key, value in written(str(drop_in)):
         assert key in ("BindPaths", "ReadOnlyPaths")
-        (word,) = syntax.split(value)
+        (word,) = values.split(value)
         if key == "BindPaths":
             assert word.replace("%%", "%") == f"-/srv/{name}:/opt/{name}:norbind"

@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from watcher.settings import syntax
+from watcher.settings import syntax, values
 from watcher.settings.syntax import Assignment
 
 HIERARCHIES = ("/usr", "/opt", "/etc")
@@ -89,19 +89,14 @@ def repair(assignments: Sequence[Assignment], listing: Callable[[str], Iterable[
 def _protects(assignments: Sequence[Assignment]) -> bool:
     """`ProtectSystem=yes` and `full`; with `strict` all of it is below a read-only root, which is kept."""
     protect = syntax.last(assignments, "Service", "ProtectSystem")
-    if protect is None:
-        return False
-    try:
-        return protect.value == "full" or syntax.boolean(protect.value)
-    except ValueError:
-        return False
+    return values.flag(protect, default=protect is not None and protect.value == "full")
 
 
 def _words(assignments: Sequence[Assignment], key: str) -> list[str]:
     found: list[str] = []
-    for assignment in syntax.values(assignments, "Service", key):
+    for assignment in syntax.assigned(assignments, "Service", key):
         try:
-            found += syntax.split(assignment.value)
+            found += values.split(assignment.value)
         except ValueError:
             continue  # systemd leaves such a line out too
     return found

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from watcher.managers.systemd import drop_ins, sandbox_settings, units
 from watcher.managers.systemd.units import Index, Unit
-from watcher.settings import syntax
+from watcher.settings import syntax, values
 from watcher.text import Kind, shown
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def text(
 
 def _declares(parsed: syntax.Parsed) -> bool:
     keys = ("ExtensionImages", "ExtensionDirectories")
-    return any(syntax.values(parsed.assignments, "Service", key) for key in keys)
+    return any(syntax.assigned(parsed.assignments, "Service", key) for key in keys)
 
 
 def _is_known_empty(state_directory: str, unit: str) -> bool:
@@ -274,10 +274,9 @@ def _passed_through(entry: Entry) -> Listed | None:
 def _starts_before_us(names: Iterable[str], parsed: syntax.Parsed) -> bool:
     if any(name in _BEFORE_US or name.startswith("systemd-") for name in names):
         return True
-    default = syntax.last(parsed.assignments, "Unit", "DefaultDependencies")
-    if default and default.value.lower() in ("no", "false", "off", "0", "n", "f"):
+    if not values.flag(syntax.last(parsed.assignments, "Unit", "DefaultDependencies"), default=True):
         return True
-    before = syntax.values(parsed.assignments, "Unit", "Before")
+    before = syntax.assigned(parsed.assignments, "Unit", "Before")
     return any(word in _BEFORE_US for assignment in before for word in assignment.value.split())
 
 
@@ -291,14 +290,7 @@ def _restricts_devices(parsed: syntax.Parsed) -> bool:
     private = syntax.last(parsed.assignments, "Service", "PrivateDevices")
     policy = syntax.last(parsed.assignments, "Service", "DevicePolicy")
     return (
-        (private is not None and _is_true(private.value))
+        values.flag(private, default=False)
         or (policy is not None and policy.value in ("closed", "strict"))
-        or bool(syntax.values(parsed.assignments, "Service", "DeviceAllow"))
+        or bool(syntax.assigned(parsed.assignments, "Service", "DeviceAllow"))
     )
-
-
-def _is_true(text: str) -> bool:
-    try:
-        return syntax.boolean(text)
-    except ValueError:
-        return False

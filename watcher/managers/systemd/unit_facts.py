@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from watcher.managers.systemd import drop_ins, sandbox_settings, unit_drop_in, units
 from watcher.managers.systemd.units import DROPIN, Index, Unit
 from watcher.model import Declared, Remark
-from watcher.settings import config, syntax, unit_names
+from watcher.settings import config, syntax, unit_names, values
 from watcher.settings.config import ServiceSettings
 
 GENERATED = "/run/systemd/generator"
@@ -174,13 +174,13 @@ def _layers(text: str) -> list[tuple[str, str, bool]]:
 
     images = (
         image
-        for line in syntax.values(assignments, "Service", "ExtensionImages")
-        for image in syntax.extension_images(line.value, expand)
+        for line in syntax.assigned(assignments, "Service", "ExtensionImages")
+        for image in values.extension_images(line.value, expand)
     )
     directories = (
         (path, "", optional)
-        for line in syntax.values(assignments, "Service", "ExtensionDirectories")
-        for path, optional in syntax.extension_directories(line.value, expand)
+        for line in syntax.assigned(assignments, "Service", "ExtensionDirectories")
+        for path, optional in values.extension_directories(line.value, expand)
     )
     return [*images, *directories]
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from watcher.managers.systemd import sandbox_settings
-from watcher.settings import syntax, unit_names
+from watcher.settings import syntax, unit_names, values
 from watcher.settings.unit_names import UNIT_PATHS
 
 if TYPE_CHECKING:
@@ -130,13 +130,13 @@ def _sources(
 
     images = [
         image
-        for line in syntax.values(parsed.assignments, "Service", "ExtensionImages")
-        for image in syntax.extension_images(line.value, expand, complainer(line))
+        for line in syntax.assigned(parsed.assignments, "Service", "ExtensionImages")
+        for image in values.extension_images(line.value, expand, complainer(line))
     ]
     directories = [
         directory
-        for line in syntax.values(parsed.assignments, "Service", "ExtensionDirectories")
-        for directory in syntax.extension_directories(line.value, expand, complainer(line))
+        for line in syntax.assigned(parsed.assignments, "Service", "ExtensionDirectories")
+        for directory in values.extension_directories(line.value, expand, complainer(line))
     ]
     return Sources(images, directories)
 
