@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whom a command is made like: by a real process, in a namespace of its own."""
+"""What a command gets from a real process in namespaces of its own (managers/exec_context.py, managers/enter.py)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import pytest
 
 from support.needs import root, tool
 from watcher.managers import command
-from watcher.managers.exec_context import ExecContext, ExecOrder
+from watcher.managers.base import Ended
+from watcher.managers.exec_context import ExecContext, ExecOrder, context_of
 from watcher.model import Later
 from watcher.mounts.process import Process
 
@@ -115,24 +116,24 @@ def test_a_program_that_says_root_has_executed_it_is_lent_nothing(
                 with Racing(child.pid) as main:
                     main.after, main.go_on = after, become_root  # type: ignore[method-assign]
                     with pytest.raises(Later):
-                        command.context_of(main, environment)
+                        context_of(main, environment)
                     assert main.after == ""
             finally:
                 child.kill()
 
 
-async def run(main: Process, who: ExecContext, *words: str) -> command.Ended:
+async def run(main: Process, context: ExecContext, *words: str) -> Ended:
     namespace = main.namespace()
     try:
         with command.namespaces(main, namespace) as paths:
-            order = ExecOrder(paths, who, words, contained=True)
+            order = ExecOrder(paths, context, words, contained=True)
             return await command.run(order, timeout_sec=30)
     finally:
         os.close(namespace)
 
 
 async def test_its_root_directory_is_that_of_the_process(main: Process, jail: Path) -> None:
-    ended = await run(main, command.context_of(main, {}), "/bin/cat", "/inside")
+    ended = await run(main, context_of(main, {}), "/bin/cat", "/inside")
     assert (ended.reason, ended.output) == ("", "yes\n")
 
 
@@ -157,9 +158,9 @@ def another(jail: Path) -> None:
 async def test_whoever_exchanges_the_root_directory_gets_nothing_run(
     main: Process, jail: Path, exchange: Callable[[Path], None]
 ) -> None:
-    who = command.context_of(main, {})
+    context = context_of(main, {})
     exchange(jail)
-    ended = await run(main, who, "/bin/true")
+    ended = await run(main, context, "/bin/true")
     assert ended.reason == (
         "cannot be started: it cannot be given the service's namespaces, user, root or capabilities"
     )
@@ -167,7 +168,7 @@ async def test_whoever_exchanges_the_root_directory_gets_nothing_run(
 
 
 async def test_what_cannot_be_executed_is_said(main: Process) -> None:
-    ended = await run(main, command.context_of(main, {}), "/nowhere")
+    ended = await run(main, context_of(main, {}), "/nowhere")
     assert ended.reason == "cannot be started: No such file or directory"
 
 
@@ -177,4 +178,4 @@ async def test_what_was_to_run_it_says_why_it_has_failed(
     failing = (sys.executable, "-c", r"import sys; sys.exit('Traceback\nno such module')")
     monkeypatch.setattr(command, "PROGRAM", failing)
     with pytest.raises(Later, match=r"what was to run it has failed \(no such module\)$"):
-        await run(main, command.context_of(main, {}), "/bin/true")
+        await run(main, context_of(main, {}), "/bin/true")

@@ -11,8 +11,7 @@ import pytest
 import trio
 import trio.testing
 
-from watcher.managers.base import Reloaded, Service
-from watcher.managers.command import Ended
+from watcher.managers.base import Ended, Reloaded, Service
 from watcher.model import Declared, Entry, Later
 from watcher.mounts.process import Process
 from watcher.rounds import service_check

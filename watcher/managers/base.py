@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import trio
 
@@ -13,9 +13,6 @@ from watcher.model import Declared, Entry
 from watcher.mounts.process import Process
 from watcher.resolve.trust import BY_EXEC, IN_UNIT, Trust
 from watcher.settings.config import ServiceSettings
-
-if TYPE_CHECKING:
-    from watcher.managers.command import Ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +99,19 @@ class Reloaded:
     output: str = ""
     interrupted: bool = False
     usec: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a command ended.
+
+    Attributes:
+        reason: "" for success, else words that follow the name of the command.
+        output: what it printed, at most 64 KiB.
+    """
+
+    reason: str
+    output: str
 
 
 class Manager(Protocol):

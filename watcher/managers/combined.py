@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import trio
 
-from watcher.managers.base import Manager, Reloaded, Service
-from watcher.managers.command import Ended
+from watcher.managers.base import Ended, Manager, Reloaded, Service
 from watcher.model import Entry
 
 

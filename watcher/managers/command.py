@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Running a command where a service is: in its namespaces, as its user, with its environment, and no more rights.
+"""Telling a service's main process something by a signal, or by a command that runs as the service would run it.
 
-What the command is and may do is what the main process is and may do at the moment, as the kernel tells it in one
-piece, if that counts: rights of a user namespace that the service has made itself are none of the host's, and those of
-a set-user-ID program that it has executed (`su`, asking for a password) are not its own.
-
-A small program enters (`enter.py`), with systemd as a transient unit (`transient.py`), without it as a child
-of ours (`run_as_child`).
+The command has the service's namespaces, user and environment, and no more rights than its main process
+(`ExecContext`). A small program enters them (`enter.py`): with systemd in a transient unit (`transient.py`), without
+it as a child of ours (`run_as_child`).
 """
 
 from __future__ import annotations
@@ -15,13 +12,10 @@ import contextlib
 import errno
 import os
 import socket
-import struct
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, ParamSpec, TypeVar
 
@@ -29,11 +23,12 @@ import trio
 
 import watcher
 from watcher.managers import cgroup
+from watcher.managers.base import Ended, Reloaded
 from watcher.managers.enter import KINDS
 from watcher.managers.exec_context import ExecContext, ExecOrder
 from watcher.model import Later, shown
-from watcher.mounts.process import Gone, Process, namespace_id
-from watcher.settings.signals import reason_of
+from watcher.mounts.process import Process, namespace_id
+from watcher.settings.signals import reason_of, signal_name
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -47,33 +42,22 @@ PROGRAM: Final = (
     "-ISBc",
     f"import sys; sys.path.insert(0, {_LIBRARY!r}); from watcher.managers.enter import main; main(sys.argv[1])",
 )
-"""The program that enters; it is given the path of its order."""
+"""The program that enters; its argument is the path of an order."""
 
-# Seconds that killed processes are waited for; those that the kernel does not let go of are left to `enter.py`.
+# How long a killed child is waited for here. One that the kernel does not let go of is left to a thread.
 _DYING_SEC = 5.0
 
-# How often one that executes another program is looked at again, and after how many seconds.
-_TRIES, _EXECUTING_SEC = 20, 0.005
+# How long a new process may take to install its handler of a signal.
+_HANDLER_SEC = 5.0
 
-# What the machine is short of, which says nothing about the command.
+# The machine is short of something, which says nothing about the command.
 _SHORT = frozenset({errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC})
-
-# Keys of the auxiliary vector (getauxval(3)): what a process had when it executed its program.
-_AT_PAGESZ, _AT_UID, _AT_EUID, _AT_GID, _AT_EGID, _AT_SECURE = 6, 11, 12, 13, 14, 23
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """How a command ended: `reason` is "" for exit status 0, else words that follow its name; the output is cut."""
-
-    reason: str
-    output: str
 
 
 async def aside(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run what may block on a service's file system or memory, away from the event loop, while it is wanted.
+    """Run a function that may block on a service's file system or memory.
 
-    In a thread of its own, not one of trio's forty: a service that does not answer waits for itself alone.
+    It has a thread of its own, not one of trio's forty: a service that does not answer holds up itself alone.
     """
     alone = trio.CapacityLimiter(1)
     return await trio.to_thread.run_sync(
@@ -81,125 +65,29 @@ async def aside(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
     )
 
 
-# --- who ---
+async def send_signal(main: Process, number: int) -> Reloaded:
+    """Send a signal that asks for a reload, but not to a process that it would end.
 
-
-def context_of(main: Process, environment: Mapping[str, str] | None = None) -> ExecContext:
-    """What a service's main process has and is limited to. Blocks.
-
-    Args:
-        environment: what it was started with; None: what it has, which whoever controls it can choose.
+    A process that was started just now is given the time to install its handler.
 
     Raises:
         Gone: it has ended.
-        Later: its rights are not its own.
     """
-    executed, status, environ = _of_one_execution(main, with_environment=environment is None)
-    fields = dict(line.partition(":")[::2] for line in status.split("\n"))
-    # Uid: and Gid: list real, effective, saved and file system's.
-    users, groups = (tuple(map(int, fields[key].split())) for key in ("Uid", "Gid"))
-    _check_own(main, executed, users, groups)
-    if environment is None:
-        pairs = (pair.partition("=") for pair in environ.split("\0"))
-        environment = {name: value for name, _, value in pairs if name}
-    bounding = int(fields["CapBnd"], 16)
-    root, root_id = _root(main)
-    return ExecContext(
-        users[1],
-        groups[1],
-        tuple(int(group) for group in fields["Groups"].split()),
-        {**environment, "MAINPID": str(main.pid)},
-        # A program that root executes gets all that is in the bounding set, one that dropped some must not see it get
-        # them back.
-        bounding=bounding & int(fields["CapPrm"], 16) if users[1] == 0 else bounding,
-        ambient=int(fields["CapAmb"], 16),
-        no_new_privs=fields["NoNewPrivs"].strip() == "1",
-        root=root,
-        root_id=root_id,
-        cgroup=_cgroup(main),
-    )
+    deadline = trio.current_time() + _HANDLER_SEC
+    while not main.survives(number):
+        if trio.current_time() > deadline:
+            reason = f"{signal_name(number)} was not sent, it has no handler and would be ended by it"
+            return Reloaded(ok=True, reason=reason)
+        await trio.sleep(0.02)
+    main.signal(number)
+    return Reloaded(ok=True, told=signal_name(number))
 
 
-def _of_one_execution(main: Process, *, with_environment: bool) -> tuple[dict[int, int], str, str]:
-    """The auxiliary vector, the status and the environment of a process that executes nothing else meanwhile.
-
-    Its user may have written another vector into his own program (PR_SET_MM_MAP), and execute a set-user-ID one next.
-    """
-    for _ in range(_TRIES):
-        executed = _executed(main)
-        status, environ = main.read("status"), main.read("environ") if with_environment else ""
-        if executed and executed == _executed(main):
-            return executed, status, environ
-        time.sleep(_EXECUTING_SEC)
-    raise Later("could not be run: it is not known as whom its main process was executed")
-
-
-def _executed(main: Process) -> dict[int, int]:
-    """The auxiliary vector; {} while another program takes over."""
-    vector = main.read_bytes("auxv")
-    for pair in (struct.Struct("=QQ"), struct.Struct("=II")):  # of a 64-bit program, of a 32-bit one
-        found = dict(pair.iter_unpack(vector[: len(vector) // pair.size * pair.size]))
-        if found.get(_AT_PAGESZ) == os.sysconf("SC_PAGESIZE"):
-            return found
-    return {}
-
-
-def _check_own(
-    main: Process, executed: Mapping[int, int], users: Sequence[int], groups: Sequence[int]
-) -> None:
-    """Refuse rights that the main process was lent.
-
-    A program that another user than root has executed can only become somebody else if it is set-user-ID or
-    set-group-ID, or has a capability for it. In another user namespace than ours numbers mean something else; but that
-    is entered.
-    """
-    # What the kernel says; anybody can make his own program's vector say something else, before he executes another.
-    lent = users[0] != 0 and (len(set(users)) > 1 or len(set(groups)) > 1)
-    user = executed[_AT_UID]
-    before, after = (user, executed[_AT_GID]), (executed[_AT_EUID], executed[_AT_EGID])
-    ours = namespace_id(f"/proc/{main.pid}/ns/user") == namespace_id("/proc/self/ns/user")
-    if lent or (executed[_AT_SECURE] and before != after) or (ours and user != 0 and set(users) != {user}):
-        raise Later(
-            "could not be run: its main process runs a program with rights that are not its own;"
-            " start it as the user that it is to be"
-        )
-
-
-def _root(main: Process) -> tuple[str, tuple[int, int]]:
-    try:
-        path = f"/proc/{main.pid}/root"
-        found = os.readlink(path), namespace_id(path)
-    except FileNotFoundError:
-        raise Gone(f"process {main.pid} has ended") from None
-    if not main.alive():
-        raise Gone(f"process {main.pid} has ended")
-    return found
-
-
-def _cgroup(main: Process) -> str:
-    """Directory of a process's control group, "" if it is ours too, or cannot be seen from here."""
-    path = cgroup.directory(main.read("cgroup"))
-    other = path not in ("", cgroup.own_directory())
-    return path if other and os.access(f"{path}/cgroup.procs", os.W_OK) else ""
-
-
-def group_for(who: ExecContext) -> str:
-    """The control group below which a command gets one of its own, "" if none will do.
-
-    The service's, so that its limits hold. One that is not ours is delegated: its owner could move the command out.
-    """
-    path = who.cgroup or cgroup.own_directory()
-    try:
-        return path if path and os.stat(path).st_uid == os.geteuid() else ""
-    except OSError:
-        return ""
-
-
-# --- how ---
+# --- commands ---
 
 
 def path_of(fd: int) -> str:
-    """How root finds one of our descriptors."""
+    """The path by which root can open one of our descriptors."""
     return f"/proc/{os.getpid()}/fd/{fd}"
 
 
@@ -220,20 +108,16 @@ def namespaces(main: Process, mount: int) -> Iterator[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def told(order: ExecOrder) -> Iterator[str]:
-    """The path of an order, for `PROGRAM`."""
-    fd = os.memfd_create("confext-watcher-order", os.MFD_CLOEXEC)
-    try:
-        with open(fd, "wb", closefd=False) as file:
-            file.write(order.dump())
-        yield path_of(fd)
-    finally:
-        os.close(fd)
+def file_of(order: ExecOrder) -> Iterator[str]:
+    """The path of a file with an order in it, for `PROGRAM`."""
+    with open(os.memfd_create("confext-watcher-order", os.MFD_CLOEXEC), "wb", buffering=0) as file:
+        file.write(order.dump())
+        yield path_of(file.fileno())
 
 
 Run = Callable[[str, Process, int, ExecContext, Sequence[str], float], Awaitable[Ended]]
-"""Runs a command (`words`) for a service, like somebody, in a mount namespace (a descriptor) and in the other
-namespaces of its main process, for so many seconds at most; nothing of it survives.
+"""Runs a command (`words`) for a service, in a mount namespace (a descriptor) and the other namespaces of its main
+process, for `timeout_sec` at most. Nothing that the command has started survives.
 
     run(service, main, namespace, context, words, timeout_sec) -> Ended
 
@@ -244,26 +128,45 @@ Raises:
 
 
 async def run_as_child(
-    service: str, main: Process, namespace: int, who: ExecContext, words: Sequence[str], timeout_sec: float
+    service: str,
+    main: Process,
+    namespace: int,
+    context: ExecContext,
+    words: Sequence[str],
+    timeout_sec: float,
 ) -> Ended:
     """`Run` without systemd."""
     own = main.namespace()
     try:
-        # In a shadow it can have nothing to do with the service itself, whose PID would mean nothing to it.
+        # A check in a shadow has no use for the PIDs of the service; a reload command has.
         shadowed = namespace_id(namespace) != namespace_id(own)
     finally:
         os.close(own)
     with namespaces(main, namespace) as paths:
-        order = ExecOrder(paths, who, words, contained=True, group=group_for(who), private_pids=shadowed)
+        group = _group_for(context)
+        order = ExecOrder(paths, context, words, contained=True, group=group, private_pids=shadowed)
         return await run(order, timeout_sec=timeout_sec)
 
 
+def _group_for(context: ExecContext) -> str:
+    """The control group below which a command gets one of its own, "" if none will do.
+
+    It is the service's, so that the service's limits hold. If it is not ours, it is delegated: its owner could move the
+    command out.
+    """
+    path = context.cgroup or cgroup.own_directory()
+    try:
+        return path if path and os.stat(path).st_uid == os.geteuid() else ""
+    except OSError:
+        return ""
+
+
 async def run(order: ExecOrder, *, timeout_sec: float) -> Ended:
-    """Run a command as a child of ours and wait for its end; nothing of it survives.
+    """Run a command as a child of ours and wait for its end.
 
     Args:
         order: one that is `contained`.
-        timeout_sec: seconds after which it is killed.
+        timeout_sec: seconds after which the command is killed.
 
     Raises:
         Later: the machine could not start it now.
@@ -274,7 +177,7 @@ async def run(order: ExecOrder, *, timeout_sec: float) -> Ended:
         stream = trio.lowlevel.FdStream(reading)
         held.callback(stream.close)
         try:
-            with ours, told(order) as path:
+            with ours, file_of(order) as path:
                 try:
                     child = await trio.to_thread.run_sync(_start, path, theirs, writing)
                 except OSError as error:
@@ -311,7 +214,7 @@ async def _follow(
                 nursery.start_soon(gather, stream, output)
                 await trio.lowlevel.wait_readable(talk)
                 said = talk.recv(256)
-                # What holds the pipe open is about to be killed.
+                # The processes that still hold the pipe open are about to be killed.
                 nursery.cancel_scope.deadline = trio.current_time() + 0.1
     finally:
         talk.close()
@@ -319,15 +222,15 @@ async def _follow(
         os.close(pidfd)
     text = output.decode(errors="replace")
     if scope.cancelled_caught:
-        return Ended(f"was killed: it took longer than {timeout_sec:g} s", text)
+        return Ended(too_long(timeout_sec), text)
     return Ended(_reason(said.decode(), text), text)
 
 
 def _reason(said: str, output: str) -> str:
-    """What `enter.py` said in words that follow the name of a command; "" for success.
+    """What `enter.py` reported, in words that follow the name of a command; "" for success.
 
     Raises:
-        Later: it says nothing about the command.
+        Later: the report says nothing about the command.
     """
     if not said:
         raise Later(f"could not be run: what was to run it has failed{last_line(output)}")
@@ -355,7 +258,12 @@ async def gather(stream: trio.abc.ReceiveStream, output: bytearray) -> None:
         output += chunk[: OUTPUT_MAX - len(output)]
 
 
+def too_long(timeout_sec: float) -> str:
+    """`Ended.reason` of a command that was killed after so many seconds."""
+    return f"was killed: it took longer than {timeout_sec:g} s"
+
+
 def last_line(output: str) -> str:
-    """The end of what was printed, which mostly says what is wrong: " (LINE)", or ""."""
+    """The last line that a command has printed, which mostly says what is wrong: " (LINE)", or ""."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     return f" ({shown(lines[-1][:200])})" if lines else ""

@@ -24,9 +24,8 @@ from dataclasses import dataclass
 import trio
 
 from watcher.managers import command
-from watcher.managers.base import Reloaded, Service
-from watcher.managers.exec_context import ExecContext
-from watcher.managers.tell import send_signal
+from watcher.managers.base import Ended, Reloaded, Service
+from watcher.managers.exec_context import ExecContext, context_of
 from watcher.model import Declared, Entry, Interest, Kind, Later, Remark, shown
 from watcher.mounts.process import Gone, Process, descendants, namespace_id
 from watcher.mounts.workers import MountWorkers
@@ -288,7 +287,9 @@ class Standalone:
             return Reloaded(ok=True)  # it is not running, or takes no part any more
         try:
             if registration.reload_signal:
-                return await send_signal(service.main, signals.signal_number(registration.reload_signal))
+                return await command.send_signal(
+                    service.main, signals.signal_number(registration.reload_signal)
+                )
             if registration.reload_command:
                 return await self._run_command(service.main, registration)
         except Gone:
@@ -318,7 +319,7 @@ class Standalone:
 
     async def execute(
         self, service: Service, namespace: int, words: Sequence[str], timeout_sec: float
-    ) -> command.Ended:
+    ) -> Ended:
         """See `Manager.execute`."""
         registration = self._registrations.get(service.name)
         if service.main is None or registration is None:
@@ -332,7 +333,7 @@ class Standalone:
         namespace: int,
         words: Sequence[str],
         timeout_sec: float,
-    ) -> command.Ended:
+    ) -> Ended:
         self._workers.check_foreign(namespace_id(namespace))
         with held.hold() as main:
             who = await command.aside(_who, main, registration)
@@ -462,7 +463,7 @@ def _who(main: Process, registration: Registration) -> ExecContext:
             "could not be run: start the service again with `exec`, it was registered by an older version"
         )
     pairs = (pair.partition("=") for pair in registration.environment)
-    who = command.context_of(main, {name: value for name, _, value in pairs})
+    who = context_of(main, {name: value for name, _, value in pairs})
     # Afterwards: there is no way back, so what was found counts in the one that it was started in.
     if namespace_id(f"/proc/{main.pid}/ns/user") != registration.user_namespace:
         raise Later(

@@ -15,7 +15,8 @@ import trio
 from jeepney import HeaderFields, Message
 
 from watcher.managers import cgroup, command
-from watcher.managers.base import Reloaded, Service
+from watcher.managers.base import Ended, Reloaded, Service
+from watcher.managers.exec_context import context_of
 from watcher.managers.systemd import dbus, unit_drop_in
 from watcher.managers.systemd.daemon_reload import DaemonReload, ReloadRefused
 from watcher.managers.systemd.jobs import UnitJobs
@@ -23,7 +24,6 @@ from watcher.managers.systemd.systemd1 import DAEMON_RELOAD_SEC, Jobs, Systemd1,
 from watcher.managers.systemd.tracker import Tracker
 from watcher.managers.systemd.transient import Transient
 from watcher.managers.systemd.unit_facts import stale
-from watcher.managers.tell import send_signal
 from watcher.model import Entry, Interest, Unsupported
 from watcher.mounts.process import Gone, Process
 from watcher.records import journal
@@ -139,7 +139,7 @@ class Systemd:
             with held.hold() as main:
                 if not await self._unit_jobs.is_up(service.name, service.invocation):
                     return Reloaded(ok=True)
-                return await send_signal(main, number)
+                return await command.send_signal(main, number)
         except Gone:
             return Reloaded(
                 False, signals.signal_name(number), "its main process has ended", interrupted=True
@@ -155,14 +155,14 @@ class Systemd:
 
     async def execute(
         self, service: Service, namespace: int, words: Sequence[str], timeout_sec: float
-    ) -> command.Ended:
+    ) -> Ended:
         """See `Manager.execute`."""
         if service.main is None:
             raise Gone(f"{service.name} is not running")
         with service.main.hold() as main:
-            who = await command.aside(command.context_of, main)
+            context = await command.aside(context_of, main)
             return await self.transient.run(
-                service.name, main, namespace, who, words, timeout_sec, unit=service.name
+                service.name, main, namespace, context, words, timeout_sec, unit=service.name
             )
 
     async def processes(self, service: Service) -> list[int]:

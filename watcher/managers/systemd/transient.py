@@ -19,7 +19,8 @@ from typing import Any, Final
 import trio
 
 from watcher.managers import enter
-from watcher.managers.command import PROGRAM, Ended, gather, namespaces, path_of, told
+from watcher.managers.base import Ended
+from watcher.managers.command import PROGRAM, file_of, gather, namespaces, path_of, too_long
 from watcher.managers.exec_context import ExecContext, ExecOrder
 from watcher.managers.systemd import dbus
 from watcher.managers.systemd.systemd1 import Jobs, Systemd1
@@ -62,7 +63,7 @@ class Transient:
         service: str,
         main: Process,
         namespace: int,
-        who: ExecContext,
+        context: ExecContext,
         words: Sequence[str],
         timeout_sec: float,
         unit: str = "",
@@ -80,8 +81,8 @@ class Transient:
             ours = held.enter_context(open(writing, "wb", buffering=0))
             stream = trio.lowlevel.FdStream(reading)
             held.callback(stream.close)
-            order = ExecOrder(held.enter_context(namespaces(main, namespace)), who, words)
-            path = held.enter_context(told(order))
+            order = ExecOrder(held.enter_context(namespaces(main, namespace)), context, words)
+            path = held.enter_context(file_of(order))
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(gather, stream, output)
                 try:
@@ -144,11 +145,11 @@ async def _reason(systemd: Systemd1, name: str, result: str, timeout_sec: float)
     if result == "done":
         return ""
     if result == "timeout":
-        return f"was killed: it took longer than {timeout_sec:g} s"
+        return too_long(timeout_sec)
     if result == "failed":
         values = await systemd.service_properties(name)
         if values["Result"] == "timeout":
-            return f"was killed: it took longer than {timeout_sec:g} s"
+            return too_long(timeout_sec)
         if values["Result"] == "oom-kill":
             return "was killed: it took more memory than the service may have"
         status = int(values["ExecMainStatus"])
