@@ -16,9 +16,8 @@ import trio
 from watcher.managers.base import Service
 from watcher.model import Declared, Stack
 from watcher.mounts.process import Process
-from watcher.rounds.memory import Afterglow, Memory
 from watcher.rounds.rollback import Rollback
-from watcher.rounds.trials import Trials
+from watcher.rounds.state import Afterglow, Memory, Trials
 from watcher.settings.config import ServiceSettings
 
 STACK = Stack()

@@ -26,7 +26,7 @@ from watcher.images import tree
 from watcher.images.stacks import Stacks
 from watcher.managers.systemd.unit_drop_in import read_passed
 from watcher.records.ledger import Ledger
-from watcher.rounds.trials import Trials
+from watcher.rounds.state import Trials
 
 UNIT = "web.service"
 
@@ -42,7 +42,7 @@ from watcher.watch.lease import Lease
 from watcher.model import Event, Kind, Layer, Outcome, Stack
 from watcher.records.schema import Quarantined
 from watcher.images.store import Store
-from watcher.rounds.trials import Trial, Trials
+from watcher.rounds.state import Trial, Trials
 state, directory, *images = sys.argv[1:]
 UNIT = "web.service"
 

@@ -34,7 +34,7 @@ from watcher.resolve import scan
 from watcher.resolve.strict_modes import StrictModes
 from watcher.resolve.trust import ROOT_ALONE, Trust
 from watcher.rounds.choose import Choice, Passed, choose
-from watcher.rounds.trials import Trial
+from watcher.rounds.state import Trial
 
 STACK = "stack:"
 """A stack as a whole in the quarantine, for a change that brought no new content (a removal): with its identity."""

@@ -41,7 +41,7 @@ from watcher.records.schema import Quarantined, text
 from watcher.resolve import scan
 from watcher.resolve.strict_modes import StrictModes
 from watcher.rounds.desired import Desired, find, newest_whole
-from watcher.rounds.trials import Trial, Trials
+from watcher.rounds.state import Trial, Trials
 from watcher.settings.config import ServiceSettings, Settings
 from watcher.watch.answers import comes_back
 

@@ -15,16 +15,15 @@ import trio
 from watcher.images import tries
 from watcher.images.store import Store
 from watcher.managers.base import Reloaded, Service
-from watcher.model import Event, Stack, shown
+from watcher.managers.command import last_line
+from watcher.model import Event, Stack
 from watcher.mounts.converge import Converged, as_stack
 from watcher.records import journal
 from watcher.rounds import messages
 from watcher.rounds.desired import Desired, bad
-from watcher.rounds.memory import Afterglow, Memory
 from watcher.rounds.messages import Times
 from watcher.rounds.outcomes import Outcomes
-from watcher.rounds.pending import Pending
-from watcher.rounds.trials import Trial, Trials
+from watcher.rounds.state import Afterglow, Memory, Pending, Trial, Trials
 from watcher.watch.offload import Offload
 from watcher.watch.watcher import Watcher
 
@@ -117,7 +116,9 @@ class Rollback:
             return True
         # Its reload stays owed until the way back has been judged: what is kept out for the moment only is forgotten by
         # who is killed now, and the next one has to find out again that this stack does not do.
-        await self.keep_out(service, memory, stack, _with_output(reloaded), reloaded.output)
+        await self.keep_out(
+            service, memory, stack, reloaded.reason + last_line(reloaded.output), reloaded.output
+        )
         return False
 
     def _end_as_bad(self, service: Service, desired: Desired) -> None:
@@ -148,7 +149,9 @@ class Rollback:
             self._end_as_bad(service, desired)
             await self._record.outcome(event)
             return True
-        await self.keep_out(service, memory, desired.stack, _with_output(judged), judged.output)
+        await self.keep_out(
+            service, memory, desired.stack, judged.reason + last_line(judged.output), judged.output
+        )
         return False
 
     async def stopped(self, service: Service, memory: Memory, desired: Desired, revived: Reloaded) -> None:
@@ -244,8 +247,3 @@ def _runs(service: Service) -> bool:
 
 def _labels(stack: Stack) -> str:
     return ", ".join(layer.label for layer in reversed(stack.layers)) or "its own /etc"
-
-
-def _with_output(reloaded: Reloaded) -> str:
-    lines = [line.strip() for line in reloaded.output.splitlines() if line.strip()]
-    return f"{reloaded.reason} ({shown(lines[-1][:200])})" if lines else reloaded.reason

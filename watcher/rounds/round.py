@@ -33,14 +33,12 @@ from watcher.resolve import scan
 from watcher.rounds import messages
 from watcher.rounds.desired import Desired, find
 from watcher.rounds.judge import judge_start, reload_and_judge
-from watcher.rounds.memory import Memory
 from watcher.rounds.messages import Times
 from watcher.rounds.outcomes import Outcomes, signatures
-from watcher.rounds.pending import Pending
 from watcher.rounds.rollback import Rollback
 from watcher.rounds.rollout import Bid, Rollout, Sibling
 from watcher.rounds.service_check import check
-from watcher.rounds.trials import Trial, Trials
+from watcher.rounds.state import Memory, Pending, Trial, Trials
 from watcher.watch.offload import Offload, Unanswered
 from watcher.watch.patient import PatientWatcher
 
@@ -211,7 +209,7 @@ class Rounds:
         """Whether there is nothing left to wait for."""
         if not memory.blameless:
             await self._judge.before_look(service, memory)
-        _let_in_at_start(service, memory)
+        memory.let_in_at_start(service.invocation)
         rolling = service.settings.rollout == "rolling"
         if rolling:
             self._rollout.begin(service.name)
@@ -497,17 +495,6 @@ def _offers(service: Service) -> set[str]:
     """Where the files are that a service could have. Blocks."""
     picks = scan.look(service.declared).picks
     return {os.path.realpath(candidate.path) for pick in picks for candidate in pick.candidates}
-
-
-def _let_in_at_start(service: Service, memory: Memory) -> None:
-    """What is kept out for the moment is tried again once somebody has started the service anew.
-
-    Not when systemd or a rollback did, because the service went down: each try would be the next outage.
-    """
-    if service.invocation and memory.held_for != service.invocation:
-        if not memory.fell:
-            memory.held.clear()
-        memory.held_for, memory.fell = service.invocation, False
 
 
 def _as_it_is(service: Service) -> Service:

@@ -1,32 +1,23 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Before the swap: the service's own test of the new `/etc` (`Check=`), where the service cannot see it.
 
-The test runs in a shadow of the service's mount namespace that has the new stack on `/etc`: `nginx -t` reads what nginx
-would read, sandbox mounts, root directory and all. Whatever it does to mounts is gone with the shadow, and whatever it
-leaves running its manager ends.
+The test runs in a shadow of the service's mount namespace that has the new stack on `/etc`. So `nginx -t` reads what
+nginx would read, with the same sandbox mounts and root directory. What the test does to mounts goes with the shadow.
+The service's manager ends what the test leaves running.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from watcher.managers.base import Manager, Service
-from watcher.managers.command import last_line
+from watcher.managers.command import Ended, last_line
 from watcher.model import Copy, Later, Stack, shown
 from watcher.mounts.process import Process
 from watcher.mounts.shadow import shadow
 from watcher.mounts.workers import MountWorkers
 from watcher.settings import values
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What a test says: `reason` is "" when all is well, else one line; `output` is what it printed."""
-
-    reason: str = ""
-    output: str = ""
 
 
 async def check(
@@ -36,8 +27,8 @@ async def check(
     main: Process,
     stack: Stack,
     copies: Mapping[str, Copy],
-) -> Verdict:
-    """Run every `Check=` of a running service against a stack, in order, until one fails.
+) -> Ended:
+    """Run every `Check=` of a running service against a stack, in order, until one fails: as `run_all()`.
 
     Raises:
         Gone: the service has ended.
@@ -45,7 +36,7 @@ async def check(
         HostNamespace, Refused, OSError, ...: as `swap()`.
     """
     if not service.settings.check:
-        return Verdict()
+        return Ended("", "")
     namespace = main.namespace()
     try:
         shadowed = await workers.run(shadow, workers, namespace, stack, copies)
@@ -61,8 +52,14 @@ async def check(
 
 async def run_all(
     manager: Manager, service: Service, namespace: int, commands: tuple[str, ...], usec: int, what: str
-) -> Verdict:
+) -> Ended:
     """Run command lines one after the other, each for at most `usec` microseconds, until one fails.
+
+    Args:
+        what: what they are, for the reason: "check".
+
+    Returns:
+        With a whole line as the reason, and the output of all that were run.
 
     Raises:
         Gone: the service has ended.
@@ -76,5 +73,5 @@ async def run_all(
             raise Later(f"{what} {shown(command)!r} {error}") from error
         output += ended.output
         if ended.reason:
-            return Verdict(f"{what} {shown(command)!r} {ended.reason}{last_line(ended.output)}", output)
-    return Verdict("", output)
+            return Ended(f"{what} {shown(command)!r} {ended.reason}{last_line(ended.output)}", output)
+    return Ended("", output)
