@@ -19,7 +19,7 @@ from watcher.managers.systemd import sd_notify
 from watcher.model import Busy, Later
 from watcher.mounts.workers import Hung
 from watcher.records import journal
-from watcher.rounds.round import Tools
+from watcher.rounds.tools import Tools
 from watcher.settings.config import Settings
 from watcher.watch.offload import Offload
 

@@ -32,8 +32,9 @@ from watcher.mounts.process import may_mount
 from watcher.mounts.workers import Hung, MountWorkers
 from watcher.records import durable, journal
 from watcher.records.ledger import Ledger
-from watcher.rounds.round import Rounds, Tools
+from watcher.rounds.round import Rounds
 from watcher.rounds.state import Pending, Trials
+from watcher.rounds.tools import Tools
 from watcher.settings import config
 from watcher.settings.config import Settings
 from watcher.watch.offload import Offload

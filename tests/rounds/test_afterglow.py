@@ -28,8 +28,9 @@ class Bad(Rollback):
 
     def __init__(self, trials: Trials) -> None:
         nothing = cast(Any, None)
-        store = cast(Any, SimpleNamespace(accepted=lambda name: STACK))
-        super().__init__(store, nothing, trials, nothing, nothing, nothing)
+        store = SimpleNamespace(accepted=lambda name: STACK, was_damaged=lambda name, since: False)
+        tools = SimpleNamespace(store=store, trials=trials, pending=None, watcher=None, offload=None)
+        super().__init__(cast(Any, tools), nothing)
         self.bad: list[Stack] = []
 
     async def keep_out(self, service: Service, memory: Memory, stack: Stack, *args: Any, **more: Any) -> None:
@@ -52,9 +53,9 @@ async def test_a_service_that_goes_down_just_after_it_was_told(tmp_path: Path, s
         replace(service, invocation="third", restarts=1),
     ):
         memory.afterglow = glow = Afterglow(0, trio.current_time() + 60, STACK)
-        await judge.before_look(replace(service, invocation="second"), memory)
+        await judge.notice_failure(replace(service, invocation="second"), memory)
         assert (judge.bad, memory.afterglow) == ([], glow)  # it is up: nothing is said yet
-        await judge.before_look(down, memory)
+        await judge.notice_failure(down, memory)
         assert (judge.bad, memory.afterglow) == ([STACK], None)
         judge.bad.clear()
 
@@ -64,8 +65,8 @@ async def test_one_that_somebody_stops_or_that_goes_down_later_says_nothing(
 ) -> None:
     judge, memory = Bad(Trials(str(tmp_path))), Memory()
     memory.afterglow = Afterglow(3, trio.current_time() + 60, STACK)
-    await judge.before_look(replace(service, main=None, invocation=""), memory)
-    await judge.before_look(replace(service, invocation="second", restarts=0), memory)
+    await judge.notice_failure(replace(service, main=None, invocation=""), memory)
+    await judge.notice_failure(replace(service, invocation="second", restarts=0), memory)
     memory.afterglow = Afterglow(0, trio.current_time(), STACK)
-    await judge.before_look(replace(service, main=None, invocation="", failed=True), memory)
+    await judge.notice_failure(replace(service, main=None, invocation="", failed=True), memory)
     assert (judge.bad, memory.afterglow) == ([], None)

@@ -16,7 +16,6 @@ from watcher.managers.base import Service
 from watcher.model import Declared, Kind, Layer, Look, Stack
 from watcher.rounds.desired import Desired
 from watcher.rounds.rollout import Bid, Rollout, Sibling, may_go
-from watcher.rounds.round import Rounds
 from watcher.settings.config import ServiceSettings
 from watcher.watch.offload import Offload
 
@@ -67,7 +66,7 @@ def test_never_more_than_one_has_what_nobody_has_proved_good(
     count: int, parallel: int, data: st.DataObject
 ) -> None:
     asked: list[str] = []
-    rollout = Rollout(asked.append)
+    rollout = Rollout(asked.append, cast(Any, None))
     names = [f"s{number}" for number in range(count)]
     accepted: set[str] = set()
     proved: set[str] = set()
@@ -99,7 +98,7 @@ def test_never_more_than_one_has_what_nobody_has_proved_good(
 
 def test_who_waits_is_asked_again_when_a_round_of_another_is_over() -> None:
     asked: list[str] = []
-    rollout = Rollout(asked.append)
+    rollout = Rollout(asked.append, cast(Any, None))
     rollout.begin("a")
     with rollout.turn("a", Bid(NEW, 1, running=True, fresh=False, siblings=[])) as its_turn:
         assert its_turn
@@ -133,18 +132,9 @@ async def test_one_whose_files_do_not_answer_is_not_waited_for(tmp_path: Path) -
         drops("other.service", tmp_path / "none", running),
         drops("hung.service", tmp_path / "hung", running),
     ]
-    nothing = cast(Any, None)
-    tools = SimpleNamespace(
-        store=nothing,
-        pending=nothing,
-        trials=nothing,
-        ledger=nothing,
-        watcher=nothing,
-        offload=Offload(),
-    )
     layer = Layer("web.raw", "web", "1", "d" * 64, Kind.IMAGE, str(image))
     desired = Desired(Look((), (), (), False), Stack((layer,)), (), Stack(), recorded=False)
     with hanging(tmp_path / "shown", tmp_path / "hung") as dead:
         dead.hang()
-        rounds = Rounds(cast(Any, tools))
-        assert await rounds._offered(asks, desired, frozenset({layer.digest}), others) == {"good.service"}
+        rollout = Rollout(lambda name: None, cast(Any, SimpleNamespace(offload=Offload())))
+        assert await rollout._offered(asks, desired, frozenset({layer.digest}), others) == {"good.service"}

@@ -30,7 +30,8 @@ from watcher.records.schema import (
 from watcher.resolve.strict_modes import StrictModes
 from watcher.rounds import messages
 from watcher.rounds.desired import bad
-from watcher.rounds.round import Rounds, Tools
+from watcher.rounds.round import Rounds
+from watcher.rounds.tools import Tools
 from watcher.watch.offload import Unanswered
 
 Write = Callable[..., Awaitable[None]]

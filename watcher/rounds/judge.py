@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """After the swap: ask the service to reload, and judge how it takes it.
 
-Judged are the reload's own result, the main process (the same, and alive), the unit (not failed), and what the unit
-asks for: `HealthCheck=`, tried again until it succeeds or `HealthCheckSec=` is over, and `HealthWatchSec=`, for which
-the service must stay up. A service that was started on its stack is judged likewise, but for the reload.
+The reload must succeed, the main process must be the same and alive, the unit must not have failed. Then comes what the
+unit asks for: `HealthCheck=`, tried again until it succeeds or `HealthCheckSec=` is over, and `HealthWatchSec=`, for
+which the service must stay up. A service that was started on its stack is judged likewise, without the reload.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import trio
 from watcher.managers.base import Manager, Reloaded, Service
 from watcher.model import Later
 from watcher.mounts.process import Gone, Process
+from watcher.rounds import messages
+from watcher.rounds.outcomes import say
 from watcher.rounds.service_check import run_all
 
 _RETRY_SEC = 0.2
@@ -24,7 +26,7 @@ _POLL_SEC = 0.02
 # How long a manager may take to notice what has become of a process, in seconds.
 _NOTICED_SEC = 2.0
 
-# With Rollout=rolling others follow when it was good here: one that a signal ends must be seen to have ended.
+# With Rollout=rolling others follow a good verdict: the end of one that a reload signal kills must be seen before.
 _ROLLING_WATCH_USEC = 1_000_000
 
 
@@ -35,7 +37,7 @@ async def reload_and_judge(manager: Manager, service: Service, main: Process) ->
         main: its main process, held by the caller.
 
     Returns:
-        None if it was stopped or started anew by somebody while it was watched.
+        None if an operator stopped it or started it anew while it was watched.
 
     Raises:
         Later: whether it has reloaded could not be found out.
@@ -43,6 +45,7 @@ async def reload_and_judge(manager: Manager, service: Service, main: Process) ->
     begun = trio.current_time()
     reloaded = await manager.reload(service)
     reloaded = replace(reloaded, usec=round((trio.current_time() - begun) * 1_000_000))
+    say("debug", service.name, messages.told(reloaded))
     if reloaded.interrupted:
         if not main.alive() and not await _went_down(manager, service, main):
             return None
@@ -52,7 +55,7 @@ async def reload_and_judge(manager: Manager, service: Service, main: Process) ->
     if reloaded.told == "restart":
         after = await _restarted(manager, service)
         if after is None:
-            return reloaded  # stopped by somebody meanwhile
+            return reloaded  # an operator has stopped it meanwhile
         if after.main is None:
             return _ended(reloaded, "after its restart")
         with after.main.hold() as new:
@@ -69,7 +72,7 @@ async def judge_start(manager: Manager, service: Service, main: Process) -> Relo
         main: its main process, held by the caller.
 
     Returns:
-        None if its main process has ended without its going down: it was done (`Type=oneshot`), or somebody stopped it.
+        None if its main process has ended and it did not go down: it was done (`Type=oneshot`), or was stopped.
     """
     up = False
 
@@ -97,6 +100,7 @@ async def _judge(
     if service.settings.rollout == "rolling":
         watch = max(watch, _ROLLING_WATCH_USEC)
     if reloaded.ok and watch:
+        say("debug", service.name, f"on trial for {watch / 1_000_000:g} s more")
         with trio.move_on_after(watch / 1_000_000):
             await trio.lowlevel.wait_readable(main.pidfd)
             when = f"within {watch / 1_000_000:g} s of {since}"
@@ -119,7 +123,7 @@ def _as_before(manager: Manager, service: Service, main: Process, reloaded: Relo
 async def _why_ended(
     manager: Manager, service: Service, main: Process, reloaded: Reloaded, when: str
 ) -> Reloaded | None:
-    """The verdict on a service whose main process has ended; None if it was done, or somebody stopped it."""
+    """The verdict on a service whose main process has ended; None if it was done, or was stopped."""
     return _ended(reloaded, when) if await _went_down(manager, service, main) else None
 
 
@@ -171,6 +175,7 @@ async def _health(
             except Gone:
                 return await _why_ended(manager, service, main, reloaded, f"after {since}")
             if not verdict.reason:
+                say("debug", service.name, "health check passed")
                 return reloaded
             if not main.alive():
                 return await _why_ended(manager, service, main, reloaded, f"after {since}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The outcomes of a round, in words that somebody understands at three in the morning. Pure."""
+"""The outcomes of a round, in words that an operator understands at three in the morning. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 
 from watcher.managers.base import Reloaded
 from watcher.model import Event, Incomplete, Layer, Outcome, Stack, shown
+from watcher.mounts.converge import Converged
 from watcher.rounds.choose import Passed, describe
+from watcher.rounds.desired import Desired
 
 _REBASED = "the host's /etc has changed, same stack"
 
@@ -33,10 +35,11 @@ def applied(
     swapped: bool,
     rebased: bool = False,
 ) -> Event:
-    """A stack was put in place, or had been already by somebody who was then killed, and the service was told.
+    """A stack is in place, and the service was told.
 
     Args:
-        rebased: it is the stack that the service had, because of what the host has done to its own `/etc`.
+        swapped: it was put there now. Else it was there already: the watcher was killed before it told the service.
+        rebased: the service had this stack. It was made anew because the host has changed its own `/etc`.
     """
     what = describe(before, stack)
     if swapped and rebased:
@@ -47,8 +50,7 @@ def applied(
     else:
         sentence = "its stack was in place already"
     if reloaded.told:
-        done = "sent" if reloaded.told.startswith("SIG") else "done"
-        sentence += f", {reloaded.told} {done} in {duration(times.reload)}"
+        sentence += f", {_done(reloaded)} in {duration(times.reload)}"
     else:
         sentence += f"; {reloaded.reason or 'it was not told to reload, it has no way to'}"
     return _of_stack(service, Outcome.APPLIED, sentence, before, stack, reloaded, times)
@@ -90,7 +92,7 @@ def rolled_back(
         output: what the command printed that the bad one failed by.
     """
     was = ", ".join(new.label for new in _new_layers(good, bad)) or "the stack without it"
-    back = ", ".join(layer.label for layer in reversed(good.layers)) or "its own /etc"
+    back = labels(good)
     sentence = f"{was} taken out again: {why}; "
     if not running and reloaded.ok:
         sentence += f"it is not running, its next start gets {back}"
@@ -101,12 +103,12 @@ def rolled_back(
         sentence += f"back on {back}, but that failed too: {reloaded.reason}; it is not tried again"
     both = "\n".join(part.rstrip("\n") for part in (output, reloaded.output) if part)
     event = _of_stack(service, Outcome.ROLLED_BACK, sentence, bad, good, reloaded, times)
-    # Whoever waits for the image that was dropped waits for this.
+    # A `wait` for the image that was dropped waits for this.
     return replace(event, reason=why, output=both, **_about(good, bad))
 
 
 def accepted(service: str, before: Stack, stack: Stack, *, starting: bool, headless: bool = False) -> Event:
-    """The service does not run, or not yet, or not with a main process: its slots were set."""
+    """Its slots were set, and nothing else: it does not run, or not yet, or not with a main process."""
     when = "it is not running, its next start gets it"
     if starting:
         when = "it is being started, and gets it"
@@ -135,7 +137,7 @@ def refused(service: str, passed: Passed, kept: Layer | None, stack: Stack) -> E
 
 
 def check_failed(service: str, before: Stack, stack: Stack, reason: str, output: str) -> Event:
-    """The service's own check did not like the new `/etc`, which it never saw."""
+    """The service's own check refused the new `/etc`. The service never saw it."""
     sentence = f"{describe(before, stack)}, refused: {reason}; the service was not touched"
     reloaded = Reloaded(ok=False, reason=reason, output=output)
     return _of_stack(service, Outcome.REFUSED, sentence, before, stack, reloaded, Times())
@@ -148,9 +150,57 @@ def needs_restart(service: str, reason: str) -> Event:
 
 
 def not_placed(service: str, reason: str, *, again: bool) -> Event:
-    """The kernel did not let us put the stack in place."""
+    """The stack could not be put in place."""
     sentence = f"its stack could not be put in place{', it is tried again' if again else ''}: {reason}"
     return event(service, Outcome.FAILED, sentence, reason=reason)
+
+
+# --- steps of a round, for LogLevel=debug ---
+
+
+def looked(desired: Desired) -> str:
+    """What a look found."""
+    count = sum(len(pick.candidates) for pick in desired.look.picks)
+    how = "as accepted"
+    if desired.rolling_back:
+        how = "rolling back"
+    elif desired.pinned:
+        how = "put on it by hand"
+    elif desired.fallen:
+        how = "a copy is damaged"
+    elif desired.new:
+        how = "new"
+    elif desired.on_trial:
+        how = "on trial"
+    candidates = f"{count} candidate{'' if count == 1 else 's'}"
+    return f"looked: {candidates}, desired {labels(desired.stack)} ({how})"
+
+
+def converged(found: Converged) -> str:
+    """What a swap did."""
+    if not found.swaps:
+        return "shows its stack already"
+    where = "" if found.swaps == 1 else f" in {found.swaps} mount namespaces"
+    return f"swapped{where} in {duration(found.usec)}"
+
+
+def told(reloaded: Reloaded) -> str:
+    """What asking for a reload came to."""
+    if reloaded.reason:
+        return f"reload: {reloaded.reason}"
+    return f"reload: {_done(reloaded)}" if reloaded.told else "reload: it has no way to be told"
+
+
+# --- parts ---
+
+
+def labels(stack: Stack) -> str:
+    """What a person calls a stack, topmost first: "web 1.4, base 2"."""
+    return ", ".join(layer.label for layer in reversed(stack.layers)) or "its own /etc"
+
+
+def _done(reloaded: Reloaded) -> str:
+    return f"{reloaded.told} {'sent' if reloaded.told.startswith('SIG') else 'done'}"
 
 
 def event(service: str, outcome: Outcome, sentence: str, **fields: str) -> Event:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The last step of a round: what became of it, into the journal, the history and the quarantine.
+"""The last step of a round: write what became of it into the journal, the history and the quarantine.
 
-What was said is remembered, so that it is said once for as long as it lasts; nothing is decided by that.
+`Outcomes` remembers what it has said, and says it once for as long as it lasts. Nothing is decided by that.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Outcomes:
         """
         journal.record(event, "critical" if critical else None)
         self._unwritten.append(event)
-        with trio.CancelScope(shield=True):  # it has happened, also when we are about to end
+        with trio.CancelScope(shield=True):  # it has happened, even if the watcher is about to end
             async with self._writing:
                 await self._write()
         self._told(event)
@@ -65,31 +65,31 @@ class Outcomes:
     async def _write(self) -> None:
         events, self._unwritten = self._unwritten, []
         if not events:
-            return  # they were in somebody else's commit
+            return  # another service's outcome has taken this one along
         try:
             await trio.to_thread.run_sync(self._ledger.append, *events)
         except LedgerError as error:
             journal.log.error(f"history: {error}")
 
     def placed(self, service: str) -> None:
-        """Its stack could be put in place: what prevented that before is over."""
+        """Its stack was put in place: what prevented that before is over."""
         self._not_placed.pop(service, None)
         self._needs_restart.pop(service, None)
 
     async def not_placed(self, service: str, error: Exception) -> None:
-        """Its stack could not be put in place, or what was begun has to wait: said once for as long as it is so."""
+        """Its stack could not be put in place, or has to wait. Says so once for as long as it lasts."""
         reason = printable(problem(error))
         if self._not_placed.get(service) == reason:
             return
         self._not_placed[service] = reason
         if isinstance(error, Later):
-            _log("warning", f"{service}: {reason}; it is tried again by itself", service)
+            say("warning", service, f"{reason}; it is tried again by itself")
         else:
-            # What is refused waits for somebody to see to it.
+            # What is refused is not tried again by itself.
             await self.outcome(messages.not_placed(service, reason, again=not isinstance(error, Refused)))
 
     async def needs_restart(self, service: str, invocation: str, reason: str) -> None:
-        """Its main process shares the host's namespace; said once for each start of the service."""
+        """Its main process shares the host's namespace. Says so once for each start of the service."""
         if self._needs_restart.get(service) != invocation:
             self._needs_restart[service] = invocation
             await self.outcome(messages.needs_restart(service, reason))
@@ -104,7 +104,7 @@ class Outcomes:
         """Keep what is new in a stack out of the service; the stack itself where nothing in it is new.
 
         Args:
-            event: the outcome that this is, if it is one already: recorded in the same commit, since what is in
+            event: the outcome that this is, if it is one already. One commit records both, because what is in
                 quarantine is not said again.
 
         Returns:
@@ -117,7 +117,7 @@ class Outcomes:
         contents = []
         for digest, source in (new or {STACK + bad.id: ""}).items():
             counters = tries.counted(source)
-            # Another service's success may have removed the counters meanwhile: then there is no other try.
+            # If another service's success has removed the counters meanwhile, there is no other try.
             if counters is not None and counters.left and await self._is_there(service, source):
                 held[digest] = f"{reason}; tries left: {counters.left}"
             else:
@@ -137,7 +137,7 @@ class Outcomes:
         try:
             return await self._offload.run(service, os.path.lexists, path)
         except Unanswered:
-            return True  # nobody has removed what cannot be seen
+            return True  # it cannot be seen, which is not removed
 
     def _write_quarantine(self, contents: Sequence[Quarantined], event: Event | None) -> None:
         with self._ledger.round() as made:
@@ -147,15 +147,15 @@ class Outcomes:
                 made.append(event)
 
     async def look(self, service: str, desired: Desired) -> None:
-        """What a look found that is worth a line, unless it was said already and has been so ever since."""
+        """Say what a look found that is worth a line, unless it was said already and has been so ever since."""
         before = self._said.get(service, frozenset())
-        # Of what could not be looked at nothing is known to be over.
+        # Where the look was incomplete, what was said before may still be so.
         said: set[_Key] = set(before) if desired.look.unknown else set()
         key: _Key
         for remark in desired.look.remarks:
             key = (remark.path, remark.text)
             if key not in before:
-                _log(remark.level, f"{service}: {shown(remark.path)}: {remark.text}", service)
+                say(remark.level, service, f"{shown(remark.path)}: {remark.text}")
             said.add(key)
         for passed in desired.passed:
             key = (
@@ -169,8 +169,8 @@ class Outcomes:
         if desired.waiting is not None:
             key = ("pinned", desired.waiting.id)
             if key not in before:
-                waits = f"{service}: stays on the stack that it was put on by hand; `rollback --forget`"
-                _log("warning", f"{waits} lets it have what was dropped since", service)
+                waits = "stays on the stack that it was put on by hand; `rollback --forget`"
+                say("warning", service, f"{waits} lets it have what was dropped since")
             said.add(key)
         self._said[service] = frozenset(said)
 
@@ -178,15 +178,14 @@ class Outcomes:
         path = shown(passed.candidate.path)
         known = isinstance(passed.reason, KeptOut) and self._is_known(service, passed)
         if known or passed.slot in {entry.slot for entry in desired.sysexts}:
-            _log("debug", f"{service}: {path} {passed.reason}", service)
+            say("debug", service, f"{path} {passed.reason}")
         elif isinstance(passed.reason, Refused):
             kept = next((one for one in desired.stack.layers if one.slot == passed.slot), None)
             await self.outcome(messages.refused(service, passed, kept, desired.stack))
         elif isinstance(passed.reason, Later):
-            waits = f"{service}: {path} has to wait, it is tried again by itself: {passed.reason}"
-            _log("warning", waits, service)
+            say("warning", service, f"{path} has to wait, it is tried again by itself: {passed.reason}")
         else:
-            _log("debug", f"{service}: {path} has to wait: {passed.reason}", service)
+            say("debug", service, f"{path} has to wait: {passed.reason}")
 
     def _is_known(self, service: str, passed: Passed) -> bool:
         """Whether this very file was said to be bad when it was put into the quarantine."""
@@ -195,8 +194,8 @@ class Outcomes:
 
 
 def signatures(passed: Sequence[Passed]) -> dict[str, tuple[int, ...]]:
-    """Of what was passed over, by path: another file by the same name is said again. Blocks."""
-    # What lies behind an unsafe link is nobody's to know, not even that it changes.
+    """Of the files that were passed over, by path: another file by the same name is said again. Blocks."""
+    # An unsafe link may lead to what its owner cannot see. Not even that it changes is to be told.
     return {
         one.candidate.path: _signature(one.candidate.path, follow=not isinstance(one.reason, Unsafe))
         for one in passed
@@ -211,5 +210,6 @@ def _signature(path: str, *, follow: bool) -> tuple[int, ...]:
     return (status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def _log(level: str, line: str, service: str) -> None:
-    getattr(journal.log, level)(line, service=service)
+def say(level: str, service: str, line: str) -> None:
+    """One line about a service; with level "debug", a step of its round and what that decided."""
+    getattr(journal.log, level)(f"{service}: {line}", service=service)

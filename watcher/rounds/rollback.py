@@ -1,64 +1,55 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What becomes of a stack that was put in place: it proved good, it is kept out from now on, or it stays as it is.
 
-A stack that proves bad goes into the quarantine, and nothing else is done here: the next look then finds that the
-accepted stack is not to be used, and the newest one that is gets back in its place. Only a stack on trial
-(`trials.py`) can be found bad. If the way back fails too, that is said, and nothing more is tried.
+A stack that proves bad goes into the quarantine, and nothing else is done here. The next look finds that the accepted
+stack is not to be used, and puts the newest one that is in its place. Only a stack on trial can be found bad. If the
+way back fails too, that is said, and nothing more is tried.
+
+Each verdict is written down in this order: the outcome, then that the service is owed no reload, then that the stack is
+on trial no more. If the watcher is killed in between, the next round may record the same outcome twice. The other way
+round it would make the reload again, for a stack that was judged already, and record another outcome.
 """
 
 from __future__ import annotations
 
 import functools
+import time
 
 import trio
 
 from watcher.images import tries
-from watcher.images.store import Store
 from watcher.managers.base import Reloaded, Service
 from watcher.managers.command import last_line
 from watcher.model import Event, Stack
 from watcher.mounts.converge import Converged, as_stack
-from watcher.records import journal
 from watcher.rounds import messages
 from watcher.rounds.desired import Desired, bad
 from watcher.rounds.messages import Times
-from watcher.rounds.outcomes import Outcomes
-from watcher.rounds.state import Afterglow, Memory, Pending, Trial, Trials
-from watcher.watch.offload import Offload
-from watcher.watch.watcher import Watcher
+from watcher.rounds.outcomes import Outcomes, say
+from watcher.rounds.state import Afterglow, Memory, Next, Trial
+from watcher.rounds.tools import Tools
 
-# Seconds after a reload in which the end of the main process is put down to it. Nothing waits for this.
+# Seconds after a reload in which the stack is to blame if the main process ends. Nothing waits for this.
 _AFTERGLOW_SEC = 1.0
 
 
 class Rollback:
-    """Verdicts, and what follows from them.
+    """Verdicts, and what follows from them."""
 
-    Who is killed in between leaves the next one to go on, so the order matters: the outcome is recorded, then the
-    service is owed no reload any more, then its stack is on trial no more. The other way round, a reload that is still
-    owed for a stack that was judged already would be made again, and recorded as an outcome of its own. What may come
-    twice is the same outcome.
-    """
+    def __init__(self, tools: Tools, outcomes: Outcomes) -> None:
+        self._store = tools.store
+        self._pending = tools.pending
+        self._trials = tools.trials
+        self._watcher = tools.watcher
+        self._offload = tools.offload
+        self._outcomes = outcomes
 
-    def __init__(
-        self,
-        store: Store,
-        pending: Pending,
-        trials: Trials,
-        record: Outcomes,
-        watcher: Watcher,
-        offload: Offload,
-    ) -> None:
-        self._store = store
-        self._pending = pending
-        self._trials = trials
-        self._record = record
-        self._watcher = watcher
-        self._offload = offload
+    # --- before a look ---
 
-    async def before_look(self, service: Service, memory: Memory) -> None:
-        """What has become of the last stack since: the service may have gone down with it."""
-        if not service.settings.rollback:
+    async def notice_failure(self, service: Service, memory: Memory) -> None:
+        """If the service has gone down with its last stack since the last round, keep that out."""
+        await self._look_at_copies(service, memory)
+        if memory.blameless or not service.settings.rollback:
             return
         glow = memory.afterglow
         if glow is not None and trio.current_time() >= glow.until:
@@ -67,23 +58,32 @@ class Rollback:
             memory.afterglow = None
             reason = "its main process ended soon after the reload"
             await self.keep_out(service, memory, glow.stack, reason, down=True)
-        await self._failed_to_start(service, memory)
+        await self._notice_failed_start(service, memory)
 
-    async def _failed_to_start(self, service: Service, memory: Memory) -> None:
-        # Why a standalone service ended only its parent is told: short-lived programs are no failures.
-        if (
-            service.main is not None
-            or service.starting
-            or not service.failed
-            or service.manager == "standalone"
-        ):
+    async def _look_at_copies(self, service: Service, memory: Memory) -> None:
+        """If a service went down with a damaged copy, its configuration is not to blame."""
+        if service.main is not None:
+            memory.ran = time.monotonic()
+        if service.main is not None or not service.failed:
+            memory.blameless = None
+        elif memory.blameless is None:
+            damaged = functools.partial(self._store.was_damaged, service.slots, memory.ran)
+            memory.blameless = await trio.to_thread.run_sync(damaged, abandon_on_cancel=True)
+            if memory.blameless:
+                memory.afterglow = None
+
+    async def _notice_failed_start(self, service: Service, memory: Memory) -> None:
+        down = service.main is None and service.failed and not service.starting
+        if not down or not _says_why_it_ended(service):
             return
         trial, current = self._trials.of(service.name), self._store.accepted(service.slots)
         if trial is None or trial.was_down or current is None or current.id != trial.stack:
             return
         await self.keep_out(service, memory, current, "the service failed on it before it had proved good")
 
-    async def reloaded(
+    # --- verdicts ---
+
+    async def after_reload(
         self,
         service: Service,
         memory: Memory,
@@ -91,17 +91,13 @@ class Rollback:
         converged: Converged,
         reloaded: Reloaded,
         times: Times,
-    ) -> bool:
-        """A stack is in place and the service was told; False: something else is wanted now."""
+    ) -> Next:
+        """A stack is in place, and the service was told."""
         name, stack = service.name, desired.stack
         memory.afterglow = None
+        say("debug", name, _verdict(reloaded))
         if desired.bad is not None:
-            event = messages.rolled_back(
-                name, desired.bad, stack, desired.why, reloaded, times, running=True, output=memory.output
-            )
-            await self._outcome(event, critical=not reloaded.ok)
-            self._trials.end(name)
-            return False
+            return await self._rolled_back(service, memory, desired, reloaded, times, running=True)
         rebased = _is_rebased(converged, desired)
         before = stack if rebased else _shown_before(converged, desired, self._before(service, desired))
         if reloaded.ok:
@@ -109,66 +105,43 @@ class Rollback:
             event = messages.applied(name, before, stack, reloaded, times, swapped=swapped, rebased=rebased)
             await self._outcome(event)
             await self._proved_good(service, memory, desired)
-            return True
+            return Next.DONE
         if not service.settings.rollback or desired.pinned or not desired.on_trial:
-            self._end_as_bad(service, desired)
+            self._stays_though_bad(service, desired)
             await self._outcome(messages.failed(name, before, stack, reloaded, times, rebased=rebased))
-            return True
-        # Its reload stays owed until the way back has been judged: what is kept out for the moment only is forgotten by
-        # who is killed now, and the next one has to find out again that this stack does not do.
-        await self.keep_out(
-            service, memory, stack, reloaded.reason + last_line(reloaded.output), reloaded.output
-        )
-        return False
+            return Next.DONE
+        # The reload stays owed until the way back was judged. What has tries left is kept out in memory only: if the
+        # watcher is killed now, the next one reloads again, and finds out again that this stack is bad.
+        reason = reloaded.reason + last_line(reloaded.output)
+        await self.keep_out(service, memory, stack, reason, reloaded.output)
+        return Next.LOOK_AGAIN
 
-    def _end_as_bad(self, service: Service, desired: Desired) -> None:
-        """End the trial of what did not do and stays. Before the outcome: on trial it would be taken for good next."""
-        if desired.on_trial and service.settings.rollout == "rolling":
-            self._trials.begin(service.name, Trial(desired.stack.id, bad=True))
-        else:
-            self._trials.end(service.name)
-
-    async def _outcome(self, event: Event, *, critical: bool = False) -> None:
-        await self._record.outcome(event, critical=critical)
-        self._pending.paid(event.service)
-
-    async def started(self, service: Service, memory: Memory, desired: Desired, judged: Reloaded) -> bool:
-        """A service was started on a stack on trial; False: something else is wanted now."""
+    async def after_start(self, service: Service, memory: Memory, desired: Desired, judged: Reloaded) -> Next:
+        """A service was started on a stack on trial."""
+        say("debug", service.name, _verdict(judged))
         if judged.ok:
-            journal.log.info(
-                f"{service.name}: started well on {_labels(desired.stack)}", service=service.name
-            )
+            say("info", service.name, f"started well on {messages.labels(desired.stack)}")
             await self._proved_good(service, memory, desired)
-            if service.manager == "standalone":
-                memory.afterglow = None  # as in _failed_to_start()
-            return True
+            if not _says_why_it_ended(service):
+                memory.afterglow = None
+            return Next.DONE
         if not service.settings.rollback:
-            event = messages.failed(
-                service.name, self._before(service, desired), desired.stack, judged, Times()
+            before = self._before(service, desired)
+            self._stays_though_bad(service, desired)
+            await self._outcomes.outcome(
+                messages.failed(service.name, before, desired.stack, judged, Times())
             )
-            self._end_as_bad(service, desired)
-            await self._record.outcome(event)
-            return True
-        await self.keep_out(
-            service, memory, desired.stack, judged.reason + last_line(judged.output), judged.output
-        )
-        return False
+            return Next.DONE
+        reason = judged.reason + last_line(judged.output)
+        await self.keep_out(service, memory, desired.stack, reason, judged.output)
+        return Next.LOOK_AGAIN
 
-    async def stopped(self, service: Service, memory: Memory, desired: Desired, revived: Reloaded) -> None:
-        """The slots of a service that does not run have a good stack again."""
-        assert desired.bad is not None
-        event = messages.rolled_back(
-            service.name,
-            desired.bad,
-            desired.stack,
-            desired.why,
-            revived,
-            Times(),
-            running=bool(revived.told),
-            output=memory.output,
-        )
-        await self._outcome(event, critical=not revived.ok)
-        self._trials.end(service.name)
+    async def after_revival(
+        self, service: Service, memory: Memory, desired: Desired, revived: Reloaded
+    ) -> Next:
+        """The slots of a service that does not run have a good stack again; it was started on it, if it went down."""
+        running = bool(revived.told)
+        return await self._rolled_back(service, memory, desired, revived, Times(), running=running)
 
     async def keep_out(
         self,
@@ -181,26 +154,65 @@ class Rollback:
         *,
         down: bool = False,
     ) -> None:
-        """Whatever is new in a stack is not to come (back) into the service.
+        """Keep whatever is new in a stack out of the service from now on.
 
         Args:
             output: what the command printed that the stack failed by.
             event: the outcome, if it is one already (`Outcomes.quarantine`).
             down: the service went down with it, though it may have been started again since.
         """
+        say("debug", service.name, f"kept out: {messages.labels(stack)}: {reason}")
         memory.output = output
-        # Why a standalone service ended nobody tells us; its next `exec` makes the next try by itself.
-        memory.fell = service.manager != "standalone" and (down or not _runs(service))
+        # The next `exec` of one that does not say why it ended makes the next try by itself.
+        memory.fell = _says_why_it_ended(service) and (down or not _runs(service))
         good = await trio.to_thread.run_sync(self._newest_good, service, stack, dict(memory.held))
-        memory.held |= await self._record.quarantine(service.name, good, stack, reason, event)
+        memory.held |= await self._outcomes.quarantine(service.name, good, stack, reason, event)
+
+    # --- parts ---
+
+    async def _rolled_back(
+        self,
+        service: Service,
+        memory: Memory,
+        desired: Desired,
+        reloaded: Reloaded,
+        times: Times,
+        *,
+        running: bool,
+    ) -> Next:
+        assert desired.bad is not None
+        event = messages.rolled_back(
+            service.name,
+            desired.bad,
+            desired.stack,
+            desired.why,
+            reloaded,
+            times,
+            running=running,
+            output=memory.output,
+        )
+        await self._outcome(event, critical=not reloaded.ok)
+        self._trials.end(service.name)
+        return Next.LOOK_AGAIN
+
+    async def _outcome(self, event: Event, *, critical: bool = False) -> None:
+        await self._outcomes.outcome(event, critical=critical)
+        self._pending.paid(event.service)
+
+    def _stays_though_bad(self, service: Service, desired: Desired) -> None:
+        """End its trial. Before the outcome is recorded: while on trial, the next round would take it for good."""
+        if desired.on_trial and service.settings.rollout == "rolling":
+            self._trials.begin(service.name, Trial(desired.stack.id, bad=True))
+        else:
+            self._trials.end(service.name)
 
     def _newest_good(self, service: Service, stack: Stack, held: dict[str, str]) -> Stack:
-        kept_out = held | self._record.kept_out(service.name)
+        kept_out = held | self._outcomes.kept_out(service.name)
         stacks = (self._store.accepted(service.slots) or Stack(), *self._store.stacks(service.slots))
         return next((one for one in stacks if one.id != stack.id and not bad(one, kept_out)), Stack())
 
     def _before(self, service: Service, desired: Desired) -> Stack:
-        """The newest accepted stack that is another than the wanted one."""
+        """The newest accepted stack that is not the desired one."""
         if desired.current.id != desired.stack.id:
             return desired.current
         stacks = self._store.stacks(service.slots)
@@ -223,11 +235,11 @@ class Rollback:
 
 
 def _is_rebased(converged: Converged, desired: Desired) -> bool:
-    """Whether the service had this very stack, and was given it anew because what lies beneath is another now."""
+    """Whether the service had this very stack, and got it anew because what lies beneath is another now."""
     if desired.on_trial or desired.current.id != desired.stack.id:
         return False
-    # One that systemd made for a start on its slots, and that does not show what these would: what was done to the
-    # host's /etc was done while nobody was looking.
+    # systemd made the mount at the start of the service, from these slots, and it shows something else by now: the
+    # host's /etc was changed while no watcher ran.
     return converged.rebased or (converged.swaps > 0 and converged.before.layers is None)
 
 
@@ -241,9 +253,14 @@ def _shown_before(converged: Converged, desired: Desired, good: Stack) -> Stack:
     return as_stack(converged.before)
 
 
+def _says_why_it_ended(service: Service) -> bool:
+    """Only its parent is told why a standalone service ended. Short-lived programs are no failures."""
+    return service.manager != "standalone"
+
+
 def _runs(service: Service) -> bool:
     return service.main is not None and service.main.pidfd >= 0 and service.main.alive()
 
 
-def _labels(stack: Stack) -> str:
-    return ", ".join(layer.label for layer in reversed(stack.layers)) or "its own /etc"
+def _verdict(judged: Reloaded) -> str:
+    return "judged good" if judged.ok else f"judged bad: {judged.reason}"
