@@ -153,7 +153,7 @@ def told(state: Path) -> Told:
         return (
             frozenset(f"{event.outcome.value} {event.stack}" for event in ledger.history()),
             frozenset(one.digest for one in ledger.quarantined(UNIT)),
-            frozenset(ledger.pins().values()),
+            frozenset(filter(None, [ledger.pinned(UNIT)])),
         )
 
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""History, quarantine and pins: what the kernel's mount table cannot remember; `$STATE_DIRECTORY/ledger.sqlite`.
+"""History, quarantine and pins, which no mount table remembers: `$STATE_DIRECTORY/ledger.sqlite`.
 
-**What decides is kept in memory.** Quarantine and pins are read at the start and written through: a full disk must not
-let a bad image back in, round after round. What could not be written is written with the next round that can be.
-There is one writer of these two, the daemon; `exec` only ever adds to the history beside it.
+**What decides is kept in memory.** The daemon reads quarantine and pins at its start, and writes changes through. So a
+full disk does not let a bad image back in: what could not be written is written with the next round that can be. The
+daemon is the one writer of these two; `exec` only adds to the history.
 
-**A broken ledger never stops a service.** One that is corrupt, unreadable or from a newer version is set aside under
-another name and a new one is begun, with one remark. Writes that fail raise LedgerError, to be logged and gone on
-from. What a kill or a full disk leaves behind, and why a reader needs nothing but to read: `database.py`.
+**A broken ledger never stops a service.** The daemon sets a file aside that is corrupt, unreadable or from a newer
+version, begins a new one, and says so in one remark. A write that fails raises LedgerError, which the caller logs.
+What a kill or a full disk leaves behind, and why a reader needs nothing but to read: `database.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,13 @@ CREATE TABLE pins (service TEXT PRIMARY KEY, stack TEXT NOT NULL) WITHOUT ROWID;
 """
 
 _FORMAT = database.Format(application=0x43464558, version=1, tables=_TABLES)
-"""A new column, table or value of Outcome makes the version one more, with a step that brings old files up to it."""
+"""Whoever adds a column, a table or a value of Outcome raises the version, and adds a step that brings old files up."""
 
 _COLUMNS = tuple(field.name for field in dataclasses.fields(Event))
 _KEYS = tuple(schema.to_dict(Event("", Outcome.APPLIED, "", 0)))
 _SELECTED = ", ".join(f'"{column}"' for column in _COLUMNS)
 _APPEND = f"INSERT INTO history ({_SELECTED}) VALUES ({', '.join('?' * len(_COLUMNS))})"
-# Those that are about another image than the ones in the stack have not swapped anything.
+# An outcome about an image outside the stack has swapped nothing.
 _PLACED = """SELECT max("when") FROM history WHERE service = ? AND stack = ? AND swap_usec IS NOT NULL
     AND outcome IN ('applied', 'failed', 'rolled-back')"""
 _PRUNE = "DELETE FROM history WHERE id <= (SELECT max(id) FROM history) - ?"
@@ -66,31 +66,33 @@ _PRUNE_OUTPUTS = """UPDATE history SET output = '' WHERE output <> '' AND id <=
     (SELECT id FROM history WHERE output <> '' ORDER BY id DESC LIMIT 1 OFFSET ?)"""
 _ALL_QUARANTINE = 'SELECT service, digest, reason, "when", source FROM quarantine ORDER BY "when"'
 _ALL_PINS = "SELECT service, stack FROM pins"
-_QUARANTINE = "INSERT OR REPLACE INTO quarantine VALUES (?, ?, ?, ?, ?)"
-_FORGET = "DELETE FROM quarantine WHERE service = ? AND digest = ?"
-_PIN = "INSERT OR REPLACE INTO pins VALUES (?, ?)"
-_UNPIN = "DELETE FROM pins WHERE service = ?"
+_PUT = {
+    "quarantine": "INSERT OR REPLACE INTO quarantine VALUES (?, ?, ?, ?, ?)",
+    "pins": "INSERT OR REPLACE INTO pins VALUES (?, ?)",
+}
+_DROP = {
+    "quarantine": "DELETE FROM quarantine WHERE service = ? AND digest = ?",
+    "pins": "DELETE FROM pins WHERE service = ?",
+}
 
 _LIMIT_MAX = 2**31
-_Statement = tuple[str, Sequence[object]]
+_Row = Sequence[object]
+_Key = tuple[str, ...]
+"""A table with one decision for each key, and the key: ("quarantine", SERVICE, DIGEST), ("pins", SERVICE)."""
 
 
 class LedgerError(Exception):
-    """The ledger could not be read or written: one line that names the file. To be logged and gone on from."""
+    """The ledger could not be read or written: `str()` is one line that names the file. Log it and go on."""
 
 
 class _Reading:
     """What can be asked; `_rows()` is how."""
 
-    def _rows(self, sql: str, parameters: Sequence[object] = ()) -> list[Any]:
+    def _rows(self, sql: str, parameters: _Row = ()) -> list[Any]:
         raise NotImplementedError
 
     def history(self, service: str | None = None, limit: int = 100) -> list[Event]:
-        """Outcomes of a service, or of all, newest first.
-
-        Raises:
-            LedgerError: it cannot be read.
-        """
+        """Outcomes of a service, or of all, newest first. Raises LedgerError."""
         where, parameters = ("WHERE service = ?", [text(service)]) if service is not None else ("", [])
         sql = f"SELECT {_SELECTED} FROM history {where} ORDER BY id DESC LIMIT ?"
         return [_event(row) for row in self._rows(sql, [*parameters, min(max(limit, 0), _LIMIT_MAX)])]
@@ -102,18 +104,14 @@ class _Reading:
         return {event.service: event for event in map(_event, self._rows(sql))}
 
     def placed(self, service: str, stack: str) -> int | None:
-        """When the service was last given a stack, microseconds since the epoch; None: not known.
-
-        Raises:
-            LedgerError: it cannot be read.
-        """
+        """When the service last got a stack, in microseconds since the epoch; None: not known. Raises LedgerError."""
         return next((when for (when,) in self._rows(_PLACED, [text(service), stack])), None)
 
 
 class Reader(_Reading):
-    """The ledger for one that only reads: without the daemon, without write permission, without a ledger being there.
+    """The ledger for one that only reads: it needs no daemon, no write permission, and no file.
 
-    Opened anew for each question, so that no lock outlives one.
+    It opens the file anew for each question, so that no lock outlives one.
     """
 
     def __init__(self, state_directory: str) -> None:
@@ -121,17 +119,13 @@ class Reader(_Reading):
 
     def quarantined(self, service: str | None = None) -> list[Quarantined]:
         """What is in quarantine for a service, or for all, oldest first. Raises LedgerError."""
-        return _of(service, _quarantine_in(self._rows(_ALL_QUARANTINE)))
-
-    def is_quarantined(self, service: str, digest: str) -> bool:
-        """Whether the service must not get this content. Raises LedgerError."""
-        return any(content.digest == digest for content in self.quarantined(service))
+        return _of(service, self._rows(_ALL_QUARANTINE))
 
     def pins(self) -> dict[str, str]:
         """Service to the identity of the stack it was put on by hand. Raises LedgerError."""
         return dict(self._rows(_ALL_PINS))
 
-    def _rows(self, sql: str, parameters: Sequence[object] = ()) -> list[Any]:
+    def _rows(self, sql: str, parameters: _Row = ()) -> list[Any]:
         # Not by opening it: closing a descriptor drops the locks of any Ledger in this process (fcntl_locking(2)).
         if not os.path.lexists(self._path):
             return []
@@ -145,39 +139,45 @@ class Reader(_Reading):
 
 
 class Round:
-    """What one round has to record; written in one commit when its `with` block ends. Made by `Ledger.round()`."""
+    """What one round records: `Ledger.round()` makes it, and commits it when its block ends."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._statements: list[_Statement] = []
+        self.events: list[_Row] = []
 
     def append(self, event: Event) -> None:
         """Adds an outcome to the history."""
-        self._statements.append((_APPEND, _event_row(event)))
+        self.events.append(_event_row(event))
 
     def quarantine(self, content: Quarantined) -> None:
         """Keeps content out of a service, at once and from now on, whether or not it can be written down."""
-        self._ledger._put_quarantined(content)
+        clean = schema.from_dict(Quarantined, schema.to_dict(content))
+        key = ("quarantine", clean.service, clean.digest)
+        self._ledger._decide({key: dataclasses.astuple(clean)})
 
     def forget(self, service: str, digest: str | None = None) -> list[Quarantined]:
         """Lets one content, or everything, of a service back in; returns what was let in."""
-        return self._ledger._drop_quarantined(service, digest)
+        found = [one for one in self._ledger.quarantined(service) if digest in (None, one.digest)]
+        self._ledger._decide({}, {("quarantine", one.service, one.digest) for one in found})
+        return found
 
     def pin(self, service: str, stack: str) -> None:
         """Remembers that the service was put on this stack by hand."""
-        self._ledger._put_pin(service, stack)
+        self._ledger._decide({("pins", text(service)): (text(service), stack)})
 
     def unpin(self, service: str) -> bool:
         """Forgets the pin; whether there was one."""
-        return self._ledger._drop_pin(service)
+        pinned = self._ledger.pinned(service) is not None
+        if pinned:
+            self._ledger._decide({}, {("pins", text(service))})
+        return pinned
 
 
 class Ledger(_Reading):
     """The ledger for its writer, the daemon; every method may be called from any thread.
 
     Attributes:
-        remarks: what the administrator should be told about the file (set aside, cannot be made); the caller logs and
-            clears it.
+        remarks: about the file, for the administrator (set aside, cannot be made); the caller logs and clears them.
     """
 
     def __init__(self, state_directory: str, history_max: int = HISTORY_MAX) -> None:
@@ -185,14 +185,13 @@ class Ledger(_Reading):
         self.remarks: list[Remark] = []
         self._path = Path(state_directory, NAME)
         self._history_max = history_max
-        # The database is one thread's at a time; what is in memory is replaced, never changed, and read without it.
+        # For the database and for changes in memory. Readers need no lock: a change replaces `_decided`.
         self._lock = threading.Lock()
         self._db: sqlite3.Connection | None = None
         self._loaded = False
-        self._quarantine: dict[tuple[str, str], Quarantined] = {}
-        self._pins: dict[str, str] = {}
-        # By what they are about, so that a disk that stays full does not make them grow.
-        self._owed: dict[tuple[str, ...], _Statement] = {}
+        self._decided: dict[_Key, _Row] = {}
+        # Decisions that the file does not have yet. By key, so that a disk that stays full does not make them grow.
+        self._owed: set[_Key] = set()
         with self._lock:
             try:
                 self._open()
@@ -220,13 +219,11 @@ class Ledger(_Reading):
         try:
             yield made
         finally:
-            self._commit(made._statements)
+            self._commit(made.events)
 
     def append(self, *events: Event) -> None:
         """Adds outcomes to the history, in one commit. Raises LedgerError."""
-        with self.round() as made:
-            for event in events:
-                made.append(event)
+        self._commit([_event_row(event) for event in events])
 
     def quarantine(self, content: Quarantined) -> None:
         """Keeps content out of a service; holds even when it raises LedgerError."""
@@ -248,84 +245,55 @@ class Ledger(_Reading):
         with self.round() as made:
             return made.unpin(service)
 
-    def is_quarantined(self, service: str, digest: str) -> bool:
-        """Whether the service must not get this content; from memory."""
-        return (text(service), digest) in self._quarantine
-
     def quarantined(self, service: str | None = None) -> list[Quarantined]:
         """What is in quarantine for a service, or for all, oldest first; from memory."""
-        return _of(service, self._quarantine.values())
+        return _of(service, [row for (table, *_), row in self._decided.items() if table == "quarantine"])
 
     def pinned(self, service: str) -> str | None:
         """The stack that the service was put on by hand; from memory."""
-        return self._pins.get(text(service))
+        pin = self._decided.get(("pins", text(service)))
+        return str(pin[1]) if pin else None
 
-    def pins(self) -> dict[str, str]:
-        """Service to the stack it was put on by hand; from memory."""
-        return dict(self._pins)
-
-    def _put_quarantined(self, content: Quarantined) -> None:
-        clean = schema.from_dict(Quarantined, schema.to_dict(content))
-        key = (clean.service, clean.digest)
+    def _decide(self, put: Mapping[_Key, _Row], drop: Set[_Key] = frozenset()) -> None:
         with self._lock:
-            self._quarantine = {**self._quarantine, key: clean}
-            self._owed["quarantine", *key] = (_QUARANTINE, dataclasses.astuple(clean))
+            decided = {**self._decided, **put}
+            self._decided = {key: row for key, row in decided.items() if key not in drop}
+            self._owed |= put.keys() | drop
 
-    def _drop_quarantined(self, service: str, digest: str | None) -> list[Quarantined]:
+    def _commit(self, events: Sequence[_Row]) -> None:
         with self._lock:
-            gone = {
-                key: content
-                for key, content in self._quarantine.items()
-                if key[0] == text(service) and digest in (None, key[1])
-            }
-            self._quarantine = {key: left for key, left in self._quarantine.items() if key not in gone}
-            self._owed.update({("quarantine", *key): (_FORGET, key) for key in gone})
-        return list(gone.values())
-
-    def _put_pin(self, service: str, stack: str) -> None:
-        with self._lock:
-            self._pins = {**self._pins, text(service): stack}
-            self._owed["pin", text(service)] = (_PIN, (text(service), stack))
-
-    def _drop_pin(self, service: str) -> bool:
-        with self._lock:
-            pinned = text(service) in self._pins
-            self._pins = {name: stack for name, stack in self._pins.items() if name != text(service)}
-            if pinned:
-                self._owed["pin", text(service)] = (_UNPIN, (text(service),))
-        return pinned
-
-    def _commit(self, statements: Sequence[_Statement]) -> None:
-        if statements:
-            statements = [*statements, (_PRUNE, (self._history_max,)), (_PRUNE_OUTPUTS, (OUTPUTS_KEPT,))]
-        with self._lock:
-            if not statements and not self._owed:
+            if not events and not self._owed:
                 return
             try:
-                self._write(statements)
+                self._write(events)
             except sqlite3.Error as error:
                 if not database.is_lost(error):
                     raise _error(self._path, "cannot be written", error) from error
-                # Found out only now: what was in the file is lost, what is in memory is not.
+                # The file is lost, memory is not: the new file gets what is in memory.
                 try:
-                    self._write(statements)
+                    self._write(events)
                 except sqlite3.Error as again:
                     raise _error(self._path, "cannot be written", again) from again
 
-    def _write(self, statements: Sequence[_Statement]) -> None:
+    def _write(self, events: Sequence[_Row]) -> None:
         db = self._opened()
         try:
             db.execute("BEGIN IMMEDIATE")
-            for sql, parameters in [*self._owed.values(), *statements]:
-                db.execute(sql, parameters)
+            for table, *key in self._owed:
+                row = self._decided.get((table, *key))
+                db.execute(_DROP[table] if row is None else _PUT[table], row or key)
+            if events:
+                db.executemany(_APPEND, events)
+                db.execute(_PRUNE, (self._history_max,))
+                db.execute(_PRUNE_OUTPUTS, (OUTPUTS_KEPT,))
             db.execute("COMMIT")
         except sqlite3.Error:
-            # A connection whose write failed half-way is not worth trusting; opening it anew plays the journal back.
+            # This connection may hold half a write; opening the file anew plays the journal back.
             self._close()
             raise
         self._owed.clear()
 
-    def _rows(self, sql: str, parameters: Sequence[object] = ()) -> list[Any]:
+    def _rows(self, sql: str, parameters: _Row = ()) -> list[Any]:
         with self._lock:
             try:
                 return self._opened().execute(sql, parameters).fetchall()
@@ -360,33 +328,16 @@ class Ledger(_Reading):
 
     def _load(self, db: sqlite3.Connection) -> None:
         if self._loaded:
-            # Opened again, perhaps another file: what is in memory is what counts.
-            self._owe_everything()
+            # It may be another file by now: what is in memory is what counts.
+            self._owed |= self._decided.keys()
             return
-        stored = {
-            (content.service, content.digest): content
-            for content in _quarantine_in(db.execute(_ALL_QUARANTINE))
+        stored: dict[_Key, _Row] = {
+            ("quarantine", row[0], row[1]): row for row in db.execute(_ALL_QUARANTINE)
         }
-        pins = dict(db.execute(_ALL_PINS))
+        stored |= {("pins", row[0]): row for row in db.execute(_ALL_PINS)}
         # What was decided before the file could be opened is newer than what the file says.
-        for about, *key in self._owed:
-            if about == "pin":
-                pins.pop(key[0], None)
-            else:
-                stored.pop((key[0], key[1]), None)
-        self._quarantine = {**stored, **self._quarantine}
-        self._pins = {**pins, **self._pins}
+        self._decided = {key: row for key, row in stored.items() if key not in self._owed} | self._decided
         self._loaded = True
-
-    def _owe_everything(self) -> None:
-        for key, content in self._quarantine.items():
-            self._owed["quarantine", *key] = (_QUARANTINE, dataclasses.astuple(content))
-        for pin in self._pins.items():
-            self._owed["pin", pin[0]] = (_PIN, pin)
-
-
-def _quarantine_in(rows: Iterable[Any]) -> list[Quarantined]:
-    return [Quarantined(*row) for row in rows]
 
 
 def _error(path: Path, what: str, error: Exception) -> LedgerError:
@@ -394,16 +345,13 @@ def _error(path: Path, what: str, error: Exception) -> LedgerError:
     return LedgerError(f"{shown(str(path))}: {what}: {why}")
 
 
-def _of(service: str | None, contents: Iterable[Quarantined]) -> list[Quarantined]:
-    return [content for content in contents if service is None or content.service == text(service)]
+def _of(service: str | None, rows: Iterable[Any]) -> list[Quarantined]:
+    return [Quarantined(*row) for row in rows if service is None or row[0] == text(service)]
 
 
 def _event_row(event: Event) -> list[object]:
-    values = {column: getattr(event, column) for column in _COLUMNS}
-    values["outcome"] = event.outcome.value
-    values["output"] = event.output[:OUTPUT_MAX]
-    values["layers"] = json.dumps(schema.to_dict(event.layers))
-    return [text(value) if isinstance(value, str) else value for value in values.values()]
+    values = schema.to_dict(dataclasses.replace(event, output=event.output[:OUTPUT_MAX]))
+    return [*(values | {"layers": json.dumps(values["layers"])}).values()]
 
 
 def _event(row: Sequence[Any]) -> Event:
