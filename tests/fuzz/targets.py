@@ -416,7 +416,7 @@ def varlink_call(data: bytes) -> None:
                     json.loads(reply)
             else:
                 assert f"method {name}(" in schema.DESCRIPTION
-        json.dumps(schema.text(request.method)).encode()
+        json.dumps(schema.utf8(request.method)).encode()
 
 
 @target(
@@ -696,8 +696,8 @@ def shown_text(data: bytes) -> None:
     """Whatever strangers call their files is one printable line, and JSON and SQLite can carry it."""
     text = _text(data)
     assert shown(text).isprintable()
-    assert "\0" not in schema.text(text)
-    schema.text(text).encode()
+    assert "\0" not in schema.utf8(text)
+    schema.utf8(text).encode()
 
 
 def grown(data: bytes) -> bytes:

@@ -13,7 +13,7 @@ from varlink import scanner
 
 from watcher.model import Event, Kind, Layer, Outcome, Remark
 from watcher.records import schema
-from watcher.records.schema import PlannedChange, Quarantined, ServiceStatus, from_dict, text, to_dict
+from watcher.records.schema import PlannedChange, Quarantined, ServiceStatus, from_dict, to_dict, utf8
 
 ANSWERS: list[type[Any]] = [Layer, Event, Quarantined, Remark, ServiceStatus, PlannedChange]
 
@@ -117,6 +117,6 @@ def test_what_is_not_an_answer_is_an_error(data: Any) -> None:
 
 
 def test_text_is_what_json_can_carry_and_otherwise_unchanged() -> None:
-    assert text("/srv/ä b\\c\n.raw") == "/srv/ä b\\c\n.raw"
-    assert text(os.fsdecode(b"/srv/\xff\xfe.raw")) == "/srv/\\xff\\xfe.raw"
-    assert text("a\0b\ud800") == "a\\x00b\\ud800"
+    assert utf8("/srv/ä b\\c\n.raw") == "/srv/ä b\\c\n.raw"
+    assert utf8(os.fsdecode(b"/srv/\xff\xfe.raw")) == "/srv/\\xff\\xfe.raw"
+    assert utf8("a\0b\ud800") == "a\\x00b\\ud800"

@@ -18,23 +18,23 @@ import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from watcher.model import Event, shown
 from watcher.records import schema
-from watcher.records.schema import CallError, Failed, PlannedChange, Quarantined, ServiceStatus
+from watcher.records.schema import CallError, ExitStatus, Failed, PlannedChange, Quarantined, ServiceStatus
 
 
 class NotRunning(CallError):
     """No daemon listens at the socket."""
 
-    exit_code: ClassVar[int] = 3
+    exit_code = ExitStatus.NOT_RUNNING
 
 
 class TimedOut(CallError):
     """There was no answer in time; what was asked for may go on."""
 
-    exit_code: ClassVar[int] = 4
+    exit_code = ExitStatus.TIMED_OUT
 
 
 class Disconnected(CallError):
@@ -219,11 +219,10 @@ def _parsed(message: bytes) -> dict[str, Any]:
 
 
 def _error(name: str, parameters: dict[str, Any]) -> CallError:
-    said = ", ".join(f"{shown(key)} {shown(str(value))}" for key, value in parameters.items())
-    unknown = Failed(
-        f"the running confext-watcher answered {shown(name)} ({said}); is it of another version?"
-    )
     try:
-        return schema.ERRORS[name](**parameters) if name in schema.ERRORS else unknown
-    except TypeError:
-        return unknown
+        return schema.from_dict(schema.ERRORS[name], parameters)
+    except (KeyError, ValueError):
+        said = ", ".join(f"{shown(key)} {shown(str(value))}" for key, value in parameters.items())
+        return Failed(
+            f"the running confext-watcher answered {shown(name)} ({said}); is it of another version?"
+        )

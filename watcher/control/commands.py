@@ -25,7 +25,7 @@ from watcher.records.schema import (
     Quarantined,
     ServiceNotFound,
     ServiceStatus,
-    text,
+    utf8,
 )
 from watcher.resolve.strict_modes import StrictModes
 from watcher.rounds import messages
@@ -170,13 +170,13 @@ class Commands:
 
     def _service(self, name: str) -> Service:
         for service in self._tools.manager.services.values():
-            if name in (text(service.name), *map(text, service.aliases)):
+            if name in (utf8(service.name), *map(utf8, service.aliases)):
                 return service
         raise ServiceNotFound(name)
 
     def _status(self, service: Service, newest: dict[str, Event]) -> ServiceStatus:
         tools = self._tools
-        key = text(service.name)
+        key = utf8(service.name)
         with ExitStack() as held:
             main = None
             with suppress(Gone):

@@ -15,7 +15,6 @@ every key. An event's message is a shorter sentence, made of what is public.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import types
 import typing
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ from typing import Any
 
 from watcher.model import Event, Layer, shown
 from watcher.records.schema import (
-    CallError,
+    ErrorReply,
     NoSuchStack,
     NotPermitted,
     PlannedChange,
@@ -31,6 +30,7 @@ from watcher.records.schema import (
     ServiceNotFound,
     ServiceStatus,
     TooManyCalls,
+    types_of,
 )
 
 PUBLIC: dict[type, frozenset[str]] = {
@@ -58,7 +58,7 @@ PUBLIC: dict[type, frozenset[str]] = {
 PUBLIC_RESULTS = frozenset({"services", "events", "truncated", "changes", "event", "redacted"})
 """The results of methods that strangers are told, in as far as their types are public."""
 
-PUBLIC_ERRORS: frozenset[type[CallError]] = frozenset(
+PUBLIC_ERRORS: frozenset[type[ErrorReply]] = frozenset(
     {ServiceNotFound, NoSuchStack, NotPermitted, TooManyCalls}
 )
 """The errors whose parameters strangers are told: they repeat what was asked."""
@@ -74,7 +74,7 @@ def redacted(value: Any) -> Any:
             value,
             **{
                 name: redacted(getattr(value, name)) if name in public else _blank(kind)
-                for name, kind in _hints(type(value)).items()
+                for name, kind in types_of(type(value)).items()
             },
         )
     return tuple(map(redacted, value)) if isinstance(value, list | tuple) else value
@@ -88,7 +88,7 @@ def redacted_results(results: Mapping[str, Any]) -> dict[str, Any]:
     return {name: redacted(value) for name, value in results.items()}
 
 
-def redacted_error(error: CallError) -> dict[str, Any]:
+def redacted_error(error: ErrorReply) -> dict[str, Any]:
     """The parameters of an error as strangers are told them: why something failed is private."""
     parameters = error.parameters()
     return parameters if type(error) in PUBLIC_ERRORS else dict.fromkeys(parameters, "")
@@ -103,8 +103,3 @@ def _blank(kind: Any) -> Any:
     if isinstance(kind, types.UnionType):
         return None
     return (typing.get_origin(kind) or kind)()
-
-
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)

@@ -40,7 +40,7 @@ from watcher.model import Event, shown
 from watcher.records import schema
 from watcher.records.lean import structlog
 from watcher.records.schema import (
-    CallError,
+    ErrorReply,
     Failed,
     NotPermitted,
     PlannedChange,
@@ -63,7 +63,7 @@ Tell = Callable[[Event], Awaitable[None]]
 class Backend(Protocol):
     """What the daemon gives to be controlled by.
 
-    Every method may raise a CallError, which the client gets; anything else is logged as a bug, and the client gets
+    Every method may raise a ErrorReply, which the client gets; anything else is logged as a bug, and the client gets
     Failed. When the server is stopped, calls in progress are cancelled: what must not be cut short (a swap) belongs
     into a task of the daemon's own.
     """
@@ -85,7 +85,7 @@ class Backend(Protocol):
 
         `tell` what happens to it before; it waits for the client, so it is called from this task and never from the
         service's round. `waits` is called when the work is done, and all that is left is to wait. `service` and
-        `image` have been through `schema.text()`. Raises ServiceNotFound.
+        `image` have been through `schema.utf8()`. Raises ServiceNotFound.
         """
 
     async def rollback(self, service: str, to: str | None) -> Event:
@@ -218,7 +218,7 @@ class _Server:
             return await self._encoded(peer, await self._call(connection, request, name, parameters, turn))
         except varlink.VarlinkError as error:
             return _encode({"error": error.error(), "parameters": error.parameters()})
-        except CallError as error:
+        except ErrorReply as error:
             return self._encoded_error(peer, error)
         except Exception:
             log.exception(f"control socket: {request.method} failed by a mistake in the program")
@@ -235,7 +235,7 @@ class _Server:
         # Hundreds of services take a while to write down, which must not hold up the daemon.
         return await trio.to_thread.run_sync(encode, limiter=self._threads)
 
-    def _encoded_error(self, peer: Peer, error: CallError) -> bytes:
+    def _encoded_error(self, peer: Peer, error: ErrorReply) -> bytes:
         told = error.parameters() if self._readers.include(peer) else redact.redacted_error(error)
         return _encode({"error": error.name, "parameters": told})
 
@@ -309,7 +309,7 @@ async def _plan(call: _Call) -> dict[str, Any]:
 
 
 async def _wait(call: _Call) -> dict[str, Any]:
-    service, image = schema.text(call.parameters["service"]), schema.text(call.parameters["image"])
+    service, image = schema.utf8(call.parameters["service"]), schema.utf8(call.parameters["image"])
     if call.stranger:
         # Whether there is a path may be a secret; its last part is not.
         image = os.path.basename(image)
@@ -342,5 +342,5 @@ def _encode(message: dict[str, Any]) -> bytes:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {schema.text(key): _plain(item) for key, item in value.items()}
+        return {schema.utf8(key): _plain(item) for key, item in value.items()}
     return schema.to_dict(value)

@@ -18,7 +18,7 @@ from watcher.mounts.process import Gone, Process, shares_host
 from watcher.mounts.table import Mounted, Table
 from watcher.records import journal
 from watcher.records.ledger import Reader
-from watcher.records.schema import Quarantined, ServiceNotFound, ServiceStatus, text
+from watcher.records.schema import Quarantined, ServiceNotFound, ServiceStatus, utf8
 from watcher.settings.config import Settings
 
 
@@ -35,7 +35,7 @@ def without_daemon(settings: Settings, service: str | None = None) -> list[Servi
     found = []
     with contextlib.ExitStack() as held:
         for name, manager, main in _known(settings, held):
-            key = text(name)
+            key = utf8(name)
             if service in (None, name):
                 kept_out = [one for one in quarantined if one.service == key]
                 last, pin = newest.get(key), pins.get(key)

@@ -18,7 +18,7 @@ import trio
 
 from watcher.images import tries
 from watcher.model import Event, Outcome
-from watcher.records.schema import text
+from watcher.records.schema import utf8
 
 BACKLOG = 64
 """Outcomes waiting for one slow client; who does not keep up misses the oldest."""
@@ -31,7 +31,7 @@ EventByImage = Mapping[str, Event | None]
 
 def names(source: str) -> tuple[str, str]:
     """What people call a dropped file: its path, or its name, without the counters that attempts change."""
-    known = text(source)
+    known = utf8(source)
     return tries.plain(known), tries.plain(os.path.basename(known))
 
 
@@ -58,7 +58,7 @@ class Waits:
     """All calls of `Wait`.
 
     Args:
-        look: what is known by now of images of a service, None for those that have no verdict. May raise CallError.
+        look: what is known by now of images of a service, None for those that have no verdict. May raise ErrorReply.
         in_round: whether a round of a service goes on or is due. Then what is known may be out of date (somebody has
             just mended a mode, say), and the first look waits for the end of that.
     """

@@ -24,7 +24,7 @@ from typing import Any
 
 from watcher.model import Event, Outcome, Remark, shown
 from watcher.records import database, schema
-from watcher.records.schema import Quarantined, text
+from watcher.records.schema import Quarantined, utf8
 
 NAME = "ledger.sqlite"
 
@@ -93,7 +93,7 @@ class _Reading:
 
     def history(self, service: str | None = None, limit: int = 100) -> list[Event]:
         """Outcomes of a service, or of all, newest first. Raises LedgerError."""
-        where, parameters = ("WHERE service = ?", [text(service)]) if service is not None else ("", [])
+        where, parameters = ("WHERE service = ?", [utf8(service)]) if service is not None else ("", [])
         sql = f"SELECT {_SELECTED} FROM history {where} ORDER BY id DESC LIMIT ?"
         return [_event(row) for row in self._rows(sql, [*parameters, min(max(limit, 0), _LIMIT_MAX)])]
 
@@ -105,7 +105,7 @@ class _Reading:
 
     def placed(self, service: str, stack: str) -> int | None:
         """When the service last got a stack, in microseconds since the epoch; None: not known. Raises LedgerError."""
-        return next((when for (when,) in self._rows(_PLACED, [text(service), stack])), None)
+        return next((when for (when,) in self._rows(_PLACED, [utf8(service), stack])), None)
 
 
 class Reader(_Reading):
@@ -163,13 +163,13 @@ class Round:
 
     def pin(self, service: str, stack: str) -> None:
         """Remembers that the service was put on this stack by hand."""
-        self._ledger._decide({("pins", text(service)): (text(service), stack)})
+        self._ledger._decide({("pins", utf8(service)): (utf8(service), stack)})
 
     def unpin(self, service: str) -> bool:
         """Forgets the pin; whether there was one."""
         pinned = self._ledger.pinned(service) is not None
         if pinned:
-            self._ledger._decide({}, {("pins", text(service))})
+            self._ledger._decide({}, {("pins", utf8(service))})
         return pinned
 
 
@@ -177,7 +177,7 @@ class Ledger(_Reading):
     """The ledger for its writer, the daemon; every method may be called from any thread.
 
     Attributes:
-        remarks: about the file, for the administrator (set aside, cannot be made); the caller logs and clears them.
+        remarks: about the file, for the administrator (set aside, cannot be made); the caller logs them.
     """
 
     def __init__(self, state_directory: str, history_max: int = HISTORY_MAX) -> None:
@@ -251,7 +251,7 @@ class Ledger(_Reading):
 
     def pinned(self, service: str) -> str | None:
         """The stack that the service was put on by hand; from memory."""
-        pin = self._decided.get(("pins", text(service)))
+        pin = self._decided.get(("pins", utf8(service)))
         return str(pin[1]) if pin else None
 
     def _decide(self, put: Mapping[_Key, _Row], drop: Set[_Key] = frozenset()) -> None:
@@ -346,7 +346,7 @@ def _error(path: Path, what: str, error: Exception) -> LedgerError:
 
 
 def _of(service: str | None, rows: Iterable[Any]) -> list[Quarantined]:
-    return [Quarantined(*row) for row in rows if service is None or row[0] == text(service)]
+    return [Quarantined(*row) for row in rows if service is None or row[0] == utf8(service)]
 
 
 def _event_row(event: Event) -> list[object]:

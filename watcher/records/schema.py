@@ -18,7 +18,7 @@ import re
 import types
 import typing
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from watcher.model import Event, Layer, Remark
 
@@ -222,109 +222,104 @@ class PlannedChange:
     remarks: tuple[Remark, ...] = ()
 
 
+class ExitStatus(enum.IntEnum):
+    """How the command line ends; the epilog of `--help` says the same."""
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    NOT_RUNNING = 3
+    TIMED_OUT = 4
+    UNSUPPORTED = 5
+    TOO_MANY_CALLS = 6
+
+
 class CallError(Exception):
-    """A call that was answered with an error: `str()` is one line for a person.
+    """A call that failed: `str()` is one line for a person."""
 
-    The backend raises these, the server sends them by `name` and `parameters`, the client raises them again.
-    """
-
-    name: ClassVar[str] = ""
-    exit_code: ClassVar[int] = 1
-
-    def parameters(self) -> dict[str, Any]:
-        return {}
+    exit_code = ExitStatus.FAILED
 
 
-class ServiceNotFound(CallError):
-    name = f"{INTERFACE}.ServiceNotFound"
+@dataclass(eq=False)
+class ErrorReply(CallError):
+    """An error of the interface: the backend raises it, the server sends it, the client raises it again."""
 
-    def __init__(self, service: str) -> None:
-        super().__init__(f"{text(service)}: no service of this name takes part")
-        self.service = service
+    @property
+    def name(self) -> str:
+        return f"{INTERFACE}.{type(self).__name__}"
 
     def parameters(self) -> dict[str, Any]:
-        return {"service": self.service}
+        return dataclasses.asdict(self)
 
 
-class NoSuchStack(CallError):
-    """Raised with stack "" when there is no stack to go back to."""
+@dataclass(eq=False)
+class ServiceNotFound(ErrorReply):
+    service: str
 
-    name = f"{INTERFACE}.NoSuchStack"
-
-    def __init__(self, service: str, stack: str) -> None:
-        what = f"has no stack {text(stack)}" if stack else "has no stack before the present one"
-        super().__init__(f"{text(service)} {what}; its history lists those it had")
-        self.service = service
-        self.stack = stack
-
-    def parameters(self) -> dict[str, Any]:
-        return {"service": self.service, "stack": self.stack}
+    def __str__(self) -> str:
+        return f"{utf8(self.service)}: no service of this name takes part"
 
 
-class NotPermitted(CallError):
-    name = f"{INTERFACE}.NotPermitted"
+@dataclass(eq=False)
+class NoSuchStack(ErrorReply):
+    """An empty `stack`: there is none to go back to."""
 
-    def __init__(self, method: str) -> None:
-        super().__init__(f"{text(method)} is for root and the watcher's own user only")
-        self.method = method
+    service: str
+    stack: str
 
-    def parameters(self) -> dict[str, Any]:
-        return {"method": self.method}
+    def __str__(self) -> str:
+        what = f"has no stack {utf8(self.stack)}" if self.stack else "has no stack before the present one"
+        return f"{utf8(self.service)} {what}; its history lists those it had"
 
 
-class TooManyCalls(CallError):
-    name = f"{INTERFACE}.TooManyCalls"
-    exit_code = 6
+@dataclass(eq=False)
+class NotPermitted(ErrorReply):
+    method: str
 
-    def __init__(self, uid: int, limit: int) -> None:
-        super().__init__(
-            f"too many calls of uid {uid} wait already ({limit} may); try again when one has ended"
+    def __str__(self) -> str:
+        return f"{utf8(self.method)} is for root and the watcher's own user only"
+
+
+@dataclass(eq=False)
+class TooManyCalls(ErrorReply):
+    uid: int
+    limit: int
+    exit_code = ExitStatus.TOO_MANY_CALLS
+
+    def __str__(self) -> str:
+        return (
+            f"too many calls of uid {self.uid} wait already ({self.limit} may); try again when one has ended"
         )
-        self.uid = uid
-        self.limit = limit
-
-    def parameters(self) -> dict[str, Any]:
-        return {"uid": self.uid, "limit": self.limit}
 
 
-class Failed(CallError):
-    """Raised with reason "" for a client that is not told reasons."""
+@dataclass(eq=False)
+class Failed(ErrorReply):
+    """An empty `reason`: this client is not told reasons."""
 
-    name = f"{INTERFACE}.Failed"
+    reason: str
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(text(reason) or "it did not work; the watcher's log says why")
-        self.reason = reason
-
-    def parameters(self) -> dict[str, Any]:
-        return {"reason": self.reason}
+    def __str__(self) -> str:
+        return utf8(self.reason) or "it did not work; the watcher's log says why"
 
 
-ERRORS: dict[str, type[CallError]] = {
-    error.name: error for error in (ServiceNotFound, NoSuchStack, NotPermitted, TooManyCalls, Failed)
-}
+ERRORS = {f"{INTERFACE}.{error.__name__}": error for error in ErrorReply.__subclasses__()}
 
 
-_NOT_PLAIN = re.compile("[\0\ud800-\udfff]")
+_NOT_UTF8 = re.compile("[\0\ud800-\udfff]")
 
 
-def text(value: str) -> str:
+def utf8(value: str) -> str:
     """`value` as JSON and SQLite can carry it: bytes that are not UTF-8 (surrogates) and NUL become "\\xNN".
 
-    Everything else stays, so that an ordinary path is itself. Names that are to be compared go through this on both
-    sides.
+    Everything else stays, so that an ordinary path is itself. To compare two names, put both through this.
     """
-    if not _NOT_PLAIN.search(value):
-        return value
-    return "".join(_plain(char) for char in value)
+    return _NOT_UTF8.sub(lambda found: _escaped(ord(found[0])), value)
 
 
-def _plain(char: str) -> str:
-    if char == "\0":
-        return "\\x00"
-    if "\udc80" <= char <= "\udcff":
-        return f"\\x{ord(char) - 0xDC00:02x}"
-    return f"\\u{ord(char):04x}" if "\ud800" <= char <= "\udfff" else char
+def _escaped(code: int) -> str:
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"\\x{code - 0xDC00:02x}"
+    return f"\\u{code:04x}" if code else "\\x00"
 
 
 def to_dict(value: Any) -> Any:
@@ -336,7 +331,7 @@ def to_dict(value: Any) -> Any:
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, str):
-        return text(value)
+        return utf8(value)
     if isinstance(value, list | tuple):
         return [to_dict(item) for item in value]
     return value
@@ -376,21 +371,20 @@ def _read(kind: Any, data: Any) -> Any:
 def _read_object(cls: Any, data: Any) -> Any:
     if not isinstance(data, dict):
         raise ValueError(f"not an object: {data!r}")
+    given = {
+        name: _read(kind, data[_camel(name)]) for name, kind in types_of(cls).items() if _camel(name) in data
+    }
     try:
-        return cls(
-            **{
-                name: _read(kind, data[_camel(name)])
-                for name, kind in _hints(cls).items()
-                if _camel(name) in data
-            }
-        )
+        return cls(**given)
     except TypeError as error:
         raise ValueError(f"not a {cls.__name__}: {error}") from error
 
 
 @functools.cache
-def _hints(cls: Any) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+def types_of(cls: type) -> dict[str, Any]:
+    """The types of the fields of a data class."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 @functools.cache

@@ -37,7 +37,7 @@ from watcher.mounts.swap import swap
 from watcher.mounts.workers import HostNamespace, MountWorkers
 from watcher.records import durable, journal
 from watcher.records.ledger import LedgerError, Reader
-from watcher.records.schema import Quarantined, text
+from watcher.records.schema import Quarantined, utf8
 from watcher.resolve import scan
 from watcher.resolve.strict_modes import StrictModes
 from watcher.rounds.desired import Desired, find, newest_whole
@@ -274,9 +274,9 @@ def _find(
     try:
         ledger = Reader(settings.state_directory)
         quarantined = ledger.quarantined()
-        kept_out = {one.digest: one.reason for one in quarantined if one.service == text(name)}
+        kept_out = {one.digest: one.reason for one in quarantined if one.service == utf8(name)}
         elsewhere = _kept_out_elsewhere(settings, options, quarantined)
-        pin = ledger.pins().get(text(name))
+        pin = ledger.pins().get(utf8(name))
     except LedgerError as error:
         if store.accepted(slots) is not None:
             raise
@@ -306,7 +306,7 @@ def _kept_out_elsewhere(
     found: dict[str, str] = {}
     if _own_settings(options).rollout == "rolling":
         for one in quarantined:
-            other = _registered(settings, one.service) if one.service != text(options.name) else None
+            other = _registered(settings, one.service) if one.service != utf8(options.name) else None
             if other is not None and _own_settings(other).rollout == "rolling":
                 found[one.digest] = f"it did not do on {one.service}: {one.reason}"
     return found

@@ -15,7 +15,7 @@ from watcher.images import tries
 from watcher.model import Event, KeptOut, Later, Refused, Stack, Unsafe, printable, problem, shown
 from watcher.records import journal
 from watcher.records.ledger import Ledger, LedgerError
-from watcher.records.schema import Quarantined, text
+from watcher.records.schema import Quarantined, utf8
 from watcher.rounds import messages
 from watcher.rounds.choose import Passed
 from watcher.rounds.desired import STACK, Desired
@@ -189,7 +189,7 @@ class Outcomes:
 
     def _is_known(self, service: str, passed: Passed) -> bool:
         """Whether this very file was said to be bad when it was put into the quarantine."""
-        source = text(passed.candidate.path)
+        source = utf8(passed.candidate.path)
         return any(one.source == source for one in self._ledger.quarantined(service))
 
 
