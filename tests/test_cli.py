@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+from pathlib import Path
 
 import pytest
 
@@ -51,3 +53,11 @@ def test_json_has_nothing_that_a_terminal_would_obey(capsys: pytest.CaptureFixtu
     said = capsys.readouterr().out
     assert json.loads(said) == value
     assert said.replace("\n", "").isprintable() and "ä € 🙂" in said
+
+
+def test_json_names_a_file_as_every_answer_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A lone surrogate, which is what Python makes of such a byte, is not JSON (RFC 8259, section 8.2)."""
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.raw")
+    assert cli.main(["check", "--json", path]) == 1
+    (image,) = json.loads(capsys.readouterr().out)["images"]
+    assert image["image"] == f"{tmp_path}/\\xff.raw"

@@ -337,10 +337,4 @@ _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 def _encode(message: dict[str, Any]) -> bytes:
-    return json.dumps(_plain(message), separators=(",", ":")).encode()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {schema.utf8(key): _plain(item) for key, item in value.items()}
-    return schema.to_dict(value)
+    return json.dumps(schema.to_dict(message), separators=(",", ":")).encode()

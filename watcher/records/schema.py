@@ -324,6 +324,8 @@ def _escaped(code: int) -> str:
 
 def to_dict(value: Any) -> Any:
     """The JSON value of an answer: data classes become objects, tuples arrays, enumerations their values."""
+    if isinstance(value, dict):
+        return {utf8(key): to_dict(item) for key, item in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
             _camel(field.name): to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)
