@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import IO
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-COMMAND = (sys.executable, "-m", "watcher.cli")
+COMMAND = (sys.executable, "-m", "watcher")
 SECONDS = 15.0
 """After this long a step counts as failed."""
 STALL = 2.0

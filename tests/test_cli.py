@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The command line itself: what it refuses before anything is begun, and how."""
+"""The command line itself: what it refuses before anything is begun, and how (control/show.py).
+
+test_documents.py compares its words (control/arguments.py) with the man pages and the completions.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from watcher import cli
+from watcher.control import show
 from watcher.control.client import NotRunning
+from watcher.records.schema import ExitStatus
 
 
 @pytest.fixture
@@ -23,8 +28,8 @@ def release(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("release", ["6.7.12", "5.15.0-91-generic", "6.7+", "4"], indirect=True)
 def test_an_old_kernel_is_refused_in_one_line(release: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["run"]) == cli.UNSUPPORTED
-    assert cli.main(["exec", "--name", "web.service", "--", "true"]) == cli.UNSUPPORTED
+    assert cli.main(["run"]) == ExitStatus.UNSUPPORTED
+    assert cli.main(["exec", "--name", "web.service", "--", "true"]) == ExitStatus.UNSUPPORTED
     line = f"confext-watcher: Linux {release} is too old: 6.8 or newer is needed (overlayfs lowerdir+)\n"
     assert capsys.readouterr().err == 2 * line
 
@@ -42,15 +47,14 @@ def test_what_is_said_is_one_line(
     def broken(*_: object) -> int:
         raise NotRunning("two\nlines \x1b[31m")
 
-    monkeypatch.setattr(cli, "_check", broken)
+    monkeypatch.setitem(cli._COMMANDS, "check", broken)
     assert cli.main(["check", "web.raw"]) == 3
     assert capsys.readouterr().err == "confext-watcher: two\\nlines \\x1b[31m\n"
 
 
-def test_json_has_nothing_that_a_terminal_would_obey(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_has_nothing_that_a_terminal_would_obey() -> None:
     value = {"source": "/srv/\x9b2J\u202e\x7f\x1b\U000e0001 ä € 🙂"}
-    cli._print_json(value)
-    said = capsys.readouterr().out
+    said = show.as_json(value)
     assert json.loads(said) == value
     assert said.replace("\n", "").isprintable() and "ä € 🙂" in said
 

@@ -29,7 +29,7 @@ COMPLETIONS = CONTRIB / "completions"
 
 @cache
 def help_of(*command: str) -> str:
-    words = [sys.executable, "-m", "watcher.cli", *command, "--help"]
+    words = [sys.executable, "-m", "watcher", *command, "--help"]
     return subprocess.run(words, capture_output=True, text=True, check=True).stdout
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from support import CHECKOUT
-from watcher import cli
+from watcher.records.schema import ExitStatus
 
 INSTALLER = CHECKOUT / "contrib/packaging/install.py"
 
@@ -58,7 +58,7 @@ UNIT = (CHECKOUT / "units/confext-watcher.service.in").read_text()
 
 
 def test_the_unit_is_not_restarted_where_nothing_helps() -> None:
-    assert f"\nRestartPreventExitStatus={cli.UNSUPPORTED}\n" in UNIT
+    assert f"\nRestartPreventExitStatus={ExitStatus.UNSUPPORTED}\n" in UNIT
 
 
 def test_the_unit_has_descriptors_for_more_services_than_a_host_has() -> None:

@@ -38,7 +38,7 @@ def place(tmp_path: Path) -> Iterator[Path]:
     bin_ = tmp_path / "bin"
     bin_.mkdir()
     command = bin_ / "confext-watcher"
-    command.write_text(f'#!/bin/sh\nPYTHONPATH={CHECKOUT} exec {sys.executable} -m watcher.cli "$@"\n')
+    command.write_text(f'#!/bin/sh\nPYTHONPATH={CHECKOUT} exec {sys.executable} -m watcher "$@"\n')
     command.chmod(0o755)
     yield tmp_path
 

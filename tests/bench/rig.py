@@ -200,7 +200,7 @@ class Rig:
             ready.settimeout(SECONDS)
             start = time.monotonic()
             process = subprocess.Popen(
-                [sys.executable, "-m", "watcher.cli", "run"],
+                [sys.executable, "-m", "watcher", "run"],
                 env=self._environment | {"NOTIFY_SOCKET": "@" + address[1:]},
                 stdout=log,
                 stderr=log,

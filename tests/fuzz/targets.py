@@ -23,7 +23,7 @@ import varlink
 from jeepney import HeaderFields, Message
 from jeepney.low_level import Endianness, Header, MessageType
 
-from watcher.control import server, transport
+from watcher.control import server, show, transport
 from watcher.control.client import Client
 from watcher.images import stacks, tries
 from watcher.images.formats import erofs
@@ -463,8 +463,6 @@ def _now(coroutine: Any) -> Any:
 )
 def varlink_reply(data: bytes) -> None:
     """Whatever answers at the socket: an answer of its type, or one line for a person."""
-    from watcher import cli
-
     client = Client.__new__(Client)
     client._buffer = bytearray(data.replace(b"\0", b" ") + b"\0")
     with only(CallError, *CallError.__subclasses__()):
@@ -480,7 +478,7 @@ def varlink_reply(data: bytes) -> None:
                     again = schema.from_dict(cls, json.loads(json.dumps(schema.to_dict(item))))
                     assert schema.to_dict(again) == schema.to_dict(item)
                     if isinstance(item, Event):
-                        cli._when(item.when)
+                        show.when(item.when)
 
 
 # --- the bus ---

@@ -20,7 +20,7 @@ from watcher.mounts.process import Gone, Process
 from watcher.records.ledger import Reader
 
 SECONDS = 30
-PROGRAM = (sys.executable, "-m", "watcher.cli")
+PROGRAM = (sys.executable, "-m", "watcher")
 
 
 class Place:

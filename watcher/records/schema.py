@@ -232,6 +232,7 @@ class ExitStatus(enum.IntEnum):
     TIMED_OUT = 4
     UNSUPPORTED = 5
     TOO_MANY_CALLS = 6
+    INTERRUPTED = 130  # 128 + SIGINT, as a shell has it
 
 
 class CallError(Exception):

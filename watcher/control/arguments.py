@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The command line's own language: commands, options, and what `--help` says of them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from watcher import __version__
+
+_SOURCES = ("--extension-image", "--extension-directory")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of one command, whose name is `command`. Exits where they are wrong, see argparse."""
+    return _parser().parse_args(_joined(arguments))
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """With `--extension-image -PATH` written as one word: argparse would take the `-` for an option's."""
+    words: list[str] = []
+    for word in arguments:
+        if word.startswith("-") and word != "--" and words and words[-1] in _SOURCES and "--" not in words:
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="confext-watcher",
+        description="Changing a service's configuration is copying one file: drops of confext images are put on the"
+        " /etc of the running service, atomically, and it is asked to reload.",
+        epilog="Exit status: 0 done, 1 refused or failed, 2 usage, 3 the daemon is not running, 4 timed out,"
+        " 5 this kernel or systemd is too old, 6 too many calls of this user wait already.",
+    )
+    parser.add_argument("--version", action="version", version=f"confext-watcher {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+    commands.add_parser("run", help="the daemon, in the foreground")
+    _add_exec(commands.add_parser("exec", help="start a program on its stack, without systemd"))
+    _add_asking(commands)
+    check = commands.add_parser("check", help="would this image be admitted here?")
+    check.add_argument("images", nargs="+", metavar="IMAGE", help="image file (*.raw) or directory tree")
+    for name, command in commands.choices.items():
+        if name not in ("run", "exec"):
+            command.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _add_asking(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    status = commands.add_parser(
+        "status", help="services, their stacks and versions, since when, last outcome"
+    )
+    status.add_argument("service", nargs="?", metavar="SERVICE")
+
+    plan = commands.add_parser("plan", help="what a look now would change, without doing it")
+    plan.add_argument("service", nargs="?", metavar="SERVICE")
+
+    history = commands.add_parser("history", help="what was applied, refused, rolled back, when and why")
+    history.add_argument("service", nargs="?", metavar="SERVICE")
+    history.add_argument("--lines", "-n", type=int, default=20, metavar="N", help="the newest N (20)")
+
+    wait = commands.add_parser(
+        "wait", help="block until an image is applied or refused; the exit status says which"
+    )
+    wait.add_argument("service", metavar="SERVICE")
+    wait.add_argument("image", metavar="IMAGE", help="its path or file name")
+    wait.add_argument("--timeout", type=float, default=None, metavar="SECONDS", help="give up after so long")
+
+    rollback = commands.add_parser("rollback", help="back to the stack before, and stay there")
+    rollback.add_argument("service", metavar="SERVICE")
+    which = rollback.add_mutually_exclusive_group()
+    which.add_argument("--to", metavar="STACK", help="to this stack (see `history`), or what it begins with")
+    which.add_argument(
+        "--forget", action="store_true", help="undo: let it have what is newest, and all that was kept out"
+    )
+
+
+def _add_exec(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "confext-watcher exec --name NAME [OPTION]... -- PROGRAM [ARGUMENT]..."
+    parser.add_argument("--name", required=True, help="name of the service, such as web.service")
+
+    def add_list(option: str, metavar: str, what: str) -> None:
+        parser.add_argument(option, action="append", default=[], metavar=metavar, help=what)
+
+    add_list("--confext-dir", "DIR", "directory that images are dropped into")
+    add_list("--extension-image", "PATH", "an image, or a directory PATH.raw.v/")
+    add_list("--extension-directory", "PATH", "a tree, or a directory PATH.v/")
+    reload = parser.add_mutually_exclusive_group()
+    reload.add_argument(
+        "--reload-signal", default="", metavar="SIGNAL", help="sent after a swap, such as SIGHUP"
+    )
+    reload.add_argument(
+        "--reload-command",
+        default="",
+        metavar="COMMAND",
+        help="run after a swap in the service's namespace, as its user, without a shell; $MAINPID is set",
+    )
+    add_list(
+        "--check",
+        "COMMAND",
+        "the service's own test of a new /etc, run before it can see that; refused if it fails",
+    )
+    add_list(
+        "--health-check",
+        "COMMAND",
+        "run after a reload, repeated for up to 10 s; rolled back if it goes on failing",
+    )
+    add_list("--set", "KEY=VALUE", "any other setting of [X-Confext], such as HealthWatchSec=5s")
+    parser.add_argument(
+        "program", nargs="+", metavar="PROGRAM", help="the program and its arguments, after --"
+    )

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Answers as the command line prints them: lines and a table for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+
+from watcher.model import Event, Stack, printable, shown
+from watcher.records.schema import PlannedChange, Quarantined, ServiceStatus, to_dict
+
+REDACTED = "you see outcomes only: to see reasons, paths and outputs join the group confext-watcher"
+
+
+def services(services: Sequence[ServiceStatus]) -> Iterator[str]:
+    """A table, and below it what is out of the ordinary."""
+    if not services:
+        yield "no service takes part"
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("SERVICE", "PID", "STACK", "SINCE", "LAST OUTCOME"):
+        table.add_column(column, overflow="fold")
+    for service in services:
+        table.add_row(*map(Text, _row(service)))
+    # Only a terminal has a width that lines must fit; elsewhere a line stays one line.
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=10_000)
+    with console.capture() as printed:
+        console.print(table)
+    yield printed.get().removesuffix("\n")
+    for service in services:
+        for note in _notes(service):
+            yield f"{shown(service.service)}: {note}"
+
+
+def _row(service: ServiceStatus) -> tuple[str, ...]:
+    layers = [f"{layer.label} ({layer.digest[:12]})" for layer in reversed(service.layers)]
+    last = service.last
+    return (
+        shown(service.service),
+        str(service.pid or "-"),
+        "\n".join(layers) or ("its own /etc" if service.pid else service.state),
+        when(service.since),
+        f"{last.outcome.value}, {when(last.when)}: {printable(last.message)}" if last else "-",
+    )
+
+
+def _notes(service: ServiceStatus) -> Iterator[str]:
+    if service.state == "needs-restart":
+        yield "is not in a mount namespace that was made for it; restart it once to have its stack"
+    if service.pinned is not None:
+        yield "stays on this stack, by hand, until `confext-watcher rollback --forget`"
+    for content in service.quarantined:
+        reason = f": {printable(content.reason)}" if content.reason else ""
+        yield f"kept out: {shown(content.source or content.digest)}{reason}"
+
+
+def changes(changes: Sequence[PlannedChange]) -> Iterator[str]:
+    if not changes:
+        yield "no service takes part"
+    for change in changes:
+        yield f"{shown(change.service)}: {_change(change)}"
+        for remark in change.remarks:
+            yield f"  {shown(remark.path)}: {printable(remark.text)}"
+
+
+def _change(change: PlannedChange) -> str:
+    from watcher.rounds.choose import describe
+
+    if not change.changes:
+        return "no change"
+    return describe(Stack(change.layers), Stack(change.wanted_layers))
+
+
+def events(events: Sequence[Event]) -> Iterator[str]:
+    """The newest last, which is nearest to the next prompt."""
+    if not events:
+        yield "nothing has happened yet"
+    for event in reversed(events):
+        stack = shown(event.stack) or "-"
+        yield f"{when(event.when)}  {event.outcome.value:<13}  {stack:<16}  {printable(event.message)}"
+        for line in event.output.splitlines():
+            yield f"    {shown(line)}"
+
+
+def forgotten(service: str, contents: Iterable[Quarantined]) -> Iterator[str]:
+    yield f"{shown(service)}: free to have what is newest"
+    for content in contents:
+        what = shown(content.source or content.digest)
+        yield f"  {what} is let in again; it was kept out because: {printable(content.reason)}"
+
+
+def checked(results: Iterable[Mapping[str, object]]) -> Iterator[str]:
+    for result in results:
+        image = shown(str(result["image"]))
+        if result["admitted"]:
+            label = shown(f"{result['name']} {result['version']}".rstrip())
+            content = f"{result['format']}, {result['size']} bytes, sha256 {result['digest']}"
+            yield f"{image}: good: {label}, {content}"
+        else:
+            yield f"{image}: would be refused: {printable(str(result['reason']))}"
+
+
+def when(usec: int | None) -> str:
+    """Microseconds since the epoch as local time."""
+    try:
+        return datetime.fromtimestamp(usec / 1_000_000).strftime("%Y-%m-%d %H:%M:%S") if usec else "-"
+    except (ValueError, OverflowError, OSError):
+        return str(usec)  # beyond what the calendar has
+
+
+def as_json(value: object) -> str:
+    text = json.dumps(to_dict(value), ensure_ascii=False, indent=2)
+    # JSON leaves alone what a terminal may obey, such as U+009B, and owners choose the names of files.
+    return re.sub(r"[^\n -~]", lambda found: _escaped(found[0]), text)
+
+
+def _escaped(char: str) -> str:
+    return char if char.isprintable() else json.dumps(char)[1:-1]
