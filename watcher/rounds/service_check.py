@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from watcher.managers.base import Manager, Service
-from watcher.managers.command import Ended, last_line
+from watcher.managers.base import Ended, Manager, Service
+from watcher.managers.command import last_line
 from watcher.model import Copy, Later, Stack, shown
 from watcher.mounts.process import Process
 from watcher.mounts.shadow import shadow
