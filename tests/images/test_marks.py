@@ -14,7 +14,7 @@ import pytest
 from support.images import confext
 from support.needs import root
 from watcher import model
-from watcher.images import marks, tree
+from watcher.images import tree, walk
 from watcher.images.marks import require_no_marks
 from watcher.model import Refused
 from watcher.mounts.process import may_mount
@@ -58,11 +58,11 @@ def tree_walk(source: Path) -> None:
         os.close(fd)
 
 
-walks = pytest.mark.parametrize("walk", [image_walk, tree_walk])
+both = pytest.mark.parametrize("walk", [image_walk, tree_walk])
 Walk = Callable[[Path], None]
 
 
-@walks
+@both
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("mark", MARKS)
 def test_a_mark_is_refused_with_its_name_and_place(source: Path, walk: Walk, space: str, mark: str) -> None:
@@ -73,7 +73,7 @@ def test_a_mark_is_refused_with_its_name_and_place(source: Path, walk: Walk, spa
         walk(source)
 
 
-@walks
+@both
 @pytest.mark.parametrize("place", ["etc", "etc/web.d", "etc/web.conf"])
 def test_wherever_it_is(source: Path, walk: Walk, place: str) -> None:
     os.setxattr(source / place, "user.overlay.redirect", b"/app")
@@ -83,7 +83,7 @@ def test_wherever_it_is(source: Path, walk: Walk, place: str) -> None:
 
 @root
 @of_the_machine
-@walks
+@both
 def test_also_on_a_link(source: Path, walk: Walk) -> None:
     (source / "etc/link").symlink_to("/nowhere")
     os.setxattr(source / "etc/link", "trusted.overlay.origin", b"x", follow_symlinks=False)
@@ -91,7 +91,7 @@ def test_also_on_a_link(source: Path, walk: Walk) -> None:
         walk(source)
 
 
-@walks
+@both
 @pytest.mark.parametrize("space", SPACES)
 def test_what_only_hides_may_stay(source: Path, walk: Walk, space: str) -> None:
     os.setxattr(source / "etc/web.d", f"{space}.overlay.opaque", b"x")
@@ -125,7 +125,7 @@ def test_an_image_that_is_nested_too_deeply(source: Path) -> None:
 
 def test_an_image_with_too_much_in_it(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    monkeypatch.setattr(marks, "ENTRIES_MAX", 6)
+    monkeypatch.setattr(walk, "ENTRIES_MAX", 6)
     image_walk(source)
     (source / "etc/one.more").touch()
     with pytest.raises(Refused, match=r"^more than 6 entries in it$"):

@@ -27,6 +27,7 @@ from watcher.images.formats.probe import probe
 from watcher.images.marks import require_no_marks
 from watcher.images.store import Store
 from watcher.images.verdicts import Key
+from watcher.images.walk import DIRECTORY
 from watcher.model import Busy, Candidate, Copy, Incomplete, Kind, Later, Refused, problem
 from watcher.mounts import syscalls
 from watcher.mounts.descriptors import Descriptors
@@ -209,7 +210,7 @@ def _read_mounted(workers: MountWorkers, copy: Copy) -> Release:
 
 def _read(root: str) -> Release:
     with Descriptors() as fds:
-        fd = fds.add(os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
+        fd = fds.add(os.open(root, DIRECTORY))
         found = read_release(fd)
         require_no_marks(fd)
         return found

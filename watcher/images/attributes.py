@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a file of a tree has besides its content: owner, mode, times and extended attributes; read, and given to a copy.
+"""What a file of a tree has besides its content: owner, mode, times, extended attributes; for a copy to have them, too.
 
 What the kernel does not let us set (no privilege, an unmapped owner, no support) is left out.
 """
@@ -21,10 +21,10 @@ _XATTR_REFUSED = frozenset({errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.E
 # chown(2): no privilege, or an owner that this user namespace does not know.
 _CHOWN_REFUSED = frozenset({errno.EPERM, errno.EINVAL})
 
-# fs/overlayfs/overlayfs.h; a directory with whiteouts that are attributes is itself marked by opaque=x.
+# fs/overlayfs/overlayfs.h. A directory in which attributes are whiteouts has opaque=x.
 _HIDING = frozenset({"opaque", "whiteout"})
 
-# Of one file: what ext4 always has room for, with what the copy of a release file gets besides.
+# Of one file: ext4 always has room for so much, and for what the copy of a release file gets besides.
 _BYTES_MAX = 3584
 _BYTES_EACH = 20
 
@@ -32,46 +32,44 @@ _SETID = stat.S_ISUID | stat.S_ISGID
 
 
 def read(node: int | str, where: str) -> Xattrs:
-    """Extended attributes by name, those that count: what `copy` adds to release files does not.
+    """Extended attributes by name, as the author of the tree gave them: without what `relaxed()` adds to our copies.
 
     Args:
         where: what has them, in words.
 
     Raises:
-        Refused: they are too large: they are in no size that is bounded elsewhere.
+        Refused: they are too large: nothing else bounds their size.
     """
     follow = isinstance(node, int)
     try:
-        names = sorted(os.listxattr(node, follow_symlinks=follow), key=os.fsencode)
+        names = os.listxattr(node, follow_symlinks=follow)
     except OSError as error:
         if error.errno == errno.EOPNOTSUPP:
             return []
         raise
-    values: dict[str, bytes] = {}
-
-    def add(name: str, value: bytes) -> None:
-        values[name] = value
-        size = sum(_BYTES_EACH + len(os.fsencode(name)) + len(value) for name, value in values.items())
+    found: dict[str, bytes] = {}
+    size = 0
+    for name in names:
+        if name == STRICT_XATTR and KEPT_STRICT_XATTR in names:
+            continue
+        value = os.getxattr(node, name, follow_symlinks=follow)
+        if name == KEPT_STRICT_XATTR:
+            name = STRICT_XATTR
+        if name == STRICT_XATTR and not value:
+            continue
+        found[name] = value
+        size += _BYTES_EACH + len(os.fsencode(name)) + len(value)
         if size > _BYTES_MAX:
             text = f"too many extended attributes: remove some, {_BYTES_MAX} bytes are the limit"
             raise Refused(f"{where} has {text} ({_BYTES_EACH} for each, its name, its value)")
-
-    for name in names:
-        if name not in (STRICT_XATTR, KEPT_STRICT_XATTR):
-            add(name, os.getxattr(node, name, follow_symlinks=follow))
-    for name in (KEPT_STRICT_XATTR, STRICT_XATTR):
-        if name in names:
-            if strict := os.getxattr(node, name, follow_symlinks=follow):
-                add(STRICT_XATTR, strict)
-            break
-    return sorted(values.items(), key=lambda item: os.fsencode(item[0]))
+    return sorted(found.items(), key=lambda item: os.fsencode(item[0]))
 
 
 def require_unmarked(names: Iterable[str], where: str) -> None:
     """Refuse attributes by which overlayfs shows something else than what is there.
 
-    `opaque` and `whiteout` only ever hide; all others (redirect, metacopy, origin and those that are yet to come) are
-    for overlayfs itself to write.
+    `opaque` and `whiteout` only hide. All others (redirect, metacopy, origin, and those that are yet to come) are for
+    overlayfs itself to write.
 
     Args:
         where: what has them, in words.
@@ -98,7 +96,7 @@ def _set(node: int | str, xattrs: Xattrs) -> None:
 
 
 def relaxed(xattrs: Xattrs) -> Xattrs:
-    """Those of a release file's copy: any name will do for systemd, and what the source said is kept."""
+    """The attributes of a release file's copy: systemd takes it under any name, and what the source said is kept."""
     values = dict(xattrs)
     values[KEPT_STRICT_XATTR] = values.get(STRICT_XATTR, b"")
     values[STRICT_XATTR] = b"0"
@@ -108,13 +106,13 @@ def relaxed(xattrs: Xattrs) -> Xattrs:
 def give(made: int, st: os.stat_result, xattrs: Xattrs) -> None:
     """Owner, mode, attributes and times, in the order in which none undoes another.
 
-    Without root, user.* needs the write permission that the final mode may take away; chown(2) clears set-id bits and
+    Without root, user.* needs the write permission that the final mode may take away. chown(2) clears set-id bits and
     security.capability.
     """
     _set(made, [(name, value) for name, value in xattrs if name.startswith("user.")])
     mode = stat.S_IMODE(st.st_mode)
     if not _chown(made, st):
-        # Never hand one user's set-id program to another; and let whom it belongs to now read it.
+        # The copy has another owner: no set-id program for him, and he can read it.
         mode = mode & ~_SETID | stat.S_IRUSR | (stat.S_IXUSR if stat.S_ISDIR(st.st_mode) else 0)
     os.fchmod(made, mode)
     _set(made, [(name, value) for name, value in xattrs if not name.startswith("user.")])

@@ -13,6 +13,7 @@ import stat
 from collections.abc import Mapping
 from itertools import islice
 
+from watcher.images.walk import DIRECTORY
 from watcher.model import Refused, Sysext, shown
 from watcher.mounts.descriptors import Descriptors
 from watcher.resolve.release import PREFIX
@@ -32,7 +33,6 @@ _FILES_MAX = 64
 _BYTES_MAX = 64 * 1024
 _FALSE = frozenset({"0", "no", "n", "false", "f", "off"})  # systemd's parse_boolean()
 _NO_XATTR = frozenset({errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES})
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class NoRelease(Refused):
@@ -58,11 +58,11 @@ def read_release(root_fd: int) -> Release:
 
 def _directory(parent: int, name: str, root_fd: int) -> int:
     try:
-        return os.open(name, _DIRECTORY, dir_fd=parent)
+        return os.open(name, DIRECTORY, dir_fd=parent)
     except FileNotFoundError:
         raise _not_a_confext(root_fd) from None
     except NotADirectoryError:
-        # O_DIRECTORY wins over O_NOFOLLOW: a link ends here too.
+        # ODIRECTORY wins over O_NOFOLLOW: a link ends here too.
         link = stat.S_ISLNK(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode)
         what = "a link" if link else "no directory"
         raise Refused(f"not a confext: {name} in it is {what}") from None
@@ -80,7 +80,7 @@ def _is_sysext(root_fd: int) -> bool:
         fd = root_fd
         try:
             for name in ("usr", "lib", RELEASE_DIRECTORY[1]):
-                fd = fds.add(os.open(name, _DIRECTORY, dir_fd=fd))
+                fd = fds.add(os.open(name, DIRECTORY, dir_fd=fd))
         except OSError:
             return False  # only decides which words the refusal has
     return True

@@ -70,7 +70,7 @@ def _tree(root: int, path: str, image_max: int) -> tuple[Copy, Release]:
     size = tree.size_of(root)
     require_size(size, image_max, "ImageMax=")
     found = read_release(root)
-    return Copy(tree.digest(root).digest, path, size, Kind.DIRECTORY), found
+    return Copy(tree.digest(root), path, size, Kind.DIRECTORY), found
 
 
 def _image(fd: int, path: str, image_max: int) -> tuple[Copy, Release]:

@@ -99,7 +99,7 @@ class Whole:
         """What is wrong with it, "" if nothing is."""
         try:
             if stat.S_ISDIR(found.st_mode):
-                same = tree.digest(fd).digest == digest or not self._owners_are_kept
+                same = tree.digest(fd) == digest or not self._owners_are_kept
             else:
                 hasher = hashlib.sha256()
                 hash_file(fd, found.st_size, hasher)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What is in the `etc` of a mounted image has no extended attributes that mean something to overlayfs.
 
-The image is somebody else's, and may be made to have no end: it is walked by descriptor, without recursion, within the
-limits that hold for trees.
+Strangers made the image, perhaps one without end: the walk keeps to the limits for trees (`walk.py`).
 """
 
 from __future__ import annotations
@@ -10,12 +9,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from itertools import islice
 
 from watcher.images.attributes import require_unmarked
-from watcher.model import DEPTH_MAX, ENTRIES_MAX, Refused, shown
-
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+from watcher.images.walk import DIRECTORY, Path, Walk, where
+from watcher.model import Refused
+from watcher.mounts.descriptors import Descriptors
 
 
 def require_no_marks(root: int) -> None:
@@ -23,64 +21,25 @@ def require_no_marks(root: int) -> None:
 
     Raises:
         Refused: something has such an attribute, there is too much, or it cannot be read.
+        OSError: no memory, no descriptors.
     """
-    walk = _Walk(root)
+    _look(Walk(), root, ("etc",))
+
+
+def _look(walk: Walk, parent: int, path: Path) -> None:
+    name = path[-1]
     try:
-        walk.run()
+        # No descriptor gives a link's own attributes; no other link is on this way to them.
+        require_unmarked(_attributes_of(f"/proc/self/fd/{parent}/{name}"), where(path))
+        if stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+            with Descriptors() as fds:
+                directory = fds.add(os.open(name, DIRECTORY, dir_fd=parent))
+                for child in walk.names(directory, path):
+                    _look(walk, directory, (*path, child))
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise
-        raise Refused(f"broken: {walk.where} cannot be read: {error.strerror}") from error
-    finally:
-        walk.close()
-
-
-class _Walk:
-    def __init__(self, root: int) -> None:
-        self._left = ENTRIES_MAX
-        self._path: list[str] = []
-        self._open: list[tuple[int, list[str]]] = [(root, ["etc"])]
-        """From the root to where we are: each directory, and the names in it that are still to be looked at."""
-
-    @property
-    def where(self) -> str:
-        return f"{shown('/'.join(self._path))} in it"
-
-    def run(self) -> None:
-        while self._open[-1][1] or len(self._open) > 1:
-            parent, names = self._open[-1]
-            del self._path[len(self._open) - 1 :]
-            if names:
-                self._visit(parent, names.pop())
-            else:
-                self._leave()
-
-    def close(self) -> None:
-        while len(self._open) > 1:
-            self._leave()
-
-    def _leave(self) -> None:
-        directory, _ = self._open.pop()
-        os.close(directory)
-
-    def _visit(self, parent: int, name: str) -> None:
-        self._path.append(name)
-        # No descriptor gives a link's own attributes; no other link is on this way to them.
-        require_unmarked(_attributes_of(f"/proc/self/fd/{parent}/{name}"), self.where)
-        if stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
-            self._enter(parent, name)
-
-    def _enter(self, parent: int, name: str) -> None:
-        if len(self._path) >= DEPTH_MAX:
-            raise Refused(f"{self.where} is nested too deeply: {DEPTH_MAX} levels are the limit")
-        directory = os.open(name, _DIRECTORY, dir_fd=parent)
-        names: list[str] = []
-        self._open.append((directory, names))
-        with os.scandir(directory) as entries:  # which may be ten million
-            names += (entry.name for entry in islice(entries, self._left + 1))
-        self._left -= len(names)
-        if self._left < 0:
-            raise Refused(f"more than {ENTRIES_MAX} entries in it")
+        raise Refused(f"broken: {where(path)} cannot be read: {error.strerror}") from error
 
 
 def _attributes_of(path: str) -> list[str]:

@@ -338,12 +338,12 @@ class Store:
 
     def _write_tree(self, root: int, signature: tree.Signature) -> str:
         with self._set_aside(signature.size, Kind.DIRECTORY) as (name, made):
-            copied = tree.copy(root, made, signature.size)
+            digest = tree.copy(root, made, signature.size)
             _require_unchanged(root, signature)
-            if not self._whole.verify(copied.digest):
+            if not self._whole.verify(digest):
                 durable.sync(made, signature.entries)
-                self._rename_tree(name, copied.digest)
-        return copied.digest
+                self._rename_tree(name, digest)
+        return digest
 
     def _rename_tree(self, name: str, digest: str) -> None:
         try:
@@ -371,7 +371,7 @@ def _digest_of(fd: int, size: int, lease: Lease) -> str:
 
 
 def _digest_of_tree(root: int, signature: tree.Signature) -> str:
-    digest = tree.digest(root).digest
+    digest = tree.digest(root)
     _require_unchanged(root, signature)
     return digest
 

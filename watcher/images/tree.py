@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Directory trees: their signature, their digest, and a faithful copy.
 
-A tree is somebody else's until it has been copied, and may change under our hands. Everything in it is reached by
-descriptor, one name at a time, and no link is followed. Three things together make sure that a copy shows one
-moment of it: each file is copied under a lease, the `Signature` (what `stat` says of every node) is the same before
-and after, and the copy only begins when the clock of the file system has moved past the latest change, so that a
-later one cannot hide behind the same timestamp.
+Strangers own a tree until it has been copied, and may change it meanwhile. Three things together make sure that a copy
+shows one moment of it. Each file is copied under a lease. The `Signature` (what `stat` says of every node) is the same
+before and after. And the copy only begins when the clock of the file system has moved past the latest change, so that a
+later change cannot have the same timestamp.
 
 The digest is the SHA-256 of: a header, then for the root and each node in it, depth first, names in the order of
 their bytes: the type, mode, owner and group, the extended attributes by name, then a file's length and bytes, a
@@ -24,31 +23,38 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 
 from watcher.images import attributes
 from watcher.images.attributes import Xattrs
 from watcher.images.extension import RELEASE_DIRECTORY
 from watcher.images.files import copy_file, hash_file
-from watcher.model import DEPTH_MAX, ENTRIES_MAX, Busy, Refused, shown
+from watcher.images.walk import DIRECTORY, Path, Walk, where
+from watcher.model import Busy, Refused
 from watcher.resolve import release
 from watcher.resolve.strict_modes import Guard
 from watcher.watch.lease import Lease, coarse_now_ns
 
-# Of ext4, xfs and btrfs, unless somebody asked for others.
+# The default of ext4, xfs and btrfs.
 _BLOCK = 4096
 
 _HEADER = b"confext-watcher tree 1\n"
 _NODE = struct.Struct("<cIII")
 _LENGTH = struct.Struct("<Q")
 
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# O_NONBLOCK: a lease of somebody else's (Samba) makes this fail instead of wait.
+# O_NONBLOCK: another process's lease (Samba's) makes this fail instead of wait.
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
-# The answers of open(2) to a node that is no longer what stat(2) saw, or that somebody holds a write lease on.
+# What open(2) says of a node that is no longer what stat(2) saw, or on which another process holds a write lease.
 _CHANGED = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EWOULDBLOCK})
+
+
+_SPECIAL = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFBLK: "a device",
+    stat.S_IFCHR: "a device",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +74,11 @@ class Signature:
     youngest_ns: int
 
 
-@dataclass(frozen=True, slots=True)
-class Copied:
-    """Digest (64 hexadecimal digits) and bytes of what was walked."""
-
-    digest: str
-    size: int
-
-
 def signature(root: int, guard: Guard | None = None) -> Signature:
     """Walk the tree below the directory `root` by `stat` alone.
 
     Args:
-        guard: called for each node below it; raises Refused where strangers have a hand in it.
+        guard: called for each node below it; raises Refused where strangers could change it.
 
     Raises:
         Refused: it holds something that no copy could have (a device, a socket), or too much of it.
@@ -94,27 +92,30 @@ def signature(root: int, guard: Guard | None = None) -> Signature:
 
 
 def wait_for_clock(signature: Signature) -> None:
-    """Wait until a further change could not have the timestamp of the latest one: at most a few milliseconds.
+    """Wait until a further change cannot have the timestamp of the latest one: at most a few milliseconds.
 
-    Timestamps are as coarse as the timer's tick. A time in the future (the clock was set back) is distinct enough.
+    Timestamps are as coarse as the timer's tick. A time in the future (the clock was set back) is not waited for: no
+    further change gets it.
     """
     tick_ns = 20_000_000
     while 0 <= signature.youngest_ns - coarse_now_ns() < tick_ns:
         time.sleep(0.001)
 
 
-def digest(root: int) -> Copied:
-    """Digest of the tree below `root`, without copying it. Raises as `copy` does."""
-    return _Walk(None).run(root)
+def digest(root: int) -> str:
+    """Digest of the tree below `root` (64 hexadecimal digits), without copying it. Raises as `copy` does."""
+    return _Reading(None).run(root)
 
 
-def copy(root: int, target: int, size_max: int) -> Copied:
+def copy(root: int, target: int, size_max: int) -> str:
     """Copy the tree below `root` into the empty directory `target`, and give its digest.
 
-    Modes, owners, times, links, hard links, holes and extended attributes are kept; an owner or an attribute that the
-    kernel does not let us set (without root) is left out of the copy, not out of the digest. The release files of the
-    copy get `user.extension-release.strict=0`, since systemd has no `x-systemd.relax-extension-release-check` for
-    directories and the slot has another name; what the source said is kept beside it, and is what counts.
+    Modes, owners, times, links, hard links, holes and extended attributes are kept. An owner or an attribute that the
+    kernel does not let us set (without root) is left out of the copy, not out of the digest.
+
+    The release files of the copy get `user.extension-release.strict=0`: the slot has another name than the tree, and
+    systemd has no `x-systemd.relax-extension-release-check` for directories. What the source said is kept beside it,
+    and is what counts.
 
     Nothing is synced to the disk: see `durable.py`.
 
@@ -123,7 +124,7 @@ def copy(root: int, target: int, size_max: int) -> Copied:
         Busy: somebody writes to it; it has grown beyond `size_max` bytes.
         OSError: reading or writing failed.
     """
-    return _Walk(target, size_max).run(root)
+    return _Reading(target, size_max).run(root)
 
 
 def size_of(root: int) -> int:
@@ -134,28 +135,21 @@ def size_of(root: int) -> int:
 def in_blocks(size: int) -> int:
     """What a file of so many bytes counts for: whole blocks, and at least one, for its inode.
 
-    Not what `st_blocks` says: that is of the file system where the tree lies now (which may compress, or share blocks
-    with others that go away), and not yet known of what has just been written. Holes count, since they are read.
+    Not `st_blocks`: that is of the file system where the tree lies now, which may compress, or share blocks with files
+    that go away. Nor is it known yet of what has just been written. Holes count, since they are read.
     """
     return max(-(-size // _BLOCK), 1) * _BLOCK
 
 
-_Path = tuple[str, ...]
-
-
-def _where(path: _Path) -> str:
-    return f"{shown('/'.join(path))} in it" if path else "it"
-
-
 @contextmanager
-def _opened(name: str, flags: int, parent: int, path: _Path) -> Iterator[int]:
+def _opened(name: str, flags: int, parent: int, path: Path) -> Iterator[int]:
     try:
         fd = os.open(name, flags, dir_fd=parent)
     except PermissionError as error:
-        raise Refused(f"{_where(path)} cannot be read: {error.strerror}") from error
+        raise Refused(f"{where(path)} cannot be read: {error.strerror}") from error
     except OSError as error:
         if error.errno in _CHANGED:
-            raise Busy(f"{_where(path)} changed while it was looked at") from error
+            raise _changed(path) from error
         raise
     try:
         yield fd
@@ -163,28 +157,18 @@ def _opened(name: str, flags: int, parent: int, path: _Path) -> Iterator[int]:
         os.close(fd)
 
 
-class _Bounded:
-    """What every walk has: the limits, and a list of names that may vanish."""
+class _Walk(Walk):
+    """A walk through a tree that may change: a name that is gone again is Busy."""
 
-    def __init__(self) -> None:
-        self.entries = 0
-
-    def children(self, directory: int, path: _Path) -> list[tuple[str, os.stat_result]]:
-        if len(path) >= DEPTH_MAX:
-            raise Refused(f"{_where(path)} is nested too deeply: {DEPTH_MAX} levels are the limit")
-        with os.scandir(directory) as entries:  # which may be ten million
-            some = islice((entry.name for entry in entries), ENTRIES_MAX - self.entries + 1)
-            names = sorted(some, key=os.fsencode)
-        self.entries += len(names)
-        if self.entries > ENTRIES_MAX:
-            raise Refused(f"more than {ENTRIES_MAX} entries in it")
+    def children(self, directory: int, path: Path) -> list[tuple[str, os.stat_result]]:
+        names = self.names(directory, path)
         try:
             return [(name, os.stat(name, dir_fd=directory, follow_symlinks=False)) for name in names]
         except FileNotFoundError as error:
-            raise Busy(f"{_where(path)} changed while it was looked at") from error
+            raise _changed(path) from error
 
 
-class _Signing(_Bounded):
+class _Signing(_Walk):
     def __init__(self, guard: Guard | None) -> None:
         super().__init__()
         self._guard = guard
@@ -193,21 +177,12 @@ class _Signing(_Bounded):
         self.youngest_ns = 0
 
     def node(self, st: os.stat_result, name: bytes) -> None:
-        facts = (
-            st.st_dev,
-            st.st_ino,
-            st.st_mode,
-            st.st_uid,
-            st.st_gid,
-            st.st_size,
-            st.st_mtime_ns,
-            st.st_ctime_ns,
-        )
-        self.hash.update(repr((name, *facts)).encode())
+        who = st.st_dev, st.st_ino, st.st_mode, st.st_uid, st.st_gid
+        self.hash.update(repr((name, *who, st.st_size, st.st_mtime_ns, st.st_ctime_ns)).encode())
         self.youngest_ns = max(self.youngest_ns, st.st_ctime_ns)
         self.size += in_blocks(st.st_size if stat.S_ISREG(st.st_mode) else 0)
 
-    def directory(self, fd: int, path: _Path) -> None:
+    def directory(self, fd: int, path: Path) -> None:
         for name, st in self.children(fd, path):
             inner = (*path, name)
             _require_copyable(st, inner)
@@ -215,22 +190,19 @@ class _Signing(_Bounded):
                 self._guard(st, fd, name, "/".join(inner))
             self.node(st, os.fsencode(name))
             if stat.S_ISDIR(st.st_mode):
-                with _opened(name, _DIRECTORY, fd, inner) as child:
+                with _opened(name, DIRECTORY, fd, inner) as child:
                     self.directory(child, inner)
         self.hash.update(b"end")
 
 
-def _require_copyable(st: os.stat_result, path: _Path) -> None:
-    mode = st.st_mode
-    if stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode):
-        return
-    kinds = {
-        stat.S_IFIFO: "a FIFO",
-        stat.S_IFSOCK: "a socket",
-        stat.S_IFBLK: "a device",
-        stat.S_IFCHR: "a device",
-    }
-    raise Refused(f"{_where(path)} is {kinds.get(stat.S_IFMT(mode), 'of an unknown type')}: remove it")
+def _changed(path: Path) -> Busy:
+    return Busy(f"{where(path)} changed while it was looked at")
+
+
+def _require_copyable(st: os.stat_result, path: Path) -> None:
+    type_ = stat.S_IFMT(st.st_mode)
+    if type_ not in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK):
+        raise Refused(f"{where(path)} is {_SPECIAL.get(type_, 'of an unknown type')}: remove it")
 
 
 @dataclass(slots=True)
@@ -239,14 +211,14 @@ class _Target:
 
     fd: int
     root: int
-    links: dict[tuple[int, int], _Path] = field(default_factory=dict)
+    links: dict[tuple[int, int], Path] = field(default_factory=dict)
 
     def inside(self, fd: int) -> _Target:
         return _Target(fd, self.root, self.links)
 
 
-class _Walk(_Bounded):
-    """One pass over a tree: everything goes into the digest, and into the target if there is one."""
+class _Reading(_Walk):
+    """Reads a tree once: everything goes into the digest, and into the target if there is one."""
 
     def __init__(self, target: int | None, size_max: int | None = None) -> None:
         super().__init__()
@@ -255,23 +227,23 @@ class _Walk(_Bounded):
         self._hash = hashlib.sha256(_HEADER)
         self._size = 0
 
-    def run(self, root: int) -> Copied:
+    def run(self, root: int) -> str:
         self._directory(root, os.fstat(root), self._target, ())
-        return Copied(self._hash.hexdigest(), self._size)
+        return self._hash.hexdigest()
 
     def _string(self, value: bytes) -> None:
         self._hash.update(_LENGTH.pack(len(value)) + value)
 
-    def _node(self, kind: bytes, st: os.stat_result, xattrs: Xattrs, path: _Path) -> None:
-        attributes.require_unmarked((name for name, _ in xattrs), _where(path))
+    def _node(self, kind: bytes, st: os.stat_result, xattrs: Xattrs, path: Path) -> None:
+        attributes.require_unmarked((name for name, _ in xattrs), where(path))
         self._hash.update(_NODE.pack(kind, stat.S_IMODE(st.st_mode), st.st_uid, st.st_gid))
         self._hash.update(_LENGTH.pack(len(xattrs)))
         for name, value in xattrs:
             self._string(os.fsencode(name))
             self._string(value)
 
-    def _directory(self, fd: int, st: os.stat_result, target: _Target | None, path: _Path) -> None:
-        xattrs = attributes.read(fd, _where(path))
+    def _directory(self, fd: int, st: os.stat_result, target: _Target | None, path: Path) -> None:
+        xattrs = attributes.read(fd, where(path))
         self._node(b"d", st, xattrs, path)
         children = self.children(fd, path)
         self._hash.update(_LENGTH.pack(len(children)))
@@ -281,29 +253,29 @@ class _Walk(_Bounded):
         if target is not None:
             attributes.give(target.fd, st, xattrs)
 
-    def _child(self, parent: int, name: str, st: os.stat_result, target: _Target | None, path: _Path) -> None:
+    def _child(self, parent: int, name: str, st: os.stat_result, target: _Target | None, path: Path) -> None:
         _require_copyable(st, path)
         if stat.S_ISLNK(st.st_mode):
             self._link(parent, st, target, path)
             return
-        flags = _DIRECTORY if stat.S_ISDIR(st.st_mode) else _FILE
+        flags = DIRECTORY if stat.S_ISDIR(st.st_mode) else _FILE
         with _opened(name, flags, parent, path) as fd:
             found = os.fstat(fd)
             if (found.st_dev, found.st_ino, found.st_mode) != (st.st_dev, st.st_ino, st.st_mode):
-                raise Busy(f"{_where(path)} changed while it was looked at")
+                raise _changed(path)
             if stat.S_ISREG(st.st_mode):
                 self._file(fd, found, target, path)
             elif target is None:
                 self._directory(fd, found, None, path)
             else:
                 os.mkdir(name, 0o700, dir_fd=target.fd)
-                with _opened(name, _DIRECTORY, target.fd, path) as made:
+                with _opened(name, DIRECTORY, target.fd, path) as made:
                     self._directory(fd, found, target.inside(made), path)
 
-    def _link(self, parent: int, st: os.stat_result, target: _Target | None, path: _Path) -> None:
+    def _link(self, parent: int, st: os.stat_result, target: _Target | None, path: Path) -> None:
         name = path[-1]
         # No descriptor gives a link's own attributes; no other link is on this way to them.
-        xattrs = attributes.read(f"/proc/self/fd/{parent}/{name}", _where(path))
+        xattrs = attributes.read(f"/proc/self/fd/{parent}/{name}", where(path))
         self._node(b"l", st, xattrs, path)
         to = os.readlink(name, dir_fd=parent)
         self._string(os.fsencode(to))
@@ -312,13 +284,13 @@ class _Walk(_Bounded):
         os.symlink(to, name, dir_fd=target.fd)
         attributes.give_to_link(name, target.fd, st, xattrs)
 
-    def _file(self, fd: int, st: os.stat_result, target: _Target | None, path: _Path) -> None:
-        xattrs = attributes.read(fd, _where(path))
+    def _file(self, fd: int, st: os.stat_result, target: _Target | None, path: Path) -> None:
+        xattrs = attributes.read(fd, where(path))
         self._node(b"f", st, xattrs, path)
         self._hash.update(_LENGTH.pack(st.st_size))
         self._size += st.st_size
         if self._size_max is not None and self._size > self._size_max:
-            raise Busy(f"{_where(path)} grew while it was read")
+            raise Busy(f"{where(path)} grew while it was read")
         try:
             with Lease(fd) as lease:
                 if target is None or self._linked(st, target, path):
@@ -327,7 +299,7 @@ class _Walk(_Bounded):
                 else:
                     self._copy_file(fd, st, xattrs, lease, target, path)
         except Busy as busy:
-            raise Busy(f"{_where(path)}: {busy}") from busy
+            raise Busy(f"{where(path)}: {busy}") from busy
 
     def _copy_file(
         self,
@@ -336,7 +308,7 @@ class _Walk(_Bounded):
         xattrs: Xattrs,
         lease: Lease,
         target: _Target,
-        path: _Path,
+        path: Path,
     ) -> None:
         made = os.open(path[-1], _NEW, 0o600, dir_fd=target.fd)
         try:
@@ -346,7 +318,7 @@ class _Walk(_Bounded):
         finally:
             os.close(made)
 
-    def _linked(self, st: os.stat_result, target: _Target, path: _Path) -> bool:
+    def _linked(self, st: os.stat_result, target: _Target, path: Path) -> bool:
         """Make `path` a hard link where the copy has this file already."""
         if st.st_nlink < 2:
             return False
