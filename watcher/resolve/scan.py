@@ -51,34 +51,30 @@ class _Notes:
         self.remarks.append(Remark(level, path, text))
 
     @contextmanager
-    def followed(self, path: str, *, watched: bool = True) -> Iterator[Found]:
+    def followed(self, path: str) -> Iterator[Found]:
         """Where a path leads. Watched are each link on the way, what they lead to, and what is to be mended."""
         way = Way()
         try:
             found = self.modes.open(path, way)
         except Unsafe as unsafe:  # we must not watch anything behind the last link
-            if watched:
-                self._watch_links(way, unsafe.path)
-                self.watch_name(unsafe.path)
+            self._watch_way(way, unsafe.path, unsafe)
             raise
         except OSError:
-            if watched:
-                self._watch_links(way, way.path)
+            self._watch_way(way, way.path, None)
             raise
         try:
-            if watched:
-                self._watch_links(way, found.path)
-                if found.unsafe is not None:
-                    self.watch_name(found.unsafe.path)
+            self._watch_way(way, found.path, found.unsafe)
             yield found
         finally:
             os.close(found.fd)
 
-    def _watch_links(self, way: Way, end: str) -> None:
+    def _watch_way(self, way: Way, end: str, unsafe: Unsafe | None) -> None:
         for directory, name in way.links:
             self.watch(directory, re.escape(name))
         if way.links:
             self.watch_name(end)
+        if unsafe is not None:
+            self.watch_name(unsafe.path)
 
 
 def look(declared: Declared, architecture: str | None = None, modes: StrictModes | None = None) -> Look:
@@ -271,8 +267,10 @@ def _dirent(name: str, directory: int) -> Dirent | None:
 def _linked(path: str, notes: _Notes, kind: Kind | None) -> Dirent:
     """A link, by what it leads to. One that must not be followed is still a candidate, which is then refused."""
     name = path.rpartition("/")[2]
+    if kind is None:
+        notes = _Notes(notes.modes)  # the look at the entry watches this link
     try:
-        with notes.followed(path, watched=kind is not None) as found:
+        with notes.followed(path) as found:
             return Dirent(name, _type(found.status, True), True)
     except Unsafe as unsafe:
         if kind is None:

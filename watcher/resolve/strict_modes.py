@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whose word counts on the way to a file: StrictModes of sshd_config(5), CHASE_SAFE of systemd.
+"""Walks a path, and judges who could change what it leads to: StrictModes of sshd_config(5), CHASE_SAFE of systemd.
 
 Who may write to a drop directory decides what root reads, copies and gives to a service. So we walk a path from `/`
 component by component, read and follow links by hand, and judge each step by what `fstat` says of the descriptor that
@@ -103,7 +103,7 @@ class StrictModes:
     """For one look of one service; a context manager, which closes the directories that were passed.
 
     Attributes:
-        remarks: names in `trust` that nobody has.
+        remarks: names in `trust` that no user or group has.
     """
 
     def __init__(self, trust: Trust = ROOT_ALONE) -> None:
@@ -212,7 +212,7 @@ class StrictModes:
         way.links.append((place.path, name))
         way.unsafe = way.unsafe or self._trusted.unsafe(way.path, link, [], like_root=not place.sticky)
         if way.unsafe is None:
-            way.unsafe = _made_by_anybody(way.path, place, status)
+            way.unsafe = _hard_link(way.path, place, status)
         way._link_setters = way._setters
         way._setters |= self._trusted.not_root(link.owner)
 
@@ -225,7 +225,7 @@ class StrictModes:
             if unsafe is None and (directory or stat.S_ISREG(status.st_mode)):
                 unsafe = self._trusted.unsafe(way.path, found, found.writers())
             if unsafe is None and not directory:
-                unsafe = _made_by_anybody(way.path, place, status)
+                unsafe = _hard_link(way.path, place, status)
         except BaseException:
             os.close(fd)
             raise
@@ -289,8 +289,8 @@ class StrictModes:
         self._require_sight(way, found, READ | SEARCH if stat.S_ISDIR(status.st_mode) else READ, path)
 
 
-def _made_by_anybody(path: str, place: _Place, status: os.stat_result) -> Unsafe | None:
-    """In a sticky directory anybody can have made this name, as a hard link to a file of root's."""
+def _hard_link(path: str, place: _Place, status: os.stat_result) -> Unsafe | None:
+    """In a sticky directory any user can have made this name, as a hard link to a file of root's."""
     if not place.sticky or status.st_nlink < 2:
         return None
     text = f"{shown(path)} has other names, and anybody may have made this one"

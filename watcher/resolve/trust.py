@@ -47,7 +47,7 @@ class Trusted:
 
     Attributes:
         uids: of root, of this process, and of the users who are trusted.
-        remarks: names that nobody has.
+        remarks: names that no user or group has.
     """
 
     def __init__(self, trust: Trust) -> None:
@@ -128,7 +128,7 @@ class Trusted:
         setting = f"{who.kind.capitalize()}s={name}"
         if found.acl and (who.kind == "user" or who.number != found.group):
             return self._told(f"{text} (ACL)", f"setfacl -x {who.kind[0]}:{name}", path, setting)
-        # Where there is a list, chmod changes its mask, and nobody named in it may write any more.
+        # Where there is a list, chmod changes its mask, and no user or group in it may write any more.
         return self._told(f"{text} ({stat.S_IMODE(found.mode):04o})", "chmod g-w", path, setting)
 
     def _told(self, what: str, mend: str, path: str, setting: str) -> Unsafe:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 
 def comes_back(look: Callable[[], object], seconds: float) -> bool:
-    """Whether a function that follows strangers' paths ends, well or not. For a program without threads.
+    """Whether a function that follows paths of others ends, well or not. For a program without threads.
 
     A grandchild tries it, so the program that we execute later has no child to wait for. The grandchild holds nothing
     of ours open, and ends as soon as the kernel lets it.

@@ -37,7 +37,7 @@ from watcher.watch.watched_directories import (
 from watcher.watch.watched_trees import WatchedTrees
 
 LEVELS_MAX = 2048
-"""No directory further down has a path that a system call takes: PATH_MAX is 4096 bytes. With links one gets there."""
+"""No directory further down has a path that a system call takes: PATH_MAX is 4096 bytes. Links can lead there."""
 
 ROUNDS = 16
 """After so many rounds in a row something else may run, though paths still change under our hands."""

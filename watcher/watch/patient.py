@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A `Watcher` for strangers' paths. Any of them may hang, so the event loop never follows one.
+"""A `Watcher` for paths that may hang: the event loop never follows one.
 
 The event loop reads the kernel's events, and tells whom they concern. A thread follows paths where they have to be
 followed anew, and works on the nodes alone meanwhile. The loop then only reads the nodes, to tell whom an event
@@ -110,7 +110,7 @@ class PatientWatcher(Watcher):
             self._before.inotify.close()
 
     async def watch(self, key: str, interests: Iterable[Interest]) -> bool:
-        """From now on `key` is concerned by changes in `interests`, and by nothing else: `set()` for strangers' paths.
+        """As `set()`: from now on `key` is concerned by changes in `interests`, and by nothing else.
 
         Returns:
             True if one of them is new to the key: what changed there before this call went unnoticed, look again.

@@ -24,7 +24,7 @@ class WatchedTrees:
 
     def __init__(self, directories: WatchedDirectories) -> None:
         self._directories = directories
-        self._watches_max = _watches_max() // 2  # the rest is for the directories that one drops into
+        self._watches_max = _watches_max() // 2  # the rest is for drop directories
         self._unseen: dict[Node, int] = {}
         """Directories that could not be listed, or not all of whose subdirectories can be watched; the errno why."""
         self._entries: dict[Node, int] = {}

@@ -350,7 +350,7 @@ class _MountTable:
     def _read(self) -> frozenset[str]:
         with open(self._table, "rb", closefd=False) as file:
             file.seek(0)
-            # Not splitlines(): whoever may mount may have a "\r" in a path, and the kernel does not escape it.
+            # Not splitlines(): a user who may mount may have a "\r" in a path, and the kernel does not escape it.
             return frozenset(os.fsdecode(file.read()).split("\n"))
 
 
