@@ -86,7 +86,7 @@ def _first(error: BaseException) -> Exception:
 
 
 def _exec(settings: Settings, options: argparse.Namespace) -> ExitStatus:
-    from watcher.managers.standalone import service_settings, valid_name
+    from watcher.managers.registration import service_settings, valid_name
     from watcher.rounds.exec_service import CannotStart, ExecOptions, launch
 
     if not valid_name(options.name):

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from support import CHECKOUT
 from support.images import confext, image, noise
-from watcher.managers.standalone import Registration, register
+from watcher.managers.registration import Registration, register
 from watcher.mounts import syscalls
 from watcher.mounts.process import start_time
 

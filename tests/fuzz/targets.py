@@ -29,7 +29,8 @@ from watcher.images import stacks, tries
 from watcher.images.formats import erofs
 from watcher.images.formats.base import HEAD, ImageFile
 from watcher.images.formats.probe import probe
-from watcher.managers import cgroup, standalone
+from watcher.managers import cgroup
+from watcher.managers import registration as registrations
 from watcher.managers.systemd import dbus, drop_ins, jobs, manager, sandbox_settings, systemd1
 from watcher.model import Candidate, Event, Kind, Outcome, Refused, Unsupported, shown
 from watcher.mounts import table
@@ -594,13 +595,13 @@ def stack_record(data: bytes) -> None:
 def registration(data: bytes) -> None:
     """What `exec` has registered: everything of its type, or ValueError."""
     with only(ValueError):
-        made = standalone._registration(_text(data), "a")
+        made = registrations.parse(_text(data), "a")
         assert len(tuple(made.namespace)) == 2
         made.declared.images  # noqa: B018 -- can be made
-        standalone.service_settings(made.settings, made.check, made.health_check)
+        assert made.own_settings is not None
         for path in (*made.confext_dirs, *made.images, *made.directories):
             assert b"\0" not in os.fsencode(path)
-        assert standalone._registration(json.dumps(asdict(made)), "a") == made
+        assert registrations.parse(json.dumps(asdict(made)), "a") == made
 
 
 @target(

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Registrations that are not what they seem: nothing is mounted anywhere because of one, and no signal is sent."""
+"""Registrations that are not what they seem: nothing is mounted anywhere because of one, and no signal is sent.
+
+Covers managers/registration.py.
+"""
 
 from __future__ import annotations
 

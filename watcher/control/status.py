@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from watcher.images.stacks import Accepted, Damaged, Stacks
 from watcher.managers.base import slots_of
-from watcher.managers.standalone import registered, registrations
+from watcher.managers.registration import registered, registrations
 from watcher.managers.systemd.units import is_service
 from watcher.model import Event, Kind, Layer, Stack, problem
 from watcher.mounts.process import Gone, Process, shares_host

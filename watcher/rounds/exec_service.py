@@ -14,18 +14,17 @@ import signal
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from watcher.images import tries
 from watcher.images.admission import Admission, host
 from watcher.images.store import Store
 from watcher.managers.base import slots_of, trust_of
-from watcher.managers.standalone import (
+from watcher.managers.registration import (
     Registration,
-    declared,
+    ServiceOptions,
     register,
     registered,
-    service_settings,
     services_directory,
     unregister,
 )
@@ -42,7 +41,7 @@ from watcher.resolve import scan
 from watcher.resolve.strict_modes import StrictModes
 from watcher.rounds.desired import Desired, find, newest_whole
 from watcher.rounds.state import Trial, Trials
-from watcher.settings.config import ServiceSettings, Settings
+from watcher.settings.config import Settings
 from watcher.watch.answers import comes_back
 
 _ANSWER_SEC = 5.0
@@ -53,20 +52,11 @@ class CannotStart(Exception):
     """The program is not started; `str()` is one line that says why."""
 
 
-@dataclass(frozen=True, slots=True)
-class ExecOptions:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecOptions(ServiceOptions):
     """What `exec` was told; paths as given."""
 
-    name: str
     program: tuple[str, ...]
-    confext_dirs: tuple[str, ...] = ()
-    images: tuple[str, ...] = ()
-    directories: tuple[str, ...] = ()
-    reload_signal: str = ""
-    reload_command: tuple[str, ...] = ()
-    check: tuple[str, ...] = ()
-    health_check: tuple[str, ...] = ()
-    settings: tuple[str, ...] = ()
 
 
 def launch(settings: Settings, options: ExecOptions) -> None:
@@ -105,20 +95,12 @@ def launch(settings: Settings, options: ExecOptions) -> None:
 def _registration(options: ExecOptions) -> Registration:
     """Of this process."""
     return Registration(
-        name=options.name,
         pid=os.getpid(),
         started=start_time(os.getpid()),
         namespace=namespace_id("/proc/self/ns/mnt"),
         user_namespace=namespace_id("/proc/self/ns/user"),
         environment=tuple(f"{name}={value}" for name, value in os.environ.items()),
-        confext_dirs=options.confext_dirs,
-        images=options.images,
-        directories=options.directories,
-        reload_signal=options.reload_signal,
-        reload_command=options.reload_command,
-        check=options.check,
-        health_check=options.health_check,
-        settings=options.settings,
+        **{field.name: getattr(options, field.name) for field in fields(ServiceOptions)},
     )
 
 
@@ -242,9 +224,8 @@ def _admit(
 
 def _look(options: ExecOptions) -> None:
     """Follow every path that is followed for a start, and read a little of each image."""
-    sources = declared(options.images, options.directories, options.confext_dirs)
-    with StrictModes(trust_of(_own_settings(options), "standalone")) as modes:
-        for pick in scan.look(sources, modes=modes).picks:
+    with StrictModes(trust_of(options.own_settings, "standalone")) as modes:
+        for pick in scan.look(options.declared, modes=modes).picks:
             for candidate in pick.candidates:
                 with suppress(OSError, Refused):
                     found = modes.open(candidate.path)
@@ -282,13 +263,12 @@ def _find(
             raise
         # It never ran: there is nothing yet that could have proved bad.
         journal.log.warning(f"{name}: starts without regard to history: {error}")
-    sources = declared(options.images, options.directories, options.confext_dirs)
-    own = _own_settings(options)
+    own = options.own_settings
     return find(
         store,
         admission,
         slots,
-        sources,
+        options.declared,
         host(),
         kept_out,
         pin,
@@ -304,28 +284,23 @@ def _kept_out_elsewhere(
 ) -> dict[str, str]:
     """With `Rollout=rolling`: what proved bad for others that have it so, with the reasons."""
     found: dict[str, str] = {}
-    if _own_settings(options).rollout == "rolling":
+    if options.own_settings.rollout == "rolling":
         for one in quarantined:
             other = _registered(settings, one.service) if one.service != utf8(options.name) else None
-            if other is not None and _own_settings(other).rollout == "rolling":
+            if other is not None and other.own_settings.rollout == "rolling":
                 found[one.digest] = f"it did not do on {one.service}: {one.reason}"
     return found
 
 
-def _own_settings(options: ExecOptions | Registration) -> ServiceSettings:
-    own, _ = service_settings(options.settings, options.check, options.health_check)
-    return own
-
-
 def _is_tried_by_the_daemon(options: ExecOptions) -> bool:
     """Whether something new has to wait until the program runs: for its check, or for its turn."""
-    own = _own_settings(options)
+    own = options.own_settings
     return bool(own.check) or own.rollout == "rolling"
 
 
 def _on_trial(trials: Trials, options: ExecOptions, desired: Desired) -> Stack:
     """A new stack, which the daemon judges when the program runs."""
-    name, trust = options.name, trust_of(_own_settings(options), "standalone")
+    name, trust = options.name, trust_of(options.own_settings, "standalone")
     try:
         stack = tries.begin(desired.stack, desired.current.digests, name, trust=trust)
     except FileNotFoundError:
