@@ -345,7 +345,7 @@ async def test_a_client_that_gives_up_says_that_it_timed_out(backend: Backend, d
         b'{"a":' * 10_000 + b"\0",
         b'{"method":' + b"9" * 60_000 + b"}\0",
         b"x" * (transport.REQUEST_MAX + 100_000),
-        os.urandom(50_000) + b"\0",
+        pytest.param(os.urandom(50_000) + b"\0", id="random"),
     ],
     ids=lambda rubbish: repr(rubbish[:20]),
 )

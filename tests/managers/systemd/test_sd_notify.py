@@ -76,7 +76,7 @@ def test_an_unusable_address_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("usec", "pid", "expected"),
     [
-        ("30000000", str(os.getpid()), 30.0),
+        pytest.param("30000000", str(os.getpid()), 30.0, id="30000000-own-30.0"),
         ("30000000", "", 30.0),
         ("30000000", "1", None),
         ("0", "", None),
