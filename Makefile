@@ -5,6 +5,10 @@ SHELL := /bin/bash
 VENV := .venv
 OLDEST := .venv-debian13
 PYTEST_ARGS ?=
+# Processes that run tests, which mostly wait; more than 8 of them and their daemons reach root's limit of inotify instances.
+export JOBS ?= $(shell n=$$((2 * $$(nproc))); echo $$((n < 8 ? n : 8)))
+# With bytecode on disk, a process of the tests starts in half of the time.
+unexport PYTHONDONTWRITEBYTECODE
 # A hang is interrupted, so that what is running is still cleaned up.
 LIMIT := timeout --foreground --signal=INT --kill-after=60 45m
 
@@ -34,13 +38,22 @@ test: venv tools ## lint, types, all tests; with root and mmdebstrap also on rea
 	@echo "== containers"; $(MAKE) --no-print-directory roots
 	@echo "== tests"; tests/run-tests $(VENV)/bin/python $(PYTEST_ARGS)
 
+# One file, directory or test, `T=tests/test_cli.py`, or all of that half.
+T :=
+FAST = $(if $(T),$(T),-n $(JOBS) --dist worksteal --ignore=tests/beds tests)
+BEDS = $(if $(T),$(T),-n $(JOBS) --dist worksteal tests/beds)
+
 .PHONY: test-fast
-test-fast: venv ## the tests without the containers
-	@$(VENV)/bin/python -m pytest -q --ignore=tests/beds $(PYTEST_ARGS) tests
+test-fast: venv ## the tests without the containers, or one `make test-fast T=tests/test_cli.py`
+	@$(VENV)/bin/python -m pytest -q $(PYTEST_ARGS) $(FAST)
+
+.PHONY: test-beds
+test-beds: venv tools ## the tests in the containers, or one `make test-beds T=tests/beds/test_bed.py`
+	@$(VENV)/bin/python -m pytest -q $(PYTEST_ARGS) $(BEDS)
 
 .PHONY: test-oldest
 test-oldest: $(OLDEST)/.installed tools ## the tests without the containers, on Debian 13's versions
-	@$(LIMIT) $(OLDEST)/bin/python -m pytest -q --ignore=tests/beds $(PYTEST_ARGS) tests
+	@$(LIMIT) $(OLDEST)/bin/python -m pytest -q $(PYTEST_ARGS) $(FAST)
 
 SECONDS :=
 TARGET :=
