@@ -37,9 +37,20 @@ def _in_bed(item: pytest.Item) -> bool:
     return Path(__file__).with_name("beds") in item.path.parents
 
 
+def _place(item: pytest.Item) -> int:
+    """Sort key: what is quick to fail runs first, and neighbours, which mostly share a process, share a bed."""
+    if not _in_bed(item):
+        return 0
+    fixtures = set(getattr(item, "fixturenames", ()))
+    if "bed254" in fixtures or {"bed257", "bed262"} <= fixtures:
+        return 1
+    version = item.callspec.params.get("bed") if hasattr(item, "callspec") else None
+    return {"262": 2, None: 3, "257": 4}[version]
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # The containers last: what is quick to fail fails first.
-    items.sort(key=_in_bed)
+    items.sort(key=_place)
     for item in filter(_in_bed, items):
         item.add_marker(needs.bed)
 

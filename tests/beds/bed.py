@@ -353,6 +353,8 @@ def _loops_over(root: Path) -> list[tuple[str, bool]]:
     found = []
     for row in listed.stdout.splitlines():
         device, autoclear, inode, path = row.split(" ", 3)
+        if not inode:
+            continue  # it is being detached
         # The kernel tells the path as the container knew it.
         with contextlib.suppress(OSError):
             if (root / path.lstrip("/")).lstat().st_ino == int(inode):

@@ -50,3 +50,4 @@ def sees(host: Host, text: str, unit: str = WEB, path: str = "/etc/web.conf") ->
     deadline = time.monotonic() + SECONDS
     while (found := host.see(unit, path)) != text:
         assert time.monotonic() < deadline, found
+        time.sleep(0.05)

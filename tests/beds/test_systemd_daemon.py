@@ -194,11 +194,11 @@ def test_what_a_unit_declares_itself_goes_the_same_way(host: Host) -> None:
     assert seen(host, "reload") == "2"
 
 
-def eventually(condition: Callable[[], bool], what: str) -> None:
+def eventually(condition: Callable[[], bool], what: str, said: Callable[[], object] = lambda: "") -> None:
     """Wait for what no entry of the journal announces."""
     deadline = time.monotonic() + SECONDS
     while not condition():
-        assert time.monotonic() < deadline, what
+        assert time.monotonic() < deadline, f"{what} {said()}"
         time.sleep(0.1)
 
 
@@ -772,6 +772,12 @@ def storm_drop(host: Host, units: Sequence[str], version: int, *, last: bool) ->
             host.drop(image, unit, "web.raw")
 
 
+def last_words(host: Host, unit: str) -> str:
+    """What a unit shows, and what was said of it."""
+    said = host.bed.journal("--lines=15", "SYSLOG_IDENTIFIER=confext-watcher", f"CONFEXT_SERVICE={unit}")
+    return f"{host.main_pid(unit)} {host.see(unit, '/etc/web.txt')!r}\n{said}"
+
+
 def is_outcome(unit: str, entry: Entry) -> bool:
     return entry.get("CONFEXT_SERVICE") == unit and "CONFEXT_OUTCOME" in entry
 
@@ -807,7 +813,8 @@ def test_a_storm_of_starts_never_touches_the_hosts_etc(host: Host) -> None:
         return host.see(unit, "/etc/web.txt") == str(last)
 
     for unit in running:
-        eventually(functools.partial(shows_the_last, unit), unit)
+        said = functools.partial(last_words, host, unit)
+        eventually(functools.partial(shows_the_last, unit), unit, said)
     swaps = Counter(one.get("CONFEXT_SERVICE") for one in journal.said() if "applied in" in one["MESSAGE"])
     assert set(swaps) >= set(running)
 
