@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import shlex
 import signal
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import hypothesis
 import pytest
@@ -31,6 +33,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "limit(seconds): how long the test may take before it is failed")
     hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
     os.environ[RUN] = uuid.uuid4().hex
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs: Sequence[Any]) -> None:
+    """Give each process that runs tests a mount namespace: a test counts mounts, and daemons follow the mount table."""
+    if needs.lacking(needs.root.mark) or needs.lacking(needs.tool("unshare").mark):
+        return
+    for spec in specs:
+        spec.python = shlex.join(["unshare", "--mount", "--propagation", "private", "--", sys.executable])
 
 
 def _in_bed(item: pytest.Item) -> bool:

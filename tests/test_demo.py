@@ -10,12 +10,13 @@ import re
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from support.needs import root, tool, userns, which
-from support.nobody import AS_NOBODY
+from support.nobody import AS_NOBODY, NOBODY
 
 DEMO = Path(__file__).parent.parent / "contrib/demo.py"
 # setpriv looks up what it executes with root's rights still, so there is a shell in between.
@@ -109,17 +110,22 @@ def test_a_user_without_any_rights_sees_it_too() -> None:
     python = interpreter_for_all()
     if python is None:
         pytest.skip("needs a Python and a checkout that everybody may read")
-    before = {name for name in os.listdir("/tmp") if name.startswith("confext-demo-")}
-    done = subprocess.run(
-        [*SHELL_OF_NOBODY, python, str(DEMO)],
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": sysconfig.get_path("purelib")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    check_story(done.stdout, "refused: made for ID=another-system")
-    assert {name for name in os.listdir("/tmp") if name.startswith("confext-demo-")} <= before
+    with tempfile.TemporaryDirectory() as scratch:
+        os.chown(scratch, NOBODY, NOBODY)
+        done = subprocess.run(
+            [*SHELL_OF_NOBODY, python, str(DEMO)],
+            env={
+                "PATH": os.environ["PATH"],
+                "PYTHONPATH": sysconfig.get_path("purelib"),
+                "TMPDIR": scratch,
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        check_story(done.stdout, "refused: made for ID=another-system")
+        assert os.listdir(scratch) == []
 
 
 @userns

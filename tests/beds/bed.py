@@ -32,7 +32,7 @@ from typing import IO, Any, Self
 
 from beds import payload, roots
 
-BOOT_SECONDS = 90
+BOOT_SECONDS = 150
 _ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "LANG": "C.UTF-8",

@@ -22,7 +22,7 @@ from support.images import confext, image
 
 UNITS = "/etc/systemd/system"
 SLEEP = "[Service]\nExecStart=/bin/sleep infinity\n"
-SECONDS = 20
+SECONDS = 60
 """How long something that is going to happen may take."""
 
 Entry = dict[str, Any]

@@ -340,7 +340,11 @@ def loops(layers: Layers, layer: Layer) -> int:
     """How many loop devices there are on a layer's file, whose path is cut when its namespace has gone."""
     name = "/".join(layers.copies[layer.digest].path.split("/")[-2:])
     backing = Path("/sys/block").glob("loop*/loop/backing_file")
-    return sum(one.read_text().strip().endswith(name) for one in backing if one.exists())
+    found = 0
+    for one in backing:
+        with contextlib.suppress(OSError):  # another one's, gone just now
+            found += one.read_text().strip().endswith(name)
+    return found
 
 
 @loop

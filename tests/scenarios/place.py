@@ -35,7 +35,7 @@ COMMAND = Path(sys.executable).with_name("confext-watcher")
 SCRATCH = "CONFEXT_WATCHER_TEST_SCRATCH"
 """Environment variable: where confexts are made, once for all tests."""
 
-PATIENCE = float(os.environ.get("CONFEXT_WATCHER_TEST_PATIENCE", "30"))
+PATIENCE = float(os.environ.get("CONFEXT_WATCHER_TEST_PATIENCE", "60"))
 """Seconds after which something that should have happened has not."""
 
 # Says what it read at its start and at each SIGHUP. SIGUSR1 makes it become itself anew, SIGUSR2 end with status 7.

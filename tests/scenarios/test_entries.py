@@ -203,7 +203,7 @@ def test_what_is_mounted_is_the_copy_in_the_store(service: Service) -> None:
     target = service.put("1.3")
     service.reloaded("1.3")
     store = service.place.state / "store"
-    backing = [path.read_text().strip() for path in Path("/sys/block").glob("loop*/loop/backing_file")]
+    backing = backing_files()
     digest = service.status()["layers"][0]["digest"]
     assert str(store / digest) in backing
     assert str(target) not in backing
@@ -222,13 +222,13 @@ def test_copies_and_mounts_that_nobody_needs_go_away(shared: Place) -> None:
         service.logged(f"{version}.* applied")
     store = shared.state / "store"
     until(lambda: [digests[name] for name in digests if (store / name).exists()] == ["3", "4", "5"])
-    until(lambda: [digests[name] for name in digests if name in backing_files()] == ["5"])
+    until(lambda: [digests[name] for name in digests if str(store / name) in backing_files()] == ["5"])
 
 
 def backing_files() -> set[str]:
-    """Names of the files that loop devices show."""
+    """The files that loop devices show."""
     found = set()
     for path in Path("/sys/block").glob("loop*/loop/backing_file"):
         with suppress(OSError):  # another one's, gone just now
-            found.add(Path(path.read_text().strip()).name)
+            found.add(path.read_text().strip())
     return found

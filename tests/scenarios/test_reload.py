@@ -93,12 +93,16 @@ def test_a_command_that_fails_is_said_and_the_stack_before_is_back(
 
 @trees_only
 def test_what_a_command_leaves_running_is_ended(shared: Place) -> None:
-    out = shared.path / f"out-{next(shared.numbers)}"
+    out, go_on = (shared.path / f"{name}-{next(shared.numbers)}" for name in ("out", "go-on"))
     os.mkfifo(out)
-    service = shared.start("--reload-command", f"sh -c 'sleep infinity & echo $! > {out}'")
+    os.mkfifo(go_on)
+    service = shared.start(
+        "--reload-command", f"sh -c 'sleep infinity & echo $! > {out}; read word < {go_on}'"
+    )
     service.put("1.3")
     left = os.pidfd_open(int(out.read_text()))
     try:
+        go_on.write_text("go on\n")
         service.logged("web 1.3 added, applied")
         until(lambda: select.select([left], [], [], 0)[0])
     finally:

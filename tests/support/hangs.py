@@ -206,6 +206,8 @@ def _serve(shown: str, where: str) -> None:
     while True:
         for key, _ in selector.select():
             if key.fd == device:
+                if server.hangs is None:
+                    continue  # since just now
                 server.read()
                 if asked and server.kept:
                     asked = False

@@ -19,7 +19,8 @@ from watcher.model import Event
 from watcher.mounts.process import Gone, Process
 from watcher.records.ledger import Reader
 
-SECONDS = 30
+SECONDS = 60
+"""After so long what should have happened has not."""
 PROGRAM = (sys.executable, "-m", "watcher")
 
 
