@@ -40,6 +40,15 @@ def test_an_attempt_takes_one_and_a_success_removes_the_counters(tmp_path: Path)
     assert (names(tmp_path), done.layers[0].source) == (["web_1.raw"], str(tmp_path / "web.raw.v/web_1.raw"))
 
 
+@pytest.mark.parametrize(
+    ("name", "then"), [("web_1.4+010.raw", "web_1.4+7-1.raw"), ("web_1.4+09.raw", "web_1.4+09.raw")]
+)
+def test_a_counter_is_the_number_that_a_pick_takes_it_for(tmp_path: Path, name: str, then: str) -> None:
+    """As C reads it: octal with a zero in front."""
+    tries.begin(stack(drop(tmp_path, name)), (), "web.service")
+    assert names(tmp_path) == [then]
+
+
 def test_what_the_service_has_already_is_no_attempt(tmp_path: Path) -> None:
     tries.begin(stack(drop(tmp_path, "web_1+3.raw")), ("d" * 64,), "web.service")
     assert names(tmp_path) == ["web_1+3.raw"]

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Counted tries, systemd.v(7): "NAME_VERSION+LEFT-DONE.raw", kept up by renaming the dropped file.
 
-Before each attempt one is taken from what is left and added to what is done; after a success the counters are removed.
-A file with nothing left is not picked while there is another (`vpick.py`). One that failed and has tries left is
-tried again at the next start of the service or of the watcher, or after `rollback --forget`; one that failed its last
-try is in quarantine like any other. An attempt is whatever may show that the file is bad: a check, a reload, and for a
-service that does not run its next start.
+Before each attempt one try is moved from LEFT to DONE; after a success the counters are removed. A file with nothing
+left is not picked while there is another (`vpick.py`). One that failed and has tries left is tried again at the next
+start of the service or of the watcher, or after `rollback --forget`. One that failed its last try is in quarantine like
+any other. An attempt is whatever may show that the file is bad: a check, a reload, and the next start of a service that
+does not run.
 
 The count belongs to the file. Services that share a directory share it: every attempt of any of them counts, and the
-first success of any of them removes the counters. Two attempts at once are two: who comes second finds the name that
-the first has made. What one service has put into quarantine stays there, whatever becomes of the file's name.
+first success removes the counters. Two attempts at once are two: the second service finds the name that the first has
+made. What one service has put into quarantine stays there, whatever the file is called by then.
 
-A rename never overwrites (RENAME_NOREPLACE) and is one step, so that a kill in between leaves one of the two names.
+A rename never overwrites (RENAME_NOREPLACE), and is one step: after a kill the file has the old name or the new one.
 Only files in a directory of the form `.v/` have counters; "+3" in any other name is part of that.
 """
 
@@ -34,7 +34,7 @@ Renaming = Callable[[str, str], AbstractContextManager[None]]
 
 
 def unseen(old: str, new: str) -> AbstractContextManager[None]:
-    """For one who watches nothing."""
+    """A `Renaming` where no watcher has to know."""
     return nullcontext()
 
 
@@ -68,7 +68,7 @@ def counted(path: str) -> Counted | None:
 
 
 def _taken_apart(name: str) -> Counted | None:
-    """As a version is picked by them: at the end of the name, before the suffix of an image."""
+    """The counters are at the end of the name, before the suffix of an image, as for a pick."""
     rest = name.removesuffix(".raw")
     stem, left, done = vpick.counters(rest) or ("", 0, 0)
     return Counted(stem, left, done, name[len(rest) :]) if stem else None
@@ -100,7 +100,7 @@ def begin(
         trust: whom it lets drop things.
 
     Raises:
-        FileNotFoundError: somebody renamed or removed one meanwhile; look again.
+        FileNotFoundError: a file has been renamed or removed meanwhile; look again.
     """
     return Stack(
         tuple(
@@ -134,7 +134,7 @@ def _proved_good(layer: Layer, service: str, renaming: Renaming, trust: Trust) -
         return layer
     try:
         with _directory(layer.source, trust) as directory:
-            name = _now(directory, os.path.basename(layer.source), counters)
+            name = _called_now(directory, os.path.basename(layer.source), counters)
             return _renamed(layer, directory, name, counters.good(), renaming)
     except FileNotFoundError:
         return layer  # removed, or another service's success was first
@@ -144,7 +144,7 @@ def _proved_good(layer: Layer, service: str, renaming: Renaming, trust: Trust) -
 
 @contextmanager
 def _directory(path: str, trust: Trust) -> Iterator[str]:
-    """A path of the directory of a file that does not change its meaning; raises Unsafe where strangers set the way."""
+    """A path that stays the same directory: that of a file. Raises Unsafe where strangers could choose it."""
     with StrictModes(trust) as modes:
         found = modes.open(os.path.dirname(path))
     try:
@@ -155,8 +155,8 @@ def _directory(path: str, trust: Trust) -> Iterator[str]:
         os.close(found.fd)
 
 
-def _now(directory: str, was: str, counters: Counted) -> str:
-    """What a counted file is called now: another service's attempts may have renamed it."""
+def _called_now(directory: str, was: str, counters: Counted) -> str:
+    """The name of a counted file, which another service's attempts may have renamed."""
     for name in os.listdir(directory):
         found = _taken_apart(name)
         if found is not None and counters.is_later(found):
@@ -173,7 +173,6 @@ def _renamed(layer: Layer, directory: str, old: str, new: str, renaming: Renamin
 
 def _not_counted(layer: Layer, service: str, error: OSError | Unsafe) -> Layer:
     why = str(error) if isinstance(error, Unsafe) else error.strerror
-    journal.log.warning(
-        f"{service}: {shown(layer.source)}: its tries cannot be counted: {why}", service=service
-    )
+    text = f"{service}: {shown(layer.source)}: its tries cannot be counted: {why}"
+    journal.log.warning(text, service=service)
     return layer
