@@ -65,7 +65,7 @@ def test_each_layer_has_its_slot_in_the_store(stacks: Stacks, tmp_path: Path) ->
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / layer("a.raw").digest).write_text("it")
     assert slots(tmp_path) == {"a.raw": layer("a.raw").digest, "b.raw": layer("b.raw").digest}
-    assert Path(stacks.slot_path(UNIT, "a.raw")).read_text() == "it"
+    assert (tmp_path / "units" / UNIT / "a.raw").read_text() == "it"
 
 
 def test_the_slots_follow_as_one(stacks: Stacks, tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Copies in the store are whole, bounded, and there as long as they are needed; whatever happens to the rest."""
+"""Copies in the store are whole, bounded, and there as long as they are needed; whatever happens to the rest.
+
+With images/store_names.py.
+"""
 
 from __future__ import annotations
 
@@ -528,8 +531,8 @@ class TestStacks:
         assert not store.accept(UNIT, wanted, ())
         assert store.accepted(UNIT) == wanted
         assert store.stacks(UNIT) == (wanted,)
-        assert store.units() == (UNIT,)
-        assert Path(store.slot_path(UNIT, "web.raw")).read_bytes() == b"content"
+        assert os.listdir(tmp_path / "state/units") == [UNIT]
+        assert (tmp_path / "state/units" / UNIT / "web.raw").read_bytes() == b"content"
         store.forget(UNIT)
         assert store.accepted(UNIT) is None
 
@@ -775,7 +778,7 @@ def churn(state: str, work: str, seed: str) -> None:
                 copy = add(store, path)
                 wanted = Stack((layer(copy),))
                 store.accept(f"{seed}.service", wanted, ())
-            assert Path(store.slot_path(f"{seed}.service", "web.raw")).read_bytes() == path.read_bytes()
+            assert Path(state, f"units/{seed}.service/web.raw").read_bytes() == path.read_bytes()
             try:
                 store.collect(())
             except Busy:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Copying the bytes of one file and hashing them in the same pass."""
+"""The bytes of one file: copied, and hashed in the same pass."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Protocol
 from watcher.model import Busy
 from watcher.watch.lease import Lease
 
-# Between two chunks the lease is looked at: this bounds how long a writer waits, and a thread's buffer.
+# Bytes. The lease is checked between two chunks: this bounds how long a writer waits, and a thread's buffer.
 CHUNK = 1 << 19
 
 FICLONE = 0x40049409  # linux/fs.h; Python's fcntl has it from 3.14 on
@@ -34,7 +35,7 @@ class Hasher(Protocol):
 
 
 class _Buffer(threading.local):
-    """Made once per thread: fresh memory costs more page faults than reading 1 MiB takes."""
+    """One for each thread: the page faults of fresh memory cost more than reading 1 MiB."""
 
     def __init__(self) -> None:
         self.view = memoryview(bytearray(CHUNK))
@@ -79,10 +80,17 @@ def copy_file(source: int, target: int, size: int, hasher: Hasher, lease: Lease,
 def start_writing(target: int, offset: int = 0, length: int = 0) -> None:
     """Have the disk begin with the bytes just written, without waiting for it (`length` 0: all that follows).
 
-    What sync_file_range(2) is for, and Python does not have; POSIX_FADV_DONTNEED starts it too (mm/fadvise.c), and what
-    is still being written is not dropped from memory. While the bytes are hashed, the disk works: a quarter faster.
+    Python does not have sync_file_range(2). POSIX_FADV_DONTNEED starts writing, too (mm/fadvise.c), and the kernel does
+    not drop from memory what is still being written. The disk works while the bytes are hashed: a quarter faster.
     """
     os.posix_fadvise(target, offset, length, os.POSIX_FADV_DONTNEED)
+
+
+def digest_of(source: int, size: int) -> str:
+    """SHA-256 of the `size` bytes of `source`, 64 hexadecimal digits. Raises as `hash_file`."""
+    hasher = hashlib.sha256()
+    hash_file(source, size, hasher)
+    return hasher.hexdigest()
 
 
 def hash_file(source: int, size: int, hasher: Hasher) -> None:
@@ -108,7 +116,7 @@ def _clone(source: int, target: int) -> bool:
 
 
 def _chunks(source: int, size: int) -> Iterator[tuple[int, memoryview, bool]]:
-    """Offset and bytes of each piece in turn, and whether it is a hole; bytes are good until the next piece."""
+    """Offset and bytes of each piece in turn, and whether it is a hole. The bytes are valid until the next piece."""
     offset = 0
     for end, hole in _extents(source, size):
         while offset < end:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import stat
@@ -13,7 +12,7 @@ import tempfile
 from watcher.images import tree
 from watcher.images.admission import Host, opened, release_of, require_match
 from watcher.images.extension import RELEASE_DIRECTORY, Release, read_release
-from watcher.images.files import hash_file
+from watcher.images.files import digest_of
 from watcher.images.formats.base import Format
 from watcher.images.formats.probe import probe
 from watcher.images.store import require_size
@@ -78,9 +77,7 @@ def _image(fd: int, path: str, image_max: int) -> tuple[Copy, Release]:
         size = os.fstat(fd).st_size
         require_size(size, image_max, "ImageMax=")
         format = probe(fd, size)
-        hasher = hashlib.sha256()
-        hash_file(fd, size, hasher)
-        copy = Copy(hasher.hexdigest(), path, size, Kind.IMAGE, format)
+        copy = Copy(digest_of(fd, size), path, size, Kind.IMAGE, format)
         found = _mounted_release(copy) if may_mount() else _unpacked_release(path, format)
         lease.check()
         # It was mounted, or unpacked, by its path.

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Whether a copy in the store still is what its name says: its digest, taken again.
 
-A copy is written once, and nothing of ours changes it; a disk, a repair of its file system or a hand may. So it is
-read through before it is used for the first time, and again when what `stat` says of it has changed, or when something
-went wrong with it (`doubt`). That costs what hashing costs, once for each copy and process: about 2 s for a GiB.
+The store writes a copy once and never changes it. A disk, a repair of its file system or a hand may. So each process
+reads a copy before it uses it for the first time, and again when what `stat` says of it has changed, or when something
+went wrong with it (`doubt`). That costs what hashing costs: about 2 s for a GiB.
 
-What is found damaged is renamed away, so that nobody mounts it again: for everyone who looks, it is not there, and so
-it is taken from the dropped file again, where that is whole.
+A damaged copy is renamed away, and so is not mounted again. The next round finds none, and copies the dropped file
+again, where that is whole.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import secrets
 import stat
@@ -21,9 +20,11 @@ import time
 from collections.abc import Iterable
 
 from watcher.images import tree
-from watcher.images.files import hash_file
+from watcher.images.files import digest_of
+from watcher.images.stacks import TEMPORARY
 from watcher.model import Busy, Refused
 from watcher.mounts.process import may_mount
+from watcher.records import journal
 
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -35,41 +36,39 @@ class Whole:
 
     Args:
         directory: descriptor of the store.
-        temporary: beginning of the names of what is to be removed, see store.py.
     """
 
-    def __init__(self, directory: int, temporary: str) -> None:
+    def __init__(self, directory: int) -> None:
         self._directory = directory
-        self._temporary = temporary
         self._seen: dict[str, Seen] = {}
         self._damaged: dict[str, float] = {}
         self._turns: dict[str, threading.Lock] = {}
-        # A user namespace knows few owners: a tree may have come with some that no copy there can have.
+        # A user namespace knows few owners: those of a tree may be none that a copy can have there.
         self._owners_are_kept = may_mount()
 
     def made(self, digest: str) -> None:
-        """It was written just now, and its digest taken on the way."""
+        """This process has just written a copy, and taken its digest on the way."""
         with contextlib.suppress(FileNotFoundError):
             self._seen[digest] = _seen(os.stat(digest, dir_fd=self._directory, follow_symlinks=False))
 
     def doubt(self, digests: Iterable[str]) -> None:
-        """Something went wrong with them: they are read again before they are used."""
+        """Something went wrong with these copies: they are read again before they are used."""
         for digest in digests:
             self._seen.pop(digest, None)
 
     def damaged_since(self, digests: Iterable[str], since: float) -> bool:
-        """Whether one of them was found damaged after `since`, `time.monotonic()`, though it may be mended by now."""
+        """Whether one was found damaged after `since`, `time.monotonic()`. It may have been copied again by now."""
         return any(self._damaged.get(digest, -1.0) >= since for digest in digests)
 
     def verify(self, digest: str) -> bool:
-        """Whether a copy is there and whole. Blocks, for as long as reading it takes, where that is not known.
+        """Whether a copy is there and whole. Blocks while the copy is read, where that has to be.
 
         Raises:
             OSError: the store cannot be looked into.
         """
         if self._is_seen(digest):
             return True
-        # Of many services with the same image one reads it.
+        # Many services may have the same image: one thread reads it.
         with self._turns.setdefault(digest, threading.Lock()):
             if self._is_seen(digest):
                 return True
@@ -101,9 +100,7 @@ class Whole:
             if stat.S_ISDIR(found.st_mode):
                 same = tree.digest(fd) == digest or not self._owners_are_kept
             else:
-                hasher = hashlib.sha256()
-                hash_file(fd, found.st_size, hasher)
-                same = hasher.hexdigest() == digest
+                same = digest_of(fd, found.st_size) == digest
         except OSError as error:
             return f"it cannot be read: {error.strerror}"
         except (Refused, Busy) as error:
@@ -111,14 +108,12 @@ class Whole:
         return "" if same else "its content has changed"
 
     def _put_away(self, digest: str, found: os.stat_result, problem: str) -> None:
-        """Under a name that is removed once nothing is mounted from it."""
-        from watcher.records import journal  # 190 ms that `exec` does not have, for what hardly ever happens
-
+        """Rename it: `Names.collect()` removes it once nothing is mounted from it."""
         size = 0 if stat.S_ISDIR(found.st_mode) else found.st_size
-        away = f"{self._temporary}{size}-{digest}-{secrets.token_hex(4)}"
+        away = f"{TEMPORARY}{size}-{digest}-{secrets.token_hex(4)}"
         with contextlib.suppress(FileNotFoundError):
             now = os.stat(digest, dir_fd=self._directory, follow_symlinks=False)
-            if now.st_ino == found.st_ino:  # else another process was first, and has a good one there
+            if now.st_ino == found.st_ino:  # else another process was first, and has made a good one
                 os.rename(digest, away, src_dir_fd=self._directory, dst_dir_fd=self._directory)
                 journal.log.warning(
                     f"the copy {digest} in the store is damaged and not used any more: {problem}"

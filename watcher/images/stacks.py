@@ -10,14 +10,12 @@
 `units/UNIT/SLOT` is what a unit's drop-in names. A stack has several slots, and a start between two renames would
 see half of the old stack and half of the new one; so the slots of a stack are never touched once made, and
 replacing the one link `units/UNIT` by rename(2) is the single atomic step from the whole old stack to the whole new
-one, whoever is killed when.
+one. A kill at any moment leaves one of the two.
 
-What a power cut may take away: POSIX promises neither that what was done first is on the disk first, nor that a file
-has its content when it has its name. So all that a stack is made of (copies and their names, links, record) is on the
-disk before the link leads to it, and the link before `accept()` returns; and a stack that is removed is gone from the
-disk before its copies are. What has a higher number than the accepted one was never accepted: it is cleared away.
-
-Standard library only: the generator imports this at boot.
+A power cut: POSIX promises neither that what was done first is on the disk first, nor that a file has its content when
+it has its name. So all that a stack is made of (copies and their names, links, record) is on the disk before the link
+leads to it, and the link before `accept()` returns. A stack that is removed is gone from the disk before its copies
+are. A stack with a higher number than the accepted one was never accepted: it is cleared away.
 """
 
 from __future__ import annotations
@@ -35,9 +33,9 @@ from watcher.model import Entry, Layer, Stack, printable, shown
 from watcher.records import durable, schema
 
 TEMPORARY = ".tmp-"
-# No slot can be called that: scan ignores hidden entries.
+# No slot has that name: scan.py ignores hidden entries.
 _RECORD = ".stack.json"
-# No unit can be called that.
+# No unit has that name.
 _LOCKS = ".locks"
 _FORMAT = 1
 _DIGITS = 8
@@ -58,7 +56,7 @@ class Accepted:
         stack: its layers, bottom to top.
         entries: all entries the unit had then, also those without a layer.
         when: microseconds since the epoch.
-        mounted: see `origins.noted()`.
+        mounted: see `unmounted.noted()`.
     """
 
     stack: Stack
@@ -71,7 +69,7 @@ class Stacks:
     """`stacks/` and `units/` below the state directory. Several processes may use them at once.
 
     Attributes:
-        directory: path of `stacks/`, which is its owner's alone: records name what others may not see.
+        directory: path of `stacks/`. Its owner alone can open it: records name what others may not see.
     """
 
     def __init__(self, state_directory: str) -> None:
@@ -82,25 +80,21 @@ class Stacks:
             durable.make(private, 0o700)
         durable.make(f"{state_directory}/units")
 
-    def slot_path(self, unit: str, slot: str) -> str:
-        """Absolute path that is `slot` of whatever stack of `unit` was accepted last."""
-        return f"{self._path}/units/{_checked(unit)}/{slot}"
-
     def units(self) -> tuple[str, ...]:
         """The units with an accepted stack, in no order."""
         return tuple(name for name in os.listdir(f"{self._path}/units") if _is_unit(name))
 
     def current(self, unit: str) -> Accepted | None:
-        """What was accepted last, None if nothing ever was.
+        """The stack that was accepted last, None if there never was one.
 
         Raises:
-            Damaged: there is something, but it cannot be read.
+            Damaged: there is one, but its record cannot be read.
         """
         path = f"{self._path}/units/{_checked(unit)}"
         return _read(path) if os.path.lexists(path) else None
 
     def history(self, unit: str) -> tuple[Accepted, ...]:
-        """The stacks that are kept, newest first, each once; those that cannot be read are left out."""
+        """The stacks that are kept, newest first, each once; without those whose record cannot be read."""
         found: dict[str, Accepted] = {}
         current = self._pointed(unit)
         for name in self._numbered(unit):
@@ -146,7 +140,8 @@ class Stacks:
     def forget(self, unit: str) -> None:
         """Drop the slots and the history of a unit that is gone."""
         with self._locked(unit):
-            _unlink(f"{self._path}/units/{unit}")
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{self._path}/units/{unit}")
             durable.bring(f"{self._path}/units")
             for name in self._numbered(unit):
                 _remove_stack(f"{self.directory}/{unit}/{name}")
@@ -156,7 +151,7 @@ class Stacks:
         """Remove all but the current one and the last `keep` different stacks of each unit.
 
         Returns:
-            The digests that the remaining ones refer to; nothing on the disk refers to any others.
+            The digests that the remaining ones refer to. No stack on the disk refers to any other.
         """
         used: set[str] = set()
         changed: list[str] = []
@@ -164,7 +159,7 @@ class Stacks:
             with self._locked(unit):
                 kept, surplus = self._sorted(unit, keep)
                 if surplus and not changed:
-                    # What a power cut may bring back must not lead to one of these.
+                    # Otherwise, after a power cut, an older link could lead to a stack that is gone.
                     durable.bring(f"{self._path}/units")
                 for name in surplus:
                     _remove_stack(f"{self.directory}/{unit}/{name}")
@@ -194,7 +189,7 @@ class Stacks:
 
     @contextmanager
     def _locked(self, unit: str) -> Iterator[int]:
-        """The directory of a unit's stacks, locked against other threads and processes; made if need be."""
+        """The directory of a unit's stacks, locked against other threads and processes; made if it is not there."""
         path = f"{self.directory}/{_checked(unit)}"
         with self._lock(unit):
             with contextlib.suppress(FileExistsError):
@@ -220,7 +215,7 @@ class Stacks:
                 os.close(lock)
 
     def _remove(self, unit: str) -> None:
-        """The directory of a unit that has no stacks; hold its lock, which goes too."""
+        """Remove the directory of a unit that has no stacks, and its lock, which the caller holds."""
         os.rmdir(f"{self.directory}/{unit}")
         os.unlink(self._lock_path(unit))
 
@@ -249,7 +244,7 @@ class Stacks:
         return current is not None and replace(current, when=accepted.when) == accepted
 
     def _clear(self, unit: str, directory: int) -> None:
-        """Remove stacks that were never accepted: the process that made them was killed, or failed."""
+        """Remove stacks that were never accepted: a process was killed, or failed, while it made them."""
         current = self._pointed(unit)
         for name in os.listdir(directory):
             if name == f"{TEMPORARY}link":
@@ -273,18 +268,18 @@ class Stacks:
         return name
 
     def _bring(self, unit: str, name: str, after: Sequence[str]) -> None:
-        """All that a stack is made of, to the disk."""
+        """Bring all that a stack is made of to the disk."""
         path, store = f"{self.directory}/{unit}", f"{self._path}/store"
         paths = [f"{path}/{name}/{_RECORD}", f"{path}/{name}", path, *after]
         if os.path.isdir(store):
-            # A copy that another process has made a moment ago may be not on the disk yet.
+            # Another process may have made a copy a moment ago, whose name is not on the disk yet.
             paths.append(store)
         if not self._pointed(unit):
-            paths += [self.directory, self._path]  # just made, perhaps
+            paths += [self.directory, self._path]  # perhaps these are new, too
         durable.bring(*paths)
 
     def _point(self, unit: str, name: str) -> None:
-        # Made where the unit's lock covers it: what a killed process leaves is cleared away by the next one.
+        # In the unit's directory, which is locked: if this process is killed here, `_clear()` of the next removes it.
         temporary = f"{self.directory}/{unit}/{TEMPORARY}link"
         os.symlink(f"../stacks/{unit}/{name}", temporary)
         os.rename(temporary, f"{self._path}/units/{unit}")
@@ -305,13 +300,6 @@ def _checked(name: str) -> str:
     return name
 
 
-def _unlink(path: str) -> None:
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
-
-
 def _remove_stack(path: str) -> None:
     for name in os.listdir(path):
         os.unlink(f"{path}/{name}")
@@ -319,13 +307,13 @@ def _remove_stack(path: str) -> None:
 
 
 def _digests(path: str) -> set[str]:
-    """What the links of a stack lead to: these count, whatever the record beside them says."""
+    """What the links of a stack lead to: a start goes by these, whatever the record says."""
     names = (name for name in os.listdir(path) if name != _RECORD)
     return {os.path.basename(os.readlink(f"{path}/{name}")) for name in names}
 
 
 def encoded(accepted: Accepted) -> str:
-    """The record of a stack, as it is written: JSON, in ASCII."""
+    """The record of a stack: JSON, in ASCII."""
     return json.dumps(
         {
             "format": _FORMAT,
@@ -344,7 +332,7 @@ def decoded(content: bytes, path: str) -> Accepted:
         path: for the message.
 
     Raises:
-        Damaged: it is no such record.
+        Damaged: this is no such record.
     """
     try:
         return _parse(json.loads(content.decode("ascii")))
@@ -381,7 +369,7 @@ def _parse(record: dict[str, object]) -> Accepted:
     if record["format"] != _FORMAT:
         raise ValueError(f"format {record['format']} is not known")
     layers, entries, when = record["layers"], record["entries"], record["when"]
-    mounted = record.get("mounted", {})  # not in those of a version before
+    mounted = record.get("mounted", {})  # an older version did not write it
     if not isinstance(layers, list) or not isinstance(entries, list) or type(when) is not int:
         raise TypeError("it has another shape")
     if not isinstance(mounted, dict) or not all(isinstance(value, str) for value in mounted.values()):

@@ -3,12 +3,12 @@
 
     store/DIGEST        a file of mode 0400, or a directory tree: whole, and never changed
     store/.tmp-SIZE-*   being written (and locked), or being removed, or damaged; SIZE bytes are set aside for it
-    store/.lock         held shared while copies are looked for, made and put into a stack, exclusively to remove some
-    store/.names        the same for the moments in which a stack gets its links, or a temporary file its name
+    store/.lock         shared: copies are looked for, made and put into a stack; exclusive: copies are removed
+    store/.names        shared: a stack gets its links, or a temporary file its name; exclusive: names are taken away
     stacks/, units/     see stacks.py; for the locks, store_names.py
 
-What is verified, mounted, started from and rolled back to is always the copy: the dropped file may be overwritten,
-truncated or deleted. The store is readable by its owner alone, because trees keep their modes, set-id bits included.
+A service starts on a copy, and is rolled back to one: the dropped file may be overwritten, truncated or deleted. The
+owner of the store alone can read it: trees keep their modes, set-id bits included.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from watcher.images import tree, unmounted
-from watcher.images.files import copy_file, hash_file
+from watcher.images.files import copy_file, digest_of
 from watcher.images.formats.probe import probe
 from watcher.images.integrity import Whole
 from watcher.images.stacks import TEMPORARY, Accepted, Damaged, Stacks
 from watcher.images.store_names import DIGEST, Names
 from watcher.images.verdicts import Verdicts
 from watcher.model import Busy, Copy, Entry, Kind, Later, Layer, Mountable, Refused, Stack, shown
-from watcher.records import durable
+from watcher.records import durable, journal
 from watcher.watch.lease import Lease
 
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EFBIG})
 
 
 class StoreFull(Later):
-    """No room for a copy: in the file system, in memory, or below StoreMax=. `collect()` may make some."""
+    """No room for a copy: in the file system, in memory, or below StoreMax=. `collect()` may make room."""
 
 
 def require_size(size: int, limit: int, setting: str) -> None:
@@ -66,16 +66,16 @@ class Store:
         durable.make(self._path, 0o700)
         self._stacks = Stacks(state_directory)
         for private in (self._path, self._stacks.directory):
-            os.chmod(private, 0o700)  # whatever the umask, and whoever made it
+            os.chmod(private, 0o700)  # it may have been there already, with another mode
         self._names = Names(self._path)
         self._directory = self._names.directory
-        self._whole = Whole(self._directory, TEMPORARY)
+        self._whole = Whole(self._directory)
         self._room = threading.Lock()
         self._copies: dict[str, Copy] = {}
         self._warned: set[str] = set()
 
     def configure(self, store_max: int, image_max: int, keep_stacks: int) -> None:
-        """Other limits from now on. What was refused is asked anew."""
+        """Set other limits. What was refused is looked at anew."""
         self.store_max = store_max
         self.image_max = image_max
         self.keep_stacks = keep_stacks
@@ -90,20 +90,18 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @contextmanager
-    def using(self) -> Iterator[None]:
-        """While held, nothing is collected. Users do not exclude each other; may be nested."""
-        with self.hold():
-            yield
+    def using(self) -> io.FileIO:
+        """`hold()`, in a `with` statement."""
+        return self.hold()
 
     def hold(self, wait: bool = True) -> io.FileIO:
-        """`using()` until what is returned is closed.
+        """Nothing is collected until what is returned is closed. Holders do not exclude each other; may be nested.
 
         Args:
-            wait: while somebody else removes copies; that takes milliseconds, where the disk answers.
+            wait: while another thread or process removes copies; that takes milliseconds, where the disk answers.
 
         Raises:
-            Busy: somebody does, and it was not to be waited for.
+            Busy: one does, and `wait` is false.
             OSError: no descriptor is left.
         """
         return self._names.hold(wait)
@@ -112,7 +110,7 @@ class Store:
         """Copy the image behind `fd`, which `lease` (entered) protects. Hold `using()`.
 
         Raises:
-            Busy: somebody began to write to it.
+            Busy: another process has opened it for writing.
             Refused: larger than `image_max`.
             StoreFull: no room; the same content found in the store needs none.
             Later: reading or writing failed.
@@ -131,7 +129,7 @@ class Store:
     def add_tree(self, root: int, signature: tree.Signature) -> Copy:
         """Copy the directory tree `root`, whose signature was taken before. Hold `using()`.
 
-        Raises: as `add_image`; Refused also for what no tree may hold.
+        Raises: as `add_image`; Refused also for what no tree may have in it.
         """
         self._require_size(signature.size)
         with _translated("cannot be copied into the store"):
@@ -147,7 +145,7 @@ class Store:
         return self.verify(copy.digest)
 
     def verify(self, digest: str) -> bool:
-        """Whether there is a whole copy of that digest; a damaged one is gone from now on. Blocks: see integrity.py.
+        """Whether there is a whole copy of that digest. A damaged one is put away. Blocks: see integrity.py.
 
         Raises:
             Later: the store cannot be looked into.
@@ -161,17 +159,15 @@ class Store:
 
     def doubt(self, unit: str) -> None:
         """Something went wrong with the accepted stack of a unit: its copies are read again before they are used."""
-        stack = self.accepted(unit)
-        if stack is not None:
-            self._whole.doubt(stack.digests)
+        self._whole.doubt((self.accepted(unit) or Stack()).digests)
 
     def was_damaged(self, unit: str, since: float) -> bool:
-        """Whether a copy of the accepted stack of a unit is damaged, or was found to be.
+        """Whether a copy of the accepted stack of a unit is damaged now, or was found damaged.
 
-        Blocks: they are read again.
+        Blocks: all are read again.
 
         Args:
-            since: found after that, `time.monotonic()`.
+            since: the latter after this time, `time.monotonic()`.
         """
         stack = self.accepted(unit) or Stack()
         self._whole.doubt(stack.digests)
@@ -181,7 +177,7 @@ class Store:
         """The copy that a layer of an accepted stack is.
 
         Raises:
-            Later: it is gone, or no longer what it was: somebody else removed or damaged it.
+            Later: it is gone or damaged.
         """
         with _translated(f"the copy of {layer.label} in the store, {layer.digest}"):
             try:
@@ -191,22 +187,22 @@ class Store:
                 raise Later(f"the copy of {layer.label} in the store, {layer.digest}, is {reason}") from error
 
     def usage(self) -> int:
-        """Bytes that all copies take, and of what is set aside for those being made."""
+        """Bytes that all copies take, with what is set aside for those being made."""
         return sum(self._size_of(name) for name in os.listdir(self._directory))
 
     def accept(self, unit: str, stack: Stack, entries: Sequence[Entry], after: Sequence[str] = ()) -> bool:
         """Make `stack` the accepted stack of `unit`, its slots in one atomic step. Hold `using()`.
 
-        When this returns, it is so after a power cut as well.
+        When this returns, a power cut does not undo it.
 
         Args:
-            after: directories whose entries have to be on the disk before it is: a note that it is on trial, say.
+            after: directories whose entries have to be on the disk first, such as a note that the stack is on trial.
 
         Returns:
             False if it was already, with the same names and entries, from the same places: nothing was written.
 
         Raises:
-            Later: a copy is not in the store (any more), or the record cannot be written; the old one stays.
+            Later: a copy is not in the store (any more), or the record cannot be written; the old stack stays.
         """
         with _translated(f"the stack of {shown(unit)} cannot be recorded"):
             record = self.record(unit)
@@ -225,16 +221,12 @@ class Store:
     def record(self, unit: str) -> Accepted | None:
         """The accepted stack with its entries and its time, None if there never was one.
 
-        A record that cannot be read is said once and counts as none; the slots stay, and the next `accept` replaces it.
+        A record that cannot be read is logged once, and counts as none. Its slots stay until the next `accept()`.
         """
         try:
             return self._stacks.current(unit)
         except Damaged as error:
             if str(error) not in self._warned:
-                from watcher.records import (
-                    journal,  # 190 ms that `exec` does not have, for what hardly ever happens
-                )
-
                 self._warned.add(str(error))
                 journal.log.warning(str(error), service=unit)
             return None
@@ -243,16 +235,8 @@ class Store:
         """The last accepted stacks that are kept, newest first, each once."""
         return tuple(accepted.stack for accepted in self._stacks.history(unit))
 
-    def slot_path(self, unit: str, slot: str) -> str:
-        """Absolute path of a slot; it exists while the accepted stack has a layer for it."""
-        return self._stacks.slot_path(unit, slot)
-
-    def units(self) -> tuple[str, ...]:
-        """The units with an accepted stack."""
-        return self._stacks.units()
-
     def forget(self, unit: str) -> None:
-        """Drop slots and history of a unit that is gone."""
+        """Drop the slots and the stacks of a unit that is gone."""
         self._stacks.forget(unit)
 
     def collect(self, mounted: Iterable[str]) -> tuple[str, ...]:
@@ -262,8 +246,8 @@ class Store:
             The digests removed.
 
         Raises:
-            Busy: copies are being made somewhere; nothing was removed, try again later.
-            Later: the file system would not.
+            Busy: copies are being made; nothing was removed.
+            Later: the file system does not let us.
         """
         used = frozenset(mounted)
         with _translated("copies that nobody needs cannot be removed"):
@@ -284,16 +268,16 @@ class Store:
         try:
             return tree.in_blocks(self._copy(name).size)
         except FileNotFoundError:
-            return 0  # collected just now
+            return 0  # it has just been collected
         except Refused:
             return tree.in_blocks(os.stat(name, dir_fd=self._directory, follow_symlinks=False).st_size)
 
     def _copy(self, digest: str) -> Copy:
-        """What is under a digest, looked into once. Raises FileNotFoundError, or Refused if it is damaged."""
+        """The copy under a digest; each is looked into once. Raises FileNotFoundError, or Refused if it is damaged."""
         known = self._copies.get(digest)
         if known and self._names.holds(digest, known.size if known.kind is Kind.IMAGE else None):
             return known
-        # O_NOFOLLOW and no more: a file and a directory open alike for reading.
+        # Without O_DIRECTORY: this opens a file and a directory alike.
         fd = os.open(digest, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
         try:
             found = os.fstat(fd)
@@ -311,8 +295,8 @@ class Store:
     def _set_aside(self, size: int, kind: Kind) -> Iterator[tuple[str, int]]:
         """A temporary file or directory with `size` bytes of the store's room, by name and descriptor.
 
-        What still has that name at the end is removed. Threads take room in turn; two processes that ask in the same
-        microseconds may both get the last of it, and `store_max` is exceeded by one image.
+        If it still has that name at the end, it is removed. Threads take room in turn. Two processes that ask in the
+        same microseconds may both get the last of it: then `store_max` is exceeded by one image.
         """
         with self._room:
             used = self.usage()
@@ -328,7 +312,7 @@ class Store:
     def _write_image(self, fd: int, size: int, lease: Lease) -> str:
         hasher = hashlib.sha256()
         with self._set_aside(tree.in_blocks(size), Kind.IMAGE) as (name, made):
-            os.fchmod(made, 0o400)  # whatever the umask
+            os.fchmod(made, 0o400)  # open(2) has applied the umask
             copy_file(fd, made, size, hasher, lease, sync=True)
             digest = hasher.hexdigest()
             if not self._whole.verify(digest):
@@ -350,11 +334,11 @@ class Store:
             os.rename(name, digest, src_dir_fd=self._directory, dst_dir_fd=self._directory)
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                raise  # these two: another process was first with the same tree
+                raise  # else another process was first with the same tree
         self._whole.made(digest)
 
     def _found_instead(self, error: Exception, digest: Callable[[], str]) -> str:
-        """There is no room, but the same content may be in the store already: then none is needed."""
+        """There is no room. But if the same content is in the store already, none is needed."""
         if isinstance(error, OSError) and error.errno not in _NO_SPACE:
             raise error
         found = digest()
@@ -364,10 +348,9 @@ class Store:
 
 
 def _digest_of(fd: int, size: int, lease: Lease) -> str:
-    hasher = hashlib.sha256()
-    hash_file(fd, size, hasher)
+    digest = digest_of(fd, size)
     lease.check()
-    return hasher.hexdigest()
+    return digest
 
 
 def _digest_of_tree(root: int, signature: tree.Signature) -> str:
@@ -383,7 +366,7 @@ def _require_unchanged(root: int, signature: tree.Signature) -> None:
 
 @contextmanager
 def _translated(what: str) -> Iterator[None]:
-    """What the machine has to say, in a line: no room is one thing, anything else another."""
+    """An error of the machine, in a line: StoreFull where there is no room, Later for anything else."""
     try:
         yield
     except OSError as error:

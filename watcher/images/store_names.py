@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The names in the store's directory: who may take one away, and when.
 
-The daemon and `confext-watcher exec` use it at the same time. A copy should not be collected between having been made
-(or found) and having become part of an accepted stack: whoever does both holds `using()` around them. One that hangs
-there (what it copies lies on a dead file system) holds it for ever: so copies older than ten minutes that nothing
-refers to go all the same, and a round that wanted one copies it again. What must never be is a stack without its
-copies, or a temporary file that goes while it is written: `.names` and the lock of that file see to it, and who holds
-these waits for nothing but the store's own disk.
+The daemon and `confext-watcher exec` use the store at the same time. A copy should not be collected after it was made
+(or found) and before it is in an accepted stack: a round holds `using()` meanwhile. A round that hangs there, because
+what it copies is on a dead file system, holds it for ever. So copies that are older than ten minutes, and that nothing
+refers to, are collected all the same; a round that wanted one copies it again.
 
-flock(2) belongs to the open file, so all this works between threads as between processes, and a killed process holds
-nothing. Whoever can open a file can lock it, for reading is enough: every lock of ours is on a file that its owner
-alone can open, where only he can replace it.
+A stack must never be without its copies, and a temporary file must never go while it is written. `.names` and the lock
+of that file see to it. What holds these locks waits for nothing but the store's own disk.
+
+flock(2) belongs to the open file: it works between threads as between processes, and a killed process holds nothing.
+To lock a file, one has to open it; for reading is enough. So every lock is on a file that its owner alone can open, in
+a directory where he alone can replace it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 
 _LOCK = ".lock"
 _NAMES = ".names"
-# Seconds. A copy that is older, and that nothing refers to, is not about to be put into a stack.
+# Seconds. A copy that is older, and that nothing refers to, is hardly about to be put into a stack.
 _LEFT_SEC = 600
 _AT_ONCE = fcntl.LOCK_EX | fcntl.LOCK_NB
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -61,11 +62,11 @@ class Names:
         return self._lock(_LOCK, fcntl.LOCK_SH if wait else fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     def naming(self) -> io.FileIO:
-        """Until what is returned is closed, no name is taken away; not for longer than the store's disk takes."""
+        """No name is taken away until what is returned is closed. Hold it no longer than the store's disk takes."""
         return self._lock(_NAMES, fcntl.LOCK_SH)
 
     def holds(self, digest: str, size: int | None) -> bool:
-        """Whether there is a copy; with a `size`, an image of that size."""
+        """Whether there is a copy of that digest; with a `size`, an image of so many bytes."""
         try:
             found = os.stat(digest, dir_fd=self.directory, follow_symlinks=False)
         except FileNotFoundError:
@@ -91,10 +92,10 @@ class Names:
             os.close(fd)
 
     def collect(self, needed: Callable[[], frozenset[str]], used: frozenset[str]) -> tuple[str, ...]:
-        """Remove what is neither needed nor used, and what the dead left; see `Store.collect()`.
+        """Remove copies that are neither needed nor used, and what killed processes left; see `Store.collect()`.
 
         Args:
-            needed: asked for the digests that stacks refer to, while no stack can get others.
+            needed: called for the digests that stacks refer to, while no stack can get others.
             used: digests that are mounted.
 
         Raises:
@@ -112,13 +113,9 @@ class Names:
                 unneeded = tuple(name for name in names if DIGEST.fullmatch(name) and name not in keep)
                 if busy:
                     unneeded = tuple(filter(self._is_left, unneeded))
-                # A damaged copy of a tree is what a service that runs on it still sees.
+                # A service may still run on a damaged copy of a tree: its digest is in the name.
                 dead = [
-                    name
-                    for name in names
-                    if name.startswith(TEMPORARY)
-                    and self._is_dead(name)
-                    and not used.intersection(name.split("-"))
+                    name for name in names if not used.intersection(name.split("-")) and self._is_dead(name)
                 ]
                 if busy and not unneeded and not dead:
                     raise busy
@@ -126,9 +123,9 @@ class Names:
                     dead.append(f"{TEMPORARY}0-{secrets.token_hex(8)}")
                     os.rename(name, dead[-1], src_dir_fd=self.directory, dst_dir_fd=self.directory)
         if unneeded:
-            # Or a power cut may bring the name of a tree back, and half of what is in it.
+            # Otherwise a power cut may bring back the name of a tree, and half of what is in it.
             os.fsync(self.directory)
-        # Their names are nobody's any more, so a large tree keeps nobody waiting.
+        # Without the locks: a large tree takes long, and no other process goes by these names.
         for name in dead:
             durable.remove(name, self.directory)
         return unneeded
@@ -141,7 +138,9 @@ class Names:
         return time.time() - made > _LEFT_SEC
 
     def _is_dead(self, name: str) -> bool:
-        """Whether nobody writes to a temporary file or directory any more, as far as can be found out now."""
+        """Whether a name is that of a temporary file or directory to which no process writes any more."""
+        if not name.startswith(TEMPORARY):
+            return False
         try:
             fd = os.open(name, _OPEN, dir_fd=self.directory)
         except OSError:
@@ -155,7 +154,7 @@ class Names:
         return True
 
     def _lock(self, name: str, operation: int) -> io.FileIO:
-        """Until what is returned is closed. Raises Busy."""
+        """Lock a file of that name until what is returned is closed. Raises Busy if `operation` does not wait."""
         lock = io.FileIO(os.open(name, _OPEN | os.O_CREAT, 0o600, dir_fd=self.directory))
         try:
             fcntl.flock(lock, operation)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A file system that was unmounted has taken its files away, but nobody has removed them.
+"""A file that is gone because its file system was unmounted has not been removed: the service keeps it.
 
-Both look alike in a directory. What differs is that the place where the file system was mounted is none any more, so
-that place is recorded with each stack that is accepted, and outlives whoever looks. Whatever is mounted there next
-counts as it is.
+In a directory both look alike. But after an unmount the place where the file system was is no mount point any more. So
+that place is recorded with each accepted stack. What is mounted there next counts as it is.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ def noted(stack: Stack, before: Mapping[str, str]) -> dict[str, str]:
     """Where the file system of each layer's file is mounted, by that file's path; without those on the root's.
 
     Args:
-        before: the same as it was, for files that are not to be seen.
+        before: the same of the stack before, for files that are not there now.
     """
     found = {}
     for source in (layer.source for layer in stack.layers):
@@ -31,13 +30,13 @@ def noted(stack: Stack, before: Mapping[str, str]) -> dict[str, str]:
 
 
 def unmounted(stack: Stack, mounted: Mapping[str, str]) -> dict[str, str]:
-    """The slots of layers whose file is gone together with the file system it was on, with where that was mounted."""
+    """Which layers' files are gone together with their file system: where that was mounted, by slot."""
     gone = {}
     for layer in stack.layers:
         place = mounted.get(layer.source, "/")
         if not os.path.lexists(layer.source) and not _is_mount_point(place):
             directory = os.path.realpath(os.path.dirname(layer.source))
-            if f"{directory}/".startswith(f"{place}/"):  # else the way there is another one now
+            if f"{directory}/".startswith(f"{place}/"):  # else the path leads elsewhere now
                 gone[layer.slot] = place
     return gone
 

@@ -17,7 +17,7 @@ _MAX = 10_000
 class Verdicts:
     """Verdicts by what `stat` says of a file or tree. Threads may share it: one reads, the others learn.
 
-    Whoever remembers something vouches for the key: a change that comes later must give another one.
+    A key to remember is one that no later content of the file can have: the caller sees to that.
     """
 
     def __init__(self) -> None:
@@ -26,14 +26,14 @@ class Verdicts:
         self._lock = threading.Lock()
 
     def recall(self, key: Key) -> Copy | None:
-        """The copy that was made, which may be gone by now. Raises the `Refused` that was the verdict."""
+        """The copy that was made; it may have been collected since. Raises the `Refused` that was the verdict."""
         verdict = self._verdicts.get(key)
         if isinstance(verdict, Refused):
             raise type(verdict)(*verdict.args)
         return verdict
 
     def remember(self, key: Key, verdict: Copy | Refused) -> None:
-        """Replace the verdict; the oldest of ten thousand is forgotten."""
+        """Replace the verdict. Of more than _MAX the oldest is forgotten."""
         with self._lock:
             self._verdicts.pop(key, None)
             if len(self._verdicts) >= _MAX:
@@ -41,7 +41,7 @@ class Verdicts:
             self._verdicts[key] = verdict
 
     def clear(self) -> None:
-        """Forget everything: with other limits a refusal may not stand any more."""
+        """Forget everything: with other limits the next look may decide otherwise."""
         with self._lock:
             self._verdicts.clear()
 
