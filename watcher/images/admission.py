@@ -247,7 +247,7 @@ def copied(
         verdicts.recall((content.key, terms))
         with verdicts.turn(content.key):
             copy = verdicts.recall(content.key)
-            if copy is None or not store.has(copy):
+            if copy is None or not store.verify(copy.digest):
                 copy = _copy(store, content)
         if judge is not None:
             try:

@@ -140,10 +140,6 @@ class Store:
                 digest = self._found_instead(error, lambda: _digest_of_tree(root, signature))
         return self._made(digest, signature.size, Kind.DIRECTORY)
 
-    def has(self, copy: Copy) -> bool:
-        """Whether a copy is still there, and whole (`verify`)."""
-        return self.verify(copy.digest)
-
     def verify(self, digest: str) -> bool:
         """Whether there is a whole copy of that digest. A damaged one is put away. Blocks: see integrity.py.
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What every format of an image can do: recognise a file, say whether it is complete, verify it, mount it.
 
-Every field of a file is whatever its author wrote. What is checked before the kernel sees it is what decides between
-"not all here yet" and "will never do", and what the kernel would answer with a bare EINVAL; the kernel does the rest.
+Any value may be in any field of a file: strangers wrote it. A format checks what tells "not all here yet" from "will
+never do", and what the kernel would answer with a bare EINVAL. The kernel checks the rest when it mounts the file.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Format(ABC):
     def unpack_command(self, image: str, target: str, path: str) -> list[str]:
         """A command that unpacks `path` of an image, and perhaps more, into the new directory `target`.
 
-        It needs no privilege, as mounting does.
+        Unlike mounting, that needs no privilege.
         """
 
     def fsmount(self, backing: int, label: str) -> int:
