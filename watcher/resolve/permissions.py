@@ -114,15 +114,17 @@ def served_by(device: int) -> int | None:
 
 
 def of_descriptor(status: os.stat_result, fd: int) -> Permissions:
-    """Of what is open as `fd`, which may be O_PATH; a link has none of its own. Raises OSError."""
-    acl = () if stat.S_ISLNK(status.st_mode) else _acl(f"/proc/self/fd/{fd}", follow=True)
-    return Permissions(status.st_uid, status.st_gid, status.st_mode, acl)
+    """Of what is open as `fd`, which may be O_PATH. Raises OSError."""
+    return _of(status, f"/proc/self/fd/{fd}", follow=True)
 
 
 def of_entry(status: os.stat_result, directory: int, name: str) -> Permissions:
-    """Of a name in the directory that is open as `directory`; a link has none of its own. Raises OSError."""
-    link = stat.S_ISLNK(status.st_mode)
-    acl = () if link else _acl(f"/proc/self/fd/{directory}/{name}", follow=False)
+    """Of a name in the directory that is open as `directory`. Raises OSError."""
+    return _of(status, f"/proc/self/fd/{directory}/{name}", follow=False)
+
+
+def _of(status: os.stat_result, path: str, *, follow: bool) -> Permissions:
+    acl = () if stat.S_ISLNK(status.st_mode) else _acl(path, follow=follow)  # a link has none of its own
     return Permissions(status.st_uid, status.st_gid, status.st_mode, acl)
 
 

@@ -48,24 +48,21 @@ class Follower:
 
     Attributes:
         directories: what is watched, and what is to be done about it.
+        trees: those below routes with Scope.TREE.
     """
 
     def __init__(self, inotify: INotify) -> None:
         self.directories = WatchedDirectories(inotify)
-        self._trees = WatchedTrees(self.directories)
+        self.trees = WatchedTrees(self.directories)
         self._gaps: dict[Route, int] = {}
 
     def gaps(self) -> dict[Route, int]:
         """Routes of which a part cannot be watched, and the errno why. No event tells when it can be."""
-        return self._trees.gaps() | self._gaps
+        return self.trees.gaps() | self._gaps
 
     def polled(self) -> set[Route]:
         """Those of the gaps that must be looked at from time to time; what does not answer tells when it does."""
         return {route for route, reason in self.gaps().items() if reason != UNANSWERED}
-
-    def too_large(self) -> dict[Route, str]:
-        """As WatchedTrees.too_large()."""
-        return self._trees.too_large()
 
     def run(self) -> bool:
         """Follow what is dirty until nothing new had to be watched; False: not done yet, call again."""
@@ -79,13 +76,13 @@ class Follower:
                     self._follow(route, opened)
                 relist, todo.relist = todo.relist, set()
                 for node in relist:
-                    self._trees.watch_below(node, opened)
+                    self.trees.watch_below(node, opened)
         return False
 
     def retry(self) -> None:
         """See whether what could not be watched can be now."""
         self.directories.dirty.update(self.gaps())
-        self._trees.retry()
+        self.trees.retry()
 
     def forget(self, route: Route) -> None:
         """No key has this interest any more."""
@@ -121,12 +118,12 @@ class Follower:
         if route not in node.ends:
             node.ends += (route,)
         if route.is_tree:
-            self._trees.begin(node)
+            self.trees.begin(node)
 
     def _leave_end(self, route: Route, node: Node) -> None:
         """`route` does not lead to `node` (any more)."""
         node.ends = tuple(end for end in node.ends if end is not route)
-        self._trees.end(node)
+        self.trees.end(node)
 
     def _leave(self, route: Route, node: Node) -> None:
         node.routes.discard(route)

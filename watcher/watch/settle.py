@@ -8,23 +8,14 @@ own size can (images/admit.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
-
-@dataclass(frozen=True, slots=True)
-class _Burst:
-    ends: int
-    """When it counts as over, if nothing more comes."""
-    at_latest: int
-    """When it counts as over whatever comes: else a directory in which something always happens would never be due."""
-
 
 class Settle:
     """Debounces changes by key. A key may also be due at a certain time, if nothing happens before."""
 
     def __init__(self) -> None:
-        self._bursts: dict[str, _Burst] = {}
-        self._again: dict[str, int] = {}
+        self._due: dict[str, int] = {}
+        self._at_latest: dict[str, int] = {}
+        """When a burst is over whatever comes, so that a directory which always changes is due at all."""
 
     def touch(self, key: str, now: int, quiet: int, longest: int) -> None:
         """Something changed for `key`: it is due after `quiet`, but not later than `longest` after the first change.
@@ -34,30 +25,25 @@ class Settle:
             quiet: `SettleSec=` in microseconds; 0 makes the key due at once.
             longest: `SettleMaxSec=` in microseconds, counted from the first change since the key was last due.
         """
-        self._again.pop(key, None)
-        burst = self._bursts.get(key)
-        if burst is None:
-            burst = _Burst(ends=now, at_latest=now + longest)
-        self._bursts[key] = replace(burst, ends=min(now + quiet, burst.at_latest))
+        self._due[key] = min(now + quiet, self._at_latest.setdefault(key, now + longest))
 
     def again(self, key: str, when: int) -> None:
         """Have `key` due at `when` (microseconds), unless a burst of it makes it due anyway."""
-        if key not in self._bursts:
-            self._again[key] = when
+        if key not in self._at_latest:
+            self._due[key] = when
 
     def due(self, now: int) -> frozenset[str]:
         """The keys whose burst is over at `now` (microseconds); each is returned once and then forgotten."""
-        over = {key for key, burst in self._bursts.items() if burst.ends <= now}
-        over |= {key for key, when in self._again.items() if when <= now}
+        over = frozenset(key for key, when in self._due.items() if when <= now)
         for key in over:
             self.forget(key)
-        return frozenset(over)
+        return over
 
     def deadline(self) -> int | None:
         """When `due()` will next have something (microseconds); None while nothing is pending."""
-        return min((*(burst.ends for burst in self._bursts.values()), *self._again.values()), default=None)
+        return min(self._due.values(), default=None)
 
     def forget(self, key: str) -> None:
         """Drop what is pending for `key`, if anything: it is gone, or was just looked at."""
-        self._bursts.pop(key, None)
-        self._again.pop(key, None)
+        self._due.pop(key, None)
+        self._at_latest.pop(key, None)

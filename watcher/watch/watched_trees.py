@@ -40,13 +40,12 @@ class WatchedTrees:
 
     def too_large(self) -> dict[Route, str]:
         """Trees that are watched in part only, and what is too large in them."""
-        many = {
-            route: f"more than {ENTRIES_MAX} entries in it" for top in self._left_out for route in top.trees()
-        }
-        deep = {
-            route: f"more than {DEPTH_MAX} levels in it" for node in self._too_deep for route in node.trees()
-        }
-        return many | deep
+        too_large: dict[Route, str] = {}
+        for top in self._left_out:
+            too_large |= dict.fromkeys(top.trees(), f"more than {ENTRIES_MAX} entries in it")
+        for node in self._too_deep:
+            too_large |= dict.fromkeys(node.trees(), f"more than {DEPTH_MAX} levels in it")
+        return too_large
 
     def retry(self) -> None:
         """See whether what could not be watched can be now."""

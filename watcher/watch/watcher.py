@@ -112,9 +112,9 @@ class Watcher:
 
     @contextlib.contextmanager
     def renaming(self, key: str, old: str, new: str) -> Iterator[None]:
-        """For the time in which we rename a file in its directory on behalf of `key`, which knows of that already.
+        """For the time of a rename within a directory that we make on behalf of `key`.
 
-        The key is not told of the two events of this rename; all other keys are. A directory tree's path is followed
+        The key knows of it, and is not told of its two events; all other keys are. A directory tree's path is followed
         all the same: that it is another path now does concern the key.
         """
         directory, name = os.path.split(old)
@@ -134,21 +134,21 @@ class Watcher:
             raise
 
     def retry(self) -> None:
-        """Watch now what could not be watched, and not within RETRY_SEC: an administrator may have raised the limit."""
+        """Try at once, and not after RETRY_SEC, to watch what could not be watched: the limit may be higher now."""
         self._retry()
         self._wake_if_needed()
 
     def remarks(self) -> tuple[Remark, ...]:
         """What cannot be watched at the moment, and why; the caller remembers what it has said."""
         gaps = {(route.interest.path, reason) for route, reason in self._follower.gaps().items()}
-        large = {(route.interest.path, what) for route, what in self._follower.too_large().items()}
+        large = {(route.interest.path, what) for route, what in self._follower.trees.too_large().items()}
         return (
             *(Remark("warning", path, _reason(reason)) for path, reason in sorted(gaps)),
             *(Remark("warning", path, f"watched only in part: {what}") for path, what in sorted(large)),
         )
 
     async def changes(self) -> AsyncIterator[frozenset[str]]:
-        """Keys to look at again. What is read at once is told at once. It does not end by itself."""
+        """Keys to look at again, together those that one read of events concerns. It does not end by itself."""
         while True:
             keys = self._collect()
             if keys:
