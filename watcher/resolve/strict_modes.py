@@ -183,6 +183,7 @@ class StrictModes:
         return self._entered(known, way)
 
     def _entered(self, place: _Place, way: Way) -> _Place:
+        """Go on from a directory that is judged."""
         way.unsafe = way.unsafe or place.unsafe
         way._setters = place.setters
         return place
@@ -298,6 +299,7 @@ def _hard_link(path: str, place: _Place, status: os.stat_result) -> Unsafe | Non
 
 
 def components(path: str) -> list[str]:
+    """The names in a path, with `..` as it stands there."""
     return [part for part in path.split("/") if part not in ("", ".")]
 
 

@@ -190,7 +190,7 @@ class OpenDirectories:
     path, however deep, takes all descriptors.
 
     Attributes:
-        errors: for each node that was passed, the errno for which it is not watched, or 0.
+        errors: for each directory that a route has passed, the errno for which it is not watched, or 0.
     """
 
     MAX = 64
