@@ -42,7 +42,7 @@ SLOW_SEC = 10.0
 """A file system that answers, but takes longer than this for all that is to be followed, is left alone for a while."""
 
 EVENTS_MAX = 10_000
-"""So many events are kept while paths are followed."""
+"""So many different events are kept while paths are followed."""
 
 LIFT_MAX_SEC = 3600.0
 """What hangs again and again is tried after this long at the latest."""
@@ -81,10 +81,9 @@ class PatientWatcher(Watcher):
         super().__init__()
         self._run: _Run | None = None
         self._before: _Run | None = None  # goes on telling until the first run after it is done
-        # Kept while a thread has the nodes: what is to be done with them, and events (or that there were too many).
+        # Kept while a thread has the nodes: what is to be done with them, and events.
         self._backlog: list[Callable[[], None]] = []
-        self._events: list[tuple[int, int, str]] = []
-        self._too_many = False
+        self._events: dict[tuple[int, int, str], None] = {}
         self._fresh: set[Route] = set()  # not followed yet: `watch()` tells of them itself
         self._late: set[Route] = set()  # for which `watch()` has not waited to the end
         self._ran = trio.Event()  # set when a thread has ended
@@ -184,11 +183,9 @@ class PatientWatcher(Watcher):
         return frozenset(told)
 
     def _keep(self, wd: int, mask: int, name: str) -> None:
-        """Keep an event until its paths can be followed; of very many keep only that there were too many."""
-        if len(self._events) < EVENTS_MAX:
-            self._events.append((wd, mask, name))
-        else:
-            self._too_many = True
+        """Keep an event until its paths can be followed; of too many keep, as the kernel does, that some are lost."""
+        kept = len(self._events) < EVENTS_MAX
+        self._events[(wd, mask, name) if kept else (-1, int(flags.Q_OVERFLOW), "")] = None
 
     def _wake_if_needed(self) -> None:
         if self._run is None:
@@ -279,12 +276,9 @@ class PatientWatcher(Watcher):
         backlog, self._backlog = self._backlog, []
         for what in backlog:
             what()
-        events, self._events = self._events, []
-        for event in dict.fromkeys(events):
+        events, self._events = self._events, {}
+        for event in events:
             self._event(*event)
-        if self._too_many:
-            self._too_many = False
-            self._lost_events()
 
     def _watch_the_thread(self) -> None:
         run, now = self._run, trio.current_time()
