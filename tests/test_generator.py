@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from watcher import generator
 from watcher.images.stacks import Stacks
 from watcher.managers.systemd import unit_drop_in
-from watcher.managers.systemd.units import DROPIN, Index, Unit
+from watcher.managers.systemd.unit_files import DROPIN, Index, Unit
 from watcher.model import Entry, Kind, Layer, Stack
 from watcher.settings import syntax
 

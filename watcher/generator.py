@@ -18,8 +18,8 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from watcher.managers.systemd import drop_ins, unit_drop_in, units
-from watcher.managers.systemd.units import DROPIN, Index, Unit
+from watcher.managers.systemd import drop_ins, unit_drop_in, unit_files
+from watcher.managers.systemd.unit_files import DROPIN, Index, Unit
 from watcher.settings import syntax, values
 from watcher.text import shown
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] = tuple(sys.argv), environ: Mapping[str, str] = os.
         print("usage: confext-watcher-generator DIRECTORY [EARLY LATE]", file=sys.stderr)
         return 2
     state = environ.get("STATE_DIRECTORY") or STATE_DIRECTORY
-    index = Index(units.generators_search_path())
+    index = Index(unit_files.generators_search_path())
     generate(argv[1], index, state, lambda text: print(f"confext-watcher: {text}", file=sys.stderr))
     return 0
 
@@ -74,7 +74,7 @@ def _seen(state_directory: str) -> list[str]:
         names = os.listdir(f"{state_directory}/units")
     except OSError:
         return []  # nothing accepted yet, or /var is not there yet
-    return [name for name in names if "@" in name and units.is_service(name)]
+    return [name for name in names if "@" in name and unit_files.is_service(name)]
 
 
 def _write(directory: str, content: str) -> None:

@@ -18,7 +18,7 @@ import pytest
 from beds.bed import Bed
 from beds.host import SECONDS, SLEEP, UNITS, Entry, Host, Journal, install
 from support import needs
-from watcher.managers.systemd.units import DROPIN
+from watcher.managers.systemd.unit_files import DROPIN
 from watcher.mounts.table import Table
 
 pytestmark = needs.bed

@@ -18,7 +18,7 @@ from beds.host import SLEEP, UNITS, Host
 from support import nasty, needs
 from support.images import image
 from watcher.managers.systemd import drop_ins
-from watcher.managers.systemd.units import DROPIN
+from watcher.managers.systemd.unit_files import DROPIN
 
 pytestmark = needs.bed
 

@@ -16,7 +16,7 @@ from beds.test_systemd_manager import NOTIFY_RELOAD, NOTIFY_RELOAD_PROGRAM, daem
 from support import needs
 from support.images import confext
 from support.place import eventually
-from watcher.managers.systemd.units import DROPIN
+from watcher.managers.systemd.unit_files import DROPIN
 
 pytestmark = needs.bed
 

@@ -53,7 +53,7 @@ import gc, sys
 gc.disable()
 sys.path.insert(0, sys.argv[1])
 from watcher.generator import generate
-from watcher.managers.systemd.units import Index
+from watcher.managers.systemd.unit_files import Index
 generate(sys.argv[2], Index(sys.argv[3:4]), sys.argv[4], print)
 """
 

@@ -500,7 +500,7 @@ def dbus_signal(data: bytes) -> None:
     message = _message(data[1:], _SIGNALS[data[0] % len(_SIGNALS)])
     if message is not None:
         systemd = manager.Systemd(Settings())
-        systemd._following._described = cast(Any, {"a@.service": None})
+        systemd._tracker._facts = cast(Any, {"a@.service": None})
         systemd._on_signal(message)
         systemd.close()
 

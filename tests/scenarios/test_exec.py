@@ -162,7 +162,7 @@ def test_a_registration_left_half_written_is_no_obstacle(place: Place) -> None:
 def test_its_slots_are_not_those_of_a_unit_of_the_same_name(shared: Place) -> None:
     service = shared.start(name="nginx.service")
     assert list((shared.state / "units").iterdir())
-    assert unit_facts.seen(str(shared.state)) == {}
+    assert unit_facts.units_with_slots(str(shared.state)) == {}
     service.kill()
 
 

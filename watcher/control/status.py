@@ -12,7 +12,7 @@ from dataclasses import replace
 from watcher.images.stacks import Accepted, Damaged, Stacks
 from watcher.managers.base import slots_of
 from watcher.managers.registration import registered, registrations
-from watcher.managers.systemd.units import is_service
+from watcher.managers.systemd.unit_files import is_service
 from watcher.model import Event, Kind, Layer, Stack, problem
 from watcher.mounts.process import Gone, Process, shares_host
 from watcher.mounts.table import Mounted, Table

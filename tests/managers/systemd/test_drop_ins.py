@@ -14,7 +14,7 @@ from support import nasty
 from watcher import generator
 from watcher.managers.systemd import drop_ins, sandbox_settings, unit_drop_in
 from watcher.managers.systemd.drop_ins import DropIn, Unwritable
-from watcher.managers.systemd.units import DROPIN, Index
+from watcher.managers.systemd.unit_files import DROPIN, Index
 from watcher.settings import syntax, values
 
 PATHS = st.lists(nasty.NAMES.filter(lambda part: part not in (".", "..")), min_size=1, max_size=3).map(

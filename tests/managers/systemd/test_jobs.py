@@ -10,7 +10,7 @@ import pytest
 from watcher.managers.base import Reloaded
 from watcher.managers.systemd import dbus
 from watcher.managers.systemd.jobs import UnitJobs
-from watcher.managers.systemd.systemd1 import Jobs, Systemd1
+from watcher.managers.systemd.systemd1 import JobResults, Systemd1
 
 WEB, INVOCATION, JOB = "web.service", "1" * 32, "/job/1"
 
@@ -22,7 +22,7 @@ class Answers(Systemd1):
         result: how each job ends, or the error that refuses it.
     """
 
-    def __init__(self, jobs: Jobs, result: str | dbus.Error) -> None:
+    def __init__(self, jobs: JobResults, result: str | dbus.Error) -> None:
         self._jobs = jobs
         self._result = result
         self.asked: list[str] = []
@@ -47,7 +47,7 @@ class Answers(Systemd1):
 
 
 def unit_jobs(result: str | dbus.Error) -> UnitJobs:
-    jobs = Jobs()
+    jobs = JobResults()
     systemd = Answers(jobs, result)
 
     async def connection() -> Systemd1:

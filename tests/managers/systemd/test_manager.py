@@ -16,8 +16,8 @@ from watcher import generator
 from watcher.images.stacks import Stacks
 from watcher.managers.systemd import manager, systemd1, unit_facts
 from watcher.managers.systemd.jobs import _command
-from watcher.managers.systemd.systemd1 import Jobs
-from watcher.managers.systemd.units import Index
+from watcher.managers.systemd.systemd1 import JobResults
+from watcher.managers.systemd.unit_files import Index
 from watcher.model import Entry, Kind, Layer, Stack
 from watcher.settings.config import Settings
 
@@ -44,7 +44,7 @@ def test_a_unit_has_the_object_path_that_systemd_gives_it(name: str, path: str) 
 
 
 async def test_a_job_that_ends_before_its_name_is_known_is_not_missed() -> None:
-    jobs = Jobs()
+    jobs = JobResults()
     with jobs.listening() as listener:
         jobs.ended("/job/1", "done")
         jobs.ended("/job/2", "failed")
@@ -52,7 +52,7 @@ async def test_a_job_that_ends_before_its_name_is_known_is_not_missed() -> None:
 
 
 async def test_a_job_is_waited_for_until_it_ends(autojump_clock: trio.testing.MockClock) -> None:
-    jobs = Jobs()
+    jobs = JobResults()
 
     async def end() -> None:
         await trio.sleep(5)
@@ -67,7 +67,7 @@ async def test_a_job_is_waited_for_until_it_ends(autojump_clock: trio.testing.Mo
 
 
 async def test_a_lost_connection_ends_the_waiting() -> None:
-    jobs = Jobs()
+    jobs = JobResults()
     with jobs.listening() as listener:
         jobs.lost()
         assert await listener.result("/job/1") == ""
@@ -75,7 +75,7 @@ async def test_a_lost_connection_ends_the_waiting() -> None:
 
 async def test_a_systemd_that_starts_anew_ends_the_waiting(tmp_path: Path) -> None:
     systemd = manager.Systemd(Settings(state_directory=str(tmp_path)))
-    with systemd._jobs.listening() as listener:
+    with systemd._job_results.listening() as listener:
         systemd._on_signal(signal("NameOwnerChanged", "sss", systemd1.NAME, ":1.0", ""))
         assert await listener.result("/job/1") == ""
 
@@ -150,7 +150,7 @@ def test_a_unit_of_another_generator_has_the_drop_in_that_ours_could_write(
     others.mkdir()
     (others / "quad.service").write_text("[Service]\nExecStart=/bin/true\nProtectSystem=full\n")
     index = Index([str(host.units), str(others)])
-    (remark,) = unit_facts.describe_all(index, {})["quad.service"].remarks
+    (remark,) = unit_facts.all_facts(index, {})["quad.service"].remarks
     assert remark.path == f"{others}/quad.service"
     assert "forgets what it says here of /usr" in remark.text
     assert unit_facts.stale(index, ["quad.service"], str(host.state), str(host.generated)) == {}
@@ -162,8 +162,8 @@ def test_a_unit_of_another_generator_has_the_drop_in_that_ours_could_write(
 def test_what_is_not_of_a_unit_among_the_slots_is_no_unit(host: Host, name: str) -> None:
     (host.units / "nginx.service").write_text("[Service]\nExecStart=/bin/true\n")
     host.accept(name, ["web.raw"])
-    known = unit_facts.seen(str(host.state))
-    assert list(unit_facts.describe_all(host.index, known)) == ["web.service"]
+    known = unit_facts.units_with_slots(str(host.state))
+    assert list(unit_facts.all_facts(host.index, known)) == ["web.service"]
 
 
 def test_the_first_version_for_an_entry_that_is_listed_makes_nothing_stale(host: Host) -> None:
@@ -215,7 +215,7 @@ def test_an_instance_goes_by_its_template_until_it_has_slots(host: Host) -> None
 
 
 def test_a_service_is_described_by_its_files(host: Host) -> None:
-    (found,) = unit_facts.describe_all(host.index, {}).values()
+    (found,) = unit_facts.all_facts(host.index, {}).values()
     assert (found.name, found.root, found.settings.reload) == ("web.service", "/srv/root", "signal:SIGHUP")
     assert found.declared.confext_dirs == (f"{host.units}/web.service.confext.d",)
     assert [remark.path for remark in found.remarks] == [f"{host.units}/web.service:6"]
@@ -223,20 +223,20 @@ def test_a_service_is_described_by_its_files(host: Host) -> None:
 
 def test_a_service_that_is_not_enabled_is_none(host: Host) -> None:
     (host.units / "web.service").write_text("[Service]\nExecStart=/bin/true\n[X-Confext]\nEnabled=no\n")
-    assert unit_facts.describe_all(host.index, {}) == {}
+    assert unit_facts.all_facts(host.index, {}) == {}
 
 
 def test_a_service_whose_directory_was_removed_stays_until_its_stack_is_empty(host: Host) -> None:
     host.accept("web.service", ["web.raw"])
     (host.units / "web.service.confext.d/web.raw").unlink()
     (host.units / "web.service.confext.d").rmdir()
-    known = unit_facts.seen(str(host.state))
-    assert list(unit_facts.describe_all(host.index, known)) == ["web.service"]
+    known = unit_facts.units_with_slots(str(host.state))
+    assert list(unit_facts.all_facts(host.index, known)) == ["web.service"]
     assert host.stale() == []
     host.accept("web.service", [])
-    known = unit_facts.seen(str(host.state))
+    known = unit_facts.units_with_slots(str(host.state))
     assert known == {"web.service": False}
-    assert unit_facts.describe_all(host.index, known) == {}
+    assert unit_facts.all_facts(host.index, known) == {}
 
 
 def test_a_sandboxed_unit_is_stale_while_it_lists_what_is_not_there(host: Host) -> None:

@@ -16,7 +16,7 @@ import trio.testing
 from jeepney import HeaderFields, Message
 
 from watcher.managers.systemd import dbus, tracker
-from watcher.managers.systemd.systemd1 import Loaded, Systemd1, unit_path
+from watcher.managers.systemd.systemd1 import LoadedUnit, Systemd1, unit_path
 from watcher.managers.systemd.tracker import Tracker
 
 
@@ -30,7 +30,7 @@ class Host(Systemd1):
     def __init__(self, base: Path) -> None:
         self.units, self.state = base / "units", base / "state"
         self.units.mkdir()
-        self.following = Tracker(str(self.state))
+        self.tracker = Tracker(str(self.state))
         self.before: dict[str, Callable[[], None]] = {}
         self.asked: list[str] = []
         self.pids: dict[str, int] = {}
@@ -48,25 +48,25 @@ class Host(Systemd1):
         """Start a unit, which systemd tells to those that have asked for it."""
         if name not in self._loaded:
             self._loaded.add(name)
-            self.following.note(_signal("UnitNew", "/", name, unit_path(name)))
+            self.tracker.note(_signal("UnitNew", "/", name, unit_path(name)))
         self.pids[name] = os.getpid()
         if name in self._followed:
-            self.following.note(_signal("PropertiesChanged", unit_path(name)))
+            self.tracker.note(_signal("PropertiesChanged", unit_path(name)))
 
     async def update(self) -> None:
         """As often as there is something to look at."""
-        while self.following._news.is_set() or self.following._everything:
-            await self.following.update(self, self._changed.append)
+        while self.tracker._news.is_set() or self.tracker._everything:
+            await self.tracker.update(self, self._changed.append)
 
     async def follow(self) -> None:
         """For ever."""
         while True:
             await self.update()
-            await self.following.news()
+            await self.tracker.news()
 
     def main(self, name: str) -> int:
         """PID of the main process, as it is known."""
-        process = self.following.services[name].main
+        process = self.tracker.services[name].main
         return process.pid if process else 0
 
     def _is_asked(self, question: str) -> None:
@@ -80,12 +80,12 @@ class Host(Systemd1):
     async def manager(self, member: str, signature: str = "", *arguments: Any, timeout: float = 30.0) -> Any:
         self._is_asked(member)
 
-    async def loaded(self, patterns: Iterable[str]) -> list[Loaded]:
-        state = {True: ("active", "running"), False: ("inactive", "dead")}
+    async def loaded(self, patterns: Iterable[str]) -> list[LoadedUnit]:
+        state = {True: "active", False: "inactive"}
         prefixes = tuple(pattern.partition("*")[0] for pattern in patterns)
         assert prefixes, "no pattern at all matches everything"
         names = sorted(name for name in self._loaded if name.startswith(prefixes))
-        rows = [Loaded(name, "loaded", *state[name in self.pids]) for name in names if "@." not in name]
+        rows = [LoadedUnit(name, state[name in self.pids]) for name in names if "@." not in name]
         self._is_asked("ListUnits")
         return rows
 
@@ -122,7 +122,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
     host = Host(tmp_path)
     yield host
-    host.following.close()
+    host.tracker.close()
 
 
 @pytest.mark.parametrize("question", ["MainPID", "ActiveState", "SubState"])
@@ -130,7 +130,7 @@ async def test_a_start_while_the_same_unit_is_being_asked_about(host: Host, ques
     host.unit_file("web.service")
     await host.update()
     host.before[question] = lambda: host.start("web.service")
-    host.following.look_at("web.service")
+    host.tracker.look_at("web.service")
     await host.update()
     assert host.main("web.service") == os.getpid()
 
@@ -161,11 +161,11 @@ async def test_the_server_of_one_connection_does_not_have_all_files_read_again(h
         host.sockets[f"echo@{number}.service"] = ["echo.socket"]
         host.start(f"echo@{number}.service")
         await host.update()
-    assert "UnitPath" not in host.asked and list(host.following.services) == ["echo@.service"]
+    assert "UnitPath" not in host.asked and list(host.tracker.services) == ["echo@.service"]
     host.start("echo@by-hand.service")
     await host.update()
     assert host.main("echo@by-hand.service") == os.getpid()
-    assert sorted(host.following.services) == ["echo@.service", "echo@by-hand.service"]
+    assert sorted(host.tracker.services) == ["echo@.service", "echo@by-hand.service"]
 
 
 def fail(error: Exception) -> None:
@@ -190,13 +190,13 @@ async def test_what_cannot_be_found_out_costs_nobody_else_anything_and_is_tried_
     if question == "MainPID":
         host.before[question] = lambda: fail(error)
         await host.update()
-        assert (host.main("b.service"), "a.service" in host.following.services) == (os.getpid(), False)
+        assert (host.main("b.service"), "a.service" in host.tracker.services) == (os.getpid(), False)
     else:
         await host.update()
         host.unit_file("c.service")
         host.start("c.service")
         host.before[question] = lambda: fail(error)
-        host.following.look_at_everything()
+        host.tracker.look_at_everything()
         await host.update()
         assert host.main("a.service") == os.getpid()
     async with trio.open_nursery() as nursery:
@@ -253,7 +253,7 @@ async def test_a_systemd_that_starts_anew_while_it_is_subscribed_to_is_subscribe
     host.unit_file("web.service")
     anew = _signal("NameOwnerChanged", "/", "org.freedesktop.systemd1", "", ":1.7")
     await host.update()
-    host.before["Subscribe"] = lambda: host.following.note(anew)
-    host.following.note(anew)
+    host.before["Subscribe"] = lambda: host.tracker.note(anew)
+    host.tracker.note(anew)
     await host.update()
     assert host.asked.count("Subscribe") == 2

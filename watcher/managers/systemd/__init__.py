@@ -2,6 +2,6 @@
 """Services that systemd runs: over D-Bus, and through drop-ins that make a unit start on its slots.
 
 In come unit files, and systemd's answers about the units in them. Out come services, jobs, and the text of drop-ins.
-units.py, unit_drop_in.py and what they import also serve the generator, while systemd waits: the standard library
+unit_files.py, unit_drop_in.py and what they import also serve the generator, while systemd waits: the standard library
 alone. This room never assumes a state of systemd's that it has not asked for.
 """

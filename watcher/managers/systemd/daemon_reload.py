@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""daemon-reload, as seldom as possible: many who need one share it.
+"""daemon-reload, as seldom as possible: all requests that come within a moment share one.
 
-It stops systemd for as long as it takes (0.4 s with 1000 units), and an administrator may have limited how many there
-can be (`ReloadLimitBurst=` in systemd-system.conf(5)). So requests are gathered for a moment, reloads keep a distance,
-and there are never more than our own `ReloadLimitBurst=` in `ReloadLimitIntervalSec=`.
+A daemon-reload stops systemd for as long as it takes (0.4 s with 1000 units), and the administrator may limit how many
+there can be (`ReloadLimitBurst=` in systemd-system.conf(5)). So reloads keep a distance, and there are never more than
+our own `ReloadLimitBurst=` within `ReloadLimitIntervalSec=`.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ GATHER_SEC = 0.1
 """Requests that come within this time of the first are served together."""
 
 DISTANCE_SEC = 1.0
-"""Between the end of one and the beginning of the next."""
+"""Between the end of one reload and the begin of the next."""
 
 RETRY_SEC = 2.0
 
 
 class ReloadRefused(Exception):
-    """systemd does not do it now (its own limit), or cannot be reached: try again. `str()` says why."""
+    """systemd does not reload now (its own limit), or cannot be reached: try again. `str()` says why."""
 
 
 class DaemonReload:
     """Shared daemon-reloads.
 
     Args:
-        reload: does one, to its end. Raises Refused.
+        reload: makes one, to its end. Raises ReloadRefused.
         burst: at most so many within `interval` seconds; 0: no limit.
     """
 
@@ -47,12 +47,11 @@ class DaemonReload:
         self._failure = ""
 
     async def request(self) -> None:
-        """Wait for the end of a reload that began after this call. Needs `run()` in another task."""
-        done = self.ask()
-        await done.wait()
+        """Wait for the end of a reload that began after this call. `run()` must run in another task."""
+        await self.ask().wait()
 
     def ask(self) -> trio.Event:
-        """The same without waiting; the event is set at the end."""
+        """Ask for a reload without waiting; the event is set at its end."""
         done = trio.Event()
         self._waiting.append(done)
         self._wanted.set()
@@ -68,7 +67,7 @@ class DaemonReload:
             self._wanted = trio.Event()
             try:
                 await self._once()
-            except Exception as error:  # noqa: BLE001 -- must not end the daemon, nor hold up those who wait
+            except Exception as error:  # noqa: BLE001 -- must not end the daemon, nor keep its callers waiting
                 self._say(error)
                 self._wanted.set()
                 await trio.sleep(RETRY_SEC)
@@ -89,7 +88,7 @@ class DaemonReload:
                 return
 
     def _say(self, error: Exception) -> None:
-        """Once, however often it is tried."""
+        """Log a failure, once for as long as it stays the same."""
         if self._failure == repr(error):
             return
         self._failure = repr(error)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A client connection to a D-Bus message bus, on jeepney's wire format and trio.
 
-jeepney has a router of its own for this. It puts signals into bounded channels and drops what does not fit, in
-silence; a daemon-reload with a thousand units fills any bound. Here a signal goes straight to one plain function,
-which does no more than to note what to look at again: nothing queues, so nothing can be dropped.
+jeepney's own router puts signals into bounded channels, and silently drops what does not fit; a daemon-reload with a
+thousand units fills any bound. Here each signal goes straight to one plain function, which only notes what to look at
+again: nothing queues, so nothing is dropped.
 
-A bus that goes away takes the connection with it: everything that waits for a reply gets `BusLost`, and so does whoever
-holds the connection open. To connect again is the caller's business, because only he knows what to look at again.
+If the bus goes away, every call that waits for a reply raises `BusLost`, and so does the block of `connect()`. The
+caller has to connect again: only he knows what he has to look at again.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ PROPERTIES: Final = "org.freedesktop.DBus.Properties"
 DISCONNECTED: Final = frozenset(
     f"{BUS}.Error.{name}" for name in ("NoReply", "ServiceUnknown", "NameHasNoOwner", "Disconnected")
 )
-"""Errors that say that the other side is not on the bus, or has just left it."""
+"""Errors that mean: the other side is not on the bus, or has just left it."""
 
 FAILED: Final = f"{BUS}.Error.Failed"
 
-# What jeepney raises for bytes that are no message.
+# jeepney raises these for bytes that are no message.
 _NO_MESSAGE: Final = (ValueError, TypeError, LookupError, AttributeError, struct.error)
 
 CALL_SEC: Final = 30.0
@@ -47,18 +47,23 @@ class Error(Exception):
     """
 
     def __init__(self, name: str, text: str) -> None:
-        super().__init__(f"{text or name}")
+        super().__init__(text or name)
         self.name = name
 
 
 def require(what: str, found: str, wanted: str | None) -> None:
-    """Raises Error: what was found has another signature than the wanted one, if there is one."""
+    """Raises Error if what was found has another signature than the wanted one (None: any)."""
     if wanted is not None and found != wanted:
         raise Error(FAILED, f"{what}: {found or 'nothing'} came for an answer, and not {wanted or 'nothing'}")
 
 
 class BusLost(Exception):
     """There is no connection to the bus, or no longer."""
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether an error means that the other side cannot be reached; else it has answered."""
+    return isinstance(error, BusLost) or (isinstance(error, Error) and error.name in DISCONNECTED)
 
 
 class Bus:
@@ -68,7 +73,7 @@ class Bus:
         self._connection = connection
         self._on_signal = on_signal
         self._pending: dict[int, _Reply] = {}
-        # The names whose owners' signals are heard, and who owns them: "" for nobody.
+        # Names on the bus whose owners' signals are heard, and the owner of each ("": it has none).
         self._heard: set[str] = set()
         self._owners: dict[str, str] = {}
         self._lost: BusLost | None = None
@@ -84,16 +89,16 @@ class Bus:
         answer: str | None = None,
         timeout: float = CALL_SEC,
     ) -> tuple[Any, ...]:
-        """Call a method and wait for its reply; never starts a service by bus activation.
+        """Call a method and wait for its reply. Never starts a service by bus activation.
 
         Args:
             answer: signature that the reply must have; None: any.
             timeout: seconds; `math.inf` waits for as long as the connection lasts.
 
         Raises:
-            Error: the reply is an error or another than `answer`, or did not come in time
+            Error: the reply is an error, does not have the signature `answer`, or did not come in time
                 ("org.freedesktop.DBus.Error.NoReply").
-            Lost: the connection ended first.
+            BusLost: the connection ended before the reply.
         """
         address = DBusAddress(path, destination, interface)
         message = new_method_call(address, member, signature or None, arguments)
@@ -122,11 +127,11 @@ class Bus:
         return value
 
     async def hear(self, name: str) -> None:
-        """Have signals of whoever owns a name handed on; raises as `call()` does.
+        """Hear the signals of the connection that owns a name; raises as `call()` does.
 
-        Match rules only say what the bus is to send. Besides that any user may send a signal straight to any connection
-        (the system bus allows it by default): so signals of others than these owners and the bus itself are dropped.
-        The sender in a message is the bus's own word, and one of its connections' names.
+        Match rules only say what the bus is to send. Any user may also send a signal straight to any connection (the
+        system bus allows it by default). So signals are dropped unless an owner of such a name or the bus itself has
+        sent them; the bus writes the sender into each message.
         """
         self._heard.add(name)
         rule = MatchRule(type="signal", sender=BUS, interface=BUS, member="NameOwnerChanged")
@@ -137,16 +142,16 @@ class Bus:
                 BUS, "/org/freedesktop/DBus", BUS, "GetNameOwner", "s", name, answer="s"
             )
         except Error:
-            owner = ""  # it has none now
-        # What a signal has said meanwhile is newer.
+            owner = ""
+        # A signal that came meanwhile is newer.
         self._owners.setdefault(name, owner)
 
     async def add_match(self, rule: MatchRule) -> None:
-        """Have the bus send what matches; raises as `call()` does."""
+        """Have the bus send all messages that match; raises as `call()` does."""
         await self.call(BUS, "/org/freedesktop/DBus", BUS, "AddMatch", "s", rule.serialise())
 
     async def remove_match(self, rule: MatchRule) -> None:
-        """Take one `add_match()` of the same rule back; raises as `call()` does."""
+        """Undo one `add_match()` of the same rule; raises as `call()` does."""
         await self.call(BUS, "/org/freedesktop/DBus", BUS, "RemoveMatch", "s", rule.serialise())
 
     async def _exchange(self, message: Message, timeout: float) -> Message | None:
@@ -165,10 +170,10 @@ class Bus:
         return reply.message
 
     async def _receive(self) -> None:
-        """Hand out what arrives until nothing does any more.
+        """Hand out what arrives until the connection ends.
 
         Raises:
-            Lost: always.
+            BusLost: always.
         """
         try:
             with _broken_is_lost():
@@ -223,8 +228,8 @@ async def connect(on_signal: Callable[[Message], None], address: str = "SYSTEM")
         address: "SYSTEM" (`$DBUS_SYSTEM_BUS_ADDRESS` counts), "SESSION", or an address as D-Bus writes it.
 
     Raises:
-        Lost: nobody answers at the address.
-        BaseExceptionGroup: with a Lost in it: the bus went away later, which cancels the block.
+        BusLost: no bus answers at the address.
+        BaseExceptionGroup: with a BusLost in it: the bus went away later, and the block was cancelled.
     """
     connection = await _open(address)
     async with connection, trio.open_nursery() as nursery:
@@ -236,7 +241,7 @@ async def connect(on_signal: Callable[[Message], None], address: str = "SYSTEM")
 
 
 async def _open(address: str) -> DBusConnection:
-    # Not jeepney's own open_dbus_connection(): it leaves the socket open where it fails.
+    # jeepney's own open_dbus_connection() leaves the socket open when it fails.
     try:
         stream = await trio.open_unix_socket(get_bus(address))
         try:
@@ -251,7 +256,7 @@ async def _open(address: str) -> DBusConnection:
 
 
 async def _authenticate(stream: trio.SocketStream) -> None:
-    """Say who we are; the bus asks the kernel whether that is so (SO_PEERCRED)."""
+    """Say who we are; the bus checks that with the kernel (SO_PEERCRED)."""
     await stream.send_all(b"\0")
     authenticator = Authenticator(inc_null_byte=False)
     for request in authenticator:

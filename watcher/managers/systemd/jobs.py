@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Asking systemd to reload or restart a unit, and following that to its end.
+"""Asking systemd to reload or restart a unit, and following the job to its end.
 
 The job's mode is "fail": "replace" would cancel a stop that is queued already, and `systemctl stop` would seem to do
-nothing. Where a job cannot be, because the unit is stopping or not running, nothing has to be told: its next start is
-on the new stack anyway.
+nothing. A unit that is stopping or does not run can have no such job, and needs none: its next start is on the new
+stack.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any, Final, Literal
 import trio
 
 from watcher.managers.base import Reloaded
+from watcher.managers.command import OUTPUT_MAX
 from watcher.managers.systemd import dbus, sd_notify
-from watcher.managers.systemd.systemd1 import DESTRUCTIVE, NO_SUCH_UNIT, NOT_APPLICABLE, Jobs, Systemd1
+from watcher.managers.systemd.systemd1 import DESTRUCTIVE, NO_SUCH_UNIT, NOT_APPLICABLE, JobResults, Systemd1
 
-OUTPUT_MAX: Final = 64 * 1024
 _JOURNAL_SEC: Final = 5.0
 _POLL_SEC: Final = 0.1
 
@@ -34,9 +34,9 @@ _ENDS: Final = {
     "frozen": "was not tried, the unit is frozen",
     "concurrency": "was not tried, too many are running in its slice",
 }
-# How it took the job. Any other end came about without the unit: somebody stopped it, the host went down.
+# The unit itself failed at the job. At any other end it had no part: it was stopped, the host went down.
 _VERDICTS: Final = frozenset({"failed", "timeout"})
-# The unit was no longer running when it came to it.
+# The unit no longer ran when the job's turn came.
 _POINTLESS: Final = frozenset({"skipped", "invalid", "collected", "once"})
 _NOT_THERE: Final = frozenset({NO_SUCH_UNIT, DESTRUCTIVE})
 _COMMANDS: Final = ("ExecReload", "ExecReloadPost")  # the second in newer systemd only
@@ -45,8 +45,8 @@ _CLD_EXITED: Final = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Command:
-    """The last run of one command of a unit, as ExecReload= shows it on the bus."""
+class ExecCommand:
+    """The last run of one command of a unit, as its property ExecReload tells it."""
 
     path: str
     pid: int
@@ -65,29 +65,29 @@ class Command:
         return f"{self.path} {how} {self.status}"
 
 
-class _Ordered(Exception):
-    """The unit has a job that waits for us to have started: another one would be merged with it, and wait as well."""
+class _WaitsForUs(dbus.Error):
+    """The unit has a job that waits until we have started. systemd would merge another one with it: that waits too."""
 
     def __init__(self) -> None:
-        super().__init__("another job of it waits for confext-watcher to have started")
+        super().__init__(dbus.FAILED, "another job of it waits for confext-watcher to have started")
 
 
 class UnitJobs:
     """Jobs of units.
 
     Args:
-        systemd: gives the connection, waiting for one if there is none.
-        jobs: told of the end of every job.
+        systemd: gives the connection, and waits for one if there is none.
+        results: is told of the end of every job.
     """
 
-    def __init__(self, systemd: Callable[[], Awaitable[Systemd1]], jobs: Jobs) -> None:
+    def __init__(self, systemd: Callable[[], Awaitable[Systemd1]], results: JobResults) -> None:
         self._systemd = systemd
-        self._jobs = jobs
-        # The invocation of each unit that was seen to have started.
+        self._results = results
+        # The invocation of each unit whose start is known to be complete.
         self._up: dict[str, str] = {}
 
     async def reload(self, unit: str, invocation: str) -> Reloaded | None:
-        """Have it reload as its unit says; None if that says nothing.
+        """Have a service reload as its unit says; None if the unit says no way to reload.
 
         Args:
             invocation: of the process that is meant.
@@ -102,18 +102,13 @@ class UnitJobs:
             if error.name in _NOT_THERE:
                 return Reloaded(ok=True)
             return _not_possible("reload", error)
-        except _Ordered as error:
-            return _not_possible("reload", error)
 
     async def restart(self, unit: str) -> Reloaded:
-        """Restart it, unless it has been stopped meanwhile."""
-        try:
-            return await self._run(unit, "TryRestartUnit", "restart")
-        except _Ordered as error:
-            return _not_possible("restart", error)
+        """Restart a unit, unless it has been stopped meanwhile."""
+        return await self._run(unit, "TryRestartUnit", "restart")
 
     async def start(self, unit: str) -> Reloaded:
-        """Start it again, also if it failed too often."""
+        """Start a unit again, also one that failed too often."""
         try:
             await (await self._systemd()).manager("ResetFailedUnit", "s", unit)
         except dbus.Error as error:
@@ -121,16 +116,14 @@ class UnitJobs:
                 return _not_possible("start", error)
         except dbus.BusLost as error:
             return _not_possible("start", error)
-        try:
-            return await self._run(unit, "StartUnit", "start")
-        except _Ordered:
-            return Reloaded(ok=True)  # it is started as soon as we are
+        return await self._run(unit, "StartUnit", "start")
 
     async def _run(self, unit: str, member: str, word: str) -> Reloaded:
         try:
             result = await self._follow(unit, member)
-        except (dbus.Error, dbus.BusLost) as error:
-            if isinstance(error, dbus.Error) and error.name in _NOT_THERE:
+        except dbus.Error as error:
+            # The job that waits for us starts the unit.
+            if error.name in _NOT_THERE or (isinstance(error, _WaitsForUs) and word == "start"):
                 return Reloaded(ok=True)
             return _not_possible(word, error)
         if result == "done" or result in _POINTLESS:
@@ -138,30 +131,33 @@ class UnitJobs:
         return _ended_badly(word, result)
 
     async def _follow(self, unit: str, member: str) -> str:
-        """The result of a job. If it can no longer be heard: by what the unit looks like afterwards."""
+        """The result of a job. If its end can no longer be heard, it is read off the unit afterwards."""
         job = ""
         while not job:
             try:
-                with self._jobs.listening() as listener:
+                with self._results.listening() as listener:
                     systemd = await self._systemd()
                     job = await systemd.manager(member, "ss", unit, await self._mode(systemd, unit))
                     return await listener.result(job) or await self._afterwards(unit, member)
-            except dbus.BusLost:
-                # Whether systemd heard it is not known. Twice reloaded does no harm, not at all would.
-                await trio.sleep(_POLL_SEC)
-            except dbus.Error as error:
-                if error.name not in dbus.DISCONNECTED:
+            except (dbus.BusLost, dbus.Error) as error:
+                if not dbus.is_lost(error):
                     raise
+                # It is not known whether systemd heard it. To reload twice does no harm.
                 await trio.sleep(_POLL_SEC)
         return await self._afterwards(unit, member)
 
     async def _mode(self, systemd: Systemd1, unit: str) -> str:
-        """ "fail", unless our own start is not complete: units that take part are ordered after it, and so are all of
-        their jobs; the reload would wait for us, and we for it. ("ignore-dependencies" would cancel a queued stop.)"""
+        """ "fail" once we have started. Until then jobs of units that take part wait for us (`After=`), and we would
+        wait
+        for them: so it is "ignore-dependencies". That would cancel a job that there is already.
+
+        Raises:
+            _WaitsForUs: there is one.
+        """
         if not sd_notify.is_starting():
             return "fail"
         if (await systemd.unit(unit, "Job"))[0]:
-            raise _Ordered
+            raise _WaitsForUs
         return "ignore-dependencies"
 
     async def _afterwards(self, unit: str, member: str) -> str:
@@ -173,21 +169,22 @@ class UnitJobs:
         return {"success": "done", "timeout": "timeout"}.get(str(result), "failed")
 
     async def _patiently(self, kind: Literal["unit", "service"], unit: str, name: str) -> Any:
-        """A property, also across a loss of the connection."""
+        """A property of a unit, even if the connection is lost and made again."""
         while True:
             try:
                 systemd = await self._systemd()
                 return await (systemd.unit(unit, name) if kind == "unit" else systemd.service(unit, name))
-            except dbus.BusLost:
-                await trio.sleep(_POLL_SEC)
-            except dbus.Error as error:
-                if error.name not in dbus.DISCONNECTED:
+            except (dbus.BusLost, dbus.Error) as error:
+                if not dbus.is_lost(error):
                     raise
                 await trio.sleep(_POLL_SEC)
 
     async def is_up(self, unit: str, invocation: str) -> bool:
-        """Whether it runs, having waited while it is still starting: it may have read the old files already, and a
-        reload that is asked for during the start is taken as part of that, without anything being reloaded."""
+        """Whether a unit runs; while it is starting, wait.
+
+        A unit that is starting may have read the old files already, and systemd answers a reload during the start
+        without reloading anything.
+        """
         if self._up.get(unit) == invocation:
             return True
         while (state := await self._patiently("unit", unit, "ActiveState")) == "activating":
@@ -207,9 +204,9 @@ class UnitJobs:
         try:
             values = await (await self._systemd()).service_properties(unit)
         except (dbus.Error, dbus.BusLost):
-            return reloaded  # the result is known, only its details are not
+            return reloaded  # without its details
         if values.get("ReloadResult") == "timeout":
-            return _ended_badly("reload", "timeout")  # of the job itself that is "failed"
+            return _ended_badly("reload", "timeout")  # the result of the job was "failed"
         command = _failed_command(values)
         if command is None:
             return reloaded
@@ -226,38 +223,30 @@ def _ended_badly(word: str, result: str) -> Reloaded:
     return Reloaded(ok=False, told=word, reason=reason, interrupted=result not in _VERDICTS)
 
 
-def _failed_command(values: Mapping[str, Any]) -> Command | None:
+def _failed_command(values: Mapping[str, Any]) -> ExecCommand | None:
     rows = [row for name in _COMMANDS for row in values.get(name, ())]
     return next((command for row in rows if (command := _command(row)).failed), None)
 
 
-def _command(row: tuple[Any, ...]) -> Command:
-    """ExecReload, `a(sasbttttuii)`: path, arguments, ignored, times (begun: row 3), PID, si_code, status."""
-    return Command(str(row[0]), int(row[7]), int(row[3]), int(row[8]), int(row[9]), bool(row[2]))
+def _command(row: tuple[Any, ...]) -> ExecCommand:
+    """A row of ExecReload, `(sasbttttuii)`: path, arguments, ignored, begin and other times, PID, si_code, status."""
+    return ExecCommand(str(row[0]), int(row[7]), int(row[3]), int(row[8]), int(row[9]), bool(row[2]))
 
 
-async def _said(unit: str, command: Command) -> str:
-    """What the command wrote, from the journal: there it goes, and nowhere else."""
+async def _said(unit: str, command: ExecCommand) -> str:
+    """What the command wrote, which only the journal has."""
     since = f"--since=@{command.begun_usec / 1_000_000:.6f}"
+    matches = f"_SYSTEMD_UNIT={unit}", f"_PID={command.pid}"
     with trio.move_on_after(_JOURNAL_SEC):
-        await _program(["journalctl", "--sync"])
-        return await _program(
-            [
-                "journalctl",
-                "--quiet",
-                "--no-pager",
-                "--output=cat",
-                since,
-                f"_SYSTEMD_UNIT={unit}",
-                f"_PID={command.pid}",
-            ]
-        )
+        await _journalctl("--sync")
+        return await _journalctl("--quiet", "--no-pager", "--output=cat", since, *matches)
     return ""
 
 
-async def _program(argv: list[str]) -> str:
+async def _journalctl(*options: str) -> str:
+    argv = ["journalctl", *options]
     try:
         done = await trio.run_process(argv, capture_stdout=True, stderr=subprocess.DEVNULL, check=False)
     except FileNotFoundError:
-        return ""  # no journalctl: then there is no journal to ask
+        return ""  # there is no journal to ask
     return done.stdout[-OUTPUT_MAX:].decode("utf-8", "backslashreplace")

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The manager of services that systemd runs: over D-Bus, as `systemctl` does.
 
-`Tracker` keeps what is known current, `UnitJobs` has units reload, `DaemonReload` shares daemon-reloads between those
-who need one. Here they are wired to one connection, which may be lost at any time (the bus restarts, systemd executes
-itself anew) and is then made again.
+`Tracker` knows the services, `UnitJobs` has units reload, `DaemonReload` makes one daemon-reload of many requests. Here
+they are wired to one connection. It may be lost at any time (the bus restarts, systemd executes itself anew), and is
+then made again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import trio
@@ -20,7 +20,7 @@ from watcher.managers.exec_context import context_of
 from watcher.managers.systemd import dbus, unit_drop_in
 from watcher.managers.systemd.daemon_reload import DaemonReload, ReloadRefused
 from watcher.managers.systemd.jobs import UnitJobs
-from watcher.managers.systemd.systemd1 import DAEMON_RELOAD_SEC, Jobs, Systemd1, is_known
+from watcher.managers.systemd.systemd1 import DAEMON_RELOAD_SEC, JobResults, Systemd1, is_known
 from watcher.managers.systemd.tracker import Tracker
 from watcher.managers.systemd.transient import Transient
 from watcher.managers.systemd.unit_facts import stale
@@ -37,11 +37,11 @@ _CONFEXT_DIR = r"(?s:.*)\.service\.confext\.d"
 
 
 async def check() -> None:
-    """Whether there is a systemd that this can work with.
+    """Return if there is a systemd that this manager can work with.
 
     Raises:
         Unsupported: it is too old; `str()` is one line for the administrator.
-        dbus.Lost: it cannot be reached over the system bus.
+        dbus.BusLost: it cannot be reached over the system bus.
     """
     failure: Exception | None = None
     try:
@@ -61,8 +61,8 @@ async def check() -> None:
 class Systemd:
     """See `Manager`.
 
-    While systemd's executor is on its way to becoming the service, `main` is None and `starting` set: its namespaces
-    are the host's, or half made.
+    While systemd's executor is on its way to becoming a service, `main` is None and `starting` is set: the executor's
+    namespaces are the host's, or half made.
 
     Args:
         settings: the watcher's; its `state_directory` must be the one that the generator knows.
@@ -72,25 +72,25 @@ class Systemd:
         self._state_directory = settings.state_directory
         self._systemd: Systemd1 | None = None
         self._connected = trio.Event()
-        self._following = Tracker(settings.state_directory)
-        self._jobs = Jobs()
-        self._unit_jobs = UnitJobs(self._connection, self._jobs)
-        self.transient = Transient(self._connection, self._jobs)
+        self._tracker = Tracker(settings.state_directory)
+        self._job_results = JobResults()
+        self._unit_jobs = UnitJobs(self._connection, self._job_results)
+        self.transient = Transient(self._connection, self._job_results)
         self._reloads = DaemonReload(
             self._daemon_reload, settings.reload_limit_burst, settings.reload_limit_interval_usec / 1_000_000
         )
-        # What a daemon-reload did not help with, by unit: no second one is tried for it.
+        # The drop-ins that units should have, and did not get by a daemon-reload: no second one is made for them.
         self._hopeless: dict[str, str] = {}
-        # What the drop-in of a unit cannot say, as it was said last.
+        # What the drop-in of each unit cannot say, as it was logged last.
         self._complaints: dict[str, list[str]] = {}
 
     @property
     def services(self) -> Mapping[str, Service]:
-        return self._following.services
+        return self._tracker.services
 
     def close(self) -> None:
         """Let go of all processes."""
-        self._following.close()
+        self._tracker.close()
 
     async def run(
         self, changed: Callable[[str], None], task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -103,11 +103,7 @@ class Systemd:
                 await self._stay_connected(changed, task_status)
 
     async def learn(self, service: Service, entries: Sequence[Entry], sysexts: Sequence[Entry] = ()) -> None:
-        """See `Manager.learn`; what was accepted is read from the record beside the slots.
-
-        Args:
-            sysexts: declared entries that are no confexts: they are passed through to systemd.
-        """
+        """See `Manager.learn`; the generator reads what was accepted from the record beside the slots."""
         paths = [entry.path for entry in sysexts]
         await trio.to_thread.run_sync(unit_drop_in.write_passed, self._state_directory, service.name, paths)
         if await self._stale([service.name]):
@@ -120,9 +116,8 @@ class Systemd:
             return Reloaded(ok=True)
         try:
             if kind.startswith("signal:"):
-                return await self._signal(
-                    service, service.main, signals.signal_number(kind.removeprefix("signal:"))
-                )
+                number = signals.signal_number(kind.removeprefix("signal:"))
+                return await self._signal(service, service.main, number)
             if kind == "restart":
                 return await self._unit_jobs.restart(service.name)
             reloaded = await self._unit_jobs.reload(service.name, service.invocation)
@@ -135,7 +130,7 @@ class Systemd:
 
     async def _signal(self, service: Service, held: Process, number: int) -> Reloaded:
         try:
-            # Held for as long as this takes: the service may be started anew meanwhile.
+            # The service may be started anew meanwhile, and the tracker then closes `held`.
             with held.hold() as main:
                 if not await self._unit_jobs.is_up(service.name, service.invocation):
                     return Reloaded(ok=True)
@@ -150,7 +145,7 @@ class Systemd:
         return await self._unit_jobs.is_up(service.name, service.invocation)
 
     async def revive(self, service: Service) -> Reloaded:
-        """See `Manager.revive`; the job is systemd's own way to start it."""
+        """See `Manager.revive`."""
         return await self._unit_jobs.start(service.name)
 
     async def execute(
@@ -193,7 +188,7 @@ class Systemd:
                 lost += group.exceptions
             self._systemd = None
             self._connected = trio.Event()
-            self._jobs.lost()
+            self._job_results.lost()
             if not failures:
                 journal.log.warning(f"systemd cannot be reached, it is tried again: {lost[0]}")
             await trio.sleep(_RECONNECT_SEC[min(failures, len(_RECONNECT_SEC) - 1)])
@@ -203,24 +198,24 @@ class Systemd:
         await systemd.follow()
         self._systemd = systemd
         self._connected.set()
-        self._following.look_at_everything()
+        self._tracker.look_at_everything()
         await self._update(changed)
 
     async def _follow(self, changed: Callable[[str], None]) -> None:
         while True:
-            await self._following.news()
+            await self._tracker.news()
             await self._update(changed)
 
     async def _update(self, changed: Callable[[str], None]) -> None:
         assert self._systemd is not None
-        files_were_read = await self._following.update(self._systemd, changed)
+        files_were_read = await self._tracker.update(self._systemd, changed)
         if files_were_read and await self._needs_daemon_reload():
             self._reloads.ask()
 
     async def _needs_daemon_reload(self) -> bool:
         try:
             return bool(await self._stale(self.services))
-        except Exception:  # noqa: BLE001 -- where a daemon-reload is done it shows again, is said and tried again
+        except Exception:  # noqa: BLE001 -- the daemon-reload meets it again, logs it, and tries again
             return True
 
     async def _connection(self) -> Systemd1:
@@ -233,46 +228,46 @@ class Systemd:
             return
         member = message.header.fields[HeaderFields.member]
         if member == "JobRemoved":
-            self._jobs.ended(message.body[1], message.body[3])
+            self._job_results.ended(message.body[1], message.body[3])
             return
         if member == "NameOwnerChanged":
-            self._jobs.lost()  # what it said before it had its name was not heard
-        self._following.note(message)
+            self._job_results.lost()  # what systemd sent before it owned the name was not heard
+        self._tracker.note(message)
 
     async def _follow_directories(self, watcher: PatientWatcher) -> None:
-        """A `<unit>.confext.d/` that comes or goes needs no daemon-reload to be noticed."""
+        """Notice a `<unit>.confext.d/` that comes or goes without a daemon-reload."""
         await watcher.watch("", [Interest(path, pattern=_CONFEXT_DIR) for path in UNIT_PATHS])
         async for _ in watcher.changes():
-            self._following.look_at_everything()
+            self._tracker.look_at_everything()
 
     # --- drop-ins ---
 
-    async def _stale(self, names: Sequence[str] | Mapping[str, Service]) -> list[str]:
-        """Those of the units that need a daemon-reload, unless it is known not to help."""
-        index = self._following.index
+    async def _stale(self, names: Iterable[str]) -> list[str]:
+        """The units that need a daemon-reload, without those that it does not help."""
         complaints: dict[str, list[str]] = {}
-        looked = partial(stale, index, list(names), self._state_directory, complaints=complaints)
-        found = await trio.to_thread.run_sync(looked)
+        found = await self._look_for_stale(names, complaints)
         for name, lines in complaints.items():
             for line in set(lines) - set(self._complaints.get(name, ())):
                 journal.log.warning(line, service=name)
         self._complaints |= complaints
         return [name for name, text in found.items() if self._hopeless.get(name) != text]
 
+    async def _look_for_stale(
+        self, names: Iterable[str], complaints: dict[str, list[str]] | None = None
+    ) -> dict[str, str]:
+        look = partial(stale, self._tracker.index, list(names), self._state_directory, complaints=complaints)
+        return await trio.to_thread.run_sync(look)
+
     async def _daemon_reload(self) -> None:
-        before = await trio.to_thread.run_sync(
-            stale, self._following.index, list(self.services), self._state_directory
-        )
+        before = await self._look_for_stale(self.services)
         if all(self._hopeless.get(name) == text for name, text in before.items()):
-            return  # one that began meanwhile, ours or somebody else's, has done it
+            return  # another daemon-reload has done it meanwhile
         try:
             systemd = await self._connection()
             await systemd.manager("Reload", timeout=DAEMON_RELOAD_SEC)
         except (dbus.BusLost, dbus.Error) as error:
             raise ReloadRefused(str(error)) from error
-        after = await trio.to_thread.run_sync(
-            stale, self._following.index, list(before), self._state_directory
-        )
+        after = await self._look_for_stale(before)
         after = {name: text for name, text in after.items() if before.get(name) == text}
         for name in after:
             journal.log.error(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What the daemon tells the service manager that started it: sd_notify(3), without libsystemd.
 
-The protocol is one datagram of `KEY=VALUE` lines to the socket that `$NOTIFY_SOCKET` names. Where the
-variable is not set nobody asked, and every function here does nothing, so that callers need not care.
+The protocol is one datagram of `KEY=VALUE` lines to the socket that `$NOTIFY_SOCKET` names. If the variable is not set,
+every function here does nothing.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ def ready(status: str = "") -> None:
 
 
 def is_starting() -> bool:
-    """Whether whoever started us still waits for `ready()`, and with him all that is ordered after us."""
+    """Whether the service manager still waits for `ready()`, and with it all units that are ordered after us."""
     return bool(os.environ.get("NOTIFY_SOCKET")) and not _complete
 
 
 def reloading(status: str = "") -> None:
     """Say that the configuration is being read again; `ready()` must follow.
 
-    By `MONOTONIC_USEC=` a `Type=notify-reload` service (systemd.service(5)) tells this from an older one.
+    By `MONOTONIC_USEC=` the service manager tells this reload from an older one (`Type=notify-reload`,
+    systemd.service(5)).
     """
     now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
     _send("RELOADING=1", f"MONOTONIC_USEC={now}", _status(status))
@@ -50,7 +51,7 @@ def status(text: str) -> None:
 
 
 def watchdog_interval() -> float | None:
-    """Seconds within which a sign of life is expected; None if nobody waits for one from this process."""
+    """Seconds within which the service manager expects a sign of life; None: it expects none of this process."""
     usec = os.environ.get("WATCHDOG_USEC", "")
     pid = os.environ.get("WATCHDOG_PID", "")
     if not usec.isdecimal() or int(usec) == 0:
@@ -65,7 +66,7 @@ async def keep_alive() -> None:
     interval = watchdog_interval()
     while interval is not None:
         if os.environ.get("NOTIFY_SOCKET", ""):
-            with contextlib.suppress(OSError):  # who is behind with reading hears the next one
+            with contextlib.suppress(OSError):  # a service manager that is busy hears the next one
                 _send_now(b"WATCHDOG=1")
         await trio.sleep(interval / 2)
 
@@ -75,7 +76,7 @@ def _status(text: str) -> str:
 
 
 def _send(*lines: str) -> None:
-    """Now, or as soon as there is room: the event loop does not wait for a service manager that is busy."""
+    """Send now, or as soon as there is room: the event loop does not wait for a service manager that is busy."""
     if os.environ.get("NOTIFY_SOCKET", ""):
         message = "\n".join(line for line in lines if line)
         _backlog.put(message.encode("utf-8", "backslashreplace"))

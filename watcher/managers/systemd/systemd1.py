@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """systemd's D-Bus interface (org.freedesktop.systemd1(5)), as far as it is needed: units, their signals, jobs.
 
-A job can end before the reply that names it has been read. Whoever starts one therefore listens for the ends of all
-jobs from before the call (`Jobs.listening`), and looks his up afterwards.
+A job can end before the reply that names it has been read. So who starts one listens for the ends of all jobs from
+before the call (`JobResults.listening`), and then looks up the one that the reply names.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ OLDEST: Final = 255
 
 DAEMON_RELOAD_SEC: Final = 300.0
 NO_SUCH_UNIT: Final = f"{NAME}.NoSuchUnit"
-# ReloadUnit() of a unit that has no way to reload, and while a stop is queued.
+# From ReloadUnit(): the unit has no way to reload; a stop is queued.
 NOT_APPLICABLE: Final = f"{NAME}.JobTypeNotApplicable"
 DESTRUCTIVE: Final = f"{NAME}.TransactionIsDestructive"
 
-# What methods answer and what properties are, of those that are asked for: what follows takes it apart unseen.
+# Signatures of the answers of methods, and of properties. They are checked once; then the values are used unchecked.
 _ANSWERS: Final = {
     "ListUnitsByPatterns": "a(ssssssouso)",
     "ReloadUnit": "o",
@@ -63,17 +63,15 @@ _KINDS: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
-    """A row of ListUnits()."""
+class LoadedUnit:
+    """Of a row of ListUnitsByPatterns(): the unit's name and ActiveState."""
 
     name: str
-    load: str
     active: str
-    sub: str
 
 
 def unit_path(name: str) -> str:
-    """Object path of a unit: every byte that is no letter (or digit, but at the start) as _XX."""
+    """Object path of a unit: each byte that is no letter, nor a digit after the first character, becomes _XX."""
     escaped = "".join(
         char if char.isascii() and (char.isalpha() or (char.isdigit() and index)) else _hex(char)
         for index, char in enumerate(name)
@@ -92,21 +90,11 @@ def signal_rule(member: str) -> MatchRule:
 
 def properties_rule(unit: str | None) -> MatchRule:
     """Changes of one unit, or of all."""
-    if unit is None:
-        namespace = f"{PATH}/unit"
-        return MatchRule(
-            type="signal",
-            sender=NAME,
-            interface=PROPERTIES,
-            member="PropertiesChanged",
-            path_namespace=namespace,
-        )
-    return MatchRule(
-        type="signal", sender=NAME, interface=PROPERTIES, member="PropertiesChanged", path=unit_path(unit)
-    )
+    where = {"path_namespace": f"{PATH}/unit"} if unit is None else {"path": unit_path(unit)}
+    return MatchRule(type="signal", sender=NAME, interface=PROPERTIES, member="PropertiesChanged", **where)
 
 
-# The arguments of each signal that is followed (org.freedesktop.systemd1(5), the D-Bus Specification).
+# Signatures of the signals that are followed (org.freedesktop.systemd1(5), the D-Bus Specification).
 _SIGNALS: Final = {
     "JobRemoved": "uoss",
     "NameOwnerChanged": "sss",
@@ -117,14 +105,14 @@ _SIGNALS: Final = {
 
 
 def is_known(message: Message) -> bool:
-    """Whether it is one of the signals that are followed, with the arguments that this has."""
+    """Whether a signal is one of those that are followed, with the arguments that it should have."""
     fields = message.header.fields
     signature = _SIGNALS.get(fields.get(HeaderFields.member))
     return signature is not None and fields.get(HeaderFields.signature) == signature
 
 
-class Jobs:
-    """The ends of jobs, for those who wait for one."""
+class JobResults:
+    """How jobs end, for tasks that wait for one."""
 
     def __init__(self) -> None:
         self._listeners: set[Listener] = set()
@@ -135,7 +123,7 @@ class Jobs:
             listener.ended(job, result)
 
     def lost(self) -> None:
-        """The connection was lost, and with it what would have been heard."""
+        """The connection was lost: no more ends will be heard of jobs that were started over it."""
         for listener in self._listeners:
             listener.lost()
 
@@ -150,7 +138,7 @@ class Jobs:
 
 
 class Listener:
-    """What has ended since it began to listen."""
+    """The jobs that have ended since it began to listen."""
 
     def __init__(self) -> None:
         self._results: dict[str, str] = {}
@@ -177,7 +165,7 @@ class Listener:
 
 
 class Systemd1:
-    """systemd at the other end of a bus. All methods raise `dbus.Error` and `dbus.Lost` as `Bus.call` does."""
+    """systemd at the other end of a bus. All methods raise `dbus.Error` and `dbus.BusLost`, as `Bus.call` does."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
@@ -208,17 +196,17 @@ class Systemd1:
         return tuple(await self._get(PATH, MANAGER, "UnitPath"))
 
     async def follow(self) -> None:
-        """Have the manager's signals sent."""
+        """Have the bus send the manager's signals."""
         await self._bus.hear(NAME)
         for member in ("JobRemoved", "Reloading", "UnitNew"):
             await self._bus.add_match(signal_rule(member))
         await self.manager("Subscribe")
 
     async def follow_units(self, names: Iterable[str]) -> None:
-        """Have changes of exactly these units sent.
+        """Have the bus send the changes of exactly these units.
 
-        The bus daemon allows a connection 512 rules unless it is told otherwise; for more units than that, all
-        changes are sent, and those of others passed over.
+        By default the bus allows a connection 512 rules. With more units it sends the changes of all, and the tracker
+        passes over those of others.
         """
         wanted: set[str | None] = set(names)
         if len(wanted) > 400:
@@ -230,13 +218,13 @@ class Systemd1:
             await self._bus.remove_match(properties_rule(unit))
             self._matched.discard(unit)
 
-    async def loaded(self, patterns: Iterable[str]) -> list[Loaded]:
+    async def loaded(self, patterns: Iterable[str]) -> list[LoadedUnit]:
         """The loaded units among these names and shell patterns."""
         found = await self.manager("ListUnitsByPatterns", "asas", [], list(patterns))
-        return [Loaded(row[0], row[2], row[3], row[4]) for row in found]
+        return [LoadedUnit(row[0], row[3]) for row in found]
 
     async def unit(self, unit: str, name: str) -> Any:
-        """A property of a unit; loads it if need be."""
+        """A property of a unit. systemd loads the unit if it has to."""
         return await self._get(unit_path(unit), UNIT, name)
 
     async def service(self, unit: str, name: str) -> Any:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Keeps what is known of systemd's services current.
 
-Which units take part is read from their files (units.py), as the generator does; systemd is asked for what only
-it knows: where unit files are, which instances there are, which process is the main one, since which start. Signals
-only say what to ask about again, so that none is worth more than the next: after a loss of the connection, or a
-daemon-reload by anyone, everything is asked again.
+Which units take part is read from their files (unit_files.py), as by the generator. systemd is asked for what only it
+knows: where unit files are, which instances there are, the main process of each, and its start. A signal only says what
+to ask about again, so no single one matters: after a loss of the connection or any daemon-reload, everything is asked
+again.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import trio
 from jeepney import HeaderFields, Message
 
 from watcher.managers.base import Service
-from watcher.managers.systemd import dbus, units
+from watcher.managers.systemd import dbus, unit_files
 from watcher.managers.systemd.systemd1 import Systemd1, unit_path
-from watcher.managers.systemd.unit_facts import UnitFacts, describe_all, seen
-from watcher.managers.systemd.units import Index
+from watcher.managers.systemd.unit_facts import UnitFacts, all_facts, units_with_slots
+from watcher.managers.systemd.unit_files import Index
 from watcher.model import Remark
 from watcher.mounts.process import Gone, Process
 from watcher.records import journal
@@ -30,8 +30,8 @@ from watcher.settings.unit_names import UNIT_PATHS, UnitName
 
 _ALREADY_SUBSCRIBED = "org.freedesktop.systemd1.AlreadySubscribed"
 _EXECUTOR = "systemd-executor"
-# How often the executor is looked at: less and less, it may wait for long (for a terminal, or with Type=idle). What it
-# becomes is noticed late by at most a quarter of the time that it took.
+# The executor is looked at less and less often: it may wait for long (for a terminal, or with Type=idle). When it has
+# become the service, that is noticed late by at most a quarter of the time that it took.
 _POLL_SEC, _POLL_GROWTH, _POLL_MAX_SEC = 0.002, 1.25, 10.0
 _RETRY_SEC = 5.0
 _ACTIVE = frozenset({"active", "reloading", "refreshing"})
@@ -40,7 +40,7 @@ _STOPPED = frozenset({"inactive", "failed"})
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """A start of a unit: its main process, InvocationID and NRestarts; nothing where it does not run."""
+    """A start of a unit: its main process, InvocationID and NRestarts; empty if it does not run."""
 
     process: Process | None = None
     invocation: str = ""
@@ -54,10 +54,13 @@ class Tracker:
         self.services: dict[str, Service] = {}
         self.index = Index(())
         self._state_directory = state_directory
-        self._described: dict[str, UnitFacts] = {}
+        self._facts: dict[str, UnitFacts] = {}
+        # The names of units by their object paths.
         self._names: dict[str, str] = {}
         self._said: set[Remark] = set()
+        # Loaded instances that serve one connection each, and take no part.
         self._per_connection: set[str] = set()
+        # Starts whose process is still systemd's executor.
         self._starting: dict[str, _Start] = {}
         # What to look at again, and the event that says so.
         self._everything = True
@@ -65,7 +68,7 @@ class Tracker:
         self._new_instances: set[str] = set()
         self._resubscribe = False
         self._news = trio.Event()
-        # What could not be looked at, by unit ("": the files), with the reason; and when that is tried again.
+        # Why each unit ("": the files) could not be looked at, and when all of these are looked at again.
         self._failures: dict[str, str] = {}
         self._retry_at = math.inf
 
@@ -85,7 +88,7 @@ class Tracker:
         self._news.set()
 
     def note(self, message: Message) -> None:
-        """A signal came."""
+        """A signal of systemd came."""
         member = message.header.fields.get(HeaderFields.member)
         if member == "PropertiesChanged":
             name = self._names.get(message.header.fields.get(HeaderFields.path, ""))
@@ -100,22 +103,22 @@ class Tracker:
             self._note_unit(message.body[0])
 
     def _note_unit(self, name: str) -> None:
-        """An instance that was loaded takes part if its template does."""
-        known = name in self.services or name in self._described or name in self._per_connection
+        """systemd has loaded a unit: an instance takes part if its template does."""
+        known = name in self.services or name in self._facts or name in self._per_connection
         if known or not name.endswith(".service"):
             return
         try:
             template = UnitName(name).template
         except ValueError:
-            return  # nothing that a unit of ours could be called
-        if template in self._described:
+            return  # no unit that takes part can have this name
+        if template in self._facts:
             self._new_instances.add(name)
             self._news.set()
 
     async def news(self) -> None:
         """Wait until there is something to look at.
 
-        Nothing tells when systemd's executor has become the service: while there is one, it is looked at.
+        No signal says when systemd's executor has become the service: so it is polled.
         """
         delay = _POLL_SEC
         while True:
@@ -134,17 +137,15 @@ class Tracker:
     # --- looking ---
 
     async def update(self, systemd: Systemd1, changed: Callable[[str], None]) -> bool:
-        """Look at all that is due.
-
-        Where that fails for one unit alone, this is said, and tried again later.
+        """Look at all that is due. If that fails for one unit alone, this is logged, and tried again later.
 
         Returns:
             Whether the unit files were read again.
 
         Raises:
-            dbus.Lost, dbus.Error: systemd cannot be reached. Everything is then to be looked at again.
+            dbus.BusLost, dbus.Error: systemd cannot be reached. The next call looks at everything.
         """
-        # What is due is struck off before it is looked at: a signal that comes meanwhile makes it due again.
+        # All is struck off before it is looked at: a signal that comes meanwhile makes it due again.
         self._news = trio.Event()
         resubscribe, self._resubscribe = self._resubscribe, False
         everything, self._everything = self._everything, False
@@ -171,13 +172,11 @@ class Tracker:
 
     @contextmanager
     def _trying(self, name: str) -> Iterator[None]:
-        """What is wrong with one unit (or a bug that shows with it) must not cost the others theirs."""
+        """An error with one unit, or a bug that shows with it, must not keep the others from being looked at."""
         try:
             yield
-        except dbus.BusLost:
-            raise
         except Exception as error:
-            if isinstance(error, dbus.Error) and error.name in dbus.DISCONNECTED:
+            if dbus.is_lost(error):
                 raise
             self._put_off(name, error)
         else:
@@ -186,7 +185,7 @@ class Tracker:
     def _put_off(self, name: str, error: Exception) -> None:
         self._retry_at = min(self._retry_at, trio.current_time() + _RETRY_SEC)
         if self._failures.get(name) == repr(error):
-            return  # said already
+            return  # it is logged already
         self._failures[name] = repr(error)
         what = f"{name}: what became of it" if name else "which units take part"
         if isinstance(error, (OSError, dbus.Error)):
@@ -207,24 +206,24 @@ class Tracker:
     async def _look_at_files(self, systemd: Systemd1, changed: Callable[[str], None]) -> None:
         paths = await systemd.unit_paths()
         self.index = await trio.to_thread.run_sync(Index, paths or UNIT_PATHS)
-        known = await trio.to_thread.run_sync(seen, self._state_directory)
-        # Entered before anything is asked: an instance that is loaded from now on is noted by its template.
-        self._described = described = await trio.to_thread.run_sync(describe_all, self.index, known)
-        patterns = [name.replace("@.", "@*.") for name in described if units.is_template(name)]
+        known = await trio.to_thread.run_sync(units_with_slots, self._state_directory)
+        # Set before anything is asked: `_note_unit()` then recognises an instance that is loaded from now on.
+        self._facts = facts = await trio.to_thread.run_sync(all_facts, self.index, known)
+        patterns = [name.replace("@.", "@*.") for name in facts if unit_files.is_template(name)]
         found = [row.name for row in await systemd.loaded(patterns)] if patterns else []
-        instances = [name for name in found if name not in described]
+        instances = [name for name in found if name not in facts]
         if instances:
             own = await self._own_instances(systemd, instances)
-            described |= await trio.to_thread.run_sync(describe_all, self.index, dict.fromkeys(own, False))
-        self._say(remark for each in described.values() for remark in each.remarks)
-        self._names = {unit_path(name): name for name in described}
-        await systemd.follow_units(name for name in described if not units.is_template(name))
-        # Asked only now: of what happened before the bus was asked for it there was no signal.
-        loaded = {row.name: row for row in await systemd.loaded(described)} if described else {}
-        for name in [name for name in self.services if name not in described]:
+            facts |= await trio.to_thread.run_sync(all_facts, self.index, dict.fromkeys(own, False))
+        self._say(remark for each in facts.values() for remark in each.remarks)
+        self._names = {unit_path(name): name for name in facts}
+        await systemd.follow_units(name for name in facts if not unit_files.is_template(name))
+        # Asked only now: the bus has sent no signal of what happened before it was asked to.
+        loaded = {row.name: row for row in await systemd.loaded(facts)} if facts else {}
+        for name in [name for name in self.services if name not in facts]:
             self._drop(name)
             changed(name)
-        for name in described:
+        for name in facts:
             row = loaded.get(name)
             if row is None or row.active in _STOPPED:
                 self._put(name, changed, failed=row is not None and row.active == "failed")
@@ -232,7 +231,7 @@ class Tracker:
                 self._dirty[name] = None
 
     async def _has_own(self, systemd: Systemd1, instances: Iterable[str]) -> bool:
-        """Whether among instances that were loaded just now is one that takes part in its own right."""
+        """Whether one of the instances that were loaded just now takes part in its own right."""
         found = [row.name for row in await systemd.loaded(instances)] if instances else []
         for name in found:
             if not await _serves_one_connection(systemd, name):
@@ -240,7 +239,7 @@ class Tracker:
         return False
 
     async def _own_instances(self, systemd: Systemd1, names: Sequence[str]) -> list[str]:
-        """Those of all loaded instances that take part in their own right."""
+        """The instances that take part in their own right, of all that are loaded."""
         self._per_connection.intersection_update(names)
         for name in names:
             if name not in self._per_connection and await _serves_one_connection(systemd, name):
@@ -248,20 +247,20 @@ class Tracker:
         return [name for name in names if name not in self._per_connection]
 
     async def _look_at_unit(self, systemd: Systemd1, name: str, changed: Callable[[str], None]) -> None:
-        if name in self._described:
+        if name in self._facts:
             start = await self._main(systemd, name)
             failed = headless = False
             if start.process is None:
                 failed = await _has_failed(systemd, name)
                 headless = not failed and await systemd.unit(name, "ActiveState") in _ACTIVE
             if headless:
-                # Unless it has been started since.
+                # It may have been started since.
                 start = await self._main(systemd, name)
                 headless = start.process is None
             self._put(name, changed, start, failed=failed, headless=headless)
 
     async def _main(self, systemd: Systemd1, name: str) -> _Start:
-        """The main process that a unit has now, and since which start."""
+        """The main process that a unit has now, and its start."""
         while pid := int(await systemd.service(name, "MainPID")):
             held = self._held(name, pid)
             if held is not None:
@@ -269,18 +268,18 @@ class Tracker:
             try:
                 process = Process(pid)
             except Gone:
-                await trio.sleep(_POLL_SEC)  # systemd will have noticed in a moment
+                await trio.sleep(_POLL_SEC)  # systemd notices it in a moment
                 continue
             invocation = await systemd.invocation(name)
             restarts = int(await systemd.service(name, "NRestarts"))
-            # Still the same by systemd's word: then it was not reaped in between, and it is the one we hold.
+            # systemd still has this PID: it has not reaped the process in between, so it is the one that we hold.
             if int(await systemd.service(name, "MainPID")) == pid and invocation:
                 return _Start(process, invocation, restarts)
             process.close()
         return _Start()
 
     def _held(self, name: str, pid: int) -> _Start | None:
-        """The start with the process of that PID, if it is held already."""
+        """The start whose process has this PID, if it is held already."""
         service = self.services.get(name)
         held = self._starting.get(name)
         if service is not None and service.main is not None:
@@ -298,19 +297,19 @@ class Tracker:
         failed: bool = False,
         headless: bool = False,
     ) -> None:
-        """Enter what is known of a service now; the process of its start is owned from here on."""
+        """Enter what is known of a service now. From here on the tracker owns the process of its start."""
         start = start or _Start()
         process = start.process
-        described = self._described[name]
+        facts = self._facts[name]
         starting = process is not None and is_executor(process)
         main = None if starting else process
-        root: str | None = described.root
-        if described.root_image:
+        root: str | None = facts.root
+        if facts.root_image:
             root = f"/proc/{main.pid}/root" if main else None
         service = Service(
             name=name,
-            declared=described.declared,
-            settings=described.settings,
+            declared=facts.declared,
+            settings=facts.settings,
             main=main,
             invocation=start.invocation,
             restarts=start.restarts,
@@ -318,13 +317,10 @@ class Tracker:
             failed=failed,
             headless=headless,
             root=root,
-            aliases=described.names[1:],
+            aliases=facts.names[1:],
         )
         before = self.services.get(name)
-        held = [before.main if before else None, self._starting.pop(name, _Start()).process]
-        for other in held:
-            if other is not None and other is not process:
-                other.close()
+        self._close(name, but=process)
         if starting:
             self._starting[name] = start
         self.services[name] = service
@@ -332,13 +328,18 @@ class Tracker:
             changed(name)
 
     def _drop(self, name: str) -> None:
-        service = self.services.pop(name, None)
+        self._close(name)
+        self.services.pop(name, None)
+
+    def _close(self, name: str, but: Process | None = None) -> None:
+        """Let go of the processes that are held for a service, but for one."""
+        service = self.services.get(name)
         for process in (service.main if service else None, self._starting.pop(name, _Start()).process):
-            if process is not None:
+            if process is not None and process is not but:
                 process.close()
 
     def _say(self, remarks: Iterable[Remark]) -> None:
-        """Once for as long as it is so."""
+        """Log each remark once for as long as it holds."""
         present = set(remarks)
         for remark in present - self._said:
             journal.say(remark)
@@ -346,25 +347,25 @@ class Tracker:
 
 
 def is_executor(process: Process) -> bool:
-    """Whether it is still systemd's executor, on its way to becoming the service (systemd >= 255).
+    """Whether a process is still systemd's executor, on its way to becoming the service (systemd >= 255).
 
-    It sets up the service's namespaces itself, so that until then these are the host's, or half made.
+    The executor sets up the service's namespaces itself: until then they are the host's, or half made.
     """
     try:
         return os.path.basename(os.readlink(f"/proc/{process.pid}/exe")).startswith(_EXECUTOR)
     except OSError:
-        return False  # gone, which whoever uses it will notice
+        return False  # it has ended, which the next use of it shows
 
 
 async def _serves_one_connection(systemd: Systemd1, name: str) -> bool:
-    """Whether an instance is the server of one connection (`Accept=yes`): these end soon, and are a new name each time;
-    they start on the stack of their template and keep it."""
+    """Whether an instance serves one connection (`Accept=yes`). Such instances end soon and have a new name each time:
+    they start on the stack of their template, and keep it."""
     socket = (UnitName(name).template or "").replace("@.service", ".socket")
     return socket in await systemd.unit(name, "TriggeredBy")
 
 
 async def _has_failed(systemd: Systemd1, name: str) -> bool:
-    """Whether it went down rather than being stopped; it may be waiting for its automatic restart."""
+    """Whether a unit went down by itself; it may be waiting for its automatic restart."""
     if await systemd.unit(name, "ActiveState") == "failed":
         return True
     return str(await systemd.unit(name, "SubState")).startswith("auto-restart")

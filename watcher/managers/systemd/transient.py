@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Running a command for a service in a unit of its own: outside of our sandbox, inside of the limits of the service.
+"""Running a command for a service in a unit of its own: outside our sandbox, inside the limits of the service.
 
-A child of the watcher would have its system call filter and its private network, and `nginx -t` or a health check
-would fail for reasons that have nothing to do with the configuration; and the watcher would need the right to become
-any user. A transient unit has what systemd gives every unit, and its control group is emptied at its end.
+A child of the watcher would have the watcher's system call filter and private network: `nginx -t` or a health check
+would fail for reasons that have nothing to do with the configuration. And the watcher would need the right to become
+any user. A transient unit has what systemd gives every unit, and systemd kills all of its processes at its end.
 
-A command is a check, a health check, or the reload command of what `exec` has started.
+A command is a check, a health check, or the reload command of a service that `exec` has started.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from watcher.managers.base import Ended
 from watcher.managers.command import PROGRAM, file_of, gather, namespaces, path_of, too_long
 from watcher.managers.exec_context import ExecContext, ExecOrder
 from watcher.managers.systemd import dbus
-from watcher.managers.systemd.systemd1 import Jobs, Systemd1
+from watcher.managers.systemd.systemd1 import JobResults, Systemd1
 from watcher.model import Later
 from watcher.mounts.process import Process
 from watcher.settings.signals import reason_of
 
-# What a unit's control group and its processes may use: taken over from the service as they are.
+# What the service's control group and processes may use: the command's unit gets the same.
 _LIMITS: Final = {
     "Slice": "s",
     "MemoryHigh": "t",
@@ -42,7 +42,7 @@ _LIMITS: Final = {
     "LimitAS": "t",
     "LimitMEMLOCK": "t",
 }
-# Seconds more than the command may take, for systemd to start and to end it.
+# Seconds for systemd to start and to end the command, besides what the command may take.
 _GRACE_SEC: Final = 10.0
 
 
@@ -50,13 +50,13 @@ class Transient:
     """Runs commands in transient units.
 
     Args:
-        systemd: gives the connection, waiting for one if there is none.
-        jobs: told of the end of every job.
+        systemd: gives the connection, and waits for one if there is none.
+        results: is told of the end of every job.
     """
 
-    def __init__(self, systemd: Callable[[], Awaitable[Systemd1]], jobs: Jobs) -> None:
+    def __init__(self, systemd: Callable[[], Awaitable[Systemd1]], results: JobResults) -> None:
         self._systemd = systemd
-        self._jobs = jobs
+        self._results = results
 
     async def run(
         self,
@@ -68,10 +68,10 @@ class Transient:
         timeout_sec: float,
         unit: str = "",
     ) -> Ended:
-        """`inside.Run`; Later also if systemd could not be asked how the command ended.
+        """See `command.Run`; Later also if systemd does not tell how the command ended.
 
         Args:
-            unit: whose limits the command gets; "": what any unit gets.
+            unit: the unit whose limits the command gets; "": none but those of any unit.
         """
         output = bytearray()
         later: Later | None = None
@@ -90,7 +90,7 @@ class Transient:
                 except Later as error:
                     later = error
                 ours.close()
-                # What it left running, for as long as that lives, may hold the pipe open.
+                # A process that the command has left running may hold the pipe open.
                 nursery.cancel_scope.deadline = trio.current_time() + 0.1
         if later is not None:
             raise later
@@ -117,11 +117,11 @@ class Transient:
             ("TimeoutStartUSec", ("t", round(timeout_sec * 1_000_000))),
             ("TimeoutStopUSec", ("t", 1_000_000)),
             ("CollectMode", ("s", "inactive-or-failed")),
-            # While we are there to ask how it ended; if we are not, nobody will.
+            # systemd keeps the unit until we have asked how it ended, or are gone.
             ("AddRef", ("b", True)),
             *(await _limits(systemd, unit) if unit else ()),
         ]
-        with self._jobs.listening() as listener, trio.fail_after(timeout_sec + _GRACE_SEC):
+        with self._results.listening() as listener, trio.fail_after(timeout_sec + _GRACE_SEC):
             job = await systemd.manager(
                 "StartTransientUnit", "ssa(sv)a(sa(sv))", name, "fail", properties, []
             )
@@ -158,5 +158,5 @@ async def _reason(systemd: Systemd1, name: str, result: str, timeout_sec: float)
         if values["Result"] in ("signal", "core-dump"):
             return reason_of(-status)
         return f"failed: {values['Result']}"
-    # Canceled by a shutdown, say: the command did not get to say anything.
+    # It was canceled, by a shutdown say: that is no verdict of the command.
     raise Later(f"could not be followed to its end: {result or 'systemd cannot be reached'}")

@@ -10,8 +10,8 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from watcher.managers.systemd import drop_ins, sandbox_settings, units
-from watcher.managers.systemd.units import Index, Unit
+from watcher.managers.systemd import drop_ins, sandbox_settings, unit_files
+from watcher.managers.systemd.unit_files import Index, Unit
 from watcher.settings import syntax, values
 from watcher.text import Kind, shown
 
@@ -167,7 +167,7 @@ def _listed(
     trees = (path for path, _ in index.sources(unit).directories)
     if slots is not None and not passed and not any(map(_is_sysext_tree, trees)):
         return [Listed(kind, slot) for slot, kind in slots]
-    declared, _remarks = units.declared(unit, parsed, index.search_path)
+    declared, _remarks = unit_files.declared(unit, parsed, index.search_path)
     sysexts = [
         listed
         for entry in (*declared.images, *declared.directories)

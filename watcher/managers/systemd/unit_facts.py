@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the files of the services that take part say, and whether systemd has loaded the drop-ins that they should have.
+"""What the files of units that take part say, and whether systemd has loaded the drop-ins that they should have.
 
-Everything here blocks: call it in a thread.
+Every function here blocks: call it in a thread.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from watcher.managers.systemd import drop_ins, sandbox_settings, unit_drop_in, units
-from watcher.managers.systemd.units import DROPIN, Index, Unit
+from watcher.managers.systemd import drop_ins, sandbox_settings, unit_drop_in, unit_files
+from watcher.managers.systemd.unit_files import DROPIN, Index, Unit
 from watcher.model import Declared, Remark
-from watcher.settings import config, syntax, unit_names, values
+from watcher.settings import config, syntax, unit_names
 from watcher.settings.config import ServiceSettings
 
 GENERATED = "/run/systemd/generator"
@@ -27,7 +27,7 @@ class UnitFacts:
     Attributes:
         names: its own, then its aliases.
         root: `RootDirectory=`, "/" without one.
-        root_image: its root is an image, which nobody but the unit itself has mounted.
+        root_image: its root is an image (`RootImage=`), which only its own processes have mounted.
     """
 
     names: tuple[str, ...]
@@ -42,13 +42,15 @@ class UnitFacts:
         return self.names[0]
 
 
-def seen(state_directory: str) -> dict[str, bool]:
-    """Names of the units that have slots, and whether there is anything in them."""
+def units_with_slots(state_directory: str) -> dict[str, bool]:
+    """Names of the units that have slots, and whether a slot leads to a layer."""
     try:
         names = os.listdir(f"{state_directory}/units")
     except FileNotFoundError:
         return {}
-    return {name: _has_layers(f"{state_directory}/units/{name}") for name in names if units.is_service(name)}
+    return {
+        name: _has_layers(f"{state_directory}/units/{name}") for name in names if unit_files.is_service(name)
+    }
 
 
 def _has_layers(path: str) -> bool:
@@ -58,25 +60,25 @@ def _has_layers(path: str) -> bool:
         return False
 
 
-def describe_all(index: Index, known: Mapping[str, bool]) -> dict[str, UnitFacts]:
-    """All services that take part, but for those with `Enabled=no`.
+def all_facts(index: Index, known: Mapping[str, bool]) -> dict[str, UnitFacts]:
+    """All units that take part, without those with `Enabled=no`.
 
     Args:
-        known: units with slots, as `seen()` gives them. One with a stack takes part even if nothing says so any more:
-            until its running process has been given back its own `/etc`.
+        known: see `units_with_slots()`. A unit with layers takes part even if no file says so any more, until its
+            running process has its own `/etc` back.
     """
     found = index.services(known)
     for name, has_layers in known.items():
         unit = index.unit(name) if has_layers and name not in found else None
-        if unit is not None and unit.name == name and not units.is_portable(unit.fragment):
+        if unit is not None and unit.name == name and not unit_files.is_portable(unit.fragment):
             found[name] = unit
-    described = (describe(index, unit) for unit in found.values())
-    return {each.name: each for each in described if each.settings.enabled}
+    facts = (_facts_of(index, unit) for unit in found.values())
+    return {each.name: each for each in facts if each.settings.enabled}
 
 
-def describe(index: Index, unit: Unit) -> UnitFacts:
+def _facts_of(index: Index, unit: Unit) -> UnitFacts:
     parsed = index.parse(unit)
-    declared, remarks = units.declared(unit, parsed, index.search_path)
+    declared, remarks = unit_files.declared(unit, parsed, index.search_path)
     expand = unit_names.Specifiers(unit.name, unit.fragment).expand
     settings, more = config.service_settings(parsed.assignments, expand)
     image = syntax.last(parsed.assignments, "Service", "RootImage")
@@ -91,8 +93,8 @@ def describe(index: Index, unit: Unit) -> UnitFacts:
 
 
 def _unknown_in_time(index: Index, unit: Unit) -> Iterator[Remark]:
-    """What our generator cannot know of a unit that another one makes: see `units.as_generators_see()`."""
-    known = units.as_generators_see(unit)
+    """What our generator cannot know of a unit that another generator makes, see `unit_files.as_generators_see()`."""
+    known = unit_files.as_generators_see(unit)
     if index.sources(unit) != index.sources(known):
         yield Remark("warning", unit.fragment, f"a generator's: images are declared too late here, {_HINT}")
     sandboxes = (
@@ -103,12 +105,12 @@ def _unknown_in_time(index: Index, unit: Unit) -> Iterator[Remark]:
         yield Remark("warning", unit.fragment, f"a generator's: {what}, {_HINT}")
 
 
-def _root(assignments: Sequence[syntax.Assignment], expand: object) -> str:
+def _root(assignments: Sequence[syntax.Assignment], expand: Callable[[str], str]) -> str:
     directory = syntax.last(assignments, "Service", "RootDirectory")
-    if directory is None or not callable(expand):
+    if directory is None:
         return "/"
     try:
-        path = str(expand(directory.value.removeprefix("-")))
+        path = expand(directory.value.removeprefix("-"))
     except ValueError:
         return "/"  # systemd refuses to load such a unit
     return os.path.normpath(path) if path.startswith("/") else "/"
@@ -121,42 +123,38 @@ def stale(
     generated: str = GENERATED,
     complaints: dict[str, list[str]] | None = None,
 ) -> dict[str, str]:
-    """Units that would start on something else than their slots, with the drop-in that they should have.
+    """Units that would start on something else than their slots, with the drop-in that each should have.
 
-    Compared is what the generator wrote, which is what systemd has loaded, with what it would write now. A slot that is
-    listed and not there is ignored by systemd, and so it is here: a first version for an entry makes nothing stale.
+    What the generator wrote, which systemd has loaded, is compared with what it would write now. systemd ignores a slot
+    that is listed and missing, and so does this: the first version of an entry makes no unit stale.
 
     Args:
-        complaints: gets, for each unit looked at, what its drop-in cannot say. The generator says it too, but what a
-            generator says is kept nowhere.
+        complaints: gets, for each unit, what its drop-in cannot say. The generator prints this too, but systemd does
+            not keep what a generator prints.
     """
     found = {}
     said = {} if complaints is None else complaints
     for name in names:
-        found_unit = index.unit(name)
-        unit = units.as_generators_see(found_unit) if found_unit else None
+        loaded_unit = index.unit(name)
+        unit = unit_files.as_generators_see(loaded_unit) if loaded_unit else None
         if unit is None or not index.takes_part(unit):
             continue
-        if unit_names.UnitName(name).instance and not _has_slots(name, state_directory):
-            continue  # an instance that was never seen goes by its template's
+        if unit_names.UnitName(name).instance and not os.path.lexists(f"{state_directory}/units/{name}"):
+            continue  # an instance without slots has the drop-in of its template
         try:
             wanted = unit_drop_in.text(index, unit, state_directory, said.setdefault(name, []).append)
         except (unit_drop_in.Forgotten, drop_ins.Unwritable):
-            continue  # and has no drop-in
+            continue  # it has no drop-in
         loaded = _read(f"{generated}/{name}.d/{DROPIN}")
         if loaded is None or not _equivalent(loaded, wanted, state_directory):
             found[name] = wanted
     return found
 
 
-def _has_slots(name: str, state_directory: str) -> bool:
-    return os.path.lexists(f"{state_directory}/units/{name}")
-
-
 def _equivalent(loaded: str, wanted: str, state_directory: str) -> bool:
     before, after = _layers(loaded), _layers(wanted)
     if before and not after:
-        return False  # also what is not there costs a unit some of its sandbox: see sandbox_settings.py
+        return False  # a missing slot, too, costs the unit some of its sandbox: see sandbox_settings.py
     slots = f"{state_directory}/units/"
 
     def there(layer: tuple[str, str, bool]) -> bool:
@@ -168,21 +166,8 @@ def _equivalent(loaded: str, wanted: str, state_directory: str) -> bool:
 def _layers(text: str) -> list[tuple[str, str, bool]]:
     """What a drop-in of ours lists, images first: (path, options, optional)."""
     assignments = syntax.parse(text, "").assignments
-
-    def expand(path: str) -> str:
-        return path.replace("%%", "%")
-
-    images = (
-        image
-        for line in syntax.assigned(assignments, "Service", "ExtensionImages")
-        for image in values.extension_images(line.value, expand)
-    )
-    directories = (
-        (path, "", optional)
-        for line in syntax.assigned(assignments, "Service", "ExtensionDirectories")
-        for path, optional in values.extension_directories(line.value, expand)
-    )
-    return [*images, *directories]
+    images, directories = unit_files.sources_in(assignments, lambda path: path.replace("%%", "%"))
+    return [*images, *((path, "", optional) for path, optional in directories)]
 
 
 def _read(path: str) -> str | None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from watcher.managers.systemd import units
-from watcher.managers.systemd.units import Index
+from watcher.managers.systemd import unit_files
+from watcher.managers.systemd.unit_files import Index
 
 PLAIN = "[Service]\nExecStart=/bin/true\n"
 DECLARES = "[Service]\nExecStart=/bin/true\nExtensionImages=/srv/web.raw\n"
@@ -149,7 +149,9 @@ def test_a_drop_in_declares_for_all_it_applies_to(paths: Paths, unit: str, direc
 def test_our_own_drop_in_declares_nothing(paths: Paths) -> None:
     (paths.usr / "web.service").write_text(PLAIN)
     (paths.etc / "web.service.d").mkdir()
-    (paths.etc / "web.service.d" / units.DROPIN).write_text("[Service]\nExtensionImages=/slots/web.raw\n")
+    (paths.etc / "web.service.d" / unit_files.DROPIN).write_text(
+        "[Service]\nExtensionImages=/slots/web.raw\n"
+    )
     assert paths.services() == []
 
 
@@ -162,7 +164,7 @@ def test_an_alias_is_the_unit_itself(paths: Paths) -> None:
     assert index.own_name("web.service") == "nginx.service"
     unit = index.unit("web.service")
     assert unit and unit.names == ("nginx.service", "web.service")
-    assert str(paths.etc / "web.service.confext.d") in units.confext_dirs(unit.names, index.search_path)
+    assert str(paths.etc / "web.service.confext.d") in unit_files.confext_dirs(unit.names, index.search_path)
 
 
 def test_a_linked_unit_file_outside_the_search_path_is_no_alias(paths: Paths, tmp_path: Path) -> None:
@@ -237,7 +239,7 @@ def test_a_portable_service_is_left_alone(paths: Paths) -> None:
 
 
 def test_directories_come_name_by_name_and_the_instance_before_its_template() -> None:
-    assert units.confext_dirs(["app@one.service", "alias.service"], ["/etc", "/usr"]) == (
+    assert unit_files.confext_dirs(["app@one.service", "alias.service"], ["/etc", "/usr"]) == (
         "/etc/app@one.service.confext.d",
         "/etc/app@.service.confext.d",
         "/usr/app@one.service.confext.d",
@@ -256,7 +258,7 @@ def test_declarations_come_from_all_files_in_order_with_specifiers_resolved(path
     index = paths.index()
     unit = index.unit("app@one.service")
     assert unit
-    declared, remarks = units.declared(unit, index.parse(unit), index.search_path)
+    declared, remarks = unit_files.declared(unit, index.parse(unit), index.search_path)
     assert [(e.path, e.optional, e.options) for e in declared.images] == [
         ("/srv/app.raw", False, ""),
         ("/srv/one.raw", True, "ro"),
@@ -272,7 +274,7 @@ def test_a_template_itself_has_nothing_that_differs_by_instance(paths: Paths) ->
     index = paths.index()
     unit = index.unit("app@.service")
     assert unit
-    declared, remarks = units.declared(unit, index.parse(unit), index.search_path)
+    declared, remarks = unit_files.declared(unit, index.parse(unit), index.search_path)
     assert [entry.path for entry in declared.images] == ["/srv/app.raw"]
     assert [entry.path for entry in declared.directories] == ["/srv/100%i"]
     assert [remark.text for remark in remarks] == ["ignored: it is another one for each instance"]
@@ -283,7 +285,7 @@ def test_a_value_that_will_not_do_is_said_with_file_and_line(paths: Paths) -> No
     index = paths.index()
     unit = index.unit("web.service")
     assert unit
-    _, (remark,) = units.declared(unit, index.parse(unit))
+    _, (remark,) = unit_files.declared(unit, index.parse(unit))
     assert (remark.path, remark.text) == (
         f"{paths.usr}/web.service:3",
         "ignored: not an absolute path: relative.raw",

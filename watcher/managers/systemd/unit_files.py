@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which services take part, by what lies in systemd's unit search path.
+"""Unit files in systemd's search path, and which services take part by them.
 
-A service takes part when its unit file or a drop-in declares `ExtensionImages=` or `ExtensionDirectories=`, or when
-there is a `<unit>.confext.d/` by its own name, its template's or an alias. The generator asks at boot, when systemd
-cannot be asked, and the manager asks later which units to ask systemd about: so both look here.
+A service takes part if its unit file or a drop-in declares `ExtensionImages=` or `ExtensionDirectories=`, or if there
+is a `<unit>.confext.d/` by its own name, its template's or an alias. Portable services (portablectl(1)) never do.
 
-Portable services (portablectl(1)) are left alone. Standard library only. Rules: systemd.unit(5), and for links and
-aliases unit_file_build_name_map() in src/basic/unit-file.c.
+The generator looks here at boot, when systemd cannot be asked. The daemon looks here to know which units to ask systemd
+about. Standard library only. Rules: systemd.unit(5), and for links and aliases unit_file_build_name_map() in
+src/basic/unit-file.c.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from watcher.model import Declared, Remark
 
 DROPIN = "zzzz-confext-watcher.conf"
-"""File name of our own drop-in: sorts after whatever else there may be."""
+"""File name of our own drop-in: it sorts last."""
 
 SUFFIX = ".confext.d"
 _SERVICE = ".service"
@@ -37,11 +37,11 @@ RELEVANT = (
 )
 """The settings that decide whether a unit takes part and what its drop-in says."""
 _RELEVANT_LINES = syntax.lines_of(RELEVANT)
-_OF_INSTANCE = frozenset("iInNfd")  # specifiers that a template itself has no value for
+_OF_INSTANCE = frozenset("iInNfd")  # specifiers that have a value for instances only, not for their template
 
 
 def generators_search_path() -> tuple[str, ...]:
-    """Where a generator finds units: not in what generators make."""
+    """Where a generator may look for units: not in what generators make."""
     return tuple(path for path in UNIT_PATHS if not _is_generated(path))
 
 
@@ -93,12 +93,12 @@ def is_template(name: str) -> bool:
 
 
 def is_portable(fragment: str) -> bool:
-    """Whether portablectl attached the unit: it decides what is mounted there."""
+    """Whether portablectl attached the unit: then it decides what is mounted there."""
     return os.path.basename(os.path.dirname(fragment)) == "system.attached"
 
 
 def as_generators_see(unit: Unit) -> Unit:
-    """A unit without what generators make (podman's, those for SysV scripts): all run at once, on empty directories."""
+    """A unit without the files that generators (podman's, say) make: all of them run at once, on empty directories."""
     fragment = "" if _is_generated(os.path.dirname(unit.fragment)) else unit.fragment
     dropins = (path for path in unit.dropins if not _is_generated(os.path.dirname(os.path.dirname(path))))
     return unit._replace(fragment=fragment, dropins=tuple(dropins))
@@ -115,28 +115,34 @@ def declared(
     from watcher.resolve import sources  # the generator can mostly do without, and counts milliseconds
 
     remarks: list[Remark] = []
-    images, directories = _sources(unit, parsed, lambda line, text: remarks.append(line.remark(text)))
-    dirs = confext_dirs(unit.names, search_path)
-    return sources.declare(images, directories, dirs), tuple(remarks)
+
+    def complain(line: syntax.Assignment, text: str) -> None:
+        remarks.append(line.remark(f"ignored: {text}"))
+
+    images, directories = sources_in(parsed.assignments, _expander(unit), complain)
+    return sources.declare(images, directories, confext_dirs(unit.names, search_path)), tuple(remarks)
 
 
-def _sources(
-    unit: Unit, parsed: syntax.Parsed, complain: Callable[[syntax.Assignment, str], None]
+def sources_in(
+    assignments: Sequence[syntax.Assignment],
+    expand: Callable[[str], str],
+    complain: Callable[[syntax.Assignment, str], None] = lambda line, text: None,
 ) -> Sources:
-    expand = _expander(unit)
+    """What assignments declare.
 
-    def complainer(line: syntax.Assignment) -> Callable[[str], None]:
-        return lambda text: complain(line, f"ignored: {text}")
-
+    Args:
+        expand: replaces specifiers; may raise ValueError.
+        complain: is told what is left out of an assignment.
+    """
     images = [
         image
-        for line in syntax.assigned(parsed.assignments, "Service", "ExtensionImages")
-        for image in values.extension_images(line.value, expand, complainer(line))
+        for line in syntax.assigned(assignments, "Service", "ExtensionImages")
+        for image in values.extension_images(line.value, expand, functools.partial(complain, line))
     ]
     directories = [
         directory
-        for line in syntax.assigned(parsed.assignments, "Service", "ExtensionDirectories")
-        for directory in values.extension_directories(line.value, expand, complainer(line))
+        for line in syntax.assigned(assignments, "Service", "ExtensionDirectories")
+        for directory in values.extension_directories(line.value, expand, functools.partial(complain, line))
     ]
     return Sources(images, directories)
 
@@ -155,10 +161,10 @@ def _expander(unit: Unit) -> Callable[[str], str]:
 
 
 class Index:
-    """The services in a search path, as of the moment it is made.
+    """The services in a search path, at the moment at which the index is made.
 
-    Each directory is read once, each file at most once; a directory or a file that cannot be read is as good as not
-    there, because systemd cannot use it either.
+    Each directory is read once, each file at most once. A directory or a file that cannot be read counts as missing,
+    because systemd cannot use it either.
     """
 
     def __init__(self, search_path: Sequence[str] = UNIT_PATHS) -> None:
@@ -181,7 +187,7 @@ class Index:
         """All services that take part by their files, templates included, by name.
 
         Args:
-            known: instances that were seen before; they take part if their template does.
+            known: names of instances, which no file need name; they take part if their template does.
         """
         found: dict[str, Unit] = {}
         for name in self.candidates(known):
@@ -194,7 +200,7 @@ class Index:
         """A unit under any of its names; None if it has no file or is masked.
 
         Args:
-            unwritten: also one that has no file; `fragment` is "" then.
+            unwritten: also a unit that has no file; `fragment` is "" then.
         """
         own = self.own_name(name)
         fragment = next((self._files[n] for n in with_template(own) if n in self._files), "")
@@ -218,7 +224,7 @@ class Index:
             if name in self._links:
                 name = self._links[name]
                 continue
-            # An alias of a template is one for each of its instances.
+            # An alias of a template is an alias of each of its instances.
             parts = unit_names.UnitName(name) if "@" in name else None
             target = self._links.get(parts.template or "") if parts else None
             if not parts or not target or not is_template(target):
@@ -227,17 +233,13 @@ class Index:
         return name
 
     def text(self, path: str) -> bytes:
-        """Contents of a file, b"" if it cannot be read."""
+        """Content of a file, b"" if it cannot be read."""
         if path not in self._texts:
             try:
                 self._texts[path] = syntax.read(path)
             except OSError:
                 self._texts[path] = b""
         return self._texts[path]
-
-    def mentions(self, unit: Unit, *words: bytes) -> bool:
-        """Whether one of `words` stands anywhere in the unit's files: what is not there need not be parsed."""
-        return any(word in self.text(path) for path in (unit.fragment, *unit.dropins) for word in words)
 
     def parse(self, unit: Unit) -> syntax.Parsed:
         """The unit's file and drop-ins."""
@@ -251,7 +253,7 @@ class Index:
         )
 
     def relevant(self, unit: Unit) -> syntax.Parsed:
-        """Of the unit's file and drop-ins what `RELEVANT` begins to say; without the lines' numbers."""
+        """The lines of the unit's file and drop-ins that begin with a word of `RELEVANT`, without their numbers."""
         paths = unit.fragment, *unit.dropins
         if paths not in self._relevant:
             parsed = (syntax.parse_only(self.text(path), path, _RELEVANT_LINES) for path in paths)
@@ -261,11 +263,11 @@ class Index:
     def sources(self, unit: Unit) -> Sources:
         """What the unit's files declare."""
         if unit not in self._sources:
-            self._sources[unit] = _sources(unit, self.relevant(unit), lambda line, text: None)
+            self._sources[unit] = sources_in(self.relevant(unit).assignments, _expander(unit))
         return self._sources[unit]
 
     def confext_dirs(self, unit: Unit) -> tuple[str, ...]:
-        """Those of `confext_dirs()` that are there."""
+        """The directories of `confext_dirs()` that exist."""
         names = ([f"{related}{SUFFIX}" for related in with_template(name)] for name in unit.names)
         return tuple(path for each in names for path in self._existing(each))
 
@@ -287,7 +289,7 @@ class Index:
     def _note(self, directory: str, entry: os.DirEntry[str]) -> None:
         name = entry.name
         if name.endswith((f"{_SERVICE}.d", f"{_SERVICE}{SUFFIX}")) or name == "service.d":
-            # entry.is_dir() of a link to itself is an error, and all that comes after it would be lost.
+            # For a link to itself entry.is_dir() raises, and all entries after it would be lost.
             if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                 self._dirs.setdefault(name, []).append(entry.path)
         elif not is_service(name) or name in self._files or name in self._links:
@@ -300,7 +302,7 @@ class Index:
     def _alias(self, directory: str, path: str) -> str | None:
         """The unit that a link in the search path is another name of; None if it is that unit's own file.
 
-        A link that leads out of the search path, to /dev/null say, is the unit's own file, and so is one of an instance
+        A link that leads out of the search path, to /dev/null say, is the unit's own file; so is a link of an instance
         to its template.
         """
         try:
@@ -327,7 +329,7 @@ class Index:
         return iter(dict.fromkeys((*self._named(), *known)))
 
     def _named(self) -> Iterator[str]:
-        """Without looking at each unit's drop-ins in turn."""
+        """Units that a file or directory names, found without a look at the drop-ins of each unit."""
         for name, path in self._files.items():
             if any(word in self.text(path) for word in _DECLARING):
                 yield name
@@ -337,6 +339,10 @@ class Index:
                 yield from _if_service(name.removesuffix(SUFFIX))
             elif any(word in self.text(file) for file in self._files_in(path) for word in _DECLARING):
                 yield from self._configured_by(name.removesuffix(".d"))
+
+    def _mentions_sources(self, unit: Unit) -> bool:
+        """A quick look: what is not mentioned need not be parsed."""
+        return any(word in self.text(path) for path in (unit.fragment, *unit.dropins) for word in _DECLARING)
 
     def _configured_by(self, name: str) -> Iterator[str]:
         """The units to which the drop-in directory of that name applies."""
@@ -362,14 +368,10 @@ class Index:
         return self._listings[directory]
 
     def takes_part(self, unit: Unit) -> bool:
-        """Whether a unit's files or directories say so; portable services never do."""
+        """Whether a unit's files or directories say that it takes part; portable services never do."""
         if is_portable(unit.fragment):
             return False
-        if self.confext_dirs(unit):
-            return True
-        if not self.mentions(unit, *_DECLARING):
-            return False
-        return any(self.sources(unit))
+        return bool(self.confext_dirs(unit)) or (self._mentions_sources(unit) and any(self.sources(unit)))
 
 
 def _same(directory: str, searched: str) -> bool:
@@ -378,7 +380,7 @@ def _same(directory: str, searched: str) -> bool:
 
 
 def is_service(name: str) -> bool:
-    """Whether a service unit may be called that."""
+    """Whether this can be the name of a service unit."""
     try:
         return unit_names.UnitName(name).type == "service"
     except ValueError:
