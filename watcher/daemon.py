@@ -33,7 +33,7 @@ from watcher.mounts.workers import Hung, MountWorkers
 from watcher.records import durable, journal
 from watcher.records.ledger import Ledger
 from watcher.rounds.round import Rounds
-from watcher.rounds.state import Pending, Trials
+from watcher.rounds.state import CountedTries, Pending, Trials
 from watcher.rounds.tools import Tools
 from watcher.settings import config
 from watcher.settings.config import Settings
@@ -107,6 +107,7 @@ def _tools(settings: Settings) -> Iterator[Tools]:
             ledger=stack.enter_context(Ledger(settings.state_directory, settings.history_max)),
             pending=Pending(settings.runtime_directory),
             trials=Trials(settings.state_directory),
+            counted=CountedTries(settings.state_directory),
             offload=Offload(),
         )
 

@@ -348,3 +348,36 @@ def rolled_back_although_killed(place: Reloading, version: str, step: int, taken
     assert "applied" not in place.outcomes() and place.outcomes().count("rolled-back") <= 2, said
     assert "web_2.raw" not in place.dropped() or version == "2", said
     return survived
+
+
+FIRST = 7  # until then the image is copied
+
+
+@pytest.mark.limit(300)
+def test_killed_at_any_step_up_to_acceptance_a_try_is_counted_once(place: Reloading) -> None:
+    """One daemon after the other goes one step further than the one before, until one has accepted the stack."""
+    place.image("1", "one")
+    place.start(*SLEEP, options=place.options)
+    slot = place.slot()
+    place.image("2+3", "broken")
+    armed = place.scratch / "armed"
+    environment = place.environment | {"DYING_ARMED": str(armed)}
+    taken: list[str] = []
+    for step in range(FIRST, STEPS):
+        armed.touch()
+        environment["DYING_STEP"] = str(step)
+        daemon = [sys.executable, dying.__file__, "run"]
+        done = subprocess.run(daemon, env=environment, stdin=subprocess.DEVNULL, timeout=60, check=False)
+        assert done.returncode == -signal.SIGKILL
+        taken.append(armed.read_text())
+        armed.unlink()
+        assert place.dropped()[-1] in ("web_2+3.raw", "web_2+2-1.raw"), taken
+        if place.slot() != slot:
+            break
+    assert "watcher.mounts.syscalls.rename_noreplace" in taken, taken
+    assert place.dropped()[-1] == "web_2+2-1.raw"
+    for tries in ("2+2-1", "2+1-2", "2+0-3"):
+        place.start_daemon()
+        eventually(place.is_rolled_back)
+        place.stop_daemon()
+        assert place.dropped()[-1] == f"web_{tries}.raw"

@@ -40,7 +40,7 @@ from watcher.records.schema import Quarantined, utf8
 from watcher.resolve import scan
 from watcher.resolve.strict_modes import StrictModes
 from watcher.rounds.desired import Desired, find, newest_whole
-from watcher.rounds.state import Trial, Trials
+from watcher.rounds.state import CountedTries, Trial, Trials
 from watcher.settings.config import Settings
 from watcher.watch.answers import comes_back
 
@@ -194,7 +194,7 @@ def _admit(
         with store.using():
             return newest_whole(store, slots_of(options.name, "standalone"))
     _mention_absent(options)
-    trials = Trials(settings.state_directory)
+    trials, counted = Trials(settings.state_directory), CountedTries(settings.state_directory)
     with store.using():
         try:
             desired = _find(settings, Admission(store, workers), store, trials, options)
@@ -210,10 +210,11 @@ def _admit(
             )
         if desired.new and desired.current.layers and _is_tried_by_the_daemon(options):
             return desired.staying().stack
-        stack = _on_trial(trials, options, desired) if desired.new else desired.stack
+        stack = _on_trial(trials, counted, options, desired) if desired.new else desired.stack
         try:
             entries = [pick.entry for pick in desired.look.picks]
             store.accept(slots_of(options.name, "standalone"), stack, entries, [trials.directory])
+            counted.end(options.name)
         except Later as error:
             journal.log.warning(f"{options.name}: starts on its last accepted stack: {error}")
             return desired.whole
@@ -298,11 +299,11 @@ def _is_tried_by_the_daemon(options: ExecOptions) -> bool:
     return bool(own.check) or own.rollout == "rolling"
 
 
-def _on_trial(trials: Trials, options: ExecOptions, desired: Desired) -> Stack:
+def _on_trial(trials: Trials, counted: CountedTries, options: ExecOptions, desired: Desired) -> Stack:
     """A new stack, which the daemon judges when the program runs."""
     name, trust = options.name, trust_of(options.own_settings, "standalone")
     try:
-        stack = tries.begin(desired.stack, desired.current.digests, name, trust=trust)
+        stack = counted.begin(name, desired.stack, desired.current, tries.unseen, trust)
     except FileNotFoundError:
         stack = desired.stack  # another service's attempt has just renamed it
     trials.begin(name, Trial(stack.id))

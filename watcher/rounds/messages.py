@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -197,6 +198,11 @@ def told(reloaded: Reloaded) -> str:
 def labels(stack: Stack) -> str:
     """What a person calls a stack, topmost first: "web 1.4, base 2"."""
     return ", ".join(layer.label for layer in reversed(stack.layers)) or "its own /etc"
+
+
+def files(stack: Stack) -> str:
+    """The names of the files of a stack, topmost first."""
+    return ", ".join(shown(os.path.basename(layer.source)) for layer in reversed(stack.layers))
 
 
 def _done(reloaded: Reloaded) -> str:

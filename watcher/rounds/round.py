@@ -194,16 +194,16 @@ class Rounds:
         """Check, accept, and bring the service to the stack."""
         if desired.new:
             try:
-                desired = await self._count_try(service, desired, memory)
+                desired = await self._count_try(service, desired)
             except FileNotFoundError:
                 say("debug", service.name, "another service's attempt has just renamed a file")
                 return Next.LOOK_AGAIN
-        passed = await self._passes(service, desired, memory)
-        if passed and not desired.recorded:
-            desired = await self._accept(service, desired)
-        memory.counted = frozenset()
-        if not passed:
+        if not await self._passes(service, desired, memory):
             return Next.LOOK_AGAIN
+        if not desired.recorded:
+            desired = await self._accept(service, desired)
+        if desired.on_trial or desired.rolling_back:
+            self._tools.counted.end(service.name)
         self._accepted(service.name)
         if service.main is None:
             return await self._stopped(service, desired, memory)
@@ -213,20 +213,20 @@ class Rounds:
             await self._say_accepted(replace(service, starting=False), desired)
             raise
 
-    async def _count_try(self, service: Service, desired: Desired, memory: Memory) -> Desired:
+    async def _count_try(self, service: Service, desired: Desired) -> Desired:
         """With one try counted of each file that is new and has counters.
 
         Raises:
             FileNotFoundError: another service's attempt has renamed one meanwhile.
         """
-        stack = desired.stack
+        stack, tools = desired.stack, self._tools
         if tries.are_counted(stack):
-            known = {*desired.current.digests, *memory.counted}
-            renaming = functools.partial(self._tools.watcher.renaming, service.name)
-            stack = await self._tools.offload.run(
-                service.name, tries.begin, stack, known, service.name, renaming, service.trust
+            renaming = functools.partial(tools.watcher.renaming, service.name)
+            begin = tools.counted.begin
+            stack = await tools.offload.run(
+                service.name, begin, service.name, stack, desired.current, renaming, service.trust
             )
-        memory.counted = frozenset(stack.digests)
+            say("debug", service.name, f"tries counted: {messages.files(stack)}")
         return replace(desired, stack=stack, recorded=False)
 
     async def _passes(self, service: Service, desired: Desired, memory: Memory) -> bool:
@@ -240,6 +240,7 @@ class Rounds:
         say("debug", service.name, f"check failed: {ended.reason}" if ended.reason else "check passed")
         if not ended.reason:
             return True
+        tools.counted.end(service.name)
         event = messages.check_failed(
             service.name, desired.current, desired.stack, ended.reason, ended.output
         )

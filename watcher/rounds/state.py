@@ -13,11 +13,16 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from watcher.images import tries
 from watcher.model import Stack
 from watcher.records import durable
+from watcher.resolve.strict_modes import Trust
 
 if TYPE_CHECKING:
     from watcher.mounts.converge import Compared  # `exec` has no use for it
+
+# The target of a link has 4095 bytes.
+_NOTED_MAX = 150
 
 _FAILED = "failed"
 _BAD = "bad"
@@ -143,6 +148,50 @@ class Trials(_Notes):
         self._remove(service)
 
 
+class CountedTries(_Notes):
+    """Tries that were counted for a stack which was not accepted yet.
+
+    The watcher writes the note before it renames a file that has counters. It removes the note when the stack was
+    accepted or its check has failed. If the watcher is killed in between, the next attempt goes on with the same try.
+
+    Args:
+        state_directory: absolute path; must exist.
+    """
+
+    def __init__(self, state_directory: str) -> None:
+        super().__init__(os.path.join(state_directory, "counted"))
+
+    def begin(
+        self, service: str, stack: Stack, known: Stack, renaming: tries.Renaming, trust: Trust
+    ) -> Stack:
+        """`tries.begin()` for what is new in a stack, unless its try was counted already. Blocks, raises as that."""
+        noted = dict(one.split(":") for one in (self._read(service) or "").split())
+        counted = set(known.digests)
+        notes = []
+        for layer in stack.layers:
+            counters = tries.counted(layer.source)
+            if counters is None or layer.digest in known.digests:
+                continue
+            # If the watcher was killed before the rename, the name still says less.
+            done = int(noted.get(layer.digest[:16], counters.done + 1))
+            if counters.done >= done:
+                counted.add(layer.digest)
+            notes.append(f"{layer.digest[:16]}:{done}")
+        if notes:
+            self._write(service, " ".join(notes[:_NOTED_MAX]))
+        try:
+            return tries.begin(stack, counted, service, renaming, trust)
+        except FileNotFoundError:
+            self.end(
+                service
+            )  # another service's attempt has renamed the file: this service's try was not counted
+            raise
+
+    def end(self, service: str) -> None:
+        """The try was made."""
+        self._remove(service)
+
+
 class Next(enum.Enum):
     """How a round goes on after a step."""
 
@@ -174,7 +223,6 @@ class Memory:
         mounted: digests of what it runs on, None while that is not known.
         at_hand: digests of what the last look found and did not refuse. What has to wait is not copied again.
         compared: see `converge()`.
-        counted: digests of a stack whose try was counted, and which has to wait before it can be made.
         held: what is kept out of it for the moment: digests (or `STACK` and an identity) with the reason.
         held_for: the start of the service for which `held` holds.
         fell: the service went down with what is kept out. So its next start is systemd's or ours, not an operator's.
@@ -189,7 +237,6 @@ class Memory:
     at_hand: frozenset[str] = frozenset()
     afterglow: Afterglow | None = None
     compared: Compared = field(default_factory=dict)
-    counted: frozenset[str] = frozenset()
     held: dict[str, str] = field(default_factory=dict)
     held_for: str = ""
     fell: bool = False
