@@ -281,7 +281,7 @@ def test_a_declared_sysext_image_passes_through_as_the_pick_of_the_moment(host: 
     (versions / "tools_1.raw").touch()
     (versions / "tools_2.raw").touch()
     host.unit("web.service", PLAIN + f"ExtensionImages=-{versions}:ro\n", "web.raw")
-    unit_drop_in.write_passed(str(host.state), "web.service", [str(versions)])
+    unit_drop_in.write_sysexts(str(host.state), "web.service", [str(versions)])
     images, _ = host.listed("web.service")
     assert images == [
         f"-{host.state}/units/web.service/web.raw:x-systemd.relax-extension-release-check",
@@ -296,15 +296,15 @@ def test_the_list_of_sysexts_is_read_as_it_was_written(
     tmp_path_factory: pytest.TempPathFactory, paths: set[str]
 ) -> None:
     state = str(tmp_path_factory.getbasetemp())
-    unit_drop_in.write_passed(state, "web.service", paths)
-    assert unit_drop_in.read_passed(state, "web.service") == paths
+    unit_drop_in.write_sysexts(state, "web.service", paths)
+    assert unit_drop_in.read_sysexts(state, "web.service") == paths
 
 
 def test_names_that_are_not_utf8_survive_in_the_list_of_sysexts(tmp_path: Path) -> None:
-    unit_drop_in.write_passed(str(tmp_path), "web.service", ["/srv/\udcff\n.raw"])
-    assert unit_drop_in.read_passed(str(tmp_path), "web.service") == {"/srv/\udcff\n.raw"}
-    unit_drop_in.write_passed(str(tmp_path), "web.service", [])
-    assert unit_drop_in.read_passed(str(tmp_path), "web.service") == frozenset()
+    unit_drop_in.write_sysexts(str(tmp_path), "web.service", ["/srv/\udcff\n.raw"])
+    assert unit_drop_in.read_sysexts(str(tmp_path), "web.service") == {"/srv/\udcff\n.raw"}
+    unit_drop_in.write_sysexts(str(tmp_path), "web.service", [])
+    assert unit_drop_in.read_sysexts(str(tmp_path), "web.service") == frozenset()
 
 
 def test_an_error_with_one_unit_does_not_touch_the_others(host: Host) -> None:

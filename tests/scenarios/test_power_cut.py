@@ -24,7 +24,7 @@ from support.images import confext
 from support.needs import root, tool
 from watcher.images import tree
 from watcher.images.stacks import Stacks
-from watcher.managers.systemd.unit_drop_in import read_passed
+from watcher.managers.systemd.unit_drop_in import read_sysexts
 from watcher.records.ledger import Ledger
 from watcher.rounds.state import Trials
 
@@ -35,7 +35,7 @@ PROGRAM = """
 import os, sys
 sys.path[:0] = {path!r}
 from watcher.images import tree
-from watcher.managers.systemd.unit_drop_in import write_passed
+from watcher.managers.systemd.unit_drop_in import write_sysexts
 from watcher.images.formats.squashfs import SQUASHFS
 from watcher.records.ledger import Ledger
 from watcher.watch.lease import Lease
@@ -87,9 +87,9 @@ with Store(state, 1 << 40, 1 << 40, 2) as store, Ledger(state) as ledger:
         tell(Outcome.ROLLED_BACK, first)
         say("judged", second.id)
         trials.end(UNIT)
-        write_passed(state, UNIT, ["/srv/one"])
+        write_sysexts(state, UNIT, ["/srv/one"])
         say("passed one")
-        write_passed(state, UNIT, ["/srv/two"])
+        write_sysexts(state, UNIT, ["/srv/two"])
         say("passed two")
         third = stack(image(images[2]))
         accept(third)
@@ -126,7 +126,7 @@ def kept(state: Path) -> Kept:
         None if current is None else current.stack.id,
         frozenset(one.stack.id for one in history),
         "" if trial is None else trial.stack,
-        read_passed(str(state), UNIT),
+        read_sysexts(str(state), UNIT),
     )
 
 

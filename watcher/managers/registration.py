@@ -19,7 +19,7 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from watcher.model import Declared, Entry, Kind, Remark
+from watcher.model import Declared, Remark
 from watcher.records import durable
 from watcher.resolve import sources
 from watcher.settings import config, signals
@@ -62,10 +62,10 @@ class ServiceOptions:
     @property
     def declared(self) -> Declared:
         """Where its layers come from."""
-        return Declared(
-            images=tuple(_entry(path, Kind.IMAGE) for path in self.images),
-            directories=tuple(_entry(path, Kind.DIRECTORY) for path in self.directories),
-            confext_dirs=self.confext_dirs,
+        return sources.declare(
+            [(path.removeprefix("-"), "", path.startswith("-")) for path in self.images],
+            [(path.removeprefix("-"), path.startswith("-")) for path in self.directories],
+            self.confext_dirs,
         )
 
     @property
@@ -91,10 +91,6 @@ class Registration(ServiceOptions):
     namespace: tuple[int, int]
     user_namespace: tuple[int, ...] = ()
     environment: tuple[str, ...] = ()
-
-
-def _entry(path: str, kind: Kind) -> Entry:
-    return sources.entry(path.removeprefix("-"), kind, optional=path.startswith("-"), declared=True)
 
 
 def service_settings(

@@ -64,8 +64,8 @@ def declare(
     """What a unit, or the command line, declares.
 
     Args:
-        images: (path, mount options, optional), as `unitfile.extension_images()` gives them.
-        directories: (path, optional), as `unitfile.extension_directories()` gives them.
+        images: (path, mount options, optional), as `values.extension_images()` gives them.
+        directories: (path, optional), as `values.extension_directories()` gives them.
         confext_dirs: highest precedence first.
     """
     return Declared(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from watcher.images import tries
 from watcher.model import Stack
 from watcher.records import durable
-from watcher.resolve.strict_modes import Trust
+from watcher.resolve.trust import Trust
 
 if TYPE_CHECKING:
     from watcher.mounts.converge import Compared  # `exec` has no use for it

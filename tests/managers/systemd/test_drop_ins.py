@@ -140,7 +140,7 @@ def test_a_line_of_his_own_in_a_name_of_a_sysext(tmp_path: Path) -> None:
     host = Host(tmp_path)
     host.sysext("tools_1")
     host.sysext('tools_2_a"\nExecStartPre=+id #')
-    unit_drop_in.write_passed(str(host.state), "web.service", [f"{host.versions}/tools___"])
+    unit_drop_in.write_sysexts(str(host.state), "web.service", [f"{host.versions}/tools___"])
     assert host.listed() == [f"{host.versions}/tools_1"]
     (complaint,) = host.complaints
     assert complaint.startswith("web.service: left out: ") and "ExecStartPre" in complaint
@@ -153,7 +153,7 @@ def test_the_generator_names_a_sysext_or_says_why_not(
     tmp_path_factory: pytest.TempPathFactory, name: str
 ) -> None:
     host = Host(tmp_path_factory.mktemp("host"))
-    unit_drop_in.write_passed(str(host.state), "web.service", [f"{host.versions}/tools___"])
+    unit_drop_in.write_sysexts(str(host.state), "web.service", [f"{host.versions}/tools___"])
     host.sysext(f"tools_{name}")
     host.listed()
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The only place where lines of unit files are made.
 
-systemd runs what a unit file says as root, and what we write into one has names in it that strangers chose: those of
-files and directories. So nobody joins strings to a line: a setting is given its words, each made by the function below
-that knows how systemd takes this kind of setting apart, and `DropIn.assign()` refuses what no line can hold. What is
-written is exactly one assignment, of exactly these words, or nothing.
+systemd runs as root what a unit file says, and strangers choose names that we write into one: those of files and
+directories. So no other module joins strings to a line. A setting is given its words. Each word is made by the function
+below that knows how systemd takes this kind of setting apart, and `DropIn.assign()` refuses what no line can hold. It
+writes exactly one assignment of exactly these words, or nothing.
 
 Rules: systemd.syntax(7); config_parse() and utf8_is_valid() for lines; config_parse_extension_images(),
 config_parse_namespace_path_strv() and config_parse_bind_paths() for words; 257 and 262 were asked (tests/beds).
@@ -20,18 +20,18 @@ from watcher.text import shown
 
 _KEY = re.compile(r"[A-Za-z]+")
 _TOKEN = re.compile(r"[A-Za-z0-9/_.@-]+")
-_PLAIN = re.compile(r"[A-Za-z0-9/._@~+=,-]+")  # means itself in a path, in each of the syntaxes
-# No white space, no quotes; a backslash has its character.
+_PLAIN = re.compile(r"[A-Za-z0-9/._@~+=,-]+")  # these mean themselves in a path, for each kind of setting
+# No white space, no quotes, and after a backslash always a character.
 _OPTIONS = re.compile(r"(?:[!#$&(-\[\]-~]|\\[!-~])*")
 _PATH_MAX = 4096
 
 
 class Unwritable(ValueError):
-    """A unit file cannot hold this: `str()` says what of it, and why."""
+    """A unit file cannot hold this: `str()` says what, and why."""
 
 
 class Word(str):
-    """A word of a setting's value, as it stands in the file: made by the functions below, and by nothing else."""
+    """A word of a setting's value, as it stands in the file. Only the functions below make one."""
 
     __slots__ = ()
 
@@ -80,9 +80,9 @@ def token(text: str) -> Word:
 def path(*paths: str, options: str = "", optional: bool = False) -> Word:
     """`[-]PATH[:PATH][:OPTIONS]` for settings that list paths: `ReadOnlyPaths=`, `BindPaths=`, `ExtensionDirectories=`.
 
-    257 parts at blanks and colons in one go, and a backslash protects what follows. 262 takes a value of `BindPaths=`
-    apart twice, first at blanks, where a backslash means nothing and cannot protect a quote, then at colons, where one
-    that is between quotes counts. `_quoted()` writes what all of them read alike.
+    systemd 257 parts at blanks and colons in one go, and a backslash protects the next character. 262 takes a value of
+    `BindPaths=` apart twice: first at blanks, where a backslash means nothing and protects no quote, then at colons,
+    also at those between quotes. `_quoted()` writes what all of them read alike.
 
     Raises:
         Unwritable
@@ -122,7 +122,7 @@ def _options(options: str) -> str:
 
 
 def _require_path(path: str) -> None:
-    """Absolute and normalized, of characters that a unit file can hold."""
+    """Raises Unwritable unless a path is absolute, normalized, and of characters that a unit file can hold."""
     _require_line(path)
     if not path.startswith("/") or {"", ".", ".."} & set(path[1:].split("/")):
         raise Unwritable("the path is not absolute and without . and ..")
@@ -131,7 +131,7 @@ def _require_path(path: str) -> None:
 
 
 def _require_line(text: str) -> None:
-    """That `text` stays on one line, and is text to systemd: it ignores a line that is not."""
+    """Raises Unwritable unless `text` stays on one line and is text to systemd, which ignores any other line."""
     if text.isascii() and text.isprintable():
         return
     for char in text:

@@ -105,7 +105,7 @@ class Systemd:
     async def learn(self, service: Service, entries: Sequence[Entry], sysexts: Sequence[Entry] = ()) -> None:
         """See `Manager.learn`; the generator reads what was accepted from the record beside the slots."""
         paths = [entry.path for entry in sysexts]
-        await trio.to_thread.run_sync(unit_drop_in.write_passed, self._state_directory, service.name, paths)
+        await trio.to_thread.run_sync(unit_drop_in.write_sysexts, self._state_directory, service.name, paths)
         if await self._stale([service.name]):
             await self._reloads.request()
 

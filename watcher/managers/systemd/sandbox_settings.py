@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What systemd forgets of a unit's sandbox once the unit has `ExtensionImages=`, and how the drop-in puts it back.
 
-For `/usr`, `/opt` and `/etc` systemd then plans an overlay, drops every other mount planned for exactly the same path
-as a duplicate, and skips the overlay where no extension has that hierarchy (257 and 262, each case tried). So with a
-confext, `ProtectSystem=full` leaves `/usr` writable, `TemporaryFileSystem=/opt` shows what it should hide, and with
-`BindReadOnlyPaths=/usr` below a `RootDirectory=` nothing can be started. Mounts further down are kept: so what was for
-`/usr` is said again for each directory in it. `/etc` itself is read-only under an overlay, whatever was asked for.
+For each of `/usr`, `/opt` and `/etc` systemd then plans an overlay, drops every other mount that it has planned for the
+same path as a duplicate, and skips the overlay if no extension has that hierarchy (257 and 262, each case tried). So
+with a confext, `ProtectSystem=full` leaves `/usr` writable, `TemporaryFileSystem=/opt` shows what it should hide, and
+with `BindReadOnlyPaths=/usr` below a `RootDirectory=` nothing can be started. systemd keeps mounts further down: so
+what was said of `/usr` is said again of each directory in it. `/etc` itself is read-only under an overlay in any case.
 
 Pure but for `children()`; standard library only, for the generator.
 """
@@ -25,7 +25,7 @@ _USUAL = ("bin", "games", "include", "lib", "lib32", "lib64", "libexec", "local"
 
 
 class Again(NamedTuple):
-    """A setting to be said again: one path, or source and target, of which a missing one is ignored."""
+    """A setting to be said again, of one path or of source and target; systemd is to ignore it if one is missing."""
 
     key: str
     paths: tuple[str, ...]
@@ -33,12 +33,12 @@ class Again(NamedTuple):
 
 
 class Repair(NamedTuple):
-    """What a drop-in with images has to say besides.
+    """What a drop-in with images has to say of a unit's sandbox.
 
     Attributes:
-        needed: there is something that would be forgotten (so the unit has a mount namespace of its own anyway).
-        again: settings that keep the rest.
-        lost: settings that nothing keeps: such a unit must not be given images.
+        needed: systemd would forget something (so the unit has a mount namespace of its own anyway).
+        again: settings that put it back.
+        lost: settings that nothing puts back: such a unit must not be given images.
     """
 
     needed: bool = False
@@ -47,7 +47,7 @@ class Repair(NamedTuple):
 
 
 def children(directory: str) -> tuple[str, ...]:
-    """Names of what is in a directory, links left out; nothing if it cannot be read."""
+    """Names in a directory without those of links; none if it cannot be read."""
     try:
         with os.scandir(directory) as entries:
             return tuple(sorted(entry.name for entry in entries if not entry.is_symlink()))
@@ -98,7 +98,7 @@ def _words(assignments: Sequence[Assignment], key: str) -> list[str]:
         try:
             found += values.split(assignment.value)
         except ValueError:
-            continue  # systemd leaves such a line out too
+            continue  # systemd ignores such a line, too
     return found
 
 

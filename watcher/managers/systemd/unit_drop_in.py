@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The drop-in of one unit, which makes it start on its slots: the generator writes it, the daemon expects it.
+"""The drop-in of one unit, by which it starts on its slots: the generator writes it, the daemon expects it.
 
-Standard library only, for the generator; what is mostly not needed is imported where it is.
+Standard library only, for the generator; modules that are seldom needed are imported where they are used.
 """
 
 from __future__ import annotations
@@ -19,16 +19,13 @@ if TYPE_CHECKING:
     from watcher.model import Entry
 
 WATCHER = "confext-watcher.service"
-
-
 RELAX = "x-systemd.relax-extension-release-check"
 
-
 EMPTY_SLOT = ".empty"
-"""Listed where there is nothing to list, never there: for the sake of the namespace. No slot begins with a dot."""
+"""Listed if there is nothing else to list, so that the unit gets a namespace. It never exists: no slot begins with a
+dot."""
 
-
-# What the watcher itself needs or is ordered after: to wait for it would be a cycle.
+# The watcher needs these, or starts after them: if one waited for the watcher, that would be a cycle.
 _BEFORE_US = frozenset(
     {
         WATCHER,
@@ -45,11 +42,11 @@ _BEFORE_US = frozenset(
 
 
 class Forgotten(Exception):
-    """With images a unit would lose some of its sandbox for good, see sandbox_settings.py: `str()` says what."""
+    """With images the unit would lose some of its sandbox, see sandbox_settings.py: `str()` says what."""
 
 
 class Listed(NamedTuple):
-    """One layer in the drop-in: a slot, or a sysext passed through (`slot` ""), its best candidate first."""
+    """One layer in the drop-in: a slot, or (`slot` "") a sysext of the unit by its candidates, the best one first."""
 
     kind: Kind
     slot: str = ""
@@ -64,8 +61,8 @@ def text(
     """The drop-in of one unit.
 
     Raises:
-        Forgotten: it must not be given images. (One that declares images has lost as much by them already; with a
-            drop-in they are at least accepted ones.)
+        Forgotten: it must not be given images. (A unit that declares images itself has lost as much by them already;
+            with a drop-in it has accepted ones at least.)
     """
     parsed = index.relevant(unit)
     kept = sandbox_settings.repair(parsed.assignments, index.children)
@@ -73,7 +70,7 @@ def text(
         raise Forgotten(f"systemd would forget {shown(kept.lost[0])}")
     listed = _listed(index, unit, parsed, state_directory, complain)
     if kept.needed and _is_known_empty(state_directory, unit.name):
-        # It has a namespace without us, and keeps all of its sandbox until there is something to mount.
+        # Its sandbox gives it a namespace anyway, and stays whole until there is a layer to mount.
         listed = [item for item in listed if not item.slot]
     elif not listed:
         listed = [Listed(Kind.IMAGE, EMPTY_SLOT)]
@@ -97,7 +94,7 @@ def _declares(parsed: syntax.Parsed) -> bool:
 
 
 def _is_known_empty(state_directory: str, unit: str) -> bool:
-    """Whether it is known (the state directory is there) that the unit has no stack."""
+    """Whether the unit has no stack, and the state directory is there to say so."""
     try:
         return all(name.startswith(".") for name in os.listdir(f"{state_directory}/units/{unit}"))
     except OSError:
@@ -111,11 +108,11 @@ def _assign_order(drop_in: drop_ins.DropIn, state_directory: str) -> None:
 
 
 def _assign_layers(drop_in: drop_ins.DropIn, slots: str, listed: Sequence[Listed]) -> list[str]:
-    """Reset what the unit declares and name its layers; what had to be left out, with the reasons.
+    """Reset what the unit declares and name its layers; returns what had to be left out, with the reasons.
 
     Args:
-        slots: the directory with the unit's slots. By its name rather than with %n: an instance of a template that
-            was never seen has the slots of the template.
+        slots: the directory with the unit's slots. It has the unit's name in it, not %n: an instance without slots of
+            its own uses those of its template.
     """
     left_out = []
     for kind, key in ((Kind.IMAGE, "ExtensionImages"), (Kind.DIRECTORY, "ExtensionDirectories")):
@@ -127,7 +124,7 @@ def _assign_layers(drop_in: drop_ins.DropIn, slots: str, listed: Sequence[Listed
 
 
 def _assign_layer(drop_in: drop_ins.DropIn, key: str, slots: str, item: Listed) -> list[str]:
-    """The first of its paths that can be written; the first that cannot, if that comes before."""
+    """Name the first of its paths that can be written; returns the first that cannot, if it comes before that."""
     left_out: list[str] = []
     for path in (f"{slots}/{item.slot}",) if item.slot else item.paths:
         try:
@@ -144,7 +141,7 @@ def _assign_layer(drop_in: drop_ins.DropIn, key: str, slots: str, item: Listed) 
 
 
 def _assign_again(drop_in: drop_ins.DropIn, again: Iterable[sandbox_settings.Again]) -> list[str]:
-    """Keep of the unit's sandbox what systemd would forget; what had to be left out, with the reasons."""
+    """Say again what systemd would forget of the unit's sandbox; returns what had to be left out, with the reasons."""
     left_out = []
     for key, paths, options in again:
         try:
@@ -161,37 +158,37 @@ def _listed(
     state_directory: str,
     complain: Callable[[str], None],
 ) -> list[Listed]:
-    """What was accepted last, and the sysexts among what is declared."""
-    slots = read_slots(state_directory, unit.name, complain)
-    passed = read_passed(state_directory, unit.name) if _declares(parsed) else frozenset()
+    """The slots of the last accepted stack, and the sysexts that the unit declares."""
+    slots = _read_slots(state_directory, unit.name, complain)
+    known = read_sysexts(state_directory, unit.name) if _declares(parsed) else frozenset()
     trees = (path for path, _ in index.sources(unit).directories)
-    if slots is not None and not passed and not any(map(_is_sysext_tree, trees)):
+    if slots is not None and not known and not any(map(_is_sysext_tree, trees)):
         return [Listed(kind, slot) for slot, kind in slots]
     declared, _remarks = unit_files.declared(unit, parsed, index.search_path)
     sysexts = [
         listed
         for entry in (*declared.images, *declared.directories)
-        if _is_sysext(entry, passed) and (listed := _passed_through(entry))
+        if _is_sysext(entry, known) and (listed := _list_sysext(entry))
     ]
     if slots is None:
         from watcher.model import Declared
-        from watcher.resolve import scan  # here and below: mostly not needed, and milliseconds count
+        from watcher.resolve import scan
 
         there = Declared(declared.images, declared.directories, index.confext_dirs(unit))
         slots = [
             (entry.slot, entry.kind)
             for entry in scan.entries(there)
-            if not (entry.declared and _is_sysext(entry, passed))
+            if not (entry.declared and _is_sysext(entry, known))
         ]
     return [*(Listed(kind, slot) for slot, kind in slots), *sysexts]
 
 
-def read_slots(
-    state_directory: str, unit: str, complain: Callable[[str], None] = lambda text: None
+def _read_slots(
+    state_directory: str, unit: str, complain: Callable[[str], None]
 ) -> list[tuple[str, Kind]] | None:
-    """Slots of the stack that was accepted last, bottom to top, with or without a layer; None if nothing ever was.
+    """Slots of the last accepted stack, bottom to top, with or without a layer; None if no stack was ever accepted.
 
-    Reads the record that stacks.py writes; that module itself costs more to import than all the rest here.
+    images/stacks.py writes this record. To import that module would take longer than all the rest here.
     """
     path = f"{state_directory}/units/{unit}/.stack.json"
     try:
@@ -210,14 +207,10 @@ def read_slots(
         return None
 
 
-def passed_path(state_directory: str, unit: str) -> str:
-    return f"{state_directory}/sysexts/{unit}"
-
-
-def read_passed(state_directory: str, unit: str) -> frozenset[str]:
-    """Declared paths of a unit that turned out to be sysexts when they were looked into; one on a line, escaped."""
+def read_sysexts(state_directory: str, unit: str) -> frozenset[str]:
+    """Paths that a unit declares, and in which the daemon has found sysexts; one on a line, escaped."""
     try:
-        with open(passed_path(state_directory, unit), encoding="ascii") as file:
+        with open(f"{state_directory}/sysexts/{unit}", encoding="ascii") as file:
             return frozenset(
                 os.fsdecode(line.encode("ascii").decode("unicode_escape").encode("latin-1"))
                 for line in file.read().splitlines()
@@ -226,15 +219,15 @@ def read_passed(state_directory: str, unit: str) -> frozenset[str]:
         return frozenset()
 
 
-def write_passed(state_directory: str, unit: str, paths: Iterable[str]) -> None:
-    """Remember which declared paths are sysexts, for the generator.
+def write_sysexts(state_directory: str, unit: str, paths: Iterable[str]) -> None:
+    """Tell the generator which of the declared paths are sysexts.
 
     Raises:
         OSError
     """
     from watcher.records import durable  # only the daemon writes
 
-    target = passed_path(state_directory, unit)
+    target = f"{state_directory}/sysexts/{unit}"
     lines = [os.fsencode(path).decode("latin-1").encode("unicode_escape") + b"\n" for path in sorted(paths)]
     if not lines:
         if os.path.exists(target):
@@ -250,18 +243,18 @@ def write_passed(state_directory: str, unit: str, paths: Iterable[str]) -> None:
 
 
 def _is_sysext_tree(path: str) -> bool:
-    """A directory that says by itself that it is no confext; one in `.v/` form was looked into by the watcher."""
+    """Whether a directory says itself that it is no confext. The daemon looks into those in `.v/` form."""
     return not os.path.isdir(f"{path}/etc/extension-release.d") and os.path.isdir(
         f"{path}/usr/lib/extension-release.d"
     )
 
 
-def _is_sysext(entry: Entry, passed: frozenset[str]) -> bool:
-    return entry.path in passed or (entry.kind is Kind.DIRECTORY and _is_sysext_tree(entry.path))
+def _is_sysext(entry: Entry, known: frozenset[str]) -> bool:
+    return entry.path in known or (entry.kind is Kind.DIRECTORY and _is_sysext_tree(entry.path))
 
 
-def _passed_through(entry: Entry) -> Listed | None:
-    """A sysext as it is picked at this moment, never in `.v/` form: else systemd's refresh would run."""
+def _list_sysext(entry: Entry) -> Listed | None:
+    """A sysext by its candidates at this moment, never in `.v/` form: else systemd's refresh would run."""
     from watcher.model import Declared
     from watcher.resolve import scan
 
@@ -281,11 +274,11 @@ def _starts_before_us(names: Iterable[str], parsed: syntax.Parsed) -> bool:
 
 
 def _restricts_devices(parsed: syntax.Parsed) -> bool:
-    """Whether the unit keeps its processes from devices, and so systemd from the loop devices of its own images.
+    """Whether the unit keeps its processes from devices, and by that systemd from the loop devices of its images.
 
-    systemd lets itself through for `RootImage=` but not for `ExtensionImages=` (257 and 262): with `PrivateDevices=`
-    and an image no process of the unit can be started (226/NAMESPACE). Where nothing is restricted, `DeviceAllow=`
-    must not be set: it would be the first restriction.
+    systemd makes an exception for `RootImage=` but not for `ExtensionImages=` (257 and 262): with `PrivateDevices=` and
+    an image no process of the unit can be started (226/NAMESPACE). If the unit restricts nothing, `DeviceAllow=` must
+    not be set: it would be the first restriction.
     """
     private = syntax.last(parsed.assignments, "Service", "PrivateDevices")
     policy = syntax.last(parsed.assignments, "Service", "DevicePolicy")
