@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The systemd generator, systemd.generator(7): a drop-in for each unit that takes part, so that it starts on its slots.
+"""The systemd generator, systemd.generator(7): a drop-in for each unit that takes part, by which it starts on its
+slots.
 
-Without it systemd would pick by itself, for each process that it starts: images that are half uploaded, or that were
-refused. The drop-in resets what the unit declares and names links that only ever lead to the last accepted stack.
+Without it systemd would pick images itself for each process that it starts, also half an upload, or one that was
+refused. The drop-in resets what the unit declares, and names links that only ever lead to the last accepted stack.
 
-What it lists is what was accepted last, in the order in which it was; for a unit of which nothing ever was, what lies
-there: the slots are not there yet and will be ignored, but the service gets a mount namespace of its own for them, so
+It lists the entries of the last accepted stack, in their order. For a unit without one it lists the entries that are
+there now. Their slots do not exist yet, and systemd ignores them; but the service gets a mount namespace of its own, so
 that the first stack can be put into it without a restart.
 
-Runs at boot and at every daemon-reload, while systemd waits, perhaps before `/var` is mounted: standard library only,
-and nothing that is wrong with one unit keeps another from its drop-in.
+It runs at boot and at every daemon-reload, while systemd waits, and perhaps before `/var` is mounted: standard library
+only. An error with one unit does not keep another from its drop-in.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ STATE_DIRECTORY = "/var/lib/confext-watcher"
 
 
 def main(argv: Sequence[str] = tuple(sys.argv), environ: Mapping[str, str] = os.environ) -> int:
-    """`generator NORMAL [EARLY LATE]`, as systemd calls it. Always 0: an error here must not be one of the boot."""
+    """`generator NORMAL [EARLY LATE]`, as systemd calls it; then the result is 0: an error here must not fail the
+    boot."""
     if len(argv) < 2:
         print("usage: confext-watcher-generator DIRECTORY [EARLY LATE]", file=sys.stderr)
         return 2
@@ -38,10 +40,10 @@ def main(argv: Sequence[str] = tuple(sys.argv), environ: Mapping[str, str] = os.
 
 
 def generate(output: str, index: Index, state_directory: str, complain: Callable[[str], None]) -> list[str]:
-    """Write the drop-ins of all services that take part below `output`; the names of the units that got one.
+    """Write the drop-ins of all services that take part below `output`; returns the names of their units.
 
-    A unit without a file gets one, too: another generator may be writing it at this moment. If nobody does, systemd
-    has no use for the drop-in.
+    A unit without a file gets one, too: another generator may be writing that file at this moment. If none does, the
+    drop-in does nothing.
 
     Args:
         complain: is told what went wrong, one line each.
@@ -56,7 +58,7 @@ def generate(output: str, index: Index, state_directory: str, complain: Callable
                 done[unit.name] = None
         except unit_drop_in.Forgotten as error:
             complain(f"{shown(name)}: no drop-in, it starts without a stack and gets it then: {error}")
-        except Exception as error:  # noqa: BLE001 -- whatever it is, the others get theirs, and the host boots
+        except Exception as error:  # noqa: BLE001 -- the others still get theirs, and the host boots
             what = str(error) if isinstance(error, OSError | drop_ins.Unwritable) else repr(error)
             complain(f"{shown(name)}: no drop-in, it starts on what it picks itself: {what}")
     return list(done)
@@ -69,11 +71,11 @@ def _is_enabled(index: Index, unit: Unit) -> bool:
 
 
 def _seen(state_directory: str) -> list[str]:
-    """Units with a stack of their own: instances, that is, which no file may name."""
+    """Instances with slots of their own, which no file need name."""
     try:
         names = os.listdir(f"{state_directory}/units")
     except OSError:
-        return []  # nothing accepted yet, or /var is not there yet
+        return []  # nothing is accepted yet, or /var is not mounted yet
     return [name for name in names if "@" in name and unit_files.is_service(name)]
 
 
@@ -81,7 +83,7 @@ def _write(directory: str, content: str) -> None:
     try:
         os.mkdir(directory, 0o755)
     except FileExistsError:
-        pass  # another generator's
+        pass  # another generator has made it
     with open(f"{directory}/{DROPIN}", "wb", buffering=0) as file:
         file.write(content.encode())
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who runs the services. Both managers give the same plain `Service`; nothing below knows which one it is."""
+"""What a manager of services is. systemd and `exec` give the same plain `Service`: the rounds need not know which."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from watcher.settings.config import ServiceSettings
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A service that takes part, as its manager sees it now.
+    """A service that takes part, as its manager knows it now.
 
     Attributes:
         name: "nginx.service"; for a template's instance "foo@bar.service".
         declared: where its layers come from.
         settings: its `[X-Confext]`.
-        main: its main process, owned (and closed) by the manager; None: not running.
-        invocation: changes with every start (InvocationID, or the registration's own); "" when not running.
-        failed: it ended by itself, or went down, rather than being stopped by somebody; not known to every manager,
-            which then says so.
-        restarts: how often its manager has started it again by itself since somebody did (NRestarts).
-        starting: main is there but may still be systemd's executor on its way to becoming the service.
+        main: its main process, which the manager closes; None: it does not run.
+        invocation: changes with every start (InvocationID, or a registration's PID and start time); "" if it does not
+            run.
+        starting: it has a process, which is still systemd's executor on its way to becoming the service.
+        failed: it went down by itself rather than being stopped. The standalone manager cannot tell these apart: it
+            sets this at every end.
+        restarts: how often systemd has started it again by itself since its last other start (NRestarts).
         headless: it is active, but systemd knows no main process of it (`RemainAfterExit=`, or `Type=forking` without
-            `PIDFile=`): nothing of it can be given another stack before its next start.
+            `PIDFile=`): it gets another stack only at its next start.
         root: path of the root directory whose os-release decides which images match (`RootDirectory=`, else "/"); None:
-            only its own processes have that mounted (`RootImage=`), and there are none.
-        aliases: other names of it.
+            only its own processes have that mounted (`RootImage=`), and it has none.
+        aliases: its other names.
         manager: "systemd" or "standalone".
     """
 
@@ -51,7 +52,7 @@ class Service:
     manager: str = "systemd"
 
     def went_down_since(self, restarts: int) -> bool:
-        """Whether it went down by itself since it had been started again so often; a start by somebody begins at 0."""
+        """Whether it went down by itself since it had so many `restarts`; any other start sets them to 0."""
         return self.failed or self.restarts not in (0, restarts)
 
     @property
@@ -61,36 +62,36 @@ class Service:
 
     @property
     def trust(self) -> Trust:
-        """Whom it lets drop things."""
+        """See `trust_of`."""
         return trust_of(self.settings, self.manager)
 
 
 def slots_of(name: str, manager: str) -> str:
-    """The name that the accepted stacks of a service are kept under.
+    """The name under which the accepted stacks of a service are kept.
 
-    A unit's own, where its drop-in looks for its slots. A standalone service may be called like a unit with which it
-    has nothing else in common: what it is kept under is the name of no unit.
+    For a unit it is the unit's own: its drop-in looks for its slots there. A standalone service may have the same name
+    as a unit that it has nothing to do with: so it gets one that no unit can have.
     """
     return name if manager == "systemd" else f"{name}.exec"
 
 
 def trust_of(settings: ServiceSettings, manager: str) -> Trust:
-    """Whom a service lets drop things."""
+    """The users and groups who may write to what a service is configured from."""
     where = IN_UNIT if manager == "systemd" else BY_EXEC
     return Trust(settings.trusted_users, settings.trusted_groups, where)
 
 
 @dataclass(frozen=True, slots=True)
 class Reloaded:
-    """What became of asking a service to reload.
+    """What came of asking a service to reload.
 
     Attributes:
-        ok: it did, or nothing had to be asked.
+        ok: it did, or did not have to be asked.
         told: what was done, for the log: "reload", "SIGHUP", "restart", "" when nothing was told.
         reason: why it failed, or why nothing was told although there is a way; one line, else "".
         output: what a reload command printed, at most 64 KiB.
+        interrupted: it was canceled, or could not be followed: that is no verdict on the stack.
         usec: how long it took, microseconds, without what was watched afterwards.
-        interrupted: nobody judged: it was canceled or could not be followed; it says nothing about the stack.
     """
 
     ok: bool
@@ -115,48 +116,49 @@ class Ended:
 
 
 class Manager(Protocol):
-    """A source of services, and the one who can ask them to reload."""
+    """Knows services, starts them, and asks them to reload."""
 
     @property
     def services(self) -> Mapping[str, Service]:
-        """All services that take part, by name, as of now."""
+        """All services that take part now, by name."""
 
     async def run(self, changed: Callable[[str], None], task_status: trio.TaskStatus[None]) -> None:
         """Keep `services` current until cancelled.
 
-        Says `task_status.started()` once the first complete answer is there, then calls `changed(name)` for every
-        service that appeared, changed (declared sources, settings, start, stop) or went away.
+        Calls `task_status.started()` once `services` is complete, and then `changed(name)` for every service that
+        appeared, changed (declared sources, settings, start, stop) or went away.
         """
 
     async def learn(self, service: Service, entries: Sequence[Entry], sysexts: Sequence[Entry] = ()) -> None:
-        """Make the next start of the service use exactly these slots, bottom to top (they are in place already).
+        """Have the next start of the service use exactly these slots, bottom to top (they are in place already).
 
-        Declared entries that are no confexts (`sysexts`) are left to it as they are.
+        Under systemd this takes a daemon-reload if the loaded drop-in lists others.
 
-        Under systemd: a daemon-reload, if the set of entries differs from what the loaded drop-in lists; coalesced.
+        Args:
+            sysexts: declared entries that are no confexts: the service keeps them.
         """
 
     async def reload(self, service: Service) -> Reloaded:
-        """Ask the service to reload as its settings say, and follow that to its end."""
+        """Ask the service to reload as its settings say, and wait for the end."""
 
     async def started(self, service: Service) -> bool:
-        """Wait until a service whose main process is there has completed its start; False: it is on its way down."""
+        """Wait until a service with a main process has completed its start; False: it is on its way down."""
 
     async def revive(self, service: Service) -> Reloaded:
-        """Start a service again whose main process has ended by itself, if that is the manager's to do."""
+        """Start a service again whose main process has ended by itself, if the manager starts services at all."""
 
     async def execute(
         self, service: Service, namespace: int, words: Sequence[str], timeout_sec: float
     ) -> Ended:
         """Run a command in a mount namespace (a descriptor) as the service itself would run it.
 
-        With its user, groups, environment and root, within its limits, without standard input; what it leaves
-        running is killed. `service.main` must be there.
+        The command has the service's user, groups, environment, root and limits, and no standard input. What it leaves
+        running is killed.
 
         Raises:
             Gone: the service has ended.
-            Later: it could not be run now.
+            Later: the command could not be run now.
         """
 
     async def processes(self, service: Service) -> list[int]:
-        """PIDs of everything that belongs to the service, its main process included. Hints: hold them by pidfd."""
+        """PIDs of all processes of the service, its main process included. They are hints: hold them by pidfd."""

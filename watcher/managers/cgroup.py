@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Control groups, as the kernel tells of them (cgroups(7)): which processes are a unit's, for a swap has no time for a
-bus; and where a command can be kept together."""
+"""Control groups (cgroups(7)), read from the kernel: which processes are a unit's (a swap has no time to ask over the
+bus), and where a command can be kept together."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _DELEGATED = ("trusted.delegate", "user.delegate")
 
 
 def processes(pid: int, unit: str, root: str = "/proc") -> list[int]:
-    """PIDs in the control group of the unit whose main process is `pid`; those of delegated subtrees left out.
+    """PIDs in the control group of the unit whose main process is `pid`, without those in delegated subtrees.
 
-    A subtree that is delegated (`Delegate=`, systemd.resource-control(5)) belongs to the service's own containers; of
-    such a unit only the group of the main process itself counts.
+    A delegated subtree (`Delegate=`, systemd.resource-control(5)) belongs to the service's own containers. If the
+    unit's group itself is delegated, only the processes directly in it count.
     """
     group = unit_group(_read(f"{root}/{pid}/cgroup"), unit)
     mount = mount_point(_read(f"{root}/self/mountinfo"))
@@ -29,14 +29,14 @@ def processes(pid: int, unit: str, root: str = "/proc") -> list[int]:
 
 
 def unit_group(text: str, unit: str) -> str:
-    """Path of the unit's control group, by `/proc/PID/cgroup` of its main process; "" if it is in none of its own.
+    """Path of the unit's control group, by `/proc/PID/cgroup` of its main process; "" if the unit has none of its own.
 
     systemd's own hierarchy is "0::" or, on hosts with the first version of control groups, "name=systemd".
     """
     rows = (line.split(":", 2) for line in text.split("\n") if line.count(":") >= 2)
     groups = {controllers: path for _, controllers, path in rows}
     parts = (groups.get("") or groups.get("name=systemd") or "").split("/")
-    # cgroup names that clash with a kernel file get a "_" in front: cg_escape().
+    # systemd puts a "_" before a name that clashes with a file of the kernel's: cg_escape().
     for name in (unit, f"_{unit}"):
         if name in parts:
             return "/".join(parts[: parts.index(name) + 1])
@@ -44,9 +44,9 @@ def unit_group(text: str, unit: str) -> str:
 
 
 def mount_point(text: str) -> str:
-    """Where the hierarchy is mounted that systemd keeps units in, by `/proc/self/mountinfo`; "" if nowhere.
+    """Where the hierarchy that systemd uses is mounted, by `/proc/self/mountinfo`; "" if nowhere.
 
-    Only a mount of the whole of it counts: a unit's sandbox binds single files of it onto themselves.
+    Only a mount of the whole hierarchy counts: a unit's sandbox binds single files of it onto themselves.
     """
     found: dict[str, str] = {}
     for mount in mounts(line for line in text.split("\n") if " - cgroup" in line):
@@ -100,4 +100,4 @@ def _read(path: str) -> str:
         with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
             return file.read()
     except OSError:
-        return ""  # ended in between, which whoever holds the main process notices
+        return ""  # the process has ended, which the caller notices by its pidfd

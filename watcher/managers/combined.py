@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Several managers as one: on a systemd host there may be standalone services as well."""
+"""Several managers as one: a systemd host may have standalone services, too."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from watcher.model import Entry
 
 
 class Combined:
-    """See `Manager`. A name that two of them know is the first one's."""
+    """See `Manager`. A service that two of them know by one name belongs to the first."""
 
     def __init__(self, managers: Sequence[Manager]) -> None:
         self._managers = managers
 
     @property
     def services(self) -> Mapping[str, Service]:
-        # ChainMap is typed for mappings that can be changed, and changes only the first.
+        # ChainMap is typed for mappings that can be changed; this one is only read.
         return ChainMap(*(manager.services for manager in self._managers))  # type: ignore[arg-type]
 
     async def run(self, changed: Callable[[str], None], task_status: trio.TaskStatus[None]) -> None:

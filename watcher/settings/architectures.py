@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Processor architectures by systemd's names ("x86-64"), as they stand in file names and in ARCHITECTURE=.
 
-The names are those of systemd.unit(5), ConditionArchitecture=. They say more than `uname -m` in one place (word width
-and byte order are part of the name) and less in another (no processor models).
+The names are those of ConditionArchitecture= in systemd.unit(5). Word width and byte order are part of a name,
+processor
+models are not: `uname -m` is the other way round.
 """
 
 from __future__ import annotations

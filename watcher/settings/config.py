@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The watcher's own settings, and those of a service in the `[X-Confext]` section of its unit.
 
-Nothing in a configuration file is ever fatal: an unknown key or a bad value is one warning with file and line, and the
-default is used. Values are written as systemd writes them (`5s`, `64M`, `yes`).
+Nothing in a configuration file is fatal: an unknown key or a bad value is one warning with file and line, and the
+default counts. Values are written as in systemd's files (`5s`, `64M`, `yes`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ WATCHER_SECTION = "Watcher"
 _NAME = "confext-watcher"
 _VENDOR_DIRECTORIES = (f"/run/{_NAME}", f"/usr/local/lib/{_NAME}", f"/usr/lib/{_NAME}")
 
-
-# What systemd lets through with a warning (USER_NAMES, "relaxed mode").
+# Names that systemd accepts with a warning (USER_NAMES, "relaxed mode").
 _USER = re.compile(r"(?!\.{1,2}\Z|-)[^\s:/,\x00-\x1f\x7f]{1,256}")
 
 _GiB = 1024**3
@@ -36,8 +35,8 @@ class Settings:
     """`watcher.conf`, section `[Watcher]`; *_usec are microseconds.
 
     Attributes:
-        settle_usec: `SettleSec=`, quiet time that ends a burst; 0: at once.
-        settle_max_usec: `SettleMaxSec=`, but no later than this after the first change.
+        settle_usec: `SettleSec=`, quiet time that ends a burst of changes; 0: every change ends it.
+        settle_max_usec: `SettleMaxSec=`, time after its first change at which a burst ends in any case.
         store_max: `StoreMax=`, bytes that all copies together may take.
         image_max: `ImageMax=`, bytes of one image or tree.
         keep_stacks: `KeepStacks=`, accepted stacks kept for each service.
@@ -70,14 +69,14 @@ class ServiceSettings:
 
     Attributes:
         reload: `Reload=`, "auto", "unit", "restart", "none" or "signal:SIGHUP".
-        check: `Check=`, command lines, all of which must succeed, in order; see `values.split()`.
+        check: `Check=`, command lines for `values.split()`, all of which must succeed, in order.
         check_usec: `CheckSec=`, for each of them.
         health_check: `HealthCheck=`, command lines.
         health_check_usec: `HealthCheckSec=`, within which they are tried again.
-        health_watch_usec: `HealthWatchSec=`, how long the service must stay up after it.
+        health_watch_usec: `HealthWatchSec=`, how long the service must then stay up.
         rollback: `Rollback=`.
         rollout: `Rollout=`, "parallel" or "rolling".
-        rollout_parallel: `RolloutParallel=`, at a time, after the first.
+        rollout_parallel: `RolloutParallel=`, services at a time, after the first.
         settle_usec: `SettleSec=`; None: as the watcher's.
         trusted_users: `TrustedUsers=`, names or numbers.
         trusted_groups: `TrustedGroups=`.
@@ -115,13 +114,13 @@ def directories(environment: Mapping[str, str], *, root: bool) -> dict[str, str]
 
     Args:
         environment: as systemd sets it for `RuntimeDirectory=` and its kin, and XDG's for people.
-        root: without the former, the system's directories rather than a user's.
+        root: where systemd's are not set, take the system's directories rather than a user's.
     """
     home = environment.get("HOME") or "/"
     state = f"{environment.get('XDG_STATE_HOME') or f'{home}/.local/state'}/{_NAME}"
     runtime = environment.get("XDG_RUNTIME_DIR")
     own = {
-        # Not in /tmp, where anybody may be there first: what lies in it survives a reboot without harm.
+        # Not in /tmp, where any user may be first. What is in a runtime directory does no harm after a reboot.
         "runtime_directory": f"{runtime}/{_NAME}" if runtime else f"{state}/run",
         "state_directory": state,
         "configuration_directory": f"{environment.get('XDG_CONFIG_HOME') or f'{home}/.config'}/{_NAME}",
@@ -135,8 +134,8 @@ def directories(environment: Mapping[str, str], *, root: bool) -> dict[str, str]
 
 
 def is_root() -> bool:
-    """Whether the system's directories are ours: root's, and in a container its root's; not those of a user who is root
-    in a user namespace of his own only."""
+    """Whether the system's directories are ours: we are root, also of a container. A user who is root only in a user
+    namespace of his own cannot write to /run."""
     return os.geteuid() == 0 and os.access("/run", os.W_OK)
 
 
@@ -145,11 +144,11 @@ def load(
 ) -> tuple[Settings, tuple[Remark, ...]]:
     """`watcher.conf` from the first place that has one, then the drop-ins of all places.
 
-    Places are the configuration directory (/etc), /run, /usr/local/lib, /usr/lib; of drop-ins with the same name the
-    earliest place's counts, and the later in the order of their names win.
+    Places are the configuration directory (/etc), /run, /usr/local/lib, /usr/lib. Of drop-ins with the same name that
+    of the earliest place counts. Drop-ins are read in the order of their names, and later ones win.
 
     Args:
-        root: whether the system's directories are meant; None: if they are ours.
+        root: take the system's directories; None: if they are ours.
 
     Raises:
         OSError: a file is there and cannot be read.
@@ -166,7 +165,7 @@ def load(
 def watcher_settings(
     assignments: Iterable[Assignment], paths: Mapping[str, str] | None = None
 ) -> tuple[Settings, tuple[Remark, ...]]:
-    """`[Watcher]`, and a warning for every section that is none of ours.
+    """`[Watcher]`, and a warning for each line in another section, but for those of systemd's `X-` kind.
 
     Args:
         paths: the three directories, see `directories()`.
@@ -214,7 +213,7 @@ def _read(
     keys: Mapping[str, _Key],
     expand: Callable[[str], str] = lambda text: text,
 ) -> tuple[dict[str, Any], list[Remark]]:
-    """Values by attribute, for those that were set well; the empty value goes back to the default."""
+    """Values by attribute; without those that were set badly, or reset by an empty value."""
     values: dict[str, Any] = {}
     remarks: list[Remark] = []
     for assignment in assignments:
@@ -257,7 +256,7 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    """Users or groups, by name or number; systemd.syntax(7) has "," and ":" in none of them."""
+    """Users or groups, by name or number. No name has a "," or ":" in it (USER_NAMES)."""
     names = tuple(text.split())
     for name in names:
         if not _USER.fullmatch(name):

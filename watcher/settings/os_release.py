@@ -6,11 +6,7 @@ from __future__ import annotations
 import re
 
 _LINE_END = re.compile(r"[\r\n]")
-
-
 _KEY = re.compile(r"[ \t]*([A-Za-z_][A-Za-z0-9_]*)[ \t]*=[ \t]*")
-
-
 _PIECE = re.compile(
     r"""
     "(?P<double>(?:[^"\\]|\\.)*)"
@@ -23,9 +19,9 @@ _PIECE = re.compile(
 
 
 def parse_os_release(text: str) -> dict[str, str]:
-    """Keys and values of an os-release or extension-release file: `KEY=value` with a shell's quotes.
+    """Keys and values of an os-release or extension-release file.
 
-    Lines that are no assignment are skipped, as systemd does; of a key given twice, the last counts.
+    As in systemd, lines that assign nothing are skipped, and the last of several assignments to a key counts.
     """
     found: dict[str, str] = {}
     at = 0

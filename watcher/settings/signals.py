@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Signals by their names, as systemd.exec(5) and kill(1) have them, and exit statuses in words."""
+"""Signals by the names that systemd.exec(5) and kill(1) use, and exit statuses in words."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def signal_number(text: str) -> int:
 
 
 def signal_name(number: int) -> str:
-    """ "SIGHUP" for 1, whatever the number."""
+    """ "SIGHUP" for 1; for a signal without a name "signal N"."""
     if signal.SIGRTMIN < number < signal.SIGRTMAX:
         return f"SIGRTMIN+{number - signal.SIGRTMIN}"
     try:
         return signal.Signals(number).name
     except ValueError:
-        return f"signal {number}"  # of those that the C library keeps for itself
+        return f"signal {number}"  # the C library keeps it for itself
 
 
 def reason_of(status: int) -> str:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """systemd's INI syntax (systemd.syntax(7)), for unit files and `watcher.conf`.
 
-`configparser` will not do: it keeps one value per key, where systemd has lists that grow by repetition and are reset
-by an empty assignment, and it knows no continuation lines. Every assignment keeps its file and line, for messages.
+`configparser` knows no continuation lines, and keeps one value per key. In systemd a list grows by repetition, and an
+empty assignment resets it. Every assignment keeps its file and line, for messages.
 
-Standard library only: the generator uses this at boot.
+Standard library only, for the generator.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Parsed(NamedTuple):
 def parse(text: str, path: str) -> Parsed:
     """
     Args:
-        text: bytes that are not UTF-8 as surrogates; a line with such a byte is left out, as systemd does.
-        path: of the file, for the positions.
+        text: bytes that are not UTF-8 are surrogates in it; as in systemd, a line with such a byte is left out.
+        path: of the file, for messages.
     """
     return _assigned(_logical_lines(text), path)
 
@@ -68,7 +68,7 @@ def _assigned(lines: Iterable[tuple[int, str]], path: str) -> Parsed:
             ignored(f": not valid UTF-8: {shown(line)}")
         elif line.startswith("["):
             section = line[1:-1] if line.endswith("]") else ""
-            if not section:  # systemd gives up here, and so whose section would the rest be
+            if not section:  # systemd gives up here, too: the section of the rest is not known
                 ignored(f" from here on: not a section header: {shown(line)}")
                 break
         elif not equals or not key:
@@ -87,23 +87,23 @@ def _warning(path: str, line: int, text: str) -> Remark:
 
 
 def parse_only(content: bytes, path: str, lines: re.Pattern[bytes]) -> Parsed:
-    """The same of what `lines_of()` its keys finds, much faster; with other line numbers and without most remarks."""
+    """`parse()` of the lines that match `lines_of()` some keys: much faster, without line numbers and most remarks."""
     joined = b"\\\n" in content or content.endswith(b"\\")
     if joined or b"\r" in content or b"\0" in content or content.startswith(b"\xef\xbb\xbf"):
-        # What is a line here only the whole syntax tells.
+        # Only the whole syntax tells where a line ends here.
         return parse(content.decode("utf-8", "surrogateescape"), path)
     chosen = b"\n".join(lines.findall(content)).decode("utf-8", "surrogateescape")
     return _assigned(((0, line.strip(_WHITE)) for line in chosen.split("\n") if line), path)
 
 
 def lines_of(keys: Iterable[str]) -> re.Pattern[bytes]:
-    """For `parse_only()`: section headers, and lines that begin with one of these words."""
+    """For `parse_only()`: section headers, and lines that begin with one of these keys."""
     words = "|".join(map(re.escape, keys))
     return re.compile(rf"^[ \t]*(?:\[|{words}).*".encode(), re.MULTILINE)
 
 
 def read(path: str) -> bytes:
-    """Contents of a file; a link to /dev/null is empty. Never waits: what is no file (a FIFO) may never have an end.
+    """Content of a file; a link to /dev/null is empty. Never waits, as a FIFO would have it do.
 
     Raises:
         OSError: it cannot be read, or is no regular file.
@@ -124,7 +124,7 @@ def read(path: str) -> bytes:
 
 
 def load(paths: Iterable[str]) -> Parsed:
-    """Several files read one after another: a unit and its drop-ins. One that is gone meanwhile is not there.
+    """Several files read one after another: a unit and its drop-ins. A file that has gone meanwhile is left out.
 
     Raises:
         OSError: a file is there and cannot be read.
@@ -154,7 +154,7 @@ def assigned(assignments: Iterable[Assignment], section: str, key: str) -> list[
 
 
 def last(assignments: Iterable[Assignment], section: str, key: str) -> Assignment | None:
-    """The assignment that counts of a setting with one value; None if there is none, or it was reset to its default."""
+    """The last assignment to a setting with one value; None if there is none, or if that one is empty."""
     found = None
     for assignment in assignments:
         if (assignment.section, assignment.key) == (section, key):

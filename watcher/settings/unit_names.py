@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Unit names, where their files and drop-ins are, and what `%` stands for in them (systemd.unit(5)).
+"""Unit names, the places of unit files and drop-ins, and the `%` specifiers in them (systemd.unit(5)).
 
-Standard library only: the generator uses this at boot, before the bus can be asked.
+Standard library only, for the generator.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ UNIT_PATHS = (
 _NAME = re.compile(
     r"(?P<prefix>[A-Za-z0-9:_.\\-]+)(?P<at>@(?P<instance>[A-Za-z0-9:_.\\@-]*))?\.(?P<type>[a-z]+)"
 )
-# The same name is taken apart several times on its way through the generator.
+# The generator takes the same name apart several times.
 _match = functools.lru_cache(maxsize=2048)(_NAME.fullmatch)
 _ESCAPED = re.compile(rb"\\x([0-9a-fA-F]{2})")
 
@@ -70,13 +70,13 @@ class UnitName:
 
 
 def unescape(text: str) -> str:
-    """`systemd-escape --unescape`: "-" is "/", "\\x2d" is the byte; with "\\x00" the text ends, as C has it."""
+    """`systemd-escape --unescape`: "-" becomes "/", "\\x2d" the byte; at "\\x00" the text ends, as in C."""
     raw = _ESCAPED.sub(lambda m: bytes([int(m[1], 16)]), os.fsencode(text).replace(b"-", b"/"))
     return os.fsdecode(raw.partition(b"\0")[0])
 
 
 def drop_in_names(unit: str) -> list[str]:
-    """Names whose `.d/` directories configure `unit`, most specific first, without the one for its whole type.
+    """Names whose `.d/` directories configure `unit`, most specific first, without that of its type (`service.d/`).
 
     "foo-bar@x.service" has its own, then "foo-bar@.service", "foo-.service", "foo-@x.service", "foo-@.service".
 
@@ -122,7 +122,7 @@ def config_files(
 
 
 def _is_masked(path: str) -> bool:
-    """A link to /dev/null, or an empty regular file; not what leads nowhere, such as a link to itself."""
+    """Whether a path is a link to /dev/null or an empty regular file. A link that leads nowhere masks nothing."""
     try:
         status = os.stat(path)
     except OSError:
@@ -135,7 +135,7 @@ def _is_masked(path: str) -> bool:
 class Specifiers:
     """Replaces `%` specifiers as the system manager does for a unit (systemd.unit(5), "Specifiers").
 
-    Those that depend on the host are read when they are met, and only then.
+    Files of the host are read only when a specifier needs them.
     """
 
     def __init__(self, unit: str, fragment_path: str = "", root: str = "/") -> None:
@@ -155,7 +155,7 @@ class Specifiers:
     def expand(self, text: str) -> str:
         """
         Raises:
-            ValueError: a specifier that is not known, or has no value on this host: systemd ignores the whole value.
+            ValueError: a specifier is not known, or has no value on this host: systemd ignores the whole value.
         """
         return re.sub(r"%(.)", lambda m: self._value(m[1]), text, flags=re.DOTALL) if "%" in text else text
 

@@ -49,7 +49,7 @@ def boolean(text: str) -> bool:
 
 
 def flag(assignment: Assignment | None, *, default: bool) -> bool:
-    """The boolean that was assigned; `default` if none was, or no boolean: systemd ignores such a line."""
+    """The boolean that was assigned; `default` if there is no assignment, or a value that systemd would ignore."""
     try:
         return boolean(assignment.value) if assignment else default
     except ValueError:
@@ -92,9 +92,9 @@ def split(
     """Words with quotes, as systemd's `extract_first_word()` takes them apart.
 
     Args:
-        keep_escapes: a backslash is a character like others here, for a second split to see.
-        escapes: resolve C's escapes ("\\x20", "\\t"); otherwise a backslash only protects the next character. One
-            before a separator always does.
+        keep_escapes: a backslash is a character like others, so that a second split can see it.
+        escapes: resolve C's escapes ("\\x20", "\\t"); without it a backslash only protects the next character. Before a
+            separator it always does.
 
     Raises:
         ValueError: a quote that is not closed, a backslash at the end, an unknown escape.
@@ -121,7 +121,7 @@ def extension_images(
         try:
             source, options = _cut(word)
             path = "".join(split(source, "", escapes=True))
-            # Bytes that were written one by one may be a character together.
+            # Bytes that were escaped one by one may be one character together.
             path = os.fsdecode(os.fsencode(path))
             images.append((_path(path.removeprefix("-"), expand), options, path.startswith("-")))
         except ValueError as error:
@@ -149,7 +149,7 @@ def extension_directories(
 
 
 def normalized(path: str) -> str:
-    """Without doubled and trailing slashes and without "." components, as systemd does it; ".." is left alone."""
+    """A path without doubled and trailing slashes and "." components, as systemd simplifies it; ".." stays."""
     return "/" + "/".join(part for part in path.split("/") if part not in ("", "."))
 
 
@@ -203,7 +203,7 @@ def _split(text: str, separators: str, keep_escapes: bool, escapes: bool) -> Ite
 
 
 def _escape(text: str, at: int, separators: str, resolve: bool) -> tuple[str, int]:
-    """What the backslash before `at` makes of what follows, and where that ends."""
+    """The character that is escaped at `at`, after the backslash, and where the escape ends."""
     char = text[at]
     if not resolve or char in separators or char in "\\\"':":
         return char, at + 1
@@ -218,14 +218,14 @@ def _escape(text: str, at: int, separators: str, resolve: bool) -> tuple[str, in
 
 
 def _character(code: int, *, single: bool) -> str:
-    """A byte (as `os.fsdecode()` would make it; they come one by one) or a code point."""
+    """A code point, or a single byte as `os.fsdecode()` decodes it."""
     if code == 0 or code > 0x10FFFF or 0xD800 <= code <= 0xDFFF:
         raise ValueError("an escape that stands for no character")
     return chr(code) if not single or code < 0x80 else bytes([code & 0xFF]).decode("utf-8", "surrogateescape")
 
 
 def _cut(word: str) -> tuple[str, str]:
-    """PATH and OPTIONS, parted at the first colon without a backslash."""
+    """PATH and OPTIONS of a word: they are parted at the first colon without a backslash."""
     match = re.fullmatch(r":*((?:\\.|[^\\:])*)(?::+(.*))?", word, re.DOTALL)
     if match is None:
         raise ValueError(f"a backslash at the end: {shown(word)}")
@@ -233,7 +233,7 @@ def _cut(word: str) -> tuple[str, str]:
 
 
 def _words(value: str, complain: Callable[[str], None], *, keep_escapes: bool = False) -> Iterator[str]:
-    """The words up to the first that is none: those before it count."""
+    """The words before the first error."""
     try:
         yield from _split(value, _WHITE, keep_escapes, False)
     except ValueError as error:
@@ -241,7 +241,7 @@ def _words(value: str, complain: Callable[[str], None], *, keep_escapes: bool = 
 
 
 def _path(path: str, expand: Callable[[str], str]) -> str:
-    """As systemd takes it: absolute, simplified, UTF-8; ".." only where it stays in the root directory."""
+    """A path as systemd accepts it: absolute, simplified, UTF-8; ".." only at its begin, where it changes nothing."""
     path = expand(path)
     if not path.startswith("/"):
         raise ValueError(f"not an absolute path: {shown(path)}")
