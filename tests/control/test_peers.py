@@ -8,11 +8,11 @@ from watcher.control import peers
 
 
 def test_no_user_can_take_the_place_of_another_or_of_root() -> None:
-    places = peers.Quota(peers.CONNECTIONS, peers.CONNECTIONS_PER_USER)
+    quota = peers.Quota(peers.CONNECTIONS, peers.CONNECTIONS_PER_USER)
     with contextlib.ExitStack() as stack:
 
         def connects(uid: int) -> bool:
-            return stack.enter_context(places.one_for(peers.Peer(1, uid)))
+            return stack.enter_context(quota.take(peers.Peer(1, uid)))
 
         assert all(connects(1000) for _ in range(peers.CONNECTIONS_PER_USER))
         assert not connects(1000)
@@ -22,4 +22,4 @@ def test_no_user_can_take_the_place_of_another_or_of_root() -> None:
             == peers.CONNECTIONS - peers.CONNECTIONS_PER_USER - 1
         )
         assert connects(0)
-    assert places.one_for(peers.Peer(1, 1000)).__enter__()
+    assert quota.take(peers.Peer(1, 1000)).__enter__()

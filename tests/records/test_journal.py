@@ -8,6 +8,8 @@ import fcntl
 import os
 import re
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -265,3 +267,12 @@ def test_printable_text_is_left_alone_and_escapes_are_stable() -> None:
     assert once == "über\tweb\n\\x07\\x80"
     assert printable(once, keep="\n\t") == once
     assert printable(once) == "über\\tweb\\n\\x07\\x80"
+
+
+def test_tables_and_their_like_are_not_loaded_by_the_daemon_and_can_be_by_others() -> None:
+    program = (
+        "import sys, watcher.cli, watcher.daemon, watcher.rounds.exec_service; assert 'rich' not in sys.modules;"
+        " import rich.table; print(rich.table.Table.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "Table\n"

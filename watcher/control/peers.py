@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Who is at the other end of the control socket, what that user may be told, and how much of us he may take.
 
-Everything goes by the credentials that the kernel recorded when the client connected (unix(7)). Root and the user that
-the watcher runs as are *privileged*: they may change things. Everybody else is bounded by user, so that one user is
-only ever in his own way: so many connections, so many calls that wait, and one call at a time that makes work. After
-each such call the user has to pause for longer than it took, so that asking without end takes a small part of a
-processor, and no drop waits for it.
+What counts are the credentials that the kernel recorded when the client connected (unix(7)). Root and the user that
+the watcher runs as are *privileged*: they may change things. Every other user has a bound: so many connections, so many
+calls that wait, and one call at a time that makes work. So a user is only in his own way. After each such call he has
+to pause for longer than it took. So a user who asks without end takes a small part of a processor, and no drop waits
+for him.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ GROUP = "confext-watcher"
 """Its members are told reasons, paths and outputs; they may change no more than others."""
 
 CONNECTIONS = 128
-"""Of everybody but the privileged, who have as many of their own: root is never locked out."""
+"""For all but the privileged, who have as many of their own: root is never locked out."""
 CONNECTIONS_PER_USER = 16
 CONNECTS_PER_SEC = 1000
-"""New connections of everybody but the privileged. Root's wait behind those in the backlog, which are 128 at most."""
+"""New ones of all but the privileged. Root's wait behind those in the kernel's backlog (listen(2)), 128 at most."""
 WAITS = 64
-"""Calls of `Wait` by everybody but the privileged, who have as many of their own."""
+"""Calls of `Wait` by all but the privileged, who have as many of their own."""
 WAITS_PER_USER = 8
 AT_ONCE = 4
-"""Calls of clients without privileges that are worked on at a time, each another user's."""
+"""Calls that make work at the same time, each another user's, none of the privileged."""
 PAUSE = 4
-"""After a call, a user's next one begins no sooner than this many times what it took."""
+"""After a call, the user's next one waits for this many times what it took."""
 PAUSE_MAX_SEC = 1.0
 
 _SO_PEERGROUPS = 59  # asm-generic/socket.h; Python has no name for it
@@ -71,14 +71,14 @@ def _supplementary(stream: trio.SocketStream) -> tuple[int, ...]:
     try:
         found = stream.socket.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_MAX * size)
     except OSError:
-        return ()  # in more groups than Python has room for (ERANGE): counted as in none of them
+        return ()  # ERANGE, more groups than there is room for: the user counts as in none of them
     return struct.unpack(f"{len(found) // size}I", found)
 
 
 class Readers:
     """Who may be told everything: the privileged, and the members of GROUP.
 
-    Which number the group has is asked for in a thread: a directory service may not answer. Until it does, only the
+    A thread asks for the number of the group, because a directory service may not answer. Until it does, only the
     privileged are readers.
     """
 
@@ -90,7 +90,7 @@ class Readers:
         return peer.privileged or self.gid in peer.groups
 
     def look_up(self) -> None:
-        """Have the group looked up again: it may have been made, or removed."""
+        """Have the group looked up again: the administrator may have made or removed it."""
         self._asked.set()
 
     async def follow(self) -> None:
@@ -109,44 +109,42 @@ def _gid() -> int | None:
 
 
 class Quota:
-    """How many of something there may be at a time, and whose.
+    """How much of something all users may have at a time, and each of them.
 
     Args:
-        of_all: places of everybody but the privileged, who have as many of their own.
-        per_user: of these, what one user may have.
+        of_all: for all but the privileged, who have as much of their own.
+        per_user: of this, for one user.
     """
 
     def __init__(self, of_all: int, per_user: int) -> None:
         self._of_all = of_all
         self.per_user = per_user
-        self._taken: collections.Counter[int] = collections.Counter()
-        self._privileged = 0
+        self._privileged: collections.Counter[int] = collections.Counter()
+        self._others: collections.Counter[int] = collections.Counter()
 
     @contextlib.contextmanager
-    def one_for(self, peer: Peer) -> Iterator[bool]:
-        """Whether there is a place for this peer, which is then taken for the length of the block."""
-        if peer.privileged:
-            free = self._privileged < self._of_all
-        else:
-            free = self._taken[peer.uid] < self.per_user and self._taken.total() < self._of_all
-        self._count(peer, int(free))
+    def take(self, peer: Peer) -> Iterator[bool]:
+        """Take one for this peer, for the length of the block; False: his quota is used up."""
+        taken = self._privileged if peer.privileged else self._others
+        free = taken.total() < self._of_all and (peer.privileged or taken[peer.uid] < self.per_user)
+        taken[peer.uid] += int(free)
         try:
             yield free
         finally:
-            self._count(peer, -int(free))
-
-    def _count(self, peer: Peer, change: int) -> None:
-        if peer.privileged:
-            self._privileged += change
-        else:
-            self._taken[peer.uid] += change
-            if not self._taken[peer.uid]:
-                del self._taken[peer.uid]
+            taken[peer.uid] -= int(free)
+            if not taken[peer.uid]:
+                del taken[peer.uid]
 
 
 @dataclass(slots=True)
 class _User:
-    """One user's calls: `calls` are at it or wait for it, `free_at` is when the next one may begin."""
+    """One user's calls that make work.
+
+    Attributes:
+        one: held by the call whose turn it is.
+        calls: that one, and those that wait for their turn.
+        free_at: when the next one may begin.
+    """
 
     one: trio.Semaphore = field(default_factory=lambda: trio.Semaphore(1))
     calls: int = 0
@@ -154,7 +152,7 @@ class _User:
 
 
 class Turn:
-    """A call that makes work. `over()` ends that before the block does: from then on it only waits."""
+    """The turn of a call that makes work. A call that only waits from now on ends it early, by `over()`."""
 
     def __init__(self, over: Callable[[], None] = lambda: None) -> None:
         self._over: Callable[[], None] | None = over
@@ -166,7 +164,7 @@ class Turn:
 
 
 class Turns:
-    """Calls that make work: of each user without privileges one at a time, in the order in which they came."""
+    """Calls that make work: one at a time for each user without privileges, in the order in which they came."""
 
     def __init__(self) -> None:
         self._users: dict[int, _User] = {}
@@ -176,7 +174,7 @@ class Turns:
     async def one_for(self, peer: Peer) -> AsyncIterator[Turn]:
         """Waits for the peer's turn, which is over at the end of the block at the latest."""
         if peer.privileged:
-            # Calls that are not answered would otherwise keep the event loop to themselves.
+            # Or calls without a reply (`oneway`) keep the event loop to themselves.
             await trio.lowlevel.checkpoint()
             yield Turn()
             return

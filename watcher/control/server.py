@@ -1,30 +1,27 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The daemon's control socket: Varlink, interface `io.confext.Watcher` (schema.py), under trio.
 
-**What the varlink package does here, and what not.** Its `Service.handle()` is free of any transport, but it calls each
-method as a plain function, and here nearly every answer has to be waited for: a rollback for as long as the service
-reloads, `Wait` for hours. A thread for each call would make it fit, but could not be cancelled when the client goes
-away, and a hundred waiting clients would be a hundred threads. So the package parses the interface description,
-checks parameters against it and answers everything of `org.varlink.service`; the calls of our own interface are
-dispatched here, to an async Backend.
+**What the varlink package does here.** It parses the interface description, checks parameters against it, and answers
+all calls of `org.varlink.service`. It calls each method as a plain function, but nearly every answer here has to wait:
+a rollback for as long as the service reloads, `Wait` for hours. A thread for each call cannot be cancelled when the
+client goes away, and a hundred clients that wait are a hundred threads. So this module dispatches the calls of our own
+interface to an async Backend.
 
-**A client can hurt nobody but itself** (bounds: transport.py, peers.py): a connection is a task of its own, and
-a client that does not take its reply, sends rubbish, or comes back a thousand times is only ever in its own way.
+**A client can hurt nobody but itself** (bounds: transport.py, peers.py). A connection is a task of its own. A client
+that takes no reply, sends rubbish, or comes back a thousand times is only in its own way.
 
-**Strangers are told less** (redact.py): each reply goes through `_Server._encoded()`, and nothing leaves another way.
+**Strangers are told less** (redact.py): each reply goes through `_Server._encoded()` or `_encoded_error()`.
 
-**Going away.** A client that closes its connection during `Wait` ends it. A changing call is finished all the same:
-nobody wants half a rollback.
+**Going away.** A client that closes its connection during `Wait` ends the call. The daemon finishes a changing call
+all the same: nobody wants half a rollback.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,8 +34,7 @@ from watcher.control import peers, redact
 from watcher.control.peers import Peer, Quota, Readers, Turn, Turns
 from watcher.control.transport import Connection, Request, listening
 from watcher.model import Event, shown
-from watcher.records import schema
-from watcher.records.lean import structlog
+from watcher.records import journal, schema
 from watcher.records.schema import (
     ErrorReply,
     Failed,
@@ -55,24 +51,19 @@ HISTORY_MAX = 1000
 REPLY_MAX = 2 * 1024 * 1024
 """Characters of events in one reply; JSON takes up to six bytes for one, and sd-varlink 16 MiB (schema.MESSAGE_MAX)."""
 
-log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
-
 Tell = Callable[[Event], Awaitable[None]]
 
 
 class Backend(Protocol):
-    """What the daemon gives to be controlled by.
+    """What the server asks the daemon for.
 
-    Every method may raise a ErrorReply, which the client gets; anything else is logged as a bug, and the client gets
-    Failed. When the server is stopped, calls in progress are cancelled: what must not be cut short (a swap) belongs
+    Every method may raise an ErrorReply, which the client gets. The server logs any other exception as a bug, and the
+    client gets Failed. When the server stops, it cancels calls in progress: what must not be cut short (a swap) belongs
     into a task of the daemon's own.
     """
 
     async def status(self, service: str | None) -> Sequence[ServiceStatus]:
-        """One service or all. Raises ServiceNotFound.
-
-        Without outputs: those of hundreds of services would not fit into one reply.
-        """
+        """One service or all, without outputs: those of hundreds do not fit into one reply. Raises ServiceNotFound."""
 
     async def history(self, service: str | None, limit: int) -> Sequence[Event]:
         """Outcomes, newest first."""
@@ -83,9 +74,14 @@ class Backend(Protocol):
     async def wait(self, service: str, image: str, tell: Tell, waits: Callable[[], None]) -> Event:
         """The verdict on an image, once there is one; cancelled when the client goes away.
 
-        `tell` what happens to it before; it waits for the client, so it is called from this task and never from the
-        service's round. `waits` is called when the work is done, and all that is left is to wait. `service` and
-        `image` have been through `schema.utf8()`. Raises ServiceNotFound.
+        Args:
+            service, image: after `schema.utf8()`.
+            tell: to call with what happens to the image before. It waits for the client: call it from this task, never
+                from the service's round.
+            waits: to call when the work is done, and all that is left is to wait.
+
+        Raises:
+            ServiceNotFound: no such service.
         """
 
     async def rollback(self, service: str, to: str | None) -> Event:
@@ -107,8 +103,7 @@ async def serve(
 ) -> None:
     """Serves until cancelled: `await nursery.start(serve, backend, directory)` returns when clients can connect.
 
-    The caller makes sure that there is one daemon to a runtime directory: a socket that is already there is
-    taken for a dead one's, and replaced.
+    The caller makes sure that a runtime directory has one daemon: a socket that is already there gets replaced.
 
     Raises:
         OSError: the socket cannot be made.
@@ -122,33 +117,14 @@ async def serve(
             await server.accept(listener, nursery)
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """A call whose parameters are as the interface has them: those that are optional may be missing.
-
-    Attributes:
-        stranger: the client is to be told less; replies are made less anyway (`_Server._encoded()`).
-        waits: called when the work is done, and all that is left is to wait.
-    """
-
-    backend: Backend
-    parameters: dict[str, Any]
-    tell: Tell
-    stranger: bool
-    waits: Callable[[], None]
-
-    def get(self, name: str) -> Any:
-        return self.parameters.get(name)
-
-
 class _Server:
     def __init__(self, backend: Backend, readers: Readers) -> None:
         self._backend = backend
         self._readers = readers
-        self._places = Quota(peers.CONNECTIONS, peers.CONNECTIONS_PER_USER)
-        self._waits = Quota(peers.WAITS, peers.WAITS_PER_USER)
+        self._connections = Quota(peers.CONNECTIONS, peers.CONNECTIONS_PER_USER)
+        self._waiting = Quota(peers.WAITS, peers.WAITS_PER_USER)
         self._turns = Turns()
-        # Of their own: the daemon may have all of trio's threads busy copying images.
+        # Not trio's own: the daemon may have all of them busy copying images.
         self._threads = trio.CapacityLimiter(2)
         self._service = varlink.Service(
             vendor="confext-watcher",
@@ -167,28 +143,30 @@ class _Server:
                 if error.errno not in _EXHAUSTED:
                     raise
                 if not exhausted:
-                    log.warning(f"control socket: no connection can be taken now: {error.strerror}")
+                    journal.log.warning(f"control socket: no connection can be taken now: {error.strerror}")
                 exhausted = True
-                # They wait in the backlog.
+                # The clients wait in the kernel's backlog (listen(2)).
                 await trio.sleep(0.1)
             else:
                 exhausted = False
                 peer = Peer.of(stream)
                 nursery.start_soon(self._converse, stream, peer)
                 if not peer.privileged:
-                    # Who connects without end would otherwise keep the event loop busy, refused or not.
+                    # Or a client that connects without end keeps the event loop busy, refused or not.
                     await trio.sleep(1 / peers.CONNECTS_PER_SEC)
 
     async def _converse(self, stream: trio.SocketStream, peer: Peer) -> None:
         with trio.CancelScope() as scope:
             async with stream:
-                with self._places.one_for(peer) as free:
+                with self._connections.take(peer) as free:
                     try:
                         if not free:
                             raise ValueError("too many connections")
                         await self._answer_calls(Connection(stream, peer, scope))
                     except ValueError as error:
-                        log.debug(f"control socket: connection closed: {error}", uid=peer.uid, pid=peer.pid)
+                        journal.log.debug(
+                            f"control socket: connection closed: {error}", uid=peer.uid, pid=peer.pid
+                        )
 
     async def _answer_calls(self, connection: Connection) -> None:
         while (message := await connection.receive()) is not None:
@@ -212,16 +190,16 @@ class _Server:
         """The reply, whatever happens: no exception leaves here."""
         peer = connection.peer
         try:
-            name, parameters = self._checked(request)
+            name, given = self._checked(request)
             if not request.method.startswith(f"{schema.INTERFACE}."):
                 return b"".join(self._service.handle(request.raw))
-            return await self._encoded(peer, await self._call(connection, request, name, parameters, turn))
+            return await self._encoded(peer, await self._call(connection, request, name, given, turn))
         except varlink.VarlinkError as error:
             return _encode({"error": error.error(), "parameters": error.parameters()})
         except ErrorReply as error:
             return self._encoded_error(peer, error)
-        except Exception:
-            log.exception(f"control socket: {request.method} failed by a mistake in the program")
+        except Exception:  # noqa: BLE001 -- it is logged as a bug, and the client gets Failed
+            journal.log.exception(f"control socket: {request.method} failed by a mistake in the program")
             reason = "a mistake in the program: the watcher's log has the details"
             return self._encoded_error(peer, Failed(reason))
 
@@ -232,7 +210,7 @@ class _Server:
             told = results if self._readers.include(peer) else redact.redacted_results(results)
             return _encode({"parameters": told, **flags})
 
-        # Hundreds of services take a while to write down, which must not hold up the daemon.
+        # Hundreds of services take a while to encode, which must not hold up the daemon.
         return await trio.to_thread.run_sync(encode, limiter=self._threads)
 
     def _encoded_error(self, peer: Peer, error: ErrorReply) -> bytes:
@@ -262,9 +240,10 @@ class _Server:
         return name, checked
 
     async def _call(
-        self, connection: Connection, request: Request, name: str, parameters: dict[str, Any], turn: Turn
+        self, connection: Connection, request: Request, name: str, given: dict[str, Any], turn: Turn
     ) -> dict[str, Any]:
-        peer = connection.peer
+        """What the backend answers, under the names that the interface has for it."""
+        peer, backend = connection.peer, self._backend
         stranger = not self._readers.include(peer)
 
         async def tell(event: Event) -> None:
@@ -275,27 +254,44 @@ class _Server:
         if name in _CHANGING:
             if not peer.privileged:
                 raise NotPermitted(request.method)
-            about = f" {shown(parameters['service'])}" if "service" in parameters else ""
-            log.info(f"{name.lower()}{about}: asked for by uid {peer.uid} (pid {peer.pid})")
-            return await _CHANGING[name](_Call(self._backend, parameters, tell, stranger, turn.over))
-        with contextlib.ExitStack() as held:
-            if request.method == _WAIT and not held.enter_context(self._waits.one_for(peer)):
-                raise TooManyCalls(peer.uid, self._waits.per_user)
-            call = _Call(self._backend, parameters, tell, stranger, turn.over)
-            return {**await _READING[name](call), "redacted": stranger}
+            about = f" {shown(given['service'])}" if "service" in given else ""
+            journal.log.info(f"{name.lower()}{about}: asked for by uid {peer.uid} (pid {peer.pid})")
+        found: dict[str, Any]
+        match name:
+            case "Status":
+                found = {"services": await backend.status(given.get("service"))}
+            case "Plan":
+                found = {"changes": await backend.plan(given.get("service"))}
+            case "History":
+                limit = given.get("limit", HISTORY_DEFAULT)
+                events = await backend.history(given.get("service"), max(0, min(limit, HISTORY_MAX)))
+                found = _fitting(events, limit, stranger)
+            case "Wait":
+                # Whether there is a path may be a secret; its last part is not.
+                image = os.path.basename(given["image"]) if stranger else given["image"]
+                with self._waiting.take(peer) as free:
+                    if not free:
+                        raise TooManyCalls(peer.uid, self._waiting.per_user)
+                    service, image = schema.utf8(given["service"]), schema.utf8(image)
+                    found = {"event": await backend.wait(service, image, tell, turn.over)}
+            case "Rollback":
+                return {"event": await backend.rollback(given["service"], given.get("to"))}
+            case "Forget":
+                return {"forgotten": await backend.forget(given["service"], given.get("digest"))}
+            case "Reload":
+                await backend.reload()
+                return {}
+            case _:
+                raise NotImplementedError(name)
+        return {**found, "redacted": stranger}
 
 
-async def _status(call: _Call) -> dict[str, Any]:
-    return {"services": await call.backend.status(call.get("service"))}
-
-
-async def _history(call: _Call) -> dict[str, Any]:
-    limit = call.parameters.get("limit", HISTORY_DEFAULT)
-    events = await call.backend.history(call.get("service"), max(0, min(limit, HISTORY_MAX)))
+def _fitting(events: Sequence[Event], limit: int, stranger: bool) -> dict[str, Any]:
+    """As many events, newest first, as one reply holds."""
     fitting = []
     room = REPLY_MAX
     for event in events:
-        told = redact.redacted(event) if call.stranger else event
+        told = redact.redacted(event) if stranger else event
         room -= len(told.output) + len(told.reason) + len(told.message) + 1000 + 500 * len(told.layers)
         if room < 0:
             break
@@ -304,35 +300,8 @@ async def _history(call: _Call) -> dict[str, Any]:
     return {"events": fitting, "truncated": cut}
 
 
-async def _plan(call: _Call) -> dict[str, Any]:
-    return {"changes": await call.backend.plan(call.get("service"))}
-
-
-async def _wait(call: _Call) -> dict[str, Any]:
-    service, image = schema.utf8(call.parameters["service"]), schema.utf8(call.parameters["image"])
-    if call.stranger:
-        # Whether there is a path may be a secret; its last part is not.
-        image = os.path.basename(image)
-    return {"event": await call.backend.wait(service, image, call.tell, call.waits)}
-
-
-async def _rollback(call: _Call) -> dict[str, Any]:
-    return {"event": await call.backend.rollback(call.parameters["service"], call.get("to"))}
-
-
-async def _forget(call: _Call) -> dict[str, Any]:
-    return {"forgotten": await call.backend.forget(call.parameters["service"], call.get("digest"))}
-
-
-async def _reload(call: _Call) -> dict[str, Any]:
-    await call.backend.reload()
-    return {}
-
-
 _WAIT = f"{schema.INTERFACE}.Wait"
-_Answer = Callable[[_Call], Awaitable[dict[str, Any]]]
-_READING: dict[str, _Answer] = {"Status": _status, "History": _history, "Plan": _plan, "Wait": _wait}
-_CHANGING: dict[str, _Answer] = {"Rollback": _rollback, "Forget": _forget, "Reload": _reload}
+_CHANGING = ("Rollback", "Forget", "Reload")
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The log: entries with fields for journald, a coloured line for a terminal, logfmt for everything else.
 
-Everything that is logged goes through structlog; a mode is no more than a list of processors and what stands
-at their end. `record()` turns the outcome of a round into an entry, which `units/confext-watcher.catalog`
-explains to the reader.
+All lines go through structlog; a mode is a list of processors and what stands at their end. `record()` turns an outcome
+into an entry, which `units/confext-watcher.catalog` explains to the reader.
 
-The journal is spoken to in its native protocol (systemd.io/JOURNAL_NATIVE_PROTOCOL) and not through standard
-error, because only entries with fields can be asked for: `OBJECT_SYSTEMD_UNIT=` is why `journalctl -u nginx`
-shows what happened to nginx's configuration beside nginx's own lines.
+journald gets its native protocol (systemd.io/JOURNAL_NATIVE_PROTOCOL), not lines on standard error, because journalctl
+finds entries by their fields: for `OBJECT_SYSTEMD_UNIT=`, `journalctl -u nginx` shows what happened to nginx's
+configuration between nginx's own lines.
+
+The logfmt is our own. For structlog's LogfmtRenderer a newline is the same as the two characters "\\n", and an empty
+text the same as None; and it leaves tabs as they are.
 """
 
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import errno
 import fcntl
 import os
@@ -21,11 +24,21 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from types import ModuleType
 from typing import TYPE_CHECKING, Final, Literal, TextIO
 
 from watcher.model import Event, Outcome, Remark, printable, shown
 from watcher.records.backlog import Backlog, wait_for_room
-from watcher.records.lean import structlog
+
+# structlog loads rich where it is installed, for tracebacks that we do not print: 4 MiB, and 80 ms of every start.
+# None in `sys.modules` tells Python that there is no rich. `confext-watcher status` loads it later all the same.
+_modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
+_rich = _modules.setdefault("rich", None)
+
+import structlog  # noqa: E402
+
+if _rich is None:
+    del _modules["rich"]
 
 if TYPE_CHECKING:
     from structlog.typing import EventDict, Processor, WrappedLogger
@@ -35,7 +48,7 @@ Mode = Literal["auto", "console", "logfmt", "journal"]
 JOURNAL_SOCKET: Final = "/run/systemd/journal/socket"
 IDENTIFIER: Final = "confext-watcher"
 
-# One per outcome, never to be reused for anything else; explained in units/confext-watcher.catalog.
+# One for each outcome, for ever; units/confext-watcher.catalog explains them.
 MESSAGE_IDS: Final = {
     Outcome.APPLIED: "9470734ac2744b168fe05de4ec576843",
     Outcome.UNCHANGED: "c57e9c94a42d46d98feb2086dfe7bf67",
@@ -58,11 +71,13 @@ _LEVELS: Final[dict[Outcome, Level]] = {
     Outcome.ROLLED_BACK: "warning",
     Outcome.NEEDS_RESTART: "notice",
 }
+# Of an event: the entry has a message and a time of its own, and the stack by its identity.
+_NO_FIELDS: Final = ("message", "when", "layers")
 _COLOURS: Final = {"critical": "\x1b[1;31m", "error": "\x1b[31m", "warning": "\x1b[33m", "notice": "\x1b[1m"}
 _DIM: Final = "\x1b[2m"
 _PLAIN: Final = "\x1b[0m"
 
-# Seconds. What journald has not taken by so long after the end goes to standard error.
+# Seconds. What journald has not taken so long after the end goes to standard error.
 _LAST_SEC: Final = 0.5
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
@@ -75,7 +90,7 @@ def configure(mode: Mode = "auto", level: str = "info") -> None:
         mode: "journal" for entries with fields; "console" for people and "logfmt" for machines, both on
             standard error. "auto" is the journal if standard error leads there anyway (`$JOURNAL_STREAM`,
             systemd.exec(5)), "console" if it is a terminal, else "logfmt".
-        level: the least important level that is written: "debug", "info", "warning", "error" or "critical".
+        level: the least important one to write: "debug", "info", "warning", "error" or "critical".
     """
     if mode == "auto":
         mode = _detect(sys.stderr)
@@ -101,7 +116,7 @@ def configure(mode: Mode = "auto", level: str = "info") -> None:
 
 
 def say(remark: Remark) -> None:
-    """Write the line of something that was seen while looking."""
+    """Write the line of a remark."""
     getattr(log, remark.level)(f"{shown(remark.path)}: {remark.text}")
 
 
@@ -112,23 +127,13 @@ def record(event: Event, level: Level | None = None) -> None:
         event: what happened; its `message` is the sentence that is shown.
         level: instead of the outcome's own ("critical" for a rollback that failed too).
     """
-    fields = {
-        "service": event.service,
-        "outcome": event.outcome.value,
-        "stack": event.stack,
-        "previous": event.previous,
-        "image": event.image,
-        "version": event.version,
-        "digest": event.digest,
-        "source": event.source,
-        "reason": event.reason,
-        "output": event.output,
-        "swap_usec": event.swap_usec,
-        "total_usec": event.total_usec,
+    fields = {field.name: getattr(event, field.name) for field in dataclasses.fields(event)}
+    fields["outcome"] = event.outcome.value
+    present = {
+        name: value for name, value in fields.items() if name not in _NO_FIELDS and value not in ("", None)
     }
-    present = {name: value for name, value in fields.items() if value not in ("", None)}
     chosen = level or _LEVELS[event.outcome]
-    # structlog knows no "notice": the processor `_level` puts it back.
+    # structlog has no "notice": the processor `_level` puts it back.
     write = log.info if chosen == "notice" else getattr(log, chosen)
     write(event.message, message_id=MESSAGE_IDS[event.outcome], notice=chosen == "notice", **present)
 
@@ -143,7 +148,7 @@ def _detect(stream: TextIO) -> Mode:
 
 
 def leads_to_journal(stream: TextIO, journal_stream: str) -> bool:
-    """Whether `stream` is the one that `$JOURNAL_STREAM` ("DEVICE:INODE") means: a child may have another."""
+    """Whether `stream` is the one that `$JOURNAL_STREAM` ("DEVICE:INODE") names: a child may have another."""
     try:
         stat = os.fstat(stream.fileno())
     except (OSError, ValueError):
@@ -165,10 +170,10 @@ def _level(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
 
 
 def _printable(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """Make every text harmless: names of files and output of programs come from anywhere."""
+    """Make every text harmless: anybody may have chosen the name of a file, or the output of a program."""
     for key, value in event.items():
         if isinstance(value, str | bytes):
-            # What is said is one line: nobody's name of a file may look like another.
+            # A message is one line, so that no name of a file can look like another message.
             event[key] = printable(os.fsdecode(value), keep="" if key == "event" else "\n\t")
     return event
 
@@ -184,7 +189,7 @@ class _Console:
         message = str(event.pop("event"))
         exception = event.pop("exception", None)
         output = event.pop("output", "")
-        # The sentence of an outcome says all of its fields already.
+        # The message of an outcome says all of its fields already.
         extra = {} if event.pop("message_id", None) else event
         line = self._paint(_COLOURS.get(level, ""), message)
         if extra:
@@ -220,7 +225,7 @@ def _quoted(value: object) -> str:
 
 
 def _render_journal(_logger: WrappedLogger, _method: str, event: EventDict) -> bytes:
-    """One entry in the native protocol; `service` and `message_id` go by the names that journald knows."""
+    """One entry in the native protocol; `service` and `message_id` get the names that journald knows."""
     message = str(event.pop("event"))
     if exception := event.pop("exception", None):
         message += f"\n{exception}"
@@ -240,9 +245,8 @@ def _render_journal(_logger: WrappedLogger, _method: str, event: EventDict) -> b
 def serialize(fields: Iterable[tuple[str, object]]) -> bytes:
     """Fields as a native-protocol entry.
 
-    A value with a newline goes as name, newline, 64-bit little-endian length, value, newline; any other as
-    NAME=value, newline.
-    Field names: upper case letters, digits and underscores, no digit or underscore first, 64 at most.
+    A value with a newline goes as name, newline, 64-bit little-endian length, value, newline; any other as NAME=value,
+    newline. A name has upper case letters, digits and underscores, no digit or underscore first, 64 at most.
     """
     entry = bytearray()
     for name, value in fields:
@@ -256,7 +260,7 @@ def serialize(fields: Iterable[tuple[str, object]]) -> bytes:
 
 
 class _Journal:
-    """The end of the line in journal mode: sends what the last processor rendered. Usable from any thread."""
+    """structlog's logger in journal mode: sends what the last processor rendered. Usable from any thread."""
 
     def __init__(self, path: str = JOURNAL_SOCKET) -> None:
         self._path = path
@@ -287,7 +291,7 @@ class _Journal:
         try:
             self._send_once(entry)
         except (ConnectionRefusedError, ConnectionResetError, BrokenPipeError, FileNotFoundError):
-            # The socket unit was restarted: our end leads nowhere. A fresh one may lead somewhere.
+            # systemd restarted the socket unit, and our end leads nowhere. A new one may lead to journald.
             self._disconnect()
             self._send_once(entry)
 
@@ -313,7 +317,7 @@ class _Journal:
 
 
 def _to_standard_error(entry: bytes, error: OSError) -> None:
-    """Nothing is lost in silence: without journald it is standard error, wherever that leads."""
+    """Standard error, wherever that leads, gets what journald did not take: no entry is lost in silence."""
     text = entry.decode("utf-8", "backslashreplace").replace("\n", " ")
     print(f"journald did not take an entry ({error}): {text}", file=sys.stderr, flush=True)
 
@@ -326,7 +330,7 @@ def _lost(count: int) -> bytes:
 
 
 def _send_sealed(sock: socket.socket, entry: bytes) -> None:
-    """Send an entry that no datagram holds: as a memfd, sealed so that journald may map it without fear."""
+    """Send an entry that no datagram holds: as a memfd, sealed, so that it cannot change while journald reads it."""
     fd = os.memfd_create("journal-entry", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         with open(fd, "wb", closefd=False) as file:
