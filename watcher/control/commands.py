@@ -12,7 +12,7 @@ import trio
 
 from watcher.control import status
 from watcher.control.server import Tell
-from watcher.control.waits import EventByImage, Waits, names
+from watcher.control.waits import EventByImage, Waits, image_names
 from watcher.images import tries
 from watcher.managers.base import Service
 from watcher.model import Event, Layer, Outcome, Remark, Stack, Unsafe
@@ -242,8 +242,8 @@ class Commands:
         history = self._tools.ledger.history(service.name, 100)
         trial = self._tools.trials.of(service.name)
         on_trial = now.state == "running" and trial is not None and trial.stack == now.stack and not trial.bad
-        shown = {name: layer for layer in reversed(now.layers) for name in _names(layer.source)}
-        newest = {name: event for event in reversed(history) for name in _names(event.source)}
+        shown = {name: layer for layer in reversed(now.layers) for name in image_names(layer.source)}
+        newest = {name: event for event in reversed(history) for name in image_names(event.source)}
         verdicts: dict[str, Event | None] = {}
         for image in images:
             name = tries.plain(image)
@@ -294,10 +294,6 @@ def _target(service: str, stacks: Sequence[Stack], to: str | None, kept_out: Map
     if len(found) != 1:
         raise NoSuchStack(service, to)
     return found[0]
-
-
-def _names(source: str) -> tuple[str, ...]:
-    return names(source) if source else ()
 
 
 def _applied(service: str, now: ServiceStatus, layer: Layer, history: Sequence[Event]) -> Event:
