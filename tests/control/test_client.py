@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# What it gets from the daemon is in test_server.py; here are those that only look like the daemon.
+"""The client, and servers that only look like the daemon; see test_server.py for the daemon's own."""
+
 from __future__ import annotations
 
 import contextlib

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# What clients do to it over real sockets is in test_server.py.
+"""Quotas; see test_server.py and test_strangers.py for what clients do over real sockets."""
+
 from __future__ import annotations
 
 import contextlib

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# What strangers get over a real socket is in test_strangers.py.
+"""What is public of each answer; see test_strangers.py for what strangers get over a real socket."""
+
 from __future__ import annotations
 
 import dataclasses

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
+"""The control socket (control/transport.py), its clients and its answers; the daemon behind it is a fake."""
+
 from __future__ import annotations
 
 import contextlib

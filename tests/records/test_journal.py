@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a log line looks like in each mode, and what goes over journald's socket."""
+"""What a log line looks like in each mode, and what goes over journald's socket (records/backlog.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
+"""The ledger, and its file (records/database.py): what a kill, a full disk or damage leaves of it."""
+
 from __future__ import annotations
 
 import collections

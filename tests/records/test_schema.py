@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
+"""The interface description, the data classes and the errors agree, and all of them survive JSON."""
+
 from __future__ import annotations
 
 import dataclasses

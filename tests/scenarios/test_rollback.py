@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Services without systemd: a stack that a service does not take well goes away again, and stays away."""
+"""Services without systemd: a stack that a service does not take well goes away again, and stays away.
+
+By itself or by hand: what `plan`, `wait` and `rollback` do is control/commands.py.
+"""
 
 from __future__ import annotations
 

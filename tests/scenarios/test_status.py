@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`confext-watcher status` and `check` (images/image_check.py): the truth, without asking anybody."""
+"""`confext-watcher status` (control/status.py) and `check` (images/image_check.py): the truth, without the daemon."""
 
 from __future__ import annotations
 

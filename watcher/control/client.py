@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The other end of the control socket, for the command line: blocking, standard library only, so that it starts fast.
+"""The client of the control socket, for the command line: blocking, and standard library only, to start fast.
 
     with Client(runtime_directory, timeout=30) as client:
         event = client.rollback("nginx.service")
 
-Each failure is an exception whose `str()` is one line for a person and whose `exit_code` is the command line's: those
-that the daemon answers with are in schema.py (ServiceNotFound, NoSuchStack, NotPermitted, TooManyCalls, Failed), those
-of the way there are here.
+Each failure is a CallError: `str()` is one line for a person, `exit_code` the command line's exit status. The errors of
+the interface are in schema.py, those of the connection here.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ class NotRunning(CallError):
 
 
 class TimedOut(CallError):
-    """There was no answer in time; what was asked for may go on."""
+    """There was no answer in time; the daemon may go on with what it was asked for."""
 
     exit_code = ExitStatus.TIMED_OUT
 
 
 class Disconnected(CallError):
-    """The daemon went away, or did not want us, before it had answered."""
+    """The daemon closed the connection, or refused it, before it answered."""
 
 
 class Client:
@@ -46,10 +45,10 @@ class Client:
 
     Args:
         runtime_directory: where the socket is.
-        timeout: seconds for all that is done with it, None to wait for ever.
+        timeout: seconds for all calls together, None to wait for ever.
 
     Attributes:
-        redacted: the last answer has outcomes only, because this user is not told reasons, paths and outputs.
+        redacted: the last answer had outcomes only, because this user is not told reasons, paths and outputs.
 
     Raises:
         NotRunning: there is no daemon.
@@ -129,7 +128,7 @@ class Client:
         where = shown(str(self._path))
         left = self._left()
         if left is not None:
-            # Not by settimeout(): a socket that does not block fails at once while the backlog is full (connect(2)).
+            # Not settimeout(): it makes the socket nonblocking, and then a full backlog is an error (connect(2)).
             seconds, fraction = divmod(left, 1)
             limit = struct.pack("ll", int(seconds), max(1, int(fraction * 1e6)))
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
@@ -167,7 +166,7 @@ class Client:
         except TimeoutError:
             raise TimedOut("timed out: confext-watcher does not take the call")
         except ConnectionError:
-            # It may have said why before it went; reading will tell.
+            # The daemon may have said why before it closed: the next read tells.
             pass
 
     def _receive(self) -> dict[str, Any]:

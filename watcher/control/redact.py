@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What strangers are told, at one place: each answer of the control socket goes through `redacted()`.
+"""What strangers are told: each answer of the control socket goes through here.
 
-A stranger is everybody but root, the user that the watcher runs as, and the members of the group `confext-watcher`
-(peers.py). Strangers are told outcomes, names, versions and digests. These stand in the mount table of the service as
-well, which everybody may read (proc_pid_mountinfo(5)). They are not told
+Strangers are all users but root, the user that the watcher runs as, and the members of the group `confext-watcher`
+(peers.py). The watcher tells them outcomes, names, versions and digests, which all users can read in the mount table of
+the service as well (proc_pid_mountinfo(5)). It does not tell them
 
 - what commands have printed, which may be a password: outputs, and the reasons and messages that quote them;
 - which paths there are, also in directories that they cannot read: sources, remarks, and again reasons and messages.
 
-A field is private until it is named here. What is private is there all the same, and empty: readers of the JSON find
-every key. An event's message is a shorter sentence, made of what is public.
+A field is private until this module names it. A private field is empty, so that readers of the JSON find every key. An
+event's message is a shorter sentence, made of public fields.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ PUBLIC: dict[type, frozenset[str]] = {
             "quarantined",
         }
     ),
-    # Its remarks are about what lies in directories: not even how many there are is told.
+    # Its remarks are about what lies in directories: even their number is private.
     PlannedChange: frozenset(
         {"service", "changes", "stack", "wanted", "layers", "wanted_layers", "reload"},
     ),
@@ -56,12 +56,12 @@ PUBLIC: dict[type, frozenset[str]] = {
 """The fields of each answer that strangers are told. A remark has none."""
 
 PUBLIC_RESULTS = frozenset({"services", "events", "truncated", "changes", "event", "redacted"})
-"""The results of methods that strangers are told, in as far as their types are public."""
+"""The results of methods that strangers are told; of each, what is public of its type."""
 
 PUBLIC_ERRORS: frozenset[type[ErrorReply]] = frozenset(
     {ServiceNotFound, NoSuchStack, NotPermitted, TooManyCalls}
 )
-"""The errors whose parameters strangers are told: they repeat what was asked."""
+"""The errors whose parameters strangers are told: these repeat what the stranger asked."""
 
 
 def redacted(value: Any) -> Any:

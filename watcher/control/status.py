@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a service runs on: the truth, read from the kernel. With the daemon or without it."""
+"""What a service runs on, as the kernel's mount table has it; with the daemon or without it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def without_daemon(settings: Settings, service: str | None = None) -> list[Servi
     """The services, or one of them, without asking the daemon.
 
     Raises:
-        ServiceNotFound: nobody has ever started it here.
+        ServiceNotFound: it was never started here.
         PermissionError: this user may not look at its process.
         LedgerError: the history is there and cannot be read.
     """
@@ -101,10 +101,12 @@ def of_service(
     quarantined: Sequence[Quarantined],
     placed: Callable[[str, str], int | None],
 ) -> ServiceStatus:
-    """One service: `main` is its main process, None if it does not run; the rest comes from the ledger.
+    """One service.
 
     Args:
-        placed: when a service was last given a stack, by their names; None: not known.
+        main: its main process, None if it does not run.
+        last, pinned, quarantined, placed: what the ledger knows; `placed(service, stack)` is when the service last got
+            the stack, None where that is not known.
     """
     kept = _kept(state_directory, slots_of(name, manager))
     stacks = [accepted.stack for accepted in kept]
@@ -127,7 +129,7 @@ def of_service(
         return status
     layers = shown_layers(mounted, stacks)
     stack = Stack(layers).id
-    # `exec` starts a service on its stack, and writes no history.
+    # `exec` writes no history when it starts a service on a stack: then the time of acceptance counts.
     accepted = (one.when for one in kept if one.stack.id == stack)
     since = placed(name, stack) or next(accepted, None)
     return replace(status, state="running", pid=main.pid, stack=stack, layers=layers, since=since)
@@ -136,8 +138,8 @@ def of_service(
 def shown_layers(mounted: Mounted, stacks: Sequence[Stack]) -> tuple[Layer, ...]:
     """The layers that a mount table shows, bottom to top.
 
-    A stack that systemd mounted does not say what it is: the service was started on its slots, which is the first of
-    the accepted stacks.
+    A stack that systemd mounted has no names in it. Then the service was started on its slots, which are the newest
+    accepted stack.
     """
     if mounted.layers is None:
         return stacks[0].layers if stacks else ()
@@ -145,9 +147,9 @@ def shown_layers(mounted: Mounted, stacks: Sequence[Stack]) -> tuple[Layer, ...]
 
 
 def _kept(state_directory: str, slots: str) -> list[Accepted]:
-    """The accepted stacks kept under a name, newest first: they know the whole names of what the kernel shows cut."""
+    """The accepted stacks kept under a name, newest first. They have the whole names, which the mount table cuts."""
     if not os.path.isdir(f"{state_directory}/stacks"):
-        return []  # and none is made: this may be a user who only looks
+        return []  # Stacks() would make the directory, and this user may only look
     with contextlib.suppress(Damaged):
         return list(Stacks(state_directory).history(slots))
     return []

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Varlink's transport for the control socket: calls in and replies out, all of it bounded. Who is there: peers.py.
+"""Varlink's transport for the control socket: calls in and replies out, with a bound for each. Who is there: peers.py.
 
-A message is JSON and a NUL (varlink.org, "Method Call"). There is no queue to bound: a connection is one task that
-reads one call and sends its replies before it reads the next; what a client sends meanwhile waits in the kernel's
-buffer. Being idle is fine, and costs a descriptor.
+A message is JSON and a NUL (varlink.org, "Method Call"). A connection is one task, which reads one call and sends its
+replies before it reads the next. So no queue needs a bound: what a client sends meanwhile waits in the kernel's buffer.
+A connection may be idle; it costs a descriptor.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SEND_SEC = 30
 
 @contextlib.contextmanager
 def listening(directory: Path, name: str) -> Iterator[socket.socket]:
-    """The socket at its name, already listening and open to everybody when the name appears; removed at the end."""
+    """The socket: when its name appears, it listens already, and every user may connect. Removed at the end."""
     temporary = f".{name}.{os.getpid()}"
     with contextlib.ExitStack() as stack:
         # By way of the directory's descriptor: an address has room for 108 bytes (unix(7)), a path may be longer.
@@ -56,7 +56,7 @@ def _unlink(name: str, directory: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One call as it came; `parameters` not yet checked."""
+    """One call; its `parameters` are not checked yet."""
 
     method: str
     parameters: dict[str, Any]
@@ -68,7 +68,7 @@ class Request:
     def parse(raw: bytes) -> Request:
         """Raises ValueError: not a Varlink call."""
         try:
-            # Not the bytes: json.loads() would take UTF-16 and lone surrogates as well.
+            # A string, because json.loads() takes bytes that are UTF-16, or lone surrogates, as well.
             message = json.loads(raw.decode(), parse_constant=_no_constant, object_pairs_hook=_object)
         except RecursionError:
             raise ValueError("nested too deeply")
@@ -96,7 +96,7 @@ def _no_constant(name: str) -> None:
 
 
 class Connection:
-    """One client: bytes in, bytes out. `scope` ends it."""
+    """One client; cancelling `scope` ends the connection."""
 
     def __init__(self, stream: trio.SocketStream, peer: Peer, scope: trio.CancelScope) -> None:
         self.peer = peer
@@ -123,7 +123,7 @@ class Connection:
         return message
 
     async def send(self, message: bytes) -> None:
-        """Sends one reply. Where the client is gone, or does not take it, the connection is over."""
+        """Sends one reply. If the client is gone, or does not take it, the connection ends."""
         try:
             with trio.fail_after(SEND_SEC):
                 await self._stream.send_all(message + b"\0")
@@ -134,11 +134,11 @@ class Connection:
     async def end_when_hung_up(self) -> None:
         """Ends the connection when the client has closed its socket.
 
-        Found without reading, because calls may lie before the end; and a client that has shut down only its writing
-        side (`socat`) is still there.
+        Reading does not tell: more calls may lie before the end, and a client that has shut down only its writing side
+        (`socat`) is still there.
         """
         with select.epoll(1) as hangups:
-            # No events asked for: EPOLLHUP is always told (epoll_ctl(2)).
+            # No events: the kernel reports EPOLLHUP always (epoll_ctl(2)).
             hangups.register(self._stream.socket, 0)
             await trio.lowlevel.wait_readable(hangups.fileno())
         self.scope.cancel()

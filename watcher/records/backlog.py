@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Messages to a socket whose other end may be slow, without waiting for it.
+"""Messages to a socket whose other end may be slow: the sender never waits.
 
-What cannot be sent at once is kept, in its order, and a thread sends it as soon as there is room. The backlog has a
-bound; what is too much is counted, and the count is the next message: nothing is lost in silence.
+A backlog keeps what the socket does not take at once, in its order, and a thread sends it as soon as there is room. The
+backlog has a bound. It counts what is beyond, and sends the count as a message: no message is lost in silence.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ MESSAGES_MAX = 1000
 
 
 def wait_for_room(sock: socket.socket) -> None:
-    """Wait until a connected socket takes another message; a second at most, for it may be another socket by then."""
+    """Wait until a connected socket takes another message, for a second at most: then there may be a new socket."""
     poll = select.poll()
     poll.register(sock, select.POLLOUT)
     poll.poll(1000)
 
 
 class Backlog:
-    """One per socket; usable from any thread.
+    """The messages of one socket; usable from any thread.
 
     Args:
-        send: sends a message now; raises BlockingIOError when there is no room, OSError if it will not be taken.
+        send: sends a message now; raises BlockingIOError when there is no room, OSError if the socket refuses it.
         wait: waits until there is room, or for a moment; see `wait_for_room()`.
-        refused: told what was not taken, and why.
-        lost: the message that says that so many did not fit.
+        refused: gets each message that the socket refuses, and why.
+        lost: makes the message that says how many did not fit.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Backlog:
                 self._thread.start()
 
     def flush(self, seconds: float) -> list[bytes]:
-        """Wait for what was put, not longer than that; what is still left, and is sent no more."""
+        """Wait until all is sent, for so long at most; returns what is left, which is sent no more."""
         deadline = time.monotonic() + seconds
         thread = self._thread
         if thread is not None:
@@ -88,7 +88,7 @@ class Backlog:
             try:
                 self._wait()
             except OSError:
-                time.sleep(1)  # nobody is there any more: sending says so
+                time.sleep(1)  # the other end is gone: the next send says so
 
     def _sent(self, message: bytes) -> bool:
         try:

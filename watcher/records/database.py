@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Opening the ledger's SQLite file: to write, to read where nothing may be written, and what to do when it is broken.
+"""Opens the ledger's SQLite file, to write or to read only, and says when it is broken.
 
-**Rollback journal, not WAL.** The command line reads the ledger without the daemon and without being able to write
-anything. A WAL database cannot be read so: its `-shm` file has to be there or to be made (sqlite.org/wal.html,
-"Read-Only Databases"). A database with a rollback journal needs a read lock and nothing else. The price is that a
-reader holds up the writer for the milliseconds that it reads, which is bearable: each answer is fetched whole before
-anybody prints it, and nobody but the file's owner can open it, mode 0600. A read lock is had by whoever can read, and
-keeps every commit waiting for as long as he likes; all others ask the daemon.
+**Rollback journal, not WAL.** The command line reads the ledger without the daemon, and may not be able to write
+anything. So it cannot read a WAL database: the `-shm` file has to be there, or the reader makes it
+(sqlite.org/wal.html, "Read-Only Databases"). With a rollback journal it needs a read lock and nothing else. The price:
+while a reader reads, no commit ends. So a reader fetches each answer whole, before it prints anything. And only the
+owner can open the file, mode 0600: a user who can read it could hold a read lock for as long as he likes. All others
+ask the daemon.
 
-One case is left: a writer that was killed between its first write to the database and the end of its commit. Then the
-journal must be played back first, which a reader may not do, so it does that with a copy (SQLITE_READONLY_ROLLBACK).
+One case is left: a writer that was killed between its first write to the database and the end of its commit. The next
+one plays the journal back first. A reader may not write, so it plays it back in a copy (SQLITE_READONLY_ROLLBACK).
 
-`journal_mode=TRUNCATE` with `synchronous=FULL` makes a commit durable without the journal's name coming and going.
+`journal_mode=TRUNCATE` with `synchronous=FULL` makes a commit durable, and keeps the name of the journal in place.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Format:
     """What the file should be.
 
     Attributes:
-        application: PRAGMA application_id, which tells our files from any others.
+        application: PRAGMA application_id, which tells our files from all others.
         version: PRAGMA user_version.
         tables: the statements that make an empty one.
     """
@@ -46,7 +46,7 @@ class Format:
 
 
 class Unusable(Exception):
-    """This file will not do, now or later: it is to be set aside with `suffix`. `str()` says what is wrong with it."""
+    """This file will never do: set it aside with `suffix`. `str()` says what is wrong with it."""
 
     def __init__(self, suffix: str, why: str) -> None:
         super().__init__(why)
@@ -54,7 +54,7 @@ class Unusable(Exception):
 
 
 def open_to_write(path: Path, form: Format) -> sqlite3.Connection:
-    """Opens the file, or makes it, its owner's alone; plays the journal back that a killed writer left.
+    """Opens the file, or makes it, mode 0600. SQLite plays back the journal of a writer that was killed.
 
     Raises:
         Unusable: corrupt, unreadable, not ours, or from a newer version.
@@ -64,7 +64,7 @@ def open_to_write(path: Path, form: Format) -> sqlite3.Connection:
     db: sqlite3.Connection | None = None
     try:
         db = _connect(path, "rw")
-        # What an idle daemon holds: 256 KiB at most.
+        # KiB, which an idle daemon keeps.
         db.execute("PRAGMA cache_size = -256")
         db.execute("PRAGMA synchronous = FULL")
         _check(db, form)
@@ -101,7 +101,7 @@ def open_to_read(path: Path, form: Format) -> sqlite3.Connection:
             db = _played_back(path)
             _check_version(db, form)
         if _is_empty(db):
-            # Made, and killed before its tables were: nothing is in it.
+            # Its writer was killed before it made the tables.
             db.close()
             db = sqlite3.connect(":memory:", isolation_level=None)
             db.executescript(form.tables)
@@ -112,10 +112,10 @@ def open_to_read(path: Path, form: Format) -> sqlite3.Connection:
 
 
 def set_aside(path: Path, suffix: str) -> Path:
-    """Renames the file, and its journal, which must never meet another database; returns the new path."""
+    """Renames the file and its journal, which must never meet another database; returns the new path."""
     moment = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     aside = path.with_name(f"{path.name}.{suffix}-{moment}-{time.time_ns() % 1_000_000_000:09d}")
-    # The journal first: killed in between, what is left is a broken file without one, to be set aside as well.
+    # The journal first: if the daemon is killed in between, the next one sets a file without a journal aside.
     if os.path.lexists(_journal(path)):
         _journal(path).rename(_journal(aside))
     path.rename(aside)
@@ -123,13 +123,13 @@ def set_aside(path: Path, suffix: str) -> Path:
 
 
 def is_lost(error: sqlite3.Error) -> bool:
-    """Whether the open file is broken, or no longer the one at its path: opening it anew will help."""
+    """Whether the open file is broken, or another one is at its path by now: opening it anew helps."""
     return _is_broken(error) or _code(error) == sqlite3.SQLITE_READONLY_DBMOVED
 
 
 def _make(path: Path) -> None:
-    # Not by SQLite, which would make it 0644: what a check printed may tell what an image holds. SQLite gives the
-    # journal the mode of its database.
+    # SQLite itself would make it 0644, and what a check printed may tell what an image holds. SQLite gives the journal
+    # the mode of its database.
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     except FileExistsError:
@@ -174,7 +174,7 @@ def _is_empty(db: sqlite3.Connection) -> bool:
 
 
 def _complain(path: Path, error: sqlite3.Error) -> None:
-    """Raises Unusable where waiting or trying again would not help."""
+    """Raises Unusable where it does not help to try again."""
     if _is_broken(error):
         raise Unusable("corrupt", f"corrupt ({error})") from error
     if _code(error) == sqlite3.SQLITE_CANTOPEN and not os.access(path, os.R_OK):
@@ -182,7 +182,7 @@ def _complain(path: Path, error: sqlite3.Error) -> None:
 
 
 def _code(error: sqlite3.Error) -> int:
-    # Errors that Python's module finds by itself (text that is not UTF-8) have none.
+    # Errors that Python's module finds itself (text that is not UTF-8) have none.
     return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
 
 
@@ -203,7 +203,7 @@ def _played_back(path: Path) -> sqlite3.Connection:
         except FileNotFoundError:
             unchanged = False
         if not unchanged:
-            # A daemon has started meanwhile, and has played it back for good.
+            # A daemon has started meanwhile, and has played the journal back.
             return _connect(path, "ro")
         with contextlib.closing(_connect(Path(directory, path.name), "rw")) as copy:
             db = sqlite3.connect(":memory:", isolation_level=None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Files and trees that are ours alone, where nobody else can reach them: bring them to the disk, remove one."""
+"""Directories of our own, and the files and trees in them, which no other user can reach: make, sync, remove."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from contextlib import closing
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
-# At most so many threads, and one for so many entries.
+# Of threads, and of entries for each thread.
 _THREADS = 16
 _ENTRIES = 8
 
 
 def make(path: str, mode: int = 0o755) -> None:
-    """Make a directory of ours, with those above it; one that is there is ours if nobody else can change it.
+    """Make a directory of ours, with those above it; one that is there will do if no other user can change it.
 
     Raises:
-        PermissionError: somebody else can.
+        PermissionError: another user can.
         OSError: it cannot be made.
     """
     os.makedirs(path, mode, exist_ok=True)
@@ -36,17 +36,17 @@ def make(path: str, mode: int = 0o755) -> None:
 
 
 def sync(root: int, entries: int) -> None:
-    """Bring everything below `root`, of about `entries` files and directories, to the disk; `root` included."""
+    """fsync(2) of `root` and of all below it, about `entries` files and directories."""
     _bring(_descriptors(root), min(_THREADS, entries // _ENTRIES))
 
 
 def bring(*paths: str) -> None:
-    """Bring files and the entries of directories to the disk; for what is below them, see `sync()`.
+    """fsync(2) of files and directories; a directory's gets its entries on the disk, not what they name.
 
     Raises:
         OSError: one is not on the disk, or not known to be.
     """
-    # Two threads beside this one for half a dozen: more cost the processor, and save nothing.
+    # Two more threads for half a dozen paths: others cost the processor, and save nothing.
     _bring(_opened(paths), min(_THREADS, len(paths) // 2))
 
 
@@ -58,8 +58,8 @@ def _opened(paths: Sequence[str]) -> Generator[int, None, None]:
 def _bring(descriptors: Generator[int, None, None], helpers: int) -> None:
     """fsync(2) and close each descriptor.
 
-    Each fsync waits for the disk's cache to be flushed, and the kernel makes one flush for those that wait at the same
-    time: sixteen threads are several times as fast as one.
+    An fsync waits for a flush of the disk's cache. The kernel makes one flush for all that wait at the same time. So
+    sixteen threads are several times as fast as one.
     """
     taking = threading.Lock()
     errors: list[OSError] = []
@@ -85,7 +85,7 @@ def _bring(descriptors: Generator[int, None, None], helpers: int) -> None:
             try:
                 thread.start()
             except RuntimeError:
-                break  # no more threads to be had: fewer will do
+                break  # the limit of threads: fewer will do
             started.append(thread)
         work()
         for thread in started:
@@ -95,7 +95,7 @@ def _bring(descriptors: Generator[int, None, None], helpers: int) -> None:
 
 
 def _descriptors(root: int) -> Generator[int, None, None]:
-    """One for each file and directory, to be closed by whoever takes it."""
+    """One for each file and directory; the caller closes it."""
     for name in os.listdir(root):
         mode = os.stat(name, dir_fd=root, follow_symlinks=False).st_mode
         if stat.S_ISREG(mode):
@@ -110,7 +110,7 @@ def _descriptors(root: int) -> Generator[int, None, None]:
 
 
 def remove(name: str, parent: int) -> None:
-    """Remove the tree (or file) `name` of the directory `parent`; what is gone already is no error."""
+    """Remove the tree (or file) `name` of the directory `parent`, if it is there."""
     try:
         os.unlink(name, dir_fd=parent)
         return
@@ -119,7 +119,7 @@ def remove(name: str, parent: int) -> None:
     except OSError as error:
         if error.errno not in (errno.EISDIR, errno.EPERM):
             raise
-    # Without root, a directory's own mode may forbid to empty it. Nobody else can reach it: this is our copy.
+    # A directory's own mode may forbid its owner to empty it. No other user can reach this copy meanwhile.
     os.chmod(name, 0o700, dir_fd=parent)
     fd = os.open(name, _DIRECTORY, dir_fd=parent)
     try:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is said over the control socket and printed by `--json`: one schema, in one place.
+"""What the control socket says and `--json` prints: one schema.
 
 Three things that must agree stand side by side here: the interface description that `varlinkctl introspect` shows, the
-data classes of the answers, and the errors. `to_dict()` makes the JSON object of any of them, with Varlink's spelling
-(`swap_usec` becomes `swapUSec`) and every key always present, `null` where there is no value; `from_dict()` is the way
-back, and passes over keys that a newer daemon has added. Standard library only: the command line starts with this.
+data classes of the answers, and the errors. `to_dict()` makes the JSON of any of them: with Varlink's spelling
+(`swap_usec` becomes `swapUSec`) and with all keys, `null` where there is no value. `from_dict()` is the way back, and
+passes over keys that a newer daemon has added. Standard library only: the command line starts with this.
 
-Field names and types only ever get added to; a reader may rely on all that is here.
+A new version may add fields and types. It never takes one away: a reader may rely on all that is here.
 """
 
 from __future__ import annotations
