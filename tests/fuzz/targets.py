@@ -27,7 +27,7 @@ from watcher.control import server, show, transport
 from watcher.control.client import Client
 from watcher.images import stacks, tries
 from watcher.images.formats import erofs
-from watcher.images.formats.base import HEAD, ImageFile
+from watcher.images.formats.base import HEAD
 from watcher.images.formats.probe import probe
 from watcher.managers import cgroup
 from watcher.managers import registration as registrations
@@ -120,7 +120,7 @@ def superblock(data: bytes) -> None:
             with only(Refused):
                 found = probe(fd, len(content))
                 assert found.name in ("squashfs", "erofs")
-                used = found.complete(ImageFile(fd, len(content), content[:HEAD]))
+                used = found.complete(content[:HEAD], len(content))
                 assert 96 <= used <= len(content)
         finally:
             os.close(fd)

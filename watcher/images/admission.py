@@ -4,7 +4,7 @@
 The path is looked up once, and each step of it judged on the way (`strict_modes.py`). Links are followed: they are how
 people deploy. From then on everything happens to the file that was found.
 
-Each content is read once, whoever wants it. Its verdict, good or bad, is remembered by what `stat` says of it, and its
+Each content is read once for all services. Its verdict, good or bad, is remembered by what `stat` says of it, and its
 release files by its digest. What depends on the service (its root's os-release, the file's name) is asked each time;
 that costs microseconds.
 """
@@ -23,6 +23,7 @@ from typing import Protocol
 
 from watcher.images import tree
 from watcher.images.extension import NoRelease, Release, read_release
+from watcher.images.files import stat_key
 from watcher.images.formats.probe import probe
 from watcher.images.marks import require_no_marks
 from watcher.images.store import Store
@@ -142,14 +143,14 @@ class Admission:
 
         Raises:
             Refused, Incomplete: it will not do; `str()` says what is wrong, to go behind its path.
-            Busy: somebody is writing to it.
+            Busy: another process is writing to it.
             Later: something is missing here, not in the image.
         """
 
         def judge(copy: Copy) -> None:
             try:
                 found = self._release(copy)
-                # A directory comes file by file, and nobody says when that ends.
+                # A directory comes file by file: the release file may be still to come.
                 if not found[0] and candidate.kind is Kind.DIRECTORY:
                     raise Incomplete(
                         "incomplete: there is no etc/extension-release.d/extension-release.* in it yet"
@@ -230,7 +231,7 @@ def copied(
     terms: Hashable = None,
     modes: StrictModes | None = None,
 ) -> Copy:
-    """The store's copy of a candidate, made now or before, whatever it is made for.
+    """The store's copy of a candidate, made now or before.
 
     Args:
         judge: whether the copy will do as a confext; raises Refused if not.
@@ -289,13 +290,13 @@ def _copy(store: Store, content: _Content) -> Copy:
 class _Image:
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self.key = _image_key(os.fstat(fd))
+        self.key: Key = ("image", *stat_key(os.fstat(fd)))
         self.lasting = False
 
     def copy(self, store: Store) -> Copy:
         with Lease(self._fd) as lease:
             found = os.fstat(self._fd)
-            self.key = _image_key(found)
+            self.key = ("image", *stat_key(found))
             try:
                 return store.add_image(self._fd, probe(self._fd, found.st_size), lease)
             except Refused:
@@ -319,10 +320,6 @@ class _Tree:
             self.lasting = _is_past(self._signature.youngest_ns, coarse_now_ns())
 
 
-def _image_key(found: os.stat_result) -> Key:
-    return "image", found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
 def _is_past(ctime_ns: int, proven_ns: int) -> bool:
     """Whether a change after `proven_ns` must show in the ctime: timestamps are as coarse as the timer's tick.
 
@@ -337,8 +334,8 @@ def opened(candidate: Candidate, modes: StrictModes | None = None) -> Iterator[t
 
     Raises: also for an OSError in the block:
         Refused: a link that leads nowhere or in a circle, not the type its kind asks for, or not readable.
-        Unsafe: somebody whom the service does not trust has a hand in it.
-        Busy: it has just vanished, or somebody holds a write lease on it.
+        Unsafe: a user whom the service does not trust could change it.
+        Busy: it has just vanished, or another process holds a write lease on it.
         Later: the machine could not look it up.
     """
     try:

@@ -77,6 +77,12 @@ def copy_file(source: int, target: int, size: int, hasher: Hasher, lease: Lease,
         os.fdatasync(target)
 
 
+def stat_key(found: os.stat_result) -> tuple[int, ...]:
+    """Stands for a content. A later change gives another key, unless it comes within the same tick of the clock."""
+    who = found.st_dev, found.st_ino, found.st_mode, found.st_uid, found.st_gid
+    return *who, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 def start_writing(target: int, offset: int = 0, length: int = 0) -> None:
     """Have the disk begin with the bytes just written, without waiting for it (`length` 0: all that follows).
 

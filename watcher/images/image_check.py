@@ -24,7 +24,7 @@ from watcher.resolve import sources, vpick
 from watcher.settings.signals import reason_of
 from watcher.watch.lease import Lease
 
-# Seconds for a tool that reads an image without root, whoever made that.
+# Seconds. A tool that reads an image without root may never end: strangers made the image.
 _TOOL_SEC = 60
 _DIRENTS: dict[Kind, vpick.Type] = {Kind.IMAGE: "file", Kind.DIRECTORY: "directory"}
 
@@ -37,7 +37,7 @@ def examine(path: str, made_for: Host, image_max: int) -> tuple[Candidate, Copy]
 
     Raises:
         Refused, Incomplete: it would not be admitted; `str()` says why.
-        Busy: somebody is writing to it, or the kernel gives no answer about it.
+        Busy: another process is writing to it, or the kernel gives no answer about it.
         OSError: it is not there.
     """
     kind = Kind.DIRECTORY if stat.S_ISDIR(os.stat(path).st_mode) else Kind.IMAGE

@@ -20,15 +20,13 @@ import time
 from collections.abc import Iterable
 
 from watcher.images import tree
-from watcher.images.files import digest_of
+from watcher.images.files import digest_of, stat_key
 from watcher.images.stacks import TEMPORARY
 from watcher.model import Busy, Refused
 from watcher.mounts.process import may_mount
 from watcher.records import journal
 
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-
-Seen = tuple[int, ...]
 
 
 class Whole:
@@ -40,7 +38,7 @@ class Whole:
 
     def __init__(self, directory: int) -> None:
         self._directory = directory
-        self._seen: dict[str, Seen] = {}
+        self._seen: dict[str, tuple[int, ...]] = {}
         self._damaged: dict[str, float] = {}
         self._turns: dict[str, threading.Lock] = {}
         # A user namespace knows few owners: those of a tree may be none that a copy can have there.
@@ -49,7 +47,7 @@ class Whole:
     def made(self, digest: str) -> None:
         """This process has just written a copy, and taken its digest on the way."""
         with contextlib.suppress(FileNotFoundError):
-            self._seen[digest] = _seen(os.stat(digest, dir_fd=self._directory, follow_symlinks=False))
+            self._seen[digest] = stat_key(os.stat(digest, dir_fd=self._directory, follow_symlinks=False))
 
     def doubt(self, digests: Iterable[str]) -> None:
         """Something went wrong with these copies: they are read again before they are used."""
@@ -82,7 +80,7 @@ class Whole:
                     self._damaged[digest] = time.monotonic()
                     self._put_away(digest, found, problem)
                     return False
-                self._seen[digest] = _seen(found)
+                self._seen[digest] = stat_key(found)
             finally:
                 os.close(fd)
         return True
@@ -92,7 +90,7 @@ class Whole:
             found = os.stat(digest, dir_fd=self._directory, follow_symlinks=False)
         except FileNotFoundError:
             return False
-        return self._seen.get(digest) == _seen(found)
+        return self._seen.get(digest) == stat_key(found)
 
     def _problem(self, fd: int, found: os.stat_result, digest: str) -> str:
         """What is wrong with it, "" if nothing is."""
@@ -118,7 +116,3 @@ class Whole:
                 journal.log.warning(
                     f"the copy {digest} in the store is damaged and not used any more: {problem}"
                 )
-
-
-def _seen(found: os.stat_result) -> Seen:
-    return found.st_dev, found.st_ino, found.st_mode, found.st_size, found.st_mtime_ns, found.st_ctime_ns

@@ -307,7 +307,7 @@ def _remove_stack(path: str) -> None:
 
 
 def _digests(path: str) -> set[str]:
-    """What the links of a stack lead to: a start goes by these, whatever the record says."""
+    """What the links of a stack lead to: a start goes by these, not by the record."""
     names = (name for name in os.listdir(path) if name != _RECORD)
     return {os.path.basename(os.readlink(f"{path}/{name}")) for name in names}
 

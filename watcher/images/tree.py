@@ -22,12 +22,12 @@ import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from watcher.images import attributes
 from watcher.images.attributes import Xattrs
 from watcher.images.extension import RELEASE_DIRECTORY
-from watcher.images.files import copy_file, hash_file
+from watcher.images.files import copy_file, hash_file, stat_key
 from watcher.images.walk import DIRECTORY, Path, Walk, where
 from watcher.model import Busy, Refused
 from watcher.resolve import release
@@ -104,7 +104,7 @@ def wait_for_clock(signature: Signature) -> None:
 
 def digest(root: int) -> str:
     """Digest of the tree below `root` (64 hexadecimal digits), without copying it. Raises as `copy` does."""
-    return _Reading(None).run(root)
+    return _Reading().run(root)
 
 
 def copy(root: int, target: int, size_max: int) -> str:
@@ -121,7 +121,7 @@ def copy(root: int, target: int, size_max: int) -> str:
 
     Raises:
         Refused: as `signature`; a file that cannot be read.
-        Busy: somebody writes to it; it has grown beyond `size_max` bytes.
+        Busy: another process writes to it; it has grown beyond `size_max` bytes.
         OSError: reading or writing failed.
     """
     return _Reading(target, size_max).run(root)
@@ -177,8 +177,7 @@ class _Signing(_Walk):
         self.youngest_ns = 0
 
     def node(self, st: os.stat_result, name: bytes) -> None:
-        who = st.st_dev, st.st_ino, st.st_mode, st.st_uid, st.st_gid
-        self.hash.update(repr((name, *who, st.st_size, st.st_mtime_ns, st.st_ctime_ns)).encode())
+        self.hash.update(repr((name, *stat_key(st))).encode())
         self.youngest_ns = max(self.youngest_ns, st.st_ctime_ns)
         self.size += in_blocks(st.st_size if stat.S_ISREG(st.st_mode) else 0)
 
@@ -205,25 +204,15 @@ def _require_copyable(st: os.stat_result, path: Path) -> None:
         raise Refused(f"{where(path)} is {_SPECIAL.get(type_, 'of an unknown type')}: remove it")
 
 
-@dataclass(slots=True)
-class _Target:
-    """The copy being made: the directory in it that corresponds to the one being walked."""
-
-    fd: int
-    root: int
-    links: dict[tuple[int, int], Path] = field(default_factory=dict)
-
-    def inside(self, fd: int) -> _Target:
-        return _Target(fd, self.root, self.links)
-
-
 class _Reading(_Walk):
-    """Reads a tree once: everything goes into the digest, and into the target if there is one."""
+    """Reads a tree once: everything goes into the digest, and into the directory `target` if there is one."""
 
-    def __init__(self, target: int | None, size_max: int | None = None) -> None:
+    def __init__(self, target: int | None = None, size_max: int | None = None) -> None:
         super().__init__()
         self._size_max = size_max
-        self._target = None if target is None else _Target(target, target)
+        self._target = target
+        self._copies: dict[tuple[int, int], Path] = {}
+        """Of files with several names: where the first one is, by device and inode."""
         self._hash = hashlib.sha256(_HEADER)
         self._size = 0
 
@@ -242,7 +231,7 @@ class _Reading(_Walk):
             self._string(os.fsencode(name))
             self._string(value)
 
-    def _directory(self, fd: int, st: os.stat_result, target: _Target | None, path: Path) -> None:
+    def _directory(self, fd: int, st: os.stat_result, target: int | None, path: Path) -> None:
         xattrs = attributes.read(fd, where(path))
         self._node(b"d", st, xattrs, path)
         children = self.children(fd, path)
@@ -251,9 +240,9 @@ class _Reading(_Walk):
             self._string(os.fsencode(name))
             self._child(fd, name, child, target, (*path, name))
         if target is not None:
-            attributes.give(target.fd, st, xattrs)
+            attributes.give(target, st, xattrs)
 
-    def _child(self, parent: int, name: str, st: os.stat_result, target: _Target | None, path: Path) -> None:
+    def _child(self, parent: int, name: str, st: os.stat_result, target: int | None, path: Path) -> None:
         _require_copyable(st, path)
         if stat.S_ISLNK(st.st_mode):
             self._link(parent, st, target, path)
@@ -268,11 +257,11 @@ class _Reading(_Walk):
             elif target is None:
                 self._directory(fd, found, None, path)
             else:
-                os.mkdir(name, 0o700, dir_fd=target.fd)
-                with _opened(name, DIRECTORY, target.fd, path) as made:
-                    self._directory(fd, found, target.inside(made), path)
+                os.mkdir(name, 0o700, dir_fd=target)
+                with _opened(name, DIRECTORY, target, path) as made:
+                    self._directory(fd, found, made, path)
 
-    def _link(self, parent: int, st: os.stat_result, target: _Target | None, path: Path) -> None:
+    def _link(self, parent: int, st: os.stat_result, target: int | None, path: Path) -> None:
         name = path[-1]
         # No descriptor gives a link's own attributes; no other link is on this way to them.
         xattrs = attributes.read(f"/proc/self/fd/{parent}/{name}", where(path))
@@ -281,10 +270,10 @@ class _Reading(_Walk):
         self._string(os.fsencode(to))
         if target is None:
             return
-        os.symlink(to, name, dir_fd=target.fd)
-        attributes.give_to_link(name, target.fd, st, xattrs)
+        os.symlink(to, name, dir_fd=target)
+        attributes.give_to_link(name, target, st, xattrs)
 
-    def _file(self, fd: int, st: os.stat_result, target: _Target | None, path: Path) -> None:
+    def _file(self, fd: int, st: os.stat_result, target: int | None, path: Path) -> None:
         xattrs = attributes.read(fd, where(path))
         self._node(b"f", st, xattrs, path)
         self._hash.update(_LENGTH.pack(st.st_size))
@@ -307,10 +296,10 @@ class _Reading(_Walk):
         st: os.stat_result,
         xattrs: Xattrs,
         lease: Lease,
-        target: _Target,
+        target: int,
         path: Path,
     ) -> None:
-        made = os.open(path[-1], _NEW, 0o600, dir_fd=target.fd)
+        made = os.open(path[-1], _NEW, 0o600, dir_fd=target)
         try:
             copy_file(fd, made, st.st_size, self._hash, lease)
             is_release = path[:-1] == RELEASE_DIRECTORY and path[-1].startswith(release.PREFIX)
@@ -318,16 +307,16 @@ class _Reading(_Walk):
         finally:
             os.close(made)
 
-    def _linked(self, st: os.stat_result, target: _Target, path: Path) -> bool:
+    def _linked(self, st: os.stat_result, target: int, path: Path) -> bool:
         """Make `path` a hard link where the copy has this file already."""
         if st.st_nlink < 2:
             return False
-        first = target.links.setdefault((st.st_dev, st.st_ino), path)
+        first = self._copies.setdefault((st.st_dev, st.st_ino), path)
         if first == path:
             return False
         try:
             os.link(
-                "/".join(first), path[-1], src_dir_fd=target.root, dst_dir_fd=target.fd, follow_symlinks=False
+                "/".join(first), path[-1], src_dir_fd=self._target, dst_dir_fd=target, follow_symlinks=False
             )
         except OSError as error:
             if error.errno in (errno.EMLINK, errno.ENAMETOOLONG):

@@ -4,12 +4,12 @@
 Before each attempt one try is moved from LEFT to DONE; after a success the counters are removed. A file with nothing
 left is not picked while there is another (`vpick.py`). One that failed and has tries left is tried again at the next
 start of the service or of the watcher, or after `rollback --forget`. One that failed its last try is in quarantine like
-any other. An attempt is whatever may show that the file is bad: a check, a reload, and the next start of a service that
+any other. An attempt is all that may show that the file is bad: a check, a reload, and the next start of a service that
 does not run.
 
 The count belongs to the file. Services that share a directory share it: every attempt of any of them counts, and the
 first success removes the counters. Two attempts at once are two: the second service finds the name that the first has
-made. What one service has put into quarantine stays there, whatever the file is called by then.
+made. What one service has put into quarantine stays there when the file gets another name.
 
 A rename never overwrites (RENAME_NOREPLACE), and is one step: after a kill the file has the old name or the new one.
 Only files in a directory of the form `.v/` have counters; "+3" in any other name is part of that.

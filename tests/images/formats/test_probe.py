@@ -18,7 +18,7 @@ import pytest
 
 from support.images import confext, image, noise
 from support.needs import tool
-from watcher.images.formats.base import HEAD, ImageFile
+from watcher.images.formats.base import HEAD
 from watcher.images.formats.probe import probe
 from watcher.model import Incomplete, Refused
 
@@ -40,7 +40,7 @@ def probed(content: bytes) -> Probed:
         file.write(content)
         file.flush()
         found = probe(file.fileno(), len(content))
-        return Probed(found.name, found.complete(ImageFile(file.fileno(), len(content), content[:HEAD])))
+        return Probed(found.name, found.complete(content[:HEAD], len(content)))
 
 
 @pytest.fixture

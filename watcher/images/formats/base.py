@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 
 from watcher.model import Incomplete, Later, Refused
 from watcher.mounts import syscalls
@@ -38,23 +37,10 @@ HEAD = 1 << 16
 """Bytes at the start of a file that a format gets to see. The largest block of an erofs: a checksum covers it."""
 
 
-@dataclass(frozen=True, slots=True)
-class ImageFile:
-    """A file that may be an image.
-
-    Attributes:
-        fd: open for reading.
-        size: bytes.
-        head: its first bytes, HEAD of them or all there are.
-    """
-
-    fd: int
-    size: int
-    head: bytes
-
-
 class Format(ABC):
-    """A file system in a file. Call `complete()` for a file that `recognises()` took, then `verify()`.
+    """A file system in a file. For one that `recognises()` has taken comes `complete()`, then `verify()`.
+
+    `head` is always the first HEAD bytes of the file, or all that there are.
 
     Attributes:
         name: for people, and for fsopen(2): "squashfs".
@@ -67,8 +53,11 @@ class Format(ABC):
         """Whether a file with these first bytes is of this format."""
 
     @abstractmethod
-    def complete(self, file: ImageFile) -> int:
+    def complete(self, head: bytes, size: int) -> int:
         """The number of bytes from its start that belong to the image; what follows is padding.
+
+        Args:
+            size: of the file, bytes.
 
         Raises:
             Incomplete: bytes are missing; says how many there are and how many it takes.
@@ -76,7 +65,7 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def verify(self, file: ImageFile) -> None:
+    def verify(self, head: bytes) -> None:
         """Check a complete image, as far as that goes without mounting it.
 
         Raises:
@@ -123,23 +112,18 @@ class Format(ABC):
             os.close(context)
 
 
-def require_superblock(file: ImageFile, end: int) -> None:
-    """Raise Incomplete where the superblock is not all there; it ends after `end` bytes."""
-    if len(file.head) < end:
-        raise Incomplete(f"incomplete: {file.size} bytes are here, the superblock alone takes {end}")
+def require_superblock(size: int, end: int) -> None:
+    """Raise Incomplete where a file of `size` bytes ends before its superblock does."""
+    if size < end:
+        raise Incomplete(f"incomplete: {size} bytes are here, the superblock alone takes {end}")
 
 
-def require_claimed(file: ImageFile, claimed: int, least: int) -> None:
-    """Raise Incomplete, or Refused, where the file is shorter than the superblock claims, or the claim is absurd.
-
-    Args:
-        claimed: bytes.
-        least: bytes that an empty image has.
-    """
-    if claimed < least:
-        raise Refused(f"lies about its size: it claims {claimed} bytes, its superblock alone takes {least}")
-    if file.size < claimed:
-        raise Incomplete(f"incomplete: {file.size} of {claimed} bytes are here")
+def require_claimed(size: int, claimed: int, end: int) -> None:
+    """Raise Incomplete where a file has fewer bytes than it claims, Refused where it claims fewer than `end`."""
+    if claimed < end:
+        raise Refused(f"lies about its size: it claims {claimed} bytes, its superblock alone takes {end}")
+    if size < claimed:
+        raise Incomplete(f"incomplete: {size} of {claimed} bytes are here")
 
 
 def _loop_device(backing: int, label: str) -> tuple[int, str]:

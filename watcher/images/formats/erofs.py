@@ -7,14 +7,14 @@ import contextlib
 import struct
 from typing import NamedTuple
 
-from watcher.images.formats.base import Format, ImageFile, require_claimed, require_superblock
+from watcher.images.formats.base import Format, require_claimed, require_superblock
 from watcher.model import Refused
 
-# struct erofs_super_block, little endian, up to and with `devt_slotoff`; 128 bytes in all, from byte 1024 on.
-_STRUCT = struct.Struct("<IIIBBHQQIIII16s16sIHHH")
+# struct erofs_super_block, little endian: what of it decides. It has 128 bytes, from byte 1024 on.
+_STRUCT = struct.Struct("<4xIIBxH20xII36xI2xH")
 _OFFSET = 1024
 _END = _OFFSET + 128
-_MAGIC = 0xE0F5E1E2
+_MAGIC = 0xE0F5E1E2.to_bytes(4, "little")
 _COMPAT_SB_CHKSUM = 0x1
 _INCOMPAT_DEVICE_TABLE = 0x8
 _INCOMPAT_48BIT = 0x80
@@ -23,53 +23,45 @@ _SLOT_BITS = 5  # inode numbers count slots of 32 bytes
 
 
 class _Superblock(NamedTuple):
-    magic: int
     checksum: int
     feature_compat: int
     block_bits: int
-    extension_slots: int
     root: int
-    inodes: int
-    build_time: int
-    build_time_nsec: int
     blocks: int
     meta_block: int
-    xattr_block: int
-    uuid: bytes
-    volume_name: bytes
     feature_incompat: int
-    compression: int
     extra_devices: int
-    device_table: int
+
+    @property
+    def claimed(self) -> int:
+        return self.blocks << self.block_bits
 
 
 class Erofs(Format):
     name = "erofs"
 
     def recognises(self, head: bytes) -> bool:
-        return head[_OFFSET : _OFFSET + 4] == _MAGIC.to_bytes(4, "little")
+        return head[_OFFSET : _OFFSET + 4] == _MAGIC
 
-    def complete(self, file: ImageFile) -> int:
-        require_superblock(file, _END)
-        found = _superblock(file)
+    def complete(self, head: bytes, size: int) -> int:
+        require_superblock(size, _END)
+        found = _superblock(head)
         if found.block_bits not in _BLOCK_BITS:
             raise Refused(f"a broken erofs image: block size 2^{found.block_bits}")
         if found.feature_incompat & _INCOMPAT_DEVICE_TABLE and found.extra_devices:
             raise Refused(
                 f"an erofs image in {found.extra_devices + 1} parts (--blobdev): build it as one file"
             )
-        claimed = found.blocks << found.block_bits
-        require_claimed(file, claimed, _END)
-        return claimed
+        require_claimed(size, found.claimed, _END)
+        return found.claimed
 
-    def verify(self, file: ImageFile) -> None:
-        found = _superblock(file)
-        claimed = found.blocks << found.block_bits
-        if (found.meta_block << found.block_bits) + (found.root << _SLOT_BITS) >= claimed:
+    def verify(self, head: bytes) -> None:
+        found = _superblock(head)
+        if (found.meta_block << found.block_bits) + (found.root << _SLOT_BITS) >= found.claimed:
             raise Refused(
-                f"lies about its size: it claims {claimed} bytes, its root directory is not within them"
+                f"lies about its size: it claims {found.claimed} bytes, its root directory is not within them"
             )
-        if found.feature_compat & _COMPAT_SB_CHKSUM and checksum(file.head) != found.checksum:
+        if found.feature_compat & _COMPAT_SB_CHKSUM and checksum(head) != found.checksum:
             raise Refused("a broken erofs image: the checksum of its superblock is wrong")
 
     def unpack_command(self, image: str, target: str, path: str) -> list[str]:
@@ -86,8 +78,8 @@ class Erofs(Format):
 EROFS = Erofs()
 
 
-def _superblock(file: ImageFile) -> _Superblock:
-    found = _Superblock._make(_STRUCT.unpack_from(file.head, _OFFSET))
+def _superblock(head: bytes) -> _Superblock:
+    found = _Superblock._make(_STRUCT.unpack_from(head, _OFFSET))
     if found.feature_incompat & _INCOMPAT_48BIT:
         # The two bytes are the upper part of the block count then, and the root inode is found elsewhere.
         return found._replace(blocks=found.blocks | found.root << 32, root=0, meta_block=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 
-from watcher.images.formats.base import HEAD, Format, ImageFile
+from watcher.images.formats.base import HEAD, Format
 from watcher.images.formats.erofs import EROFS
 from watcher.images.formats.squashfs import SQUASHFS
 from watcher.model import Incomplete, Refused
@@ -42,29 +42,29 @@ def probe(fd: int, size: int) -> Format:
     """
     if size == 0:
         raise Refused("empty")
-    file = ImageFile(fd, size, os.pread(fd, min(size, HEAD), 0))
-    found = _recognised(file)
-    found.complete(file)
-    found.verify(file)
+    head = os.pread(fd, min(size, HEAD), 0)
+    found = _recognised(head, size)
+    found.complete(head, size)
+    found.verify(head)
     return found
 
 
-def _recognised(file: ImageFile) -> Format:
-    if SQUASHFS.recognises(file.head):
+def _recognised(head: bytes, size: int) -> Format:
+    if SQUASHFS.recognises(head):
         return SQUASHFS
     # Before erofs, which leaves its first 1024 bytes to others.
-    if any(file.head[offset : offset + 8] == _GPT_MAGIC for offset in _GPT_OFFSETS):
+    if any(head[offset : offset + 8] == _GPT_MAGIC for offset in _GPT_OFFSETS):
         raise Refused("disk images with a partition table are not supported yet: drop the bare file system")
-    if EROFS.recognises(file.head):
+    if EROFS.recognises(head):
         return EROFS
-    raise _unknown(file)
+    raise _unknown(head, size)
 
 
-def _unknown(file: ImageFile) -> Refused:
+def _unknown(head: bytes, size: int) -> Refused:
     for offset, magic, hint in _HINTS:
-        if file.head[offset : offset + len(magic)] == magic:
+        if head[offset : offset + len(magic)] == magic:
             return Refused(hint)
-    if file.size >= 1024 and not any(file.head):
+    if size >= 1024 and not any(head):
         # Space set aside by `rsync --preallocate` or fallocate(1) before the bytes come.
-        return Incomplete(f"nothing but zeros in its first {len(file.head)} bytes: not uploaded yet")
+        return Incomplete(f"nothing but zeros in its first {len(head)} bytes: not uploaded yet")
     return Refused("neither a squashfs nor an erofs image")

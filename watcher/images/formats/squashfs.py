@@ -6,11 +6,11 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-from watcher.images.formats.base import Format, ImageFile, require_claimed, require_superblock
+from watcher.images.formats.base import Format, require_claimed, require_superblock
 from watcher.model import Incomplete, Refused
 
-# struct squashfs_super_block, little endian.
-_STRUCT = struct.Struct("<4s4I6H8Q")
+# struct squashfs_super_block, little endian: what of it decides.
+_STRUCT = struct.Struct("<12x2I2H4x2H8Q")
 _MAGIC = b"hsqs"
 _COMPRESSORS = range(1, 7)  # gzip, lzma, lzo, xz, lz4, zstd
 _NO_TABLE = 0xFFFFFFFFFFFFFFFF
@@ -19,15 +19,10 @@ _DEVICE_BLOCK = 1024
 
 
 class _Superblock(NamedTuple):
-    magic: bytes
-    inodes: int
-    mkfs_time: int
     block_size: int
     fragments: int
     compression: int
     block_log: int
-    flags: int
-    no_ids: int
     major: int
     minor: int
     root_inode: int
@@ -46,25 +41,26 @@ class Squashfs(Format):
     def recognises(self, head: bytes) -> bool:
         return head.startswith(_MAGIC)
 
-    def complete(self, file: ImageFile) -> int:
-        require_superblock(file, _STRUCT.size)
-        found = _superblock(file)
+    def complete(self, head: bytes, size: int) -> int:
+        require_superblock(size, _STRUCT.size)
+        found = _superblock(head)
         if (found.major, found.minor) != (4, 0):
             raise Refused(f"squashfs {found.major}.{found.minor}, the kernel reads 4.0 only")
         if not 12 <= found.block_log <= 20 or found.block_size != 1 << found.block_log:
             raise Refused(f"a broken squashfs image: block size {found.block_size}")
         if found.compression not in _COMPRESSORS:
             raise Refused(f"a broken squashfs image: unknown compression {found.compression}")
-        require_claimed(file, found.bytes_used, _STRUCT.size)
-        _require_padding(file, found.bytes_used)
+        require_claimed(size, found.bytes_used, _STRUCT.size)
+        _require_padding(size, found.bytes_used)
         return found.bytes_used
 
-    def verify(self, file: ImageFile) -> None:
+    def verify(self, head: bytes) -> None:
         """The tables lie within the image and in the order that the kernel insists on."""
-        found = _superblock(file)
-        optional = [found.lookup_table, found.id_table, found.xattr_table]
-        if found.fragments:  # else the kernel does not look at their table
-            optional.insert(0, found.fragment_table)
+        found = _superblock(head)
+        fragments = (
+            found.fragment_table if found.fragments else _NO_TABLE
+        )  # the kernel does not look at it then
+        optional = (fragments, found.lookup_table, found.id_table, found.xattr_table)
         used = [found.inode_table, found.directory_table, *(t for t in optional if t != _NO_TABLE)]
         if used != sorted(used) or used[0] < _STRUCT.size or used[-1] >= found.bytes_used:
             raise Refused(
@@ -80,15 +76,15 @@ class Squashfs(Format):
 SQUASHFS = Squashfs()
 
 
-def _superblock(file: ImageFile) -> _Superblock:
-    return _Superblock._make(_STRUCT.unpack_from(file.head))
+def _superblock(head: bytes) -> _Superblock:
+    return _Superblock._make(_STRUCT.unpack_from(head))
 
 
-def _require_padding(file: ImageFile, bytes_used: int) -> None:
+def _require_padding(size: int, bytes_used: int) -> None:
     """The last block is whole, too. Else the kernel reports an input/output error."""
     need = -(-bytes_used // _DEVICE_BLOCK) * _DEVICE_BLOCK
-    if file.size < need:
+    if size < need:
         raise Incomplete(
-            f"incomplete: {file.size} of {need} bytes are here (padding is missing: if it was built with -nopad,"
+            f"incomplete: {size} of {need} bytes are here (padding is missing: if it was built with -nopad,"
             " build it without)"
         )
