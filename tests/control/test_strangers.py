@@ -386,7 +386,7 @@ async def test_a_call_that_only_waits_takes_nobodys_turn() -> None:
     turns = peers.Turns()
     peer = peers.Peer(1, 1000)
     async with turns.one_for(peer) as turn:
-        turn.over()
+        turn.close()
         async with turns.one_for(peer):
             pass
         async with trio.open_nursery() as nursery:

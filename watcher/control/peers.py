@@ -16,7 +16,7 @@ import grp
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 
 import trio
@@ -151,18 +151,6 @@ class _User:
     free_at: float = 0.0
 
 
-class Turn:
-    """The turn of a call that makes work. A call that only waits from now on ends it early, by `over()`."""
-
-    def __init__(self, over: Callable[[], None] = lambda: None) -> None:
-        self._over: Callable[[], None] | None = over
-
-    def over(self) -> None:
-        over, self._over = self._over, None
-        if over is not None:
-            over()
-
-
 class Turns:
     """Calls that make work: one at a time for each user without privileges, in the order in which they came."""
 
@@ -171,42 +159,31 @@ class Turns:
         self._at_once = trio.Semaphore(AT_ONCE)
 
     @contextlib.asynccontextmanager
-    async def one_for(self, peer: Peer) -> AsyncIterator[Turn]:
-        """Waits for the peer's turn, which is over at the end of the block at the latest."""
-        if peer.privileged:
-            # Or calls without a reply (`oneway`) keep the event loop to themselves.
-            await trio.lowlevel.checkpoint()
-            yield Turn()
-            return
-        self._forget_idle()
-        user = self._users.setdefault(peer.uid, _User())
-        user.calls += 1
-        try:
-            async with self._turn(user) as turn:
+    async def one_for(self, peer: Peer) -> AsyncIterator[contextlib.ExitStack]:
+        """Waits for the peer's turn, and holds it for the block; a call that only waits from now on closes it early."""
+        with contextlib.ExitStack() as turn:
+            if peer.privileged:
+                # Or calls without a reply (`oneway`) keep the event loop to themselves.
+                await trio.lowlevel.checkpoint()
                 yield turn
-        finally:
-            user.calls -= 1
+                return
+            self._forget_idle()
+            user = self._users.setdefault(peer.uid, _User())
+            user.calls += 1
+            try:
+                await user.one.acquire()
+                turn.callback(user.one.release)
+                await trio.sleep_until(user.free_at)
+                await self._at_once.acquire()
+                turn.callback(self._end, user, trio.current_time())
+                yield turn
+            finally:
+                user.calls -= 1
 
-    @contextlib.asynccontextmanager
-    async def _turn(self, user: _User) -> AsyncIterator[Turn]:
-        began: float | None = None
-
-        def over() -> None:
-            if began is not None:
-                self._at_once.release()
-                now = trio.current_time()
-                user.free_at = now + min(PAUSE * (now - began), PAUSE_MAX_SEC)
-            user.one.release()
-
-        await user.one.acquire()
-        turn = Turn(over)
-        try:
-            await trio.sleep_until(user.free_at)
-            await self._at_once.acquire()
-            began = trio.current_time()
-            yield turn
-        finally:
-            turn.over()
+    def _end(self, user: _User, began: float) -> None:
+        self._at_once.release()
+        now = trio.current_time()
+        user.free_at = now + min(PAUSE * (now - began), PAUSE_MAX_SEC)
 
     def _forget_idle(self) -> None:
         now = trio.current_time()

@@ -34,24 +34,15 @@ from watcher.records.schema import (
 )
 
 PUBLIC: dict[type, frozenset[str]] = {
-    Layer: frozenset({"slot", "name", "version", "digest", "kind"}),
-    Event: frozenset(
-        {
-            *("service", "outcome", "message", "when", "stack", "previous", "image", "version", "digest"),
-            *("swap_usec", "total_usec", "layers"),
-        }
-    ),
-    Quarantined: frozenset({"service", "digest", "when"}),
-    ServiceStatus: frozenset(
-        {
-            *("service", "manager", "state", "pid", "stack", "accepted", "layers", "since", "last", "pinned"),
-            "quarantined",
-        }
-    ),
-    # Its remarks are about what lies in directories: even their number is private.
-    PlannedChange: frozenset(
-        {"service", "changes", "stack", "wanted", "layers", "wanted_layers", "reload"},
-    ),
+    cls: frozenset(fields.split())
+    for cls, fields in {
+        Layer: "slot name version digest kind",
+        Event: "service outcome message when stack previous image version digest swap_usec total_usec layers",
+        Quarantined: "service digest when",
+        ServiceStatus: "service manager state pid stack accepted layers since last pinned quarantined",
+        # Its remarks are about what lies in directories: even their number is private.
+        PlannedChange: "service changes stack wanted layers wanted_layers reload",
+    }.items()
 }
 """The fields of each answer that strangers are told. A remark has none."""
 

@@ -22,6 +22,7 @@ import errno
 import json
 import os
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +32,7 @@ from varlink.scanner import Interface
 
 import watcher
 from watcher.control import peers, redact
-from watcher.control.peers import Peer, Quota, Readers, Turn, Turns
+from watcher.control.peers import Peer, Quota, Readers, Turns
 from watcher.control.transport import Connection, Request, listening
 from watcher.model import Event, shown
 from watcher.records import journal, schema
@@ -179,14 +180,14 @@ class _Server:
             if not request.oneway:
                 await connection.send(reply)
 
-    async def _reply_unless_hung_up(self, connection: Connection, request: Request, turn: Turn) -> bytes:
+    async def _reply_unless_hung_up(self, connection: Connection, request: Request, turn: ExitStack) -> bytes:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(connection.end_when_hung_up)
             reply = await self._reply(connection, request, turn)
             nursery.cancel_scope.cancel()
         return reply
 
-    async def _reply(self, connection: Connection, request: Request, turn: Turn) -> bytes:
+    async def _reply(self, connection: Connection, request: Request, turn: ExitStack) -> bytes:
         """The reply, whatever happens: no exception leaves here."""
         peer = connection.peer
         try:
@@ -240,7 +241,7 @@ class _Server:
         return name, checked
 
     async def _call(
-        self, connection: Connection, request: Request, name: str, given: dict[str, Any], turn: Turn
+        self, connection: Connection, request: Request, name: str, given: dict[str, Any], turn: ExitStack
     ) -> dict[str, Any]:
         """What the backend answers, under the names that the interface has for it."""
         peer, backend = connection.peer, self._backend
@@ -273,7 +274,7 @@ class _Server:
                     if not free:
                         raise TooManyCalls(peer.uid, self._waiting.per_user)
                     service, image = schema.utf8(given["service"]), schema.utf8(image)
-                    found = {"event": await backend.wait(service, image, tell, turn.over)}
+                    found = {"event": await backend.wait(service, image, tell, turn.close)}
             case "Rollback":
                 return {"event": await backend.rollback(given["service"], given.get("to"))}
             case "Forget":

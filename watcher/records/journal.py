@@ -164,8 +164,7 @@ def _wants_colour(stream: TextIO) -> bool:
 
 
 def _level(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-    plain = {"exception": "error", "warn": "warning", "fatal": "critical"}.get(method, method)
-    event["level"] = "notice" if event.pop("notice", False) else plain
+    event["level"] = "notice" if event.pop("notice", False) else method
     return event
 
 
@@ -271,7 +270,7 @@ class _Journal:
     def msg(self, entry: bytes) -> None:
         self._backlog.put(entry)
 
-    debug = info = warning = warn = error = err = critical = fatal = exception = msg
+    debug = info = warning = error = critical = msg
 
     def close(self) -> None:
         atexit.unregister(self.close)
