@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The drop-ins that make units start on their slots."""
+"""The drop-ins by which units start on their slots (managers/systemd/unit_drop_in.py)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The generator at boot: units start on their accepted stack, whoever runs, and nothing waits in a circle."""
+"""The generator at boot: units start on their accepted stack, whoever runs, and nothing waits in a circle.
+
+Covers managers/combined.py: a service of `exec` runs beside the units.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`Check=` on real systemd: what it is allowed and limited to, how it ends, and what it leaves behind."""
+"""`Check=` on real systemd: what it is allowed and limited to, how it ends, and what it leaves behind.
+
+Covers managers/systemd/transient.py.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""systemd's manager against real systemd: what takes part is found and followed, a reload is followed to its end."""
+"""systemd's manager against real systemd: what takes part is found and followed, a reload is followed to its end.
+
+Covers managers/base.py, which says what a manager is.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which extension is made for which host (os-release(5), systemd-sysext(8))."""
+"""Which extension is made for which host (os-release(5), systemd-sysext(8)); covers settings/os_release.py."""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The pick follows systemd.v(7); `test_oracle.py` holds it against `systemd-vpick` in thousands of cases."""
+"""The pick follows systemd.v(7); `test_oracle.py` holds it against `systemd-vpick` in thousands of cases.
+
+Covers settings/architectures.py.
+"""
 
 from __future__ import annotations
 

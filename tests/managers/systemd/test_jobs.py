@@ -9,7 +9,7 @@ import pytest
 
 from watcher.managers.base import Reloaded
 from watcher.managers.systemd import dbus
-from watcher.managers.systemd.jobs import UnitJobs
+from watcher.managers.systemd.jobs import UnitJobs, _command
 from watcher.managers.systemd.systemd1 import JobResults, Systemd1
 
 WEB, INVOCATION, JOB = "web.service", "1" * 32, "/job/1"
@@ -86,3 +86,20 @@ async def test_a_reload_that_systemd_does_not_begin_is_no_verdict() -> None:
 @pytest.mark.parametrize("result", ["skipped", "invalid", "collected", "once"])
 async def test_a_reload_that_is_no_longer_needed_is_none(result: str) -> None:
     assert await reload(result) == Reloaded(ok=True)
+
+
+@pytest.mark.parametrize(
+    ("pid", "code", "status", "ignored", "failed"),
+    [
+        (10, 1, 0, False, False),
+        (10, 1, 3, False, True),
+        (10, 2, 9, False, True),
+        (10, 1, 3, True, False),
+        (0, 0, 0, False, False),
+    ],
+)
+def test_the_command_that_failed_is_told_from_those_that_did_not(
+    pid: int, code: int, status: int, ignored: bool, failed: bool
+) -> None:
+    row = ("/bin/x", ["x"], ignored, 1, 1, 1, 1, pid, code, status)
+    assert _command(row).failed is failed

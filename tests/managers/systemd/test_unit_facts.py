@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the files of a unit say, and whether systemd has loaded the drop-in that the unit should have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from watcher import generator
+from watcher.images.stacks import Stacks
+from watcher.managers.systemd import unit_facts
+from watcher.managers.systemd.unit_files import Index
+from watcher.model import Entry, Kind, Layer, Stack
+
+WEB = "[Service]\nExecStart=/bin/true\nRootDirectory=/srv/root/.\n[X-Confext]\nReload=signal:HUP\nCheckSec=soon\n"
+
+
+class Host:
+    def __init__(self, base: Path) -> None:
+        self.units, self.state, self.generated = base / "units", base / "state", base / "generated"
+        for path in (self.units, self.state, self.generated):
+            path.mkdir()
+        (self.units / "web.service").write_text(WEB)
+        self.drop("web.service", "web.raw")
+
+    @property
+    def index(self) -> Index:
+        return Index([str(self.units)])
+
+    def drop(self, unit: str, *names: str) -> None:
+        path = self.units / f"{unit}.confext.d"
+        path.mkdir(exist_ok=True)
+        for name in names:
+            (path / name).touch()
+
+    def accept(self, unit: str, slots: list[str], missing: tuple[str, ...] = ()) -> None:
+        entries = [Entry(slot, f"/srv/{slot}", Kind.IMAGE) for slot in slots]
+        layers = [Layer(slot, "x", "", "0" * 64, Kind.IMAGE, "") for slot in slots if slot not in missing]
+        Stacks(str(self.state)).accept(unit, Stack(tuple(layers)), entries)
+
+    def generate(self) -> None:
+        generator.generate(str(self.generated), self.index, str(self.state), print)
+
+    def stale(self, *names: str) -> list[str]:
+        found = unit_facts.stale(self.index, names or ["web.service"], str(self.state), str(self.generated))
+        return list(found)
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path)
+
+
+def test_a_unit_without_its_drop_in_is_stale(host: Host) -> None:
+    assert host.stale() == ["web.service"]
+    host.generate()
+    assert host.stale() == []
+
+
+def test_a_unit_of_another_generator_has_the_drop_in_that_ours_could_write(
+    host: Host, tmp_path: Path
+) -> None:
+    host.drop("quad.service", "web.raw")
+    generator.generate(
+        str(host.generated), Index([str(host.units)]), str(host.state), print
+    )  # which has not seen it
+    others = tmp_path / "generator"
+    others.mkdir()
+    (others / "quad.service").write_text("[Service]\nExecStart=/bin/true\nProtectSystem=full\n")
+    index = Index([str(host.units), str(others)])
+    (remark,) = unit_facts.all_facts(index, {})["quad.service"].remarks
+    assert remark.path == f"{others}/quad.service"
+    assert "forgets what it says here of /usr" in remark.text
+    assert unit_facts.stale(index, ["quad.service"], str(host.state), str(host.generated)) == {}
+    host.accept("quad.service", ["other.raw"])
+    assert unit_facts.stale(index, ["quad.service"], str(host.state), str(host.generated))
+
+
+@pytest.mark.parametrize("name", ["web", "my@thing", "web.exec", "nginx.service.exec"])
+def test_what_is_not_of_a_unit_among_the_slots_is_no_unit(host: Host, name: str) -> None:
+    (host.units / "nginx.service").write_text("[Service]\nExecStart=/bin/true\n")
+    host.accept(name, ["web.raw"])
+    known = unit_facts.units_with_slots(str(host.state))
+    assert list(unit_facts.all_facts(host.index, known)) == ["web.service"]
+
+
+def test_the_first_version_for_an_entry_that_is_listed_makes_nothing_stale(host: Host) -> None:
+    host.generate()
+    host.accept("web.service", ["web.raw"])
+    assert host.stale() == []
+
+
+def test_a_new_version_of_an_entry_makes_nothing_stale(host: Host) -> None:
+    host.accept("web.service", ["web.raw"])
+    host.generate()
+    host.drop("web.service", "other.raw")
+    host.accept("web.service", ["web.raw"])
+    assert host.stale() == []
+
+
+@pytest.mark.parametrize("slots", [["a.raw", "web.raw"], []])
+def test_another_set_of_entries_makes_a_unit_stale(host: Host, slots: list[str]) -> None:
+    host.accept("web.service", ["web.raw"])
+    host.generate()
+    host.accept("web.service", slots)
+    # An entry that is gone has no slot any more, and is ignored at the start: nothing to do.
+    assert host.stale() == (["web.service"] if slots else [])
+
+
+def test_another_order_makes_a_unit_stale(host: Host) -> None:
+    host.accept("web.service", ["a.raw", "b.raw"])
+    host.generate()
+    host.accept("web.service", ["b.raw", "a.raw"])
+    assert host.stale() == ["web.service"]
+
+
+def test_an_entry_without_a_layer_counts_only_once_it_has_one(host: Host) -> None:
+    host.accept("web.service", ["a.raw", "b.raw"], missing=("a.raw",))
+    host.generate()
+    host.accept("web.service", ["b.raw", "a.raw"], missing=("a.raw",))
+    assert host.stale() == []
+
+
+def test_an_instance_goes_by_its_template_until_it_has_slots(host: Host) -> None:
+    (host.units / "app@.service").write_text("[Service]\nExecStart=/bin/true\n")
+    host.drop("app@.service", "web.raw")
+    host.generate()
+    assert host.stale("app@.service", "app@one.service") == []
+    host.accept("app@one.service", ["web.raw"])
+    assert host.stale("app@.service", "app@one.service") == ["app@one.service"]
+    host.generate()
+    assert host.stale("app@.service", "app@one.service") == []
+
+
+def test_a_service_is_described_by_its_files(host: Host) -> None:
+    (found,) = unit_facts.all_facts(host.index, {}).values()
+    assert (found.name, found.root, found.settings.reload) == ("web.service", "/srv/root", "signal:SIGHUP")
+    assert found.declared.confext_dirs == (f"{host.units}/web.service.confext.d",)
+    assert [remark.path for remark in found.remarks] == [f"{host.units}/web.service:6"]
+
+
+def test_a_service_that_is_not_enabled_is_none(host: Host) -> None:
+    (host.units / "web.service").write_text("[Service]\nExecStart=/bin/true\n[X-Confext]\nEnabled=no\n")
+    assert unit_facts.all_facts(host.index, {}) == {}
+
+
+def test_a_service_whose_directory_was_removed_stays_until_its_stack_is_empty(host: Host) -> None:
+    host.accept("web.service", ["web.raw"])
+    (host.units / "web.service.confext.d/web.raw").unlink()
+    (host.units / "web.service.confext.d").rmdir()
+    known = unit_facts.units_with_slots(str(host.state))
+    assert list(unit_facts.all_facts(host.index, known)) == ["web.service"]
+    assert host.stale() == []
+    host.accept("web.service", [])
+    known = unit_facts.units_with_slots(str(host.state))
+    assert known == {"web.service": False}
+    assert unit_facts.all_facts(host.index, known) == {}
+
+
+def test_a_sandboxed_unit_is_stale_while_it_lists_what_is_not_there(host: Host) -> None:
+    host.accept("web.service", ["web.raw"])
+    (host.units / "web.service").write_text(WEB + "[Service]\nProtectSystem=full\n")
+    host.generate()
+    host.accept("web.service", [])
+    assert host.stale() == ["web.service"]
+    host.generate()
+    assert host.stale() == []
