@@ -555,9 +555,9 @@ def dbus_reply(data: bytes) -> None:
         jobs._failed_command(_now(asked.service_properties("a.service")))
     with only(dbus.Error):
         assert re.fullmatch(r"(?:[0-9a-f]{2})*", _now(asked.invocation("a.service")))
-    for name, kind in systemd1._KINDS.items():
+    for name, kind in (item for kinds in systemd1._PROPERTIES.values() for item in kinds.items()):
         with only(dbus.Error):
-            value = _now(asked.service("a.service", name))
+            value = _now(asked.get("a.service", name))
             assert isinstance(value, {"s": str, "u": int, "i": int, "(uo)": tuple}.get(kind, list | bytes))
     for member in systemd1._ANSWERS:
         with only(dbus.Error):

@@ -36,11 +36,8 @@ class Answers(Systemd1):
         self._jobs.ended(JOB, self._result)
         return JOB
 
-    async def unit(self, unit: str, name: str) -> Any:
+    async def get(self, unit: str, name: str) -> Any:
         return {"ActiveState": "active", "Job": (0, "/")}[name]
-
-    async def service(self, unit: str, name: str) -> Any:
-        raise KeyError(name)
 
     async def service_properties(self, unit: str) -> dict[str, Any]:
         return {}

@@ -93,15 +93,11 @@ class Host(Systemd1):
         self._is_asked("AddMatch")
         self._followed = set(names)
 
-    async def service(self, unit: str, name: str) -> Any:
+    async def get(self, unit: str, name: str) -> Any:
         pid = self.pids.get(unit, 0)
-        self._is_asked(name)
-        return pid
-
-    async def unit(self, unit: str, name: str) -> Any:
         values = {"ActiveState": "inactive", "SubState": "dead", "TriggeredBy": self.sockets.get(unit, [])}
         self._is_asked(name)
-        return values[name]
+        return values.get(name, pid)
 
     async def invocation(self, unit: str) -> str:
         return "1" * 32

@@ -11,7 +11,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import trio
 
@@ -156,24 +156,21 @@ class UnitJobs:
         """
         if not sd_notify.is_starting():
             return "fail"
-        if (await systemd.unit(unit, "Job"))[0]:
+        if (await systemd.get(unit, "Job"))[0]:
             raise _WaitsForUs
         return "ignore-dependencies"
 
     async def _afterwards(self, unit: str, member: str) -> str:
-        while (await self._patiently("unit", unit, "Job"))[0]:
+        while (await self._patiently(unit, "Job"))[0]:
             await trio.sleep(_POLL_SEC)
-        result = await self._patiently(
-            "service", unit, "ReloadResult" if member == "ReloadUnit" else "Result"
-        )
+        result = await self._patiently(unit, "ReloadResult" if member == "ReloadUnit" else "Result")
         return {"success": "done", "timeout": "timeout"}.get(str(result), "failed")
 
-    async def _patiently(self, kind: Literal["unit", "service"], unit: str, name: str) -> Any:
+    async def _patiently(self, unit: str, name: str) -> Any:
         """A property of a unit, even if the connection is lost and made again."""
         while True:
             try:
-                systemd = await self._systemd()
-                return await (systemd.unit(unit, name) if kind == "unit" else systemd.service(unit, name))
+                return await (await self._systemd()).get(unit, name)
             except (dbus.BusLost, dbus.Error) as error:
                 if not dbus.is_lost(error):
                     raise
@@ -187,7 +184,7 @@ class UnitJobs:
         """
         if self._up.get(unit) == invocation:
             return True
-        while (state := await self._patiently("unit", unit, "ActiveState")) == "activating":
+        while (state := await self._patiently(unit, "ActiveState")) == "activating":
             await trio.sleep(_POLL_SEC)
         if state in _RUNNING:
             self._up[unit] = invocation

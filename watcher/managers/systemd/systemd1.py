@@ -43,22 +43,19 @@ _ANSWERS: Final = {
     "StopUnit": "o",
     "TryRestartUnit": "o",
 }
-_KINDS: Final = {
-    "ActiveState": "s",
-    "ExecMainCode": "i",
-    "ExecMainStatus": "i",
-    "ExecReload": "a(sasbttttuii)",
-    "ExecReloadPost": "a(sasbttttuii)",
-    "InvocationID": "ay",
-    "Job": "(uo)",
-    "MainPID": "u",
-    "NRestarts": "u",
-    "ReloadResult": "s",
-    "Result": "s",
-    "SubState": "s",
-    "TriggeredBy": "as",
-    "UnitPath": "as",
-    "Version": "s",
+_PROPERTIES: Final = {
+    MANAGER: {"UnitPath": "as", "Version": "s"},
+    UNIT: {"ActiveState": "s", "InvocationID": "ay", "Job": "(uo)", "SubState": "s", "TriggeredBy": "as"},
+    SERVICE: {
+        "ExecReload": "a(sasbttttuii)",
+        "ExecReloadPost": "a(sasbttttuii)",
+        "MainPID": "u",
+        "NRestarts": "u",
+        "ExecMainCode": "i",
+        "ExecMainStatus": "i",
+        "ReloadResult": "s",
+        "Result": "s",
+    },
 }
 
 
@@ -184,7 +181,7 @@ class Systemd1:
         Raises:
             Unsupported: too old.
         """
-        version = str(await self._get(PATH, MANAGER, "Version"))
+        version = str(await self._get(PATH, "Version"))
         number = version.removeprefix("v").partition(".")[0].partition("~")[0].partition("-")[0].split(" ")[0]
         if number.isdecimal() and int(number) < OLDEST:
             raise Unsupported(
@@ -193,7 +190,7 @@ class Systemd1:
 
     async def unit_paths(self) -> tuple[str, ...]:
         """The unit search path, highest precedence first."""
-        return tuple(await self._get(PATH, MANAGER, "UnitPath"))
+        return tuple(await self._get(PATH, "UnitPath"))
 
     async def follow(self) -> None:
         """Have the bus send the manager's signals."""
@@ -223,13 +220,9 @@ class Systemd1:
         found = await self.manager("ListUnitsByPatterns", "asas", [], list(patterns))
         return [LoadedUnit(row[0], row[3]) for row in found]
 
-    async def unit(self, unit: str, name: str) -> Any:
-        """A property of a unit. systemd loads the unit if it has to."""
-        return await self._get(unit_path(unit), UNIT, name)
-
-    async def service(self, unit: str, name: str) -> Any:
-        """A property that only services have."""
-        return await self._get(unit_path(unit), SERVICE, name)
+    async def get(self, unit: str, name: str) -> Any:
+        """A property of a unit or a service. systemd loads the unit if it has to."""
+        return await self._get(unit_path(unit), name)
 
     async def service_properties(self, unit: str) -> dict[str, Any]:
         """All properties that only services have, by name."""
@@ -237,12 +230,14 @@ class Systemd1:
             NAME, unit_path(unit), PROPERTIES, "GetAll", "s", SERVICE, answer="a{sv}"
         )
         for name, (signature, _) in reply[0].items():
-            require(name, signature, _KINDS.get(name))
+            require(name, signature, _PROPERTIES[SERVICE].get(name))
         return {name: value for name, (_, value) in reply[0].items()}
 
     async def invocation(self, unit: str) -> str:
         """InvocationID, 32 hexadecimal digits."""
-        return bytes(await self.unit(unit, "InvocationID")).hex()
+        return bytes(await self.get(unit, "InvocationID")).hex()
 
-    async def _get(self, path: str, interface: str, name: str) -> Any:
-        return await self._bus.get(NAME, path, interface, name, _KINDS.get(name))
+    async def _get(self, path: str, name: str) -> Any:
+        (found,) = (item for item in _PROPERTIES.items() if name in item[1])
+        interface, kinds = found
+        return await self._bus.get(NAME, path, interface, name, kinds[name])

@@ -252,7 +252,7 @@ class Tracker:
             failed = headless = False
             if start.process is None:
                 failed = await _has_failed(systemd, name)
-                headless = not failed and await systemd.unit(name, "ActiveState") in _ACTIVE
+                headless = not failed and await systemd.get(name, "ActiveState") in _ACTIVE
             if headless:
                 # It may have been started since.
                 start = await self._main(systemd, name)
@@ -261,7 +261,7 @@ class Tracker:
 
     async def _main(self, systemd: Systemd1, name: str) -> _Start:
         """The main process that a unit has now, and its start."""
-        while pid := int(await systemd.service(name, "MainPID")):
+        while pid := int(await systemd.get(name, "MainPID")):
             held = self._held(name, pid)
             if held is not None:
                 return held
@@ -271,9 +271,9 @@ class Tracker:
                 await trio.sleep(_POLL_SEC)  # systemd notices it in a moment
                 continue
             invocation = await systemd.invocation(name)
-            restarts = int(await systemd.service(name, "NRestarts"))
+            restarts = int(await systemd.get(name, "NRestarts"))
             # systemd still has this PID: it has not reaped the process in between, so it is the one that we hold.
-            if int(await systemd.service(name, "MainPID")) == pid and invocation:
+            if int(await systemd.get(name, "MainPID")) == pid and invocation:
                 return _Start(process, invocation, restarts)
             process.close()
         return _Start()
@@ -361,14 +361,14 @@ async def _serves_one_connection(systemd: Systemd1, name: str) -> bool:
     """Whether an instance serves one connection (`Accept=yes`). Such instances end soon and have a new name each time:
     they start on the stack of their template, and keep it."""
     socket = (UnitName(name).template or "").replace("@.service", ".socket")
-    return socket in await systemd.unit(name, "TriggeredBy")
+    return socket in await systemd.get(name, "TriggeredBy")
 
 
 async def _has_failed(systemd: Systemd1, name: str) -> bool:
     """Whether a unit went down by itself; it may be waiting for its automatic restart."""
-    if await systemd.unit(name, "ActiveState") == "failed":
+    if await systemd.get(name, "ActiveState") == "failed":
         return True
-    return str(await systemd.unit(name, "SubState")).startswith("auto-restart")
+    return str(await systemd.get(name, "SubState")).startswith("auto-restart")
 
 
 async def _subscribe(systemd: Systemd1) -> None:
