@@ -46,6 +46,7 @@ class Standalone:
         self._runtime_directory = runtime_directory
         self._workers = workers
         self._run = run
+        self._changed: Callable[[str], None] = lambda name: None
         self._services: dict[str, Service] = {}
         self._registrations: dict[str, Registration] = {}
         # epoll(7) of all pidfds, so that one task can wait for the end of any service.
@@ -63,13 +64,14 @@ class Standalone:
         directory = services_directory(self._runtime_directory)
         with Watcher() as watcher:
             watcher.set("", [Interest(directory, pattern=r"[^.].*\.json")])
-            self._look(lambda name: None)
+            self._look()
+            self._changed = changed
             task_status.started()
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._follow_ends, changed)
-                nursery.start_soon(self._look_again, changed)
+                nursery.start_soon(self._follow_ends)
+                nursery.start_soon(self._look_again)
                 async for _ in watcher.changes():
-                    self._look(changed)
+                    self._look()
 
     def close(self) -> None:
         """Let go of all processes."""
@@ -148,15 +150,15 @@ class Standalone:
         # There may be tens of thousands.
         return [service.main.pid, *await command.aside(descendants, service.main.pid, apart=mains)]
 
-    async def _look_again(self, changed: Callable[[str], None]) -> None:
+    async def _look_again(self) -> None:
         """Read again what could not be read, for want of descriptors say: no event will say when it can be."""
         while True:
             await self._unread.wait()
             await trio.sleep(_AGAIN_SEC)
             self._unread = trio.Event()
-            self._look(changed)
+            self._look()
 
-    def _look(self, changed: Callable[[str], None]) -> None:
+    def _look(self) -> None:
         """Compare what is registered with what is known. What cannot be read now stays as it is until it can be."""
         remarks: set[Remark] = set()
         try:
@@ -167,7 +169,7 @@ class Standalone:
             for name in sorted(names | set(self._registrations)):
                 try:
                     if self._update(name, remarks):
-                        changed(name)
+                        self._changed(name)
                 except OSError as error:
                     remarks.add(self._not_read(registration_path(self._runtime_directory, name), error))
         for remark in sorted(remarks - self._remarks, key=lambda remark: remark.path):
@@ -236,7 +238,7 @@ class Standalone:
             del self._names[service.main.pidfd]
             service.main.close()
 
-    async def _follow_ends(self, changed: Callable[[str], None]) -> None:
+    async def _follow_ends(self) -> None:
         while True:
             await trio.lowlevel.wait_readable(self._ends.fileno())
             for fd, _ in self._ends.poll(0):
@@ -246,7 +248,7 @@ class Standalone:
                 self._services[service.name] = dataclasses.replace(
                     service, main=None, invocation="", failed=True
                 )
-                changed(service.name)
+                self._changed(service.name)
 
 
 def _context_of(main: Process, registration: Registration) -> ExecContext:

@@ -37,7 +37,6 @@ class Host(Systemd1):
         self.sockets: dict[str, list[str]] = {}
         self._loaded: set[str] = set()
         self._followed: set[str] = set()
-        self._changed: list[str] = []
 
     def unit_file(self, name: str) -> None:
         (self.units / name).write_text("[Service]\nExecStart=/bin/true\n")
@@ -56,7 +55,7 @@ class Host(Systemd1):
     async def update(self) -> None:
         """As often as there is something to look at."""
         while self.tracker._news.is_set() or self.tracker._everything:
-            await self.tracker.update(self, self._changed.append)
+            await self.tracker.update(self)
 
     async def follow(self) -> None:
         """For ever."""

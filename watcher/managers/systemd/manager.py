@@ -96,11 +96,12 @@ class Systemd:
         self, changed: Callable[[str], None], task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         """See `Manager.run`; call `check()` before."""
+        self._tracker.changed = changed
         with PatientWatcher() as watcher:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._reloads.run)
                 nursery.start_soon(self._follow_directories, watcher)
-                await self._stay_connected(changed, task_status)
+                await self._stay_connected(task_status)
 
     async def learn(self, service: Service, entries: Sequence[Entry], sysexts: Sequence[Entry] = ()) -> None:
         """See `Manager.learn`; the generator reads what was accepted from the record beside the slots."""
@@ -169,21 +170,22 @@ class Systemd:
 
     # --- the connection ---
 
-    async def _stay_connected(
-        self, changed: Callable[[str], None], task_status: trio.TaskStatus[None]
-    ) -> None:
+    async def _stay_connected(self, task_status: trio.TaskStatus[None]) -> None:
         failures = 0
         while True:
             lost: list[BaseException] = []
             try:
                 async with dbus.connect(self._on_signal) as bus:
-                    await self._begin(Systemd1(bus), changed)
+                    systemd = Systemd1(bus)
+                    await self._begin(systemd)
                     if failures:
                         journal.log.info("systemd can be reached again")
                     failures = 0
                     task_status.started()
                     task_status = trio.TASK_STATUS_IGNORED
-                    await self._follow(changed)
+                    while True:
+                        await self._tracker.news()
+                        await self._update(systemd)
             except* (dbus.BusLost, dbus.Error) as group:
                 lost += group.exceptions
             self._systemd = None
@@ -194,21 +196,15 @@ class Systemd:
             await trio.sleep(_RECONNECT_SEC[min(failures, len(_RECONNECT_SEC) - 1)])
             failures += 1
 
-    async def _begin(self, systemd: Systemd1, changed: Callable[[str], None]) -> None:
+    async def _begin(self, systemd: Systemd1) -> None:
         await systemd.follow()
         self._systemd = systemd
         self._connected.set()
         self._tracker.look_at_everything()
-        await self._update(changed)
+        await self._update(systemd)
 
-    async def _follow(self, changed: Callable[[str], None]) -> None:
-        while True:
-            await self._tracker.news()
-            await self._update(changed)
-
-    async def _update(self, changed: Callable[[str], None]) -> None:
-        assert self._systemd is not None
-        files_were_read = await self._tracker.update(self._systemd, changed)
+    async def _update(self, systemd: Systemd1) -> None:
+        files_were_read = await self._tracker.update(systemd)
         if files_were_read and await self._needs_daemon_reload():
             self._reloads.ask()
 

@@ -40,17 +40,25 @@ _STOPPED = frozenset({"inactive", "failed"})
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """A start of a unit: its main process, InvocationID and NRestarts; empty if it does not run."""
+    """A start of a unit: its main process, InvocationID and NRestarts."""
 
     process: Process | None = None
     invocation: str = ""
     restarts: int = 0
 
 
+_NOT_RUNNING = _Start()
+
+
 class Tracker:
-    """The services that take part, as of the last `update()`."""
+    """The services that take part, as of the last `update()`.
+
+    Attributes:
+        changed: called with the name of every service that appeared, changed or went away.
+    """
 
     def __init__(self, state_directory: str) -> None:
+        self.changed: Callable[[str], None] = lambda name: None
         self.services: dict[str, Service] = {}
         self.index = Index(())
         self._state_directory = state_directory
@@ -136,7 +144,7 @@ class Tracker:
 
     # --- looking ---
 
-    async def update(self, systemd: Systemd1, changed: Callable[[str], None]) -> bool:
+    async def update(self, systemd: Systemd1) -> bool:
         """Look at all that is due. If that fails for one unit alone, this is logged, and tried again later.
 
         Returns:
@@ -157,12 +165,12 @@ class Tracker:
                 everything = await self._has_own(systemd, new)
             if everything:
                 with self._trying(""):
-                    await self._look_at_files(systemd, changed)
+                    await self._look_at_files(systemd)
             while self._dirty:
                 name = next(iter(self._dirty))
                 del self._dirty[name]
                 with self._trying(name):
-                    await self._look_at_unit(systemd, name, changed)
+                    await self._look_at_unit(systemd, name)
         except BaseException:
             self._everything = True
             raise
@@ -203,7 +211,7 @@ class Tracker:
 
     # --- what is found ---
 
-    async def _look_at_files(self, systemd: Systemd1, changed: Callable[[str], None]) -> None:
+    async def _look_at_files(self, systemd: Systemd1) -> None:
         paths = await systemd.unit_paths()
         self.index = await trio.to_thread.run_sync(Index, paths or UNIT_PATHS)
         known = await trio.to_thread.run_sync(units_with_slots, self._state_directory)
@@ -222,11 +230,11 @@ class Tracker:
         loaded = {row.name: row for row in await systemd.loaded(facts)} if facts else {}
         for name in [name for name in self.services if name not in facts]:
             self._drop(name)
-            changed(name)
+            self.changed(name)
         for name in facts:
             row = loaded.get(name)
             if row is None or row.active in _STOPPED:
-                self._put(name, changed, failed=row is not None and row.active == "failed")
+                self._put(name, failed=row is not None and row.active == "failed")
             else:
                 self._dirty[name] = None
 
@@ -246,7 +254,7 @@ class Tracker:
                 self._per_connection.add(name)
         return [name for name in names if name not in self._per_connection]
 
-    async def _look_at_unit(self, systemd: Systemd1, name: str, changed: Callable[[str], None]) -> None:
+    async def _look_at_unit(self, systemd: Systemd1, name: str) -> None:
         if name in self._facts:
             start = await self._main(systemd, name)
             failed = headless = False
@@ -257,7 +265,7 @@ class Tracker:
                 # It may have been started since.
                 start = await self._main(systemd, name)
                 headless = start.process is None
-            self._put(name, changed, start, failed=failed, headless=headless)
+            self._put(name, start, failed=failed, headless=headless)
 
     async def _main(self, systemd: Systemd1, name: str) -> _Start:
         """The main process that a unit has now, and its start."""
@@ -276,7 +284,7 @@ class Tracker:
             if int(await systemd.get(name, "MainPID")) == pid and invocation:
                 return _Start(process, invocation, restarts)
             process.close()
-        return _Start()
+        return _NOT_RUNNING
 
     def _held(self, name: str, pid: int) -> _Start | None:
         """The start whose process has this PID, if it is held already."""
@@ -289,16 +297,9 @@ class Tracker:
         return held
 
     def _put(
-        self,
-        name: str,
-        changed: Callable[[str], None],
-        start: _Start | None = None,
-        *,
-        failed: bool = False,
-        headless: bool = False,
+        self, name: str, start: _Start = _NOT_RUNNING, *, failed: bool = False, headless: bool = False
     ) -> None:
         """Enter what is known of a service now. From here on the tracker owns the process of its start."""
-        start = start or _Start()
         process = start.process
         facts = self._facts[name]
         starting = process is not None and is_executor(process)
@@ -325,7 +326,7 @@ class Tracker:
             self._starting[name] = start
         self.services[name] = service
         if before != service:
-            changed(name)
+            self.changed(name)
 
     def _drop(self, name: str) -> None:
         self._close(name)
@@ -334,7 +335,7 @@ class Tracker:
     def _close(self, name: str, but: Process | None = None) -> None:
         """Let go of the processes that are held for a service, but for one."""
         service = self.services.get(name)
-        for process in (service.main if service else None, self._starting.pop(name, _Start()).process):
+        for process in (service.main if service else None, self._starting.pop(name, _NOT_RUNNING).process):
             if process is not None and process is not but:
                 process.close()
 
