@@ -57,7 +57,7 @@ async def obey(manager: Systemd, verb: str, service: Service) -> None:
     elif verb == "processes":
         say(processes=await manager.processes(service))
     elif verb == "learn":
-        await manager.learn(service, ())
+        await manager.learn(service)
         say(learned=service.name)
 
 

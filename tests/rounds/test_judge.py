@@ -34,9 +34,7 @@ class Manager:
 
     async def run(self, changed: Callable[[str], None], task_status: trio.TaskStatus[None]) -> None: ...
 
-    async def learn(
-        self, service: Service, entries: Sequence[Entry], sysexts: Sequence[Entry] = ()
-    ) -> None: ...
+    async def learn(self, service: Service, sysexts: Sequence[Entry] = ()) -> None: ...
 
     async def reload(self, service: Service) -> Reloaded:
         return self.answer(self)

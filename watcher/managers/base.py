@@ -129,10 +129,10 @@ class Manager(Protocol):
         appeared, changed (declared sources, settings, start, stop) or went away.
         """
 
-    async def learn(self, service: Service, entries: Sequence[Entry], sysexts: Sequence[Entry] = ()) -> None:
-        """Have the next start of the service use exactly these slots, bottom to top (they are in place already).
+    async def learn(self, service: Service, sysexts: Sequence[Entry] = ()) -> None:
+        """Have the next start of the service use the accepted stack, whose slots are in place already.
 
-        Under systemd this takes a daemon-reload if the loaded drop-in lists others.
+        Under systemd this takes a daemon-reload if the loaded drop-in does not list these slots.
 
         Args:
             sysexts: declared entries that are no confexts: the service keeps them.

@@ -29,8 +29,8 @@ class Combined:
                 await nursery.start(manager.run, changed)
             task_status.started()
 
-    async def learn(self, service: Service, entries: Sequence[Entry], sysexts: Sequence[Entry] = ()) -> None:
-        await self._of(service).learn(service, entries, sysexts)
+    async def learn(self, service: Service, sysexts: Sequence[Entry] = ()) -> None:
+        await self._of(service).learn(service, sysexts)
 
     async def reload(self, service: Service) -> Reloaded:
         return await self._of(service).reload(service)

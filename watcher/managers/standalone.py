@@ -81,7 +81,7 @@ class Standalone:
         self._services.clear()
         self._ends.close()
 
-    async def learn(self, service: Service, entries: Sequence[Entry], sysexts: Sequence[Entry] = ()) -> None:
+    async def learn(self, service: Service, sysexts: Sequence[Entry] = ()) -> None:
         """Nothing to do: `exec` looks for itself."""
 
     async def reload(self, service: Service) -> Reloaded:

@@ -259,7 +259,7 @@ class Rounds:
         await tools.offload.run(service.name, accept, service.slots, desired.stack, entries, on_trial)
         trial_words = ", on trial" if desired.new else ""
         say("debug", service.name, f"accepted {messages.labels(desired.stack)}{trial_words}")
-        await tools.manager.learn(service, entries, desired.sysexts)
+        await tools.manager.learn(service, desired.sysexts)
         return desired
 
     async def _stopped(self, service: Service, desired: Desired, memory: Memory) -> Next:

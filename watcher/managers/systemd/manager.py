@@ -103,7 +103,7 @@ class Systemd:
                 nursery.start_soon(self._follow_directories, watcher)
                 await self._stay_connected(task_status)
 
-    async def learn(self, service: Service, entries: Sequence[Entry], sysexts: Sequence[Entry] = ()) -> None:
+    async def learn(self, service: Service, sysexts: Sequence[Entry] = ()) -> None:
         """See `Manager.learn`; the generator reads what was accepted from the record beside the slots."""
         paths = [entry.path for entry in sysexts]
         await trio.to_thread.run_sync(unit_drop_in.write_sysexts, self._state_directory, service.name, paths)
