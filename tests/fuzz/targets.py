@@ -549,8 +549,8 @@ def dbus_reply(data: bytes) -> None:
         return
     asked = systemd1.Systemd1(_Answering(message))
     with only(dbus.Error):
-        for row in _now(asked.loaded(["a.service"])):
-            assert isinstance(row.name, str) and isinstance(row.active, str)
+        for name, state in _now(asked.loaded(["a.service"])).items():
+            assert isinstance(name, str) and isinstance(state, str)
     with only(dbus.Error):
         jobs._failed_command(_now(asked.service_properties("a.service")))
     with only(dbus.Error):

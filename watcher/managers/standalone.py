@@ -123,7 +123,6 @@ class Standalone:
     async def execute(
         self, service: Service, namespace: int, words: Sequence[str], timeout_sec: float
     ) -> Ended:
-        """See `Manager.execute`."""
         registration = self._registrations.get(service.name)
         if service.main is None or registration is None:
             raise Gone(f"{service.name} is not running")

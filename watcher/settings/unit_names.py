@@ -150,7 +150,6 @@ class Specifiers:
         self.unit = UnitName(unit)
         self._root = root.rstrip("/")
         self._fragment = fragment_path
-        self._os_release: dict[str, str] | None = None
 
     def expand(self, text: str) -> str:
         """
@@ -163,23 +162,19 @@ class Specifiers:
         if letter in _FIXED:
             return _FIXED[letter]
         if letter in _OS_RELEASE:
-            return self._release(_OS_RELEASE[letter])
+            return self._os_release.get(_OS_RELEASE[letter], "")
         reader = _READERS.get(letter)
         if reader is None:
             raise ValueError(f"the specifier %{shown(letter)} is not known")
         return reader(self)
 
-    def _release(self, key: str) -> str:
-        if self._os_release is None:
-            from watcher.settings.os_release import parse_os_release
+    @functools.cached_property
+    def _os_release(self) -> dict[str, str]:
+        from watcher.settings.os_release import parse_os_release
 
-            text = ""
-            for path in ("/etc/os-release", "/usr/lib/os-release"):
-                if os.path.exists(self._root + path):
-                    text = self._read(path)
-                    break
-            self._os_release = parse_os_release(text)
-        return self._os_release.get(key, "linux" if key == "ID" else "")
+        paths = ("/etc/os-release", "/usr/lib/os-release")
+        path = next((path for path in paths if os.path.exists(self._root + path)), None)
+        return {"ID": "linux", **(parse_os_release(self._read(path)) if path else {})}
 
     def _read(self, path: str) -> str:
         try:

@@ -16,7 +16,7 @@ import trio.testing
 from jeepney import HeaderFields, Message
 
 from watcher.managers.systemd import dbus, tracker
-from watcher.managers.systemd.systemd1 import LoadedUnit, Systemd1, unit_path
+from watcher.managers.systemd.systemd1 import Systemd1, unit_path
 from watcher.managers.systemd.tracker import Tracker
 
 
@@ -79,14 +79,13 @@ class Host(Systemd1):
     async def manager(self, member: str, signature: str = "", *arguments: Any, timeout: float = 30.0) -> Any:
         self._is_asked(member)
 
-    async def loaded(self, patterns: Iterable[str]) -> list[LoadedUnit]:
-        state = {True: "active", False: "inactive"}
+    async def loaded(self, patterns: Iterable[str]) -> dict[str, str]:
         prefixes = tuple(pattern.partition("*")[0] for pattern in patterns)
         assert prefixes, "no pattern at all matches everything"
         names = sorted(name for name in self._loaded if name.startswith(prefixes))
-        rows = [LoadedUnit(name, state[name in self.pids]) for name in names if "@." not in name]
+        units = {name: "active" if name in self.pids else "inactive" for name in names if "@." not in name}
         self._is_asked("ListUnits")
-        return rows
+        return units
 
     async def follow_units(self, names: Iterable[str]) -> None:
         self._is_asked("AddMatch")

@@ -111,7 +111,6 @@ class Systemd:
             await self._reloads.request()
 
     async def reload(self, service: Service) -> Reloaded:
-        """See `Manager.reload`."""
         kind = service.settings.reload
         if kind == "none" or service.main is None:
             return Reloaded(ok=True)
@@ -142,17 +141,14 @@ class Systemd:
             )
 
     async def started(self, service: Service) -> bool:
-        """See `Manager.started`."""
         return await self._unit_jobs.is_up(service.name, service.invocation)
 
     async def revive(self, service: Service) -> Reloaded:
-        """See `Manager.revive`."""
         return await self._unit_jobs.start(service.name)
 
     async def execute(
         self, service: Service, namespace: int, words: Sequence[str], timeout_sec: float
     ) -> Ended:
-        """See `Manager.execute`."""
         if service.main is None:
             raise Gone(f"{service.name} is not running")
         with service.main.hold() as main:
@@ -162,7 +158,6 @@ class Systemd:
             )
 
     async def processes(self, service: Service) -> list[int]:
-        """See `Manager.processes`."""
         if service.main is None:
             return []
         # There may be tens of thousands.

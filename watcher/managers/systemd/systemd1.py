@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Final
 
 import trio
 from jeepney import HeaderFields, MatchRule, Message
 
-from watcher.managers.systemd.dbus import PROPERTIES, Bus, require
+from watcher.managers.systemd.dbus import CALL_SEC, PROPERTIES, Bus, require
 from watcher.model import Unsupported
 
 NAME: Final = "org.freedesktop.systemd1"
@@ -57,14 +56,6 @@ _PROPERTIES: Final = {
         "Result": "s",
     },
 }
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedUnit:
-    """Of a row of ListUnitsByPatterns(): the unit's name and ActiveState."""
-
-    name: str
-    active: str
 
 
 def unit_path(name: str) -> str:
@@ -168,7 +159,9 @@ class Systemd1:
         self._bus = bus
         self._matched: set[str | None] = set()
 
-    async def manager(self, member: str, signature: str = "", *arguments: Any, timeout: float = 30.0) -> Any:
+    async def manager(
+        self, member: str, signature: str = "", *arguments: Any, timeout: float = CALL_SEC
+    ) -> Any:
         """A method of the manager: its only result, or None."""
         answer = _ANSWERS.get(member)
         reply = await self._bus.call(
@@ -215,10 +208,10 @@ class Systemd1:
             await self._bus.remove_match(properties_rule(unit))
             self._matched.discard(unit)
 
-    async def loaded(self, patterns: Iterable[str]) -> list[LoadedUnit]:
-        """The loaded units among these names and shell patterns."""
+    async def loaded(self, patterns: Iterable[str]) -> dict[str, str]:
+        """The loaded units among these names and shell patterns, with the ActiveState of each."""
         found = await self.manager("ListUnitsByPatterns", "asas", [], list(patterns))
-        return [LoadedUnit(row[0], row[3]) for row in found]
+        return {row[0]: row[3] for row in found}
 
     async def get(self, unit: str, name: str) -> Any:
         """A property of a unit or a service. systemd loads the unit if it has to."""

@@ -218,7 +218,7 @@ class Tracker:
         # Set before anything is asked: `_note_unit()` then recognises an instance that is loaded from now on.
         self._facts = facts = await trio.to_thread.run_sync(all_facts, self.index, known)
         patterns = [name.replace("@.", "@*.") for name in facts if unit_files.is_template(name)]
-        found = [row.name for row in await systemd.loaded(patterns)] if patterns else []
+        found = await systemd.loaded(patterns) if patterns else {}
         instances = [name for name in found if name not in facts]
         if instances:
             own = await self._own_instances(systemd, instances)
@@ -227,21 +227,20 @@ class Tracker:
         self._names = {unit_path(name): name for name in facts}
         await systemd.follow_units(name for name in facts if not unit_files.is_template(name))
         # Asked only now: the bus has sent no signal of what happened before it was asked to.
-        loaded = {row.name: row for row in await systemd.loaded(facts)} if facts else {}
+        states = await systemd.loaded(facts) if facts else {}
         for name in [name for name in self.services if name not in facts]:
             self._drop(name)
             self.changed(name)
         for name in facts:
-            row = loaded.get(name)
-            if row is None or row.active in _STOPPED:
-                self._put(name, failed=row is not None and row.active == "failed")
+            state = states.get(name, "inactive")
+            if state in _STOPPED:
+                self._put(name, failed=state == "failed")
             else:
                 self._dirty[name] = None
 
     async def _has_own(self, systemd: Systemd1, instances: Iterable[str]) -> bool:
         """Whether one of the instances that were loaded just now takes part in its own right."""
-        found = [row.name for row in await systemd.loaded(instances)] if instances else []
-        for name in found:
+        for name in await systemd.loaded(instances) if instances else ():
             if not await _serves_one_connection(systemd, name):
                 return True
         return False
