@@ -39,11 +39,8 @@ def without_daemon(settings: Settings, service: str | None = None) -> list[Servi
             if service in (None, name):
                 kept_out = [one for one in quarantined if one.service == key]
                 last, pin = newest.get(key), pins.get(key)
-                found.append(
-                    of_service(
-                        settings.state_directory, name, manager, main, last, pin, kept_out, ledger.placed
-                    )
-                )
+                of_ledger = (last, pin, kept_out, ledger.placed)
+                found.append(of_service(settings.state_directory, name, manager, main, *of_ledger))
     if service is not None and not found:
         raise ServiceNotFound(service)
     return sorted(found, key=lambda one: one.service)
@@ -57,11 +54,8 @@ def _known(settings: Settings, held: contextlib.ExitStack) -> Iterator[tuple[str
             registration = registered(settings.runtime_directory, name)
             if registration is not None:
                 standalone.add(name)
-                yield (
-                    name,
-                    "standalone",
-                    _hold(held, registration.pid, registration.started, registration.namespace),
-                )
+                main = _hold(held, registration.pid, registration.started, registration.namespace)
+                yield name, "standalone", main
     if os.path.isdir("/run/systemd/system") and os.path.isdir(f"{settings.state_directory}/units"):
         units = sorted(filter(is_service, set(Stacks(settings.state_directory).units()) - standalone))
         for name, pid in _main_pids(units).items():
@@ -143,21 +137,18 @@ def shown_layers(mounted: Mounted, stacks: Sequence[Stack]) -> tuple[Layer, ...]
     """
     if mounted.layers is None:
         return stacks[0].layers if stacks else ()
-    return tuple(_layer(one.name, one.version, one.digest, stacks) for one in mounted.layers)
+    known = {layer.digest: layer for stack in reversed(stacks) for layer in reversed(stack.layers)}
+    return tuple(
+        known.get(one.digest) or Layer("", one.name, one.version, one.digest, Kind.IMAGE, "")
+        for one in mounted.layers
+    )
 
 
 def _kept(state_directory: str, slots: str) -> list[Accepted]:
     """The accepted stacks kept under a name, newest first. They have the whole names, which the mount table cuts."""
     if not os.path.isdir(f"{state_directory}/stacks"):
         return []  # Stacks() would make the directory, and this user may only look
-    with contextlib.suppress(Damaged):
+    try:
         return list(Stacks(state_directory).history(slots))
-    return []
-
-
-def _layer(name: str, version: str, digest: str, stacks: Sequence[Stack]) -> Layer:
-    for stack in stacks:
-        for layer in stack.layers:
-            if layer.digest == digest:
-                return layer
-    return Layer("", name, version, digest, Kind.IMAGE, "")
+    except Damaged:
+        return []

@@ -28,11 +28,10 @@ from watcher.records.schema import Quarantined, utf8
 
 NAME = "ledger.sqlite"
 
-HISTORY_MAX = 10_000
 OUTPUT_MAX = 64 * 1024
 """Characters of a check's output that are kept."""
 OUTPUTS_KEPT = 256
-"""How many of the newest outputs are kept: with OUTPUT_MAX, what bounds the file's size."""
+"""Outputs that are kept, the newest: with OUTPUT_MAX, what bounds the file's size."""
 
 _TABLES = """
 CREATE TABLE history (
@@ -78,7 +77,7 @@ _DROP = {
 _LIMIT_MAX = 2**31
 _Row = Sequence[object]
 _Key = tuple[str, ...]
-"""A table with one decision for each key, and the key: ("quarantine", SERVICE, DIGEST), ("pins", SERVICE)."""
+"""What a decision is about, the name of its table first: ("quarantine", SERVICE, DIGEST) or ("pins", SERVICE)."""
 
 
 class LedgerError(Exception):
@@ -180,7 +179,7 @@ class Ledger(_Reading):
         remarks: about the file, for the administrator (set aside, cannot be made); the caller logs them.
     """
 
-    def __init__(self, state_directory: str, history_max: int = HISTORY_MAX) -> None:
+    def __init__(self, state_directory: str, history_max: int = 10_000) -> None:
         """Opens or makes the ledger. Does not raise: what cannot be opened is tried again with every write."""
         self.remarks: list[Remark] = []
         self._path = Path(state_directory, NAME)
