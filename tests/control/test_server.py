@@ -162,7 +162,7 @@ async def test_the_client_gets_what_the_backend_says(backend: Backend, directory
     assert await by_client(directory, lambda client: client.status()) == [STATUS]
     assert await by_client(directory, lambda client: client.history(limit=1)) == [APPLIED]
     assert await by_client(directory, lambda client: client.forget(NGINX, "d" * 64)) == [BAD]
-    await by_client(directory, lambda client: client.reload())
+    await by_client(directory, lambda client: client.call("Reload"))
     assert backend.calls == [("status", None), ("history", None, 1), ("forget", NGINX, "d" * 64), ("reload",)]
 
 
@@ -468,7 +468,8 @@ AS_NOBODY = """
     from watcher.records.schema import NotPermitted
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
     with Client({directory!r}, timeout=60) as client:
-        for change in (lambda: client.rollback("nginx.service"), lambda: client.forget("nginx.service"), client.reload):
+        reload = lambda: client.call("Reload")
+        for change in (lambda: client.rollback("nginx.service"), lambda: client.forget("nginx.service"), reload):
             try:
                 change()
             except NotPermitted as error:

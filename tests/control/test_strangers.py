@@ -235,7 +235,8 @@ async def test_members_of_the_group_are_told_everything(
 async def test_members_of_the_group_may_change_nothing(backend: Backend, directory: Path) -> None:
     code = """
 with Client(directory, timeout=60) as client:
-    for change in (lambda: client.rollback("nginx.service"), lambda: client.forget("nginx.service"), client.reload):
+    reload = lambda: client.call("Reload")
+    for change in (lambda: client.rollback("nginx.service"), lambda: client.forget("nginx.service"), reload):
         try:
             change()
         except CallError as error:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What people and programs ask of the daemon, over its Varlink socket, and how the answers are found.
+"""What people and programs ask of the daemon over its Varlink socket, how it answers, and how people see the answer.
 
-In come calls of clients, any of whom may be hostile. Out come status, plan, history, and the outcome of what was
+In come calls of clients, of which any may be hostile. Out come status, plan, history, and the outcome of what was
 dropped. Each reply goes through redact.py. This room never changes a service itself: it asks for a round.
 """

@@ -98,10 +98,6 @@ class Client:
         answer = self.call("Forget", service=service, digest=digest)
         return self._list(Quarantined, "forgotten", answer)
 
-    def reload(self) -> None:
-        """Has the settings read again. Raises NotPermitted."""
-        self.call("Reload")
-
     def wait(self, service: str, image: str) -> Iterator[Event]:
         """What happens to the image, until the verdict, which comes last.
 

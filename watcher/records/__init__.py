@@ -2,5 +2,5 @@
 """What is kept and what is said: the log, the history, the quarantine, and the schema of what is told.
 
 In come events. Out come entries in the journal, rows of the ledger, and JSON in one form for the socket and for
-`--json`. durable.py brings files to the disk. This room never decides anything.
+`--json`. durable.py gets files onto the disk. This room never decides anything.
 """
