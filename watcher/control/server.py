@@ -7,13 +7,13 @@ a rollback for as long as the service reloads, `Wait` for hours. A thread for ea
 client goes away, and a hundred clients that wait are a hundred threads. So this module dispatches the calls of our own
 interface to an async Backend.
 
-**A client can hurt nobody but itself** (bounds: transport.py, peers.py). A connection is a task of its own. A client
+**A client can only hurt itself** (bounds: transport.py, peers.py). A connection is a task of its own. A client
 that takes no reply, sends rubbish, or comes back a thousand times is only in its own way.
 
 **Strangers are told less** (redact.py): each reply goes through `_Server._encoded()` or `_encoded_error()`.
 
 **Going away.** A client that closes its connection during `Wait` ends the call. The daemon finishes a changing call
-all the same: nobody wants half a rollback.
+all the same: no service stays rolled back by half.
 """
 
 from __future__ import annotations

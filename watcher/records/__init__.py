@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is kept and what is said: the log, the history, the quarantine, and the schema of what is told.
+"""What the watcher remembers and says: the log, the history, the quarantine, and the schema of its answers.
 
 In come events. Out come entries in the journal, rows of the ledger, and JSON in one form for the socket and for
 `--json`. durable.py gets files onto the disk. This room never decides anything.

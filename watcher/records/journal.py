@@ -169,7 +169,7 @@ def _level(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
 
 
 def _printable(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """Make every text harmless: anybody may have chosen the name of a file, or the output of a program."""
+    """Make every text harmless: strangers choose names of files, and programs print what they like."""
     for key, value in event.items():
         if isinstance(value, str | bytes):
             # A message is one line, so that no name of a file can look like another message.

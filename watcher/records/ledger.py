@@ -51,7 +51,7 @@ CREATE TABLE pins (service TEXT PRIMARY KEY, stack TEXT NOT NULL) WITHOUT ROWID;
 """
 
 _FORMAT = database.Format(application=0x43464558, version=1, tables=_TABLES)
-"""Whoever adds a column, a table or a value of Outcome raises the version, and adds a step that brings old files up."""
+"""A change of the tables, or a new value of Outcome, raises the version, and needs a step that converts old files."""
 
 _COLUMNS = tuple(field.name for field in dataclasses.fields(Event))
 _KEYS = tuple(schema.to_dict(Event("", Outcome.APPLIED, "", 0)))

@@ -167,9 +167,12 @@ error Failed (reason: string)
 """
 
 
+# DESCRIPTION says what each field means, and in which unit.
+
+
 @dataclass(frozen=True, slots=True)
 class Quarantined:
-    """Content that a service must not get again; `when` in microseconds since the epoch, `source` the dropped path."""
+    """Content that a service must not get again."""
 
     service: str
     digest: str
@@ -180,20 +183,7 @@ class Quarantined:
 
 @dataclass(frozen=True, slots=True)
 class ServiceStatus:
-    """A service as it is now.
-
-    Attributes:
-        service: "nginx.service".
-        manager: "systemd" or "standalone".
-        state: "running", "stopped" or "needs-restart".
-        pid: main process, None when stopped.
-        stack: identity of what the main process runs on, "" for its own /etc.
-        accepted: identity of the stack that its next start gets.
-        layers: of `stack`, bottom to top.
-        since: microseconds since the epoch, None when not known.
-        last: its newest outcome.
-        pinned: the stack it was rolled back to by hand.
-    """
+    """A service as it is now."""
 
     service: str
     manager: str
@@ -210,7 +200,7 @@ class ServiceStatus:
 
 @dataclass(frozen=True, slots=True)
 class PlannedChange:
-    """What a look now would change for a service; stacks by identity, layers bottom to top."""
+    """What a look now would change for a service."""
 
     service: str
     changes: bool
