@@ -417,7 +417,7 @@ source, target = sys.argv[1:]
 os.mkdir(target)
 a, b = (os.open(path, os.O_RDONLY) for path in (source, target))
 copy = tree.copy(a, b, 1 << 30)
-durable.sync(b, 100)
+durable.fsync_tree(b, 100)
 assert copy == tree.digest(a)
 os.mkdir(target + ".parent")
 os.rename(target, target + ".parent/x")

@@ -40,7 +40,7 @@ class TestSync:
         fd = os.open(tree, os.O_RDONLY)
         before = set(os.listdir("/proc/self/fd"))
         try:
-            durable.sync(fd, entries)
+            durable.fsync_tree(fd, entries)
         finally:
             assert set(os.listdir("/proc/self/fd")) == before
             os.close(fd)

@@ -132,9 +132,9 @@ class Stacks:
             new = not self._is_current(unit, accepted)
             if new:
                 name = self._build(unit, directory, accepted)
-                self._bring(unit, name, after)
+                self._fsync(unit, name, after)
                 self._point(unit, name)
-            durable.bring(f"{self._path}/units")
+            durable.fsync(f"{self._path}/units")
         return new
 
     def forget(self, unit: str) -> None:
@@ -142,7 +142,7 @@ class Stacks:
         with self._locked(unit):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(f"{self._path}/units/{unit}")
-            durable.bring(f"{self._path}/units")
+            durable.fsync(f"{self._path}/units")
             for name in self._numbered(unit):
                 _remove_stack(f"{self.directory}/{unit}/{name}")
             self._remove(unit)
@@ -160,7 +160,7 @@ class Stacks:
                 kept, surplus = self._sorted(unit, keep)
                 if surplus and not changed:
                     # Otherwise, after a power cut, an older link could lead to a stack that is gone.
-                    durable.bring(f"{self._path}/units")
+                    durable.fsync(f"{self._path}/units")
                 for name in surplus:
                     _remove_stack(f"{self.directory}/{unit}/{name}")
                 for name in kept:
@@ -169,7 +169,7 @@ class Stacks:
                     self._remove(unit)
                 elif surplus:
                     changed.append(f"{self.directory}/{unit}")
-        durable.bring(self.directory, *changed)
+        durable.fsync(self.directory, *changed)
         return frozenset(used)
 
     def _sorted(self, unit: str, keep: int) -> tuple[list[str], list[str]]:
@@ -267,7 +267,7 @@ class Stacks:
         os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
         return name
 
-    def _bring(self, unit: str, name: str, after: Sequence[str]) -> None:
+    def _fsync(self, unit: str, name: str, after: Sequence[str]) -> None:
         """Bring all that a stack is made of to the disk."""
         path, store = f"{self.directory}/{unit}", f"{self._path}/store"
         paths = [f"{path}/{name}/{_RECORD}", f"{path}/{name}", path, *after]
@@ -276,7 +276,7 @@ class Stacks:
             paths.append(store)
         if not self._pointed(unit):
             paths += [self.directory, self._path]  # perhaps these are new, too
-        durable.bring(*paths)
+        durable.fsync(*paths)
 
     def _point(self, unit: str, name: str) -> None:
         # In the unit's directory, which is locked: if this process is killed here, `_clear()` of the next removes it.

@@ -321,7 +321,7 @@ class Store:
             digest = tree.copy(root, made, signature.size)
             _require_unchanged(root, signature)
             if not self._whole.verify(digest):
-                durable.sync(made, signature.entries)
+                durable.fsync_tree(made, signature.entries)
                 self._rename_tree(name, digest)
         return digest
 

@@ -35,19 +35,19 @@ def make(path: str, mode: int = 0o755) -> None:
         )
 
 
-def sync(root: int, entries: int) -> None:
+def fsync_tree(root: int, entries: int) -> None:
     """fsync(2) of `root` and of all below it, about `entries` files and directories."""
-    _bring(_descriptors(root), min(_THREADS, entries // _ENTRIES))
+    _fsync(_descriptors(root), min(_THREADS, entries // _ENTRIES))
 
 
-def bring(*paths: str) -> None:
+def fsync(*paths: str) -> None:
     """fsync(2) of files and directories; a directory's gets its entries on the disk, not what they name.
 
     Raises:
         OSError: one is not on the disk, or not known to be.
     """
     # Two more threads for half a dozen paths: others cost the processor, and save nothing.
-    _bring(_opened(paths), min(_THREADS, len(paths) // 2))
+    _fsync(_opened(paths), min(_THREADS, len(paths) // 2))
 
 
 def _opened(paths: Sequence[str]) -> Generator[int, None, None]:
@@ -55,7 +55,7 @@ def _opened(paths: Sequence[str]) -> Generator[int, None, None]:
         yield os.open(path, _FILE)
 
 
-def _bring(descriptors: Generator[int, None, None], helpers: int) -> None:
+def _fsync(descriptors: Generator[int, None, None], helpers: int) -> None:
     """fsync(2) and close each descriptor.
 
     An fsync waits for a flush of the disk's cache. The kernel makes one flush for all that wait at the same time. So

@@ -239,7 +239,7 @@ def write_sysexts(state_directory: str, unit: str, paths: Iterable[str]) -> None
         file.flush()
         os.fsync(file.fileno())
     os.rename(f"{target}.tmp", target)
-    durable.bring(os.path.dirname(target), state_directory)
+    durable.fsync(os.path.dirname(target), state_directory)
 
 
 def _is_sysext_tree(path: str) -> bool:
