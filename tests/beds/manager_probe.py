@@ -29,7 +29,7 @@ def shown(service: Service | None) -> dict[str, Any] | None:
         return None
     return {
         "pid": service.main.pid if service.main else 0,
-        "comm": service.main.comm() if service.main else "",
+        "comm": service.main.read("comm").strip() if service.main else "",
         "invocation": service.invocation,
         "starting": service.starting,
         "failed": service.failed,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A workshop, services, and stacks of small layers."""
+"""Mount workers, services, and stacks of small layers."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Layers:
 
 
 class Swaps:
-    """Swaps stacks of these layers in the workshop."""
+    """Swaps stacks of these layers."""
 
     def __init__(self, workers: MountWorkers, layers: Layers) -> None:
         self.workers = workers

@@ -699,7 +699,7 @@ def test_nothing_leaks(workers: MountWorkers, service: Service, swaps: Swaps, la
     )
 
     def state() -> tuple[int, int, int]:
-        # Both workers have a job at the same time: all benches have been cleared.
+        # Both workers have a job at the same time: all leftovers have been removed.
         both = threading.Barrier(2)
         rows = [
             workers.submit(lambda: (both.wait(), Path("/proc/thread-self/mountinfo").read_text()))

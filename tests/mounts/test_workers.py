@@ -53,7 +53,7 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def benches(workers: MountWorkers) -> list[str]:
+def scratches(workers: MountWorkers) -> list[str]:
     """Those that are still there."""
     points = [line.split()[4] for line in workers.submit(table).result().splitlines()]
     return [point for point in points if point.removeprefix(PLACE + "/").isdecimal()]
@@ -68,7 +68,7 @@ def both(workers: MountWorkers, function: Callable[[], object]) -> list[object]:
 
 @contextlib.contextmanager
 def strace(workers: MountWorkers, *injections: str) -> Iterator[None]:
-    """Inject faults into the one worker of a workshop."""
+    """Inject faults into the one worker."""
     tid = workers.submit(threading.get_native_id).result()
     words = [word for injection in injections for word in ("-e", f"inject={injection}")]
     tracer = subprocess.Popen(
@@ -210,7 +210,7 @@ def test_a_worker_that_cannot_come_back_is_replaced(service: Service, layers: La
         for when in (2, 4):  # back from the look, back from the swap
             with strace(workers, f"setns:error=EPERM:when={when}"), pytest.raises(WorkerLost):
                 workers.submit(swap, workers, service.namespace, stack, layers.copies).result()
-            assert benches(workers) == [], "another has taken its bench apart"
+            assert scratches(workers) == [], "another has removed its scratch"
             until(lambda: len(tids()) == count)
             assert len(os.listdir("/proc/self/fd")) == descriptors
         assert service.read("/etc/web.conf") == "1"
@@ -218,14 +218,14 @@ def test_a_worker_that_cannot_come_back_is_replaced(service: Service, layers: La
 
 
 @tool("strace")
-def test_a_bench_that_cannot_be_taken_apart_is_later(service: Service, layers: Layers) -> None:
+def test_a_scratch_that_cannot_be_removed_is_later(service: Service, layers: Layers) -> None:
     stack = Stack((layers.tree({"web.conf": "1"}),))
     with MountWorkers(1, privileged=may_mount()) as workers:
         for call in ("umount2", "rmdir"):
             with strace(workers, f"{call}:error=EBUSY:when=1"):
                 assert workers.submit(swap, workers, service.namespace, stack, layers.copies).result().done
                 workers.submit(where).result()
-            assert benches(workers) == []
+            assert scratches(workers) == []
             assert workers.submit(os.listdir, PLACE).result() == ["images"]
             assert workers.submit(swap, workers, service.namespace, Stack(), {}).result().done
 
@@ -405,7 +405,7 @@ class TestImages:
 
             assert workers.submit(use).result() == "1"
 
-    def test_a_service_keeps_its_stack_when_the_workshop_has_gone(
+    def test_a_service_keeps_its_stack_when_the_workers_have_gone(
         self, service: Service, layers: Layers, squashfs: Layer
     ) -> None:
         with MountWorkers(1) as workers:

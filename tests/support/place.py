@@ -212,6 +212,6 @@ def eventually(condition: Callable[[], object], say: Callable[[], object] = lamb
 def _comm(pid: int) -> str:
     try:
         with Process(pid) as process:
-            return process.comm()
+            return process.read("comm").rstrip("\n")
     except Gone:
         return ""

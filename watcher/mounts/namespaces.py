@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The mount namespaces of one service: its main process's, and those of others that show the same `/etc`.
+"""The mount namespaces of one service: that of its main process, and nested ones that show the same `/etc`.
 
-A process of the service that made itself a namespace of its own (a worker with `unshare`, a nested sandbox) keeps
-showing the old stack unless its mounts follow by propagation. Namespaces that show something else on `/etc`
-(containers, delegated subtrees, another service that this one has started) are not the service's in this sense, and
-are left alone.
+A process of the service that makes a mount namespace of its own (a worker with `unshare`, a nested sandbox) keeps
+showing the old stack unless its mounts follow by propagation. A namespace that shows something else on `/etc` (a
+container, a delegated subtree, another service that this one has started) is left alone.
 """
 
 from __future__ import annotations
@@ -23,35 +22,27 @@ from watcher.mounts.table import Table
 from watcher.mounts.workers import HostNamespace, MountWorkers
 
 NESTED_MAX = 256
-"""Nested namespaces of one service that follow: each takes a descriptor, and any user can make thousands."""
+"""Nested namespaces of one service that are swapped: each takes a descriptor, and any user can make thousands."""
 
 TABLES_MAX = 16 * 1024 * 1024
 """Bytes of the mount tables of all nested namespaces of one service together; one row has about 100."""
 
 
-@dataclass(frozen=True, slots=True)
-class Namespace:
-    """A mount namespace held by a descriptor."""
-
-    fd: int
-    identity: tuple[int, int]
-
-
 @dataclass(slots=True)
 class Namespaces:
-    """Where the stack of a service has to be swapped, in this order.
+    """Where the stack of a service has to be swapped, in this order; descriptors.
 
     Attributes:
-        apart: nested ones with mounts of their own below `/etc`. If they follow the main one they would keep the old
-            stack because of these, without what was lifted off it there: they have to be done before.
-        main: the main process's.
+        apart: nested ones with mounts of their own below `/etc`. The main namespace must not be swapped before them:
+            because of these mounts they would keep the old stack, without what was lifted off it in the main one.
+        main: that of the main process.
         following: the other nested ones; most have followed once the main one is done.
-        too_many: there are more, which are left as they are.
+        too_many: there are more, which keep what they have.
     """
 
-    apart: list[Namespace]
-    main: Namespace
-    following: list[Namespace]
+    apart: list[int]
+    main: int
+    following: list[int]
     too_many: bool = False
 
 
@@ -63,10 +54,9 @@ def of_service(
     kept: Callable[[], Iterable[Stack]],
     elsewhere: Iterable[int] = (),
 ) -> Iterator[Namespaces]:
-    """The namespaces of one service. Runs on a worker of the workshop.
+    """The namespaces of one service, open during the block. Runs on a mount worker.
 
-    Descriptors are closed at the end of the block. Where there are no nested ones, which is nearly always, nothing is
-    entered for this.
+    Where there are no nested ones, which is nearly always, none is entered.
 
     Args:
         pids: of all processes of the service.
@@ -78,14 +68,14 @@ def of_service(
         Gone: the main process has ended.
     """
     with Descriptors() as fds:
-        own = _hold(fds, main)
-        workers.check_foreign(own.identity)
-        found = Namespaces([], own, [])
+        found = Namespaces([], fds.add(main.namespace()), [])
+        own = namespace_id(found.main)
+        workers.check_foreign(own)
         nested: _Nested | None = None
         for pid in pids:
-            # What has ended or is not ours to look at is not the service's any more, or never was.
+            # A process that has ended or that we may not look at is no longer the service's, or never was.
             with contextlib.suppress(Gone, PermissionError), Process(pid) as process:
-                if _identity(process.pid) == own.identity:
+                if _identity(process.pid) == own:
                     continue
                 nested = nested or _Nested(workers, fds, found, kept, elsewhere)
                 nested.add(process)
@@ -101,11 +91,6 @@ def _identity(pid: int) -> tuple[int, int]:
         raise Gone(f"process {pid} has ended") from None
 
 
-def _hold(fds: Descriptors, process: Process) -> Namespace:
-    fd = fds.add(process.namespace())
-    return Namespace(fd, namespace_id(fd))
-
-
 class _Nested:
     """Sorts the namespaces of a service's other processes, and holds those that are the service's."""
 
@@ -119,7 +104,7 @@ class _Nested:
     ) -> None:
         self._workers, self._fds, self._found = workers, fds, found
         self._room = TABLES_MAX
-        self._main = Table(read_namespace(workers, found.main.fd))
+        self._main = Table(read_namespace(workers, found.main))
         self._digests = {digest for stack in kept() for digest in stack.digests} | _digests(self._main)
         self._seen: set[tuple[int, int]] = set()
         for pid in elsewhere:
@@ -129,25 +114,27 @@ class _Nested:
     def add(self, process: Process) -> None:
         fd = process.namespace()
         try:
-            identity = namespace_id(fd)
-            if identity in self._seen:
-                return
-            self._seen.add(identity)
             where = self._where(fd)
             if where is None:
                 return
             if len(self._found.apart) + len(self._found.following) == NESTED_MAX:
                 raise TooLong
-            where.append(Namespace(self._fds.add(fd), identity))
-            fd = -1
+            where.append(self._fds.add(os.dup(fd)))
         except TooLong:
             self._found.too_many = True
         finally:
-            if fd >= 0:
-                os.close(fd)
+            os.close(fd)
 
-    def _where(self, fd: int) -> list[Namespace] | None:
-        """Among which it is to be done; None: it is not the service's. Raises TooLong."""
+    def _where(self, fd: int) -> list[int] | None:
+        """The list of `Namespaces` that it goes into; None: it was seen before, or is not the service's.
+
+        Raises:
+            TooLong: there is no room for its mount table.
+        """
+        identity = namespace_id(fd)
+        if identity in self._seen:
+            return None
+        self._seen.add(identity)
         try:
             rows = read_namespace(self._workers, fd, self._room)
         except HostNamespace:
@@ -161,9 +148,9 @@ class _Nested:
 
 
 def _belongs(other: Table, main: Table, own: Set[str]) -> bool:
-    """Whether a namespace was made from the main process's: the same root, and the same or an own stack on `/etc`.
+    """Whether a namespace was made from the main one: the same root, and the same or an own stack on `/etc`.
 
-    An own stack that is another one was left behind when the main process's was swapped.
+    It may show an earlier stack of the service: it has kept that one when the main namespace was swapped.
     """
     if _shown(other.under) != _shown(main.under):
         return False

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The workshop: a private mount namespace, and the threads that may leave it to enter a service's.
+"""Mount workers: threads in a private mount namespace, which leave it to enter a service's.
 
-`setns(CLONE_NEWNS)` refuses a caller that shares its root and working directory with others. A thread that has once
-called `unshare(CLONE_FS)` shares them with nobody, and from then on its mount namespace is its own: the other threads
-of the program are not affected, and no process has to be forked for a swap.
+`setns(CLONE_NEWNS)` refuses a thread that shares its root and working directory with others. A worker calls
+`unshare(CLONE_FS)` once. From then on its mount namespace is its own: the other threads of the program are not
+affected, and no process has to be forked for a swap.
 
-All threads of a `MountWorkers` share one mount namespace that nobody else sees. In it lies a small tmpfs:
+All threads of a `MountWorkers` share one mount namespace that no other process is in. In it lies a small tmpfs:
 
-    images/DIGEST       each image, mounted once however many services use it
+    images/DIGEST       each image, mounted once for all services that use it
     N/                  the tmpfs of one swap, in which a stack is put together
 
-Everything in it vanishes with the last thread, whatever kills the program. Layers have to be attached somewhere:
+The kernel removes all of it with the last thread, whatever kills the program. Layers have to be attached somewhere:
 before Linux 6.15 overlayfs refuses layers from detached mounts, and nothing can be attached to a detached mount.
 """
 
@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import trio
 
@@ -37,13 +37,14 @@ from watcher.records import journal
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Mounted over in the workshop's own namespace only. /sys is on every machine, and no step of a swap needs it.
+# Hidden by our tmpfs, in the private namespace only. /sys is on every machine, and no step of a swap needs it.
 PLACE = "/sys"
 
-# Seconds: after which a job counts as hanging; and how long one that is under way may still take when we are to end.
 HANGS_SEC = 30.0
-_BUSY_SEC = 1.0  # after which another worker takes over what is waiting
-_GRACE_SEC = 0.4
+"""Seconds after which a job counts as hanging."""
+
+_BUSY_SEC = 1.0  # until another worker takes over what is waiting
+_GRACE_SEC = 0.4  # for a job that is under way when the program ends
 
 
 class HostNamespace(Elsewhere):
@@ -51,7 +52,7 @@ class HostNamespace(Elsewhere):
 
 
 class WorkerLost(Exception):
-    """A worker could not come back from a service's namespace; it ends, and another takes its place."""
+    """A worker could not come back from a service's namespace. It ends, and another takes its place."""
 
 
 class Hung(Exception):
@@ -73,7 +74,7 @@ class MountWorkers:
         self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
         self._numbers = itertools.count(1)
         self._forbidden = {namespace_id("/proc/self/ns/mnt")}
-        # Without the right to look at PID 1 (a user namespace) its namespace cannot be entered by us either.
+        # In a user namespace we may not look at PID 1. Then we cannot enter its namespace either.
         with contextlib.suppress(PermissionError):
             self._forbidden.add(namespace_id("/proc/1/ns/mnt"))
         self._namespace = -1
@@ -86,11 +87,11 @@ class MountWorkers:
         self._forbidden.add(namespace_id(self._namespace))
 
     def close(self) -> None:
-        """End the threads and with them the workshop's mounts; what a service shows stays."""
+        """End the threads, and with them the mounts of their namespace. What a service shows stays."""
         threads = list(self._threads)
         for _ in threads:
             self._jobs.put(None)
-        deadline = time.monotonic() + _GRACE_SEC  # one that hangs must not keep the program from ending
+        deadline = time.monotonic() + _GRACE_SEC
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         if self._namespace >= 0:
@@ -103,28 +104,25 @@ class MountWorkers:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Run `function` on a worker that stands in the workshop."""
-        return self._submit(lambda: function(*args, **kwargs)).future
-
-    def _submit(self, function: Callable[[], T]) -> _Job[T]:
-        job = _Job(function)
+    def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> _Job[T]:
+        """Run `function` on a worker."""
+        job = _Job(lambda: function(*args, **kwargs))
         self._jobs.put(job)
         return job
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """`submit()` for a trio task.
 
-        A job is not given up by cancellation, it takes a millisecond; one that hangs (a service whose base is a dead
-        network file system) keeps its thread, another takes its place, and the task goes on.
+        Cancellation waits for a job that is under way: it takes a millisecond. A job that hangs (in a service on a dead
+        network file system) keeps its thread; another thread takes its place, and the task goes on.
 
         Raises:
-            Hung: it did not end, or it did not get its turn.
+            Hung: the job did not end, or its turn did not come.
         """
         token = trio.lowlevel.current_trio_token()
         done = trio.Event()
-        job = self._submit(lambda: function(*args, **kwargs))
-        job.future.add_done_callback(lambda _: _wake(token, done))
+        job = self.submit(function, *args, **kwargs)
+        job.add_done_callback(lambda _: _wake(token, done))
         for seconds in _patience():
             with trio.move_on_after(seconds):
                 try:
@@ -134,11 +132,10 @@ class MountWorkers:
                         await done.wait()
                     if not done.is_set():
                         raise
-            if job.future.done():
-                return job.future.result()
+            if job.done():
+                return job.result()
             self._relieve(job)
-        self._give_up(job)
-        return job.future.result()
+        return self._last_result(job)
 
     def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """`run()` for a thread that may wait; not for a worker.
@@ -146,29 +143,29 @@ class MountWorkers:
         Raises:
             Hung: see there.
         """
-        job = self._submit(lambda: function(*args, **kwargs))
+        job = self.submit(function, *args, **kwargs)
         for seconds in _patience():
-            if wait([job.future], seconds).done:
-                return job.future.result()
+            if wait([job], seconds).done:
+                return job.result()
             self._relieve(job)
-        self._give_up(job)
-        return job.future.result()
+        return self._last_result(job)
 
     def _relieve(self, job: _Job[Any]) -> None:
-        """Another worker takes the place of the one that is at this job, which leaves when it has done it.
+        """Start a worker in place of the one that is at this job, which leaves when it has done it.
 
-        So that those whose turn comes next do not wait for a service that hangs until it is given up.
+        The jobs that wait must not wait until a service that hangs is given up.
         """
-        if job.thread in self._threads and not job.future.done():
+        if job.thread in self._threads and not job.done():
             self._start_thread()
             self._threads.discard(job.thread)
 
-    def _give_up(self, job: _Job[Any]) -> None:
-        if job.future.cancel():  # its turn never came
+    def _last_result(self, job: _Job[T]) -> T:
+        """What has come of a job by now. Raises Hung: nothing."""
+        if job.cancel():
             raise Hung(f"all workers have been waiting for the kernel for {HANGS_SEC:g} s")
-        if job.future.done():
-            return
-        raise Hung(f"no answer from the kernel for {HANGS_SEC:g} s")
+        if not job.done():
+            raise Hung(f"no answer from the kernel for {HANGS_SEC:g} s")
+        return job.result()
 
     def check_foreign(self, identity: tuple[int, int]) -> None:
         """Refuse a namespace that is the host's or our own.
@@ -181,14 +178,14 @@ class MountWorkers:
 
     @contextlib.contextmanager
     def entered(self, namespace: int) -> Iterator[None]:
-        """Stand in the mount namespace behind the descriptor; root and working directory are its root.
+        """Be in the mount namespace behind the descriptor; root and working directory are its root.
 
         In the block: system calls only. An import, a log line or a path of ours would resolve in the service's files.
-        Afterwards the working directory is the workshop's root.
+        After it the working directory is the root of the workers' namespace.
 
         Raises:
-            HostNamespace: before anything was entered, or when the kernel shows another namespace than was asked for.
-            Lost: there was no way back.
+            HostNamespace: before anything was entered, or the kernel shows another namespace than was asked for.
+            WorkerLost: there was no way back.
         """
         wanted = namespace_id(namespace)
         self.check_foreign(wanted)
@@ -207,10 +204,10 @@ class MountWorkers:
 
     @contextlib.contextmanager
     def attending(self, namespace: int) -> Iterator[None]:
-        """Keep from sending one worker after the other to where one hangs already.
+        """Refuse to send one worker after another into a namespace where one hangs already.
 
         Raises:
-            Hung: one works on that namespace and does not come back.
+            Hung: a worker has been in that namespace for HANGS_SEC.
         """
         identity = namespace_id(namespace)
         now = time.monotonic()
@@ -222,22 +219,22 @@ class MountWorkers:
             self._attended.pop(identity, None)
 
     def own_namespace(self) -> int:
-        """A descriptor of the mount namespace in which this worker stands."""
+        """A descriptor of the mount namespace that this worker is in."""
         return os.open("ns/mnt", os.O_RDONLY | os.O_CLOEXEC, dir_fd=_worker.task)
 
     def open_mountinfo(self) -> int:
-        """A descriptor of the mount table of where this worker stands, whatever /proc there shows.
+        """A descriptor of the mount table of the namespace that this worker is in, whatever /proc there shows.
 
-        It becomes readable with POLLPRI when that table changes after this call (proc_pid_mounts(5)).
+        poll(2) gives POLLPRI when that table changes after this call (proc_pid_mounts(5)).
         """
         return os.open("mountinfo", os.O_RDONLY | os.O_CLOEXEC, dir_fd=_worker.task)
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[None]:
-        """Work in a fresh tmpfs of one's own; all that was mounted below it is lifted off afterwards, by one call.
+        """Work in a fresh tmpfs. One unmount after the block takes away all that was mounted in it.
 
-        That call waits for the kernel's other processors (27 to 700 us), so it is left for after the result. The
-        working directory is the tmpfs when the block starts; entering a namespace changes that.
+        That unmount waits for the kernel's other processors (27 to 700 us), so the worker does it after it has given
+        the result. The working directory is the tmpfs when the block starts; entering a namespace changes that.
         """
         place = f"{PLACE}/{next(self._numbers)}"
         os.mkdir(place, 0o700)
@@ -251,8 +248,7 @@ class MountWorkers:
             yield
         finally:
             self._leftovers.put(place)
-            # The tmpfs could not go while somebody stands in it.
-            os.chdir("/")
+            os.chdir("/")  # a working directory in it would keep the tmpfs
 
     def _start_thread(self) -> None:
         ready: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
@@ -264,16 +260,16 @@ class MountWorkers:
 
     def _work(self, ready: queue.SimpleQueue[BaseException | None]) -> None:
         try:
-            self._settle_in()
-        except BaseException as error:  # noqa: BLE001 -- raised again by the thread that waits for this one
+            self._isolate()
+        except BaseException as error:  # noqa: BLE001 -- the thread that waits for this one raises it again
             ready.put(error)
             return
         thread = threading.current_thread()
         self._threads.add(thread)
         ready.put(None)
         try:
-            while thread in self._threads:  # else another took its place while it hung
-                self._clear()
+            while thread in self._threads:  # else another has taken its place
+                self._remove_leftovers()
                 job = self._jobs.get()
                 if job is None:
                     return
@@ -286,11 +282,11 @@ class MountWorkers:
             self._threads.discard(thread)
             os.close(_worker.task)
 
-    def _settle_in(self) -> None:
+    def _isolate(self) -> None:
         syscalls.unshare(syscalls.CLONE_FS)
         if self._namespace < 0:
             syscalls.unshare(syscalls.CLONE_NEWNS)
-            # Slave: what the host unmounts goes away here too and is never held busy by us; nothing goes back.
+            # Slave: what the host unmounts goes away here too, and we never keep it busy. Nothing of ours goes back.
             syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_SLAVE)
             syscalls.mount("confext-watcher", PLACE, "tmpfs", 0, "mode=0700")
             syscalls.mount("none", PLACE, None, syscalls.MS_PRIVATE)
@@ -298,35 +294,32 @@ class MountWorkers:
             self._namespace = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         else:
             syscalls.setns(self._namespace, syscalls.CLONE_NEWNS)
-        # /proc/self is the leader of the thread group, which stands elsewhere.
+        # Not /proc/self, which is the leader of the thread group, in another namespace.
         _worker.task = os.open("/proc/thread-self", os.O_PATH | os.O_CLOEXEC)
         _worker.lost = False
 
-    def _clear(self) -> None:
-        """Take the benches apart that are left behind; by name, so that a worker can do it for one that was lost."""
-        failed = []
-        while True:
+    def _remove_leftovers(self) -> None:
+        """Unmount what the swaps before have left: by path, so that any worker does it for one that was lost."""
+        for _ in range(self._leftovers.qsize()):
             try:
                 place = self._leftovers.get_nowait()
             except queue.Empty:
-                break
+                return  # another worker has taken the rest
             try:
                 _remove(place)
             except OSError as error:
-                failed.append(place)
-                journal.log.warning(f"workshop: not taken apart, it is tried again: {error}")
-        for place in failed:
-            self._leftovers.put(place)
+                self._leftovers.put(place)
+                journal.log.warning(f"mount workers: leftovers of a swap stay, it is tried again: {error}")
 
     def _replace(self) -> None:
         try:
             self._start_thread()
         except OSError as error:
-            journal.log.error(f"workshop: no worker could be started in place of one that was lost: {error}")
+            journal.log.error(f"mount workers: none could be started in place of one that was lost: {error}")
 
 
 def _patience() -> Iterator[float]:
-    """Seconds after each of which a job is looked at, until it is given up; its turn may come late."""
+    """Seconds between the looks at a job, until it is given up."""
     left = HANGS_SEC
     while left > 0:
         yield min(_BUSY_SEC, left)
@@ -339,28 +332,28 @@ def _wake(token: trio.lowlevel.TrioToken, done: trio.Event) -> None:
         token.run_sync_soon(done.set)
 
 
-class _Job(Generic[T]):
-    __slots__ = ("_function", "future", "thread")
+class _Job(Future[T]):
+    """A function, and what comes of it; `thread` is the worker that has begun it."""
 
     def __init__(self, function: Callable[[], T]) -> None:
-        self.future: Future[T] = Future()
+        super().__init__()
         self.thread: threading.Thread | None = None
         self._function = function
 
     def run(self, thread: threading.Thread) -> None:
         self.thread = thread
-        if not self.future.set_running_or_notify_cancel():
+        if not self.set_running_or_notify_cancel():
             return
         try:
             result = self._function()
-        except BaseException as error:  # noqa: BLE001 -- raised again where the future is waited for
-            self.future.set_exception(error)
+        except BaseException as error:  # noqa: BLE001 -- raised again where the result is waited for
+            self.set_exception(error)
         else:
-            self.future.set_result(result)
+            self.set_result(result)
 
 
 class _Worker(threading.local):
-    """What one worker thread holds: its own directory in /proc, and whether it found back."""
+    """Of one worker thread: a descriptor of its directory in /proc, and whether it failed to come back."""
 
     task: int
     lost: bool
@@ -373,6 +366,6 @@ def _remove(place: str) -> None:
     try:
         syscalls.umount2(place, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # lifted off already, and only the directory is left
+        if error.errno != errno.EINVAL:  # unmounted already, and only the directory is left
             raise
     os.rmdir(place)
