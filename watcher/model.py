@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The plain data that one step hands to the next.
+"""The plain data that one step of a drop's way hands to the next, and the errors that are outcomes.
 
-Nothing here does anything: each step of the line (watch, settle, resolve, admit, check, swap, reload, record) knows
-the step before it only through these values. Standard library only, because the generator imports it at boot.
+Standard library only: the generator imports it, if it must (see `watcher.text`).
 
-Paths and names are `str` as `os.fsdecode()` makes them: bytes that are not UTF-8 travel as surrogates, and
-`shown()` makes any of them fit for a person and for a log.
+Paths and names are `str` as `os.fsdecode()` makes them: bytes that are not UTF-8 are surrogates. `shown()` makes any of
+them fit for a person and for a log.
 """
 
 from __future__ import annotations
@@ -22,10 +21,8 @@ from watcher.text import printable as printable
 from watcher.text import problem as problem
 from watcher.text import shown as shown
 
-# More than any /etc has; a walk needs two descriptors per level, and recursion has its limit.
+# More than any /etc has. A walk takes two descriptors for each level, and Python limits recursion.
 DEPTH_MAX = 64
-
-
 ENTRIES_MAX = 100_000
 
 
@@ -34,11 +31,11 @@ class Unsupported(Exception):
 
 
 class Refused(Exception):
-    """This content will not do, and will not do later either: `str()` is one line for the administrator."""
+    """This content is not accepted, now or later: `str()` is one line for the administrator."""
 
 
 class Incomplete(Refused):
-    """Not whole by its own account (a connection that dropped); other bytes are needed, not patience."""
+    """By its own account it is not whole (a connection broke): it has to be uploaded again."""
 
 
 class KeptOut(Refused):
@@ -46,15 +43,15 @@ class KeptOut(Refused):
 
 
 class Sysext(Refused):
-    """A system extension, which a unit may declare beside its confexts: not ours, and left to systemd."""
+    """A system extension, which a unit may declare beside its confexts: it is left to systemd."""
 
 
 class Unsafe(Refused):
-    """Somebody whom the service does not trust has a hand in it, see `strict_modes.py`.
+    """A user whom the service does not trust can change it, see `strict_modes.py`.
 
     Attributes:
         path: what to mend, without links in it.
-        hidden: who is not root and set the way cannot see its end: nothing is to be told of that.
+        hidden: a user has set a way there whose end he may not see himself: nothing must be told of that.
     """
 
     def __init__(self, text: str, path: str = "", *, hidden: bool = False) -> None:
@@ -64,24 +61,24 @@ class Unsafe(Refused):
 
 
 class Busy(Exception):
-    """Somebody is still writing: not an outcome at all, look again later."""
+    """It is still being written: no outcome, look again later."""
 
 
 class Later(Busy):
-    """It cannot be done at the moment (no space, no loop device): worth a line, and tried again by itself."""
+    """It cannot be done now (no space, no loop device): it gets a line, and the next round tries again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One place a layer comes from: a declared source of the unit, or one entry of its `.confext.d/`.
+    """One place that a layer comes from: a source that the unit declares, or one entry of its `.confext.d/`.
 
     Attributes:
         slot: name of the link that stands for this entry under `units/UNIT/` ("web.raw", "tree"), unique in a unit.
         path: absolute path as declared or found, ".v/" form included ("/srv/web.raw.v", "/srv/web.v/web___").
         kind: image or directory.
-        optional: declared with a `-` prefix, or dropped in: a missing source is nothing to complain about.
+        optional: declared with a `-` prefix, or dropped in: no line is logged if the source is missing.
         declared: from the unit's own settings (rather than from `.confext.d/`).
-        options: mount options that came with an `ExtensionImages=` value, verbatim ("" if none).
+        options: mount options of an `ExtensionImages=` value, verbatim ("" if none).
     """
 
     slot: str
@@ -100,7 +97,7 @@ class Candidate:
         path: absolute path of the file or directory, as found in the directory (links not resolved).
         filename: its last component, "web_1.4+3-1.raw".
         name: the extension's name without version, counters and suffix, "web".
-        version: "1.4", or "" where the name carries none.
+        version: "1.4", or "" if the name has none.
         tries_left: counter of `+LEFT`, None without one.
         tries_done: counter of `-DONE`, None without one.
     """
@@ -126,7 +123,7 @@ class Interest:
     """A directory in which a change matters.
 
     Attributes:
-        path: absolute; need not exist (then its appearance is the change).
+        path: absolute. If it does not exist, its appearance is the change.
         scope: names directly in it, or anything below it.
         pattern: regular expression (`re.fullmatch`) that a name must match to matter; None: every name does.
     """
@@ -138,7 +135,7 @@ class Interest:
 
 @dataclass(frozen=True, slots=True)
 class Remark:
-    """Something seen while looking that is worth one line, once: the caller remembers what it has said."""
+    """What a look found that gets one line, once: the caller remembers what it has said."""
 
     level: str  # "debug", "info" or "warning"
     path: str
@@ -150,9 +147,9 @@ class Picks:
     """An entry with all its candidates, best first (systemd.v(7)).
 
     Attributes:
-        unknown: something on the way could not be read (permissions, an I/O error), so that a candidate that is not
-            here may still exist: nobody removed it, and what was accepted stays.
-        unsafe: why nothing of it may be used, and what was accepted stays.
+        unknown: something on the way could not be read (permissions, an I/O error). A candidate that is not here may
+            still exist, so what was accepted stays.
+        unsafe: why nothing of it may be used. What was accepted stays.
     """
 
     entry: Entry
@@ -178,15 +175,15 @@ class Declared:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What the disk says a service could have.
+    """What a service could have, as the directories are now.
 
     Attributes:
         picks: bottom to top, each entry with its candidates.
-        interests: everything that must be watched so that no change to this answer is missed.
+        interests: all that must be watched so that no change to this answer is missed.
         remarks: what was passed over, and why.
-        unknown: a `.confext.d/` is there and could not be read, so that entries may be missing in `picks`: nobody
-            removed them, and those accepted before stay.
-        unsafe: strangers can write to a `.confext.d/`: what they removed from it stays.
+        unknown: a `.confext.d/` could not be read. Entries that are not in `picks` may still exist, so those that were
+            accepted stay.
+        unsafe: a user whom the service does not trust can write to a `.confext.d/`. What was removed there stays.
     """
 
     picks: tuple[Picks, ...]
@@ -236,13 +233,13 @@ class Layer:
 
     @property
     def label(self) -> str:
-        """What a person calls it, fit for a line: "web 1.4"."""
+        """Its name for people, fit for a line: "web 1.4"."""
         return shown(f"{self.name} {self.version}" if self.version else self.name)
 
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """Layers bottom to top. Two stacks are the same when their contents are: names do not count."""
+    """Layers bottom to top. Stacks with the same contents have the same `id`: names do not count."""
 
     layers: tuple[Layer, ...] = ()
 

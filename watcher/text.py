@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The little of `watcher.model` that needs no more than this, for the generator.
+"""Words for people: how any text is shown on one line. And `Kind`, the one part of the model that the generator needs.
 
-Apart from the rest because `dataclasses` takes longer to import than Python takes to start, and milliseconds count.
+`watcher.model` imports `dataclasses`, which takes longer than the start of Python. The generator runs at each boot,
+while systemd waits: it imports this module, and the model only if it must.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ class Kind(enum.Enum):
 
 
 def shown(text: str) -> str:
-    """`text` on one line, printable, unambiguous: control characters, surrogates and backslashes become escapes."""
+    """Text on one line, printable and unambiguous: control characters, surrogates and backslashes become escapes."""
     if text.isprintable() and "\\" not in text:
         return text
     return "".join("\\\\" if char == "\\" else _escape(char) for char in text)
 
 
 def printable(text: str, keep: str = "") -> str:
-    """A sentence on one line, printable, whatever got into it: what `shown()` made of its parts stays as it is.
+    """A sentence on one line, printable; the escapes that `shown()` made of its parts stay as they are.
 
     Args:
         keep: control characters that may stay.
@@ -36,7 +37,7 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def problem(error: Exception) -> str:
-    """An error in words, of the system's with the file first: "/var/lib/x: No space left on device"."""
+    """An error in words; an OSError with its file first: "/var/lib/x: No space left on device"."""
     if not isinstance(error, OSError):
         return str(error)
     name = f"{shown(os.fsdecode(error.filename))}: " if isinstance(error.filename, str | bytes) else ""

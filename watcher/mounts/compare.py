@@ -2,8 +2,8 @@
 """Does a service show a stack already, although its mount table does not say so?
 
 A stack that systemd mounted when it started the service carries no identity. What it shows is compared with what the
-wanted stack would show, name by name and byte by byte: if all is the same the service is taken over as it is, without
-a swap and without a reload. What is larger than any `/etc` counts as something else.
+wanted stack would show, name by name and byte by byte. If all of it is the same, the service is taken over as it is,
+without a swap and without a reload. A tree that is larger than any `/etc` counts as different.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from watcher.mounts.workers import MountWorkers
 _BYTES_MAX = 256 << 20
 _CHUNK = 1 << 20
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# Hostile or special files: never wait for one, never follow one.
+# A service may put any file there: never wait for one, never follow a link.
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-# What open(2) and read(2) answer when that is no longer what stat(2) saw.
+# open(2) and read(2) fail so when a name is no longer what stat(2) saw.
 _CHANGED = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EWOULDBLOCK})
 
 
 def shows(workers: MountWorkers, namespace: int, stack: Stack, copies: Mapping[str, Copy]) -> bool:
-    """Whether `/etc` in a mount namespace (a descriptor) is what a stack would make it. Runs on a worker.
+    """Whether `/etc` in a mount namespace (a descriptor) is what a stack would make it. Runs on a mount worker.
 
     Types, modes, owners, link targets and contents count; times and extended attributes do not.
 
@@ -50,13 +50,13 @@ def shows(workers: MountWorkers, namespace: int, stack: Stack, copies: Mapping[s
 
 
 class _Comparison:
-    """Of two directories with all below them, of which one or both may be changed while this goes on."""
+    """Compares two directory trees, which other processes may change meanwhile."""
 
     def __init__(self) -> None:
         self._entries = 0
         self._bytes = 0
         self._open: list[tuple[int, int, list[str]]] = []
-        """From the roots to where we are: both directories, and the names in them that are still to be compared."""
+        """On the way from the roots: both directories, and the names in them that are still to be compared."""
 
     def run(self, one: int, other: int) -> bool:
         """Closes both."""
@@ -71,7 +71,7 @@ class _Comparison:
                     return False
             return True
         except OSError as error:
-            if error.errno in _CHANGED:  # somebody edits it right now
+            if error.errno in _CHANGED:  # it is being edited
                 return False
             raise
         finally:
@@ -90,7 +90,7 @@ class _Comparison:
         return True
 
     def _names(self, directory: int) -> list[str]:
-        with os.scandir(directory) as entries:  # which may be ten million
+        with os.scandir(directory) as entries:  # of which there may be ten million
             return sorted(islice((entry.name for entry in entries), ENTRIES_MAX - self._entries + 1))
 
     def _leave(self) -> None:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """`/etc` of a service, held by descriptor.
 
-A service may be able to write to its own root. Then a path in it leads elsewhere at the next look: to another
-directory, or through a link to a path that in the workshop is the host's. So `/etc` is looked up without following any
-link, all later steps work on what was found then, and before the last step it is looked up again: it must still be the
-same.
+A service that may write to its own root can make any path in it lead elsewhere at the next look: to another directory,
+or through a link to a path that in our own namespace is the host's. So `/etc` is looked up without following any link,
+all later steps work on the descriptor, and the last step first looks `/etc` up again: it must be the same directory.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ _NOT_A_DIRECTORY = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 class Moved(Exception):
-    """`/etc` of the service kept changing while a stack was put together for it: look again."""
+    """`/etc` of the service changed while a stack was put together for it: look again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Etc:
-    """What was found at `/etc` once.
+    """What a look at `/etc` found.
 
     Attributes:
         fd: O_PATH descriptor of the directory, or of the root of the uppermost mount on it.
-        mount: ID of the mount that it belongs to, as in mountinfo.
+        mount: ID of its mount, as in mountinfo.
     """
 
     fd: int
@@ -48,7 +47,7 @@ class Etc:
 
 
 def look_up() -> int:
-    """In the service: an O_PATH descriptor of its `/etc`, or of what is mounted uppermost on that.
+    """In the service: an O_PATH descriptor of its `/etc`, or of the root of the uppermost mount on it.
 
     Raises:
         Refused: it is no directory.
@@ -74,7 +73,7 @@ def lift(mounts: Iterable[Mount]) -> None:
     """In the service: unmount these from `/etc`, the uppermost first.
 
     Raises:
-        Moved: another one is the uppermost there; it stays.
+        Moved: another mount is the uppermost; it stays.
     """
     for mount in mounts:
         with Descriptors() as fds:
@@ -84,17 +83,39 @@ def lift(mounts: Iterable[Mount]) -> None:
             unmount(etc.fd)
 
 
-def unmount(root: int) -> None:
-    """Lazily unmount a mount by a descriptor of its root, or what lies uppermost on that.
+def mount_on(tree: int, directory: int, flags: int = 0) -> None:
+    """Mount a detached tree on a directory; both are descriptors, `flags` more MOVE_MOUNT_ flags of move_mount(2)."""
+    empty = syscalls.MOVE_MOUNT_F_EMPTY_PATH | syscalls.MOVE_MOUNT_T_EMPTY_PATH
+    syscalls.move_mount(tree, "", directory, "", empty | flags)
 
-    The working directory is lost with it.
+
+def unmount(root: int) -> None:
+    """Lazily unmount the mount behind a descriptor of its root, or the uppermost mount on that.
+
+    The working directory is in an unmounted mount afterwards.
     """
     os.fchdir(root)
     syscalls.umount2(".", syscalls.MNT_DETACH)
 
 
+def clone(fds: Descriptors, directory: int, *, whole: bool) -> tuple[int, bool]:
+    """A descriptor of a detached clone of the mount of a directory, and whether the mounts on it came with it.
+
+    They come if they are asked for (`whole`), or if they came from a more privileged namespace together with it and
+    cannot be left out (mount_namespaces(7)).
+    """
+    flags = syscalls.OPEN_TREE_CLONE | syscalls.AT_EMPTY_PATH
+    if not whole:
+        try:
+            return fds.add(syscalls.open_tree(directory, "", flags)), False
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+    return fds.add(syscalls.open_tree(directory, "", flags | syscalls.AT_RECURSIVE)), True
+
+
 def open_etc(fds: Descriptors, root: int, resolve: int = 0) -> int:
-    """An O_PATH descriptor of the directory `etc` right below another, wherever links in there would lead.
+    """An O_PATH descriptor of the directory `etc` in another directory; no link is followed.
 
     Args:
         resolve: more RESOLVE_ flags of openat2(2).

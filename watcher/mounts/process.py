@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Processes, held so that a recycled PID can never be mistaken for the one that was meant.
+"""Processes, held by pidfd, so that a recycled PID is never mistaken for the process that was meant.
 
-A PID read from a file or from D-Bus is only a hint. It becomes a `Process` by opening a pidfd; whatever is then read
-from `/proc/PID` counts only if the pidfd says afterwards that the process still had not ended, because until then the
-number could not have been given to another.
+A PID from a file or from D-Bus is only a hint. `Process` opens a pidfd for it. What is then read from `/proc/PID`
+counts only if the pidfd says afterwards that the process has not ended: until then the kernel cannot have given the
+PID to another one.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ import re
 import select
 import signal
 from collections.abc import Collection
-from types import TracebackType
 
 import psutil
 
-# signal(7): those whose default action is to be ignored, or to continue.
+# The default action for these is to ignore them, or to continue (signal(7)).
 _HARMLESS = frozenset({signal.SIGCHLD, signal.SIGURG, signal.SIGWINCH, signal.SIGCONT})
 
 
@@ -37,22 +36,23 @@ class Process:
         pid: as the manager told it.
         started: start time that the process must have (field 22 of `/proc/PID/stat`, clock ticks since boot), or
             None where the manager vouches for the PID itself.
-        home: the mount namespace that it must be in (`namespace_id`); None where nobody has recorded one.
+        home: the mount namespace that it must be in (`namespace_id`); None where none is recorded.
 
     Raises:
         Gone: no such process, or another one by now.
     """
 
     def __init__(self, pid: int, started: int | None = None, home: tuple[int, int] | None = None) -> None:
+        self.pid, self.home = pid, home
         try:
             self.pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
-            raise Gone(f"process {pid} has ended") from None
-        self.pid, self.home = pid, home
+            raise self._gone() from None
         try:
             self.started = start_time(pid)
-            if not self.alive() or started not in (None, self.started):
-                raise Gone(f"process {pid} has ended")
+            self._require_alive()
+            if started not in (None, self.started):
+                raise self._gone()
         except BaseException:
             self.close()
             raise
@@ -60,9 +60,7 @@ class Process:
     def __enter__(self) -> Process:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -72,32 +70,35 @@ class Process:
             self.pidfd = -1
 
     def alive(self) -> bool:
-        """Whether it has not ended (a zombie has); not known any more of one that has been let go of: False."""
+        """Whether it has not ended; a zombie has. False after `close()`."""
         if self.pidfd < 0:
             return False
         poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
         return not poll.poll(0)
 
+    def _require_alive(self) -> None:
+        if not self.alive():
+            raise self._gone()
+
+    def _gone(self) -> Gone:
+        return Gone(f"process {self.pid} has ended")
+
     def hold(self) -> Process:
-        """Another hold on the same process, to be closed by whoever asked for it.
+        """Another hold on the same process; the caller closes it.
 
         Raises:
-            Gone: this one has been let go of.
+            Gone: this one is closed.
         """
         if self.pidfd < 0:
-            raise Gone(f"process {self.pid} has ended")
+            raise self._gone()
         other = Process.__new__(Process)
         other.pid, other.started, other.home = self.pid, self.started, self.home
         other.pidfd = os.dup(self.pidfd)
         return other
 
-    def comm(self) -> str:
-        """Its name as the kernel has it; systemd's executor calls itself "(name)" until it becomes the service."""
-        return self.read("comm").rstrip("\n")
-
     def mountinfo(self) -> str:
-        """Its mount table; empty for a process that has chrooted itself away."""
+        """Its mount table; nothing of it for a process that has called chroot(2)."""
         return self.read("mountinfo")
 
     def read(self, name: str) -> str:
@@ -105,16 +106,15 @@ class Process:
 
         Raises:
             Gone: it has ended.
-            PermissionError: not ours to look at.
+            PermissionError: we may not look at it.
         """
-        return _text(self.read_bytes(name))
+        return os.fsdecode(self.read_bytes(name))
 
     def read_bytes(self, name: str) -> bytes:
         """See `read`."""
-        found = _read_bytes(f"/proc/{self.pid}/{name}")
-        if not self.alive():
-            raise Gone(f"process {self.pid} has ended")
-        return found
+        content = _read(f"/proc/{self.pid}/{name}")
+        self._require_alive()
+        return content
 
     def namespace(self, kind: str = "mnt") -> int:
         """A descriptor of one of its namespaces, which keeps that namespace whatever the process does next.
@@ -122,15 +122,14 @@ class Process:
         Raises:
             Gone: it has ended.
             Elsewhere: it has left its mount namespace for another one.
-            PermissionError: not ours to enter.
+            PermissionError: we may not enter it.
         """
         try:
             fd = os.open(f"/proc/{self.pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
         except (FileNotFoundError, ProcessLookupError):
-            raise Gone(f"process {self.pid} has ended") from None
+            raise self._gone() from None
         try:
-            if not self.alive():
-                raise Gone(f"process {self.pid} has ended")
+            self._require_alive()
             if kind == "mnt" and self.home not in (None, namespace_id(fd)):
                 raise Elsewhere("has left the mount namespace that it was started in")
         except BaseException:
@@ -143,22 +142,22 @@ class Process:
 
         Raises:
             FileNotFoundError: it has ended.
-            PermissionError: not ours to look at.
+            PermissionError: we may not look at it.
         """
         return self.home in (None, namespace_id(f"/proc/{self.pid}/ns/mnt"))
 
     def survives(self, number: int) -> bool:
-        """Whether it catches, ignores or blocks a signal, rather than being ended by it.
+        """Whether it catches, ignores or blocks a signal, or the signal does nothing by default.
 
-        A program that has only just been started has not got that far. Raises Gone.
+        A program that has just been started may not have come to that yet. Raises Gone.
         """
         if number in _HARMLESS:
             return True
         masks = re.findall(r"^Sig(?:Blk|Ign|Cgt):\t(\w+)$", self.read("status"), re.MULTILINE)
-        # While a thread is in sigwait(3) the kernel takes what it waits for off its mask.
-        return any(int(mask, 16) >> (number - 1) & 1 for mask in masks) or "sigtimedwait" in self.read(
-            "wchan"
-        )
+        if any(int(mask, 16) >> (number - 1) & 1 for mask in masks):
+            return True
+        # While a thread is in sigwait(3), the kernel takes the signals that it waits for off its mask.
+        return "sigtimedwait" in self.read("wchan")
 
     def signal(self, number: int) -> None:
         """Send a signal.
@@ -171,7 +170,7 @@ class Process:
         try:
             signal.pidfd_send_signal(self.pidfd, number)
         except ProcessLookupError:
-            raise Gone(f"process {self.pid} has ended") from None
+            raise self._gone() from None
 
 
 def start_time(pid: int) -> int:
@@ -180,8 +179,8 @@ def start_time(pid: int) -> int:
     Raises:
         Gone: there is no such process.
     """
-    # comm, field 2, may hold spaces and parentheses: fields are counted from its last ")".
-    return int(_read(f"/proc/{pid}/stat").rpartition(")")[2].split()[19])
+    # Field 2, the name, may hold blanks and parentheses: count the fields from the last ")".
+    return int(_read(f"/proc/{pid}/stat").rpartition(b")")[2].split()[19])
 
 
 def descendants(pid: int, apart: Collection[int] = ()) -> list[int]:
@@ -200,22 +199,20 @@ def descendants(pid: int, apart: Collection[int] = ()) -> list[int]:
 
 
 def _children(pid: int) -> list[int]:
-    # psutil reads the parent of every process on the machine for this: 4 ms with 300 of them, on the way of each drop.
+    # psutil reads the parent of every process of the host: 4 ms with 300 of them, in each round.
     try:
         tasks = os.listdir(f"/proc/{pid}/task")
         return [int(child) for task in tasks for child in _read(f"/proc/{pid}/task/{task}/children").split()]
     except (Gone, FileNotFoundError, ProcessLookupError):
         if os.path.exists(f"/proc/{pid}/task/{pid}/children") or not os.path.exists(f"/proc/{pid}"):
             return []
-        return [
-            child.pid for child in psutil.Process(pid).children()
-        ]  # a kernel without CONFIG_PROC_CHILDREN
+    return [child.pid for child in psutil.Process(pid).children()]  # a kernel without CONFIG_PROC_CHILDREN
 
 
 def may_mount() -> bool:
-    """Whether we are root of the host, who may mount images, and not of a user namespace alone.
+    """Whether we may mount images: as root of the host, not of a user namespace.
 
-    user_namespaces(7): the first one maps every ID to itself.
+    The first user namespace maps every ID to itself (user_namespaces(7)).
     """
     with open("/proc/self/uid_map", encoding="ascii") as file:
         return os.geteuid() == 0 and file.read().split() == ["0", "0", "4294967295"]
@@ -232,7 +229,7 @@ def shares_host(pid: int | str) -> bool:
 
     Raises:
         FileNotFoundError: it has ended.
-        PermissionError: not ours to look at.
+        PermissionError: we may not look at it.
     """
     own = namespace_id(f"/proc/{pid}/ns/mnt")
     try:
@@ -241,22 +238,14 @@ def shares_host(pid: int | str) -> bool:
         return False
 
 
-def _text(found: bytes) -> str:
-    return found.decode("utf-8", "surrogateescape")
-
-
-def _read(path: str) -> str:
-    return _text(_read_bytes(path))
-
-
-def _read_bytes(path: str) -> bytes:
+def _read(path: str) -> bytes:
     try:
         with open(path, "rb") as file:
             return file.read()
     except (FileNotFoundError, ProcessLookupError):
         raise Gone(f"{path}: the process has ended") from None
     except OSError as error:
-        # Tables of mounts: it is ending, and has left its namespaces already (fs/proc_namespace.c).
+        # A mount table of a process that is ending and has left its namespaces already (fs/proc_namespace.c).
         if error.errno == errno.EINVAL:
             raise Gone(f"{path}: the process is ending") from None
         raise

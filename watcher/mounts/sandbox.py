@@ -1,38 +1,30 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The mounts that a service's sandbox has below `/etc`: taken out of the old stack, hung into the new one.
+"""The mounts that a service's sandbox has below `/etc`: taken out of the old stack, put onto the new one.
 
 Three kinds:
 
-- Anything with content of its own (a tmpfs, a bind mount of something else, `InaccessiblePaths=`): its clone is hung
-  into the new stack.
+- A mount with content of its own (a tmpfs, a bind mount of something else, `InaccessiblePaths=`): its clone is mounted
+  on the new stack.
 - A bind mount of the stack itself (`ReadWritePaths=` below `/etc`): a clone would go on showing the old stack's files,
   so it is made anew from the new one, with the same flags.
-- A bind mount of the base's directory on itself, made for the sake of its flags before there was a stack: where the new
-  stack brings something there it would hide that, so it becomes one of the second kind; else it is one of the first.
-
-**The cover.** Lifting an overlay off also disconnects what is mounted on it, and whoever still holds a directory of
-it (its working directory, a descriptor) then sees the file that a sandbox mount had hidden. So a topmost layer
-carries, at the place of each sandbox mount, an empty file of mode 000 or an empty opaque directory. It also gives
-every mount a place to stand on in a stack that no longer has that path: one that vanished once would be lost for good.
+- A bind mount of a directory of the base on itself, made for the sake of its flags before there was a stack: if the new
+  stack brings something there, a clone would hide that, and it becomes one of the second kind; else one of the first.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 from watcher.model import Refused
 from watcher.mounts import syscalls
 from watcher.mounts.descriptors import Descriptors
-from watcher.mounts.etc import Moved
+from watcher.mounts.etc import Moved, clone, mount_on
 from watcher.mounts.mountinfo import Mount
-from watcher.mounts.table import COVER, Table
-
-_EMPTY = syscalls.AT_EMPTY_PATH
+from watcher.mounts.table import Table
 
 # More than any sandbox has. A service that may mount in a user namespace of its own can have as many as it likes.
 _MOUNTS_MAX = 1000
@@ -46,10 +38,7 @@ _FLAGS = {
     "nodiratime": syscalls.MOUNT_ATTR_NODIRATIME,
     "nosymfollow": syscalls.MOUNT_ATTR_NOSYMFOLLOW,
 }
-# How an attempt to open says that there is nothing to be seen at a path: also where the way leads through a link.
-_NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-
-# What a clone carries over and is then set anew; how access times are kept is one field of several bits.
+# A clone comes with the flags of the stack: these are cleared. How access times are kept is a field of several bits.
 _CLEARED = sum(_FLAGS.values()) | syscalls.MOUNT_ATTR_ATIME
 
 
@@ -70,8 +59,8 @@ class Sandbox:
     Attributes:
         path: relative to `/etc`.
         tree: descriptor of its clone; -1: it is still to be made from the new stack.
-        source: for one that is made anew, where in the stack that is which it shows.
-        place: where in the stack it stands; None if it stands on another of these mounts.
+        source: for one that is made anew: the path in the stack that it shows.
+        place: the path in the stack that it is mounted on; None if it is mounted on another of these mounts.
         mode: type and permissions of its root.
     """
 
@@ -83,15 +72,21 @@ class Sandbox:
     mode: int
 
 
+def open_inside(directory: int, path: str, flags: int = os.O_PATH) -> int | None:
+    """A descriptor of what is at a path in a directory; None if that is nothing, or a link is on the way."""
+    try:
+        return syscalls.openat2(directory, path, flags, syscalls.RESOLVE_INSIDE)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return None
+        raise
+
+
+@dataclass(frozen=True, slots=True)
 class Lower:
-    """The layers below the cover.
+    """The layers below the cover: descriptors of directories, topmost first; the last one is the base."""
 
-    Args:
-        directories: descriptors of them, topmost first; the last one is the base.
-    """
-
-    def __init__(self, directories: Sequence[int]) -> None:
-        self.directories = directories
+    directories: Sequence[int]
 
     def has(self, path: str) -> bool:
         return any(_has(directory, path) for directory in self.directories)
@@ -101,8 +96,15 @@ class Lower:
         return any(_has(directory, path) for directory in self.directories[:-1])
 
 
+def _has(directory: int, path: str) -> bool:
+    fd = open_inside(directory, path)
+    if fd is not None:
+        os.close(fd)
+    return fd is not None
+
+
 def gather(fds: Descriptors, table: Table, old: int, lower: Lower) -> tuple[list[Sandbox], list[str]]:
-    """All sandbox mounts of a service, each before those that lie on it; and remarks about them.
+    """All sandbox mounts of a service, each before those that are mounted on it; and remarks about them.
 
     Args:
         fds: closes the clones.
@@ -122,7 +124,7 @@ def gather(fds: Descriptors, table: Table, old: int, lower: Lower) -> tuple[list
 
 
 _Todo = tuple[Mount, str | None]
-"""A row, and the place in the stack where its mount stands; None if it stands on another of these mounts."""
+"""A row of the mount table, and its `Sandbox.place`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +137,7 @@ class _Found:
     remarks: list[str]
 
     def add(self, row: Mount, place: str | None) -> list[_Todo]:
-        """Take a mount up; what lies on it and is to be taken up by itself."""
+        """Take a mount up. Returns the mounts on it that are to be taken up by themselves."""
         path = row.point.removeprefix("/etc/")
         fd = self._open(path)
         mode = os.fstat(fd).st_mode
@@ -143,23 +145,21 @@ class _Found:
         if source is not None:
             self.mounts.append(Sandbox(path, -1, source, place, row.options, mode))
             return [(above, source + above.point[len(row.point) :]) for above in self.table.on(row)]
-        tree, whole = self._clone(fd, row)
+        # If a bind mount of the stack is mounted on it, that one is made anew: the clone must come without.
+        tree, whole = clone(self.fds, fd, whole=not any(map(self._shows_stack, self.table.above(row))))
         self.mounts.append(Sandbox(path, tree, "", place, row.options, mode))
         return [] if whole else [(above, None) for above in self.table.on(row)]
 
     def _open(self, path: str) -> int:
-        try:
-            fd = self.fds.add(syscalls.openat2(self.etc, path, os.O_PATH, syscalls.RESOLVE_INSIDE))
-        except OSError as error:
-            if error.errno not in _NOTHING_THERE:
-                raise
-            raise Moved from None
-        if not syscalls.is_mount_root(fd):  # the service has renamed a directory on the way
+        fd = open_inside(self.etc, path)
+        if fd is None:
+            raise Moved
+        if not syscalls.is_mount_root(self.fds.add(fd)):  # the service has renamed a directory on the way
             raise Moved
         return fd
 
     def _source(self, row: Mount, path: str) -> str | None:
-        """For what is to be made anew from the new stack: what it shows, below `/etc`."""
+        """`Sandbox.source` of a mount that is to be made anew; None for another."""
         if self._shows_stack(row):
             source = row.root.strip("/")
             return source if self.lower.has(source) else path
@@ -175,136 +175,27 @@ class _Found:
         return bool(self.table.stacks) and row.device == self.table.top.device
 
     def _shows_base(self, row: Mount) -> bool:
-        """Whether it is a bind mount of the base's own directory on itself, made for the sake of its flags alone."""
+        """Whether it is a bind mount of a directory of the base on itself."""
         device, root = self.table.base
         return row.device == device and row.root == root + row.point[len("/etc") :]
 
-    def _clone(self, fd: int, row: Mount) -> tuple[int, bool]:
-        """A clone of a mount, and whether everything on it came with it."""
-        whole = not any(map(self._shows_stack, self.table.above(row)))
-        flags = syscalls.OPEN_TREE_CLONE | _EMPTY
-        try:
-            tree = syscalls.open_tree(fd, "", flags | (syscalls.AT_RECURSIVE if whole else 0))
-        except OSError as error:
-            # mount_namespaces(7): mounts that came as a unit from a more privileged namespace do not part.
-            if whole or error.errno != errno.EINVAL:
-                raise
-            whole = True
-            tree = syscalls.open_tree(fd, "", flags | syscalls.AT_RECURSIVE)
-        return self.fds.add(tree), whole
 
-
-def make_cover(mounts: Sequence[Sandbox], lower: Lower, *, privileged: bool) -> None:
-    """Fill the cover, in the working directory, with an empty place for each mount that stands on the stack."""
-    made = {""}
-    for mount in mounts:
-        if mount.place is None:
-            continue
-        hides = mount.tree >= 0 and mount.place == mount.path
-        if not hides and lower.has(mount.place):
-            continue
-        _make_parents(os.path.dirname(mount.place), lower, made, privileged=privileged)
-        _make_place(mount, f"{COVER}/{mount.place}", privileged=privileged)
-        made.add(mount.place)
-
-
-def _make_place(mount: Sandbox, place: str, *, privileged: bool) -> None:
-    # What is made anew from the stack shows its own place where the stack has nothing for it.
-    mode = stat.S_IMODE(mount.mode) if mount.tree < 0 else 0
-    if stat.S_ISDIR(mount.mode):
-        os.mkdir(place, 0)
-    else:
-        os.close(os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0))
-    if mode:
-        os.chmod(place, mode)  # whatever the umask
-    if mount.tree >= 0 and stat.S_ISDIR(mount.mode):
-        os.setxattr(place, f"{'trusted' if privileged else 'user'}.overlay.opaque", b"y")
-
-
-def _make_parents(path: str, lower: Lower, made: set[str], *, privileged: bool) -> None:
-    """Directories of the cover that must look just like the ones they lie upon."""
-    if path in made:
-        return
-    _make_parents(os.path.dirname(path), lower, made, privileged=privileged)
-    made.add(path)
-    place = f"{COVER}/{path}"
-    os.mkdir(place, 0o755)
-    for layer in lower.directories:
-        try:
-            fd = syscalls.openat2(layer, path, os.O_RDONLY | os.O_DIRECTORY, syscalls.RESOLVE_INSIDE)
-        except OSError as error:
-            if error.errno not in _NOTHING_THERE:
-                raise
-            continue  # the next layer shows through
-        try:
-            copy_attributes(fd, place, privileged=privileged)
-        finally:
-            os.close(fd)
-        return
-
-
-def copy_attributes(source: int, place: str, *, privileged: bool) -> None:
-    """Give a directory the owner, mode and extended attributes of another (a descriptor)."""
-    status = os.fstat(source)
-    if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
-        _attempt(privileged, os.chown, place, status.st_uid, status.st_gid)
-    os.chmod(place, stat.S_IMODE(status.st_mode))
-    node = f"/proc/self/fd/{source}"  # an O_PATH descriptor itself gives no attributes
-    for name in _attributes_of(node):
-        if ".overlay." not in name:
-            _attempt(privileged, os.setxattr, place, name, os.getxattr(node, name))
-
-
-def _attributes_of(node: str) -> list[str]:
-    try:
-        return os.listxattr(node)
-    except OSError as error:
-        if error.errno == errno.ENOTSUP:  # an image that was made without any
-            return []
-        raise
-
-
-def _attempt(privileged: bool, function: Callable[..., None], *args: object) -> None:
-    """In a user namespace: owners that it has no number for, and attributes that it may not set, stay away."""
-    try:
-        function(*args)
-    except OSError as error:
-        if privileged or error.errno not in (errno.EPERM, errno.EINVAL, errno.ENOTSUP):
-            raise
-
-
-def renew(mounts: Sequence[Sandbox], overlay: int, fds: Descriptors) -> None:
-    """Make those anew that show the stack, out of the new one, on which nothing is hung yet."""
+def renew(fds: Descriptors, mounts: Iterable[Sandbox], overlay: int) -> None:
+    """Make those anew that show the stack, from the new one, before anything is mounted on it."""
     for mount in mounts:
         if mount.tree >= 0:
             continue
-        source = syscalls.openat2(
-            overlay, mount.source, os.O_PATH, syscalls.RESOLVE_INSIDE | syscalls.RESOLVE_NO_XDEV
-        )
-        try:
-            mount.tree = fds.add(syscalls.open_tree(source, "", syscalls.OPEN_TREE_CLONE | _EMPTY))
-        finally:
-            os.close(source)
+        with Descriptors() as own:
+            resolve = syscalls.RESOLVE_INSIDE | syscalls.RESOLVE_NO_XDEV
+            source = own.add(syscalls.openat2(overlay, mount.source, os.O_PATH, resolve))
+            mount.tree, _ = clone(fds, source, whole=False)
         flags = attributes(mount.options)
-        syscalls.mount_setattr(mount.tree, "", _EMPTY, attr_set=flags, attr_clr=_CLEARED)
+        syscalls.mount_setattr(mount.tree, "", syscalls.AT_EMPTY_PATH, attr_set=flags, attr_clr=_CLEARED)
 
 
-def hang(mounts: Sequence[Sandbox], overlay: int) -> None:
-    """Put all of them at their places in the new stack."""
-    flags = syscalls.MOVE_MOUNT_F_EMPTY_PATH | syscalls.MOVE_MOUNT_T_EMPTY_PATH
+def hang(mounts: Iterable[Sandbox], overlay: int) -> None:
+    """Mount all of them at their places on the new stack."""
     for mount in mounts:
-        place = syscalls.openat2(overlay, mount.path, os.O_PATH, syscalls.RESOLVE_INSIDE)
-        try:
-            syscalls.move_mount(mount.tree, "", place, "", flags)
-        finally:
-            os.close(place)
-
-
-def _has(dirfd: int, path: str) -> bool:
-    try:
-        os.close(syscalls.openat2(dirfd, path, os.O_PATH, syscalls.RESOLVE_INSIDE))
-    except OSError as error:
-        if error.errno not in _NOTHING_THERE:
-            raise
-        return False
-    return True
+        with Descriptors() as own:
+            place = own.add(syscalls.openat2(overlay, mount.path, os.O_PATH, syscalls.RESOLVE_INSIDE))
+            mount_on(mount.tree, place)

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The first look at a service's mount namespace: what is on its `/etc`, and clones of what a new stack is made with."""
+"""The first look at a service's mount namespace: what is on its `/etc`, and clones of what a new stack is made of."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
 import select
 from collections.abc import Callable, Sequence
@@ -12,7 +10,7 @@ from dataclasses import dataclass, field
 
 from watcher.mounts import syscalls
 from watcher.mounts.descriptors import Descriptors
-from watcher.mounts.etc import Etc, Moved, hold
+from watcher.mounts.etc import Etc, Moved, clone, hold
 from watcher.mounts.mountinfo import Mount
 from watcher.mounts.table import Table
 from watcher.mounts.workers import MountWorkers
@@ -20,15 +18,15 @@ from watcher.mounts.workers import MountWorkers
 
 @dataclass(slots=True)
 class Survey:
-    """What was found at the first look.
+    """What the first look found; descriptors, -1 where there is none.
 
     Attributes:
         table: the mount table.
-        mountinfo: descriptor of it, which tells when it has changed.
+        mountinfo: the file that `table` was read from; poll(2) tells when the mount table has changed since.
         etc: `/etc`; None if only the table was looked at.
-        old: descriptor of a clone of `/etc` with all on it, -1 if that is certainly nothing.
-        root: descriptor of a clone of `/etc`, where that is the base itself; else of `/`, whose `etc` is.
-        peel: the overlays that hide the base in that, uppermost first.
+        old: a clone of `/etc` with all on it, if anything can be.
+        root: a clone of `/etc`, if that is the base; else of `/`, whose `etc` is the base.
+        peel: the overlays that hide the base in `root`, uppermost first.
     """
 
     table: Table
@@ -49,34 +47,41 @@ class Survey:
             Moved: it has.
             Refused: `/etc` is no directory any more.
         """
-        if self.poll.poll(0) and not self.table.same_etc(Table(read_rows(self.mountinfo))):
+        if self.poll.poll(0) and not self.table.same_etc(Table(_read_all(self.mountinfo))):
             raise Moved
         if self.etc is not None and not self.etc.is_there():
             raise Moved
 
 
 def read_namespace(workers: MountWorkers, namespace: int, size_max: int | None = None) -> str:
-    """The mountinfo of a namespace, from inside: that of a process that has changed its root shows nothing. Runs on a
-    worker.
+    """The mountinfo of a namespace. Runs on a mount worker.
+
+    It is read inside the namespace: the mountinfo of a process that has called chroot(2) shows nothing.
 
     Raises:
         TooLong: it has more than `size_max` bytes.
     """
     with workers.entered(namespace):
-        mountinfo = workers.open_mountinfo()
-        try:
-            return read_rows(mountinfo, size_max)
-        finally:
-            os.close(mountinfo)
+        return read_own(workers, size_max)
+
+
+def read_own(workers: MountWorkers, size_max: int | None = None) -> str:
+    """The mountinfo of the namespace that this worker is in. Raises TooLong."""
+    mountinfo = workers.open_mountinfo()
+    try:
+        return _read_all(mountinfo, size_max)
+    finally:
+        os.close(mountinfo)
 
 
 def survey(
     fds: Descriptors, workers: MountWorkers, namespace: int, needed: Callable[[Table], bool]
 ) -> Survey:
-    """The first look at a namespace; with the clones if `needed()` by its mount table. Runs on a worker.
+    """The first look at a namespace; with the clones if they are `needed()`. Runs on a mount worker.
 
     Args:
-        fds: closes what stays open.
+        fds: closes the descriptors.
+        needed: decides by the mount table. Called inside the service's namespace: nothing but computing.
 
     Raises:
         Moved: `/etc` was something else when it was opened.
@@ -84,14 +89,14 @@ def survey(
     """
     with workers.entered(namespace):
         mountinfo = fds.add(workers.open_mountinfo())
-        found = Survey(Table(read_rows(mountinfo)), mountinfo)
+        found = Survey(Table(_read_all(mountinfo)), mountinfo)
         table = found.table
         if needed(table):
             etc = found.etc = hold(fds)
             if etc.mount != table.top.id:
                 raise Moved
             if table.on(table.top) or not table.chain:
-                found.old = _clone(fds, etc.fd, syscalls.AT_RECURSIVE)
+                found.old, _ = _private_clone(fds, etc.fd, whole=True)
             _find_base(fds, found, etc)
     return found
 
@@ -99,44 +104,28 @@ def survey(
 def _find_base(fds: Descriptors, survey: Survey, etc: Etc) -> None:
     table = survey.table
     if not table.stacks:
-        try:
-            survey.root = _clone(fds, etc.fd, 0)
-        except _Locked:
-            survey.root = _clone(fds, etc.fd, syscalls.AT_RECURSIVE)
+        survey.root, _ = _private_clone(fds, etc.fd, whole=False)
         return
     root = fds.add(os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
-    if table.base_on_root:
-        with contextlib.suppress(_Locked):
-            survey.root = _clone(fds, root, 0)
-            return
-    survey.root = _clone(fds, root, syscalls.AT_RECURSIVE)
-    survey.peel = table.stacks[::-1]
+    survey.root, whole = _private_clone(fds, root, whole=not table.base_on_root)
+    if whole:
+        survey.peel = table.stacks[::-1]
 
 
-class _Locked(Exception):
-    """What is mounted on it came with it from a more privileged namespace, and cannot be left out of a clone."""
-
-
-def _clone(fds: Descriptors, directory: int, recursive: int) -> int:
-    """In the service: a private clone of the mount of a directory, from that on."""
-    try:
-        flags = syscalls.OPEN_TREE_CLONE | syscalls.AT_EMPTY_PATH | recursive
-        tree = syscalls.open_tree(directory, "", flags)
-    except OSError as error:
-        if not recursive and error.errno == errno.EINVAL:  # mount_namespaces(7)
-            raise _Locked from error
-        raise
-    fds.add(tree)
-    syscalls.mount_setattr(tree, "", syscalls.AT_EMPTY_PATH | recursive, propagation=syscalls.MS_PRIVATE)
-    return tree
+def _private_clone(fds: Descriptors, directory: int, *, whole: bool) -> tuple[int, bool]:
+    """In the service: `clone()`; what is then done to the clone does not reach the service."""
+    tree, whole = clone(fds, directory, whole=whole)
+    flags = syscalls.AT_EMPTY_PATH | (syscalls.AT_RECURSIVE if whole else 0)
+    syscalls.mount_setattr(tree, "", flags, propagation=syscalls.MS_PRIVATE)
+    return tree, whole
 
 
 class TooLong(Exception):
-    """A mount table is longer than we read."""
+    """A mount table is longer than is read."""
 
 
-def read_rows(mountinfo: int, size_max: int | None = None) -> str:
-    """The whole of a mountinfo file, again. Raises TooLong."""
+def _read_all(mountinfo: int, size_max: int | None = None) -> str:
+    """All of a mountinfo file, from its beginning. Raises TooLong."""
     os.lseek(mountinfo, 0, os.SEEK_SET)
     parts, size = [], 0
     while part := os.read(mountinfo, 1 << 16):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The system calls of the new mount interface, and the few others that Python does not have.
 
-All of the project's ctypes is in this file. Each function has the call's own name and order of arguments and raises
-OSError with the path (or what else was being worked on) in it. ctypes releases the GIL during a call.
+All ctypes of the package is in this file. Each function has the call's own name and order of arguments, and raises
+OSError with the path, or what else it works on, as the filename. ctypes releases the GIL during a call.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ RESOLVE_NO_SYMLINKS = 0x4
 RESOLVE_BENEATH = 0x8
 RESOLVE_IN_ROOT = 0x10
 RESOLVE_INSIDE = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
-"""Nothing on the way below a descriptor may be a link, nothing may lead out."""
+"""Below a descriptor: no link is followed, and nothing leads out."""
 
 _FSOPEN_CLOEXEC = 1
 _FSMOUNT_CLOEXEC = 1
@@ -100,8 +100,10 @@ _Prepared = Callable[..., int]
 
 
 def _prepare(number: int, *argtypes: type) -> _Prepared:
-    """A system call that libc may not have a wrapper for. Its own function object has its own argument types: with
-    them ctypes converts by itself, and as wide as it has to be."""
+    """A system call that libc may have no wrapper for.
+
+    Each has its own function object, with argument types: ctypes then passes each argument in its full width.
+    """
     function = _libc["syscall"]
     function.restype = ctypes.c_long
     function.argtypes = [ctypes.c_long, *argtypes]
@@ -151,7 +153,7 @@ def _check(result: int, what: str | int) -> int:
 
 
 def _bytes(path: str) -> bytes:
-    # os.fsencode(), without what makes that also take other things.
+    # os.fsencode() is slower: it takes other types too.
     return path.encode(_ENCODING, _ERRORS)
 
 
@@ -195,7 +197,7 @@ def fsconfig_set_flag(fd: int, key: str) -> None:
 
 
 def fsconfig_cmd_create(fd: int, what: str) -> None:
-    """Make the superblock; the error carries what the file system itself had to say, where it said anything."""
+    """Make the superblock; the error has the messages of the file system in it."""
     try:
         _check(_fsconfig(fd, _FSCONFIG_CMD_CREATE, None, None, 0), what)
     except OSError as error:
@@ -204,12 +206,14 @@ def fsconfig_cmd_create(fd: int, what: str) -> None:
 
 
 def _fs_messages(fd: int) -> list[str]:
-    """What was logged to a file system context: lines "e overlay: text", without the level."""
+    """What the kernel logged to a file system context: lines "e overlay: text", without the level."""
     messages = []
     while True:
         try:
             messages.append(os.read(fd, 4096).decode(errors="replace").rstrip("\n")[2:])
-        except OSError:  # ENODATA: no more; anything else: nothing to add to the error that is being reported
+        except (
+            OSError
+        ):  # ENODATA: there are no more; any other error is less important than the one that is reported
             return messages
 
 
@@ -230,11 +234,11 @@ def openat2(dirfd: int, path: str, flags: int, resolve: int) -> int:
         try:
             return _check(_openat2(dirfd, _bytes(path), packed, _open_how.size), path)
         except BlockingIOError:
-            continue  # something was renamed or mounted anywhere, while a ".." had to be kept inside
+            continue  # while the kernel resolved a "..", something was renamed or mounted somewhere
 
 
 def rename_noreplace(old: str, new: str) -> None:
-    """Rename a file unless there is one of the new name (renameat2(2), RENAME_NOREPLACE)."""
+    """Rename a file unless the new name is taken (renameat2(2), RENAME_NOREPLACE)."""
     _check(_libc.renameat2(AT_FDCWD, _bytes(old), AT_FDCWD, _bytes(new), _RENAME_NOREPLACE), new)
 
 
@@ -262,7 +266,7 @@ def _statx(path: str, dirfd: int, mask: int = _STATX_MNT_ID) -> ctypes.Array[cty
 
 
 def prctl_not_dumpable() -> None:
-    """Nobody but the host's root may look into this process or hold it, until it executes (PR_SET_DUMPABLE)."""
+    """Let only the host's root look into this process or trace it, until it executes a program (PR_SET_DUMPABLE)."""
     _check(_prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "PR_SET_DUMPABLE")
 
 
@@ -277,18 +281,18 @@ def prctl_keepcaps() -> None:
 
 
 def prctl_capbset_drop(capability: int) -> None:
-    """Remove a capability from the bounding set; one that is not in it needs nothing."""
+    """Remove a capability from the bounding set, if it is in it."""
     if _check(_prctl(_PR_CAPBSET_READ, capability, 0, 0, 0), "PR_CAPBSET_READ"):
         _check(_prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0), "PR_CAPBSET_DROP")
 
 
 def prctl_cap_ambient_raise(capability: int) -> None:
-    """Have programs get a capability that is permitted and inheritable."""
+    """Hand a permitted and inheritable capability on to programs (PR_CAP_AMBIENT_RAISE)."""
     _check(_prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, capability, 0, 0), "PR_CAP_AMBIENT_RAISE")
 
 
 def prctl_no_new_privs() -> None:
-    """From now on no program gives more than there is (PR_SET_NO_NEW_PRIVS)."""
+    """From now on no program gets more privileges than this process has (PR_SET_NO_NEW_PRIVS)."""
     _check(_prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
 
 
@@ -309,19 +313,19 @@ def loop_backing(device: int) -> tuple[int, int]:
 
 
 def loop_attach(backing: int, label: str) -> tuple[int, str]:
-    """A read-only loop device over an open file; the device goes when its last user does (LO_FLAGS_AUTOCLEAR).
+    """A read-only loop device over an open file; the kernel frees it with its last user (LO_FLAGS_AUTOCLEAR).
 
-    Finding a free device and taking it are two steps, and anybody may take it in between: EBUSY means try again.
+    Finding a free device and taking it are two steps. If another process takes it in between (EBUSY), try the next.
 
     Args:
         backing: descriptor of the file, open for reading.
         label: shown by losetup(8), cut at 63 bytes.
 
     Returns:
-        A descriptor of the device, and its path. While nothing is mounted from it, closing it gives it back.
+        A descriptor of the device, and its path. While nothing is mounted from it, closing the descriptor frees it.
 
     Raises:
-        OSError: no loop device is to be had.
+        OSError: there is no loop device.
     """
     # struct loop_config: fd, block_size, struct loop_info64 (of which lo_flags and lo_file_name), 64 reserved bytes.
     flags = _LO_FLAGS_READ_ONLY | _LO_FLAGS_AUTOCLEAR

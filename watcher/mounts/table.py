@@ -244,7 +244,7 @@ class Table:
                 rows += self.on(row)
 
     def points_on(self, mount: Mount) -> list[str]:
-        """The mount points of all that lies on `mount` below `/etc`, at any depth, hidden or not; sorted, escaped."""
+        """The mount points of all that lies on `mount` below `/etc`, at any depth, hidden or not; sorted."""
         points = []
         parents = [str(mount.id)]
         passed = set()  # as in `carries()`
@@ -255,7 +255,7 @@ class Table:
             passed.add(parent)
             for point, line in self._lines.get(parent, ()):
                 if point.startswith("/etc/"):
-                    points.append(point)
+                    points.append(unescape(point))
                     parents.append(line.partition(" ")[0])
         return sorted(points)
 
