@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""All the mount namespaces of one service come to its stack, once; those of others are left alone."""
+"""All the mount namespaces of one service come to its stack, once; those of others are left alone.
+
+These tests are also those of mounts/namespaces.py.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The swap, on real processes in mount namespaces with the mounts that sandboxes have below `/etc`.
 
-All of it once more in a user namespace (the last test), where the kernel allows less and locks mounts together.
+All of it once more in a user namespace (the last test), where the kernel allows less and locks mounts together. These
+tests are also those of mounts/survey.py, mounts/etc.py, mounts/sandbox.py, mounts/cover.py and mounts/compare.py.
 """
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A mount table says what is on /etc and which stack it is, however it is ordered and whatever things are called."""
+"""A mount table says what is on /etc and which stack it is, however it is ordered and whatever things are called.
+
+These tests are also those of mounts/mountinfo.py.
+"""
 
 from __future__ import annotations
 

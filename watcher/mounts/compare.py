@@ -39,14 +39,14 @@ def shows(workers: MountWorkers, namespace: int, stack: Stack, copies: Mapping[s
     """
     with build(workers, namespace, stack, copies) as tree, Descriptors() as fds:
         with workers.entered(namespace):
-            etc = fds.add(look_up())
-            shown = os.open(".", _DIRECTORY, dir_fd=etc)
+            shown = fds.add(os.open(".", _DIRECTORY, dir_fd=fds.add(look_up())))
+        wanted = fds.add(os.open(".", _DIRECTORY, dir_fd=tree))
         try:
-            wanted = os.open(".", _DIRECTORY, dir_fd=tree)
-        except BaseException:
-            os.close(shown)
+            return _Comparison().same_directory(shown, wanted)
+        except OSError as error:
+            if error.errno in _CHANGED:  # it is being edited
+                return False
             raise
-        return _Comparison().run(shown, wanted)
 
 
 class _Comparison:
@@ -55,50 +55,20 @@ class _Comparison:
     def __init__(self) -> None:
         self._entries = 0
         self._bytes = 0
-        self._open: list[tuple[int, int, list[str]]] = []
-        """On the way from the roots: both directories, and the names in them that are still to be compared."""
 
-    def run(self, one: int, other: int) -> bool:
-        """Closes both."""
-        try:
-            if not self._enter(one, other):
-                return False
-            while self._open:
-                first, second, names = self._open[-1]
-                if not names:
-                    self._leave()
-                elif not self._same(first, second, names.pop()):
-                    return False
-            return True
-        except OSError as error:
-            if error.errno in _CHANGED:  # it is being edited
-                return False
-            raise
-        finally:
-            while self._open:
-                self._leave()
-
-    def _enter(self, one: int, other: int) -> bool:
-        self._open.append((one, other, []))
-        if len(self._open) > DEPTH_MAX:
-            return False
+    def same_directory(self, one: int, other: int, depth: int = 1) -> bool:
         names = self._names(one)
-        if self._entries + len(names) > ENTRIES_MAX or names != self._names(other):
+        too_large = depth > DEPTH_MAX or self._entries + len(names) > ENTRIES_MAX
+        if too_large or names != self._names(other):
             return False
         self._entries += len(names)
-        self._open[-1][2].extend(names)
-        return True
+        return all(self._same(one, other, name, depth) for name in names)
 
     def _names(self, directory: int) -> list[str]:
         with os.scandir(directory) as entries:  # of which there may be ten million
             return sorted(islice((entry.name for entry in entries), ENTRIES_MAX - self._entries + 1))
 
-    def _leave(self) -> None:
-        one, other, _ = self._open.pop()
-        os.close(one)
-        os.close(other)
-
-    def _same(self, one: int, other: int, name: str) -> bool:
+    def _same(self, one: int, other: int, name: str, depth: int) -> bool:
         first = os.stat(name, dir_fd=one, follow_symlinks=False)
         second = os.stat(name, dir_fd=other, follow_symlinks=False)
         if _visible(first) != _visible(second):
@@ -106,25 +76,22 @@ class _Comparison:
         if stat.S_ISLNK(first.st_mode):
             return os.readlink(name, dir_fd=one) == os.readlink(name, dir_fd=other)
         if stat.S_ISDIR(first.st_mode):
-            return self._enter(*_open_both(one, other, name, _DIRECTORY))
-        if stat.S_ISREG(first.st_mode):
-            same_file = (first.st_dev, first.st_ino) == (second.st_dev, second.st_ino)
-            return same_file or self._same_content(*_open_both(one, other, name, _FILE))
+            with Descriptors() as fds:
+                return self.same_directory(*_open_both(fds, one, other, name, _DIRECTORY), depth + 1)
+        if stat.S_ISREG(first.st_mode) and not os.path.samestat(first, second):
+            with Descriptors() as fds:
+                return self._same_content(*_open_both(fds, one, other, name, _FILE))
         return True
 
     def _same_content(self, one: int, other: int) -> bool:
-        try:
-            while self._bytes <= _BYTES_MAX:
-                first, second = os.read(one, _CHUNK), os.read(other, _CHUNK)
-                if first != second:
-                    return False
-                if not first:
-                    return True
-                self._bytes += len(first)
-            return False
-        finally:
-            os.close(one)
-            os.close(other)
+        while self._bytes <= _BYTES_MAX:
+            first, second = os.read(one, _CHUNK), os.read(other, _CHUNK)
+            if first != second:
+                return False
+            if not first:
+                return True
+            self._bytes += len(first)
+        return False
 
 
 def _visible(status: os.stat_result) -> tuple[int, ...]:
@@ -132,10 +99,5 @@ def _visible(status: os.stat_result) -> tuple[int, ...]:
     return (status.st_mode, status.st_uid, status.st_gid, status.st_rdev, size)
 
 
-def _open_both(one: int, other: int, name: str, flags: int) -> tuple[int, int]:
-    first = os.open(name, flags, dir_fd=one)
-    try:
-        return first, os.open(name, flags, dir_fd=other)
-    except BaseException:
-        os.close(first)
-        raise
+def _open_both(fds: Descriptors, one: int, other: int, name: str, flags: int) -> tuple[int, int]:
+    return fds.add(os.open(name, flags, dir_fd=one)), fds.add(os.open(name, flags, dir_fd=other))

@@ -15,7 +15,8 @@ import os
 import stat
 from collections.abc import Callable, Iterable
 
-from watcher.mounts.sandbox import Lower, Sandbox, open_inside
+from watcher.mounts.etc import open_inside
+from watcher.mounts.sandbox import Lower, Sandbox
 from watcher.mounts.table import COVER
 
 

@@ -20,7 +20,8 @@ from watcher.mounts.mountinfo import Mount
 
 _NO_LINK = syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
 
-_NOT_A_DIRECTORY = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+# openat2(2) fails so where there is nothing, or a link is on the way.
+_NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 class Moved(Exception):
@@ -57,16 +58,24 @@ def look_up() -> int:
     except OSError as error:
         if error.errno == errno.ENOENT:
             raise Refused("the service's root has no /etc: make it a directory") from None
-        if error.errno not in _NOT_A_DIRECTORY:
+        if error.errno not in _NOTHING_THERE:
             raise
         what = "a symbolic link" if error.errno == errno.ELOOP else "no directory"
         raise Refused(f"/etc in the service's root is {what}: only a directory can carry a stack") from None
 
 
-def hold(fds: Descriptors) -> Etc:
-    """In the service: its `/etc` as it is now. Raises as `look_up()` does."""
+def hold(fds: Descriptors, mount: Mount | None = None) -> Etc:
+    """In the service: its `/etc` as it is now.
+
+    Raises:
+        Moved: it does not belong to `mount`.
+        Refused: see `look_up()`.
+    """
     fd = fds.add(look_up())
-    return Etc(fd, syscalls.mount_id("", fd))
+    etc = Etc(fd, syscalls.mount_id("", fd))
+    if mount is not None and etc.mount != mount.id:
+        raise Moved
+    return etc
 
 
 def lift(mounts: Iterable[Mount]) -> None:
@@ -77,10 +86,7 @@ def lift(mounts: Iterable[Mount]) -> None:
     """
     for mount in mounts:
         with Descriptors() as fds:
-            etc = hold(fds)
-            if etc.mount != mount.id:
-                raise Moved
-            unmount(etc.fd)
+            unmount(hold(fds, mount).fd)
 
 
 def mount_on(tree: int, directory: int, flags: int = 0) -> None:
@@ -114,20 +120,27 @@ def clone(fds: Descriptors, directory: int, *, whole: bool) -> tuple[int, bool]:
     return fds.add(syscalls.open_tree(directory, "", flags | syscalls.AT_RECURSIVE)), True
 
 
-def open_etc(fds: Descriptors, root: int, resolve: int = 0) -> int:
-    """An O_PATH descriptor of the directory `etc` in another directory; no link is followed.
+def open_inside(directory: int, path: str, flags: int = os.O_PATH, resolve: int = 0) -> int | None:
+    """A descriptor of what is at a path in a directory; None if that is nothing, or a link is on the way.
 
     Args:
         resolve: more RESOLVE_ flags of openat2(2).
+    """
+    try:
+        return syscalls.openat2(directory, path, flags, syscalls.RESOLVE_INSIDE | resolve)
+    except OSError as error:
+        if error.errno in _NOTHING_THERE:
+            return None
+        raise
+
+
+def open_etc(fds: Descriptors, root: int, resolve: int = 0) -> int:
+    """An O_PATH descriptor of the directory `etc` in another directory, as `open_inside()` finds it.
 
     Raises:
         NotADirectoryError: there is none.
     """
-    try:
-        return fds.add(
-            syscalls.openat2(root, "etc", os.O_PATH | os.O_DIRECTORY, syscalls.RESOLVE_INSIDE | resolve)
-        )
-    except OSError as error:
-        if error.errno not in _NOT_A_DIRECTORY:
-            raise
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), "etc") from None
+    fd = open_inside(root, "etc", os.O_PATH | os.O_DIRECTORY, resolve)
+    if fd is None:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), "etc")
+    return fds.add(fd)

@@ -199,7 +199,7 @@ def descendants(pid: int, apart: Collection[int] = ()) -> list[int]:
 
 
 def _children(pid: int) -> list[int]:
-    # psutil reads the parent of every process of the host: 4 ms with 300 of them, in each round.
+    # psutil would read the parent of every process of the host: 4 ms with 300 of them, in each round.
     try:
         tasks = os.listdir(f"/proc/{pid}/task")
         return [int(child) for task in tasks for child in _read(f"/proc/{pid}/task/{task}/children").split()]

@@ -13,7 +13,6 @@ Three kinds:
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from itertools import islice
 from watcher.model import Refused
 from watcher.mounts import syscalls
 from watcher.mounts.descriptors import Descriptors
-from watcher.mounts.etc import Moved, clone, mount_on
+from watcher.mounts.etc import Moved, clone, mount_on, open_inside
 from watcher.mounts.mountinfo import Mount
 from watcher.mounts.table import Table
 
@@ -70,16 +69,6 @@ class Sandbox:
     place: str | None
     options: tuple[str, ...]
     mode: int
-
-
-def open_inside(directory: int, path: str, flags: int = os.O_PATH) -> int | None:
-    """A descriptor of what is at a path in a directory; None if that is nothing, or a link is on the way."""
-    try:
-        return syscalls.openat2(directory, path, flags, syscalls.RESOLVE_INSIDE)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-            return None
-        raise
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import select
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from watcher.mounts import syscalls
 from watcher.mounts.descriptors import Descriptors
@@ -35,10 +35,6 @@ class Survey:
     old: int = -1
     root: int = -1
     peel: Sequence[Mount] = ()
-    poll: select.poll = field(default_factory=select.poll)
-
-    def __post_init__(self) -> None:
-        self.poll.register(self.mountinfo, select.POLLPRI)
 
     def require(self) -> None:
         """In the service: nothing on `/etc` and below it has changed since.
@@ -47,7 +43,9 @@ class Survey:
             Moved: it has.
             Refused: `/etc` is no directory any more.
         """
-        if self.poll.poll(0) and not self.table.same_etc(Table(_read_all(self.mountinfo))):
+        poll = select.poll()
+        poll.register(self.mountinfo, select.POLLPRI)
+        if poll.poll(0) and not self.table.same_etc(Table(_read_all(self.mountinfo))):
             raise Moved
         if self.etc is not None and not self.etc.is_there():
             raise Moved
@@ -92,9 +90,7 @@ def survey(
         found = Survey(Table(_read_all(mountinfo)), mountinfo)
         table = found.table
         if needed(table):
-            etc = found.etc = hold(fds)
-            if etc.mount != table.top.id:
-                raise Moved
+            etc = found.etc = hold(fds, table.top)
             if table.on(table.top) or not table.chain:
                 found.old, _ = _private_clone(fds, etc.fd, whole=True)
             _find_base(fds, found, etc)

@@ -166,10 +166,7 @@ def _identified(table: Table) -> Mounted:
     if mounted.made_on is not None:
         return mounted
     with Descriptors() as fds:
-        etc = hold(fds)
-        if etc.mount != table.top.id:
-            raise Moved
-        return replace(mounted, mount=syscalls.unique_mount_id(etc.fd))
+        return replace(mounted, mount=syscalls.unique_mount_id(hold(fds, table.top).fd))
 
 
 def _only_lift(table: Table, stack: Stack) -> int:
@@ -196,13 +193,10 @@ def _put(fds: Descriptors, tree: int, etc: Etc, table: Table) -> None:
             unmount(tree)  # the directory is not `/etc` any more
             raise
         return
-    surplus = table.surplus
-    *above, old = table.uppermost(surplus + 1)
-    lift(above)
+    *surplus, old = table.uppermost(table.surplus + 1)
+    lift(surplus)
     if surplus:
-        etc = hold(fds)
-        if etc.mount != old.id:
-            raise Moved
+        etc = hold(fds, old)
     mount_on(tree, etc.fd, syscalls.MOVE_MOUNT_BENEATH)
     lift([old])
 

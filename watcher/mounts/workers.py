@@ -81,7 +81,6 @@ class MountWorkers:
         self._attended: dict[tuple[int, int], float] = {}
         self._leftovers: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._threads: set[threading.Thread] = set()
-        self._wanted = threads
         for _ in range(threads):
             self._start_thread()
         self._forbidden.add(namespace_id(self._namespace))
@@ -123,7 +122,7 @@ class MountWorkers:
         done = trio.Event()
         job = self.submit(function, *args, **kwargs)
         job.add_done_callback(lambda _: _wake(token, done))
-        for seconds in _patience():
+        for seconds in self._patience(job):
             with trio.move_on_after(seconds):
                 try:
                     await done.wait()
@@ -132,10 +131,7 @@ class MountWorkers:
                         await done.wait()
                     if not done.is_set():
                         raise
-            if job.done():
-                return job.result()
-            self._relieve(job)
-        return self._last_result(job)
+        return job.result()
 
     def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """`run()` for a thread that may wait; not for a worker.
@@ -144,11 +140,23 @@ class MountWorkers:
             Hung: see there.
         """
         job = self.submit(function, *args, **kwargs)
-        for seconds in _patience():
-            if wait([job], seconds).done:
-                return job.result()
+        for seconds in self._patience(job):
+            wait([job], seconds)
+        return job.result()
+
+    def _patience(self, job: _Job[Any]) -> Iterator[float]:
+        """Seconds to wait for a job, again and again until it is done. Raises Hung."""
+        left = HANGS_SEC
+        while left > 0:
+            yield min(_BUSY_SEC, left)
+            if job.done():
+                return
             self._relieve(job)
-        return self._last_result(job)
+            left -= _BUSY_SEC
+        if job.cancel():
+            raise Hung(f"all workers have been waiting for the kernel for {HANGS_SEC:g} s")
+        if not job.done():
+            raise Hung(f"no answer from the kernel for {HANGS_SEC:g} s")
 
     def _relieve(self, job: _Job[Any]) -> None:
         """Start a worker in place of the one that is at this job, which leaves when it has done it.
@@ -158,14 +166,6 @@ class MountWorkers:
         if job.thread in self._threads and not job.done():
             self._start_thread()
             self._threads.discard(job.thread)
-
-    def _last_result(self, job: _Job[T]) -> T:
-        """What has come of a job by now. Raises Hung: nothing."""
-        if job.cancel():
-            raise Hung(f"all workers have been waiting for the kernel for {HANGS_SEC:g} s")
-        if not job.done():
-            raise Hung(f"no answer from the kernel for {HANGS_SEC:g} s")
-        return job.result()
 
     def check_foreign(self, identity: tuple[int, int]) -> None:
         """Refuse a namespace that is the host's or our own.
@@ -251,22 +251,19 @@ class MountWorkers:
             os.chdir("/")  # a working directory in it would keep the tmpfs
 
     def _start_thread(self) -> None:
-        ready: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-        thread = threading.Thread(target=self._work, args=(ready,), name="confext-mounts", daemon=True)
-        thread.start()
-        failure = ready.get()
-        if failure is not None:
-            raise failure
+        ready: Future[None] = Future()
+        threading.Thread(target=self._work, args=(ready,), name="confext-mounts", daemon=True).start()
+        ready.result()
 
-    def _work(self, ready: queue.SimpleQueue[BaseException | None]) -> None:
+    def _work(self, ready: Future[None]) -> None:
         try:
             self._isolate()
-        except BaseException as error:  # noqa: BLE001 -- the thread that waits for this one raises it again
-            ready.put(error)
+        except BaseException as error:  # noqa: BLE001 -- raised again where the result is waited for
+            ready.set_exception(error)
             return
         thread = threading.current_thread()
         self._threads.add(thread)
-        ready.put(None)
+        ready.set_result(None)
         try:
             while thread in self._threads:  # else another has taken its place
                 self._remove_leftovers()
@@ -312,18 +309,11 @@ class MountWorkers:
                 journal.log.warning(f"mount workers: leftovers of a swap stay, it is tried again: {error}")
 
     def _replace(self) -> None:
+        """Runs on a thread of its own: the lost worker may still be in a service's namespace."""
         try:
             self._start_thread()
         except OSError as error:
             journal.log.error(f"mount workers: none could be started in place of one that was lost: {error}")
-
-
-def _patience() -> Iterator[float]:
-    """Seconds between the looks at a job, until it is given up."""
-    left = HANGS_SEC
-    while left > 0:
-        yield min(_BUSY_SEC, left)
-        left -= _BUSY_SEC
 
 
 def _wake(token: trio.lowlevel.TrioToken, done: trio.Event) -> None:
