@@ -19,7 +19,6 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol
 
 from watcher.images import tree
 from watcher.images.extension import NoRelease, Release, read_release
@@ -260,21 +259,7 @@ def copied(
         return copy
 
 
-class _Content(Protocol):
-    """An image or a tree, open.
-
-    Attributes:
-        key: what `stat` says of it.
-        lasting: after `copy()`: `key` stands for exactly that content from now on.
-    """
-
-    key: Key
-    lasting: bool
-
-    def copy(self, store: Store) -> Copy: ...
-
-
-def _copy(store: Store, content: _Content) -> Copy:
+def _copy(store: Store, content: _Image | _Tree) -> Copy:
     verdict: Copy | Refused
     try:
         verdict = content.copy(store)
@@ -288,6 +273,13 @@ def _copy(store: Store, content: _Content) -> Copy:
 
 
 class _Image:
+    """An image, open.
+
+    Attributes:
+        key: what `stat` says of it.
+        lasting: after `copy()`: no other content of the file can have this key.
+    """
+
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self.key: Key = ("image", *stat_key(os.fstat(fd)))
@@ -307,6 +299,8 @@ class _Image:
 
 
 class _Tree:
+    """The same of a directory tree."""
+
     def __init__(self, root: int, guard: Guard | None) -> None:
         self._root = root
         self._signature = tree.signature(root, guard)

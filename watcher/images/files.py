@@ -17,7 +17,7 @@ from watcher.watch.lease import Lease
 # Bytes. The lease is checked between two chunks: this bounds how long a writer waits, and a thread's buffer.
 CHUNK = 1 << 19
 
-FICLONE = 0x40049409  # linux/fs.h; Python's fcntl has it from 3.14 on
+_FICLONE = 0x40049409  # linux/fs.h; Python's fcntl has it from 3.14 on
 
 # ioctl_ficlone(2): another file system, one without reflinks, or a file that cannot be shared.
 _NO_CLONE = frozenset(
@@ -57,22 +57,20 @@ def copy_file(source: int, target: int, size: int, hasher: Hasher, lease: Lease,
         lease.check()
         lease.release()
         hash_file(target, size, hasher)
-        if sync:
-            os.fdatasync(target)
-        return
-    os.ftruncate(target, size)
-    for offset, chunk, hole in _chunks(source, size):
-        lease.check()
-        if not hole:
-            _write(target, chunk, offset)
-        if offset + len(chunk) == size:
+    else:
+        os.ftruncate(target, size)
+        for offset, chunk, hole in _chunks(source, size):
+            lease.check()
+            if not hole:
+                _write(target, chunk, offset)
+            if offset + len(chunk) == size:
+                lease.release()
+            if sync and not hole:
+                _start_writing(target, offset, len(chunk))
+            hasher.update(chunk)
+        if not size:
+            lease.check()
             lease.release()
-        if sync and not hole:
-            start_writing(target, offset, len(chunk))
-        hasher.update(chunk)
-    if not size:
-        lease.check()
-        lease.release()
     if sync:
         os.fdatasync(target)
 
@@ -83,8 +81,8 @@ def stat_key(found: os.stat_result) -> tuple[int, ...]:
     return *who, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def start_writing(target: int, offset: int = 0, length: int = 0) -> None:
-    """Have the disk begin with the bytes just written, without waiting for it (`length` 0: all that follows).
+def _start_writing(target: int, offset: int, length: int) -> None:
+    """Have the disk begin with the bytes just written, without waiting for it.
 
     Python does not have sync_file_range(2). POSIX_FADV_DONTNEED starts writing, too (mm/fadvise.c), and the kernel does
     not drop from memory what is still being written. The disk works while the bytes are hashed: a quarter faster.
@@ -113,7 +111,7 @@ def hash_file(source: int, size: int, hasher: Hasher) -> None:
 def _clone(source: int, target: int) -> bool:
     """Make the empty file `target` share all blocks of `source`; False where the file systems cannot do that."""
     try:
-        fcntl.ioctl(target, FICLONE, source)
+        fcntl.ioctl(target, _FICLONE, source)
     except OSError as error:
         if error.errno in _NO_CLONE:
             return False

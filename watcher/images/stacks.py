@@ -318,10 +318,11 @@ def encoded(accepted: Accepted) -> str:
         {
             "format": _FORMAT,
             "when": accepted.when,
-            "layers": [asdict(layer) | {"kind": layer.kind.value} for layer in accepted.stack.layers],
-            "entries": [asdict(entry) | {"kind": entry.kind.value} for entry in accepted.entries],
+            "layers": [asdict(layer) for layer in accepted.stack.layers],
+            "entries": [asdict(entry) for entry in accepted.entries],
             "mounted": dict(accepted.mounted),
-        }
+        },
+        default=lambda kind: kind.value,
     )
 
 
