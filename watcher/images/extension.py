@@ -21,7 +21,7 @@ from watcher.resolve.release import PREFIX
 Release = tuple[Mapping[str, str], frozenset[str]]
 """See `read_release()`."""
 
-RELEASE_DIRECTORY = ("etc", "extension-release.d")
+RELEASE_DIRECTORY = "etc/extension-release.d"
 
 # systemd accepts a release file under any name when this attribute is false (portable.c, extension-util.c).
 STRICT_XATTR = "user.extension-release.strict"
@@ -51,9 +51,10 @@ def read_release(root_fd: int) -> Release:
         OSError: it could not be read.
     """
     with Descriptors() as fds:
-        etc = fds.add(_directory(root_fd, RELEASE_DIRECTORY[0], root_fd))
-        releases = fds.add(_directory(etc, RELEASE_DIRECTORY[1], root_fd))
-        return _read_all(releases)
+        fd = root_fd
+        for name in RELEASE_DIRECTORY.split("/"):
+            fd = fds.add(_directory(fd, name, root_fd))
+        return _read_all(fd)
 
 
 def _directory(parent: int, name: str, root_fd: int) -> int:
@@ -62,24 +63,25 @@ def _directory(parent: int, name: str, root_fd: int) -> int:
     except FileNotFoundError:
         raise _not_a_confext(root_fd) from None
     except NotADirectoryError:
-        # ODIRECTORY wins over O_NOFOLLOW: a link ends here too.
+        # O_DIRECTORY wins over O_NOFOLLOW: a link ends here, too.
         link = stat.S_ISLNK(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode)
         what = "a link" if link else "no directory"
         raise Refused(f"not a confext: {name} in it is {what}") from None
 
 
 def _not_a_confext(root_fd: int) -> Refused:
-    where = "/".join(RELEASE_DIRECTORY)
     if _is_sysext(root_fd):
-        return Sysext(f"not a confext but a sysext: it has usr/lib/extension-release.d/ and no {where}/")
-    return NoRelease(f"not a confext: there is no {where}/ in it")
+        return Sysext(
+            f"not a confext but a sysext: it has usr/lib/extension-release.d/ and no {RELEASE_DIRECTORY}/"
+        )
+    return NoRelease(f"not a confext: there is no {RELEASE_DIRECTORY}/ in it")
 
 
 def _is_sysext(root_fd: int) -> bool:
     with Descriptors() as fds:
         fd = root_fd
         try:
-            for name in ("usr", "lib", RELEASE_DIRECTORY[1]):
+            for name in ("usr", "lib", "extension-release.d"):
                 fd = fds.add(os.open(name, DIRECTORY, dir_fd=fd))
         except OSError:
             return False  # only decides which words the refusal has
@@ -90,7 +92,7 @@ def _read_all(directory: int) -> Release:
     with os.scandir(directory) as entries:  # there may be ten million
         found = [entry.name for entry in islice(entries, _NAMES_MAX + 1)]
     if len(found) > _NAMES_MAX:
-        raise Refused(f"it has more than {_NAMES_MAX} entries in {'/'.join(RELEASE_DIRECTORY)}/")
+        raise Refused(f"it has more than {_NAMES_MAX} entries in {RELEASE_DIRECTORY}/")
     names = sorted(name for name in found if name.startswith(PREFIX))
     if len(names) > _FILES_MAX:
         raise Refused(f"it has more than {_FILES_MAX} extension-release files")
@@ -112,16 +114,15 @@ def _open_release(directory: int, name: str) -> int:
     mode = os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode
     if not stat.S_ISREG(mode):
         what = "a link" if stat.S_ISLNK(mode) else "no regular file"
-        raise Refused(f"{'/'.join(RELEASE_DIRECTORY)}/{shown(name)} in it is {what}")
+        raise Refused(f"{RELEASE_DIRECTORY}/{shown(name)} in it is {what}")
     return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
 
 
 def _read_text(fd: int, name: str) -> str:
     size = os.fstat(fd).st_size
     if size > _BYTES_MAX:
-        raise Refused(
-            f"{'/'.join(RELEASE_DIRECTORY)}/{shown(name)} in it has {size} bytes, {_BYTES_MAX} is the limit"
-        )
+        what = f"{size} bytes, {_BYTES_MAX} is the limit"
+        raise Refused(f"{RELEASE_DIRECTORY}/{shown(name)} in it has {what}")
     return os.pread(fd, _BYTES_MAX, 0).decode("utf-8", "surrogateescape")
 
 

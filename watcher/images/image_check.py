@@ -95,7 +95,7 @@ def _unpacked_release(path: str, format: Format) -> Release:
     """Without root no image can be mounted: its own tool unpacks the few files that are needed."""
     with tempfile.TemporaryDirectory() as directory, Descriptors() as fds:
         target = f"{directory}/root"
-        words = format.unpack_command(path, target, "/".join(RELEASE_DIRECTORY))
+        words = format.unpack_command(path, target, RELEASE_DIRECTORY)
         try:
             done = subprocess.run(
                 words, capture_output=True, text=True, errors="replace", check=False, timeout=_TOOL_SEC

@@ -302,7 +302,7 @@ class _Reading(_Walk):
         made = os.open(path[-1], _NEW, 0o600, dir_fd=target)
         try:
             copy_file(fd, made, st.st_size, self._hash, lease)
-            is_release = path[:-1] == RELEASE_DIRECTORY and path[-1].startswith(release.PREFIX)
+            is_release = path[-1].startswith(release.PREFIX) and "/".join(path[:-1]) == RELEASE_DIRECTORY
             attributes.give(made, st, attributes.relaxed(xattrs) if is_release else xattrs)
         finally:
             os.close(made)
