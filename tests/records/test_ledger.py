@@ -38,6 +38,11 @@ def bad(service: str = NGINX, digest: str = "d" * 64) -> Quarantined:
     return Quarantined(service, digest, "nginx -t failed", 5, "/srv/web_2.raw")
 
 
+def quarantine(ledger: Ledger, content: Quarantined) -> None:
+    with ledger.round() as made:
+        made.quarantine(content)
+
+
 def is_quarantined(ledger: Ledger | Reader, service: str, digest: str) -> bool:
     return digest in [content.digest for content in ledger.quarantined(service)]
 
@@ -135,7 +140,7 @@ def test_many_threads_may_record_at_once(ledger: Ledger) -> None:
     def record(service: str) -> None:
         for number in range(20):
             ledger.append(event(number, service))
-            ledger.quarantine(bad(service, str(number)))
+            quarantine(ledger, bad(service, str(number)))
 
     threads = [threading.Thread(target=record, args=(f"{name}.service",)) for name in "abcd"]
     for thread in threads:
@@ -159,7 +164,7 @@ def test_exec_may_add_to_the_history_beside_the_daemon(ledger: Ledger, tmp_path:
 
 
 def test_quarantine_is_for_one_service_and_survives_a_restart(ledger: Ledger, tmp_path: Path) -> None:
-    ledger.quarantine(bad())
+    quarantine(ledger, bad())
     ledger.close()
     with Ledger(str(tmp_path)) as again:
         assert is_quarantined(again, NGINX, "d" * 64)
@@ -174,7 +179,7 @@ def test_quarantine_is_for_one_service_and_survives_a_restart(ledger: Ledger, tm
 
 def test_forgetting_lets_one_or_all_of_a_service_back_in(ledger: Ledger, tmp_path: Path) -> None:
     for service, digest in [(NGINX, "1"), (NGINX, "2"), (NGINX, "3"), (SSHD, "1")]:
-        ledger.quarantine(bad(service, digest))
+        quarantine(ledger, bad(service, digest))
     assert ledger.forget(NGINX, "2") == [bad(NGINX, "2")]
     assert ledger.forget(NGINX, "2") == []
     assert ledger.forget(NGINX) == [bad(NGINX, "1"), bad(NGINX, "3")]
@@ -288,7 +293,7 @@ def test_a_file_in_order_is_never_set_aside(ledger: Ledger, tmp_path: Path) -> N
 
 def test_corruption_found_while_running_costs_the_history_but_not_the_quarantine(tmp_path: Path) -> None:
     with Ledger(str(tmp_path)) as ledger:
-        ledger.quarantine(bad())
+        quarantine(ledger, bad())
         ledger.pin(NGINX, "0123456789abcdef")
         size = (tmp_path / NAME).stat().st_size
         with (tmp_path / NAME).open("r+b") as file:
@@ -303,7 +308,7 @@ def test_corruption_found_while_running_costs_the_history_but_not_the_quarantine
 
 
 def test_a_ledger_deleted_while_running_is_begun_anew(ledger: Ledger, tmp_path: Path) -> None:
-    ledger.quarantine(bad())
+    quarantine(ledger, bad())
     (tmp_path / NAME).unlink()
     ledger.append(event(1))
     reader = Reader(str(tmp_path))
@@ -316,7 +321,7 @@ def test_without_its_directory_it_says_so_and_recovers(tmp_path: Path) -> None:
     ledger = Ledger(str(directory))
     assert "cannot be opened" in ledger.remarks[0].text
     with pytest.raises(LedgerError, match=re.escape(str(directory / NAME))):
-        ledger.quarantine(bad())
+        quarantine(ledger, bad())
     assert is_quarantined(ledger, NGINX, "d" * 64)
     directory.mkdir()
     ledger.append(event(1))
@@ -559,7 +564,8 @@ ON_A_FULL_DISK = """
     except LedgerError as error:
         print(error)
     try:
-        ledger.quarantine(Quarantined("a.service", "d", "r" * 60_000, 1))
+        with ledger.round() as made:
+            made.quarantine(Quarantined("a.service", "d", "r" * 60_000, 1))
     except LedgerError as error:
         print(error)
     assert ledger.quarantined("a.service")[0].digest == "d"

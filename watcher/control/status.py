@@ -121,7 +121,7 @@ def of_service(
         mounted = Table(main.mountinfo()).mounted()
     except (Gone, FileNotFoundError):
         return status
-    layers = shown_layers(mounted, stacks)
+    layers = _shown_layers(mounted, stacks)
     stack = Stack(layers).id
     # `exec` writes no history when it starts a service on a stack: then the time of acceptance counts.
     accepted = (one.when for one in kept if one.stack.id == stack)
@@ -129,7 +129,7 @@ def of_service(
     return replace(status, state="running", pid=main.pid, stack=stack, layers=layers, since=since)
 
 
-def shown_layers(mounted: Mounted, stacks: Sequence[Stack]) -> tuple[Layer, ...]:
+def _shown_layers(mounted: Mounted, stacks: Sequence[Stack]) -> tuple[Layer, ...]:
     """The layers that a mount table shows, bottom to top.
 
     A stack that systemd mounted has no names in it. Then the service was started on its slots, which are the newest

@@ -98,15 +98,13 @@ def configure(mode: Mode = "auto", level: str = "info") -> None:
     if _journal:
         _journal.close()
         _journal = None
-    end: Processor
-    factory: Callable[..., WrappedLogger]
+    end: Processor = _render_logfmt
+    factory: Callable[..., WrappedLogger] = structlog.PrintLoggerFactory(sys.stderr)
     if mode == "journal":
         journal = _journal = _Journal()
         end, factory = _render_journal, lambda *args: journal
-    else:
-        end = _Console(colour=_wants_colour(sys.stderr)) if mode == "console" else _render_logfmt
-        stream = sys.stderr
-        factory = lambda *args: structlog.PrintLogger(stream)  # noqa: E731 -- one line beside its sibling
+    elif mode == "console":
+        end = _Console(colour=_wants_colour(sys.stderr))
     structlog.configure(
         processors=[_level, structlog.processors.format_exc_info, _printable, end],
         wrapper_class=structlog.make_filtering_bound_logger(level),

@@ -224,11 +224,6 @@ class Ledger(_Reading):
         """Adds outcomes to the history, in one commit. Raises LedgerError."""
         self._commit([_event_row(event) for event in events])
 
-    def quarantine(self, content: Quarantined) -> None:
-        """Keeps content out of a service; holds even when it raises LedgerError."""
-        with self.round() as made:
-            made.quarantine(content)
-
     def forget(self, service: str, digest: str | None = None) -> list[Quarantined]:
         """Lets content of a service back in, and returns what; holds even when it raises LedgerError."""
         with self.round() as made:
