@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The daemon: wires the steps together in one nursery, and nothing else.
+"""The daemon: wires the rooms together in one nursery, and nothing else.
 
-A change (of a directory, of a service) touches a service's name in `Settle`; when its burst is over, its round starts.
-A round that is asked for while one runs follows it, once, however often it is asked for.
+A change of a directory or of a service touches the service's name in `Settle`. When the burst of changes is over, a
+round of the service starts. However often a round is asked for while one runs, one more follows it.
 """
 
 from __future__ import annotations
@@ -113,9 +113,9 @@ def _tools(settings: Settings) -> Iterator[Tools]:
 
 
 def on_systemd(settings: Settings) -> bool:
-    """Whether systemd runs this host (sd_booted(3)), and we are the daemon that is to see to its units.
+    """Whether systemd runs this host (sd_booted(3)), and this daemon is the one for its units.
 
-    A unit's slots are in the system's state directory, where its drop-in looks for them. A daemon with another one (a
+    A unit's drop-in looks for its slots in the system's state directory. A daemon with another state directory (a
     demonstration, a test) leaves units alone, also as root.
     """
     ours = settings.state_directory == Settings().state_directory
@@ -134,23 +134,26 @@ class Daemon:
         self._settings = settings
         self._tools = tools
         self._control = Commands(tools, self.changed, self._in_round, self._reload_settings)
-        self._line = Rounds(tools, self._control.tell, self.changed, self._looked_at)
-        self._control.rounds = self._line
+        self._rounds = Rounds(tools, self._control.tell, self.changed, self._looked_at)
+        self._control.rounds = self._rounds
         self._readers = Readers()
         tools.offload.returned = self.changed
         self._settle = Settle()
+        # By service: when the first change was noticed that its next round is for.
         self._since: dict[str, float] = {}
+        # Services of which a round runs, and those of them that get another one after it.
         self._running: set[str] = set()
         self._again: set[str] = set()
         self._wake = trio.Event()
         self._idle = trio.Event()
         self._remarks: set[Remark] = set()
         self._untidy = ""
+        # Services that are there from the start, and not looked at yet.
         self._unseen: set[str] = set()
         self._all_seen = trio.Event()
 
     async def run(self) -> None:
-        """Until SIGTERM or SIGINT; services keep their stacks."""
+        """Run until SIGTERM or SIGINT. Services keep their stacks."""
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._tools.manager.run, self.changed)
@@ -198,21 +201,21 @@ class Daemon:
                     self._again.add(name)
                 else:
                     self._running.add(name)
-                    nursery.start_soon(self._rounds, name)
+                    nursery.start_soon(self._rounds_of, name)
             if not self._running and not self._since:
                 self._idle.set()
             deadline = self._settle.deadline()
             with trio.move_on_at(math.inf if deadline is None else deadline / 1_000_000):
                 await self._wake.wait()
 
-    async def _rounds(self, name: str) -> None:
-        """The rounds of one service, until nobody asks for another."""
+    async def _rounds_of(self, name: str) -> None:
+        """Rounds of one service, one after the other, until no other is asked for."""
         while True:
             self._again.discard(name)
             since = self._since.pop(name, trio.current_time())
             service = self._tools.manager.services.get(name)
             if service is None:
-                self._line.forget(name)
+                self._rounds.forget(name)
                 again = None
             else:
                 again = await self._round(service, since)
@@ -228,23 +231,23 @@ class Daemon:
 
     async def _round(self, service: Service, since: float) -> float | None:
         try:
-            return await self._line.round(service, since)
-        except Exception:  # noqa: BLE001 -- a bug that shows with one service must not cost the others theirs
+            return await self._rounds.round(service, since)
+        except Exception:  # noqa: BLE001 -- a bug in a round of one service must not end the rounds of the others
             text = f"{service.name}: a bug in confext-watcher; it keeps what it has until its next change"
             journal.log.exception(text, service=service.name)
             return None
 
     def _looked_at(self, name: str) -> None:
-        """The slots of a service are what they should be, or it was tried to make them so."""
+        """A round has set the slots of a service, or has failed to."""
         self._unseen.discard(name)
         if not self._unseen:
             self._all_seen.set()
 
     async def _when_looked(self) -> None:
-        """Start-up is complete when each service was looked at.
+        """Tell systemd that start-up is complete, once each service was looked at.
 
-        Units are started after us so that what was dropped while the host was down is admitted first. Reloads and
-        health watches that follow, and whatever hangs, must keep no unit from its start, nor have us ended by systemd.
+        Units start after the watcher, so that they get what was dropped while the host was down. Reloads and health
+        watches that follow, and files that do not answer, must delay no unit, nor let systemd end the watcher.
         """
         if self._unseen:
             with trio.move_on_after(_LOOKED_AT_SEC):
@@ -254,17 +257,17 @@ class Daemon:
         sd_notify.ready()
 
     async def _when_idle(self) -> None:
-        """What is left for when nothing is going on."""
+        """Tidy up whenever no round runs or is due."""
         while True:
             await self._idle.wait()
-            # Before tidying up: what comes and is over while that goes on leaves something to tidy up, too.
+            # Before tidying up: a round that begins and ends meanwhile leaves something to tidy up, too.
             self._idle = trio.Event()
-            mounted = self._line.mounted
+            mounted = self._rounds.mounted
             if mounted is not None:
                 await self._tidy(mounted)
 
     async def _tidy(self, mounted: frozenset[str]) -> None:
-        """Let go of copies and mounted images that nobody needs."""
+        """Remove copies, and unmount images, that no service needs."""
         tools = self._tools
         untidy = ""
         try:
@@ -274,7 +277,7 @@ class Daemon:
         except (Later, Hung, OSError) as error:
             untidy = problem(error)
         except Busy:
-            return  # a service is being started; there will be another time
+            return  # `exec` starts a service just now; the end of the next round tidies up
         if untidy and untidy != self._untidy:
             journal.log.warning(f"not tidied up, it is tried again: {untidy}")
         self._untidy = untidy
@@ -304,7 +307,7 @@ class Daemon:
         self._look_at_everything()
 
     def _say_remarks(self) -> None:
-        """What cannot be watched, and what is the matter with the ledger; each once for as long as it lasts."""
+        """Say what cannot be watched, and what is wrong with the ledger; each once for as long as it lasts."""
         remarks = {*self._tools.watcher.remarks(), *self._tools.ledger.remarks}
         for remark in remarks - self._remarks:
             journal.say(remark)

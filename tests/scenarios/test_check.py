@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`Check=` of services without systemd: before the swap, where the service is, with no more than the service has."""
+"""`Check=` of services without systemd (rounds/service_check.py): before the swap, where the service is, with no more
+than the service has."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`confext-watcher exec`: the program is the very process, on its stack from its first instruction on."""
+"""`confext-watcher exec` (rounds/exec_service.py): the program is the very process, on its stack from its first
+instruction on."""
 
 from __future__ import annotations
 

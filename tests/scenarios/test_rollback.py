@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Services without systemd: a stack that a service does not take well goes away again, and stays away.
 
-By itself or by hand: what `plan`, `wait` and `rollback` do is control/commands.py.
+By itself (rounds/rollback.py), also where the daemon is killed in between (rounds/state.py), or by hand: what `plan`,
+`wait` and `rollback` do is control/commands.py.
 """
 
 from __future__ import annotations
@@ -353,7 +354,7 @@ def rolled_back_although_killed(place: Reloading, version: str, step: int, taken
     return survived
 
 
-FIRST = 7  # until then the image is copied
+FIRST = 7  # before that the image is copied
 
 
 @pytest.mark.limit(300)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the control socket's calls do: ask the line, or change what it wants and wait for what becomes of that."""
+"""What the control socket's calls do: look at what is known, or change what is decided and wait for the outcome."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from watcher.records.schema import (
 from watcher.resolve.strict_modes import StrictModes
 from watcher.rounds import messages
 from watcher.rounds.desired import bad
+from watcher.rounds.rollout import rolling
 from watcher.rounds.round import Rounds
 from watcher.rounds.tools import Tools
 from watcher.watch.offload import Unanswered
@@ -39,16 +40,16 @@ T = TypeVar("T")
 
 
 class Commands:
-    """The daemon's `control.Backend`.
+    """The daemon's side of the control socket: `server.Backend`.
 
     Args:
         tools: what rounds work with.
         changed: asks for a round of a service.
-        in_round: whether one goes on or is due.
+        in_round: whether a round of a service goes on or is due.
         reload_settings: reads the settings again and looks at everything.
 
     Attributes:
-        line: the rounds; they tell their outcomes here, so that one of the two has to be made first.
+        rounds: set by the daemon. They tell their outcomes here, so they are made after this.
     """
 
     rounds: Rounds
@@ -67,13 +68,13 @@ class Commands:
         self._waits = Waits(self._look_at_images, in_round)
 
     def tell(self, event: Event) -> None:
-        """Pass an outcome on to whoever waits for one."""
+        """Pass an outcome on to the calls that wait for one."""
         self._waits.tell(event)
         for listener in self._listeners:
             listener(event)
 
     def round_over(self, name: str) -> None:
-        """A round of a service is over: more may be known of what somebody waits for."""
+        """A round of a service is over: more may be known of the images that calls wait for."""
         self._waits.round_over(name)
 
     async def status(self, service: str | None) -> Sequence[ServiceStatus]:
@@ -101,7 +102,7 @@ class Commands:
             return done[-1] if done else await self._without_outcome(found.name, target)
 
     async def _next_round(self, name: str) -> list[Event]:
-        """Have a round made for a service; what it did."""
+        """Ask for a round of a service; what it did."""
         events: list[Event] = []
         over = self.rounds.next_round(name)
         self._changed(name)
@@ -110,7 +111,7 @@ class Commands:
         return [event for event in events if event.service == name and event.outcome in _DONE]
 
     async def _without_outcome(self, name: str, target: Stack) -> Event:
-        """What to say of a round that had nothing to do, or could not do it and has said why before."""
+        """What to say of a round without an outcome: there was nothing to do, or it has said before why it cannot."""
         now = await _in_thread(self._status, self._service(name), {})
         if now.stack == target.id or now.state == "stopped":
             sentence = "is on that stack already, and stays on it until `rollback --forget`"
@@ -132,10 +133,9 @@ class Commands:
         self.rounds.let_in(found.name)
         self._changed(found.name)
         if found.settings.rollout == "rolling":
-            # What it kept out of the others with it.
-            for other in self._tools.manager.services.values():
-                if other.settings.rollout == "rolling":
-                    self._changed(other.name)
+            # It kept that out of the others, too.
+            for other in rolling(self._tools):
+                self._changed(other.name)
         return forgotten
 
     async def reload(self) -> None:
@@ -146,8 +146,11 @@ class Commands:
 
     @asynccontextmanager
     async def _writing(self) -> AsyncIterator[Write]:
-        """Changes of the ledger, which hold in memory where they cannot be written down: that is said at the end of the
-        block, when all has been done."""
+        """Change the ledger. A change that cannot be written down holds in memory, and the end of the block says so.
+
+        Raises:
+            Failed: all was done, and not all could be written down.
+        """
         failed: list[LedgerError] = []
 
         async def write(function: Callable[..., object], *arguments: object) -> None:
@@ -195,20 +198,20 @@ class Commands:
     async def _plan(self, service: Service) -> PlannedChange:
         now = await _in_thread(self._status, service, {})
         try:
-            wanted = await self.rounds.look(service)
+            desired = await self.rounds.look(service)
         except Unanswered as error:
             return _unanswered(service, now, error)
-        before, after = Stack(now.layers), wanted.stack
+        before, after = Stack(now.layers), desired.stack
         if now.state != "running":
-            before = wanted.current
+            before = desired.current
         changes = before.id != after.id
-        remarks = [remark for remark in wanted.look.remarks if remark.level != "debug"]
-        waits = await self.rounds.waits(service, wanted) if changes else ""
+        remarks = [remark for remark in desired.look.remarks if remark.level != "debug"]
+        waits = await self.rounds.waits(service, desired) if changes else ""
         if waits:
             new = [layer for layer in after.layers if layer.digest not in before.digests]
             remarks += [Remark("info", layer.source, waits) for layer in new]
             after, changes = before, False
-        remarks += [Remark("warning", one.candidate.path, str(one.reason)) for one in wanted.passed]
+        remarks += [Remark("warning", one.candidate.path, str(one.reason)) for one in desired.passed]
         return PlannedChange(
             service=service.name,
             changes=changes,
@@ -237,7 +240,7 @@ class Commands:
         return verdicts
 
     def _verdicts(self, service: Service, images: Collection[str]) -> EventByImage:
-        """What is known of images without waiting: one is in the stack, or the last word on it was a refusal."""
+        """What is known of images without waiting: one is in the stack, or its last outcome was a refusal."""
         now = self._status(service, {})
         history = self._tools.ledger.history(service.name, 100)
         trial = self._tools.trials.of(service.name)
@@ -265,7 +268,7 @@ class Commands:
 
 
 def _unanswered(service: Service, now: ServiceStatus, error: Unanswered) -> PlannedChange:
-    """It stays on what it has."""
+    """Its files do not answer: it stays on what it has."""
     return PlannedChange(
         service=service.name,
         changes=False,
@@ -278,13 +281,20 @@ def _unanswered(service: Service, now: ServiceStatus, error: Unanswered) -> Plan
     )
 
 
-# What a round can have done, rather than said on the way.
+# Outcomes of what a round has done. The others only say what it found.
 _DONE = (Outcome.APPLIED, Outcome.FAILED, Outcome.ROLLED_BACK, Outcome.NEEDS_RESTART)
 _FINAL_REFUSALS = (Outcome.REFUSED, Outcome.ROLLED_BACK)
 
 
 def _target(service: str, stacks: Sequence[Stack], to: str | None, kept_out: Mapping[str, str]) -> Stack:
-    """The stack to go back to: the one before that did not prove bad, or the one whose identity begins so."""
+    """The stack to go back to: the newest before the current one that did not prove bad, or the one that begins so.
+
+    Args:
+        to: how the identity of the stack begins, None for the newest before.
+
+    Raises:
+        NoSuchStack: there is none, or more than one begins so.
+    """
     if to is None:
         before = next((stack for stack in stacks[1:] if not bad(stack, kept_out)), None)
         if before is None:
@@ -297,16 +307,16 @@ def _target(service: str, stacks: Sequence[Stack], to: str | None, kept_out: Map
 
 
 def _applied(service: str, now: ServiceStatus, layer: Layer, history: Sequence[Event]) -> Event:
-    """The outcome by which a service got the stack that it runs on, if it is known."""
+    """The outcome by which a service got the stack that it runs on, or one that says no more than that it has it."""
     done = (event for event in history if event.outcome in (Outcome.APPLIED, Outcome.FAILED))
     already = messages.event(service, Outcome.APPLIED, f"{layer.label} is applied already", stack=now.stack)
     return next((event for event in done if event.stack == now.stack), already)
 
 
 def _stands(event: Event) -> bool:
-    """Whether the file that an outcome is about has not been replaced or removed since. Blocks.
+    """Whether the file that an outcome is about was neither replaced nor removed since. Blocks.
 
-    Of what lies behind a link only as much is told as who has set that could see himself.
+    An unsafe link is not followed: its owner learns nothing that he could not see himself.
     """
     try:
         return _seen(event.source).st_ctime_ns // 1000 <= event.when
@@ -325,7 +335,7 @@ def _seen(path: str) -> os.stat_result:
 
 
 async def _in_thread(function: Callable[..., T], *arguments: object) -> T:
-    """What blocks, away from the event loop. Raises Failed where the ledger cannot be read."""
+    """Run what blocks in a thread. Raises Failed if the ledger cannot be read."""
     try:
         return await trio.to_thread.run_sync(function, *arguments)
     except LedgerError as error:

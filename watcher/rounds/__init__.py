@@ -3,5 +3,5 @@
 
 In comes the name of a service of which something changed. Out comes the time of the next round, or none. A round starts
 from what is on disk and what is mounted now, so that a lost event, a kill or a restart all lead to the same end:
-another round. This room never keeps in memory alone what a decision depends on.
+another round. This room never gives a running service a stack that its next start would not get.
 """

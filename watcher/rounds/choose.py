@@ -2,9 +2,9 @@
 """Which stack a service should have: the pick of each entry among what is admitted. Pure.
 
 The pick is the newest candidate that is admitted. One that is incomplete, refused or quarantined is passed over, as
-systemd.v(7) passes over one with no tries left. What was accepted stays accepted while its file is there, whatever has
-become of the content (being uploaded again, broken): it goes when the file is removed, when other admissible content
-has taken its name, or when a newer one gets in.
+systemd.v(7) passes over one with no tries left. What was accepted stays accepted while its file is there, even if that
+is being uploaded again, or broken. It goes when the file is removed, when other admissible content has taken its name,
+or when a newer one gets in.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class Passed:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The wanted stack, and what was passed over on the way to it."""
+    """The desired stack, and what was passed over on the way to it."""
 
     stack: Stack
     passed: tuple[Passed, ...]
 
     @property
     def busy(self) -> bool:
-        """Whether somebody is still writing something that may change the answer."""
+        """Whether something is still being written that may change the answer."""
         return any(isinstance(passed.reason, Busy) for passed in self.passed)
 
 
@@ -47,13 +47,13 @@ def choose(
 
     Args:
         look: what is on disk.
-        admit: gives the store's copy of a candidate; asked only for those that the answer depends on. Raises Refused
-            or Busy where it may not become a layer.
+        admit: gives the store's copy of a candidate. Called only where the answer depends on it. Raises Refused or
+            Busy for a candidate that may not become a layer.
         accepted: the last accepted stack.
-        lost: whether a candidate that is refused was accepted once, and would be now, were its copy not damaged: what
-            came in its place stays.
+        lost: whether a candidate that is refused was accepted once, and its copy is damaged. What came in its place
+            stays.
     """
-    if look.unknown:  # a directory that could not be read: nothing is taken from a service for that
+    if look.unknown:  # a directory that cannot be read takes nothing from a service
         return Choice(accepted, ())
     before = {layer.slot: layer for layer in accepted.layers}
     layers: list[Layer] = []
@@ -76,7 +76,7 @@ def _pick(
         passed += [Passed(pick.entry.slot, candidate, pick.unsafe) for candidate in pick.candidates[:1]]
         return accepted
     if pick.unknown and accepted is not None and _is_gone(accepted, pick):
-        return accepted  # perhaps it is there, and nobody can see it
+        return accepted  # it may be there, where the look could not see it
     kept_out = False
     for candidate in pick.candidates:
         try:
@@ -96,13 +96,15 @@ def _pick(
 
 
 def _is_gone(layer: Layer, pick: Picks) -> bool:
-    """Whether a layer's file is not to be seen. A bad image that came instead of it must not take it away."""
+    """Whether a layer's file is not there. A bad image that came instead of it must not take the layer away."""
     return all(candidate.path != layer.source for candidate in pick.candidates)
 
 
 def _distinct(layers: Iterable[Layer]) -> tuple[Layer, ...]:
-    """Without lower layers whose content comes again further up: overlayfs takes no directory twice (ELOOP), and
-    everything that they have is hidden by their twin."""
+    """Without lower layers whose content comes again further up.
+
+    overlayfs takes no directory twice (ELOOP), and the upper twin hides all that the lower one has.
+    """
     kept: dict[str, Layer] = {}
     for layer in reversed(list(layers)):
         kept.setdefault(layer.digest, layer)
@@ -110,7 +112,7 @@ def _distinct(layers: Iterable[Layer]) -> tuple[Layer, ...]:
 
 
 def differences(before: Stack, after: Stack) -> list[tuple[Layer | None, Layer | None]]:
-    """What changed between two stacks, by slot: (old, new) in the order of the stacks, None for what is not there."""
+    """What changed between two stacks, by slot: (old, new), the new stack's order first; None for what is not there."""
     old = {layer.slot: layer for layer in before.layers}
     new = {layer.slot: layer for layer in after.layers}
     slots = [*new, *(slot for slot in old if slot not in new)]

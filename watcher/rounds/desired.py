@@ -37,7 +37,7 @@ from watcher.rounds.choose import Choice, Passed, choose
 from watcher.rounds.state import Trial
 
 STACK = "stack:"
-"""A stack as a whole in the quarantine, for a change that brought no new content (a removal): with its identity."""
+"""With an identity behind it: a whole stack in the quarantine, for a change that brought no new content (a removal)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +49,17 @@ class Desired:
         stack: what it should have.
         passed: what was passed over on the way.
         current: the accepted stack: its slots.
-        recorded: the slots already say all this: stack, names and entries, and where these were.
+        recorded: the slots say all this already: stack, names and entries, and where these were.
         trial: what is on trial.
-        bad: the stack that is to go, or has gone a moment ago, because it proved bad; `stack` is the newest accepted
-            one with nothing in it that is in quarantine, whatever else is on disk.
+        bad: the stack that is to go, or has just gone, because it proved bad. Then `stack` is the newest accepted one
+            with nothing in it that is in quarantine, whatever else is on disk.
         why: the reason that its content is in quarantine.
-        pinned: `stack` is what somebody put it on by hand.
+        pinned: an operator put it on `stack` by hand (`rollback`).
         waiting: for a pinned service, the stack that it would have otherwise.
-        at_hand: digests of what was come upon and not refused, whether it is wanted now or has to wait.
-        signatures: of the files that were passed over, by path (`record.signatures`).
+        at_hand: digests of what the look found and did not refuse, whether it is desired now or has to wait.
+        signatures: of the files that were passed over, by path (`outcomes.signatures`).
         whole: the newest accepted stack that can be used: `current`, unless a copy of that is damaged.
-        fallen: `stack` is that because it could not be what it should: a copy is damaged, and what was dropped is not
-            whole either.
+        fallen: `stack` is `whole` instead of what it should be: a copy is damaged, and so is what was dropped.
     """
 
     look: Look
@@ -84,7 +83,7 @@ class Desired:
 
     @property
     def sysexts(self) -> tuple[Entry, ...]:
-        """What the unit declares and is none of ours: systemd is to have it as it is."""
+        """What the unit declares and is a system extension: systemd gets it as it is."""
         slots = {one.slot for one in self.passed if isinstance(one.reason, Sysext)}
         return tuple(
             pick.entry for pick in self.look.picks if pick.entry.declared and pick.entry.slot in slots
@@ -92,18 +91,18 @@ class Desired:
 
     @property
     def rolling_back(self) -> bool:
-        """Whether the stack before has to come back, rather than that something new is there."""
+        """Whether `stack` is one from before that has to come back, because a later one proved bad."""
         return self.bad is not None
 
     @property
     def new(self) -> bool:
-        """Whether it is a stack that has not proved itself yet."""
+        """Whether `stack` was not accepted yet, and has still to prove itself."""
         known = self.rolling_back or self.pinned or self.fallen
         return self.stack.id != self.current.id and not known
 
     @property
     def on_trial(self) -> bool:
-        """Whether it was accepted, but not judged yet."""
+        """Whether `stack` was accepted, and not judged yet."""
         return self.trial is not None and self.trial.stack == self.stack.id and not self.trial.bad
 
     def staying(self) -> Desired:
@@ -160,7 +159,7 @@ def _find(
     current = record.stack
     reasons = {key: why for key, why in elsewhere.items() if key not in current.digests} | dict(kept_out)
     admitting = _Admitting(admission, made_for, modes, reasons, policy)
-    # The others are read only where the current one may not do.
+    # The others are read only where the current one may be of no use.
     stacks = (current, *store.stacks(slots)) if kept_out or pin is not None else (current,)
     good = next((stack for stack in stacks if not bad(stack, kept_out)), Stack())
     look = _look(declared, modes, known=made_for is not None)
@@ -235,7 +234,7 @@ class _Admitting:
         return copy
 
     def read(self, candidate: Candidate) -> Copy:
-        """`Admission.admit()`, whoever has a hand in it."""
+        """`Admission.admit()`, whoever can write to it."""
         return self._read(candidate, None)
 
     def _read(self, candidate: Candidate, modes: StrictModes | None) -> Copy:
@@ -258,7 +257,7 @@ def _look(declared: Declared, modes: StrictModes, *, known: bool) -> Look:
 
 
 def _with_sysexts(choice: Choice, look: Look, read: Callable[[Candidate], Copy]) -> Choice:
-    """With what the unit declares, is unsafe, and is a sysext: whether that is safe is between the unit and systemd."""
+    """A sysext that the unit declares counts as that, though unsafe: its safety is between the unit and systemd."""
     declared = {pick.entry.slot for pick in look.picks if pick.entry.declared}
     passed = []
     for one in choice.passed:
@@ -268,7 +267,7 @@ def _with_sysexts(choice: Choice, look: Look, read: Callable[[Candidate], Copy])
             except Sysext as sysext:
                 one = replace(one, reason=sysext)
             except (Refused, Busy):
-                pass  # what was wrong in the first place is what is said
+                pass  # it stays unsafe, which is said
         passed.append(one)
     return replace(choice, passed=tuple(passed))
 
@@ -294,7 +293,7 @@ def newest_whole(
 
 
 def _is_lost(store: Store, slots: str, candidate: Candidate) -> bool:
-    """Whether what had a candidate's place was accepted, and its copy is damaged."""
+    """Whether an accepted layer came from the candidate's path, and its copy is damaged."""
     return any(
         layer.source == candidate.path and not store.verify(layer.digest)
         for stack in store.stacks(slots)
@@ -312,8 +311,9 @@ def _fallen(store: Store, stack: Stack, instead: Stack) -> Remark:
 
 
 def _nothing_removed(look: Look, recorded: Sequence[Entry], unmounted: Mapping[str, str]) -> Look:
-    """With what is not to be seen, but nobody removed: in a directory that cannot be read, on a file system that is not
-    mounted.
+    """With the entries that the look could not see, though they were not removed.
+
+    Their directory cannot be read, strangers can write to it, or their file system is not mounted.
 
     Args:
         recorded: the entries that the accepted stack had.

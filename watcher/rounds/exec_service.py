@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """`confext-watcher exec`: start a program in a mount namespace of its own, already on its stack, and register it.
 
-The program becomes this very process: no supervisor stays in between, its PID, its signals and its exit status are its
-own. No daemon is needed to start it; the same admission, store and slots are used as by the daemon, which takes over
-as soon as it sees the registration.
+The program becomes this very process: no supervisor stays in between; PID, signals and exit status are its own. No
+daemon is needed to start it. `exec` uses the same admission, store and slots as the daemon, which takes over as soon as
+it sees the registration.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from watcher.settings.config import Settings
 from watcher.watch.answers import comes_back
 
 _ANSWER_SEC = 5.0
-"""Until then what is to be given must have answered, else the program is started on what was accepted last."""
+"""If what is dropped has not answered by then, the program starts on what was accepted last."""
 
 
 class CannotStart(Exception):
@@ -69,17 +69,17 @@ def launch(settings: Settings, options: ExecOptions) -> None:
     _require_ended(_registered(settings, options.name))
     try:
         durable.make(settings.runtime_directory)
-        # While there are no threads yet.
+        # Forks, so before there are threads.
         answers = comes_back(lambda: _look(options), _ANSWER_SEC)
         _enter_stack(settings, options, answers=answers)
     except (OSError, Refused, Later, Moved, HostNamespace) as error:
         raise CannotStart(f"{options.name}: its stack cannot be put in place: {problem(error)}") from error
     with _registering(settings):
-        # Again: of two that were started at once, the other one may have been quicker.
+        # Again: another `exec` for the same service, started at the same time, may have been quicker.
         former = _registered(settings, options.name)
         _require_ended(former)
         register(settings.runtime_directory, _registration(options))
-    # Python ignores these two, and what is ignored stays so.
+    # Python ignores these two signals, and execve(2) keeps what is ignored.
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
     try:
@@ -106,8 +106,8 @@ def _registration(options: ExecOptions) -> Registration:
 
 @contextmanager
 def _registering(settings: Settings) -> Iterator[None]:
-    """Nobody else who starts a service registers one meanwhile."""
-    # Not the directory itself: whoever can open that can lock it.
+    """No other `exec` registers a service meanwhile."""
+    # Not the directory itself: other users can open that, and so lock it.
     path = os.path.join(services_directory(settings.runtime_directory), ".lock")
     lock = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
@@ -137,7 +137,7 @@ def _registered(settings: Settings, name: str) -> Registration | None:
     try:
         return registered(settings.runtime_directory, name)
     except (OSError, ValueError):
-        return None  # whatever lies there is replaced
+        return None  # what lies there is no registration, and is replaced
 
 
 def _require_ended(other: Registration | None) -> None:
@@ -159,9 +159,9 @@ def _enter_stack(settings: Settings, options: ExecOptions, *, answers: bool) -> 
         ) as store,
     ):
         stack = _admit(settings, store, workers, options, answers=answers)
-        # As systemd does it: what the host mounts arrives, nothing goes back, and namespaces that the program makes
-        # for its own children follow. But from where another service starts us, its swaps would arrive: each would
-        # bring a stack beneath ours and lift ours off.
+        # As systemd does it: what the host mounts arrives here, nothing goes back, and namespaces that the program
+        # makes for its children follow. If another service runs `exec`, its swaps must not arrive: each would bring a
+        # stack beneath this one and lift this one off.
         arrives = syscalls.MS_SLAVE if shares_host("self") else syscalls.MS_PRIVATE
         syscalls.unshare(syscalls.CLONE_NEWNS)
         syscalls.mount("none", "/", None, syscalls.MS_REC | arrives)
@@ -224,7 +224,7 @@ def _admit(
 
 
 def _look(options: ExecOptions) -> None:
-    """Follow every path that is followed for a start, and read a little of each image."""
+    """Follow every path that a start follows, and read a little of each image."""
     with StrictModes(trust_of(options.own_settings, "standalone")) as modes:
         for pick in scan.look(options.declared, modes=modes).picks:
             for candidate in pick.candidates:
@@ -247,7 +247,7 @@ def _find(
     """What the service should have.
 
     Raises:
-        LedgerError: what must not get in is not known, while something is accepted that has been in.
+        LedgerError: what must not get in is not known, and the service has an accepted stack to start on.
     """
     name, slots = options.name, slots_of(options.name, "standalone")
     kept_out: dict[str, str] = {}
@@ -262,7 +262,7 @@ def _find(
     except LedgerError as error:
         if store.accepted(slots) is not None:
             raise
-        # It never ran: there is nothing yet that could have proved bad.
+        # It never ran, so nothing has proved bad with it.
         journal.log.warning(f"{name}: starts without regard to history: {error}")
     own = options.own_settings
     return find(
@@ -283,7 +283,7 @@ def _find(
 def _kept_out_elsewhere(
     settings: Settings, options: ExecOptions, quarantined: Sequence[Quarantined]
 ) -> dict[str, str]:
-    """With `Rollout=rolling`: what proved bad for others that have it so, with the reasons."""
+    """With `Rollout=rolling`: what proved bad for others with the same setting, with the reasons."""
     found: dict[str, str] = {}
     if options.own_settings.rollout == "rolling":
         for one in quarantined:
@@ -294,7 +294,7 @@ def _kept_out_elsewhere(
 
 
 def _is_tried_by_the_daemon(options: ExecOptions) -> bool:
-    """Whether something new has to wait until the program runs: for its check, or for its turn."""
+    """Whether a new stack has to wait until the program runs: for its check, or for its turn."""
     own = options.own_settings
     return bool(own.check) or own.rollout == "rolling"
 

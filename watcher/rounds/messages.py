@@ -187,9 +187,9 @@ def converged(found: Converged) -> str:
 
 def told(reloaded: Reloaded) -> str:
     """What asking for a reload came to."""
-    if reloaded.reason:
-        return f"reload: {reloaded.reason}"
-    return f"reload: {_done(reloaded)}" if reloaded.told else "reload: it has no way to be told"
+    if not reloaded.ok:
+        return "reload failed"
+    return f"reload: {_done(reloaded) if reloaded.told else reloaded.reason or 'it has no way to be told'}"
 
 
 # --- parts ---
