@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Workers stand in a namespace nobody sees, come back from wherever they were, and are replaced when they do not.
 
-These tests are also those of mounts/syscalls.py and mounts/descriptors.py.
+These tests are also those of mounts/image_mounts.py, mounts/syscalls.py and mounts/descriptors.py.
 """
 
 from __future__ import annotations

@@ -77,10 +77,9 @@ class Images:
                     del self._images[digest]
                     if image.inode:
                         os.rmdir(self._path(digest))
-                except (
-                    OSError
-                ) as error:  # the next call tries again, and the next mount uses the directory again
-                    journal.log.warning(f"workshop: an image stays mounted for the moment: {problem(error)}")
+                except OSError as error:
+                    # The next call tries again, and the next mount uses the directory again.
+                    journal.log.warning(f"mount workers: an image stays mounted for now: {problem(error)}")
 
     def _hold(self, digest: str) -> _Image:
         with self._lock:

@@ -15,6 +15,7 @@ import os
 import struct
 import sys
 from collections.abc import Callable
+from typing import Any
 
 AT_FDCWD = -100
 AT_SYMLINK_NOFOLLOW = 0x100
@@ -90,36 +91,36 @@ _LOOP_GET_STATUS64 = 0x4C05
 _LO_FLAGS_READ_ONLY = 1
 _LO_FLAGS_AUTOCLEAR = 4
 
-
 _ENCODING = sys.getfilesystemencoding()
 _ERRORS = sys.getfilesystemencodeerrors()
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
-_Prepared = Callable[..., int]
+
+def _from_libc(name: str, *argtypes: type) -> Any:
+    """A function object of its own, with argument types: ctypes then passes each argument in its full width."""
+    function = _libc[name]
+    function.argtypes = argtypes
+    return function
 
 
-def _prepare(number: int, *argtypes: type) -> _Prepared:
-    """A system call that libc may have no wrapper for.
-
-    Each has its own function object, with argument types: ctypes then passes each argument in its full width.
-    """
-    function = _libc["syscall"]
+def _system_call(number: int, *argtypes: type) -> Callable[..., int]:
+    """A system call that libc may have no wrapper for."""
+    function = _from_libc("syscall", ctypes.c_long, *argtypes)
     function.restype = ctypes.c_long
-    function.argtypes = [ctypes.c_long, *argtypes]
     return functools.partial(function, number)
 
 
 _int, _uint, _str, _pointer = ctypes.c_int, ctypes.c_uint, ctypes.c_char_p, ctypes.c_void_p
 
 # The same numbers on every architecture: all calls since 5.1 share one table.
-_open_tree = _prepare(428, _int, _str, _uint)
-_move_mount = _prepare(429, _int, _str, _int, _str, _uint)
-_fsopen = _prepare(430, _str, _uint)
-_fsconfig = _prepare(431, _int, _uint, _str, _str, _int)
-_fsmount = _prepare(432, _int, _uint, _uint)
-_openat2 = _prepare(437, _int, _str, _pointer, ctypes.c_size_t)
-_mount_setattr = _prepare(442, _int, _str, _uint, _pointer, ctypes.c_size_t)
+_open_tree = _system_call(428, _int, _str, _uint)
+_move_mount = _system_call(429, _int, _str, _int, _str, _uint)
+_fsopen = _system_call(430, _str, _uint)
+_fsconfig = _system_call(431, _int, _uint, _str, _str, _int)
+_fsmount = _system_call(432, _int, _uint, _uint)
+_openat2 = _system_call(437, _int, _str, _pointer, ctypes.c_size_t)
+_mount_setattr = _system_call(442, _int, _str, _uint, _pointer, ctypes.c_size_t)
 
 # struct mount_attr and struct open_how, in their first versions.
 _mount_attr = struct.Struct("=QQQQ")
@@ -129,20 +130,14 @@ _open_how = struct.Struct("=QQQ")
 _cap_header = struct.Struct("=Ii")
 _cap_data = struct.Struct("=6I")
 
-_prctl = _libc.prctl
-_prctl.argtypes = [_int, *[ctypes.c_ulong] * 4]
-_capset = _libc.capset
-_capset.argtypes = [_str, _str]
-
 _StatxBuffer = ctypes.c_char * 256
-_libc_statx = _libc.statx
-_libc_statx.argtypes = [_int, _str, _int, _uint, _pointer]
-_umount2 = _libc.umount2
-_umount2.argtypes = [_str, _int]
-_setns = _libc.setns
-_setns.argtypes = [_int, _int]
-_mount = _libc.mount
-_mount.argtypes = [_str, _str, _str, ctypes.c_ulong, _str]
+
+_prctl = _from_libc("prctl", _int, *[ctypes.c_ulong] * 4)
+_capset = _from_libc("capset", _str, _str)
+_libc_statx = _from_libc("statx", _int, _str, _int, _uint, _pointer)
+_umount2 = _from_libc("umount2", _str, _int)
+_setns = _from_libc("setns", _int, _int)
+_mount = _from_libc("mount", _str, _str, _str, ctypes.c_ulong, _str)
 
 
 def _check(result: int, what: str | int) -> int:
@@ -188,8 +183,7 @@ def fsopen(fstype: str) -> int:
 
 
 def fsconfig_set_string(fd: int, key: str, value: str) -> None:
-    if _fsconfig(fd, _FSCONFIG_SET_STRING, key.encode(), _bytes(value), 0) < 0:
-        _check(-1, f"{key}={value}")
+    _check(_fsconfig(fd, _FSCONFIG_SET_STRING, key.encode(), _bytes(value), 0), f"{key}={value}")
 
 
 def fsconfig_set_flag(fd: int, key: str) -> None:
@@ -260,8 +254,7 @@ def is_mount_root(fd: int) -> bool:
 def _statx(path: str, dirfd: int, mask: int = _STATX_MNT_ID) -> ctypes.Array[ctypes.c_char]:
     found = _StatxBuffer()
     flags = AT_SYMLINK_NOFOLLOW | (0 if path else AT_EMPTY_PATH)
-    if _libc_statx(dirfd, _bytes(path), flags, mask, found) < 0:
-        _check(-1, path)
+    _check(_libc_statx(dirfd, _bytes(path), flags, mask, found), path)
     return found
 
 
