@@ -42,9 +42,9 @@ def bring(workers: MountWorkers, layers: Layers) -> Callable[..., Converged]:
         others: tuple[Service, ...] = (),
         begin: Callable[[], None] = lambda: None,
         patient: bool = False,
-        elsewhere: Sequence[Service] = (),
+        other_mains: Sequence[Service] = (),
     ) -> Converged:
-        """`elsewhere`: services of their own."""
+        """`other_mains`: services of their own."""
         pids = [main.pid, *(other.pid for other in others)]
         kept = accepted.setdefault(main, [])
         kept.append(Stack(stack))
@@ -59,7 +59,7 @@ def bring(workers: MountWorkers, layers: Layers) -> Callable[..., Converged]:
             compared,
             patient=patient,
             kept=lambda: kept,
-            elsewhere=[other.pid for other in elsewhere],
+            other_mains=[other.pid for other in other_mains],
         ).result()
 
     return brought
@@ -192,7 +192,7 @@ def test_another_service_among_its_processes_keeps_its_own_stack(
     bring(other, others)
     before = other("rows()")
     for layer in (two, one, two):
-        bring(service, layer, others=(other,), elsewhere=[other] if known else [])
+        bring(service, layer, others=(other,), other_mains=[other] if known else [])
         assert (service.read("/etc/web.conf"), other.read("/etc/web.conf")) == (
             layers.text(layer, "web.conf"),
             "other",
@@ -208,7 +208,7 @@ def test_another_service_that_runs_on_the_same_images_keeps_them(
     other = start("private", inside=service)
     bring(other, one)
     own = start("private", inside=service)
-    bring(service, two, others=(other, own), elsewhere=[other])
+    bring(service, two, others=(other, own), other_mains=[other])
     assert [one.read("/etc/web.conf") for one in (service, own, other)] == ["2", "2", "1"]
 
 

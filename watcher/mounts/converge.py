@@ -57,7 +57,7 @@ def converge(
     compared: Compared,
     *,
     kept: Callable[[], Iterable[Stack]],
-    elsewhere: Iterable[int] = (),
+    other_mains: Iterable[int] = (),
     patient: bool = False,
 ) -> Converged:
     """Swap wherever the wanted stack is not shown. Runs on a mount worker.
@@ -67,7 +67,7 @@ def converge(
         begin: called before each swap.
         compared: kept from call to call, so that each mount is compared once.
         kept: see `of_service()`.
-        elsewhere: see there.
+        other_mains: see there.
         patient: something that the stack may yet get is still being written. What systemd mounted when it started the
             service stays for now: it may be just that.
 
@@ -75,7 +75,7 @@ def converge(
         Whatever `of_service()` and `swap()` do.
     """
     work = _Work(workers, stack, copies, begin, compared, patient)
-    with of_service(workers, main, pids, lambda: (stack, *kept()), elsewhere) as found:
+    with of_service(workers, main, pids, lambda: (stack, *kept()), other_mains) as found:
         work.bring_nested(found.apart)
         own = work.bring(found.main)
         rebased = own.done and work.made_on(own.before) is not None

@@ -182,7 +182,7 @@ def renew(fds: Descriptors, mounts: Iterable[Sandbox], overlay: int) -> None:
         syscalls.mount_setattr(mount.tree, "", syscalls.AT_EMPTY_PATH, attr_set=flags, attr_clr=_CLEARED)
 
 
-def hang(mounts: Iterable[Sandbox], overlay: int) -> None:
+def put_on(mounts: Iterable[Sandbox], overlay: int) -> None:
     """Mount all of them at their places on the new stack."""
     for mount in mounts:
         with Descriptors() as own:

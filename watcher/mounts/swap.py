@@ -28,7 +28,7 @@ from watcher.mounts.cover import Cover
 from watcher.mounts.descriptors import Descriptors
 from watcher.mounts.etc import Etc, Moved, hold, lift, mount_on, open_etc, unmount
 from watcher.mounts.mountinfo import mounts
-from watcher.mounts.sandbox import Lower, Sandbox, attributes, gather, hang, renew
+from watcher.mounts.sandbox import Lower, Sandbox, attributes, gather, put_on, renew
 from watcher.mounts.survey import Survey, read_own, survey
 from watcher.mounts.table import (
     COVER,
@@ -234,7 +234,7 @@ def _build(fds: Descriptors, goal: _Goal, found: Survey, roots: Mapping[str, str
         return overlay, remarks
     _attach(overlay, _NEW)
     renew(fds, sandbox, overlay)
-    hang(sandbox, overlay)
+    put_on(sandbox, overlay)
     flags = syscalls.OPEN_TREE_CLONE | syscalls.AT_RECURSIVE | syscalls.AT_EMPTY_PATH
     return fds.add(syscalls.open_tree(overlay, "", flags)), remarks
 

@@ -324,8 +324,10 @@ def loop_attach(backing: int, label: str) -> tuple[int, str]:
     flags = _LO_FLAGS_READ_ONLY | _LO_FLAGS_AUTOCLEAR
     config = struct.pack("=II52xI64s112x64x", backing, 0, flags, _bytes(label)[:63])
     control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+    attempts = 64
     try:
-        for attempt in range(64):
+        while True:
+            attempts -= 1
             number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
             path = f"/dev/loop{number}"
             device = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -333,10 +335,9 @@ def loop_attach(backing: int, label: str) -> tuple[int, str]:
                 fcntl.ioctl(device, _LOOP_CONFIGURE, config)
             except OSError as error:
                 os.close(device)
-                if error.errno != errno.EBUSY or attempt == 63:
+                if error.errno != errno.EBUSY or not attempts:
                     raise OSError(error.errno, error.strerror, path) from None
             else:
                 return device, path
     finally:
         os.close(control)
-    raise AssertionError("the last attempt returns or raises")

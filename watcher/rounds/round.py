@@ -332,7 +332,7 @@ class Rounds:
             functools.partial(tools.pending.owe, service.name, service.invocation),
             memory.compared,
             kept=lambda: (desired.current, *tools.store.stacks(service.slots)),
-            elsewhere=[one.main.pid for one in others if one.main is not None],
+            other_mains=[one.main.pid for one in others if one.main is not None],
             patient=desired.busy and not desired.new,
         )
         memory.mounted = frozenset(stack.digests)
