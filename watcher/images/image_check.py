@@ -66,7 +66,7 @@ def _require_name(directory: str, filename: str, kind: Kind) -> None:
 
 
 def _tree(root: int, path: str, image_max: int) -> tuple[Copy, Release]:
-    size = tree.size_of(root)
+    size = tree.signature(root).size
     require_size(size, image_max, "ImageMax=")
     found = read_release(root)
     return Copy(tree.digest(root), path, size, Kind.DIRECTORY), found

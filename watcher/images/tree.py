@@ -127,11 +127,6 @@ def copy(root: int, target: int, size_max: int) -> str:
     return _Reading(target, size_max).run(root)
 
 
-def size_of(root: int) -> int:
-    """Bytes that a copy of the tree below `root` takes."""
-    return signature(root).size
-
-
 def in_blocks(size: int) -> int:
     """What a file of so many bytes counts for: whole blocks, and at least one, for its inode.
 
