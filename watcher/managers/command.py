@@ -171,23 +171,23 @@ async def run(order: ExecOrder, *, timeout_sec: float) -> Ended:
     Raises:
         Later: the machine could not start it now.
     """
-    with contextlib.ExitStack() as held:
-        ours, theirs = socket.socketpair()
-        reading, writing = os.pipe2(os.O_CLOEXEC)
-        stream = trio.lowlevel.FdStream(reading)
-        held.callback(stream.close)
+    ours, theirs = socket.socketpair()
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    stream = trio.lowlevel.FdStream(reading)
+    with (
+        contextlib.closing(stream),
+        open(writing, "wb", buffering=0) as printed,
+        ours,
+        theirs,
+        file_of(order) as path,
+    ):
         try:
-            with ours, file_of(order) as path:
-                try:
-                    child = await trio.to_thread.run_sync(_start, path, theirs, writing)
-                except OSError as error:
-                    raise Later(f"could not be run: {error.strerror}") from error
-                finally:
-                    theirs.close()
-                    os.close(writing)
-                return await _follow(child, ours, stream, timeout_sec)
-        finally:
-            theirs.close()
+            child = await trio.to_thread.run_sync(_start, path, theirs, writing)
+        except OSError as error:
+            raise Later(f"could not be run: {error.strerror}") from error
+        theirs.close()
+        printed.close()
+        return await _follow(child, ours, stream, timeout_sec)
 
 
 def _start(path: str, talk: socket.socket, output: int) -> subprocess.Popen[bytes]:

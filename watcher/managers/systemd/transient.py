@@ -76,20 +76,21 @@ class Transient:
         output = bytearray()
         later: Later | None = None
         reason = ""
-        with contextlib.ExitStack() as held:
-            reading, writing = os.pipe2(os.O_CLOEXEC)
-            ours = held.enter_context(open(writing, "wb", buffering=0))
-            stream = trio.lowlevel.FdStream(reading)
-            held.callback(stream.close)
-            order = ExecOrder(held.enter_context(namespaces(main, namespace)), context, words)
-            path = held.enter_context(file_of(order))
+        reading, writing = os.pipe2(os.O_CLOEXEC)
+        stream = trio.lowlevel.FdStream(reading)
+        with (
+            contextlib.closing(stream),
+            open(writing, "wb", buffering=0) as printed,
+            namespaces(main, namespace) as paths,
+            file_of(ExecOrder(paths, context, words)) as path,
+        ):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(gather, stream, output)
                 try:
                     reason = await self._attempt(service, path, path_of(writing), timeout_sec, unit)
                 except Later as error:
                     later = error
-                ours.close()
+                printed.close()
                 # A process that the command has left running may hold the pipe open.
                 nursery.cancel_scope.deadline = trio.current_time() + 0.1
         if later is not None:
