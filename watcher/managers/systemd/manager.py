@@ -43,18 +43,15 @@ async def check() -> None:
         Unsupported: it is too old; `str()` is one line for the administrator.
         dbus.BusLost: it cannot be reached over the system bus.
     """
-    failure: Exception | None = None
+    failure: BaseException | None = None
     try:
         async with dbus.connect(lambda message: None) as bus:
-            try:
-                await Systemd1(bus).check_version()
-            except (Unsupported, dbus.BusLost) as error:
-                failure = error
-            except dbus.Error as error:
-                failure = dbus.BusLost(f"systemd does not answer: {error}")
-    except* dbus.BusLost as group:
+            await Systemd1(bus).check_version()
+    except* (Unsupported, dbus.BusLost, dbus.Error) as group:
         failure = group.exceptions[0]
-    if failure:
+    if isinstance(failure, dbus.Error):
+        raise dbus.BusLost(f"systemd does not answer: {failure}") from failure
+    if failure is not None:
         raise failure
 
 

@@ -254,17 +254,20 @@ class Tracker:
         return [name for name in names if name not in self._per_connection]
 
     async def _look_at_unit(self, systemd: Systemd1, name: str) -> None:
-        if name in self._facts:
+        if name not in self._facts:
+            return
+        start = await self._main(systemd, name)
+        failed = headless = False
+        if start.process is None:
+            state, detail = await systemd.get(name, "ActiveState"), await systemd.get(name, "SubState")
+            # Between its failure and its automatic restart it is not "failed".
+            failed = state == "failed" or detail.startswith("auto-restart")
+            headless = not failed and state in _ACTIVE
+        if headless:
+            # It may have been started since.
             start = await self._main(systemd, name)
-            failed = headless = False
-            if start.process is None:
-                failed = await _has_failed(systemd, name)
-                headless = not failed and await systemd.get(name, "ActiveState") in _ACTIVE
-            if headless:
-                # It may have been started since.
-                start = await self._main(systemd, name)
-                headless = start.process is None
-            self._put(name, start, failed=failed, headless=headless)
+            headless = start.process is None
+        self._put(name, start, failed=failed, headless=headless)
 
     async def _main(self, systemd: Systemd1, name: str) -> _Start:
         """The main process that a unit has now, and its start."""
@@ -362,13 +365,6 @@ async def _serves_one_connection(systemd: Systemd1, name: str) -> bool:
     they start on the stack of their template, and keep it."""
     socket = (UnitName(name).template or "").replace("@.service", ".socket")
     return socket in await systemd.get(name, "TriggeredBy")
-
-
-async def _has_failed(systemd: Systemd1, name: str) -> bool:
-    """Whether a unit went down by itself; it may be waiting for its automatic restart."""
-    if await systemd.get(name, "ActiveState") == "failed":
-        return True
-    return str(await systemd.get(name, "SubState")).startswith("auto-restart")
 
 
 async def _subscribe(systemd: Systemd1) -> None:
