@@ -86,8 +86,7 @@ def context_of(main: Process, environment: Mapping[str, str] | None = None) -> E
     """What a service's main process has and is limited to. Blocks.
 
     Args:
-        environment: what the service was started with; None: what its main process has now, which whoever controls that
-            can choose.
+        environment: what the service was started with; None: what its main process says now, which may be anything.
 
     Raises:
         Gone: it has ended.
