@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The daemon itself: when it is ready, and that what goes wrong beside the rounds does not end it."""
+"""The daemon itself: when it is ready, which units it sees to, and what does not end it."""
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -119,3 +121,17 @@ def test_an_error_of_its_own_is_not_put_down_to_another_daemon(tmp_path: Path) -
         with pytest.raises(AlreadyRunning), module._alone(str(tmp_path)):
             pass
         raise BlockingIOError
+
+
+@pytest.fixture
+def booted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As root on a host that systemd runs."""
+    isdir = os.path.isdir
+    monkeypatch.setattr(os.path, "isdir", lambda path: path == "/run/systemd/system" or isdir(path))
+    monkeypatch.setattr(module, "may_mount", lambda: True)
+
+
+@pytest.mark.usefixtures("booted")
+def test_the_systems_daemon_sees_to_units_and_one_with_a_state_of_its_own_does_not() -> None:
+    assert module.on_systemd(Settings())
+    assert not module.on_systemd(dataclasses.replace(Settings(), state_directory="/tmp/demo/state"))

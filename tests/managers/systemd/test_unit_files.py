@@ -10,6 +10,7 @@ import pytest
 
 from watcher.managers.systemd import unit_files
 from watcher.managers.systemd.unit_files import Index
+from watcher.model import Declared, Remark
 
 PLAIN = "[Service]\nExecStart=/bin/true\n"
 DECLARES = "[Service]\nExecStart=/bin/true\nExtensionImages=/srv/web.raw\n"
@@ -34,6 +35,12 @@ class Paths:
 
     def services(self, *known: str) -> list[str]:
         return sorted(self.index().services(known))
+
+    def declared(self, name: str) -> tuple[Declared, tuple[Remark, ...]]:
+        index = self.index()
+        unit = index.unit(name)
+        assert unit
+        return unit_files.declared(unit, index.parse(unit), index.search_path)
 
 
 @pytest.fixture
@@ -255,10 +262,7 @@ def test_declarations_come_from_all_files_in_order_with_specifiers_resolved(path
     (paths.etc / "app@.service.d/more.conf").write_text(
         "[Service]\nExtensionImages=-/srv/%i.raw:ro\nExtensionDirectories=-/srv/tree\n"
     )
-    index = paths.index()
-    unit = index.unit("app@one.service")
-    assert unit
-    declared, remarks = unit_files.declared(unit, index.parse(unit), index.search_path)
+    declared, remarks = paths.declared("app@one.service")
     assert [(e.path, e.optional, e.options) for e in declared.images] == [
         ("/srv/app.raw", False, ""),
         ("/srv/one.raw", True, "ro"),
@@ -271,10 +275,7 @@ def test_a_template_itself_has_nothing_that_differs_by_instance(paths: Paths) ->
     (paths.usr / "app@.service").write_text(
         "[Service]\nExtensionImages=/srv/%p.raw /srv/%i.raw\nExtensionDirectories=/srv/100%%i\n"
     )
-    index = paths.index()
-    unit = index.unit("app@.service")
-    assert unit
-    declared, remarks = unit_files.declared(unit, index.parse(unit), index.search_path)
+    declared, remarks = paths.declared("app@.service")
     assert [entry.path for entry in declared.images] == ["/srv/app.raw"]
     assert [entry.path for entry in declared.directories] == ["/srv/100%i"]
     assert [remark.text for remark in remarks] == ["ignored: it is another one for each instance"]
@@ -282,10 +283,7 @@ def test_a_template_itself_has_nothing_that_differs_by_instance(paths: Paths) ->
 
 def test_a_value_that_will_not_do_is_said_with_file_and_line(paths: Paths) -> None:
     (paths.usr / "web.service").write_text("[Service]\n\nExtensionImages=relative.raw\n")
-    index = paths.index()
-    unit = index.unit("web.service")
-    assert unit
-    _, (remark,) = unit_files.declared(unit, index.parse(unit))
+    _, (remark,) = paths.declared("web.service")
     assert (remark.path, remark.text) == (
         f"{paths.usr}/web.service:3",
         "ignored: not an absolute path: relative.raw",
