@@ -32,6 +32,9 @@ DISCONNECTED: Final = frozenset(
 
 FAILED: Final = f"{BUS}.Error.Failed"
 
+# Destination, path and interface of the methods of the bus itself.
+_BUS_ITSELF: Final = (BUS, "/org/freedesktop/DBus", BUS)
+
 # jeepney raises these for bytes that are no message.
 _NO_MESSAGE: Final = (ValueError, TypeError, LookupError, AttributeError, struct.error)
 
@@ -138,9 +141,7 @@ class Bus:
         rule.add_arg_condition(0, name)
         await self.add_match(rule)
         try:
-            (owner,) = await self.call(
-                BUS, "/org/freedesktop/DBus", BUS, "GetNameOwner", "s", name, answer="s"
-            )
+            (owner,) = await self.call(*_BUS_ITSELF, "GetNameOwner", "s", name, answer="s")
         except Error:
             owner = ""
         # A signal that came meanwhile is newer.
@@ -148,11 +149,11 @@ class Bus:
 
     async def add_match(self, rule: MatchRule) -> None:
         """Have the bus send all messages that match; raises as `call()` does."""
-        await self.call(BUS, "/org/freedesktop/DBus", BUS, "AddMatch", "s", rule.serialise())
+        await self.call(*_BUS_ITSELF, "AddMatch", "s", rule.serialise())
 
     async def remove_match(self, rule: MatchRule) -> None:
         """Undo one `add_match()` of the same rule; raises as `call()` does."""
-        await self.call(BUS, "/org/freedesktop/DBus", BUS, "RemoveMatch", "s", rule.serialise())
+        await self.call(*_BUS_ITSELF, "RemoveMatch", "s", rule.serialise())
 
     async def _exchange(self, message: Message, timeout: float) -> Message | None:
         if self._lost:
@@ -235,7 +236,7 @@ async def connect(on_signal: Callable[[Message], None], address: str = "SYSTEM")
     async with connection, trio.open_nursery() as nursery:
         bus = Bus(connection, on_signal)
         nursery.start_soon(bus._receive)
-        await bus.call(BUS, "/org/freedesktop/DBus", BUS, "Hello")
+        await bus.call(*_BUS_ITSELF, "Hello")
         yield bus
         nursery.cancel_scope.cancel()
 

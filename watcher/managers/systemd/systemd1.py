@@ -7,6 +7,7 @@ before the call (`JobResults.listening`), and then looks up the one that the rep
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -69,11 +70,6 @@ def unit_path(name: str) -> str:
 
 def _hex(char: str) -> str:
     return "".join(f"_{byte:02x}" for byte in char.encode())
-
-
-def signal_rule(member: str) -> MatchRule:
-    """One of the manager's own signals."""
-    return MatchRule(type="signal", sender=NAME, interface=MANAGER, member=member, path=PATH)
 
 
 def properties_rule(unit: str | None) -> MatchRule:
@@ -175,8 +171,8 @@ class Systemd1:
             Unsupported: too old.
         """
         version = str(await self._get(PATH, "Version"))
-        number = version.removeprefix("v").partition(".")[0].partition("~")[0].partition("-")[0].split(" ")[0]
-        if number.isdecimal() and int(number) < OLDEST:
+        number = re.match(r"v?([0-9]{1,9})(?:[.~ -]|\Z)", version)
+        if number and int(number[1]) < OLDEST:
             raise Unsupported(
                 f"systemd {version} has no configuration extensions for services: {OLDEST} or newer is needed"
             )
@@ -189,7 +185,8 @@ class Systemd1:
         """Have the bus send the manager's signals."""
         await self._bus.hear(NAME)
         for member in ("JobRemoved", "Reloading", "UnitNew"):
-            await self._bus.add_match(signal_rule(member))
+            rule = MatchRule(type="signal", sender=NAME, interface=MANAGER, member=member, path=PATH)
+            await self._bus.add_match(rule)
         await self.manager("Subscribe")
 
     async def follow_units(self, names: Iterable[str]) -> None:
