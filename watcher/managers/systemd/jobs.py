@@ -147,9 +147,8 @@ class UnitJobs:
         return await self._afterwards(unit, member)
 
     async def _mode(self, systemd: Systemd1, unit: str) -> str:
-        """ "fail" once we have started. Until then jobs of units that take part wait for us (`After=`), and we would
-        wait
-        for them: so it is "ignore-dependencies". That would cancel a job that there is already.
+        """ "fail" once we have started. Until then the jobs of units that take part wait for us (`After=`), and we
+        would wait for them: so it is "ignore-dependencies", which would cancel a job that there is already.
 
         Raises:
             _WaitsForUs: there is one.
