@@ -2,8 +2,7 @@
 """Processor architectures by systemd's names ("x86-64"), as they stand in file names and in ARCHITECTURE=.
 
 The names are those of ConditionArchitecture= in systemd.unit(5). Word width and byte order are part of a name,
-processor
-models are not: `uname -m` is the other way round.
+processor models are not: `uname -m` is the other way round.
 """
 
 from __future__ import annotations
