@@ -16,6 +16,8 @@ import tempfile
 from collections.abc import Awaitable, Callable
 from typing import ParamSpec
 
+import pytest
+
 from support import CHECKOUT
 
 Parameters = ParamSpec("Parameters")
@@ -43,7 +45,8 @@ def apart(*command: str) -> Callable[[Test[Parameters]], Test[Parameters]]:
             passed, output = _run(command, file)
             assert name in passed, f"under {' '.join(command)}:\n{output}"
 
-        return outer
+        # The first one waits for all of them.
+        return pytest.mark.limit(600)(outer)
 
     return decorate
 
