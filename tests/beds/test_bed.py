@@ -58,7 +58,7 @@ def test_a_service_gets_a_stack_of_its_own(bed: Bed) -> None:
 
 def test_two_beds_talk_over_a_cable(bed262: Bed, bed257: Bed) -> None:
     bed262.run(["systemctl", "start", "nginx"])
-    address, _ = bed262.connect(bed257)
+    address, _ = bed262.connect(bed257, subnet=2)  # other tests use 1, and the cable stays
     assert "nginx" in bed257.run(["curl", "--silent", "--show-error", f"http://{address}/"]).stdout
     bed262.run(["systemctl", "stop", "nginx"])
 

@@ -76,8 +76,8 @@ def test_a_dead_services_journal_has_our_lines_between_its_own(host: Host) -> No
     entry = journal.applied(WEB)
     assert "it is not running, its next start gets it" in entry["MESSAGE"]
     lines = host.bed.journal(f"--unit={WEB}", "--output=cat").splitlines()
-    own, stopped = (
+    own, stopped, ours = (
         max(number for number, line in enumerate(lines) if line.startswith(begin))
-        for begin in ("a line of its own", "Stopped")
+        for begin in ("a line of its own", "Stopped", entry["MESSAGE"])
     )
-    assert own < stopped < lines.index(entry["MESSAGE"])
+    assert own < stopped < ours
