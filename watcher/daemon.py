@@ -54,7 +54,7 @@ def main(settings: Settings) -> None:
 
     Raises:
         AlreadyRunning: there is one.
-        Unsupported, Lost: systemd is too old, or cannot be reached.
+        Unsupported, BusLost: systemd is too old, or cannot be reached.
         OSError: a directory, inotify or the mounts cannot be had.
     """
     with _alone(settings.runtime_directory), _tools(settings) as tools:
