@@ -42,7 +42,7 @@ def made(collect: Callable[..., object] = lambda mounted: ()) -> Daemon:
         function(*arguments)
 
     tools = SimpleNamespace(
-        store=SimpleNamespace(collect=collect),
+        store=SimpleNamespace(collect=collect, without_layers=lambda: ()),
         workers=SimpleNamespace(run=run, images=SimpleNamespace(retain=lambda mounted: None)),
         admission=SimpleNamespace(forget=lambda digests: None),
         manager=SimpleNamespace(services={"web": None}),

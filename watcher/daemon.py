@@ -267,10 +267,11 @@ class Daemon:
                 await self._tidy(mounted)
 
     async def _tidy(self, mounted: frozenset[str]) -> None:
-        """Remove copies, and unmount images, that no service needs."""
+        """Forget services that are gone, remove copies and unmount images that no service needs."""
         tools = self._tools
         untidy = ""
         try:
+            await self._rounds.forget_gone(units=on_systemd(self._settings))
             removed = await trio.to_thread.run_sync(tools.store.collect, mounted, abandon_on_cancel=True)
             tools.admission.forget(removed)
             await tools.workers.run(tools.workers.images.retain, mounted)

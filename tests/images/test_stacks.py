@@ -168,6 +168,12 @@ def test_one_slot_for_two_layers(stacks: Stacks) -> None:
 def test_forgotten(stacks: Stacks, tmp_path: Path) -> None:
     stacks.accept(UNIT, stack("1"), ENTRIES)
     stacks.forget(UNIT)
+    accepted = stacks.current(UNIT)
+    assert accepted is not None and accepted.stack == stack("1")
+    assert stacks.without_layers() == ()
+    stacks.accept(UNIT, Stack(), ENTRIES)
+    assert stacks.without_layers() == (UNIT,)
+    stacks.forget(UNIT)
     assert stacks.current(UNIT) is None
     assert os.listdir(tmp_path / "units") == os.listdir(tmp_path / "stacks/.locks") == []
     assert os.listdir(tmp_path / "stacks") == [".locks"]
@@ -242,6 +248,7 @@ def test_forgetting_and_accepting_at_once_never_fails(tmp_path: Path) -> None:
         try:
             for number in range(60):
                 if job == "forget":
+                    stacks.accept(UNIT, Stack(), ENTRIES)
                     stacks.forget(UNIT)
                 elif job == "prune":
                     stacks.prune(1)

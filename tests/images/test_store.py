@@ -533,6 +533,8 @@ class TestStacks:
         assert store.stacks(UNIT) == (wanted,)
         assert os.listdir(tmp_path / "state/units") == [UNIT]
         assert (tmp_path / "state/units" / UNIT / "web.raw").read_bytes() == b"content"
+        store.accept(UNIT, Stack(), ())
+        assert store.without_layers() == (UNIT,)
         store.forget(UNIT)
         assert store.accepted(UNIT) is None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scenarios.place import PYTHON, Place, Service
+from scenarios.place import PYTHON, Place, Service, until
 
 # Something that every /etc has: a file and a directory with something in it.
 FILE = next(name for name in ("hostname", "hosts", "passwd") if Path("/etc", name).is_file())
@@ -138,3 +138,23 @@ def test_a_mount_on_what_only_a_stack_has_comes_through(shared: Place) -> None:
     service.put("1.4")
     service.reloaded("1.4")
     assert service.etc("web.large").read_text() == "hidden\n"
+
+
+def test_what_a_service_had_that_is_gone_leaves_the_store(place: Place) -> None:
+    """Gone is one that takes no part any more, and whose next start would get nothing: its last drop was removed."""
+    place.start_daemon()
+    gone, stopped = place.start(name="gone.service"), place.start(name="stopped.service")
+    stopped.kill()
+    stopped.put("1.3", value="stays")
+    stopped.logged("accepted; it is not running")
+    gone.put("1.3")
+    gone.logged("applied in")
+    gone.remove("1.3")
+    gone.logged("web 1.3 removed, applied in")
+    gone.kill()
+    for service in (gone, stopped):
+        (place.runtime / "services" / f"{service.name}.json").unlink()  # as a reboot does it
+    until(lambda: "gone.service.exec" not in os.listdir(place.state / "stacks"))
+    until(lambda: len([name for name in os.listdir(place.state / "store") if not name.startswith(".")]) == 1)
+    assert os.listdir(place.state / "units") == ["stopped.service.exec"]
+    assert place.start(name="stopped.service").has("stays")

@@ -37,6 +37,8 @@ TEMPORARY = ".tmp-"
 _RECORD = ".stack.json"
 # No unit has that name.
 _LOCKS = ".locks"
+# In the place of a stack's identity.
+_EMPTY = "empty"
 _FORMAT = 1
 _DIGITS = 8
 
@@ -137,9 +139,15 @@ class Stacks:
             durable.fsync(f"{self._path}/units")
         return new
 
+    def without_layers(self) -> tuple[str, ...]:
+        """The units whose accepted stack is the empty one, in no order."""
+        return tuple(unit for unit in self.units() if self._pointed(unit).endswith(_EMPTY))
+
     def forget(self, unit: str) -> None:
-        """Drop the slots and the history of a unit that is gone."""
+        """Drop the slots and the history of a unit that is gone, unless its accepted stack has layers."""
         with self._locked(unit):
+            if self._pointed(unit) and not self._pointed(unit).endswith(_EMPTY):
+                return  # accepted meanwhile
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(f"{self._path}/units/{unit}")
             durable.fsync(f"{self._path}/units")
@@ -254,7 +262,7 @@ class Stacks:
 
     def _build(self, unit: str, directory: int, accepted: Accepted) -> str:
         numbers = [int(name[:_DIGITS]) for name in self._numbered(unit)]
-        name = f"{max(numbers, default=0) + 1:0{_DIGITS}}-{accepted.stack.id or 'empty'}"
+        name = f"{max(numbers, default=0) + 1:0{_DIGITS}}-{accepted.stack.id or _EMPTY}"
         temporary = TEMPORARY + name
         os.mkdir(temporary, 0o755, dir_fd=directory)
         fd = os.open(temporary, _DIRECTORY, dir_fd=directory)

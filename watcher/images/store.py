@@ -231,9 +231,19 @@ class Store:
         """The last accepted stacks that are kept, newest first, each once."""
         return tuple(accepted.stack for accepted in self._stacks.history(unit))
 
+    def without_layers(self) -> tuple[str, ...]:
+        """The units whose accepted stack is the empty one, in no order."""
+        with _translated("the stacks cannot be looked at"):
+            return self._stacks.without_layers()
+
     def forget(self, unit: str) -> None:
-        """Drop the slots and the stacks of a unit that is gone."""
-        self._stacks.forget(unit)
+        """Drop the slots and the stacks of a unit that is gone, unless its accepted stack has layers.
+
+        Raises:
+            Later: the file system does not let us.
+        """
+        with _translated(f"the stacks of {shown(unit)} cannot be removed"):
+            self._stacks.forget(unit)
 
     def collect(self, mounted: Iterable[str]) -> tuple[str, ...]:
         """Remove the copies that no slot, no kept stack and none of the digests `mounted` refers to.

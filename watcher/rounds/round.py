@@ -84,6 +84,29 @@ class Rounds:
         self._tools.offload.forget(name)
         self._tools.pending.paid(name)
 
+    async def forget_gone(self, *, units: bool) -> None:
+        """Drop the slots and stacks of each service that takes no part any more, and has no layers in its slots.
+
+        One with layers keeps them, for its next start: a unit that is not there may be masked or not written yet, and a
+        standalone service is not registered after a reboot.
+
+        Args:
+            units: whether the manager knows the units of this host.
+
+        Raises:
+            Later: the file system does not let us.
+        """
+        tools = self._tools
+        for slots in await trio.to_thread.run_sync(tools.store.without_layers):
+            name = slots.removesuffix(".exec")
+            service = tools.manager.services.get(name)
+            if (service is not None and service.slots == slots) or (slots == name and not units):
+                continue
+            trial = tools.trials.of(name)
+            if service is None and trial is not None and not trial.stack:
+                tools.trials.end(name)  # without a stack before it there is nothing to go back to
+            await trio.to_thread.run_sync(tools.store.forget, slots)
+
     def next_round(self, name: str) -> trio.Event:
         """Set when a round of the service is over that begins after this call. Ask for that round, too."""
         over = trio.Event()
