@@ -9,11 +9,11 @@ which the service must stay up. A service that was started on its stack is judge
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import trio
 
-from watcher.managers.base import Manager, Reloaded, Service
+from watcher.managers.base import Ended, Manager, Reloaded, Service
 from watcher.model import Later
 from watcher.mounts.process import Gone, Process
 from watcher.rounds import messages
@@ -42,12 +42,13 @@ async def reload_and_judge(manager: Manager, service: Service, main: Process) ->
     Raises:
         Later: whether it has reloaded could not be found out.
     """
+    judge = _Judge(manager, service, main)
     begun = trio.current_time()
     reloaded = await manager.reload(service)
     reloaded = replace(reloaded, usec=round((trio.current_time() - begun) * 1_000_000))
     say("debug", service.name, messages.told(reloaded))
     if reloaded.interrupted:
-        if not main.alive() and not await _went_down(manager, service, main):
+        if not main.alive() and not await judge.went_down():
             return None
         raise Later(f"its {reloaded.told or 'reload'} was interrupted: {reloaded.reason}")
     if not reloaded.ok:
@@ -59,10 +60,10 @@ async def reload_and_judge(manager: Manager, service: Service, main: Process) ->
         if after.main is None:
             return _ended(reloaded, "after its restart")
         with after.main.hold() as new:
-            return await _judge(manager, after, new, reloaded)
+            return await _Judge(manager, after, new).verdict(reloaded, "its reload")
     if not main.alive():
-        return await _why_ended(manager, service, main, reloaded, "when it was told to reload")
-    return await _judge(manager, service, main, reloaded)
+        return await judge.why_ended(reloaded, "when it was told to reload")
+    return await judge.verdict(reloaded, "its reload")
 
 
 async def judge_start(manager: Manager, service: Service, main: Process) -> Reloaded | None:
@@ -74,6 +75,7 @@ async def judge_start(manager: Manager, service: Service, main: Process) -> Relo
     Returns:
         None if its main process has ended and it did not go down: it was done (`Type=oneshot`), or was stopped.
     """
+    judge = _Judge(manager, service, main)
     up = False
 
     async def ended() -> None:
@@ -85,55 +87,100 @@ async def judge_start(manager: Manager, service: Service, main: Process) -> Relo
         up = await manager.started(service)
         nursery.cancel_scope.cancel()
     if not up:
-        return await _why_ended(manager, service, main, Reloaded(ok=True), "before its start was complete")
-    return await _judge(manager, service, main, Reloaded(ok=True), "its start")
+        return await judge.why_ended(Reloaded(ok=True), "before its start was complete")
+    return await judge.verdict(Reloaded(ok=True), "its start")
 
 
-async def _judge(
-    manager: Manager, service: Service, main: Process, reloaded: Reloaded, since: str = "its reload"
-) -> Reloaded | None:
-    health = await _health(manager, service, main, reloaded, since)
-    if health is None:
-        return None
-    reloaded = health
-    watch = service.settings.health_watch_usec
-    if service.settings.rollout == "rolling":
-        watch = max(watch, _ROLLING_WATCH_USEC)
-    if reloaded.ok and watch:
-        say("debug", service.name, f"on trial for {watch / 1_000_000:g} s more")
-        with trio.move_on_after(watch / 1_000_000):
-            await trio.lowlevel.wait_readable(main.pidfd)
-            when = f"within {watch / 1_000_000:g} s of {since}"
-            return await _why_ended(manager, service, main, reloaded, when)
-    return _as_before(manager, service, main, reloaded) if reloaded.ok else reloaded
+@dataclass(frozen=True, slots=True)
+class _Judge:
+    """Judges a service after its reload or start.
 
+    Attributes:
+        main: its main process, held by the caller.
+    """
 
-def _as_before(manager: Manager, service: Service, main: Process, reloaded: Reloaded) -> Reloaded:
-    """`reloaded`, unless the manager says that the service is not what it was."""
-    now = manager.services.get(service.name)
-    if now is None or now.invocation != service.invocation:
+    manager: Manager
+    service: Service
+    main: Process
+
+    async def verdict(self, reloaded: Reloaded, since: str) -> Reloaded | None:
+        """The verdict on a service that is up; None if its main process has ended, and it did not go down.
+
+        Args:
+            since: what it did last, "its reload".
+        """
+        health = await self._health(reloaded, since)
+        if health is None or not health.ok:
+            return health
+        watch = self.service.settings.health_watch_usec
+        if self.service.settings.rollout == "rolling":
+            watch = max(watch, _ROLLING_WATCH_USEC)
+        if watch:
+            seconds = watch / 1_000_000
+            say("debug", self.service.name, f"on trial for {seconds:g} s more")
+            with trio.move_on_after(seconds):
+                await trio.lowlevel.wait_readable(self.main.pidfd)
+                return await self.why_ended(reloaded, f"within {seconds:g} s of {since}")
+        return self._as_before(reloaded)
+
+    async def why_ended(self, reloaded: Reloaded, when: str) -> Reloaded | None:
+        """The verdict on a service whose main process has ended; None if it was done, or was stopped."""
+        return _ended(reloaded, when) if await self.went_down() else None
+
+    async def went_down(self) -> bool:
+        """Whether a service whose main process has ended went down by itself: it was not stopped or restarted."""
+        name = self.service.name
+        with trio.move_on_after(_NOTICED_SEC):
+            while (now := self.manager.services.get(name)) and now.main and now.main.pid == self.main.pid:
+                await trio.sleep(_POLL_SEC)
+        now = self.manager.services.get(name)
+        return now is not None and now.went_down_since(self.service.restarts)
+
+    async def _health(self, reloaded: Reloaded, since: str) -> Reloaded | None:
+        settings = self.service.settings
+        if not settings.health_check:
+            return reloaded
+        try:
+            namespace = self.main.namespace()
+            try:
+                ended = await self._healthy_by(
+                    trio.current_time() + settings.health_check_usec / 1e6, namespace
+                )
+            finally:
+                os.close(namespace)
+        except Gone:
+            return await self.why_ended(reloaded, f"after {since}")
+        if ended.reason:
+            return replace(reloaded, ok=False, reason=ended.reason, output=ended.output)
+        say("debug", self.service.name, "health check passed")
         return reloaded
-    if now.failed:
-        return replace(reloaded, ok=False, reason="its unit failed")
-    if now.main is not None and now.main.pid != main.pid:
-        return replace(reloaded, ok=False, reason="another process took the place of its main process")
-    return reloaded
 
+    async def _healthy_by(self, deadline: float, namespace: int) -> Ended:
+        """Run `HealthCheck=` until it succeeds, or no other try fits in before the deadline; how the last one ended.
 
-async def _why_ended(
-    manager: Manager, service: Service, main: Process, reloaded: Reloaded, when: str
-) -> Reloaded | None:
-    """The verdict on a service whose main process has ended; None if it was done, or was stopped."""
-    return _ended(reloaded, when) if await _went_down(manager, service, main) else None
+        Raises:
+            Gone: the main process has ended.
+        """
+        checks = self.service.settings.health_check
+        while True:
+            usec = round(max(deadline - trio.current_time(), _RETRY_SEC) * 1_000_000)
+            ended = await run_all(self.manager, self.service, namespace, checks, usec, "health check")
+            if ended.reason and not self.main.alive():
+                raise Gone(f"process {self.main.pid} has ended")
+            if not ended.reason or trio.current_time() + _RETRY_SEC >= deadline:
+                return ended
+            await trio.sleep(_RETRY_SEC)
 
-
-async def _went_down(manager: Manager, service: Service, main: Process) -> bool:
-    """Whether a service whose main process has ended went down by itself, rather than being stopped or restarted."""
-    with trio.move_on_after(_NOTICED_SEC):
-        while (now := manager.services.get(service.name)) and now.main and now.main.pid == main.pid:
-            await trio.sleep(_POLL_SEC)
-    now = manager.services.get(service.name)
-    return now is not None and now.went_down_since(service.restarts)
+    def _as_before(self, reloaded: Reloaded) -> Reloaded:
+        """`reloaded`, unless the manager says that the service is not what it was."""
+        now = self.manager.services.get(self.service.name)
+        if now is None or now.invocation != self.service.invocation:
+            return reloaded
+        if now.failed:
+            return replace(reloaded, ok=False, reason="its unit failed")
+        if now.main is not None and now.main.pid != self.main.pid:
+            return replace(reloaded, ok=False, reason="another process took the place of its main process")
+        return reloaded
 
 
 async def _restarted(manager: Manager, service: Service) -> Service | None:
@@ -147,43 +194,6 @@ async def _restarted(manager: Manager, service: Service) -> Service | None:
                 return now
             await trio.sleep(_POLL_SEC)
     return None
-
-
-async def _health(
-    manager: Manager, service: Service, main: Process, reloaded: Reloaded, since: str
-) -> Reloaded | None:
-    settings = service.settings
-    if not settings.health_check:
-        return reloaded
-    deadline = trio.current_time() + settings.health_check_usec / 1_000_000
-    try:
-        namespace = main.namespace()
-    except Gone:
-        return await _why_ended(manager, service, main, reloaded, f"after {since}")
-    try:
-        while True:
-            left = max(deadline - trio.current_time(), _RETRY_SEC)
-            try:
-                verdict = await run_all(
-                    manager,
-                    service,
-                    namespace,
-                    settings.health_check,
-                    round(left * 1_000_000),
-                    "health check",
-                )
-            except Gone:
-                return await _why_ended(manager, service, main, reloaded, f"after {since}")
-            if not verdict.reason:
-                say("debug", service.name, "health check passed")
-                return reloaded
-            if not main.alive():
-                return await _why_ended(manager, service, main, reloaded, f"after {since}")
-            if trio.current_time() + _RETRY_SEC >= deadline:
-                return replace(reloaded, ok=False, reason=verdict.reason, output=verdict.output)
-            await trio.sleep(_RETRY_SEC)
-    finally:
-        os.close(namespace)
 
 
 def _ended(reloaded: Reloaded, when: str) -> Reloaded:
