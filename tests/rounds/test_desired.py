@@ -19,7 +19,7 @@ from watcher.model import Declared, Sysext, Unsafe
 from watcher.mounts.workers import MountWorkers
 from watcher.resolve import scan, sources
 from watcher.rounds import desired
-from watcher.rounds.desired import Desired, find
+from watcher.rounds.desired import Desired, Given, find
 
 UNIT = "web.service"
 MIB = 1 << 20
@@ -43,7 +43,7 @@ class Looking:
 
     def find(self) -> Desired:
         with self._store.using():
-            found = find(self._store, self._admission, UNIT, self._declared, host(), {}, None, None)
+            found = find(self._store, self._admission, Given(UNIT, self._declared, host()))
             self._store.accept(UNIT, found.stack, [pick.entry for pick in found.look.picks])
         return found
 

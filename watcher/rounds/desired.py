@@ -111,58 +111,48 @@ class Desired:
         return replace(self, stack=self.whole, recorded=not damaged, fallen=damaged)
 
 
-def find(
-    store: Store,
-    admission: Admission,
-    slots: str,
-    declared: Declared,
-    made_for: Host | None,
-    kept_out: Mapping[str, str],
-    pin: str | None,
-    trial: Trial | None,
-    elsewhere: Mapping[str, str] | None = None,
-    policy: str = "",
-    trust: Trust = ROOT_ALONE,
-) -> Desired:
-    """What a service should have. Blocks, for as long as copying takes; hold `store.using()`.
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What decides, beside the files and the accepted stacks, what a service should have.
 
-    Args:
+    Attributes:
         slots: what its stacks are kept under.
         made_for: what its images must be made for; None: that is not known now, and it keeps what it has.
         kept_out: digests (or `STACK` and an identity) that it must not get, with the reason.
+        elsewhere: digests that it must not get unless it has them already, with the reason.
         pin: identity of the stack that it was put on by hand.
         trial: what is on trial.
-        elsewhere: digests that it must not get unless it has them already, with the reason.
         policy: `ImagePolicy=`, systemd.image-policy(7). Nothing is verified yet: unless it is "*", nothing new gets in.
         trust: whom it lets drop things. Names are looked up, which may take as long as LDAP does.
     """
-    with StrictModes(trust) as modes:
-        return _find(
-            store, admission, slots, declared, made_for, kept_out, pin, trial, elsewhere or {}, policy, modes
-        )
+
+    slots: str
+    declared: Declared
+    made_for: Host | None
+    kept_out: Mapping[str, str] = field(default_factory=dict)
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
+    pin: str | None = None
+    trial: Trial | None = None
+    policy: str = ""
+    trust: Trust = ROOT_ALONE
 
 
-def _find(
-    store: Store,
-    admission: Admission,
-    slots: str,
-    declared: Declared,
-    made_for: Host | None,
-    kept_out: Mapping[str, str],
-    pin: str | None,
-    trial: Trial | None,
-    elsewhere: Mapping[str, str],
-    policy: str,
-    modes: StrictModes,
-) -> Desired:
+def find(store: Store, admission: Admission, given: Given) -> Desired:
+    """What a service should have. Blocks, for as long as copying takes; hold `store.using()`."""
+    with StrictModes(given.trust) as modes:
+        return _find(store, admission, given, modes)
+
+
+def _find(store: Store, admission: Admission, given: Given, modes: StrictModes) -> Desired:
+    slots, kept_out, pin = given.slots, given.kept_out, given.pin
     record = store.record(slots) or Accepted(Stack(), (), 0)
     current = record.stack
-    reasons = {key: why for key, why in elsewhere.items() if key not in current.digests} | dict(kept_out)
-    admitting = _Admitting(admission, made_for, modes, reasons, policy)
+    elsewhere = {key: why for key, why in given.elsewhere.items() if key not in current.digests}
+    admitting = _Admitting(admission, given, elsewhere | dict(kept_out), modes)
     # The others are read only where the current one may be of no use.
     stacks = (current, *store.stacks(slots)) if kept_out or pin is not None else (current,)
     good = next((stack for stack in stacks if not bad(stack, kept_out)), Stack())
-    look = _look(declared, modes, known=made_for is not None)
+    look = _look(given.declared, modes, known=given.made_for is not None)
     look = _nothing_removed(look, record.entries, unmounted.unmounted(good, record.mounted))
     choice = choose(look, admitting.admit, good, lambda candidate: _is_lost(store, slots, candidate))
     choice = _with_sysexts(choice, look, admitting.read)
@@ -173,7 +163,7 @@ def _find(
     if STACK + stack.id in kept_out:
         stack = good
     pinned = next((one for one in stacks if one.id == pin), None) if pin is not None else None
-    gone = None if pinned is not None else _gone(stacks, kept_out, trial)
+    gone = None if pinned is not None else _gone(stacks, kept_out, given.trial)
     desired = pinned or (stack if gone is None else good)
     whole = newest_whole(store, slots, kept_out, current)
     fallen = not store.is_whole(desired)
@@ -187,7 +177,7 @@ def _find(
         choice.passed,
         current,
         recorded=said == (current, record.entries, record.mounted),
-        trial=trial,
+        trial=given.trial,
         bad=gone,
         why=bad(gone, kept_out) if gone is not None else "",
         pinned=pinned is not None,
@@ -202,7 +192,6 @@ class _Admitting:
     """Admits what one look finds for a service.
 
     Args:
-        made_for: None: nothing is admitted now.
         reasons: digests that are kept out, with the reason.
 
     Attributes:
@@ -210,18 +199,13 @@ class _Admitting:
     """
 
     def __init__(
-        self,
-        admission: Admission,
-        made_for: Host | None,
-        modes: StrictModes,
-        reasons: Mapping[str, str],
-        policy: str,
+        self, admission: Admission, given: Given, reasons: Mapping[str, str], modes: StrictModes
     ) -> None:
         self._admission = admission
-        self._made_for = made_for
+        self._made_for = given.made_for
         self._modes = modes
         self._reasons = reasons
-        self._policy = policy
+        self._policy = given.policy
         self.at_hand: set[str] = set()
 
     def admit(self, candidate: Candidate) -> Copy:

@@ -39,7 +39,7 @@ from watcher.records.ledger import LedgerError, Reader
 from watcher.records.schema import Quarantined, utf8
 from watcher.resolve import scan
 from watcher.resolve.strict_modes import StrictModes
-from watcher.rounds.desired import Desired, find, newest_whole
+from watcher.rounds.desired import Desired, Given, find, newest_whole
 from watcher.rounds.state import CountedTries, Trial, Trials
 from watcher.settings.config import Settings
 from watcher.watch.answers import comes_back
@@ -265,19 +265,18 @@ def _find(
         # It never ran, so nothing has proved bad with it.
         journal.log.warning(f"{name}: starts without regard to history: {error}")
     own = options.own_settings
-    return find(
-        store,
-        admission,
+    given = Given(
         slots,
         options.declared,
         host(),
         kept_out,
+        elsewhere,
         pin,
         trials.of(name),
-        elsewhere,
         own.image_policy,
         trust_of(own, "standalone"),
     )
+    return find(store, admission, given)
 
 
 def _kept_out_elsewhere(

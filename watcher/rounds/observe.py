@@ -15,7 +15,7 @@ import trio
 from watcher.images.admission import host
 from watcher.managers.base import Service
 from watcher.model import Busy, Interest
-from watcher.rounds.desired import Desired, find
+from watcher.rounds.desired import Desired, Given, find
 from watcher.rounds.outcomes import Outcomes, signatures
 from watcher.rounds.rollout import rolling
 from watcher.rounds.state import Memory
@@ -66,22 +66,20 @@ class Observer:
     def _find(self, service: Service, kept_out: dict[str, str], elsewhere: dict[str, str]) -> Desired:
         """Blocks, also on the service's root and on where its images come from, which may be dead network mounts."""
         tools, name = self._tools, service.name
-        pin, trial = tools.ledger.pinned(name), tools.trials.of(name)
-        memory = self._memories.get(name)
+        given = Given(
+            service.slots,
+            service.declared,
+            None if service.root is None else host(service.root),
+            kept_out,
+            elsewhere,
+            tools.ledger.pinned(name),
+            tools.trials.of(name),
+            service.settings.image_policy,
+            service.trust,
+        )
         with tools.store.using():  # the round may give this up, while a copy goes on
-            desired = find(
-                tools.store,
-                tools.admission,
-                service.slots,
-                service.declared,
-                None if service.root is None else host(service.root),
-                kept_out,
-                pin,
-                trial,
-                elsewhere,
-                service.settings.image_policy,
-                service.trust,
-            )
+            desired = find(tools.store, tools.admission, given)
+        memory = self._memories.get(name)
         if memory is not None:
             memory.at_hand = desired.at_hand
         return replace(desired, signatures=signatures(desired.passed))
