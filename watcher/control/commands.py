@@ -197,31 +197,22 @@ class Commands:
 
     async def _plan(self, service: Service) -> PlannedChange:
         now = await _in_thread(self._status, service, {})
+        before = Stack(now.layers)
         try:
             desired = await self.rounds.look(service)
-        except Unanswered as error:
-            return _unanswered(service, now, error)
-        before, after = Stack(now.layers), desired.stack
+        except Unanswered as error:  # it stays on what it has
+            return _planned(service, before, before, [Remark("warning", service.name, str(error))])
         if now.state != "running":
             before = desired.current
-        changes = before.id != after.id
+        after = desired.stack
         remarks = [remark for remark in desired.look.remarks if remark.level != "debug"]
-        waits = await self.rounds.waits(service, desired) if changes else ""
+        waits = await self.rounds.waits(service, desired) if before.id != after.id else ""
         if waits:
             new = [layer for layer in after.layers if layer.digest not in before.digests]
             remarks += [Remark("info", layer.source, waits) for layer in new]
-            after, changes = before, False
+            after = before
         remarks += [Remark("warning", one.candidate.path, str(one.reason)) for one in desired.passed]
-        return PlannedChange(
-            service=service.name,
-            changes=changes,
-            stack=before.id,
-            wanted=after.id,
-            layers=before.layers,
-            wanted_layers=after.layers,
-            reload=service.settings.reload if changes else "",
-            remarks=tuple(remarks),
-        )
+        return _planned(service, before, after, remarks)
 
     async def _look_at_images(self, name: str, images: Collection[str]) -> EventByImage:
         service = self._tools.manager.services.get(name)
@@ -267,17 +258,17 @@ class Commands:
             self._listeners.remove(listener)
 
 
-def _unanswered(service: Service, now: ServiceStatus, error: Unanswered) -> PlannedChange:
-    """Its files do not answer: it stays on what it has."""
+def _planned(service: Service, before: Stack, after: Stack, remarks: Sequence[Remark]) -> PlannedChange:
+    changes = before.id != after.id
     return PlannedChange(
         service=service.name,
-        changes=False,
-        stack=now.stack,
-        wanted=now.stack,
-        layers=now.layers,
-        wanted_layers=now.layers,
-        reload="",
-        remarks=(Remark("warning", service.name, str(error)),),
+        changes=changes,
+        stack=before.id,
+        wanted=after.id,
+        layers=before.layers,
+        wanted_layers=after.layers,
+        reload=service.settings.reload if changes else "",
+        remarks=tuple(remarks),
     )
 
 
