@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import os
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -21,8 +22,8 @@ from watcher.resolve.trust import Trust
 if TYPE_CHECKING:
     from watcher.mounts.converge import Compared  # `exec` has no use for it
 
-# The target of a link has 4095 bytes.
-_NOTED_MAX = 150
+# A note has so many digits of a digest, and so many digests: the target of a link has 4095 bytes.
+_DIGITS, _NOTED_MAX = 16, 150
 
 _FAILED = "failed"
 _BAD = "bad"
@@ -166,30 +167,37 @@ class CountedTries(_Notes):
     ) -> Stack:
         """`tries.begin()` for what is new in a stack, unless its try was counted already. Blocks, raises as that."""
         noted = dict(one.split(":") for one in (self._read(service) or "").split())
-        counted = set(known.digests)
-        notes = []
-        for layer in stack.layers:
-            counters = tries.counted(layer.source)
-            if counters is None or layer.digest in known.digests:
-                continue
-            # If the watcher was killed before the rename, the name still says less.
-            done = int(noted.get(layer.digest[:16], counters.done + 1))
-            if counters.done >= done:
-                counted.add(layer.digest)
-            notes.append(f"{layer.digest[:16]}:{done}")
+        new = [layer.digest for layer in stack.layers if layer.digest not in known.digests]
+        before = _tries_done(stack, new)
+        # If the watcher was killed before the rename, the name says less than the note.
+        counted = {one for one, done in before.items() if done >= int(noted.get(one[:_DIGITS], done + 1))}
+        after = {one: done if one in counted else done + 1 for one, done in before.items()}
+        self._note(service, after)
+        try:
+            begun = tries.begin(stack, counted.union(known.digests), service, renaming, trust)
+        except FileNotFoundError:
+            self.end(service)  # another service's attempt has renamed the file, and this one was not counted
+            raise
+        if _tries_done(begun, new) != after:
+            self._note(service, _tries_done(begun, new))  # some cannot be counted
+        return begun
+
+    def _note(self, service: str, tries_done: Mapping[str, int]) -> None:
+        notes = [f"{digest[:_DIGITS]}:{done}" for digest, done in tries_done.items()]
         if notes:
             self._write(service, " ".join(notes[:_NOTED_MAX]))
-        try:
-            return tries.begin(stack, counted, service, renaming, trust)
-        except FileNotFoundError:
-            self.end(
-                service
-            )  # another service's attempt has renamed the file: this service's try was not counted
-            raise
 
     def end(self, service: str) -> None:
         """The try was made."""
         self._remove(service)
+
+
+def _tries_done(stack: Stack, digests: Collection[str]) -> dict[str, int]:
+    """How many tries were made of the files of a stack that have counters, by digest."""
+    counters = {
+        layer.digest: tries.counted(layer.source) for layer in stack.layers if layer.digest in digests
+    }
+    return {digest: found.done for digest, found in counters.items() if found is not None}
 
 
 class Next(enum.Enum):
