@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,9 @@ from support import CHECKOUT
 PACKAGE = CHECKOUT / "watcher"
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 ROOMS = [module for module in MODULES if module.name == "__init__.py" and module != Path("__init__.py")]
+
+LINES_MAX = 400
+SCREEN = 60
 
 
 def lint_imports(checkout: Path) -> subprocess.CompletedProcess[str]:
@@ -57,3 +61,45 @@ def test_a_room_begins_with_its_paragraph_and_nothing_else(room: Path) -> None:
     (paragraph,) = ast.parse((PACKAGE / room).read_text()).body
     assert isinstance(paragraph, ast.Expr) and isinstance(paragraph.value, ast.Constant)
     assert "This room never" in " ".join(str(paragraph.value.value).split())
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_a_module_and_each_of_its_functions_can_be_read_at_once(module: Path) -> None:
+    source = (PACKAGE / module).read_text()
+    assert len(source.splitlines()) <= LINES_MAX
+    functions = (
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    )
+    long = [function.name for function in functions if (function.end_lineno or 0) - function.lineno >= SCREEN]
+    assert long == []
+
+
+def test_every_module_has_its_tests_or_a_scenario_that_names_it() -> None:
+    named = "".join(
+        ast.get_docstring(ast.parse(path.read_text())) or ""
+        for path in (CHECKOUT / "tests").rglob("test_*.py")
+    )
+    without = [
+        str(module)
+        for module in MODULES
+        if module.name not in ("__init__.py", "__main__.py")
+        and not (CHECKOUT / "tests" / module.with_name(f"test_{module.name}")).exists()
+        and not re.search(rf"(?<![\w/]){re.escape(str(module))}", named)
+    ]
+    assert without == []
+
+
+def test_what_contributing_names_is_there() -> None:
+    page = (CHECKOUT / "CONTRIBUTING.md").read_text()
+    paths = re.findall(r"`(\w[\w.-]*/[\w./-]*)`|\]\((\w+/[\w/.]*)\)", page)
+    named = {inside or link for inside, link in paths if "ROOM" not in inside}
+    assert len(named) > 30
+    assert [
+        name for name in sorted(named) if not ((PACKAGE / name).exists() or (CHECKOUT / name).exists())
+    ] == []
+
+
+def test_the_readme_leads_to_contributing() -> None:
+    assert "(CONTRIBUTING.md)" in (CHECKOUT / "README.md").read_text()
