@@ -16,6 +16,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from apart import SHARED
 
 from support import needs
 from support.leaks import RUN, Snapshot, settled
@@ -33,6 +34,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "limit(seconds): how long the test may take before it is failed")
     hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
     os.environ[RUN] = uuid.uuid4().hex
+    if hasattr(config, "workerinput"):
+        os.environ[SHARED] = str(Path(config.option.basetemp).parent)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -353,22 +353,24 @@ def test_an_error_from_each_system_call_of_a_swap(lanes: list[Lane], calls: list
 def test_killed_before_each_name_that_a_drop_makes_or_changes(lanes: list[Lane]) -> None:
     """In the store, the slots, the notes and the ledger, by whatever thread."""
     steps: dict[int, str] = {}
-    all_found = threading.Event()
+    missed: list[int] = []
 
     def case(lane: Lane, call: Call) -> bool:
         _, number = call
-        if all_found.is_set():
+        if len(missed) > 1:
             return False
         step = killed_at(lane, number)
-        if not step:
-            all_found.set()
-            return False
-        steps[number] = step
-        return True
+        if step:
+            steps[number] = step
+        else:
+            missed.append(number)
+        return bool(step)
 
     share(lanes, [("step", number) for number in range(1, 100)], case)
     print(f"killed before {len(steps)} steps: {', '.join(sorted(set(steps.values())))}")
-    assert all_found.is_set() and sorted(steps) == list(range(1, len(steps) + 1))
+    # Not every drop has as many: two that end at the same time share a commit of the ledger.
+    assert sorted([*steps, *missed]) == list(range(1, len(steps) + len(missed) + 1))
+    assert len(missed) > 1 and min(missed) >= len(steps) - 1
     assert {"os.rename", "os.symlink", "os.unlink", "signal.pidfd_send_signal", "ledger"} <= {*steps.values()}
 
 

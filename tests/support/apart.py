@@ -7,7 +7,9 @@ the machine ends with it. A module's tests under the same command share one: sta
 
 from __future__ import annotations
 
+import fcntl
 import functools
+import hashlib
 import os
 import re
 import subprocess
@@ -25,6 +27,8 @@ Test = Callable[Parameters, Awaitable[None]]
 Command = tuple[str, ...]
 
 INSIDE = "CONFEXT_WATCHER_TEST_APART"
+SHARED = "CONFEXT_WATCHER_TEST_SHARED"
+"""Environment variable: directory that the processes that run tests have in common (conftest.py)."""
 
 _tests: dict[tuple[Command, str], list[str]] = {}
 
@@ -54,11 +58,29 @@ def apart(*command: str) -> Callable[[Test[Parameters]], Test[Parameters]]:
 @functools.cache
 def _run(command: Command, file: str) -> tuple[frozenset[str], str]:
     """Names of the tests that passed, and what pytest printed."""
-    pytest = [sys.executable, "-m", "pytest", "-rA", "--no-header", "-p", "no:cacheprovider"]
+    printed = _printed_once(command, file) if SHARED in os.environ else _printed(command, file)
+    return frozenset(re.findall(r"^PASSED \S+?\.py::(.*)$", printed, re.MULTILINE)), printed
+
+
+def _printed_once(command: Command, file: str) -> str:
+    """Of several processes that have tests of a module, the first runs all; the others wait for it."""
+    name = hashlib.sha256(repr((command, file)).encode()).hexdigest()
+    with Path(os.environ[SHARED], f"apart-{name}").open("a+") as found:
+        fcntl.flock(found, fcntl.LOCK_EX)
+        found.seek(0)
+        printed = found.read()
+        if not printed:
+            printed = _printed(command, file)
+            found.write(printed)
+        return printed
+
+
+def _printed(command: Command, file: str) -> str:
+    inner = [sys.executable, "-m", "pytest", "-rA", "--no-header", "-p", "no:cacheprovider"]
     # Of its own: two that tidy up the same directory get into each other's way.
     with tempfile.TemporaryDirectory() as scratch:
         done = subprocess.run(
-            [*command, *pytest, f"--basetemp={scratch}/tests", *_tests[command, file]],
+            [*command, *inner, f"--basetemp={scratch}/tests", *_tests[command, file]],
             cwd=CHECKOUT,
             env=os.environ | {INSIDE: "1"},
             stdin=subprocess.DEVNULL,
@@ -67,5 +89,4 @@ def _run(command: Command, file: str) -> tuple[frozenset[str], str]:
             text=True,
             check=False,
         )
-    names = re.findall(r"^PASSED \S+?\.py::(.*)$", done.stdout, re.MULTILINE)
-    return frozenset(names), done.stdout
+    return done.stdout
