@@ -16,9 +16,9 @@ from typing import Any
 
 import hypothesis
 import pytest
-from apart import SHARED
 
 from support import needs
+from support.apart import SHARED
 from support.leaks import RUN, Snapshot, settled
 
 # Nothing of a test may depend on how busy the machine is.
