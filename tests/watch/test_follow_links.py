@@ -2,7 +2,7 @@
 """The one promise of watching: who looks again whenever it is told has seen, in the end, what is there.
 
 Not by examples: any sequence of changes, and a change between any two steps on a path. What is followed is kept in
-watch/watched_directories.py and watch/real_paths.py.
+watch/watched_directories.py.
 """
 
 from __future__ import annotations

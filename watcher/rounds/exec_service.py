@@ -42,7 +42,7 @@ from watcher.resolve.strict_modes import StrictModes
 from watcher.rounds.desired import Desired, Given, find, newest_whole
 from watcher.rounds.state import CountedTries, Trial, Trials
 from watcher.settings.config import Settings
-from watcher.watch.answers import comes_back
+from watcher.watch.offload import comes_back
 
 _ANSWER_SEC = 5.0
 """If what is dropped has not answered by then, the program starts on what was accepted last."""

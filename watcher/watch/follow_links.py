@@ -23,7 +23,6 @@ import os
 from inotify_simple import INotify
 
 from watcher.resolve.strict_modes import LINKS_MAX, components
-from watcher.watch.real_paths import Node, Route
 from watcher.watch.watched_directories import (
     CHILDREN,
     FORETOLD,
@@ -31,7 +30,9 @@ from watcher.watch.watched_directories import (
     PASSED,
     TREE,
     UNANSWERED,
+    Node,
     OpenDirectories,
+    Route,
     WatchedDirectories,
 )
 from watcher.watch.watched_trees import WatchedTrees
@@ -103,7 +104,10 @@ class Follower:
         for node in route.nodes:
             node.routes.add(route)
         if end is not None:
-            self._arrive(route, end)
+            if route not in end.ends:
+                end.ends += (route,)
+            if route.is_tree:
+                self.trees.begin(end)
         for node in before:
             if node is not end:
                 self._leave_end(route, node)
@@ -113,12 +117,6 @@ class Follower:
             self.directories.changed.add(route)
         if self.directories.additions != additions:
             self.directories.dirty.add(route)
-
-    def _arrive(self, route: Route, node: Node) -> None:
-        if route not in node.ends:
-            node.ends += (route,)
-        if route.is_tree:
-            self.trees.begin(node)
 
     def _leave_end(self, route: Route, node: Node) -> None:
         """`route` does not lead to `node` (any more)."""

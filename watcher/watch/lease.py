@@ -23,7 +23,6 @@ import fcntl
 import os
 import signal
 import time
-from collections.abc import Iterator
 
 from watcher.model import Busy
 from watcher.mounts import syscalls
@@ -110,16 +109,11 @@ class Lease:
 
 def _is_in_a_loop_device(fd: int) -> bool:
     """Whether a file is behind a loop device. Whose that is, and whether read-only, makes no difference."""
-    file = os.fstat(fd)
-    return (file.st_dev, file.st_ino) in _in_loop_devices()
-
-
-def _in_loop_devices() -> Iterator[tuple[int, int]]:
-    """Device and inode of each file that is behind a loop device."""
     try:
         names = os.listdir("/sys/block")
     except FileNotFoundError:
-        return
+        return False
+    file = os.fstat(fd)
     for name in names:
         if not name.startswith("loop") or not os.path.exists(f"/sys/block/{name}/loop"):
             continue
@@ -128,8 +122,10 @@ def _in_loop_devices() -> Iterator[tuple[int, int]]:
         except OSError:
             continue  # we may not look at it, or it is gone: then it does not count
         try:
-            yield syscalls.loop_backing(device)
+            if syscalls.loop_backing(device) == (file.st_dev, file.st_ino):
+                return True
         except OSError:
             continue
         finally:
             os.close(device)
+    return False

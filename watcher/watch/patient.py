@@ -28,8 +28,7 @@ from inotify_simple import INotify, flags
 
 from watcher.model import Interest, Remark, problem
 from watcher.watch.follow_links import Follower
-from watcher.watch.real_paths import Route
-from watcher.watch.watched_directories import CHILDREN, Abandoned, WatchedDirectories
+from watcher.watch.watched_directories import CHILDREN, Abandoned, Route, WatchedDirectories
 from watcher.watch.watcher import RETRY_SEC, Watcher, new_inotify
 
 STEP_HANGS_SEC = 5.0
@@ -109,14 +108,7 @@ class PatientWatcher(Watcher):
             self._before.inotify.close()
 
     async def watch(self, key: str, interests: Iterable[Interest]) -> bool:
-        """As `set()`: from now on `key` is concerned by changes in `interests`, and by nothing else.
-
-        Returns:
-            True if one of them is new to the key: what changed there before this call went unnoticed, look again.
-
-        Raises:
-            ValueError: a path that is not absolute.
-        """
+        """As `set()`, but this returns after LATE_SEC at the latest."""
         new, old = self._replace(key, interests)
         if fresh := {route for route in new if route.state == 0}:
             self._when_free(lambda: self._follow(fresh))
@@ -307,7 +299,9 @@ class PatientWatcher(Watcher):
             return
         now = trio.current_time()
         hung.directories.abandoned = True
-        hung.place = self._place(hung.directories.at.path)
+        path = hung.directories.at.path
+        point = self._mounts.point(path)
+        hung.place = path if point == "/" else point
         self._hung.append(hung)
         self._hangs = {place: one for place, one in self._hangs.items() if one[1] > now - LIFT_MAX_SEC}
         self._hangs[hung.place] = (self._hangs.get(hung.place, (0, now))[0] + 1, now)
@@ -324,10 +318,6 @@ class PatientWatcher(Watcher):
         self._renew_routes()
         self._run = None
         self._go_on()
-
-    def _place(self, path: str) -> str:
-        point = self._mounts.point(path)
-        return path if point == "/" else point
 
     def _renew_routes(self) -> None:
         """Make new ones: the thread that hangs may still change the old ones."""

@@ -13,8 +13,15 @@ import os
 from itertools import islice
 
 from watcher.model import DEPTH_MAX, ENTRIES_MAX
-from watcher.watch.real_paths import Node, Route
-from watcher.watch.watched_directories import FORETOLD, OPEN, TREE, OpenDirectories, WatchedDirectories
+from watcher.watch.watched_directories import (
+    FORETOLD,
+    OPEN,
+    TREE,
+    Node,
+    OpenDirectories,
+    Route,
+    WatchedDirectories,
+)
 
 LIST = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 

@@ -32,8 +32,7 @@ from watcher.model import Interest, Remark
 from watcher.mounts import mountinfo
 from watcher.resolve.strict_modes import components
 from watcher.watch.follow_links import ROUNDS, Follower
-from watcher.watch.real_paths import Node, Route
-from watcher.watch.watched_directories import CHILDREN, NAMED, UNANSWERED, WatchedDirectories
+from watcher.watch.watched_directories import CHILDREN, NAMED, UNANSWERED, Node, Route, WatchedDirectories
 
 RETRY_SEC = 30.0
 """What cannot be watched is looked at this often, in seconds."""
