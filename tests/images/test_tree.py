@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A copy of a tree is faithful, shows one moment of it, and its digest stands for all of its content.
 
-With what each of its files has besides: images/attributes.py. The limits: images/walk.py.
+The limits: images/walk.py.
 """
 
 from __future__ import annotations

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from watcher.images import tree
+from watcher.images.attributes import require_no_marks
 from watcher.images.extension import NoRelease, Release, read_release
 from watcher.images.files import stat_key
 from watcher.images.formats.probe import probe
-from watcher.images.marks import require_no_marks
 from watcher.images.store import Store
 from watcher.images.verdicts import Key
 from watcher.images.walk import DIRECTORY
@@ -125,11 +125,7 @@ class Admission:
         self._releases: dict[str, Release] = {}
 
     def admit(
-        self,
-        candidate: Candidate,
-        made_for: Host,
-        at_hand: set[str],
-        modes: StrictModes | None,
+        self, candidate: Candidate, made_for: Host, at_hand: set[str], modes: StrictModes | None
     ) -> Copy:
         """The store's copy of a candidate. Blocks; must not run on a mount worker, which it waits for.
 

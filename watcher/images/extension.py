@@ -70,22 +70,16 @@ def _directory(parent: int, name: str, root_fd: int) -> int:
 
 
 def _not_a_confext(root_fd: int) -> Refused:
-    if _is_sysext(root_fd):
-        return Sysext(
-            f"not a confext but a sysext: it has usr/lib/extension-release.d/ and no {RELEASE_DIRECTORY}/"
-        )
-    return NoRelease(f"not a confext: there is no {RELEASE_DIRECTORY}/ in it")
-
-
-def _is_sysext(root_fd: int) -> bool:
     with Descriptors() as fds:
         fd = root_fd
         try:
             for name in ("usr", "lib", "extension-release.d"):
                 fd = fds.add(os.open(name, DIRECTORY, dir_fd=fd))
-        except OSError:
-            return False  # only decides which words the refusal has
-    return True
+        except OSError:  # only decides which words the refusal has
+            return NoRelease(f"not a confext: there is no {RELEASE_DIRECTORY}/ in it")
+    return Sysext(
+        f"not a confext but a sysext: it has usr/lib/extension-release.d/ and no {RELEASE_DIRECTORY}/"
+    )
 
 
 def _read_all(directory: int) -> Release:
@@ -128,16 +122,10 @@ def _read_text(fd: int, name: str) -> str:
 
 def _strict(fd: int) -> str:
     """The value of `user.extension-release.strict` in the tree as its author made it, "" without one."""
-    value = _xattr(fd, KEPT_STRICT_XATTR)
-    if value is None:
-        value = _xattr(fd, STRICT_XATTR) or b""
-    return value.decode("utf-8", "surrogateescape")
-
-
-def _xattr(fd: int, name: str) -> bytes | None:
-    try:
-        return os.getxattr(fd, name)
-    except OSError as error:
-        if error.errno in _NO_XATTR:
-            return None
-        raise
+    for name in (KEPT_STRICT_XATTR, STRICT_XATTR):
+        try:
+            return os.getxattr(fd, name).decode("utf-8", "surrogateescape")
+        except OSError as error:
+            if error.errno not in _NO_XATTR:
+                raise
+    return ""

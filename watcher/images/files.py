@@ -66,7 +66,10 @@ def copy_file(source: int, target: int, size: int, hasher: Hasher, lease: Lease,
             if offset + len(chunk) == size:
                 lease.release()
             if sync and not hole:
-                _start_writing(target, offset, len(chunk))
+                # Have the disk begin with these bytes, without waiting for it. Python does not have sync_file_range(2).
+                # This starts writing, too (mm/fadvise.c), and the kernel does not drop from memory what is still being
+                # written. The disk works while the bytes are hashed: a quarter faster.
+                os.posix_fadvise(target, offset, len(chunk), os.POSIX_FADV_DONTNEED)
             hasher.update(chunk)
         if not size:
             lease.check()
@@ -79,15 +82,6 @@ def stat_key(found: os.stat_result) -> tuple[int, ...]:
     """Stands for a content. A later change gives another key, unless it comes within the same tick of the clock."""
     who = found.st_dev, found.st_ino, found.st_mode, found.st_uid, found.st_gid
     return *who, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
-def _start_writing(target: int, offset: int, length: int) -> None:
-    """Have the disk begin with the bytes just written, without waiting for it.
-
-    Python does not have sync_file_range(2). POSIX_FADV_DONTNEED starts writing, too (mm/fadvise.c), and the kernel does
-    not drop from memory what is still being written. The disk works while the bytes are hashed: a quarter faster.
-    """
-    os.posix_fadvise(target, offset, length, os.POSIX_FADV_DONTNEED)
 
 
 def digest_of(source: int, size: int) -> str:

@@ -78,17 +78,16 @@ def _image(fd: int, path: str, image_max: int) -> tuple[Copy, Release]:
         require_size(size, image_max, "ImageMax=")
         format = probe(fd, size)
         copy = Copy(digest_of(fd, size), path, size, Kind.IMAGE, format)
-        found = _mounted_release(copy) if may_mount() else _unpacked_release(path, format)
+        if may_mount():
+            with MountWorkers(1) as workers:
+                found = release_of(copy, workers)
+        else:
+            found = _unpacked_release(path, format)
         lease.check()
         # It was mounted, or unpacked, by its path.
         if not os.path.samestat(os.fstat(fd), os.stat(path)):
             raise Busy("it was replaced meanwhile")
     return copy, found
-
-
-def _mounted_release(copy: Copy) -> Release:
-    with MountWorkers(1) as workers:
-        return release_of(copy, workers)
 
 
 def _unpacked_release(path: str, format: Format) -> Release:

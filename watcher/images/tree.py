@@ -48,7 +48,6 @@ _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # What open(2) says of a node that is no longer what stat(2) saw, or on which another process holds a write lease.
 _CHANGED = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EWOULDBLOCK})
 
-
 _SPECIAL = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -286,13 +285,7 @@ class _Reading(_Walk):
             raise Busy(f"{where(path)}: {busy}") from busy
 
     def _copy_file(
-        self,
-        fd: int,
-        st: os.stat_result,
-        xattrs: Xattrs,
-        lease: Lease,
-        target: int,
-        path: Path,
+        self, fd: int, st: os.stat_result, xattrs: Xattrs, lease: Lease, target: int, path: Path
     ) -> None:
         made = os.open(path[-1], _NEW, 0o600, dir_fd=target)
         try:

@@ -87,11 +87,7 @@ def are_counted(stack: Stack) -> bool:
 
 
 def begin(
-    stack: Stack,
-    known: Collection[str],
-    service: str,
-    renaming: Renaming = unseen,
-    trust: Trust = ROOT_ALONE,
+    stack: Stack, known: Collection[str], service: str, renaming: Renaming = unseen, trust: Trust = ROOT_ALONE
 ) -> Stack:
     """Count one try of each layer of a stack that is new; the stack with the files' names from now on.
 

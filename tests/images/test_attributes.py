@@ -15,7 +15,7 @@ from support.images import confext
 from support.needs import root
 from watcher import model
 from watcher.images import tree, walk
-from watcher.images.marks import require_no_marks
+from watcher.images.attributes import require_no_marks
 from watcher.model import Refused
 from watcher.mounts.process import may_mount
 
