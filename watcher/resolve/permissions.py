@@ -124,16 +124,14 @@ def of_entry(status: os.stat_result, directory: int, name: str) -> Permissions:
 
 
 def _of(status: os.stat_result, path: str, *, follow: bool) -> Permissions:
-    acl = () if stat.S_ISLNK(status.st_mode) else _acl(path, follow=follow)  # a link has none of its own
+    acl: tuple[tuple[int, int, int], ...] = ()
+    if not stat.S_ISLNK(status.st_mode):  # a link has none of its own
+        try:
+            value = os.getxattr(path, _ACL, follow_symlinks=follow)
+        except OSError as error:
+            if error.errno not in _ABSENT:
+                raise
+        else:
+            entries = tuple(_ENTRY.iter_unpack(value[_VERSION.size :]))
+            acl = entries if any(tag in (_USER, _GROUP) for tag, _, _ in entries) else ()
     return Permissions(status.st_uid, status.st_gid, status.st_mode, acl)
-
-
-def _acl(path: str, *, follow: bool) -> tuple[tuple[int, int, int], ...]:
-    try:
-        value = os.getxattr(path, _ACL, follow_symlinks=follow)
-    except OSError as error:
-        if error.errno in _ABSENT:
-            return ()
-        raise
-    entries = list(_ENTRY.iter_unpack(value[_VERSION.size :]))
-    return tuple(entries) if any(tag in (_USER, _GROUP) for tag, _, _ in entries) else ()

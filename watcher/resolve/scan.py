@@ -26,6 +26,7 @@ from watcher.resolve.strict_modes import Found, StrictModes, Way
 from watcher.resolve.vpick import Dirent
 
 _ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
+_TYPES: dict[int, vpick.Type] = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFBLK: "block"}
 _NAMES_MAX = 10_000
 _NULL = os.makedev(1, 3)
 _NOTHING = r"(?!)"
@@ -111,22 +112,18 @@ def _listings(paths: Iterable[str], notes: _Notes) -> tuple[list[sources.Listing
     for path in paths:
         try:
             found = notes.modes.open(path)
+            try:
+                notes.watch(path, sources.ENTRY_NAME)
+                unsafe = unsafe or found.unsafe is not None
+                listings.append(sources.Listing(path, _read(found.fd, notes, path)))
+            finally:
+                os.close(found.fd)
         except Unsafe as error:
             unknown = True
             notes.watch_name(error.path)
             notes.say("warning", path, f"not looked at, all stays as it is: {error}")
-            continue
         except OSError as error:
             unknown = _no_listing(path, error, notes) or unknown
-            continue
-        notes.watch(path, sources.ENTRY_NAME)
-        unsafe = unsafe or found.unsafe is not None
-        try:
-            listings.append(sources.Listing(path, _read(found.fd, notes, path)))
-        except OSError as error:
-            unknown = _no_listing(path, error, notes) or unknown
-        finally:
-            os.close(found.fd)
     return listings, unknown, unsafe
 
 
@@ -281,15 +278,9 @@ def _linked(path: str, notes: _Notes, kind: Kind | None) -> Dirent:
 
 
 def _type(status: os.stat_result, link: bool) -> vpick.Type:
-    if stat.S_ISREG(status.st_mode):
-        return "file"
-    if stat.S_ISDIR(status.st_mode):
-        return "directory"
-    if stat.S_ISBLK(status.st_mode):
-        return "block"
     if link and stat.S_ISCHR(status.st_mode) and status.st_rdev == _NULL:
         return "null"
-    return "other"
+    return _TYPES.get(stat.S_IFMT(status.st_mode), "other")
 
 
 def _reason(error: OSError) -> str:

@@ -24,7 +24,6 @@ from watcher.settings.values import normalized
 ENTRY_NAME = vpick.NO_LEFTOVER
 """Regular expression (`re.fullmatch`) of the names in a `.confext.d/` that can be an entry."""
 
-_entry_name = re.compile(ENTRY_NAME)
 _RESERVED = ("stack.json",)
 _NAME_MAX = 255
 
@@ -43,17 +42,6 @@ class Resolved:
 
     entries: tuple[Entry, ...]
     remarks: tuple[Remark, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    name: str
-    dirent: Dirent
-    entry: Entry
-
-    @property
-    def order(self) -> tuple[bytes, bytes]:
-        return os.fsencode(self.name), os.fsencode(self.dirent.name)
 
 
 def declare(
@@ -100,19 +88,18 @@ def resolve(declared: Declared, listings: Sequence[Listing]) -> Resolved:
     Args:
         listings: the `.confext.d/` directories that exist, highest precedence first; a name in an earlier one wins.
     """
-    found, remarks = _dropped(listings)
-    dropped = sorted(found, key=lambda f: f.order)
+    dropped, remarks = _dropped(listings)
     entries = (
         *declared.images,
-        *(f.entry for f in dropped if f.entry.kind is Kind.IMAGE),
+        *(entry for entry in dropped if entry.kind is Kind.IMAGE),
         *declared.directories,
-        *(f.entry for f in dropped if f.entry.kind is Kind.DIRECTORY),
+        *(entry for entry in dropped if entry.kind is Kind.DIRECTORY),
     )
     return Resolved(_distinct(entries), tuple(remarks))
 
 
-def _dropped(listings: Sequence[Listing]) -> tuple[list[_Found], list[Remark]]:
-    found: list[_Found] = []
+def _dropped(listings: Sequence[Listing]) -> tuple[list[Entry], list[Remark]]:
+    found: list[Entry] = []
     remarks: list[Remark] = []
     taken: dict[str, str] = {}
     for listing in listings:
@@ -126,24 +113,28 @@ def _dropped(listings: Sequence[Listing]) -> tuple[list[_Found], list[Remark]]:
                 remarks.append(Remark("debug", path, f"overridden by {winner}"))
                 continue
             taken[dirent.name] = path
-            if isinstance(outcome, _Found):
+            if isinstance(outcome, Entry):
                 found.append(outcome)
             else:
                 remarks.append(Remark("debug", path, "a link to /dev/null: masks entries of this name"))
-    return found, remarks
+    return sorted(found, key=_order), remarks
 
 
-def _classify(path: str, dirent: Dirent) -> _Found | Remark | None:
+def _order(dropped: Entry) -> tuple[bytes, bytes]:
+    filename = dropped.path.rpartition("/")[2]
+    return os.fsencode(_form(filename)[0]), os.fsencode(filename)
+
+
+def _classify(path: str, dirent: Dirent) -> Entry | Remark | None:
     """An entry, a reason why it is none, or None for a mask."""
-    if not _entry_name.fullmatch(dirent.name):
+    if not re.fullmatch(ENTRY_NAME, dirent.name):
         return Remark("debug", path, "ignored: a hidden, backup or temporary name")
     if dirent.type == "null":
         return None
     name, kind, versioned = _form(dirent.name)
     if remark := _mismatch(path, dirent, name, kind, versioned):
         return remark
-    slot = slot_name(name, kind)
-    return _Found(name, dirent, Entry(slot, path, kind, optional=True, declared=False))
+    return Entry(slot_name(name, kind), path, kind, optional=True, declared=False)
 
 
 def _form(filename: str) -> tuple[str, Kind, bool]:

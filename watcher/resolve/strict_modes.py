@@ -268,26 +268,21 @@ class StrictModes:
 
         def guard(status: os.stat_result, directory: int, name: str, where: str) -> None:
             path = f"{way.path}/{where}"
-            self._require_in_sight(way, status, directory, name, path)
-            if status.st_uid in self._trusted.uids and not status.st_mode & 0o022:
+            link = stat.S_ISLNK(status.st_mode)  # is not followed
+            owners = {who.number for who in way._setters if who.kind == "user"}
+            in_sight = link or (len(owners) == len(way._setters) and owners <= {status.st_uid})
+            safe = status.st_uid in self._trusted.uids and not status.st_mode & 0o022
+            if in_sight and safe:
                 return
             found = permissions.of_entry(status, directory, name)
-            writers = [] if stat.S_ISLNK(found.mode) else found.writers()
-            unsafe = self._trusted.unsafe(path, found, writers)
+            if not in_sight:
+                need = READ | SEARCH if stat.S_ISDIR(status.st_mode) else READ
+                self._require_sight(way, found, need, path)
+            unsafe = None if safe else self._trusted.unsafe(path, found, [] if link else found.writers())
             if unsafe is not None:
                 raise unsafe
 
         return guard
-
-    def _require_in_sight(
-        self, way: Way, status: os.stat_result, directory: int, name: str, path: str
-    ) -> None:
-        """As `_require_sight()`, of what is in a tree; a link in it is not followed."""
-        owners = {who.number for who in way._setters if who.kind == "user"}
-        if stat.S_ISLNK(status.st_mode) or (len(owners) == len(way._setters) and owners <= {status.st_uid}):
-            return
-        found = permissions.of_entry(status, directory, name)
-        self._require_sight(way, found, READ | SEARCH if stat.S_ISDIR(status.st_mode) else READ, path)
 
 
 def _hard_link(path: str, place: _Place, status: os.stat_result) -> Unsafe | None:
