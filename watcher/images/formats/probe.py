@@ -44,8 +44,7 @@ def probe(fd: int, size: int) -> Format:
         raise Refused("empty")
     head = os.pread(fd, min(size, HEAD), 0)
     found = _recognised(head, size)
-    found.complete(head, size)
-    found.verify(head)
+    found.check(head, size)
     return found
 
 
