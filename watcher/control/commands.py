@@ -102,7 +102,7 @@ class Commands:
             return done[-1] if done else await self._without_outcome(found.name, target)
 
     async def _next_round(self, name: str) -> list[Event]:
-        """Ask for a round of a service; what it did."""
+        """Ask for a round of a service. Returns the outcomes of what it did."""
         events: list[Event] = []
         over = self.rounds.next_round(name)
         self._changed(name)
@@ -133,7 +133,7 @@ class Commands:
         self.rounds.let_in(found.name)
         self._changed(found.name)
         if found.settings.rollout == "rolling":
-            # It kept that out of the others, too.
+            # Its quarantine kept that out of the other services, too.
             for other in rolling(self._tools):
                 self._changed(other.name)
         return forgotten
@@ -146,7 +146,7 @@ class Commands:
 
     @asynccontextmanager
     async def _writing(self) -> AsyncIterator[Write]:
-        """Change the ledger. A change that cannot be written down holds in memory, and the end of the block says so.
+        """Change the ledger. A change that cannot be written down holds in memory, and the block ends with Failed.
 
         Raises:
             Failed: all was done, and not all could be written down.
@@ -278,7 +278,7 @@ _FINAL_REFUSALS = (Outcome.REFUSED, Outcome.ROLLED_BACK)
 
 
 def _target(service: str, stacks: Sequence[Stack], to: str | None, kept_out: Mapping[str, str]) -> Stack:
-    """The stack to go back to: the newest before the current one that did not prove bad, or the one that begins so.
+    """The stack to go back to: the newest before the current one that did not prove bad, or the one that `to` names.
 
     Args:
         to: how the identity of the stack begins, None for the newest before.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """May this become a layer of that service? From a candidate on the disk to a copy in the store, or one line why not.
 
-The path is looked up once, and each step of it judged on the way (`strict_modes.py`). Links are followed: they are how
-people deploy. From then on everything happens to the file that was found.
+The watcher looks up the path once, and judges each step on the way (`strict_modes.py`). It follows links: people deploy
+with them. From then on it works on the descriptor of the file that it found, whatever happens to the path.
 
 Each content is read once for all services. Its verdict, good or bad, is remembered by what `stat` says of it, and its
 release files by its digest. What depends on the service (its root's os-release, the file's name) is asked each time;
@@ -51,12 +51,12 @@ _TYPES = {
     stat.S_IFCHR: "a character device",
 }
 _EXPECTED = {Kind.IMAGE: stat.S_IFREG, Kind.DIRECTORY: stat.S_IFDIR}
-# O_NONBLOCK: a write lease makes this fail, not wait for 45 seconds.
+# O_NONBLOCK: if another process holds a write lease, open(2) fails. Else it would wait for 45 seconds.
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _IN_ROOT = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
 _OS_RELEASE_MAX = 64 * 1024
 
-# What the kernel says when it is short of something, rather than displeased with the image.
+# Errors that say what this machine lacks, and nothing about the image.
 _SHORT = {
     errno.ENOMEM: "no memory",
     errno.ENOSPC: "no free loop device",
@@ -132,12 +132,12 @@ class Admission:
         Hold `Store.using()` until a stack with the copy has been accepted.
 
         Args:
-            at_hand: gets the digest of what is not refused. What has to wait is in no stack; without this it would be
-                collected, and copied again at every look.
+            at_hand: gets the digest of what is not refused. What has to wait is in no stack. Without this the store
+                would collect its copy, and each look would copy it again.
             modes: whom the service trusts; None: everybody.
 
         Raises:
-            Refused, Incomplete: it will not do; `str()` says what is wrong, to go behind its path.
+            Refused, Incomplete: it cannot be a layer; `str()` says why, for a line that begins with its path.
             Busy: another process is writing to it.
             Later: something is missing here, not in the image.
         """
@@ -232,8 +232,8 @@ def copied(
         judge: whether the copy will do as a confext; raises Refused if not.
         terms: all that the judgement depends on besides the content. A refusal is remembered with them. Otherwise the
             store would collect what was refused, and copy it again at every look.
-        modes: as of `Admission.admit()`. Whom the service does not trust is no verdict on a content, and never
-            remembered as one.
+        modes: see `Admission.admit()`. A refusal because of who could write is no verdict on the content, and is never
+            remembered.
 
     Raises: as `Admission.admit()`, and what `judge` raises.
     """
@@ -273,7 +273,7 @@ class _Image:
 
     Attributes:
         key: what `stat` says of it.
-        lasting: after `copy()`: no other content of the file can have this key.
+        lasting: set by `copy()`: no other content of the file can have this key.
     """
 
     def __init__(self, fd: int) -> None:
@@ -295,7 +295,7 @@ class _Image:
 
 
 class _Tree:
-    """The same of a directory tree."""
+    """The same for a directory tree."""
 
     def __init__(self, root: int, guard: Guard | None) -> None:
         self._root = root

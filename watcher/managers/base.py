@@ -23,7 +23,7 @@ class Service:
         name: "nginx.service"; for a template's instance "foo@bar.service".
         declared: where its layers come from.
         settings: its `[X-Confext]`.
-        main: its main process, which the manager closes; None: it does not run.
+        main: its main process, which the manager closes; None: it does not run, or is `headless`.
         invocation: changes with every start (InvocationID, or a registration's PID and start time); "" if it does not
             run.
         starting: it has a process, which is still systemd's executor on its way to becoming the service.
@@ -83,14 +83,14 @@ def trust_of(settings: ServiceSettings, manager: str) -> Trust:
 
 @dataclass(frozen=True, slots=True)
 class Reloaded:
-    """What came of asking a service to reload.
+    """What came of asking a service to reload, or of its start. `rounds/judge.py` makes it the verdict.
 
     Attributes:
-        ok: it did, or did not have to be asked.
+        ok: it did, or did not have to be asked; as a verdict, the stack is good.
         told: what was done, for the log: "reload", "SIGHUP", "restart", "" when nothing was told.
         reason: why it failed, or why nothing was told although there is a way; one line, else "".
         output: what a reload command printed, at most 64 KiB.
-        interrupted: it was canceled, or could not be followed: that is no verdict on the stack.
+        interrupted: it was canceled, or did not get to its end: that is no verdict on the stack.
         usec: how long it took, microseconds, without what was watched afterwards.
     """
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Bring a service to a stack, in all its namespaces; do nothing where it is there already.
+"""Bring a service to a stack, in all its namespaces; do nothing in one that shows it already.
 
-It is there if it shows the same layers on the same base. When the host merges or unmerges its own confexts, they come
-or go beneath the service's stack, which was made from what `/etc` was before: then the same stack is made anew.
+A namespace shows the stack if its `/etc` has the same layers on the same base: the host's `/etc`, as it was then. If
+the host merges or unmerges its own confexts later, the base becomes another one, and the same stack is made anew.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def converge(
         compared: kept from call to call, so that each mount is compared once.
         kept: see `of_service()`.
         other_mains: see there.
-        patient: something that the stack may yet get is still being written. What systemd mounted when it started the
-            service stays for now: it may be just that.
+        patient: a file is still being written that may change the stack. So what systemd mounted at the start of the
+            service stays for now: it may turn out to be the right one.
 
     Raises:
         Whatever `of_service()` and `swap()` do.
@@ -107,7 +107,7 @@ class _Work:
     remarks: list[str] = field(default_factory=list)
 
     def bring_nested(self, namespaces: Iterable[int]) -> None:
-        """The service must have its stack even where a nested sandbox, with locked mounts, cannot be helped."""
+        """If one cannot be swapped (a nested sandbox locks its mounts), go on: the service must get its stack."""
         for namespace in namespaces:
             try:
                 self.nested.append(self.bring(namespace))
@@ -134,7 +134,7 @@ class _Work:
         return self._swap(namespace)
 
     def made_on(self, mounted: Mounted) -> str | None:
-        """From which base the wanted stack was made that is mounted; None if another one is."""
+        """The base that the mounted stack was made from, if it is the wanted one; else None."""
         if not self._may_be(mounted):
             return None
         if mounted.made_on is not None:
@@ -151,7 +151,7 @@ class _Work:
         return self.patient and mounted.layers is None
 
     def _may_be(self, mounted: Mounted) -> bool:
-        """Whether it is the wanted stack, or one of systemd's, which does not say."""
+        """Whether it may be the wanted stack. What systemd has mounted does not say which stack it is."""
         return mounted.layers is None or (mounted.stack == self.stack.id and not mounted.doubled)
 
 

@@ -2,12 +2,12 @@
 """History, quarantine and pins, which no mount table remembers: `$STATE_DIRECTORY/ledger.sqlite`.
 
 **What decides is kept in memory.** The daemon reads quarantine and pins at its start, and writes changes through. So a
-full disk does not let a bad image back in: what could not be written is written with the next round that can be. The
-daemon is the one writer of these two; `exec` only adds to the history.
+full disk does not let a bad image back in: the next write that succeeds also writes what is owed. The daemon alone
+writes these two; `exec` only adds to the history.
 
 **A broken ledger never stops a service.** The daemon sets a file aside that is corrupt, unreadable or from a newer
 version, begins a new one, and says so in one remark. A write that fails raises LedgerError, which the caller logs.
-What a kill or a full disk leaves behind, and why a reader needs nothing but to read: `database.py`.
+`database.py` says what a kill or a full disk leaves behind, and why a reader needs no write permission.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class LedgerError(Exception):
 
 
 class _Reading:
-    """What can be asked; `_rows()` is how."""
+    """The questions; `_rows()` of a subclass gets the answers."""
 
     def _rows(self, sql: str, parameters: _Row = ()) -> list[Any]:
         raise NotImplementedError
@@ -125,7 +125,7 @@ class Reader(_Reading):
         return dict(self._rows(_ALL_PINS))
 
     def _rows(self, sql: str, parameters: _Row = ()) -> list[Any]:
-        # Not by opening it: closing a descriptor drops the locks of any Ledger in this process (fcntl_locking(2)).
+        # Not open(2): closing a descriptor drops the locks of any Ledger in this process (fcntl_locking(2)).
         if not os.path.lexists(self._path):
             return []
         try:
@@ -322,7 +322,7 @@ class Ledger(_Reading):
 
     def _load(self, db: sqlite3.Connection) -> None:
         if self._loaded:
-            # It may be another file by now: what is in memory is what counts.
+            # The file may be another one by now, so it gets all that is in memory.
             self._owed |= self._decided.keys()
             return
         stored: dict[_Key, _Row] = {

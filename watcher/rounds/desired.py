@@ -49,17 +49,17 @@ class Desired:
         stack: what it should have.
         passed: what was passed over on the way.
         current: the accepted stack: its slots.
-        recorded: the slots say all this already: stack, names and entries, and where these were.
+        recorded: the slots say already what would be accepted: stack, names, entries, and where those are mounted.
         trial: what is on trial.
-        bad: the stack that is to go, or has just gone, because it proved bad. Then `stack` is the newest accepted one
-            with nothing in it that is in quarantine, whatever else is on disk.
+        bad: the stack that proved bad, and is being taken out again. Then `stack` is the newest accepted one with
+            nothing in it that is in quarantine, whatever else is on disk.
         why: the reason that its content is in quarantine.
         pinned: an operator put it on `stack` by hand (`rollback`).
         waiting: for a pinned service, the stack that it would have otherwise.
         at_hand: digests of what the look found and did not refuse, whether it is desired now or has to wait.
         signatures: of the files that were passed over, by path (`outcomes.signatures`).
         whole: the newest accepted stack that can be used: `current`, unless a copy of that is damaged.
-        fallen: `stack` is `whole` instead of what it should be: a copy is damaged, and so is what was dropped.
+        fallen: `stack` is `whole` for want of a better: a copy is damaged, and the dropped file cannot replace it.
     """
 
     look: Look
@@ -149,7 +149,7 @@ def _find(store: Store, admission: Admission, given: Given, modes: StrictModes) 
     current = record.stack
     elsewhere = {key: why for key, why in given.elsewhere.items() if key not in current.digests}
     admitting = _Admitting(admission, given, elsewhere | dict(kept_out), modes)
-    # The others are read only where the current one may be of no use.
+    # The others are needed only if the current one may be bad, or an operator chose another.
     stacks = (current, *store.stacks(slots)) if kept_out or pin is not None else (current,)
     good = next((stack for stack in stacks if not bad(stack, kept_out)), Stack())
     look = _look(given.declared, modes, known=given.made_for is not None)
@@ -163,23 +163,23 @@ def _find(store: Store, admission: Admission, given: Given, modes: StrictModes) 
     if STACK + stack.id in kept_out:
         stack = good
     pinned = next((one for one in stacks if one.id == pin), None) if pin is not None else None
-    gone = None if pinned is not None else _gone(stacks, kept_out, given.trial)
-    desired = pinned or (stack if gone is None else good)
+    proved_bad = None if pinned is not None else _proved_bad(stacks, kept_out, given.trial)
+    target = pinned or (stack if proved_bad is None else good)
     whole = newest_whole(store, slots, kept_out, current)
-    fallen = not store.is_whole(desired)
+    fallen = not store.is_whole(target)
     if fallen:
-        look = replace(look, remarks=(*look.remarks, _fallen(store, desired, whole)))
-        desired = whole
-    said = desired, tuple(pick.entry for pick in look.picks), unmounted.noted(desired, record.mounted)
+        look = replace(look, remarks=(*look.remarks, _damaged(store, target, whole)))
+        target = whole
+    said = target, tuple(pick.entry for pick in look.picks), unmounted.noted(target, record.mounted)
     return Desired(
         look,
-        desired,
+        target,
         choice.passed,
         current,
         recorded=said == (current, record.entries, record.mounted),
         trial=given.trial,
-        bad=gone,
-        why=bad(gone, kept_out) if gone is not None else "",
+        bad=proved_bad,
+        why=bad(proved_bad, kept_out) if proved_bad is not None else "",
         pinned=pinned is not None,
         waiting=stack if pinned is not None and stack.id != pinned.id else None,
         at_hand=frozenset(admitting.at_hand),
@@ -241,7 +241,7 @@ def _look(declared: Declared, modes: StrictModes, *, known: bool) -> Look:
 
 
 def _with_sysexts(choice: Choice, look: Look, read: Callable[[Candidate], Copy]) -> Choice:
-    """A sysext that the unit declares counts as that, though unsafe: its safety is between the unit and systemd."""
+    """A sysext that the unit declares counts as one even if others may write to it: systemd mounts it, not we."""
     declared = {pick.entry.slot for pick in look.picks if pick.entry.declared}
     passed = []
     for one in choice.passed:
@@ -251,7 +251,7 @@ def _with_sysexts(choice: Choice, look: Look, read: Callable[[Candidate], Copy])
             except Sysext as sysext:
                 one = replace(one, reason=sysext)
             except (Refused, Busy):
-                pass  # it stays unsafe, which is said
+                pass  # it stays unsafe; its outcome says so
         passed.append(one)
     return replace(choice, passed=tuple(passed))
 
@@ -285,7 +285,7 @@ def _is_lost(store: Store, slots: str, candidate: Candidate) -> bool:
     )
 
 
-def _fallen(store: Store, stack: Stack, instead: Stack) -> Remark:
+def _damaged(store: Store, stack: Stack, instead: Stack) -> Remark:
     lost = next(layer for layer in stack.layers if not store.verify(layer.digest))
     then = ", ".join(layer.label for layer in instead.layers) or "the host's /etc alone"
     what = (
@@ -328,8 +328,8 @@ def _too_many(stack: Stack) -> Remark:
     return Remark("warning", first, what)
 
 
-def _gone(stacks: Sequence[Stack], kept_out: Mapping[str, str], trial: Trial | None) -> Stack | None:
-    """The stack that proved bad and is still accepted, or was until a kill came between that and its outcome."""
+def _proved_bad(stacks: Sequence[Stack], kept_out: Mapping[str, str], trial: Trial | None) -> Stack | None:
+    """The accepted stack if it proved bad; else one that did and is still on trial: its outcome is not recorded."""
     current, *others = stacks
     if bad(current, kept_out):
         return current

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What becomes of a stack that was put in place: it proved good, it is kept out from now on, or it stays as it is.
 
-A stack that proves bad goes into the quarantine, and nothing else is done here. The next look finds that the accepted
-stack is not to be used, and puts the newest one that is in its place. Only a stack on trial can be found bad. If the
-way back fails too, that is said, and nothing more is tried.
+`keep_out()` puts a stack that proves bad into the quarantine, and does nothing else. The next look (`desired.py`) finds
+that the accepted stack is bad, and desires the newest accepted one that is not. The same round swaps that in. Only a
+stack on trial, or in its afterglow, can prove bad. If the way back fails too, the watcher says so and tries no more.
 
-Each verdict is written down in this order: the outcome, then that the service is owed no reload, then that the stack is
-on trial no more. If the watcher is killed in between, the next round may record the same outcome twice. The other way
-round it would make the reload again, for a stack that was judged already, and record another outcome.
+The watcher writes down that a stack proved good, or that another is back in its place, in this order: the outcome, then
+that no reload is owed, then that the trial is over. If it is killed in between, the next round may record the same
+outcome twice. In another order that round would reload for a stack that was judged already, and record another outcome.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from watcher.rounds.outcomes import Outcomes, say
 from watcher.rounds.state import Afterglow, Memory, Next, Trial
 from watcher.rounds.tools import Tools
 
-# Seconds after a reload in which the stack is to blame if the main process ends. Nothing waits for this.
+# If the main process ends within so many seconds after a good verdict, the stack is to blame. No round waits for that.
 _AFTERGLOW_SEC = 1.0
 
 
@@ -92,7 +92,7 @@ class Rollback:
         reloaded: Reloaded,
         times: Times,
     ) -> Next:
-        """A stack is in place, and the service was told."""
+        """Record the verdict on a stack that is in place; the service was asked to reload."""
         name, stack = service.name, desired.stack
         memory.afterglow = None
         say("debug", name, _verdict(reloaded))
@@ -110,14 +110,14 @@ class Rollback:
             self._stays_though_bad(service, desired)
             await self._outcome(messages.failed(name, before, stack, reloaded, times, rebased=rebased))
             return Next.DONE
-        # The reload stays owed until the way back was judged. What has tries left is kept out in memory only: if the
+        # The reload stays owed until the way back was judged. `Memory` alone keeps out what has tries left: if the
         # watcher is killed now, the next one reloads again, and finds out again that this stack is bad.
         reason = reloaded.reason + last_line(reloaded.output)
         await self.keep_out(service, memory, stack, reason, reloaded.output)
         return Next.LOOK_AGAIN
 
     async def after_start(self, service: Service, memory: Memory, desired: Desired, judged: Reloaded) -> Next:
-        """A service was started on a stack on trial."""
+        """Record the verdict on a stack on trial, which the service was started on."""
         say("debug", service.name, _verdict(judged))
         if judged.ok:
             say("info", service.name, f"started well on {messages.labels(desired.stack)}")
@@ -139,7 +139,7 @@ class Rollback:
     async def after_revival(
         self, service: Service, memory: Memory, desired: Desired, revived: Reloaded
     ) -> Next:
-        """The slots of a service that does not run have a good stack again; it was started on it, if it went down."""
+        """The slots of a stopped service have a good stack again. If it had gone down, it was started on that."""
         running = bool(revived.told)
         return await self._rolled_back(service, memory, desired, revived, Times(), running=running)
 
@@ -157,13 +157,13 @@ class Rollback:
         """Keep whatever is new in a stack out of the service from now on.
 
         Args:
-            output: what the command printed that the stack failed by.
-            event: the outcome, if it is one already (`Outcomes.quarantine`).
+            output: what the command printed that failed.
+            event: the outcome, where no way back follows: the check failed, so the service never had the stack.
             down: the service went down with it, though it may have been started again since.
         """
         say("debug", service.name, f"kept out: {messages.labels(stack)}: {reason}")
         memory.output = output
-        # The next `exec` of one that does not say why it ended makes the next try by itself.
+        # A standalone service never `fell`, so its next `exec` makes the next try.
         memory.fell = _says_why_it_ended(service) and (down or not _runs(service))
         good = await trio.to_thread.run_sync(self._newest_good, service, stack, dict(memory.held))
         memory.held |= await self._outcomes.quarantine(service.name, good, stack, reason, event)
@@ -200,7 +200,7 @@ class Rollback:
         self._pending.paid(event.service)
 
     def _stays_though_bad(self, service: Service, desired: Desired) -> None:
-        """End its trial. Before the outcome is recorded: while on trial, the next round would take it for good."""
+        """End its trial, before the outcome: if the watcher is killed then, the next round must not judge it good."""
         if desired.on_trial and service.settings.rollout == "rolling":
             self._trials.begin(service.name, Trial(desired.stack.id, bad=True))
         else:
@@ -235,11 +235,11 @@ class Rollback:
 
 
 def _is_rebased(converged: Converged, desired: Desired) -> bool:
-    """Whether the service had this very stack, and got it anew because what lies beneath is another now."""
+    """Whether the service had this very stack, and got it anew because the `/etc` beneath it has changed."""
     if desired.on_trial or desired.current.id != desired.stack.id:
         return False
-    # systemd made the mount at the start of the service, from these slots, and it shows something else by now: the
-    # host's /etc was changed while no watcher ran.
+    # systemd mounted it at the start of the service, from these slots. It shows something else now, so the host's /etc
+    # was changed while no watcher ran.
     return converged.rebased or (converged.swaps > 0 and converged.before.layers is None)
 
 
@@ -254,7 +254,7 @@ def _shown_before(converged: Converged, desired: Desired, good: Stack) -> Stack:
 
 
 def _says_why_it_ended(service: Service) -> bool:
-    """Only its parent is told why a standalone service ended. Short-lived programs are no failures."""
+    """Not a standalone one: the kernel tells only its parent. That it ends is no failure, it may be short-lived."""
     return service.manager != "standalone"
 
 

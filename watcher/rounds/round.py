@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The way of a drop, for one service: look, choose, check, accept, swap, reload, judge, record.
 
-A round starts from what is on disk now and what is mounted now; what is remembered between rounds decides nothing that
-matters. After a lost event, a crash, a restart of the service or of the watcher, another round comes to the same end.
-So does a rollback: what proved bad goes into the quarantine, and then the best that is left is desired.
+A round starts from what is on disk now and what is mounted now. It can do without what the last round remembered: after
+a lost event, a crash, a restart of the service or of the watcher, another round comes to the same end. A rollback is
+such a round, too: a bad stack goes into the quarantine, and the next look desires the best stack that is left.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Rounds:
         tools: what rounds work with.
         told: called with every outcome, after it was recorded.
         changed: asks for a round of a service.
-        accepted: called when the slots of a service are what a start of it should get; a round may go on for long.
+        accepted: called when the slots of a service are what its next start should get, long before its round is over.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Rounds:
 
     @property
     def mounted(self) -> frozenset[str] | None:
-        """Digests of all that the services run on, and of what waits for them; None while one's are not known."""
+        """Digests of all that services run on, and of what waits for them; None while those of one are not known."""
         known: set[str] = set()
         for memory in self._memories.values():
             if memory.mounted is None:
@@ -108,7 +108,7 @@ class Rounds:
             await trio.to_thread.run_sync(tools.store.forget, slots)
 
     def next_round(self, name: str) -> trio.Event:
-        """Set when a round of the service is over that begins after this call. Ask for that round, too."""
+        """An event, set at the end of the first round that begins after this call. The caller asks for that."""
         over = trio.Event()
         self._awaited.setdefault(name, []).append(over)
         return over
@@ -177,7 +177,7 @@ class Rounds:
         return min(_AGAIN * 2 ** (memory.attempts - 1), _AGAIN_MAX) if busy else None
 
     async def _steps(self, service: Service, memory: Memory, since: float) -> bool:
-        """Look and attempt, until the service has what it should have; whether something is still being written."""
+        """Look and attempt, until the service has what it should have. True: a file is still being written."""
         await self._rollback.notice_failure(service, memory)
         memory.let_in_at_start(service.invocation)
         rolling = service.settings.rollout == "rolling"
@@ -208,9 +208,8 @@ class Rounds:
                 return await self._attempt(service, desired, memory, since)
             say("debug", service.name, "waits: not its turn (Rollout=rolling)")
             if not desired.current.layers:
-                return (
-                    Next.DONE
-                )  # an instance that started on its template's slots has no stack of its own to stay on
+                # An instance that started on its template's slots has no stack of its own to stay on.
+                return Next.DONE
             return await self._attempt(service, desired.staying(), memory, since)
 
     async def _attempt(self, service: Service, desired: Desired, memory: Memory, since: float) -> Next:
@@ -237,7 +236,7 @@ class Rounds:
             raise
 
     async def _count_try(self, service: Service, desired: Desired) -> Desired:
-        """With one try counted of each file that is new and has counters.
+        """Count one try of each new file that has counters. Returns what is desired, with their new names.
 
         Raises:
             FileNotFoundError: another service's attempt has renamed one meanwhile.
@@ -253,7 +252,7 @@ class Rounds:
         return replace(desired, stack=stack, recorded=False)
 
     async def _passes(self, service: Service, desired: Desired, memory: Memory) -> bool:
-        """Whether the service's own check likes a new stack."""
+        """Whether the service's own check accepts a new stack; without a check, all pass."""
         if not desired.new or service.main is None or not service.settings.check:
             return True
         tools = self._tools
@@ -286,7 +285,7 @@ class Rounds:
         return desired
 
     async def _stopped(self, service: Service, desired: Desired, memory: Memory) -> Next:
-        """It does not run: its next start gets the stack. One that went down with a bad stack is started again."""
+        """The service does not run: its next start gets the stack. If a bad stack took it down, start it again."""
         memory.mounted = frozenset()
         if not desired.rolling_back:
             await self._say_accepted(service, desired)
@@ -298,7 +297,7 @@ class Rounds:
         return await self._rollback.after_revival(service, memory, desired, revived)
 
     async def _say_accepted(self, service: Service, desired: Desired) -> None:
-        """The slots have another stack, which nothing of the service runs on yet. A `wait` may want to hear that."""
+        """Say that the slots have another stack, though no process runs on it yet: a `wait` may wait for that."""
         if desired.stack.id == desired.current.id or desired.rolling_back:
             return
         accepted = messages.accepted(
@@ -311,19 +310,19 @@ class Rounds:
         await self._outcomes.outcome(accepted)
 
     async def _into_service(
-        self, service: Service, held: Process, desired: Desired, memory: Memory, since: float
+        self, service: Service, process: Process, desired: Desired, memory: Memory, since: float
     ) -> Next:
         """Bring a running service to the stack, have it reload, and judge how it takes it."""
         tools = self._tools
         owed = tools.pending.owed(service.name, service.invocation)
-        with held.hold() as main:
+        with process.hold() as main:
             converged = await self._converge(service, main, desired, memory)
             if converged.swaps or owed:
                 for remark in converged.remarks:
                     say("warning", service.name, remark)
                 reloaded = await reload_and_judge(tools.manager, service, main)
             elif desired.rolling_back:
-                reloaded = Reloaded(ok=True)  # it was started on it since
+                reloaded = Reloaded(ok=True)  # it was started on the good stack since
             elif desired.on_trial and not desired.pinned:
                 judged = await judge_start(tools.manager, service, main)
                 if judged is None:
@@ -339,7 +338,7 @@ class Rounds:
         return await self._rollback.after_reload(service, memory, desired, converged, reloaded, times)
 
     async def _converge(self, service: Service, main: Process, desired: Desired, memory: Memory) -> Converged:
-        """Swap the stack in, wherever in the service it is not shown yet; a swap leaves a reload owed."""
+        """Swap the stack in, in each namespace of the service that does not show it. From then on a reload is owed."""
         tools, stack = self._tools, desired.stack
         copies = self._copies(stack)
         pids = await tools.manager.processes(service)
@@ -368,13 +367,13 @@ class Rounds:
 
 
 def _has_to_run(service: Service, desired: Desired) -> bool:
-    """A service that does not run cannot be checked: its slots keep what it ran well on."""
+    """Whether a new stack has to wait until the service runs, as its check needs that. The old one stays."""
     unchecked = service.main is None and bool(service.settings.check)
     return desired.new and unchecked and bool(desired.current.layers)
 
 
 def _as_it_is(service: Service) -> Service:
-    """Its manager may not have noticed yet that its main process has ended."""
+    """The service without a main process that has ended: its manager may not have noticed that yet."""
     if service.main is not None and service.main.pidfd >= 0 and service.main.alive():
         return service
     return replace(service, main=None, failed=service.failed or service.main is not None)

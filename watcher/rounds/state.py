@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What the watcher knows of a service beside its stacks: notes that outlive a kill, and a memory that does not.
 
-A note is one symbolic link, its target is the text. One system call each makes, replaces and reads a link, so there is
-always the whole note, the one before it, or none.
+A note is a symbolic link, and the target of the link is its text. The kernel makes, replaces and reads a link in one
+step each: a reader gets the whole note, the one before it, or none.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ class Afterglow:
 
     Attributes:
         restarts: how often its manager had started the service again by then (`Service.went_down_since`).
-        until: `trio.current_time()`.
+        until: when that moment ends, `trio.current_time()`.
     """
 
     restarts: int
@@ -234,8 +234,8 @@ class Memory:
         held: what is kept out of it for the moment: digests (or `STACK` and an identity) with the reason.
         held_for: the start of the service for which `held` holds.
         fell: the service went down with what is kept out. So its next start is systemd's or ours, not an operator's.
-        output: what the command printed that the last stack failed by.
-        ran: when a round saw it running, `time.monotonic()`.
+        output: what the command printed that refused the last bad stack.
+        ran: when a round last saw it running, `time.monotonic()`.
         blameless: of a service that went down, whether a copy was found damaged since it ran; None: not looked at.
     """
 
@@ -253,7 +253,7 @@ class Memory:
     blameless: bool | None = None
 
     def let_in_at_start(self, invocation: str) -> None:
-        """Somebody has started the service anew: what is kept out for the moment may be tried again.
+        """If an operator has started the service anew, let it try again what is kept out for the moment.
 
         Not if systemd or a rollback started it because it went down: each try would be the next outage.
         """

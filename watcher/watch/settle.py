@@ -3,7 +3,7 @@
 
 Pure: the caller has the clock, and waits. Times are integers in microseconds of any monotonic clock. This makes one
 round out of twenty events. It does not say whether a file is complete: a quiet time cannot, but a lease and the image's
-own size can (images/admit.py).
+own size can (images/admission.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class Settle:
     def __init__(self) -> None:
         self._due: dict[str, int] = {}
         self._at_latest: dict[str, int] = {}
-        """When a burst is over whatever comes, so that a directory which always changes is due at all."""
+        """When a burst ends in any case: a directory that changes all the time becomes due, too."""
 
     def touch(self, key: str, now: int, quiet: int, longest: int) -> None:
         """Something changed for `key`: it is due after `quiet`, but not later than `longest` after the first change.
