@@ -2,6 +2,6 @@
 """Something changed: which paths matter, and when they have been quiet for long enough.
 
 In come interests, the paths that a look at a service's directories depends on. Out goes the name of each service whose
-paths changed, once a burst of changes is over. Links are followed to where they lead. Threads do that, because any path
-may hang: the event loop never looks one up. This room never decides what a change means.
+paths changed; settle.py tells the daemon when the burst of changes is over. Threads follow links to where they lead,
+because any path may hang: the event loop never looks one up. This room never decides what a change means.
 """

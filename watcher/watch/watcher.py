@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Tells for which services something changed in a directory that they depend on.
 
-Keys (services) say which directories they depend on (`Interest`), and are told when to look again. What happened is not
-told: an event may be late, doubled or lost, what is on disk cannot be. `follow_links.py` keeps the right directories
-watched; here the kernel's events become keys.
+Keys (services) say which directories they depend on (`Interest`). The watcher tells them when to look again, and never
+what happened: an event may be late, doubled or lost, but a look finds what is on disk. `follow_links.py` keeps the
+right directories watched; here the kernel's events become keys.
 
 trio waits for one epoll instance. In it are the inotify instance and an eventfd. The eventfd wakes the loop after a
 change of the mount table, and when `set()` finds a change before its event is read. While nothing changes nothing wakes
@@ -111,7 +111,7 @@ class Watcher:
 
     @contextlib.contextmanager
     def renaming(self, key: str, old: str, new: str) -> Iterator[None]:
-        """For the time of a rename within a directory that we make on behalf of `key`.
+        """A block in which we rename an entry of a directory on behalf of `key`.
 
         The key knows of it, and is not told of its two events; all other keys are. A directory tree's path is followed
         all the same: that it is another path now does concern the key.
@@ -165,7 +165,7 @@ class Watcher:
         return self._retry_at
 
     def _collect(self) -> frozenset[str]:
-        """Read all that is there; the keys it concerns."""
+        """Read all events that are there. Returns the keys that they concern."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._poke)
         for wd, mask, _, name in self._inotify.read(timeout=0):
@@ -181,7 +181,7 @@ class Watcher:
         return frozenset(others).union(*(route.keys for route in changed))
 
     def _follow_all(self, follower: Follower) -> bool:
-        """Bring all watches up to date; False: not done yet, paths keep changing under our hands."""
+        """Bring all watches up to date. False: not done yet, because paths change all the time."""
         directories = follower.directories
         if not directories.abandoned:
             self._read_mounts()
@@ -300,8 +300,8 @@ class _MountTable:
 
     /proc/self/mountinfo is always readable. When the table has changed it says POLLPRI, once for each open descriptor:
     only the first poll hears of it (proc_pid_mounts(5)). trio cannot wait for that. Nor can an epoll instance inside
-    trio's: it polls what is in it already when it is registered, and so takes what it then waits for. So a thread
-    waits, on a descriptor of its own.
+    trio's: when trio registers that, the kernel polls what is in it, and so takes the event that it should wait for.
+    So a thread waits, on a descriptor of its own.
     """
 
     def __init__(self, wake: int) -> None:
