@@ -24,7 +24,7 @@ from watcher.managers.systemd import dbus, systemd1
 from watcher.managers.systemd.manager import Systemd
 from watcher.mounts import table
 from watcher.mounts.process import Process
-from watcher.resolve import permissions
+from watcher.resolve import trust
 from watcher.settings import syntax, values
 from watcher.settings.config import Settings
 from watcher.settings.os_release import parse_os_release
@@ -157,9 +157,9 @@ def test_what_a_user_serves_is_his_also_at_a_path_with_a_carriage_return(tmp_pat
     try:
         (row,) = set(Path("/proc/self/mountinfo").read_bytes().split(b"\n")) - set(before.split(b"\n"))
         _, minor = row.split(b" ")[2].split(b":")
-        assert permissions.served_by(os.makedev(0, int(minor))) == NOBODY
+        assert trust.served_by(os.makedev(0, int(minor))) == NOBODY
         # Every row is read, and none of them fails it.
-        assert permissions.served_by(os.makedev(0, 1 << 19)) is None
+        assert trust.served_by(os.makedev(0, 1 << 19)) is None
         assert cgroup._read("/proc/self/mountinfo").count("\r") == row.count(b"\r")
     finally:
         subprocess.run(["umount", "--lazy", directory], check=True)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Whose word counts on the way to a file, tried with real owners, modes and lists; `nobody` is the stranger.
 
-Here are also the tests of resolve/trust.py and resolve/permissions.py.
+Here are also the tests of resolve/trust.py.
 """
 
 from __future__ import annotations
@@ -25,10 +25,8 @@ from support.needs import filesystem, root, tool, userns
 from support.nobody import NOBODY, become_nobody
 from watcher.images import tree
 from watcher.model import Unsafe
-from watcher.resolve import permissions
-from watcher.resolve.permissions import READ, SEARCH, WRITE, Who
 from watcher.resolve.strict_modes import StrictModes, Way
-from watcher.resolve.trust import BY_EXEC, ROOT_ALONE, Trust
+from watcher.resolve.trust import BY_EXEC, READ, ROOT_ALONE, SEARCH, WRITE, Permissions, Trust, Who
 
 pytestmark = root
 
@@ -257,7 +255,7 @@ class TestAccessControlLists:
                 (32, mode & 7, NONE),
             )
         fd = os.open(image, os.O_PATH)
-        found = permissions.of_descriptor(os.fstat(fd), fd)
+        found = Permissions.of_descriptor(os.fstat(fd), fd)
         os.close(fd)
         identity = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", f"--groups={GAMES}"]
         kernel = subprocess.run([*identity, "test", "-r", image], check=False).returncode == 0

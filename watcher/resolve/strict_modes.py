@@ -26,9 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from watcher.model import Unsafe, shown
-from watcher.resolve import permissions
-from watcher.resolve.permissions import READ, SEARCH, Permissions, Who
-from watcher.resolve.trust import ROOT_ALONE, Trust, Trusted, name_of
+from watcher.resolve.trust import READ, ROOT_ALONE, SEARCH, Permissions, Trust, Trusted, Who, served_by
 
 _PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 LINKS_MAX = 40
@@ -236,9 +234,9 @@ class StrictModes:
         return Found(fd, way.path, status, unsafe, self._guard(way) if guarded else None)
 
     def _permissions(self, status: os.stat_result, fd: int) -> Permissions:
-        found = permissions.of_descriptor(status, fd)
+        found = Permissions.of_descriptor(status, fd)
         if status.st_dev not in self._servers:
-            self._servers[status.st_dev] = permissions.served_by(status.st_dev)
+            self._servers[status.st_dev] = served_by(status.st_dev)
         server = self._servers[status.st_dev]
         return found if server is None or self._trusted.is_root(server) else replace(found, owner=server)
 
@@ -251,9 +249,9 @@ class StrictModes:
                 raise Unsafe(str(unsafe), unsafe.path, hidden=True)
 
     def _out_of_sight(self, way: Way, who: Who, path: str) -> Unsafe:
-        name = "everybody" if who.kind == "everybody" else f"{who.kind} {name_of(who)}"
+        name = "everybody" if who.kind == "everybody" else f"{who.kind} {who.name}"
         if not way.links:
-            mend = f"chown {name_of(who)}" if who.kind == "user" else "chmod +r"
+            mend = f"chown {who.name}" if who.kind == "user" else "chmod +r"
             text = f"{shown(path)} cannot be read by {name}, who may have put it there"
             return Unsafe(f'{text}; if they may read it: "{mend} {shown(path)}"', path)
         link = _joined(*way.links[-1])
@@ -274,7 +272,7 @@ class StrictModes:
             safe = status.st_uid in self._trusted.uids and not status.st_mode & 0o022
             if in_sight and safe:
                 return
-            found = permissions.of_entry(status, directory, name)
+            found = Permissions.of_entry(status, directory, name)
             if not in_sight:
                 need = READ | SEARCH if stat.S_ISDIR(status.st_mode) else READ
                 self._require_sight(way, found, need, path)
