@@ -38,8 +38,6 @@ from watcher.settings import architectures
 from watcher.settings.os_release import parse_os_release
 from watcher.watch.lease import Lease, coarse_now_ns
 
-Judge = Callable[[Copy], object]
-
 _SECOND_NS = 1_000_000_000
 
 _TYPES = {
@@ -222,7 +220,7 @@ def require_match(candidate: Candidate, found: Release, made_for: Host) -> None:
 def copied(
     store: Store,
     candidate: Candidate,
-    judge: Judge | None = None,
+    judge: Callable[[Copy], object] | None = None,
     terms: Hashable = None,
     modes: StrictModes | None = None,
 ) -> Copy:

@@ -84,7 +84,7 @@ class Stacks:
 
     def units(self) -> tuple[str, ...]:
         """The units with an accepted stack, in no order."""
-        return tuple(name for name in os.listdir(f"{self._path}/units") if _is_unit(name))
+        return tuple(name for name in os.listdir(f"{self._path}/units") if not name.startswith("."))
 
     def current(self, unit: str) -> Accepted | None:
         """The stack that was accepted last, None if there never was one.
@@ -163,7 +163,9 @@ class Stacks:
         """
         used: set[str] = set()
         changed: list[str] = []
-        for unit in filter(_is_unit, os.listdir(self.directory)):
+        for unit in os.listdir(self.directory):
+            if unit.startswith("."):
+                continue  # _LOCKS
             with self._locked(unit):
                 kept, surplus = self._sorted(unit, keep)
                 if surplus and not changed:
@@ -296,10 +298,6 @@ class Stacks:
 def _is_beyond(name: str, current: str) -> bool:
     """Whether a stack has a higher number than the accepted one ("": there is none), and so was never accepted."""
     return name[:_DIGITS].isdigit() and name > current
-
-
-def _is_unit(name: str) -> bool:
-    return not name.startswith(".")
 
 
 def _checked(name: str) -> str:

@@ -99,7 +99,14 @@ class Follower:
         additions = self.directories.additions
         self._gaps.pop(route, None)
         before, state = route.nodes, route.state
-        route.nodes, route.state = self._follow_path(route, opened)
+        turns: list[Node] = []
+        try:
+            now = self._walk(route, opened, turns)
+        except OSError as error:
+            # No descriptors are left, or a directory on the way fails: no event tells when that is over.
+            self._gaps[route] = error.errno or errno.EIO
+            now = -self._gaps[route]
+        route.nodes, route.state = tuple(turns), now
         end = route.nodes[-1] if route.state > 0 else None
         for node in route.nodes:
             node.routes.add(route)
@@ -127,19 +134,8 @@ class Follower:
         node.routes.discard(route)
         self.directories.prune(node)
 
-    def _follow_path(self, route: Route, opened: OpenDirectories) -> tuple[tuple[Node, ...], int]:
-        """The nodes that `route` depends on, the one where its path ends as the last, and its state."""
-        turns: list[Node] = []
-        try:
-            state = self._walk(route, opened, turns)
-        except OSError as error:
-            # No descriptors are left, or a directory on the way fails: no event tells when that is over.
-            state = -(error.errno or errno.EIO)
-            self._gaps[route] = -state
-        return tuple(turns), state
-
     def _walk(self, route: Route, opened: OpenDirectories, turns: list[Node]) -> int:
-        """The state in which the path of `route` ends; `turns` gets its nodes."""
+        """The state in which the path of `route` ends; `turns` gets its nodes, the one where it ends as the last."""
         todo = components(route.interest.path)[::-1]
         node = self.directories.root
         self._pass(route, node, opened)
@@ -196,7 +192,10 @@ class Follower:
         if reason != errno.ENOTDIR:
             return None
         self.directories.step(node)
-        return _link(parent, node.name)
+        try:
+            return os.readlink(node.name, dir_fd=parent)
+        except OSError:  # it is none, or not any more
+            return None
 
 
 def _no_way_back(fd: int) -> int:
@@ -206,11 +205,3 @@ def _no_way_back(fd: int) -> int:
     except OSError as error:
         return error.errno or errno.EIO
     return 0
-
-
-def _link(fd: int, name: str) -> str | None:
-    """Where a link leads; None if it is none, or not any more."""
-    try:
-        return os.readlink(name, dir_fd=fd)
-    except OSError:
-        return None

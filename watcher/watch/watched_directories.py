@@ -20,6 +20,7 @@ import errno
 import os
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Self
 
 from inotify_simple import INotify, flags
@@ -157,14 +158,12 @@ class Abandoned(Exception):
     """This thread has hung, and another one follows the paths in its place."""
 
 
+@dataclass(slots=True)
 class _Watch:
     """One inotify watch. Several nodes share it where a directory is mounted at several places."""
 
-    __slots__ = ("mask", "nodes")
-
-    def __init__(self) -> None:
-        self.mask = 0
-        self.nodes: list[Node] = []
+    mask: int = 0
+    nodes: list[Node] = field(default_factory=list)
 
 
 class WatchedDirectories:
