@@ -39,8 +39,7 @@ def bad(service: str = NGINX, digest: str = "d" * 64) -> Quarantined:
 
 
 def quarantine(ledger: Ledger, content: Quarantined) -> None:
-    with ledger.round() as made:
-        made.quarantine(content)
+    ledger.append(quarantine=[content])
 
 
 def is_quarantined(ledger: Ledger | Reader, service: str, digest: str) -> bool:
@@ -124,15 +123,12 @@ def test_what_a_round_records_is_one_commit(ledger: Ledger) -> None:
     seen: list[str] = []
     assert ledger._db is not None
     ledger._db.set_trace_callback(seen.append)
-    with ledger.round() as made:
-        made.append(event(1))
-        made.append(event(2))
-        made.quarantine(bad())
-        made.pin(NGINX, "0123456789abcdef")
+    ledger.append(event(1), event(2), quarantine=[bad()])
     assert seen.count("COMMIT") == 1
+    ledger.pin(NGINX, "0123456789abcdef")
+    assert seen.count("COMMIT") == 2
     seen.clear()
-    with ledger.round():
-        pass
+    ledger.append()
     assert seen == []
 
 
@@ -475,9 +471,10 @@ WRITER = """
     os.write(1, b"begin\\n")
     for number in range(2):
         try:
-            with ledger.round() as made:
-                made.append(Event("a.service", Outcome.APPLIED, str(number), when=number, output="x" * 9000))
-                made.quarantine(Quarantined("a.service", str(number), "", number))
+            ledger.append(
+                Event("a.service", Outcome.APPLIED, str(number), when=number, output="x" * 9000),
+                quarantine=[Quarantined("a.service", str(number), "", number)],
+            )
         except LedgerError as error:
             os.write(2, f"{{error}}\\n".encode())
         else:
@@ -564,8 +561,7 @@ ON_A_FULL_DISK = """
     except LedgerError as error:
         print(error)
     try:
-        with ledger.round() as made:
-            made.quarantine(Quarantined("a.service", "d", "r" * 60_000, 1))
+        ledger.append(quarantine=[Quarantined("a.service", "d", "r" * 60_000, 1)])
     except LedgerError as error:
         print(error)
     assert ledger.quarantined("a.service")[0].digest == "d"

@@ -37,10 +37,9 @@ sys.path[:0] = {path!r}
 from watcher.images import tree
 from watcher.managers.systemd.unit_drop_in import write_sysexts
 from watcher.images.formats.squashfs import SQUASHFS
-from watcher.records.ledger import Ledger
+from watcher.records.ledger import Ledger, _event_row
 from watcher.watch.lease import Lease
 from watcher.model import Event, Kind, Layer, Outcome, Stack
-from watcher.records.schema import Quarantined
 from watcher.images.store import Store
 from watcher.rounds.state import Trial, Trials
 state, directory, *images = sys.argv[1:]
@@ -63,11 +62,12 @@ def accept(stack, trial=True):
 
 def tell(outcome, stack):
     say("telling", outcome.value, stack.id)
-    with ledger.round() as made:
-        made.append(Event(UNIT, outcome, "", 1, stack.id))
-        if outcome is Outcome.ROLLED_BACK:
-            made.quarantine(Quarantined(UNIT, second.digests[0], "bad", 1, ""))
-            made.pin(UNIT, stack.id)
+    put = dict()
+    if outcome is Outcome.ROLLED_BACK:
+        bad = second.digests[0]
+        put["quarantine", UNIT, bad] = (UNIT, bad, "bad", 1, "")
+        put["pins", UNIT] = (UNIT, stack.id)
+    ledger._commit(put, events=[_event_row(Event(UNIT, outcome, "", 1, stack.id))])
     say("told", outcome.value, stack.id)
 
 with Store(state, 1 << 40, 1 << 40, 2) as store, Ledger(state) as ledger:

@@ -24,25 +24,31 @@ import stat
 import tempfile
 import time
 import urllib.parse
-from dataclasses import dataclass
 from pathlib import Path
 
 BUSY_SEC = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class Format:
-    """What the file should be.
-
-    Attributes:
-        application: PRAGMA application_id, which tells our files from all others.
-        version: PRAGMA user_version.
-        tables: the statements that make an empty one.
-    """
-
-    application: int
-    version: int
-    tables: str
+_APPLICATION = 0x43464558
+"""PRAGMA application_id, which tells our files from all others."""
+_VERSION = 1
+"""PRAGMA user_version: a change of the tables, or a new value of Outcome, raises it, and needs a step that converts."""
+_TABLES = """
+CREATE TABLE history (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    service TEXT NOT NULL, outcome TEXT NOT NULL, message TEXT NOT NULL, "when" INTEGER NOT NULL,
+    stack TEXT NOT NULL, previous TEXT NOT NULL, image TEXT NOT NULL, version TEXT NOT NULL, digest TEXT NOT NULL,
+    source TEXT NOT NULL, reason TEXT NOT NULL, output TEXT NOT NULL,
+    swap_usec INTEGER, total_usec INTEGER, layers TEXT NOT NULL
+);
+CREATE INDEX history_service ON history (service, id);
+CREATE INDEX history_output ON history (id) WHERE output <> '';
+CREATE TABLE quarantine (
+    service TEXT NOT NULL, digest TEXT NOT NULL, reason TEXT NOT NULL, "when" INTEGER NOT NULL, source TEXT NOT NULL,
+    PRIMARY KEY (service, digest)
+) WITHOUT ROWID;
+CREATE TABLE pins (service TEXT PRIMARY KEY, stack TEXT NOT NULL) WITHOUT ROWID;
+"""
 
 
 class Unusable(Exception):
@@ -53,7 +59,7 @@ class Unusable(Exception):
         self.suffix = suffix
 
 
-def open_to_write(path: Path, form: Format) -> sqlite3.Connection:
+def open_to_write(path: Path) -> sqlite3.Connection:
     """Opens the file, or makes it, mode 0600. SQLite plays back the journal of a writer that was killed.
 
     Raises:
@@ -67,12 +73,15 @@ def open_to_write(path: Path, form: Format) -> sqlite3.Connection:
         # KiB, which an idle daemon keeps.
         db.execute("PRAGMA cache_size = -256")
         db.execute("PRAGMA synchronous = FULL")
-        _check(db, form)
+        _check_version(db)
+        (complaint,) = db.execute("PRAGMA quick_check(1)").fetchone()
+        if complaint != "ok":
+            raise Unusable("corrupt", f"corrupt ({complaint})")
         db.execute("PRAGMA journal_mode = TRUNCATE")
         if _is_empty(db):
             db.executescript(
-                f"BEGIN IMMEDIATE; {form.tables} PRAGMA application_id = {form.application};"
-                f"PRAGMA user_version = {form.version}; COMMIT;"
+                f"BEGIN IMMEDIATE; {_TABLES} PRAGMA application_id = {_APPLICATION};"
+                f"PRAGMA user_version = {_VERSION}; COMMIT;"
             )
     except (sqlite3.Error, Unusable) as error:
         if db is not None:
@@ -83,7 +92,7 @@ def open_to_write(path: Path, form: Format) -> sqlite3.Connection:
     return db
 
 
-def open_to_read(path: Path, form: Format) -> sqlite3.Connection:
+def open_to_read(path: Path) -> sqlite3.Connection:
     """Opens an existing file and writes nothing: not beside it, not into it.
 
     Raises:
@@ -93,18 +102,18 @@ def open_to_read(path: Path, form: Format) -> sqlite3.Connection:
     db = _connect(path, "ro")
     try:
         try:
-            _check_version(db, form)
+            _check_version(db)
         except sqlite3.OperationalError as error:
             if _code(error) != sqlite3.SQLITE_READONLY_ROLLBACK:
                 raise
             db.close()
             db = _played_back(path)
-            _check_version(db, form)
+            _check_version(db)
         if _is_empty(db):
             # Its writer was killed before it made the tables.
             db.close()
             db = sqlite3.connect(":memory:", isolation_level=None)
-            db.executescript(form.tables)
+            db.executescript(_TABLES)
     except (sqlite3.Error, Unusable, OSError):
         db.close()
         raise
@@ -152,20 +161,13 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
     )
 
 
-def _check(db: sqlite3.Connection, form: Format) -> None:
-    _check_version(db, form)
-    (complaint,) = db.execute("PRAGMA quick_check(1)").fetchone()
-    if complaint != "ok":
-        raise Unusable("corrupt", f"corrupt ({complaint})")
-
-
-def _check_version(db: sqlite3.Connection, form: Format) -> None:
+def _check_version(db: sqlite3.Connection) -> None:
     (version,) = db.execute("PRAGMA user_version").fetchone()
     (application,) = db.execute("PRAGMA application_id").fetchone()
-    if application != form.application and not _is_empty(db):
+    if application != _APPLICATION and not _is_empty(db):
         raise Unusable("corrupt", "a database of something else")
-    if version > form.version:
-        known = f"schema {version}, this program knows {form.version}"
+    if version > _VERSION:
+        known = f"schema {version}, this program knows {_VERSION}"
         raise Unusable("newer", f"written by a newer confext-watcher ({known})")
 
 

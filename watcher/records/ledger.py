@@ -18,7 +18,7 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -32,26 +32,6 @@ OUTPUT_MAX = 64 * 1024
 """Characters of a check's output that are kept."""
 OUTPUTS_KEPT = 256
 """Outputs that are kept, the newest: with OUTPUT_MAX, what bounds the file's size."""
-
-_TABLES = """
-CREATE TABLE history (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    service TEXT NOT NULL, outcome TEXT NOT NULL, message TEXT NOT NULL, "when" INTEGER NOT NULL,
-    stack TEXT NOT NULL, previous TEXT NOT NULL, image TEXT NOT NULL, version TEXT NOT NULL, digest TEXT NOT NULL,
-    source TEXT NOT NULL, reason TEXT NOT NULL, output TEXT NOT NULL,
-    swap_usec INTEGER, total_usec INTEGER, layers TEXT NOT NULL
-);
-CREATE INDEX history_service ON history (service, id);
-CREATE INDEX history_output ON history (id) WHERE output <> '';
-CREATE TABLE quarantine (
-    service TEXT NOT NULL, digest TEXT NOT NULL, reason TEXT NOT NULL, "when" INTEGER NOT NULL, source TEXT NOT NULL,
-    PRIMARY KEY (service, digest)
-) WITHOUT ROWID;
-CREATE TABLE pins (service TEXT PRIMARY KEY, stack TEXT NOT NULL) WITHOUT ROWID;
-"""
-
-_FORMAT = database.Format(application=0x43464558, version=1, tables=_TABLES)
-"""A change of the tables, or a new value of Outcome, raises the version, and needs a step that converts old files."""
 
 _COLUMNS = tuple(field.name for field in dataclasses.fields(Event))
 _KEYS = tuple(schema.to_dict(Event("", Outcome.APPLIED, "", 0)))
@@ -129,47 +109,12 @@ class Reader(_Reading):
         if not os.path.lexists(self._path):
             return []
         try:
-            with contextlib.closing(database.open_to_read(self._path, _FORMAT)) as db:
+            with contextlib.closing(database.open_to_read(self._path)) as db:
                 return db.execute(sql, parameters).fetchall()
         except (sqlite3.Error, database.Unusable, OSError) as error:
             if not os.access(self._path, os.R_OK):
                 raise LedgerError(f"{shown(str(self._path))}: this user may not read it") from error
             raise _error(self._path, "cannot be read", error) from error
-
-
-class Round:
-    """What one round records: `Ledger.round()` makes it, and commits it when its block ends."""
-
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
-        self.events: list[_Row] = []
-
-    def append(self, event: Event) -> None:
-        """Adds an outcome to the history."""
-        self.events.append(_event_row(event))
-
-    def quarantine(self, content: Quarantined) -> None:
-        """Keeps content out of a service, at once and from now on, whether or not it can be written down."""
-        clean = schema.from_dict(Quarantined, schema.to_dict(content))
-        key = ("quarantine", clean.service, clean.digest)
-        self._ledger._decide({key: dataclasses.astuple(clean)})
-
-    def forget(self, service: str, digest: str | None = None) -> list[Quarantined]:
-        """Lets one content, or everything, of a service back in; returns what was let in."""
-        found = [one for one in self._ledger.quarantined(service) if digest in (None, one.digest)]
-        self._ledger._decide({}, {("quarantine", one.service, one.digest) for one in found})
-        return found
-
-    def pin(self, service: str, stack: str) -> None:
-        """Remembers that the service was put on this stack by hand."""
-        self._ledger._decide({("pins", utf8(service)): (utf8(service), stack)})
-
-    def unpin(self, service: str) -> bool:
-        """Forgets the pin; whether there was one."""
-        pinned = self._ledger.pinned(service) is not None
-        if pinned:
-            self._ledger._decide({}, {("pins", utf8(service))})
-        return pinned
 
 
 class Ledger(_Reading):
@@ -207,37 +152,33 @@ class Ledger(_Reading):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @contextlib.contextmanager
-    def round(self) -> Iterator[Round]:
-        """Gathers what is to be recorded, and writes it in one commit at the end of the block.
+    def append(self, *events: Event, quarantine: Iterable[Quarantined] = ()) -> None:
+        """Adds outcomes to the history, and keeps contents out of services from now on, in one commit.
 
         Raises:
-            LedgerError: at the end of the block; quarantine and pins hold all the same, history entries are lost.
+            LedgerError: the contents are kept out all the same, the outcomes are lost.
         """
-        made = Round(self)
-        try:
-            yield made
-        finally:
-            self._commit(made.events)
-
-    def append(self, *events: Event) -> None:
-        """Adds outcomes to the history, in one commit. Raises LedgerError."""
-        self._commit([_event_row(event) for event in events])
+        contents = [schema.from_dict(Quarantined, schema.to_dict(content)) for content in quarantine]
+        put: dict[_Key, _Row] = {
+            ("quarantine", one.service, one.digest): dataclasses.astuple(one) for one in contents
+        }
+        self._commit(put, events=[_event_row(event) for event in events])
 
     def forget(self, service: str, digest: str | None = None) -> list[Quarantined]:
-        """Lets content of a service back in, and returns what; holds even when it raises LedgerError."""
-        with self.round() as made:
-            return made.forget(service, digest)
+        """Lets one content, or everything, of a service back in; returns what. It holds even with a LedgerError."""
+        found = [one for one in self.quarantined(service) if digest in (None, one.digest)]
+        self._commit(drop={("quarantine", one.service, one.digest) for one in found})
+        return found
 
     def pin(self, service: str, stack: str) -> None:
         """Remembers that the service was put on this stack by hand; holds even when it raises LedgerError."""
-        with self.round() as made:
-            made.pin(service, stack)
+        self._commit({("pins", utf8(service)): (utf8(service), stack)})
 
     def unpin(self, service: str) -> bool:
         """Forgets the pin; whether there was one. Holds even when it raises LedgerError."""
-        with self.round() as made:
-            return made.unpin(service)
+        pinned = self.pinned(service) is not None
+        self._commit(drop={("pins", utf8(service))} if pinned else set())
+        return pinned
 
     def quarantined(self, service: str | None = None) -> list[Quarantined]:
         """What is in quarantine for a service, or for all, oldest first; from memory."""
@@ -248,14 +189,13 @@ class Ledger(_Reading):
         pin = self._decided.get(("pins", utf8(service)))
         return str(pin[1]) if pin else None
 
-    def _decide(self, put: Mapping[_Key, _Row], drop: Set[_Key] = frozenset()) -> None:
+    def _commit(
+        self, put: Mapping[_Key, _Row] = {}, *, drop: Set[_Key] = frozenset(), events: Sequence[_Row] = ()
+    ) -> None:
         with self._lock:
             decided = {**self._decided, **put}
             self._decided = {key: row for key, row in decided.items() if key not in drop}
             self._owed |= put.keys() | drop
-
-    def _commit(self, events: Sequence[_Row]) -> None:
-        with self._lock:
             if not events and not self._owed:
                 return
             try:
@@ -309,12 +249,12 @@ class Ledger(_Reading):
     def _open(self) -> None:
         try:
             try:
-                self._db = database.open_to_write(self._path, _FORMAT)
+                self._db = database.open_to_write(self._path)
             except database.Unusable as error:
                 aside = database.set_aside(self._path, error.suffix)
                 said = f"{shown(str(self._path))}: {error}; kept as {aside.name}, and a new one begun"
                 self.remarks.append(Remark("warning", str(self._path), said))
-                self._db = database.open_to_write(self._path, _FORMAT)
+                self._db = database.open_to_write(self._path)
             self._load(self._db)
         except (sqlite3.Error, database.Unusable, OSError) as error:
             self._close()

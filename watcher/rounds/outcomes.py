@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 
@@ -122,15 +123,17 @@ class Outcomes:
                 held[digest] = f"{reason}; tries left: {counters.left}"
             else:
                 contents.append(Quarantined(service, digest, reason, when, source))
-        if event is not None:
-            journal.record(event)
+        told = [] if event is None else [event]
+        for one in told:
+            journal.record(one)
         with trio.CancelScope(shield=True):
             try:
-                await trio.to_thread.run_sync(self._write_quarantine, contents, event)
+                append = functools.partial(self._ledger.append, *told, quarantine=contents)
+                await trio.to_thread.run_sync(append)
             except LedgerError as error:
                 journal.log.error(f"quarantine, kept in memory only: {error}")
-        if event is not None:
-            self._told(event)
+        for one in told:
+            self._told(one)
         return held
 
     async def _is_there(self, service: str, path: str) -> bool:
@@ -138,13 +141,6 @@ class Outcomes:
             return await self._offload.run(service, os.path.lexists, path)
         except Unanswered:
             return True  # it cannot be seen, which is not removed
-
-    def _write_quarantine(self, contents: Sequence[Quarantined], event: Event | None) -> None:
-        with self._ledger.round() as made:
-            for content in contents:
-                made.quarantine(content)
-            if event is not None:
-                made.append(event)
 
     async def look(self, service: str, desired: Desired) -> None:
         """Say what a look found that is worth a line, unless it was said already and has been so ever since."""
