@@ -174,7 +174,7 @@ def test_a_service_below_a_mount_with_a_carriage_return(tmp_path: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", directory], check=True)
     try:
         with Process(os.getpid()) as process:
-            assert table.Table(process.mountinfo()).top
+            assert table.Table(process.read("mountinfo")).top
         assert cgroup.processes(os.getpid(), "web.service")
     finally:
         subprocess.run(["umount", directory], check=True)

@@ -38,7 +38,12 @@ def test_a_process_that_was_let_go_of_gets_no_signal_and_counts_as_gone() -> Non
         process = Process(child.pid)
         process.close()
         assert not process.alive()
-        for use in (lambda: process.signal(0), process.hold, process.mountinfo, process.namespace):
+        for use in (
+            lambda: process.signal(0),
+            process.hold,
+            lambda: process.read("mountinfo"),
+            process.namespace,
+        ):
             with pytest.raises(Gone):
                 use()
         child.kill()
@@ -47,9 +52,9 @@ def test_a_process_that_was_let_go_of_gets_no_signal_and_counts_as_gone() -> Non
 def test_the_mount_table_of_a_process_that_is_ending_is_gone() -> None:
     """Not EINVAL, which was taken for a mistake in the program: it has left its namespaces, and can still be held."""
     with subprocess.Popen(["sleep", "60"]) as child, Process(child.pid) as process:
-        assert process.mountinfo()
+        assert process.read("mountinfo")
         child.kill()
         while process.alive():
             pass
         with pytest.raises(Gone):
-            process.mountinfo()
+            process.read("mountinfo")

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager, suppress
 from typing import TypeVar
 
 import trio
@@ -94,7 +94,7 @@ class Commands:
     async def rollback(self, service: str, to: str | None) -> Event:
         found = self._service(service)
         stacks = await _in_thread(self._tools.store.stacks, found.slots)
-        kept_out = await _in_thread(self._kept_out, found.name)
+        kept_out = {one.digest: one.reason for one in self._tools.ledger.quarantined(found.name)}
         target = _target(found.name, stacks, to, kept_out)
         async with self._writing() as write:
             await write(self._tools.ledger.pin, found.name, target.id)
@@ -106,8 +106,11 @@ class Commands:
         events: list[Event] = []
         over = self.rounds.next_round(name)
         self._changed(name)
-        with self._listener(events.append):
+        self._listeners.append(events.append)
+        try:
             await over.wait()
+        finally:
+            self._listeners.remove(events.append)
         return [event for event in events if event.service == name and event.outcome in _DONE]
 
     async def _without_outcome(self, name: str, target: Stack) -> Event:
@@ -121,28 +124,22 @@ class Commands:
 
     async def forget(self, service: str, digest: str | None) -> Sequence[Quarantined]:
         found = self._service(service)
-        async with self._writing() as write:
-            return await self._forget(found, digest, write)
-
-    async def _forget(self, found: Service, digest: str | None, write: Write) -> Sequence[Quarantined]:
         ledger = self._tools.ledger
-        forgotten = [one for one in ledger.quarantined(found.name) if digest in (None, one.digest)]
-        await write(ledger.forget, found.name, digest)
-        if digest is None:
-            await write(ledger.unpin, found.name)
-        self.rounds.let_in(found.name)
-        self._changed(found.name)
-        if found.settings.rollout == "rolling":
-            # Its quarantine kept that out of the other services, too.
-            for other in rolling(self._tools):
-                self._changed(other.name)
+        async with self._writing() as write:
+            forgotten = [one for one in ledger.quarantined(found.name) if digest in (None, one.digest)]
+            await write(ledger.forget, found.name, digest)
+            if digest is None:
+                await write(ledger.unpin, found.name)
+            self.rounds.let_in(found.name)
+            self._changed(found.name)
+            if found.settings.rollout == "rolling":
+                # Its quarantine kept that out of the other services, too.
+                for other in rolling(self._tools):
+                    self._changed(other.name)
         return forgotten
 
     async def reload(self) -> None:
         self._reload_settings()
-
-    def _kept_out(self, name: str) -> dict[str, str]:
-        return {one.digest: one.reason for one in self._tools.ledger.quarantined(name)}
 
     @asynccontextmanager
     async def _writing(self) -> AsyncIterator[Write]:
@@ -248,14 +245,6 @@ class Commands:
                 final = last is not None and last.outcome in _FINAL_REFUSALS
                 verdicts[image] = last if final else None
         return verdicts
-
-    @contextmanager
-    def _listener(self, listener: Callable[[Event], None]) -> Iterator[None]:
-        self._listeners.append(listener)
-        try:
-            yield
-        finally:
-            self._listeners.remove(listener)
 
 
 def _planned(service: Service, before: Stack, after: Stack, remarks: Sequence[Remark]) -> PlannedChange:

@@ -56,23 +56,24 @@ class Peer:
 
     @staticmethod
     def of(stream: trio.SocketStream) -> Peer:
-        credentials = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII"))
-        pid, uid, gid = struct.unpack("iII", credentials)
-        return Peer(pid, uid, frozenset((gid, *_supplementary(stream))))
+        ask = stream.socket.getsockopt
+        pid, uid, gid = struct.unpack(
+            "iII", ask(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iII"))
+        )
+        try:
+            supplementary = ask(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_MAX * struct.calcsize("I"))
+        except OSError:
+            supplementary = (
+                b""  # ERANGE, more groups than there is room for: the user counts as in none of them
+            )
+        return Peer(
+            pid, uid, frozenset((gid, *(group for (group,) in struct.iter_unpack("I", supplementary))))
+        )
 
     @property
     def privileged(self) -> bool:
         """May change things: root and the daemon's own user."""
         return self.uid in (0, os.geteuid())
-
-
-def _supplementary(stream: trio.SocketStream) -> tuple[int, ...]:
-    size = struct.calcsize("I")
-    try:
-        found = stream.socket.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_MAX * size)
-    except OSError:
-        return ()  # ERANGE, more groups than there is room for: the user counts as in none of them
-    return struct.unpack(f"{len(found) // size}I", found)
 
 
 class Readers:
@@ -167,7 +168,8 @@ class Turns:
                 await trio.lowlevel.checkpoint()
                 yield turn
                 return
-            self._forget_idle()
+            now = trio.current_time()
+            self._users = {uid: user for uid, user in self._users.items() if user.calls or user.free_at > now}
             user = self._users.setdefault(peer.uid, _User())
             user.calls += 1
             try:
@@ -184,9 +186,3 @@ class Turns:
         self._at_once.release()
         now = trio.current_time()
         user.free_at = now + min(PAUSE * (now - began), PAUSE_MAX_SEC)
-
-    def _forget_idle(self) -> None:
-        now = trio.current_time()
-        idle = [uid for uid, user in self._users.items() if not user.calls and user.free_at <= now]
-        for uid in idle:
-            del self._users[uid]

@@ -118,7 +118,7 @@ def of_service(
     try:
         if shares_host(main.pid) or not main.at_home():
             return replace(status, state="needs-restart", pid=main.pid)
-        mounted = Table(main.mountinfo()).mounted()
+        mounted = Table(main.read("mountinfo")).mounted()
     except (Gone, FileNotFoundError):
         return status
     layers = _shown_layers(mounted, stacks)

@@ -85,11 +85,7 @@ class Process:
         return Gone(f"process {self.pid} has ended")
 
     def hold(self) -> Process:
-        """Another hold on the same process; the caller closes it.
-
-        Raises:
-            Gone: this one is closed.
-        """
+        """Another hold on the same process; the caller closes it. Raises Gone: this one is closed."""
         if self.pidfd < 0:
             raise self._gone()
         other = Process.__new__(Process)
@@ -97,12 +93,8 @@ class Process:
         other.pidfd = os.dup(self.pidfd)
         return other
 
-    def mountinfo(self) -> str:
-        """Its mount table; nothing of it for a process that has called chroot(2)."""
-        return self.read("mountinfo")
-
     def read(self, name: str) -> str:
-        """A file of its directory in /proc.
+        """A file of its directory in /proc; "mountinfo" shows nothing for a process that has called chroot(2).
 
         Raises:
             Gone: it has ended.
@@ -160,11 +152,7 @@ class Process:
         return "sigtimedwait" in self.read("wchan")
 
     def signal(self, number: int) -> None:
-        """Send a signal.
-
-        Raises:
-            Gone: it has ended.
-        """
+        """Send a signal. Raises Gone: it has ended."""
         if self.pidfd < 0:
             raise Gone(f"process {self.pid} has been let go of")
         try:

@@ -207,7 +207,7 @@ def _fs_messages(fd: int) -> list[str]:
             messages.append(os.read(fd, 4096).decode(errors="replace").rstrip("\n")[2:])
         except (
             OSError
-        ):  # ENODATA: there are no more; any other error is less important than the one that is reported
+        ):  # ENODATA, there are no more; another error matters less than the one that is reported
             return messages
 
 

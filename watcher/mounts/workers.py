@@ -134,11 +134,7 @@ class MountWorkers:
         return job.result()
 
     def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """`run()` for a thread that may wait; not for a worker.
-
-        Raises:
-            Hung: see there.
-        """
+        """`run()` for a thread that may wait; not for a worker. Raises Hung: see there."""
         job = self.submit(function, *args, **kwargs)
         for seconds in self._patience(job):
             wait([job], seconds)

@@ -7,7 +7,7 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import closing
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -47,12 +47,7 @@ def fsync(*paths: str) -> None:
         OSError: one is not on the disk, or not known to be.
     """
     # Two more threads for half a dozen paths: others cost the processor, and save nothing.
-    _fsync(_opened(paths), min(_THREADS, len(paths) // 2))
-
-
-def _opened(paths: Sequence[str]) -> Generator[int, None, None]:
-    for path in paths:
-        yield os.open(path, _FILE)
+    _fsync((os.open(path, _FILE) for path in paths), min(_THREADS, len(paths) // 2))
 
 
 def _fsync(descriptors: Generator[int, None, None], helpers: int) -> None:

@@ -18,6 +18,7 @@ import atexit
 import dataclasses
 import errno
 import fcntl
+import functools
 import os
 import re
 import socket
@@ -93,7 +94,10 @@ def configure(mode: Mode = "auto", level: str = "info") -> None:
         level: the least important one to write: "debug", "info", "warning", "error" or "critical".
     """
     if mode == "auto":
-        mode = _detect(sys.stderr)
+        mode = "console" if sys.stderr.isatty() else "logfmt"
+        there = os.path.exists(JOURNAL_SOCKET)
+        if there and leads_to_journal(sys.stderr, os.environ.get("JOURNAL_STREAM", "")):
+            mode = "journal"
     global _journal
     if _journal:
         _journal.close()
@@ -104,7 +108,8 @@ def configure(mode: Mode = "auto", level: str = "info") -> None:
         journal = _journal = _Journal()
         end, factory = _render_journal, lambda *args: journal
     elif mode == "console":
-        end = _Console(colour=_wants_colour(sys.stderr))
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        end = functools.partial(_render_console, sys.stderr.isatty() and not plain)
     structlog.configure(
         processors=[_level, structlog.processors.format_exc_info, _printable, end],
         wrapper_class=structlog.make_filtering_bound_logger(level),
@@ -136,15 +141,6 @@ def record(event: Event, level: Level | None = None) -> None:
     write(event.message, message_id=MESSAGE_IDS[event.outcome], notice=chosen == "notice", **present)
 
 
-# --- which mode ---
-
-
-def _detect(stream: TextIO) -> Mode:
-    if leads_to_journal(stream, os.environ.get("JOURNAL_STREAM", "")) and os.path.exists(JOURNAL_SOCKET):
-        return "journal"
-    return "console" if stream.isatty() else "logfmt"
-
-
 def leads_to_journal(stream: TextIO, journal_stream: str) -> bool:
     """Whether `stream` is the one that `$JOURNAL_STREAM` ("DEVICE:INODE") names: a child may have another."""
     try:
@@ -152,13 +148,6 @@ def leads_to_journal(stream: TextIO, journal_stream: str) -> bool:
     except (OSError, ValueError):
         return False
     return journal_stream == f"{stat.st_dev}:{stat.st_ino}"
-
-
-def _wants_colour(stream: TextIO) -> bool:
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-
-# --- processors: (logger, name of the method, event) -> event ---
 
 
 def _level(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
@@ -175,29 +164,22 @@ def _printable(_logger: WrappedLogger, _method: str, event: EventDict) -> EventD
     return event
 
 
-class _Console:
+def _render_console(colours: bool, _logger: WrappedLogger, _method: str, event: EventDict) -> str:
     """`09:41:07  nginx.service: web 1.3 -> 1.4 applied in 2 ms`, coloured by importance."""
 
-    def __init__(self, colour: bool) -> None:
-        self._colour = colour
+    def paint(colour: str, text: str) -> str:
+        return f"{colour}{text}{_PLAIN}" if colours and colour and text else text
 
-    def __call__(self, _logger: WrappedLogger, _method: str, event: EventDict) -> str:
-        level = event.pop("level")
-        message = str(event.pop("event"))
-        exception = event.pop("exception", None)
-        output = event.pop("output", "")
-        # The message of an outcome says all of its fields already.
-        extra = {} if event.pop("message_id", None) else event
-        line = self._paint(_COLOURS.get(level, ""), message)
-        if extra:
-            line += "  " + self._paint(_DIM, _pairs(extra))
-        below = "".join(f"\n    {text}" for text in str(output or "").splitlines())
-        if exception:
-            below += f"\n{exception}"
-        return f"{self._paint(_DIM, time.strftime('%H:%M:%S'))}  {line}{below}"
-
-    def _paint(self, colour: str, text: str) -> str:
-        return f"{colour}{text}{_PLAIN}" if self._colour and colour and text else text
+    line = paint(_COLOURS.get(event.pop("level"), ""), str(event.pop("event")))
+    exception = event.pop("exception", None)
+    output = event.pop("output", "")
+    # The message of an outcome says all of its fields already.
+    if not event.pop("message_id", None) and event:
+        line += "  " + paint(_DIM, _pairs(event))
+    below = "".join(f"\n    {text}" for text in str(output or "").splitlines())
+    if exception:
+        below += f"\n{exception}"
+    return f"{paint(_DIM, time.strftime('%H:%M:%S'))}  {line}{below}"
 
 
 def _render_logfmt(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
@@ -216,9 +198,6 @@ def _quoted(value: object) -> str:
         return text
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
     return f'"{escaped}"'
-
-
-# --- the journal ---
 
 
 def _render_journal(_logger: WrappedLogger, _method: str, event: EventDict) -> bytes:

@@ -51,10 +51,7 @@ class UnitName:
     __slots__ = ("full", "instance", "prefix", "type")
 
     def __init__(self, full: str) -> None:
-        """
-        Raises:
-            ValueError: not a unit's name.
-        """
+        """Raises ValueError: not a unit's name."""
         match = _match(full)
         if match is None or len(full) > 255:
             raise ValueError(f"not a unit name: {full!r}")

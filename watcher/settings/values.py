@@ -38,10 +38,7 @@ _CODES = {"x": (2, 16), "u": (4, 16), "U": (8, 16)}
 
 
 def boolean(text: str) -> bool:
-    """
-    Raises:
-        ValueError: not one of yes, no, true, false, on, off, 1, 0 and their first letters.
-    """
+    """Raises ValueError: not one of yes, no, true, false, on, off, 1, 0 and their first letters."""
     lowered = text.lower()
     if lowered in _TRUE or lowered in _FALSE:
         return lowered in _TRUE
@@ -77,10 +74,7 @@ def size(text: str) -> int:
 
 
 def number(text: str, least: int = 0) -> int:
-    """
-    Raises:
-        ValueError: not a decimal number, or below `least`.
-    """
+    """Raises ValueError: not a decimal number, or below `least`."""
     if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < least:
         raise ValueError(f"not a number from {least} on: {shown(text)}")
     return int(text)
