@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from watcher.control import arguments, show
 from watcher.control.client import Client, NotRunning
-from watcher.model import Busy, Event, Outcome, Refused, Remark, Unsupported, printable, problem, shown
+from watcher.model import Busy, Event, Outcome, Refused, Unsupported, printable, problem, shown
 from watcher.records.schema import CallError, ExitStatus, Failed, ServiceStatus, to_dict
 from watcher.settings import config, signals
 from watcher.settings.config import Settings
@@ -37,7 +37,11 @@ def main(words: Sequence[str] | None = None) -> int:
         if starts:
             _require_kernel()
             _require_mounting()
-            _begin_log(settings, remarks)
+            from watcher.records import journal
+
+            journal.configure(level=settings.log_level)
+            for remark in remarks:
+                journal.say(remark)
         return _COMMANDS[options.command](settings, options)
     except CallError as error:
         return _fail(str(error), error.exit_code)
@@ -239,14 +243,6 @@ def _answer(options: argparse.Namespace, results: dict[str, object], lines: Iter
         print(line)
     if results.get("redacted"):
         print(f"confext-watcher: {show.REDACTED}", file=sys.stderr)
-
-
-def _begin_log(settings: Settings, remarks: Sequence[Remark]) -> None:
-    from watcher.records import journal
-
-    journal.configure(level=settings.log_level)
-    for remark in remarks:
-        journal.say(remark)
 
 
 def _require_kernel() -> None:

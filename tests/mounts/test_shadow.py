@@ -8,7 +8,7 @@ import os
 from support.needs import root
 from support.service import Service
 from watcher.model import Stack
-from watcher.mounts.shadow import shadow
+from watcher.mounts.swap import shadow
 from watcher.mounts.workers import MountWorkers
 
 from .conftest import Layers, Swaps

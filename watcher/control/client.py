@@ -183,14 +183,28 @@ class Client:
             self._buffer += received
         message = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
-        return _parsed(message)
+        try:
+            reply = json.loads(message)
+        except (ValueError, RecursionError):
+            reply = None
+        if not isinstance(reply, dict) or not isinstance(reply.get("parameters") or {}, dict):
+            raise Disconnected("what answers at the control socket does not speak Varlink")
+        return reply
 
     def _answer(self, reply: dict[str, Any]) -> dict[str, Any]:
         parameters = reply.get("parameters") or {}
         if "error" not in reply:
             self.redacted = parameters.get("redacted") is True
             return dict(parameters)
-        raise _error(str(reply["error"]), parameters)
+        name = str(reply["error"])
+        try:
+            error: CallError = schema.from_dict(schema.ERRORS[name], parameters)
+        except (KeyError, ValueError):
+            said = ", ".join(f"{shown(key)} {shown(str(value))}" for key, value in parameters.items())
+            error = Failed(
+                f"the running confext-watcher answered {shown(name)} ({said}); is it of another version?"
+            )
+        raise error
 
     def _list(self, cls: type[schema.T], key: str, answer: dict[str, Any]) -> list[schema.T]:
         items = answer.get(key)
@@ -201,23 +215,3 @@ class Client:
             return schema.from_dict(cls, data)
         except ValueError as error:
             raise Failed(f"the running confext-watcher gave an answer of another version: {error}")
-
-
-def _parsed(message: bytes) -> dict[str, Any]:
-    try:
-        reply = json.loads(message)
-    except (ValueError, RecursionError):
-        reply = None
-    if not isinstance(reply, dict) or not isinstance(reply.get("parameters") or {}, dict):
-        raise Disconnected("what answers at the control socket does not speak Varlink")
-    return reply
-
-
-def _error(name: str, parameters: dict[str, Any]) -> CallError:
-    try:
-        return schema.from_dict(schema.ERRORS[name], parameters)
-    except (KeyError, ValueError):
-        said = ", ".join(f"{shown(key)} {shown(str(value))}" for key, value in parameters.items())
-        return Failed(
-            f"the running confext-watcher answered {shown(name)} ({said}); is it of another version?"
-        )

@@ -62,20 +62,15 @@ def _notes(service: ServiceStatus) -> Iterator[str]:
 
 
 def changes(changes: Sequence[PlannedChange]) -> Iterator[str]:
+    from watcher.rounds.choose import describe
+
     if not changes:
         yield "no service takes part"
     for change in changes:
-        yield f"{shown(change.service)}: {_change(change)}"
+        said = describe(Stack(change.layers), Stack(change.wanted_layers)) if change.changes else "no change"
+        yield f"{shown(change.service)}: {said}"
         for remark in change.remarks:
             yield f"  {shown(remark.path)}: {printable(remark.text)}"
-
-
-def _change(change: PlannedChange) -> str:
-    from watcher.rounds.choose import describe
-
-    if not change.changes:
-        return "no change"
-    return describe(Stack(change.layers), Stack(change.wanted_layers))
 
 
 def events(events: Sequence[Event]) -> Iterator[str]:

@@ -56,7 +56,9 @@ class Images:
                 if copy.digest not in roots:
                     roots[copy.digest] = copy.path
                     if copy.format is not None:
-                        held.append(self._hold(copy.digest))
+                        with self._lock:
+                            held.append(self._images.setdefault(copy.digest, _Image()))
+                            held[-1].users += 1
                         roots[copy.digest] = self._mounted(copy, copy.format, held[-1])
             yield roots
         finally:
@@ -80,12 +82,6 @@ class Images:
                 except OSError as error:
                     # The next call tries again, and the next mount uses the directory again.
                     journal.log.warning(f"mount workers: an image stays mounted for now: {problem(error)}")
-
-    def _hold(self, digest: str) -> _Image:
-        with self._lock:
-            image = self._images.setdefault(digest, _Image())
-            image.users += 1
-        return image
 
     def _mounted(self, copy: Copy, format: Mountable, image: _Image) -> str:
         path = self._path(copy.digest)

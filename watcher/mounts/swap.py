@@ -26,7 +26,7 @@ from watcher.model import Copy, Layer, Refused, Stack, stack_id
 from watcher.mounts import syscalls
 from watcher.mounts.cover import Cover
 from watcher.mounts.descriptors import Descriptors
-from watcher.mounts.etc import Etc, Moved, hold, lift, mount_on, open_etc, unmount
+from watcher.mounts.etc import Etc, Moved, hold, lift, look_up, mount_on, open_etc, unmount
 from watcher.mounts.mountinfo import mounts
 from watcher.mounts.sandbox import Lower, Sandbox, attributes, gather, put_on, renew
 from watcher.mounts.survey import Survey, read_own, survey
@@ -109,6 +109,22 @@ def build(workers: MountWorkers, namespace: int, stack: Stack, copies: Mapping[s
         found = survey(fds, workers, namespace, lambda _: True)
         with _built(fds, goal, found) as (tree, _):
             yield tree
+
+
+def shadow(workers: MountWorkers, namespace: int, stack: Stack, copies: Mapping[str, Copy]) -> int:
+    """A descriptor of a shadow: a temporary copy of a mount namespace with another stack, for trying that stack.
+
+    The copy is made private before anything is mounted in it, so that nothing reaches the service. The kernel removes
+    it when its last descriptor is closed and the last process in it ends. Runs on a mount worker.
+
+    Raises:
+        Whatever `swap()` does.
+    """
+    with build(workers, namespace, stack, copies) as tree, Descriptors() as fds, workers.entered(namespace):
+        syscalls.unshare(syscalls.CLONE_NEWNS)
+        syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
+        mount_on(tree, fds.add(look_up()))
+        return workers.own_namespace()
 
 
 @dataclass(frozen=True, slots=True)

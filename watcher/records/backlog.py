@@ -65,10 +65,9 @@ class Backlog:
 
     def flush(self, seconds: float) -> list[bytes]:
         """Wait until all is sent, for so long at most; returns what is left, which is sent no more."""
-        deadline = time.monotonic() + seconds
         thread = self._thread
         if thread is not None:
-            thread.join(max(0.0, deadline - time.monotonic()))
+            thread.join(seconds)
         with self._lock:
             left = list(self._waiting)
             self._waiting.clear()

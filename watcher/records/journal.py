@@ -241,7 +241,9 @@ class _Journal:
     def __init__(self, path: str = JOURNAL_SOCKET) -> None:
         self._path = path
         self._socket: socket.socket | None = None
-        self._backlog = Backlog(self._send, self._wait_for_room, _to_standard_error, _lost)
+        self._backlog = Backlog(
+            self._send, lambda: wait_for_room(self._socket or self._connect()), _to_standard_error, _lost
+        )
         atexit.register(self.close)
 
     def msg(self, entry: bytes) -> None:
@@ -259,9 +261,6 @@ class _Journal:
         if self._socket:
             self._socket.close()
         self._socket = None
-
-    def _wait_for_room(self) -> None:
-        wait_for_room(self._socket or self._connect())
 
     def _send(self, entry: bytes) -> None:
         try:

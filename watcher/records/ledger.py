@@ -138,7 +138,7 @@ class Ledger(_Reading):
         self._owed: set[_Key] = set()
         with self._lock:
             try:
-                self._open()
+                self._opened()
             except LedgerError as error:
                 self.remarks.append(Remark("warning", str(self._path), str(error)))
 
@@ -236,29 +236,26 @@ class Ledger(_Reading):
                 raise _error(self._path, "cannot be read", error) from error
 
     def _opened(self) -> sqlite3.Connection:
-        if self._db is None:
-            self._open()
-        assert self._db is not None
-        return self._db
+        if self._db is not None:
+            return self._db
+        try:
+            try:
+                db = self._db = database.open_to_write(self._path)
+            except database.Unusable as error:
+                aside = database.set_aside(self._path, error.suffix)
+                said = f"{shown(str(self._path))}: {error}; kept as {aside.name}, and a new one begun"
+                self.remarks.append(Remark("warning", str(self._path), said))
+                db = self._db = database.open_to_write(self._path)
+            self._load(db)
+        except (sqlite3.Error, database.Unusable, OSError) as error:
+            self._close()
+            raise _error(self._path, "cannot be opened", error) from error
+        return db
 
     def _close(self) -> None:
         if self._db is not None:
             self._db.close()
             self._db = None
-
-    def _open(self) -> None:
-        try:
-            try:
-                self._db = database.open_to_write(self._path)
-            except database.Unusable as error:
-                aside = database.set_aside(self._path, error.suffix)
-                said = f"{shown(str(self._path))}: {error}; kept as {aside.name}, and a new one begun"
-                self.remarks.append(Remark("warning", str(self._path), said))
-                self._db = database.open_to_write(self._path)
-            self._load(self._db)
-        except (sqlite3.Error, database.Unusable, OSError) as error:
-            self._close()
-            raise _error(self._path, "cannot be opened", error) from error
 
     def _load(self, db: sqlite3.Connection) -> None:
         if self._loaded:

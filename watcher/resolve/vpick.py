@@ -166,7 +166,7 @@ def called(spec: Spec) -> str:
 
 def _runnable(architecture: str | None) -> tuple[str, ...]:
     native = architecture or architectures.native()
-    return tuple(a for a in (native, architectures.secondary(native)) if a)
+    return tuple(a for a in (native, architectures.SECONDARY.get(native)) if a)
 
 
 def _match(spec: Spec, dirent: Dirent, runnable: tuple[str, ...]) -> _Match | NotPicked:

@@ -15,7 +15,7 @@ from watcher.managers.base import Ended, Manager, Service
 from watcher.managers.command import last_line
 from watcher.model import Copy, Later, Stack, shown
 from watcher.mounts.process import Process
-from watcher.mounts.shadow import shadow
+from watcher.mounts.swap import shadow
 from watcher.mounts.workers import MountWorkers
 from watcher.settings import values
 

@@ -17,7 +17,8 @@ _ALL = """
 NAMES = frozenset(_ALL.split())
 """Every name that can stand as the architecture of a versioned file; any other word there means no architecture."""
 
-_SECONDARY = {"x86-64": "x86", "arm64": "arm", "ppc64": "ppc", "ppc64-le": "ppc-le", "s390x": "s390"}
+SECONDARY = {"x86-64": "x86", "arm64": "arm", "ppc64": "ppc", "ppc64-le": "ppc-le", "s390x": "s390"}
+"""What an architecture runs besides itself."""
 
 _MACHINES = {
     "x86_64": "x86-64",
@@ -46,8 +47,3 @@ def native(machine: str | None = None) -> str:
     if re.fullmatch(r"sh[2-4]a?", machine):
         return "sh"
     return machine
-
-
-def secondary(architecture: str) -> str | None:
-    """What `architecture` runs besides itself ("x86" on "x86-64"), None if nothing."""
-    return _SECONDARY.get(architecture)

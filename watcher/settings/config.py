@@ -100,13 +100,8 @@ class ServiceSettings:
     enabled: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class _Key:
-    """A setting: the attribute it sets, and how its value is read (ValueError: it is bad)."""
-
-    attribute: str
-    read: Callable[[str], Any]
-    repeats: bool = False
+_Keys = Mapping[str, tuple[str, Callable[[str], Any]]]
+"""Setting to the attribute that it sets, and how its value is read (ValueError: it is bad); what is a tuple adds up."""
 
 
 def directories(environment: Mapping[str, str], *, root: bool) -> dict[str, str]:
@@ -210,7 +205,7 @@ def reload_kind(text: str) -> str:
 def _read(
     assignments: Iterable[Assignment],
     section: str,
-    keys: Mapping[str, _Key],
+    keys: _Keys,
     expand: Callable[[str], str] = lambda text: text,
 ) -> tuple[dict[str, Any], list[Remark]]:
     """Values by attribute; without those that were set badly, or reset by an empty value."""
@@ -219,26 +214,21 @@ def _read(
     for assignment in assignments:
         if assignment.section != section:
             continue
-        key = keys.get(assignment.key)
-        if key is None:
+        attribute, read = keys.get(assignment.key, ("", str))
+        if not attribute:
             if not assignment.key.startswith("X-"):
                 remarks.append(
                     assignment.remark(f"ignored: {shown(assignment.key)}= is not known in [{section}]")
                 )
         elif not assignment.value:
-            values.pop(key.attribute, None)
+            values.pop(attribute, None)
         else:
             try:
-                value = key.read(expand(assignment.value))
+                value = read(expand(assignment.value))
             except ValueError as error:
                 remarks.append(assignment.remark(f"ignored: {assignment.key}= is {error}"))
             else:
-                if key.repeats:
-                    value = (
-                        *values.get(key.attribute, ()),
-                        *(value if isinstance(value, tuple) else (value,)),
-                    )
-                values[key.attribute] = value
+                values[attribute] = values.get(attribute, ()) + value if isinstance(value, tuple) else value
     return values, remarks
 
 
@@ -264,38 +254,38 @@ def _names(text: str) -> tuple[str, ...]:
     return names
 
 
-def _command(text: str) -> str:
+def _command(text: str) -> tuple[str]:
     """A command line, if it is one."""
     if not split(text):
         raise ValueError(f"not a command: {shown(text)}")
-    return text
+    return (text,)
 
 
-_WATCHER_KEYS = {
-    "SettleSec": _Key("settle_usec", time_span),
-    "SettleMaxSec": _Key("settle_max_usec", time_span),
-    "StoreMax": _Key("store_max", size),
-    "ImageMax": _Key("image_max", size),
-    "KeepStacks": _Key("keep_stacks", _at_least(1)),
-    "HistoryMax": _Key("history_max", _at_least(1)),
-    "ReloadLimitBurst": _Key("reload_limit_burst", _at_least(0)),
-    "ReloadLimitIntervalSec": _Key("reload_limit_interval_usec", time_span),
-    "MountWorkers": _Key("mount_workers", _at_least(1)),
-    "LogLevel": _Key("log_level", _choice("debug", "info", "warning", "error")),
+_WATCHER_KEYS: _Keys = {
+    "SettleSec": ("settle_usec", time_span),
+    "SettleMaxSec": ("settle_max_usec", time_span),
+    "StoreMax": ("store_max", size),
+    "ImageMax": ("image_max", size),
+    "KeepStacks": ("keep_stacks", _at_least(1)),
+    "HistoryMax": ("history_max", _at_least(1)),
+    "ReloadLimitBurst": ("reload_limit_burst", _at_least(0)),
+    "ReloadLimitIntervalSec": ("reload_limit_interval_usec", time_span),
+    "MountWorkers": ("mount_workers", _at_least(1)),
+    "LogLevel": ("log_level", _choice("debug", "info", "warning", "error")),
 }
-_SERVICE_KEYS = {
-    "Reload": _Key("reload", reload_kind),
-    "Check": _Key("check", _command, repeats=True),
-    "CheckSec": _Key("check_usec", time_span),
-    "HealthCheck": _Key("health_check", _command, repeats=True),
-    "HealthCheckSec": _Key("health_check_usec", time_span),
-    "HealthWatchSec": _Key("health_watch_usec", time_span),
-    "Rollback": _Key("rollback", boolean),
-    "Rollout": _Key("rollout", _choice("parallel", "rolling")),
-    "RolloutParallel": _Key("rollout_parallel", _at_least(1)),
-    "SettleSec": _Key("settle_usec", time_span),
-    "TrustedUsers": _Key("trusted_users", _names, repeats=True),
-    "TrustedGroups": _Key("trusted_groups", _names, repeats=True),
-    "ImagePolicy": _Key("image_policy", str),
-    "Enabled": _Key("enabled", boolean),
+_SERVICE_KEYS: _Keys = {
+    "Reload": ("reload", reload_kind),
+    "Check": ("check", _command),
+    "CheckSec": ("check_usec", time_span),
+    "HealthCheck": ("health_check", _command),
+    "HealthCheckSec": ("health_check_usec", time_span),
+    "HealthWatchSec": ("health_watch_usec", time_span),
+    "Rollback": ("rollback", boolean),
+    "Rollout": ("rollout", _choice("parallel", "rolling")),
+    "RolloutParallel": ("rollout_parallel", _at_least(1)),
+    "SettleSec": ("settle_usec", time_span),
+    "TrustedUsers": ("trusted_users", _names),
+    "TrustedGroups": ("trusted_groups", _names),
+    "ImagePolicy": ("image_policy", str),
+    "Enabled": ("enabled", boolean),
 }
