@@ -29,7 +29,7 @@ from watcher.records.schema import (
 )
 from watcher.resolve.strict_modes import StrictModes
 from watcher.rounds import messages
-from watcher.rounds.desired import bad
+from watcher.rounds.desired import why_bad
 from watcher.rounds.rollout import rolling
 from watcher.rounds.round import Rounds
 from watcher.rounds.tools import Tools
@@ -276,7 +276,7 @@ def _target(service: str, stacks: Sequence[Stack], to: str | None, kept_out: Map
         NoSuchStack: there is none, or more than one begins so.
     """
     if to is None:
-        before = next((stack for stack in stacks[1:] if not bad(stack, kept_out)), None)
+        before = next((stack for stack in stacks[1:] if not why_bad(stack, kept_out)), None)
         if before is None:
             raise NoSuchStack(service, "")
         return before

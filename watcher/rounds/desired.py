@@ -151,7 +151,7 @@ def _find(store: Store, admission: Admission, given: Given, modes: StrictModes) 
     admitting = _Admitting(admission, given, elsewhere | dict(kept_out), modes)
     # The others are needed only if the current one may be bad, or an operator chose another.
     stacks = (current, *store.stacks(slots)) if kept_out or pin is not None else (current,)
-    good = next((stack for stack in stacks if not bad(stack, kept_out)), Stack())
+    good = next((stack for stack in stacks if not why_bad(stack, kept_out)), Stack())
     look = _look(given.declared, modes, known=given.made_for is not None)
     look = _nothing_removed(look, record.entries, unmounted.unmounted(good, record.mounted))
     choice = choose(look, admitting.admit, good, lambda candidate: _is_lost(store, slots, candidate))
@@ -179,7 +179,7 @@ def _find(store: Store, admission: Admission, given: Given, modes: StrictModes) 
         recorded=said == (current, record.entries, record.mounted),
         trial=given.trial,
         bad=proved_bad,
-        why=bad(proved_bad, kept_out) if proved_bad is not None else "",
+        why=why_bad(proved_bad, kept_out) if proved_bad is not None else "",
         pinned=pinned is not None,
         waiting=stack if pinned is not None and stack.id != pinned.id else None,
         at_hand=frozenset(admitting.at_hand),
@@ -268,7 +268,7 @@ def newest_whole(
     """
 
     def usable(stack: Stack) -> bool:
-        return not bad(stack, kept_out or {}) and store.is_whole(stack)
+        return not why_bad(stack, kept_out or {}) and store.is_whole(stack)
 
     current = store.accepted(slots) if current is None else current
     if current is not None and usable(current):
@@ -331,13 +331,13 @@ def _too_many(stack: Stack) -> Remark:
 def _proved_bad(stacks: Sequence[Stack], kept_out: Mapping[str, str], trial: Trial | None) -> Stack | None:
     """The accepted stack if it proved bad; else one that did and is still on trial: its outcome is not recorded."""
     current, *others = stacks
-    if bad(current, kept_out):
+    if why_bad(current, kept_out):
         return current
     tried = (stack for stack in others if trial is not None and stack.id == trial.stack != current.id)
-    return next((stack for stack in tried if bad(stack, kept_out)), None)
+    return next((stack for stack in tried if why_bad(stack, kept_out)), None)
 
 
-def bad(stack: Stack, reasons: Mapping[str, str]) -> str:
+def why_bad(stack: Stack, reasons: Mapping[str, str]) -> str:
     """Why a stack is not to be used, "" if it may be."""
     for key in (STACK + stack.id, *stack.digests):
         if key in reasons:

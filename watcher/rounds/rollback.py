@@ -23,7 +23,7 @@ from watcher.managers.command import last_line
 from watcher.model import Event, Stack
 from watcher.mounts.converge import Converged, as_stack
 from watcher.rounds import messages
-from watcher.rounds.desired import Desired, bad
+from watcher.rounds.desired import Desired, why_bad
 from watcher.rounds.messages import Times
 from watcher.rounds.outcomes import Outcomes, say
 from watcher.rounds.state import Afterglow, Memory, Next, Trial
@@ -209,7 +209,7 @@ class Rollback:
     def _newest_good(self, service: Service, stack: Stack, held: dict[str, str]) -> Stack:
         kept_out = held | self._outcomes.kept_out(service.name)
         stacks = (self._store.accepted(service.slots) or Stack(), *self._store.stacks(service.slots))
-        return next((one for one in stacks if one.id != stack.id and not bad(one, kept_out)), Stack())
+        return next((one for one in stacks if one.id != stack.id and not why_bad(one, kept_out)), Stack())
 
     def _before(self, service: Service, desired: Desired) -> Stack:
         """The newest accepted stack that is not the desired one."""
