@@ -271,7 +271,9 @@ class Stacks:
         try:
             for layer in accepted.stack.layers:
                 os.symlink(f"../../../store/{layer.digest}", layer.slot, dir_fd=fd)
-            _write_record(fd, accepted)
+            record = os.open(_RECORD, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=fd)
+            with open(record, "w", encoding="ascii") as file:
+                file.write(encoded(accepted))
         finally:
             os.close(fd)
         os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
@@ -349,12 +351,6 @@ def decoded(content: bytes, path: str) -> Accepted:
 
 def _damaged(path: str, error: Exception) -> Damaged:
     return Damaged(f"{shown(path)}: the record of the accepted stack cannot be read: {printable(str(error))}")
-
-
-def _write_record(directory: int, accepted: Accepted) -> None:
-    fd = os.open(_RECORD, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=directory)
-    with open(fd, "w", encoding="ascii") as file:
-        file.write(encoded(accepted))
 
 
 def _read(path: str) -> Accepted:

@@ -332,16 +332,13 @@ class Store:
             _require_unchanged(root, signature)
             if not self._whole.verify(digest):
                 durable.fsync_tree(made, signature.entries)
-                self._rename_tree(name, digest)
+                try:
+                    os.rename(name, digest, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+                except OSError as error:
+                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                        raise  # else another process was first with the same tree
+                self._whole.made(digest)
         return digest
-
-    def _rename_tree(self, name: str, digest: str) -> None:
-        try:
-            os.rename(name, digest, src_dir_fd=self._directory, dst_dir_fd=self._directory)
-        except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                raise  # else another process was first with the same tree
-        self._whole.made(digest)
 
     def _found_instead(self, error: Exception, digest: Callable[[], str]) -> str:
         """There is no room. But if the same content is in the store already, none is needed."""

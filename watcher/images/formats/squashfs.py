@@ -51,7 +51,13 @@ class Squashfs(Format):
         if found.compression not in _COMPRESSORS:
             raise Refused(f"a broken squashfs image: unknown compression {found.compression}")
         require_claimed(size, found.bytes_used, _STRUCT.size)
-        _require_padding(size, found.bytes_used)
+        # The last block is whole, too. Else the kernel reports an input/output error.
+        need = -(-found.bytes_used // _DEVICE_BLOCK) * _DEVICE_BLOCK
+        if size < need:
+            raise Incomplete(
+                f"incomplete: {size} of {need} bytes are here (padding is missing: if it was built with -nopad,"
+                " build it without)"
+            )
         _require_tables(found)
         return found.bytes_used
 
@@ -60,16 +66,6 @@ class Squashfs(Format):
 
 
 SQUASHFS = Squashfs()
-
-
-def _require_padding(size: int, bytes_used: int) -> None:
-    """The last block is whole, too. Else the kernel reports an input/output error."""
-    need = -(-bytes_used // _DEVICE_BLOCK) * _DEVICE_BLOCK
-    if size < need:
-        raise Incomplete(
-            f"incomplete: {size} of {need} bytes are here (padding is missing: if it was built with -nopad,"
-            " build it without)"
-        )
 
 
 def _require_tables(found: _Superblock) -> None:
