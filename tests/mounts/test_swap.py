@@ -2,7 +2,7 @@
 """The swap, on real processes in mount namespaces with the mounts that sandboxes have below `/etc`.
 
 All of it once more in a user namespace (the last test), where the kernel allows less and locks mounts together. These
-tests are also those of mounts/survey.py, mounts/etc.py, mounts/sandbox.py, mounts/cover.py and mounts/compare.py.
+tests are also those of mounts/survey.py, mounts/etc.py, mounts/sandbox.py and mounts/compare.py.
 """
 
 from __future__ import annotations

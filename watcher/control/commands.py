@@ -145,8 +145,7 @@ class Commands:
     async def _writing(self) -> AsyncIterator[Write]:
         """Change the ledger. A change that cannot be written down holds in memory, and the block ends with Failed.
 
-        Raises:
-            Failed: all was done, and not all could be written down.
+        Raises Failed: all was done, and not all could be written down.
         """
         failed: list[LedgerError] = []
 

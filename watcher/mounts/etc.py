@@ -50,8 +50,7 @@ class Etc:
 def look_up() -> int:
     """In the service: an O_PATH descriptor of its `/etc`, or of the root of the uppermost mount on it.
 
-    Raises:
-        Refused: it is no directory.
+    Raises Refused: it is no directory.
     """
     try:
         return syscalls.openat2(syscalls.AT_FDCWD, "/etc", os.O_PATH | os.O_DIRECTORY, _NO_LINK)
@@ -81,8 +80,7 @@ def hold(fds: Descriptors, mount: Mount | None = None) -> Etc:
 def lift(mounts: Iterable[Mount]) -> None:
     """In the service: unmount these from `/etc`, the uppermost first.
 
-    Raises:
-        Moved: another mount is the uppermost; it stays.
+    Raises Moved: another mount is the uppermost; it stays.
     """
     for mount in mounts:
         with Descriptors() as fds:
@@ -137,8 +135,7 @@ def open_inside(directory: int, path: str, flags: int = os.O_PATH, resolve: int 
 def open_etc(fds: Descriptors, root: int, resolve: int = 0) -> int:
     """An O_PATH descriptor of the directory `etc` in another directory, as `open_inside()` finds it.
 
-    Raises:
-        NotADirectoryError: there is none.
+    Raises NotADirectoryError: there is none.
     """
     fd = open_inside(root, "etc", os.O_PATH | os.O_DIRECTORY, resolve)
     if fd is None:

@@ -128,8 +128,7 @@ class _Nested:
     def _where(self, fd: int) -> list[int] | None:
         """The list of `Namespaces` that it goes into; None: it was seen before, or is not the service's.
 
-        Raises:
-            TooLong: there is no room for its mount table.
+        Raises TooLong: there is no room for its mount table.
         """
         identity = namespace_id(fd)
         if identity in self._seen:

@@ -164,8 +164,7 @@ class Process:
 def start_time(pid: int) -> int:
     """When a process started, in clock ticks since boot (proc_pid_stat(5), field 22).
 
-    Raises:
-        Gone: there is no such process.
+    Raises Gone: there is no such process.
     """
     # Field 2, the name, may hold blanks and parentheses: count the fields from the last ")".
     return int(_read(f"/proc/{pid}/stat").rpartition(b")")[2].split()[19])

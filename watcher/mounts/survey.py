@@ -93,19 +93,13 @@ def survey(
             etc = found.etc = hold(fds, table.top)
             if table.on(table.top) or not table.chain:
                 found.old, _ = _private_clone(fds, etc.fd, whole=True)
-            _find_base(fds, found, etc)
+            if not table.stacks:
+                found.root, _ = _private_clone(fds, etc.fd, whole=False)
+            else:
+                root = fds.add(os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+                found.root, whole = _private_clone(fds, root, whole=not table.base_on_root)
+                found.peel = table.stacks[::-1] if whole else ()
     return found
-
-
-def _find_base(fds: Descriptors, survey: Survey, etc: Etc) -> None:
-    table = survey.table
-    if not table.stacks:
-        survey.root, _ = _private_clone(fds, etc.fd, whole=False)
-        return
-    root = fds.add(os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
-    survey.root, whole = _private_clone(fds, root, whole=not table.base_on_root)
-    if whole:
-        survey.peel = table.stacks[::-1]
 
 
 def _private_clone(fds: Descriptors, directory: int, *, whole: bool) -> tuple[int, bool]:

@@ -24,11 +24,10 @@ from dataclasses import dataclass, replace
 
 from watcher.model import Copy, Layer, Refused, Stack, stack_id
 from watcher.mounts import syscalls
-from watcher.mounts.cover import Cover
 from watcher.mounts.descriptors import Descriptors
-from watcher.mounts.etc import Etc, Moved, hold, lift, look_up, mount_on, open_etc, unmount
+from watcher.mounts.etc import Etc, Moved, clone, hold, lift, look_up, mount_on, open_etc, unmount
 from watcher.mounts.mountinfo import mounts
-from watcher.mounts.sandbox import Lower, Sandbox, attributes, gather, put_on, renew
+from watcher.mounts.sandbox import Cover, Lower, Sandbox, attributes, gather, put_on, renew
 from watcher.mounts.survey import Survey, read_own, survey
 from watcher.mounts.table import (
     COVER,
@@ -101,8 +100,7 @@ def swap(
 def build(workers: MountWorkers, namespace: int, stack: Stack, copies: Mapping[str, Copy]) -> Iterator[int]:
     """A descriptor of the detached tree that a swap would put on `/etc`, for the block. Runs on a mount worker.
 
-    Raises:
-        Whatever `swap()` does.
+    Raises whatever `swap()` does.
     """
     goal = _Goal(workers, namespace, stack, copies)
     with workers.attending(namespace), Descriptors() as fds:
@@ -245,14 +243,16 @@ def _build(fds: Descriptors, goal: _Goal, found: Survey, roots: Mapping[str, str
         # Overlayfs follows the link, and repeats the path as it was given: no mount is needed for the name.
         os.symlink(f"/proc/self/fd/{fd}", path)
     paths = [COVER, *reversed(names), found.table.base_path]
-    overlay = fds.add(_overlay(paths, _flags(found.table), privileged=goal.workers.privileged))
+    options = found.table.top.options
+    flags = attributes(options if found.table.stacks else (*options, *_FIRST))
+    overlay = fds.add(_overlay(paths, flags, privileged=goal.workers.privileged))
     if not sandbox:
         return overlay, remarks
     _attach(overlay, _NEW)
     renew(fds, sandbox, overlay)
     put_on(sandbox, overlay)
-    flags = syscalls.OPEN_TREE_CLONE | syscalls.AT_RECURSIVE | syscalls.AT_EMPTY_PATH
-    return fds.add(syscalls.open_tree(overlay, "", flags)), remarks
+    tree, _ = clone(fds, overlay, whole=True)
+    return tree, remarks
 
 
 def _attach_base(fds: Descriptors, found: Survey) -> int:
@@ -304,11 +304,6 @@ def _open_layer(fds: Descriptors, layer: Layer, root: str) -> int:
 
 def _attach(tree: int, path: str) -> None:
     syscalls.move_mount(tree, "", syscalls.AT_FDCWD, path, syscalls.MOVE_MOUNT_F_EMPTY_PATH)
-
-
-def _flags(table: Table) -> int:
-    options = table.top.options
-    return attributes(options if table.stacks else (*options, *_FIRST))
 
 
 def _overlay(lower: Sequence[str], flags: int, *, privileged: bool) -> int:

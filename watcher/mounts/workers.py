@@ -166,8 +166,7 @@ class MountWorkers:
     def check_foreign(self, identity: tuple[int, int]) -> None:
         """Refuse a namespace that is the host's or our own.
 
-        Raises:
-            HostNamespace: nothing may be mounted there.
+        Raises HostNamespace: nothing may be mounted there.
         """
         if identity in self._forbidden:
             raise HostNamespace("shares the host's mount namespace")
@@ -202,8 +201,7 @@ class MountWorkers:
     def attending(self, namespace: int) -> Iterator[None]:
         """Refuse to send one worker after another into a namespace where one hangs already.
 
-        Raises:
-            Hung: a worker has been in that namespace for HANGS_SEC.
+        Raises Hung: a worker has been in that namespace for HANGS_SEC.
         """
         identity = namespace_id(namespace)
         now = time.monotonic()

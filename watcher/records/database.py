@@ -28,7 +28,6 @@ from pathlib import Path
 
 BUSY_SEC = 5.0
 
-
 _APPLICATION = 0x43464558
 """PRAGMA application_id, which tells our files from all others."""
 _VERSION = 1

@@ -43,8 +43,7 @@ def fsync_tree(root: int, entries: int) -> None:
 def fsync(*paths: str) -> None:
     """fsync(2) of files and directories; a directory's gets its entries on the disk, not what they name.
 
-    Raises:
-        OSError: one is not on the disk, or not known to be.
+    Raises OSError: one is not on the disk, or not known to be.
     """
     # Two more threads for half a dozen paths: others cost the processor, and save nothing.
     _fsync((os.open(path, _FILE) for path in paths), min(_THREADS, len(paths) // 2))

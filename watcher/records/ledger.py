@@ -155,8 +155,7 @@ class Ledger(_Reading):
     def append(self, *events: Event, quarantine: Iterable[Quarantined] = ()) -> None:
         """Adds outcomes to the history, and keeps contents out of services from now on, in one commit.
 
-        Raises:
-            LedgerError: the contents are kept out all the same, the outcomes are lost.
+        Raises LedgerError: the contents are kept out all the same, the outcomes are lost.
         """
         contents = [schema.from_dict(Quarantined, schema.to_dict(content)) for content in quarantine]
         put: dict[_Key, _Row] = {

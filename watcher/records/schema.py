@@ -336,8 +336,7 @@ T = TypeVar("T")
 def from_dict(cls: type[T], data: Any) -> T:
     """The data class `cls` from its JSON object.
 
-    Raises:
-        ValueError: `data` is not such an object, or a key without a default is missing.
+    Raises ValueError: `data` is not such an object, or a key without a default is missing.
     """
     result = _read(cls, data)
     assert isinstance(result, cls)

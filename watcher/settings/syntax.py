@@ -105,8 +105,7 @@ def lines_of(keys: Iterable[str]) -> re.Pattern[bytes]:
 def read(path: str) -> bytes:
     """Content of a file; a link to /dev/null is empty. Never waits, as a FIFO would have it do.
 
-    Raises:
-        OSError: it cannot be read, or is no regular file.
+    Raises OSError: it cannot be read, or is no regular file.
     """
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -126,8 +125,7 @@ def read(path: str) -> bytes:
 def load(paths: Iterable[str]) -> Parsed:
     """Several files read one after another: a unit and its drop-ins. A file that has gone meanwhile is left out.
 
-    Raises:
-        OSError: a file is there and cannot be read.
+    Raises OSError: a file is there and cannot be read.
     """
     assignments: list[Assignment] = []
     remarks: list[Remark] = []
