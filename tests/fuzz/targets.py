@@ -120,7 +120,7 @@ def superblock(data: bytes) -> None:
             with only(Refused):
                 found = probe(fd, len(content))
                 assert found.name in ("squashfs", "erofs")
-                used = found.check(content[:HEAD], len(content))
+                used = found.complete(content[:HEAD], len(content))
                 assert 96 <= used <= len(content)
         finally:
             os.close(fd)

@@ -40,7 +40,7 @@ def probed(content: bytes) -> Probed:
         file.write(content)
         file.flush()
         found = probe(file.fileno(), len(content))
-        return Probed(found.name, found.check(content[:HEAD], len(content)))
+        return Probed(found.name, found.complete(content[:HEAD], len(content)))
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What every format of an image can do: recognise a file, say whether it is whole, mount it.
+"""What every format of an image can do: recognise a file, say whether it is complete, verify it, mount it.
 
 Any value may be in any field of a file: strangers wrote it. A format checks what tells "not all here yet" from "will
 never do", and what the kernel would answer with a bare EINVAL. The kernel checks the rest when it mounts the file.
@@ -32,12 +32,13 @@ _BROKEN_IMAGE = {
     errno.E2BIG,
 }
 
+
 HEAD = 1 << 16
 """Bytes at the start of a file that a format gets to see. The largest block of an erofs: a checksum covers it."""
 
 
 class Format(ABC):
-    """A file system in a file. For one that `recognises()` has taken comes `check()`.
+    """A file system in a file. For one that `recognises()` has taken comes `complete()`, then `verify()`.
 
     `head` is always the first HEAD bytes of the file, or all that there are.
 
@@ -52,17 +53,23 @@ class Format(ABC):
         """Whether a file with these first bytes is of this format."""
 
     @abstractmethod
-    def check(self, head: bytes, size: int) -> int:
+    def complete(self, head: bytes, size: int) -> int:
         """The number of bytes from its start that belong to the image; what follows is padding.
-
-        It is checked, as far as that goes without mounting it.
 
         Args:
             size: of the file, bytes.
 
         Raises:
             Incomplete: bytes are missing; says how many there are and how many it takes.
-            Refused: the superblock is broken, contradicts itself, or asks for what no kernel can do.
+            Refused: the superblock is broken, or asks for what no kernel can do.
+        """
+
+    @abstractmethod
+    def verify(self, head: bytes) -> None:
+        """Check a complete image, as far as that goes without mounting it.
+
+        Raises:
+            Refused: it contradicts itself.
         """
 
     @abstractmethod
@@ -83,11 +90,7 @@ class Format(ABC):
             Later: no loop device is free.
             OSError: anything else, such as no memory.
         """
-        try:
-            device, path = syscalls.loop_attach(backing, label)
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            raise Later(f"no loop device is to be had: {where}{error.strerror}") from error
+        device, path = _loop_device(backing, label)
         try:
             return self._fsmount(path)
         except OSError as error:
@@ -121,3 +124,11 @@ def require_claimed(size: int, claimed: int, end: int) -> None:
         raise Refused(f"lies about its size: it claims {claimed} bytes, its superblock alone takes {end}")
     if size < claimed:
         raise Incomplete(f"incomplete: {size} of {claimed} bytes are here")
+
+
+def _loop_device(backing: int, label: str) -> tuple[int, str]:
+    try:
+        return syscalls.loop_attach(backing, label)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise Later(f"no loop device is to be had: {where}{error.strerror}") from error

@@ -43,7 +43,7 @@ class Erofs(Format):
     def recognises(self, head: bytes) -> bool:
         return head[_OFFSET : _OFFSET + 4] == _MAGIC
 
-    def check(self, head: bytes, size: int) -> int:
+    def complete(self, head: bytes, size: int) -> int:
         require_superblock(size, _END)
         found = _superblock(head)
         if found.block_bits not in _BLOCK_BITS:
@@ -53,13 +53,16 @@ class Erofs(Format):
                 f"an erofs image in {found.extra_devices + 1} parts (--blobdev): build it as one file"
             )
         require_claimed(size, found.claimed, _END)
+        return found.claimed
+
+    def verify(self, head: bytes) -> None:
+        found = _superblock(head)
         if (found.meta_block << found.block_bits) + (found.root << _SLOT_BITS) >= found.claimed:
             raise Refused(
                 f"lies about its size: it claims {found.claimed} bytes, its root directory is not within them"
             )
         if found.feature_compat & _COMPAT_SB_CHKSUM and checksum(head) != found.checksum:
             raise Refused("a broken erofs image: the checksum of its superblock is wrong")
-        return found.claimed
 
     def unpack_command(self, image: str, target: str, path: str) -> list[str]:
         return ["fsck.erofs", f"--extract={target}", image]

@@ -44,7 +44,8 @@ def probe(fd: int, size: int) -> Format:
         raise Refused("empty")
     head = os.pread(fd, min(size, HEAD), 0)
     found = _recognised(head, size)
-    found.check(head, size)
+    found.complete(head, size)
+    found.verify(head)
     return found
 
 

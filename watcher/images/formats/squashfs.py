@@ -41,9 +41,9 @@ class Squashfs(Format):
     def recognises(self, head: bytes) -> bool:
         return head.startswith(_MAGIC)
 
-    def check(self, head: bytes, size: int) -> int:
+    def complete(self, head: bytes, size: int) -> int:
         require_superblock(size, _STRUCT.size)
-        found = _Superblock._make(_STRUCT.unpack_from(head))
+        found = _superblock(head)
         if (found.major, found.minor) != (4, 0):
             raise Refused(f"squashfs {found.major}.{found.minor}, the kernel reads 4.0 only")
         if not 12 <= found.block_log <= 20 or found.block_size != 1 << found.block_log:
@@ -58,8 +58,21 @@ class Squashfs(Format):
                 f"incomplete: {size} of {need} bytes are here (padding is missing: if it was built with -nopad,"
                 " build it without)"
             )
-        _require_tables(found)
         return found.bytes_used
+
+    def verify(self, head: bytes) -> None:
+        """The tables lie within the image and in the order that the kernel insists on."""
+        found = _superblock(head)
+        # Without fragments the kernel does not look at their table.
+        fragments = found.fragment_table if found.fragments else _NO_TABLE
+        optional = (fragments, found.lookup_table, found.id_table, found.xattr_table)
+        used = [found.inode_table, found.directory_table, *(t for t in optional if t != _NO_TABLE)]
+        if used != sorted(used) or used[0] < _STRUCT.size or used[-1] >= found.bytes_used:
+            raise Refused(
+                f"lies about its size: it claims {found.bytes_used} bytes, its tables are not within them"
+            )
+        if found.inode_table + (found.root_inode >> 16) >= found.directory_table:
+            raise Refused("a broken squashfs image: its root directory is outside the inode table")
 
     def unpack_command(self, image: str, target: str, path: str) -> list[str]:
         return ["unsquashfs", "-no-progress", "-quiet", "-dest", target, image, path]
@@ -68,14 +81,5 @@ class Squashfs(Format):
 SQUASHFS = Squashfs()
 
 
-def _require_tables(found: _Superblock) -> None:
-    """The tables lie within the image and in the order that the kernel insists on."""
-    fragments = found.fragment_table if found.fragments else _NO_TABLE  # the kernel does not look at it then
-    optional = (fragments, found.lookup_table, found.id_table, found.xattr_table)
-    used = [found.inode_table, found.directory_table, *(t for t in optional if t != _NO_TABLE)]
-    if used != sorted(used) or used[0] < _STRUCT.size or used[-1] >= found.bytes_used:
-        raise Refused(
-            f"lies about its size: it claims {found.bytes_used} bytes, its tables are not within them"
-        )
-    if found.inode_table + (found.root_inode >> 16) >= found.directory_table:
-        raise Refused("a broken squashfs image: its root directory is outside the inode table")
+def _superblock(head: bytes) -> _Superblock:
+    return _Superblock._make(_STRUCT.unpack_from(head))
