@@ -21,6 +21,7 @@ import pytest
 from support import dying
 from support.needs import root, tool
 from support.place import PROGRAM, Place, eventually
+from watcher.records.schema import SOCKET
 
 pytestmark = [root, tool("mksquashfs")]
 
@@ -285,19 +286,21 @@ def test_wait_takes_what_is_being_judged_for_neither(place: Reloading) -> None:
     assert daemon is not None
     place.image("2", "broken")
     eventually(lambda: place.shown(service) == "broken")
-    before = sockets(daemon.pid)
     waiting = subprocess.Popen([*PROGRAM, "wait", "web.service", "web_2.raw"], env=place.environment)
-    eventually(lambda: sockets(daemon.pid) > before or waiting.poll() is not None)
+    eventually(lambda: has_client(daemon.pid, place.runtime / SOCKET) or waiting.poll() is not None)
     go.touch()
     assert waiting.wait(30) == 1
 
 
-def sockets(pid: int) -> int:
-    found = 0
+def has_client(pid: int, socket: Path) -> bool:
+    """Whether the daemon has accepted a connection (state 03 in /proc/net/unix) to its socket."""
+    rows = [row.split() for row in Path("/proc/net/unix").read_text().splitlines()]
+    inodes = {row[6] for row in rows if row[5] == "03" and row[-1] == str(socket)}
     for fd in os.listdir(f"/proc/{pid}/fd"):
         with contextlib.suppress(FileNotFoundError):
-            found += os.readlink(f"/proc/{pid}/fd/{fd}").startswith("socket:")
-    return found
+            if os.readlink(f"/proc/{pid}/fd/{fd}").removeprefix("socket:[").rstrip("]") in inodes:
+                return True
+    return False
 
 
 STEPS = 80
