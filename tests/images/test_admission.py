@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import socket
 import stat
 import subprocess
@@ -20,8 +21,10 @@ from support.needs import loop, root, tool, userns
 from watcher.images import admission as module
 from watcher.images import tree
 from watcher.images.admission import Admission, copied, host
+from watcher.images.extension import Release
+from watcher.images.formats.squashfs import Squashfs
 from watcher.images.store import Store
-from watcher.model import Busy, Candidate, Copy, Incomplete, Kind, Later, Refused
+from watcher.model import Busy, Candidate, Copy, Incomplete, Kind, Later, Layer, Refused
 from watcher.mounts import workers as workers_module
 from watcher.mounts.process import may_mount
 from watcher.mounts.workers import MountWorkers
@@ -128,6 +131,51 @@ class TestNothingIsReadTwice:
         for thread in threads:
             thread.join()
         assert len(reads) == 1
+
+    @root
+    @loop
+    @pytest.mark.skipif(not may_mount(), reason="needs root of the machine")
+    def test_nor_is_a_copy_read_while_another_of_it_is_mounted(
+        self, store: Store, raw: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What is refused is remembered: a whole image would never get into its service."""
+        read, fsmount = module._read, Squashfs.fsmount
+        made_anew, mounting, has_read = threading.Event(), threading.Event(), threading.Event()
+
+        def read_late(path: str) -> Release:
+            if not made_anew.is_set():
+                kept = store.copy(Layer("web.raw", "web", "", os.path.basename(path), Kind.IMAGE, "")).path
+                shutil.copyfile(kept, f"{kept}.new")
+                os.rename(f"{kept}.new", kept)
+                made_anew.set()
+                assert mounting.wait(10)
+            try:
+                return read(path)
+            finally:
+                has_read.set()
+
+        def mount_slowly(format: Squashfs, backing: int, label: str) -> int:
+            if made_anew.is_set():
+                mounting.set()
+                assert has_read.wait(10)
+            return fsmount(format, backing, label)
+
+        monkeypatch.setattr(module, "_read", read_late)
+        monkeypatch.setattr(Squashfs, "fsmount", mount_slowly)
+        with MountWorkers(2) as workers:
+            admission = Admission(store, workers)
+            got: list[Copy] = []
+
+            def admit() -> None:
+                got.append(admission.admit(candidate(raw), host(), set(), None))
+
+            first = threading.Thread(target=admit)
+            first.start()
+            assert made_anew.wait(10)
+            admit()
+            first.join(30)
+            assert len(got) == 2
+            assert admission.admit(candidate(raw), host(), set(), None) == got[0]
 
     def test_but_what_was_collected_is(self, store: Store, raw: Path, reads: list[int]) -> None:
         copy = copied(store, candidate(raw))

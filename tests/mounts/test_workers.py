@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import shutil
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ import trio
 from support.images import FORMATS
 from support.needs import filesystem, loop, root, tool
 from support.service import Service
+from watcher.images.formats.squashfs import Squashfs
 from watcher.model import Copy, Kind, Later, Layer, Refused, Stack
 from watcher.mounts import syscalls
 from watcher.mounts import workers as workers_module
@@ -406,6 +409,33 @@ class TestImages:
                     workers.images.retain([])
                     return Path(roots[copy.digest], "etc/web.conf").read_text()
 
+            assert workers.submit(use).result() == "1"
+
+    def test_a_copy_made_anew_leaves_no_moment_without_one(self, layers: Layers, squashfs: Layer) -> None:
+        """Who reads the mounted image, or makes a stack of it, must never take the empty mount point for it."""
+        copy = layers.copies[squashfs.digest]
+        seen = []
+
+        class Slow(Squashfs):
+            def fsmount(self, backing: int, label: str) -> int:
+                seen.append(os.listdir(f"{PLACE}/images/{copy.digest}"))
+                return super().fsmount(backing, label)
+
+        with MountWorkers(1) as workers:
+
+            def use() -> str:
+                with workers.images.attached([copy]) as roots:
+                    shutil.copyfile(copy.path, f"{copy.path}.new")
+                    os.rename(f"{copy.path}.new", copy.path)
+                    with workers.images.attached([replace(copy, format=Slow())]):
+                        return Path(roots[copy.digest], "etc/web.conf").read_text()
+
+            assert workers.submit(use).result() == "1"
+            assert seen == [["etc"]]
+            # Nothing is mounted from the first one for longer than it has users.
+            workers.submit(workers.images.retain, [copy.digest]).result()
+            until(lambda: loops(layers, squashfs) == 0)
+            assert "images/" not in workers.submit(table).result()
             assert workers.submit(use).result() == "1"
 
     def test_a_service_keeps_its_stack_when_the_workers_have_gone(

@@ -22,11 +22,13 @@ class _Image:
         turn: held while it is mounted. That may take for ever; then only those wait who want the same image.
         users: how many have it, or wait for it.
         inode: of the copy that is mounted, 0 if none is.
+        mounts: how many lie on one another at its mount point. The topmost is of that copy.
     """
 
     turn: threading.Lock = field(default_factory=threading.Lock)
     users: int = 0
     inode: int = 0
+    mounts: int = 0
 
 
 class Images:
@@ -67,17 +69,19 @@ class Images:
                     image.users -= 1
 
     def retain(self, digests: Iterable[str]) -> None:
-        """Unmount every image that is neither in use nor among these."""
+        """Unmount every image that is not in use, and neither among these nor of a copy that is replaced."""
         kept = set(digests)
         with self._lock:
             for digest, image in list(self._images.items()):
-                if image.users or digest in kept:
+                if image.users or (digest in kept and image.mounts < 2):
                     continue
+                mounted, image.inode = image.mounts > 0, 0
                 try:
-                    if image.inode:
+                    while image.mounts:
                         _unmount(self._path(digest))
+                        image.mounts -= 1
                     del self._images[digest]
-                    if image.inode:
+                    if mounted:
                         os.rmdir(self._path(digest))
                 except OSError as error:
                     # The next call tries again, and the next mount uses the directory again.
@@ -87,13 +91,12 @@ class Images:
         path = self._path(copy.digest)
         with image.turn:
             inode = os.stat(copy.path, follow_symlinks=False).st_ino
-            if image.inode and image.inode != inode:
-                # The store found that copy damaged, and made it anew. A swap that uses the old one tries again.
-                _unmount(path)
-                image.inode = 0
-            if not image.inode:
+            if image.inode != inode:
+                # Where the store has made the copy anew, the new one is mounted over the old one. Other threads use
+                # the path meanwhile. Without a mount they would take an empty directory for the image.
                 _mount(copy, format, path)
                 image.inode = inode
+                image.mounts += 1
         return path
 
     def _path(self, digest: str) -> str:
