@@ -28,6 +28,7 @@ from support.images import confext, program
 from support.needs import root, tool
 from watcher.images import tree
 from watcher.images.formats.squashfs import SQUASHFS
+from watcher.images.integrity import Whole
 from watcher.images.stacks import Stacks
 from watcher.images.store import Store, StoreFull
 from watcher.model import Busy, Copy, Kind, Later, Layer, Refused, Stack
@@ -111,6 +112,36 @@ class TestImages:
         inode = Path(first.path).stat().st_ino
         assert add(store, dropped(tmp_path, b"same", "b.raw")) == first
         assert Path(first.path).stat().st_ino == inode
+
+    def test_the_same_content_copied_at_once_is_one_copy(
+        self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A drop for many services: nothing takes the place of a copy that is mounted already."""
+        paths = [dropped(tmp_path, b"same", name) for name in ("a.raw", "b.raw")]
+        both_miss_it = threading.Barrier(2)
+        verify, made = Whole.verify, Whole.made
+        inodes = []
+
+        def verify_slowly(whole: Whole, digest: str) -> bool:
+            found = verify(whole, digest)
+            if not found:
+                with contextlib.suppress(threading.BrokenBarrierError):
+                    both_miss_it.wait(1)
+            return found
+
+        def note_inode(whole: Whole, digest: str) -> None:
+            made(whole, digest)
+            inodes.append(os.stat(tmp_path / "state/store" / digest).st_ino)
+
+        monkeypatch.setattr(Whole, "verify", verify_slowly)
+        monkeypatch.setattr(Whole, "made", note_inode)
+        threads = [threading.Thread(target=add, args=(store, path)) for path in paths]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert len(inodes) == 1
+        assert inside(tmp_path) == {hashlib.sha256(b"same").hexdigest()}
 
     def test_a_damaged_copy_is_replaced(self, store: Store, tmp_path: Path) -> None:
         path = dropped(tmp_path, b"same")

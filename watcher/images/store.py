@@ -71,6 +71,7 @@ class Store:
         self._directory = self._names.directory
         self._whole = Whole(self._directory)
         self._room = threading.Lock()
+        self._placing = threading.Lock()
         self._copies: dict[str, Copy] = {}
         self._warned: set[str] = set()
 
@@ -321,9 +322,11 @@ class Store:
             os.fchmod(made, 0o400)  # open(2) has applied the umask
             copy_file(fd, made, size, hasher, lease, sync=True)
             digest = hasher.hexdigest()
-            if not self._whole.verify(digest):
-                os.rename(name, digest, src_dir_fd=self._directory, dst_dir_fd=self._directory)
-                self._whole.made(digest)
+            # Many services may get the same image at once. What is mounted already must not be replaced.
+            with self._placing:
+                if not self._whole.verify(digest):
+                    os.rename(name, digest, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+                    self._whole.made(digest)
         return digest
 
     def _write_tree(self, root: int, signature: tree.Signature) -> str:
