@@ -143,7 +143,9 @@ def test_a_mount_on_what_only_a_stack_has_comes_through(shared: Place) -> None:
 def test_what_a_service_had_that_is_gone_leaves_the_store(place: Place) -> None:
     """Gone is one that takes no part any more, and whose next start would get nothing: its last drop was removed."""
     place.start_daemon()
-    gone, stopped = place.start(name="gone.service"), place.start(name="stopped.service")
+    # Its end within a second after the reload would bring back what was removed.
+    gone = place.start("--set", "Rollback=no", "--reload-signal", "SIGHUP", name="gone.service")
+    stopped = place.start(name="stopped.service")
     stopped.kill()
     stopped.put("1.3", value="stays")
     stopped.logged("accepted; it is not running")
