@@ -40,7 +40,7 @@ test: venv tools ## lint, types, all tests; with root and mmdebstrap also on rea
 
 # One file, directory or test, `T=tests/test_cli.py`, or all of that half.
 T :=
-FAST = $(if $(T),$(T),-n $(JOBS) --dist worksteal --ignore=tests/beds tests)
+FAST = $(if $(T),$(T),-n $(JOBS) --dist load --maxschedchunk 1 --ignore=tests/beds tests)
 BEDS = $(if $(T),$(T),-n $(JOBS) --dist worksteal tests/beds)
 
 .PHONY: test-fast

@@ -17,7 +17,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-from support import needs
+from support import fork_server, needs
 from support.apart import SHARED
 from support.leaks import RUN, Snapshot, settled
 
@@ -47,19 +47,31 @@ def pytest_xdist_setupnodes(specs: Sequence[Any]) -> None:
         spec.python = shlex.join(["unshare", "--mount", "--propagation", "private", "--", sys.executable])
 
 
+def pytest_sessionfinish() -> None:
+    fork_server.stop()
+
+
 def _in_bed(item: pytest.Item) -> bool:
     return Path(__file__).with_name("beds") in item.path.parents
 
 
-def _place(item: pytest.Item) -> int:
-    """Sort key: what is quick to fail runs first, and neighbours, which mostly share a process, share a bed."""
-    if not _in_bed(item):
-        return 0
+def _place(item: pytest.Item) -> tuple[int, int]:
+    """Sort key: neighbours, which mostly share a process, share a bed; and what may take long begins first."""
+    return _bed_place(item) if _in_bed(item) else 0, -_limit(item)
+
+
+def _bed_place(item: pytest.Item) -> int:
     fixtures = set(getattr(item, "fixturenames", ()))
     if "bed254" in fixtures or {"bed257", "bed262"} <= fixtures:
         return 1
     version = item.callspec.params.get("bed") if hasattr(item, "callspec") else None
     return {"262": 2, None: 3, "257": 4}[version]
+
+
+def _limit(item: pytest.Item) -> int:
+    """Seconds that a test may take."""
+    mark = item.get_closest_marker("limit")
+    return int(mark.args[0]) if mark else TEST_SECONDS
 
 
 @pytest.hookimpl(trylast=True)
@@ -78,8 +90,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    mark = item.get_closest_marker("limit")
-    seconds = mark.args[0] if mark else TEST_SECONDS
+    seconds = _limit(item)
 
     def expired(signum: int, frame: FrameType | None) -> None:
         faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)

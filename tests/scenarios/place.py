@@ -29,9 +29,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from support import images
+from support import fork_server, images
+from support.fork_server import COMMAND
 
-COMMAND = Path(sys.executable).with_name("confext-watcher")
 SCRATCH = "CONFEXT_WATCHER_TEST_SCRATCH"
 """Environment variable: where confexts are made, once for all tests."""
 
@@ -139,7 +139,7 @@ class Running:
     """A process of a test; `stop()` is called at the latest when its `Place` is closed."""
 
     def __init__(self, words: Sequence[str], environment: dict[str, str], **options: Any) -> None:
-        self.process = subprocess.Popen(
+        self.process = fork_server.Popen(
             words,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -301,7 +301,8 @@ class Place:
         }
         self.environment.pop("PYTHONDONTWRITEBYTECODE", None)
         self._ends = ExitStack()
-        self._prefix: list[str] = []
+        # PID of the process in whose user and mount namespace everything is started.
+        self._inside: int | None = None
         self.configure("SettleSec=20ms")
         if trees:
             self._enter_user_namespace()
@@ -332,7 +333,7 @@ class Place:
         Args:
             prefix: a command that becomes it.
         """
-        self.daemon = Daemon([*self._prefix, *prefix, str(COMMAND), "run"], self.environment)
+        self.daemon = Daemon([*prefix, str(COMMAND), "run"], self.environment, inside=self._inside)
         return self.daemon.wait_until_ready() if wait else self.daemon
 
     def start(
@@ -353,12 +354,12 @@ class Place:
             prefix: a command that becomes it.
         """
         name = name or f"web-{next(self.numbers)}.service"
-        words = [*self._prefix, *prefix, str(COMMAND), "exec", "--name", name]
+        words = [*prefix, str(COMMAND), "exec", "--name", name]
         if declared:
             self.versions(name).mkdir(parents=True, exist_ok=True)
             words += ["--confext-dir", str(self.drops(name))]
         words += options or ["--reload-signal", "SIGHUP"]
-        service = Service(self, name, [*words, "--", *program], **popen)
+        service = Service(self, name, [*words, "--", *program], inside=self._inside, **popen)
         self.services.append(service)
         return service.wait_until_started() if wait else service
 
@@ -366,11 +367,10 @@ class Place:
         self, *words: str, check: bool = True, prefix: Sequence[str] = ()
     ) -> subprocess.CompletedProcess[str]:
         """A `confext-watcher` command that comes to an end by itself."""
-        return subprocess.run(
-            [*self._prefix, *prefix, str(COMMAND), *words],
+        return fork_server.run(
+            [*prefix, str(COMMAND), *words],
+            inside=self._inside,
             env=self.environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
             text=True,
             errors="surrogateescape",
             timeout=PATIENCE,
@@ -408,11 +408,12 @@ class Place:
         self._ends.callback(holder.kill)
         self._ends.enter_context(holder.stdout)
         assert holder.stdout.read(1), "no user namespace"
-        self._prefix = ["nsenter", "--preserve-credentials", "--user", "--mount", f"--target={holder.pid}"]
+        self._inside = holder.pid
 
     def inside(self, *words: str) -> None:
         """Run a command where the daemon is."""
-        subprocess.run([*self._prefix, *words], check=True, stdin=subprocess.DEVNULL, env=self.environment)
+        prefix = fork_server.entering(self._inside) if self._inside is not None else []
+        subprocess.run([*prefix, *words], check=True, stdin=subprocess.DEVNULL, env=self.environment)
 
 
 def tree(label: str, value: str, *, name: str = "web", release: str = "ID=_any\n", extra: str = "") -> Path:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from support import dying
+from support import dying, fork_server
 from support.needs import root, tool
 from support.place import PROGRAM, Place, eventually
 from watcher.records.schema import SOCKET
@@ -286,7 +286,7 @@ def test_wait_takes_what_is_being_judged_for_neither(place: Reloading) -> None:
     assert daemon is not None
     place.image("2", "broken")
     eventually(lambda: place.shown(service) == "broken")
-    waiting = subprocess.Popen([*PROGRAM, "wait", "web.service", "web_2.raw"], env=place.environment)
+    waiting = fork_server.Popen([*PROGRAM, "wait", "web.service", "web_2.raw"], env=place.environment)
     eventually(lambda: has_client(daemon.pid) or waiting.poll() is not None)
     go.touch()
     assert waiting.wait(30) == 1
@@ -374,8 +374,8 @@ def test_killed_at_any_step_up_to_acceptance_a_try_is_counted_once(place: Reload
         armed.touch()
         environment["DYING_STEP"] = str(step)
         daemon = [sys.executable, dying.__file__, "run"]
-        done = subprocess.run(daemon, env=environment, stdin=subprocess.DEVNULL, timeout=60, check=False)
-        assert done.returncode == -signal.SIGKILL
+        with fork_server.Popen(daemon, env=environment, stdin=subprocess.DEVNULL) as process:
+            assert process.wait(60) == -signal.SIGKILL
         taken.append(armed.read_text())
         armed.unlink()
         assert place.dropped()[-1] in ("web_2+3.raw", "web_2+2-1.raw"), taken

@@ -41,7 +41,8 @@ def without_groups() -> list[str]:
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     with Place(tmp_path) as made:
         made.environment["MARK"] = str(tmp_path)
-        made.start_daemon(PROGRAM if request.param == "group" else without_groups())
+        # By env, so that it is really started: a fork has another environment in /proc, by which we look for it.
+        made.start_daemon(("env", *PROGRAM) if request.param == "group" else without_groups())
         yield made
     assert_no_group_stays()
 

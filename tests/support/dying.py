@@ -29,6 +29,7 @@ _STEPS = (
     ("watcher.mounts.syscalls", "rename_noreplace"),
 )
 _count = 0
+_place = -1
 _lock = threading.Lock()
 _kill, _unlink = os.kill, os.unlink
 
@@ -69,6 +70,8 @@ def before(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def main() -> int:
+    global _place
+    _place = os.open(os.path.dirname(os.environ["DYING_ARMED"]), os.O_PATH)
     from watcher import cli
     from watcher.records import ledger
 
@@ -82,5 +85,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    _place = os.open(os.path.dirname(os.environ["DYING_ARMED"]), os.O_PATH)
     sys.exit(main())

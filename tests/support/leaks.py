@@ -14,6 +14,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from support import fork_server
+
 RUN = "CONFEXT_WATCHER_TEST_RUN"
 """Environment variable by which this run's processes are known, wherever they were reparented to."""
 
@@ -78,7 +80,7 @@ def _processes() -> list[str]:
     mark = f"{RUN}={os.environ[RUN]}".encode()
     found = []
     for process in Path("/proc").glob("[0-9]*"):
-        if process.name == str(os.getpid()):
+        if int(process.name) in (os.getpid(), fork_server.pid()):
             continue
         try:
             ours = mark in (process / "environ").read_bytes().split(b"\0")

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from support import CHECKOUT, images
+from support import CHECKOUT, fork_server, images
 from watcher.model import Event
 from watcher.mounts.process import Gone, Process
 from watcher.records.ledger import Reader
@@ -62,7 +62,7 @@ class Place:
     # --- the daemon ---
 
     def start_daemon(self, program: Sequence[str] = PROGRAM) -> None:
-        self.daemon = subprocess.Popen(
+        self.daemon = fork_server.Popen(
             [*program, "run"],
             env=self.environment,
             stderr=subprocess.PIPE,
@@ -118,7 +118,7 @@ class Place:
         self, *program: str, name: str = "web.service", options: Sequence[str] = (), drops: Path | None = None
     ) -> subprocess.Popen[bytes]:
         """Start a service and wait until it is registered, and so on its stack."""
-        service = subprocess.Popen(
+        service = fork_server.Popen(
             [
                 *PROGRAM,
                 "exec",
@@ -145,9 +145,7 @@ class Place:
         service.wait(SECONDS)
 
     def command(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [*PROGRAM, *arguments], env=self.environment, capture_output=True, text=True, check=False
-        )
+        done = fork_server.run([*PROGRAM, *arguments], env=self.environment, text=True)
         assert not check or done.returncode == 0, done
         return done
 

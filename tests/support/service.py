@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+    here = Path(__file__).resolve()
+    sys.path[:0] = map(str, here.parents[1:3])
 
+from support import fork_server
 from watcher.mounts import syscalls
 from watcher.mounts.process import Process
 from watcher.mounts.table import Mounted, Table
@@ -40,7 +42,7 @@ class Service:
     """
 
     def __init__(self, root: Path | None, *options: str, inside: int | None = None) -> None:
-        self._process = subprocess.Popen(
+        self._process = fork_server.Popen(
             [sys.executable, __file__, str(root or ""), str(inside or ""), *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -238,7 +240,8 @@ def _make_root(root: str) -> None:
     syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_SHARED)
 
 
-def _serve() -> None:
+def main() -> None:
+    _start(sys.argv[1], sys.argv[2], sys.argv[3:])
     for line in sys.stdin:
         try:
             answer = {"value": eval(json.loads(line), globals())}
@@ -248,5 +251,4 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
-    _start(sys.argv[1], sys.argv[2], sys.argv[3:])
-    _serve()
+    main()
