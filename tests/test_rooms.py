@@ -24,9 +24,7 @@ SCREEN = 60
 
 def lint_imports(checkout: Path) -> subprocess.CompletedProcess[str]:
     tool = Path(sys.executable).with_name("lint-imports")
-    return subprocess.run(
-        [tool, "--no-cache", "--no-logo"], cwd=checkout, capture_output=True, text=True, check=False
-    )
+    return subprocess.run([tool, "--no-cache"], cwd=checkout, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(
