@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import shlex
 import signal
@@ -45,6 +46,12 @@ def pytest_xdist_setupnodes(specs: Sequence[Any]) -> None:
         return
     for spec in specs:
         spec.python = shlex.join(["unshare", "--mount", "--propagation", "private", "--", sys.executable])
+
+
+def pytest_collection_finish() -> None:
+    # What is imported and collected stays: each search for garbage would look at all of it.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish() -> None:
