@@ -61,6 +61,7 @@ def test_every_outcome_is_in_the_catalog_and_explained_beside_its_line(host: Hos
     drop(host, 1, {"web.conf": "bad"}, STAYS)
     explained(STAYS, "failed", "A new configuration for {} did not work out")
     host.confext_dir(PLAIN).mkdir()
+    drop(host, 1, {"web.conf": "one"}, PLAIN)
     explained(PLAIN, "needs-restart", "{} must be restarted once")
     for message, (unit, subject) in expected.items():
         said = host.bed.journal(f"--unit={unit}", "--catalog")

@@ -72,6 +72,20 @@ def test_a_process_in_the_hosts_namespace_is_never_touched(
     assert sum("needs-restart" in line for line in daemon.log.wait_for_end()) == 1
 
 
+def test_nobody_is_told_to_restart_what_has_no_images_yet(
+    place: Place, bystander: subprocess.Popen[bytes]
+) -> None:
+    """By the time that it has some, its manager knows that its next start is to have them."""
+    register(place, bystander, start_time(bystander.pid))
+    place.versions("web.service").mkdir(parents=True, exist_ok=True)
+    place.configure("SettleSec=20ms", "LogLevel=debug")
+    daemon = place.start_daemon()
+    daemon.log.wait_for("web.service: round over")
+    assert not any("needs-restart" in line for line in daemon.log.lines)
+    drop(place)
+    daemon.log.wait_for("needs-restart")
+
+
 def test_a_pid_that_is_another_process_by_now_is_not_the_service(
     place: Place, bystander: subprocess.Popen[bytes]
 ) -> None:

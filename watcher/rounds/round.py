@@ -234,6 +234,11 @@ class Rounds:
         except Gone:
             await self._say_accepted(replace(service, starting=False), desired)
             raise
+        except Elsewhere:
+            if desired.stack.layers or desired.current.layers:
+                raise
+            memory.mounted = frozenset()
+            return Next.DONE  # a restart would give it nothing
 
     async def _count_try(self, service: Service, desired: Desired) -> Desired:
         """Count one try of each new file that has counters. Returns what is desired, with their new names.
