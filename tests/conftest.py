@@ -62,11 +62,6 @@ def _in_bed(item: pytest.Item) -> bool:
     return Path(__file__).with_name("beds") in item.path.parents
 
 
-def _place(item: pytest.Item) -> tuple[int, int]:
-    """Sort key: neighbours, which mostly share a process, share a bed; and what may take long begins first."""
-    return _bed_place(item) if _in_bed(item) else 0, -_limit(item)
-
-
 def _bed_place(item: pytest.Item) -> int:
     fixtures = set(getattr(item, "fixturenames", ()))
     if "bed254" in fixtures or {"bed257", "bed262"} <= fixtures:
@@ -83,7 +78,15 @@ def _limit(item: pytest.Item) -> int:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=_place)
+    """Neighbours, which mostly share a process, share a bed; and what may take long begins first."""
+    # Of tests that are run apart together (support/apart.py), the first does the work, and the others wait for it.
+    first = {getattr(getattr(item, "obj", None), "apart", item.nodeid): item for item in reversed(items)}
+    working = set(first.values())
+
+    def place(item: pytest.Item) -> tuple[int, int]:
+        return _bed_place(item) if _in_bed(item) else 0, -_limit(item) if item in working else -TEST_SECONDS
+
+    items.sort(key=place)
     for item in filter(_in_bed, items):
         item.add_marker(needs.bed)
 

@@ -165,7 +165,7 @@ class Lane(Place):
         own = (tasks.parent / "ns/mnt").stat().st_ino
         found = []
         for task in tasks.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # it has just ended
+            with contextlib.suppress(FileNotFoundError, PermissionError):  # it has ended, or is about to
                 if (task / "ns/mnt").stat().st_ino != own:
                     found.append(int(task.name))
         return found

@@ -50,7 +50,8 @@ def apart(*command: str) -> Callable[[Test[Parameters]], Test[Parameters]]:
             passed, output = _run(command, file)
             assert name in passed, f"under {' '.join(command)}:\n{output}"
 
-        # The first one waits for all of them.
+        # For conftest.py. The first one waits for all of them.
+        outer.apart = command, file  # type: ignore[attr-defined]
         return pytest.mark.limit(600)(outer)
 
     return decorate

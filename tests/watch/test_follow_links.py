@@ -130,7 +130,6 @@ async def test_nor_where_permissions_change() -> None:
 
 @root
 @own_mounts
-@pytest.mark.limit(300)
 async def test_nor_where_mounts_change() -> None:
     await trio.to_thread.run_sync(
         settings(max_examples=60)(given(steps([*CHANGES, *MOUNTS, *MOUNTS]))(check))
