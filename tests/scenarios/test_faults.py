@@ -316,7 +316,7 @@ def _fails(lane: Lane, call: Call) -> bool:
         eventually(lane.holds_no_more)
     except AssertionError:
         raise AssertionError(f"{lane.held()} instead of {lane.baseline}\n{''.join(lane.log[-20:])}") from None
-    assert lane.loops() <= 2
+    eventually(lambda: lane.loops() <= 2)  # the kernel takes the last one away in its own time
     return "(INJECTED)" in log.read_text()
 
 

@@ -150,8 +150,13 @@ class Server:
         sent = json.dumps(order, ensure_ascii=True).encode()
         passed = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", streams))
         with self._lock:
-            self._socket.sendmsg([sent], [passed])
-            answer = self._socket.recv(_MESSAGE_MAX)
+            try:
+                self._socket.sendmsg([sent], [passed])
+                answer = self._socket.recv(_MESSAGE_MAX)
+            except BaseException:
+                # An answer that was not read would be taken for the next one.
+                stop()
+                raise
             self.forks += 1
         assert answer, "the process that forks has died"
         return int(answer)

@@ -36,7 +36,9 @@ def _portrait() -> dict[str, object]:
         "environment": dict(os.environ),
         "descriptors": {fd: _what(fd) for fd in os.listdir("/proc/self/fd")},
         "status": {
-            key: status[key].strip() for key in status if key.startswith(("Name", "Umask", "Sig", "Cap"))
+            key: status[key].strip()
+            for key in status
+            if key.startswith(("Name", "Umask", "SigB", "SigI", "SigC", "Cap", "Uid", "Gid", "Groups"))
         },
         "threads": threading.active_count(),
         "namespaces": {name: os.readlink(f"/proc/self/ns/{name}") for name in ("mnt", "user", "pid")},

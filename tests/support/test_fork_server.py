@@ -19,7 +19,7 @@ PORTRAIT = (sys.executable, str(portrait.__file__))
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "input": {"stdin": subprocess.PIPE},
-    "another directory and environment": {"cwd": "/", "env": {"PATH": "/bin", "WORD": "ä\udcff"}},
+    "another directory and environment": {"cwd": "/", "env": {**os.environ, "WORD": "ä\udcff"}},
     "errors with the output": {"stderr": subprocess.STDOUT},
 }
 
@@ -45,7 +45,9 @@ def told(kind: type[subprocess.Popen[Any]], options: dict[str, Any], *words: str
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_a_fork_finds_what_a_start_finds(options: dict[str, Any]) -> None:
+    before = fork_server.server().forks
     forked = told(fork_server.Popen, options, "word", "another word")
+    assert fork_server.server().forks == before + 1
     started = told(subprocess.Popen, options, "word", "another word")
     assert shown(forked[1]) == shown(started[1])
     assert (forked[0], forked[2]) == (started[0], started[2])

@@ -20,7 +20,7 @@ from watcher.model import Copy, Event, Later, Refused, Stack
 from watcher.mounts.converge import Converged, converge
 from watcher.mounts.etc import Moved
 from watcher.mounts.process import Elsewhere, Gone, Process
-from watcher.mounts.workers import Hung, WorkerLost
+from watcher.mounts.workers import HostNamespace, Hung, WorkerLost
 from watcher.rounds import messages
 from watcher.rounds.desired import Desired
 from watcher.rounds.judge import judge_start, reload_and_judge
@@ -234,11 +234,12 @@ class Rounds:
         except Gone:
             await self._say_accepted(replace(service, starting=False), desired)
             raise
-        except Elsewhere:
-            if desired.stack.layers or desired.current.layers:
+        except HostNamespace:
+            if desired.stack.layers or desired.current.layers or desired.rolling_back:
                 raise
+            say("debug", service.name, "not touched, and a restart would bring it nothing")
             memory.mounted = frozenset()
-            return Next.DONE  # a restart would give it nothing
+            return Next.DONE
 
     async def _count_try(self, service: Service, desired: Desired) -> Desired:
         """Count one try of each new file that has counters. Returns what is desired, with their new names.
