@@ -78,8 +78,12 @@ demo: venv tools ## the main job, shown
 	@$(VENV)/bin/python contrib/demo.py
 
 .PHONY: bench
-bench: venv tools ## the figures, each beside its floor
-	@PYTHONPATH=tests $(VENV)/bin/python -m bench
+bench: venv tools ## the figures, each beside its floor, or one part: `make bench PART=drops`
+	@PYTHONPATH=tests $(VENV)/bin/python -m bench $(if $(OUTPUT),--output "$(OUTPUT)") $(PART)
+
+.PHONY: bench-compare
+bench-compare: venv tools ## what is slower than in a result of `make bench`: FILE=OLD.json, or also NEW=NEW.json
+	@PYTHONPATH=tests $(VENV)/bin/python -m bench --compare "$(FILE)" $(if $(NEW),--new "$(NEW)") $(PART)
 
 .PHONY: oracle
 oracle: venv tools ## ask systemd 262 again for the answers kept in tests/

@@ -3,28 +3,40 @@
 
 Drops go to the daemon's directory and to that of the bare loop in turn, so that both have the same machine, however
 busy it is. Between two drops there is a pause, in which either of them tidies up: nobody drops a thousand images a
-second.
+second. Only `run_rate()` drops a thousand in a minute.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from . import floor
-from .report import Figure, figure
-from .rig import Eye, Failed, Image, Rig, Service, cpu, drop, rig, service, stamp
+from .report import Failed, figure
+from .result import Figure
+from .rig import Eye, Image, Rig, Service, cpu, drop, rig, service, stamp
 
 FSTYPES = ("squashfs", "erofs")
 WARM_UP = 20
+WARM_UP_MANY = 2
 PAUSE = 0.03
 """Seconds."""
+PAUSE_MANY = 0.15
+SMALL = 128 << 10
+"""Bytes of an image where there are very many."""
+VERSIONS = 1000
+SHARING = 30
+"""Services."""
+
+Side = tuple[Path, list[Service]]
+"""Where to drop, and who is then told."""
 
 
-def run(count: int = 1000) -> list[Figure]:
+def run(count: int = 500) -> list[Figure]:
     """Rename to new `/etc` visible, and to handler running; `count` drops of 1 MiB for each kind of image."""
     figures = []
     for fstype in FSTYPES:
@@ -34,11 +46,50 @@ def run(count: int = 1000) -> list[Figure]:
 
 
 def run_many(numbers: Sequence[int] = (1, 10, 100), count: int = 20) -> list[Figure]:
-    """One image for several services: rename to the last handler running."""
+    """One image for several services: rename to the first handler running and to the last."""
     figures = []
     for number in numbers:
-        with rig() as place:
-            figures.append(_many_services(place, number, count))
+        with rig() as place, contextlib.ExitStack() as stack:
+            sides, _ = _sides(stack, place, "squashfs", number)
+            first, last = _several(Image(place.where, "squashfs"), sides, count)
+        each = [[time / number for time in times] for times in last]
+        what = f"one image for {number}: rename to the last handler, for each service"
+        figures.append(figure(f"many.{number}.each", what, "ms", each))
+        if number > 1:
+            what = f"one image for {number}: rename to the first handler"
+            figures.append(figure(f"many.{number}.first", what, "ms", first))
+    return figures
+
+
+def run_versions(count: int = 20) -> list[Figure]:
+    """A new version where there are a thousand, for services that share the directory."""
+    with rig() as place, contextlib.ExitStack() as stack:
+        image = Image(place.where, "squashfs", SMALL)
+        for side in ("daemon", "bare"):
+            directory = place.directory(side)
+            for number in range(1, VERSIONS + 1):
+                (directory / f"web_{number}.raw").write_bytes(image.version(number))
+        sides, _ = _sides(stack, place, "squashfs", SHARING)
+        _, last = _several(image, sides, count, VERSIONS)
+    what = f"a new version beside {VERSIONS:,}, {SHARING} services: rename to the last handler"
+    return [figure("versions.last", what, "ms", last)]
+
+
+def run_rate(runs: int = 3, count: int = 1000) -> list[Figure]:
+    """A thousand drops in a minute, several minutes one after the other: how many had no reload of their own."""
+    figures = []
+    with rig() as place, contextlib.ExitStack() as stack:
+        image = Image(place.where, "squashfs", SMALL)
+        sides, _ = _sides(stack, place, "squashfs", 1)
+        for run in range(1, runs + 1):
+            numbers = range((run - 1) * count + 1, run * count + 1)
+            delivered = _minute(image, sides, numbers)
+            print(
+                f"bench: run {run}: of {count} delivered {delivered[0]}, bare {delivered[1]}", file=sys.stderr
+            )
+            what = f"{count:,} drops, 1,000 in a minute, run {run} of {runs}: not delivered"
+            lost = [[count - one] for one in delivered]
+            figures.append(figure(f"rate.{run}.lost", what, "", lost, "0"))
     return figures
 
 
@@ -58,21 +109,13 @@ def _one_service(place: Rig, fstype: str, count: int) -> list[Figure]:
             if number == WARM_UP:
                 before = [cpu(pid) for pid in pids]
         used = [(cpu(pid) - begin) / count for pid, begin in zip(pids, before, strict=True)]
-    visible = figure(
-        f"rename to new /etc visible, {fstype} 1 MiB",
-        "ms",
-        [pair[0] for pair in ours],
-        [pair[0] for pair in bare],
-    )
-    handler = figure(
-        f"rename to reload handler, {fstype} 1 MiB",
-        "ms",
-        [pair[1] for pair in ours],
-        [pair[1] for pair in bare],
-        "3 ms median",
-    )
-    processor = figure(f"processor time for such a drop, {fstype} 1 MiB", "ms", used[:1], used[1:])
-    return [visible, handler, processor]
+    visible, handler = ([[pair[which] for pair in times] for times in (ours, bare)] for which in (0, 1))
+    key, what = f"drop.{fstype}", f"{fstype} 1 MiB"
+    return [
+        figure(f"{key}.visible", f"rename to new /etc visible, {what}", "ms", visible),
+        figure(f"{key}.handler", f"rename to reload handler, {what}", "ms", handler, "3 ms median"),
+        figure(f"{key}.cpu", f"processor time for such a drop, {what}", "ms", (used[:1], used[1:])),
+    ]
 
 
 def _drop_one(image: Image, number: int, directory: Path, target: Service, eye: Eye) -> tuple[float, float]:
@@ -84,17 +127,20 @@ def _drop_one(image: Image, number: int, directory: Path, target: Service, eye: 
     return (visible - start) / 1e6, (handled - start) / 1e6
 
 
-def _handled(target: Service, number: int) -> int:
-    when, seen = target.handled()
-    if seen != stamp(number):
-        raise Failed(f"told to reload, {target.name} saw {seen!r} in /etc, not {stamp(number)!r}")
-    return when
+def _handled(target: Service, number: int, *, older: bool = False) -> int:
+    """When (ns) it was told of a version; `older`: after some that were there before it."""
+    while True:
+        when, seen = target.handled()
+        if seen == stamp(number):
+            return when
+        if not older:
+            raise Failed(f"told to reload, {target.name} saw {seen!r} in /etc, not {stamp(number)!r}")
 
 
 def _sides(
     stack: contextlib.ExitStack, place: Rig, fstype: str, number: int
-) -> tuple[list[tuple[Path, list[Service]]], tuple[int, int]]:
-    """The daemon's side and the bare loop's: where to drop, and its services. And the PIDs of these two."""
+) -> tuple[list[Side], tuple[int, int]]:
+    """The daemon's side and the bare loop's, and the PIDs of these two."""
     sides = []
     for side in ("daemon", "bare"):
         directory = place.directory(side)
@@ -110,16 +156,39 @@ def _sides(
     return sides, (daemon.pid, bare)
 
 
-def _many_services(place: Rig, number: int, count: int) -> Figure:
-    image = Image(place.where, "squashfs")
-    times: tuple[list[float], list[float]] = ([], [])
-    with contextlib.ExitStack() as stack:
-        sides, _ = _sides(stack, place, "squashfs", number)
-        for drops in range(1, count + 3):
-            for (directory, services), measured in zip(sides, times, strict=True):
-                start = drop(image.version(drops), directory)
-                last = max(_handled(one, drops) for one in services)
-                if drops > 2:
-                    measured.append((last - start) / 1e6)
-                time.sleep(PAUSE * 5)
-    return figure(f"one image for {number}: rename to the last reload handler", "ms", *times)
+def _several(
+    image: Image, sides: Sequence[Side], count: int, versions: int = 0
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Milliseconds until the first handler runs and until the last, of each side; beside so many older versions."""
+    first: list[list[float]] = [[], []]
+    last: list[list[float]] = [[], []]
+    for turn in range(1, WARM_UP_MANY + count + 1):
+        number = versions + turn
+        name = f"web_{number}.raw" if versions else "web_1.raw"
+        for (directory, services), early, late in zip(sides, first, last, strict=True):
+            start = drop(image.version(number), directory, name)
+            handled = [_handled(one, number, older=turn == 1) for one in services]
+            if turn > WARM_UP_MANY:
+                early.append((min(handled) - start) / 1e6)
+                late.append((max(handled) - start) / 1e6)
+            time.sleep(PAUSE_MANY)
+    return first, last
+
+
+def _minute(image: Image, sides: Sequence[Side], numbers: Sequence[int]) -> list[int]:
+    """Drop these versions to each side, the one half-way between two of the other; how many each was told of."""
+    start = time.monotonic()
+    turns = ((number, directory) for number in numbers for directory, _ in sides)
+    for turn, (number, directory) in enumerate(turns):
+        time.sleep(max(0.0, start + turn * 60 / 1000 / len(sides) - time.monotonic()))
+        drop(image.version(number), directory)
+    wanted = {stamp(number) for number in numbers}
+    return [len(wanted & _told(one)) for _, (one,) in sides]
+
+
+def _told(target: Service) -> set[bytes]:
+    """All that it has seen since somebody asked last, and sees until it is quiet."""
+    seen = set()
+    while target.hears(2.0):
+        seen.add(target.handled()[1])
+    return seen

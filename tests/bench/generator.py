@@ -19,14 +19,16 @@ from support import CHECKOUT
 from watcher.images.stacks import Stacks
 from watcher.model import Entry, Kind, Layer, Stack
 
-from .report import Figure, figure
+from .report import figure
+from .result import Figure
+from .rig import rig
 
 UNITS = 500
 KINDS = {
     "plain": "",
-    "ProtectSystem=full": "ProtectSystem=full\n",
-    "declares": "ExtensionImages=/srv/web.raw.v\n",
-    "declares, ProtectSystem=full": "ProtectSystem=full\nExtensionImages=/srv/web.raw.v\n",
+    "sandboxed": "ProtectSystem=full\n",
+    "declared": "ExtensionImages=/srv/web.raw.v\n",
+    "declared-sandboxed": "ProtectSystem=full\nExtensionImages=/srv/web.raw.v\n",
 }
 # As a packaged unit is: what it says of itself, and a sandbox.
 _TEXT = """\
@@ -60,13 +62,12 @@ generate(sys.argv[2], Index(sys.argv[3:4]), sys.argv[4], print)
 
 def run(count: int = 10) -> list[Figure]:
     """Where nobody takes part; then one row for each kind of unit, with accepted stacks and before any was."""
-    # The memory file system: generators write to /run.
-    with tempfile.TemporaryDirectory(prefix="confext-bench-", dir="/dev/shm") as scratch:
-        library = _library(Path(scratch))
+    with rig() as place:
+        library = _library(place.where)
         kinds = ((kind, accepted) for kind in KINDS for accepted in (True, False))
         return [
-            _nobody(Path(scratch), count),
-            *(_measure(Path(scratch), library, kind, accepted, count) for kind, accepted in kinds),
+            _nobody(place.where, count),
+            *(_measure(place.where, library, kind, accepted, count) for kind, accepted in kinds),
         ]
 
 
@@ -87,10 +88,13 @@ def _nobody(scratch: Path, count: int) -> Figure:
     script = (scratch / "lib/systemd/system-generators/confext-watcher-generator").read_text()
     script, replaced = re.subn(r'^paths="[^"]*"$', f'paths="{units}"', script, flags=re.MULTILINE)
     assert replaced == 1
-    times = [_cpu(["/bin/sh", "-c", script, "generator", str(scratch / "none")]) for _ in range(count)]
-    floor = [_cpu(["/bin/sh", "-c", ":"]) for _ in range(count)]
+    times, floor = [], []
+    for _ in range(count):
+        times.append(_cpu(["/bin/sh", "-c", script, "generator", str(scratch / "none")]))
+        floor.append(_cpu(["/bin/sh", "-c", ":"]))
     assert not (scratch / "none").exists()
-    return figure(f"generator, {UNITS} units, none takes part, CPU", "ms", times, floor)
+    what = f"generator, {UNITS} units, none takes part, CPU"
+    return figure("generator.nobody", what, "ms", (times, floor))
 
 
 def _measure(scratch: Path, library: Path, kind: str, accepted: bool, count: int) -> Figure:
@@ -105,13 +109,14 @@ def _measure(scratch: Path, library: Path, kind: str, accepted: bool, count: int
             Stacks(str(state)).accept(name, Stack((layer,)), [entry])
     python = [sys.executable, "-ISB", "-c"]
     times, floor = [], []
-    for number in range(count):
-        output = directory / f"output{number}"
+    for _ in range(count):
+        output = Path(tempfile.mkdtemp(dir=scratch / "run"))  # generators write to /run
         times.append(_cpu([*python, _RUN, *map(str, (library, output, units, state))]))
         floor.append(_cpu([*python, "pass"]))
         assert len(list(output.iterdir())) == UNITS
     what = f"generator, {UNITS} units: {kind}, {'accepted' if accepted else 'nothing accepted yet'}, CPU"
-    return figure(what, "ms", times, floor, "100 ms")
+    key = f"generator.{kind}.{'accepted' if accepted else 'new'}"
+    return figure(key, what, "ms", (times, floor), "100 ms")
 
 
 def _units(directory: Path, setting: str) -> Iterator[str]:

@@ -8,12 +8,14 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 from support import CHECKOUT
 
 from . import floor
-from .report import Figure, figure
-from .rig import Daemon, Failed, Image, cpu, drop, memory, rig, service
+from .report import Failed, figure
+from .result import Figure
+from .rig import Daemon, Image, Rig, cpu, drop, memory, rig, service, switches
 
 SERVICES = 500
 EVENTS = 10_000
@@ -43,46 +45,74 @@ def run_events(count: int = 5) -> list[Figure]:
             _wait_until_quiet(daemon)
             times[0].append(daemon.cpu() - before[0])
             times[1].append(cpu(reader) - before[1])
-    return [figure(f"{EVENTS:,} events that concern nobody, processor time", "ms", *times)]
+    return [figure("events.cpu", f"{EVENTS:,} events that concern nobody, processor time", "ms", times)]
+
+
+def run_start(count: int = 3) -> list[Figure]:
+    """Start with 500 services; the floor: a Python that has loaded as much, and the bare calls for what is new."""
+    cold: tuple[list[float], list[float]] = ([], [])
+    warm: tuple[list[float], list[float]] = ([], [])
+    for _ in range(count):
+        with rig() as place, _services(place), contextlib.ExitStack() as stack:
+            make = ("sleep", "infinity")
+            others = [
+                stack.enter_context(service(f"bare{number}", None, place.where, program=make))
+                for number in range(SERVICES)
+            ]
+            store = place.where / "bare-store"
+            store.mkdir()
+            image = place.directory("all") / "web_1.raw"
+            bare = floor.give_all(image, store, "squashfs", [one.pid for one in others])
+            for times, more in ((cold, bare), (warm, 0.0), (warm, 0.0)):
+                with place.daemon() as daemon:
+                    _wait_until_quiet(daemon)
+                with _interpreter() as (_, seconds):
+                    pass
+                times[0].append(daemon.started)
+                times[1].append(seconds + more)
+    return [
+        figure("start.cold", f"start with {SERVICES} services, each to be given its stack", "s", cold),
+        figure("start.warm", f"start with {SERVICES} services that have theirs", "s", warm),
+    ]
 
 
 def run() -> list[Figure]:
-    """Start with 500 services, memory and wake-ups when idle."""
-    with rig() as place, contextlib.ExitStack() as stack:
-        directory = place.directory("all")
-        drop(Image(place.where, "squashfs").version(1), directory)
+    """Memory and wake-ups with 500 services when nothing is to do, beside a Python that has loaded as much."""
+    with rig() as place, _services(place), _interpreter() as (bare, _):
+        with place.daemon():
+            pass  # gives them their stacks
+        with place.daemon() as daemon:
+            _wait_until_quiet(daemon)
+            time.sleep(THREADS_END)
+            before = [switches(pid) for pid in (daemon.pid, bare)]
+            time.sleep(IDLE)  # what is measured
+            after = [switches(pid) for pid in (daemon.pid, bare)]
+            used, floor_used = memory(daemon.pid), memory(bare)
+    woken = [_between(*pair) for pair in zip(before, after, strict=True)]
+    rss, wakeups = "memory, resident (RSS)", f"wake-ups in {IDLE:.0f} s"
+    return [
+        figure("idle.rss", f"{rss}, {SERVICES} services", "MiB", ([used], [floor_used]), "45 MiB"),
+        figure("idle.wakeups", f"{wakeups}, {SERVICES} services", "", [[one] for one in woken], "0"),
+    ]
+
+
+@contextlib.contextmanager
+def _services(place: Rig) -> Iterator[None]:
+    """500 that sleep, on one image."""
+    directory = place.directory("all")
+    drop(Image(place.where, "squashfs").version(1), directory)
+    with contextlib.ExitStack() as stack:
         for number in range(SERVICES):
             name = f"idle{number}.service"
             sleeper = service(name, place.runtime_directory, directory.parent, program=("sleep", "infinity"))
             stack.enter_context(sleeper)
-        bare = _interpreter()
-        with place.daemon() as daemon:
-            cold = daemon.started
-        with place.daemon() as daemon:
-            warm = daemon.started
-            wakeups, idle_cpu, used = _idle(daemon)
-    return [
-        figure(f"start with {SERVICES} services, each to be given its stack", "s", [cold]),
-        figure(f"start with {SERVICES} services that have theirs", "s", [warm], [bare["seconds"]]),
-        figure(
-            f"memory with {SERVICES} services, resident (RSS)", "MiB", [used["Rss"]], [bare["Rss"]], "45 MiB"
-        ),
-        figure(
-            f"memory with {SERVICES} services, its share (PSS)", "MiB", [used["Pss"]], [bare["Pss"]], "45 MiB"
-        ),
-        figure(f"wake-ups in {IDLE:.0f} s, {SERVICES} services", "", [wakeups], [0], "0"),
-        figure(f"processor time in {IDLE:.0f} s, {SERVICES} services", "ms", [idle_cpu], [0], "0"),
-    ]
+        yield
 
 
-def _idle(daemon: Daemon) -> tuple[int, float, dict[str, float]]:
-    _wait_until_quiet(daemon)
-    time.sleep(THREADS_END)
-    before, used = daemon.switches(), daemon.cpu()
-    time.sleep(IDLE)  # what is measured
-    after = daemon.switches()
-    wakeups = sum(count - before.get(thread, 0) for thread, count in after.items())
-    return wakeups + len(before.keys() - after.keys()), daemon.cpu() - used, daemon.memory()
+def _between(before: dict[str, int], after: dict[str, int]) -> int:
+    """How often threads were switched to, those that ended counted once."""
+    woken = sum(count - before.get(thread, 0) for thread, count in after.items())
+    return woken + len(before.keys() - after.keys())
 
 
 def _wait_until_quiet(daemon: Daemon) -> None:
@@ -96,14 +126,14 @@ def _wait_until_quiet(daemon: Daemon) -> None:
         time.sleep(0.5)
 
 
-def _interpreter() -> dict[str, float]:
-    """The floor: a Python with the same modules loaded."""
+@contextlib.contextmanager
+def _interpreter() -> Iterator[tuple[int, float]]:
+    """The floor: a Python with the same modules loaded; its PID, and how long it took to start, seconds."""
     start = time.monotonic()
     words = [sys.executable, "-c", _INTERPRETER]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=CHECKOUT) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdout.readline()
-        found = {"seconds": time.monotonic() - start, **memory(process.pid)}
+        yield process.pid, time.monotonic() - start
         process.stdin.close()
-    return found

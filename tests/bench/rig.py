@@ -16,7 +16,6 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -29,18 +28,15 @@ from watcher.managers.registration import Registration, register
 from watcher.mounts import syscalls
 from watcher.mounts.process import start_time
 
+from . import filesystem
+from .report import Failed
+
 SECONDS = 60.0
 """Nothing takes this long: what does is a failure."""
-
-_MS_BIND = 0x1000  # mount(2)
 
 MARK = b"@version-00000000"
 STAMP = "etc/bench/version"
 _TOLD = struct.Struct("=qq17s")
-
-
-class Failed(Exception):
-    """A measurement did not come about: one line that says why."""
 
 
 class Image:
@@ -72,6 +68,7 @@ def stamp(number: int) -> bytes:
 @contextlib.contextmanager
 def dying() -> Iterator[None]:
     """In a forked child: whatever happens, nothing of the parent's runs in it afterwards."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         yield
     except BaseException:  # noqa: BLE001 -- told, and the end
@@ -90,9 +87,21 @@ class Service:
     pidfd: int
 
     def handled(self) -> tuple[int, bytes]:
-        """When its reload handler ran (CLOCK_MONOTONIC, ns), and the STAMP it saw. Waits."""
+        """When its reload handler ran (CLOCK_MONOTONIC, ns), and the STAMP it saw. Waits.
+
+        Raises:
+            Failed: it did not run.
+        """
+        if not self.hears(SECONDS):
+            raise Failed(f"{self.name} was not told to reload within {SECONDS:.0f} s")
         _, when, seen = _TOLD.unpack(os.read(self.told, _TOLD.size))
         return when, seen
+
+    def hears(self, seconds: float) -> bool:
+        """Whether its reload handler has run, or does within a time."""
+        poll = select.poll()  # there may be more descriptors than select() takes
+        poll.register(self.told, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
 
     def end(self) -> None:
         signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
@@ -119,7 +128,9 @@ def service(
     os.close(writing)
     made = Service(name, pid, reading, os.pidfd_open(pid))
     try:
-        if not program:
+        if program:
+            os.read(reading, 1)  # nothing: its end of the pipe is closed when it becomes the program
+        else:
             made.handled()  # it is ready
         yield made
     finally:
@@ -184,7 +195,7 @@ class Rig:
     def directory(self, name: str) -> Path:
         """A `.confext.d` of that name with a `web.raw.v` in it; the latter."""
         drop = self.where / name / "web.raw.v"
-        drop.mkdir(parents=True)
+        drop.mkdir(parents=True, exist_ok=True)
         return drop
 
     @contextlib.contextmanager
@@ -197,7 +208,6 @@ class Rig:
         ):
             address = f"\0confext-bench-{os.getpid()}-{time.monotonic_ns()}"
             ready.bind(address)
-            ready.settimeout(SECONDS)
             start = time.monotonic()
             process = subprocess.Popen(
                 [sys.executable, "-m", "watcher", "run"],
@@ -207,14 +217,30 @@ class Rig:
                 cwd=CHECKOUT,
             )
             try:
-                while b"READY=1" not in ready.recv(4096):
-                    pass
+                self._wait_until_ready(ready, process.pid)
                 yield Daemon(process.pid, time.monotonic() - start)
-            except TimeoutError as error:
-                raise Failed(f"the daemon was not ready after {SECONDS:.0f} s") from error
             finally:
                 process.terminate()
                 process.wait(SECONDS)
+
+    def _wait_until_ready(self, ready: socket.socket, pid: int) -> None:
+        pidfd = os.pidfd_open(pid)
+        try:
+            poll = select.poll()
+            poll.register(ready, select.POLLIN)
+            poll.register(pidfd, select.POLLIN)
+            while found := dict(poll.poll(SECONDS * 1000)):
+                if ready.fileno() not in found:
+                    raise Failed(f"the daemon has ended: {self._last_words()}")
+                if b"READY=1" in ready.recv(4096):
+                    return
+            raise Failed(f"the daemon was not ready after {SECONDS:.0f} s: {self._last_words()}")
+        finally:
+            os.close(pidfd)
+
+    def _last_words(self) -> str:
+        lines = (self.where / "daemon.log").read_text(errors="replace").splitlines()
+        return lines[-1] if lines else "it said nothing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,17 +254,6 @@ class Daemon:
         """Processor time of all its threads so far, milliseconds."""
         return cpu(self.pid)
 
-    def switches(self) -> dict[str, int]:
-        """How often each of its threads was switched to so far, by its ID."""
-        found = {}
-        for status in Path(f"/proc/{self.pid}/task").glob("*/status"):
-            rows = [line.split() for line in status.read_text().splitlines() if "ctxt_switches" in line]
-            found[status.parent.name] = sum(int(row[1]) for row in rows)
-        return found
-
-    def memory(self) -> dict[str, float]:
-        return memory(self.pid)
-
 
 def cpu(pid: int) -> float:
     """Processor time of all threads of a process, also of those that have ended, milliseconds."""
@@ -246,37 +261,55 @@ def cpu(pid: int) -> float:
     return time.clock_gettime_ns(~pid << 3 | 2) / 1e6
 
 
-def memory(pid: int) -> dict[str, float]:
-    """`Rss` and `Pss` in MiB (proc_pid_smaps(5))."""
+def memory(pid: int) -> float:
+    """Resident, MiB (proc_pid_smaps(5))."""
     rows = (line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
-    return {row[0].rstrip(":"): int(row[1]) / 1024 for row in rows if row[0] in ("Rss:", "Pss:")}
+    return next(int(row[1]) / 1024 for row in rows if row[0] == "Rss:")
+
+
+def switches(pid: int) -> dict[str, int]:
+    """How often each thread of a process was switched to so far, by its ID."""
+    found = {}
+    for status in Path(f"/proc/{pid}/task").glob("*/status"):
+        rows = [line.split() for line in status.read_text().splitlines() if "ctxt_switches" in line]
+        found[status.parent.name] = sum(int(row[1]) for row in rows)
+    return found
 
 
 @functools.cache
 def leave_the_hosts_mounts() -> None:
-    """A mount table of our own: what others mount on this machine meanwhile would wake the daemon."""
+    """A mount table of our own: what others mount on this machine meanwhile would wake the daemon.
+
+    And ours goes with us, whatever we die of.
+    """
     syscalls.unshare(syscalls.CLONE_NEWNS)
     syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
 
 
 @contextlib.contextmanager
 def rig() -> Iterator[Rig]:
-    """A scratch directory, seen at a path in which nobody else does anything.
+    """A scratch directory on a new file system, at a path in which nobody else does anything.
 
     The daemon watches every directory on the way for a rename of the next: in a busy /tmp it would be woken all the
     time by what is no concern of it.
     """
     leave_the_hosts_mounts()
-    with tempfile.TemporaryDirectory(prefix="confext-bench-") as directory, contextlib.ExitStack() as stack:
-        for source, target, fstype, flags in (
-            ("confext-bench", "/mnt", "tmpfs", 0),
-            (directory, "/mnt/bench", None, _MS_BIND),
-            ("confext-bench", "/mnt/bench/run", "tmpfs", 0),  # as on a host: /run is in memory
-        ):
-            os.makedirs(target, exist_ok=True)
-            syscalls.mount(source, target, fstype, flags)
-            stack.callback(syscalls.umount2, target, syscalls.MNT_DETACH)
-        yield Rig(Path("/mnt/bench"))
+    where = Path("/mnt/bench")
+    with _memory(where.parent), contextlib.ExitStack() as stack:
+        where.mkdir()
+        stack.enter_context(filesystem.mounted(where))
+        (where / "run").mkdir()
+        stack.enter_context(_memory(where / "run"))  # as on a host
+        yield Rig(where)
+
+
+@contextlib.contextmanager
+def _memory(where: Path) -> Iterator[None]:
+    syscalls.mount("confext-bench", str(where), "tmpfs", 0, "mode=0755")
+    try:
+        yield
+    finally:
+        syscalls.umount2(str(where), syscalls.MNT_DETACH)
 
 
 def drop(data: bytes, directory: Path, name: str = "web_1.raw") -> int:

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import os
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +21,9 @@ from watcher.mounts import syscalls
 from watcher.mounts.swap import swap
 from watcher.mounts.workers import PLACE, MountWorkers
 
-from .report import Figure, figure
+from .report import figure
+from .result import Figure
+from .rig import rig
 
 SANDBOXES = (0, 1, 10)
 _AIMS = {1: "500 us, p99 2 ms; 2x floor"}
@@ -37,8 +38,8 @@ _DETACH = syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW
 
 def run(count: int = 1000) -> list[Figure]:
     """One row for each number of sandbox mounts, `count` swaps each."""
-    with tempfile.TemporaryDirectory(prefix="confext-bench-") as scratch, MountWorkers(1) as workers:
-        layers, copies = _layers(Path(scratch))
+    with rig() as place, MountWorkers(1) as workers:
+        layers, copies = _layers(place.where)
         return [_measure(workers, layers, copies, sandboxes, count) for sandboxes in SANDBOXES]
 
 
@@ -58,8 +59,10 @@ def _measure(
 ) -> Figure:
     stacks = (Stack(layers), Stack(layers[::-1]))
     ours, floor = [], []
-    with _service(sandboxes) as (namespace, paths):
-        bare = _Bare(workers, namespace, paths)
+    with (
+        _service(sandboxes) as (namespace, paths),
+        contextlib.closing(_Bare(workers, namespace, paths)) as bare,
+    ):
         for number in range(2 * count):
             stack = stacks[number // 2 % 2]
             if number % 2 == 0:
@@ -69,9 +72,8 @@ def _measure(
             # What was put off (taking the bench apart) is not measured; wait until it is done.
             workers.submit(bare.clear).result()
     # The first one of each mounts the images, and finds no stack on /etc.
-    return figure(
-        f"the swap, 2 layers, {sandboxes} sandbox mounts", "us", ours[1:], floor[1:], _AIMS.get(sandboxes, "")
-    )
+    what = f"the swap, 2 layers, {sandboxes} sandbox mounts"
+    return figure(f"swap.{sandboxes}", what, "us", (ours[1:], floor[1:]), _AIMS.get(sandboxes, ""))
 
 
 @contextlib.contextmanager
@@ -106,6 +108,9 @@ class _Bare:
         self._own = workers.submit(os.open, "/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC).result()
         self._number = 0
         self._used: list[str] = []
+
+    def close(self) -> None:
+        os.close(self._own)
 
     def swap(self, digests: Sequence[str]) -> int:
         """Nanoseconds from the first call until the old stack is gone."""

@@ -3,7 +3,8 @@
 
 The path unit is given its best: no start limit, no trigger limit, a service that says itself when it has reloaded (no
 process is forked for that), images that come by one rename, so that it is triggered once for each. Its services take
-no part in the watcher (`Enabled=no`). Both are in one container and get the same images in turn.
+no part in the watcher (`Enabled=no`). Both are in one container and get the same images in turn. What is dropped and
+what the watcher keeps is on a file system of its own (`filesystem.py`), not in the container's memory.
 
 Where "floor" stands in the report, here it is the path unit.
 """
@@ -24,8 +25,10 @@ from beds.bed import Bed
 from beds.host import UNITS, install
 from support import needs
 
-from .report import Figure, figure
-from .rig import Failed, Image, stamp
+from . import filesystem
+from .report import Failed, figure
+from .result import Figure
+from .rig import Image, stamp
 
 OURS = "ours"
 THEIRS = "theirs"
@@ -37,12 +40,15 @@ PAUSE = 0.05
 """Seconds between two drops, in which either side tidies up."""
 
 _TOLD = Path(__file__).with_name("told.py")
+_STATE = "/var/lib/confext-watcher"
 # How the service is told, by what its unit says of it; the last only the watcher can.
 KINDS = {
-    "Type=notify-reload": ("Type=notify-reload\n", ""),
-    "ExecReload=kill": ("Type=notify\nExecReload=/bin/kill -HUP $MAINPID\n", ""),
-    "Reload=signal:SIGHUP": ("Type=notify-reload\n", "Reload=signal:SIGHUP\n"),
+    "notify": ("Type=notify-reload", "Type=notify-reload\n", ""),
+    "kill": ("ExecReload=kill", "Type=notify\nExecReload=/bin/kill -HUP $MAINPID\n", ""),
+    "signal": ("Reload=signal:SIGHUP", "Type=notify-reload\n", "Reload=signal:SIGHUP\n"),
 }
+# Systemd does the job in either case; the signal is ours alone.
+_JOBS_AND_SIGNALS = ("notify", "signal")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +68,11 @@ class Told:
 class Place:
     """A container with the program, and services that tell."""
 
-    def __init__(self, bed: Bed) -> None:
+    def __init__(self, bed: Bed, device: str) -> None:
         self._bed = bed
+        bed.run(["mount", "-t", "ext4", device, "/srv"])
+        bed.run(["mkdir", "-p", "/srv/state", _STATE])
+        bed.run(["mount", "--bind", "/srv/state", _STATE])
         install(bed)
         bed.path("/etc/confext-watcher").mkdir(exist_ok=True)
         bed.path("/etc/confext-watcher/watcher.conf").write_text("[Watcher]\nSettleSec=0\n")
@@ -90,7 +99,7 @@ class Place:
 
     def services(self, kind: str, count: int) -> None:
         """Both sides' services of a kind, running on a first image; `count` of each."""
-        how, ours = KINDS[kind]
+        _, how, ours = KINDS[kind]
         first = self._number
         for side in (OURS, THEIRS):
             self.drops(side).mkdir(exist_ok=True)
@@ -170,30 +179,56 @@ class Place:
 
 @contextlib.contextmanager
 def place() -> Iterator[Place]:
-    with Bed("262") as bed, contextlib.closing(Place(bed)) as made:
+    with filesystem.device() as device, Bed("262") as bed, contextlib.closing(Place(bed, device)) as made:
         yield made
 
 
-def run(count: int = 50, many: int = 10, drops: int = 1000) -> list[Figure]:
-    """All of it.
+def _left_out() -> bool:
+    """No container can be had; said."""
+    lack = needs.lacking(needs.bed.mark)
+    if lack:
+        print(f"bench: systemd is left out: {lack}", file=sys.stderr)
+    return bool(lack)
 
-    Where no container can be had, nothing, and a line that says so.
+
+def run(count: int = 50, many: int = 10) -> list[Figure]:
+    """Times; nothing where no container can be had.
 
     Args:
         count: drops by which the time of one is measured.
         many: drops for 50 services.
-        drops: at the rate of 1000 in a minute.
     """
-    if lack := needs.lacking(needs.bed.mark):
-        print(f"bench: systemd is left out: {lack}", file=sys.stderr)
+    if _left_out():
         return []
     with place() as made:
         figures = [_one(made, kind, count) for kind in KINDS]
-        # The job is systemd's own work, which both sides ask of it; the signal is ours alone.
-        jobs_and_signals = ("Type=notify-reload", "Reload=signal:SIGHUP")
-        figures += [_many(made, kind, many) for kind in jobs_and_signals]
-        figures += [_delivered(made, kind, drops) for kind in jobs_and_signals]
-        figures.append(figure("systemd-analyze security, exposure", "", [made.exposure()], aim="below 3.5"))
+        figures += [_many(made, kind, many) for kind in _JOBS_AND_SIGNALS]
+        what = "systemd-analyze security, exposure"
+        figures.append(figure("systemd.exposure", what, "", ([made.exposure()],), "below 3.5"))
+    return figures
+
+
+def run_rate(runs: int = 3, drops: int = 1000) -> list[Figure]:
+    """Of so many drops, each 60 ms after the one before, how many the service was not told of; some runs in a row.
+
+    A reload is a job of systemd's here. The path unit has one run: it loses many, one more or less says nothing.
+    Nothing where no container can be had.
+    """
+    if _left_out():
+        return []
+    with place() as made:
+        made.services("notify", 1)
+        theirs = _count(made, THEIRS, drops)
+        print(f"bench: path unit: of {drops} delivered {theirs}", file=sys.stderr)
+        figures = []
+        for run in range(1, runs + 1):
+            ours = _count(made, OURS, drops)
+            print(f"bench: run {run}: of {drops} delivered {ours}", file=sys.stderr)
+            what = f"systemd 262, {drops:,} drops, 1,000 in a minute, run {run} of {runs}: not delivered"
+            figures.append(
+                figure(f"systemd.rate.{run}.lost", what, "", ([drops - ours], [drops - theirs]), "0")
+            )
+        made.stop()
     return figures
 
 
@@ -202,15 +237,16 @@ def _one(made: Place, kind: str, count: int) -> Figure:
     made.services(kind, 1)
     times = _in_turn(made, count, 1)
     made.stop()
-    return figure(f"systemd 262, rename to handler, {kind}", "ms", *times, "10x faster than a path unit")
+    what = f"systemd 262, rename to handler, {KINDS[kind][0]}"
+    return figure(f"systemd.one.{kind}", what, "ms", times, "10x faster than a path unit")
 
 
 def _many(made: Place, kind: str, count: int) -> Figure:
     made.services(kind, SERVICES)
     times = _in_turn(made, count, SERVICES)
     made.stop()
-    what = f"systemd 262, one image for {SERVICES} services: rename to the last handler, {kind}"
-    return figure(what, "ms", *times, f"10x faster than {SERVICES} reloads")
+    what = f"systemd 262, one image for {SERVICES} services: rename to the last handler, {KINDS[kind][0]}"
+    return figure(f"systemd.many.{kind}", what, "ms", times, f"10x faster than {SERVICES} reloads")
 
 
 def _in_turn(made: Place, count: int, services: int) -> tuple[list[float], list[float]]:
@@ -226,16 +262,8 @@ def _in_turn(made: Place, count: int, services: int) -> tuple[list[float], list[
     return times[OURS], times[THEIRS]
 
 
-def _delivered(made: Place, kind: str, drops: int) -> Figure:
-    """Of so many drops, each 60 ms after the one before, how many the service was told of and saw."""
-    made.services(kind, 1)
-    counts = [_count(made, side, drops) for side in (OURS, THEIRS)]
-    made.stop()
-    what = f"systemd 262, of {drops} drops at 1000 in a minute delivered, {kind}"
-    return figure(what, "", [counts[0]], [counts[1]], f"{drops}")
-
-
 def _count(made: Place, side: str, drops: int) -> int:
+    """How many the service was told of and saw."""
     seen = set()
     numbers = made.numbers(drops)
     start = time.monotonic()
