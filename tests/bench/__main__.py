@@ -23,7 +23,7 @@ from support.needs import which
 from . import compare, drops, filesystem, generator, idle, report, result, swap, systemd
 from .report import Failed
 from .result import Figure, NoResult, Result
-from .rig import leave_the_hosts_mounts
+from .rig import stand_apart
 
 RESULTS = Path(__file__).with_name("results")
 TOOLS = ("mksquashfs", "mkfs.erofs", "mkfs.ext4", "findmnt")
@@ -94,7 +94,7 @@ def measure(names: Iterable[str], quick: bool) -> tuple[Result, bool]:
         raise Failed("it needs root, to mount images")
     if missing := [tool for tool in TOOLS if not which(tool)]:
         raise Failed(f"it needs {' and '.join(missing)}")
-    leave_the_hosts_mounts()
+    stand_apart()
     machine = result.machine(filesystem.describe())
     print(f"bench: each part on a new {machine['file system']}", file=sys.stderr)
     date, (commit, dirty), load = result.now(), result.commit(), os.getloadavg()[0]

@@ -13,6 +13,7 @@ import functools
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import floor
@@ -50,14 +51,16 @@ def run_many(numbers: Sequence[int] = (1, 10, 100), count: int = 20) -> list[Fig
     figures = []
     for number in numbers:
         with rig() as place, contextlib.ExitStack() as stack:
-            sides, _ = _sides(stack, place, "squashfs", number)
-            first, last = _several(Image(place.where, "squashfs"), sides, count)
-        each = [[time / number for time in times] for times in last]
-        what = f"one image for {number}: rename to the last handler, for each service"
-        figures.append(figure(f"many.{number}.each", what, "ms", each))
+            image = Image(place.where, "squashfs")
+            found = _several(image, *_sides(stack, place, "squashfs", number), count)
+        key, what = f"many.{number}", f"one image for {number}"
+        each, used = (
+            [[time / number for time in side] for side in sides] for sides in (found.last, found.cpu)
+        )
+        figures.append(figure(f"{key}.each", f"{what}: rename to the last handler, for each", "ms", each))
         if number > 1:
-            what = f"one image for {number}: rename to the first handler"
-            figures.append(figure(f"many.{number}.first", what, "ms", first))
+            figures.append(figure(f"{key}.first", f"{what}: rename to the first handler", "ms", found.first))
+            figures.append(figure(f"{key}.cpu", f"{what}: processor time for each", "ms", used))
     return figures
 
 
@@ -69,10 +72,12 @@ def run_versions(count: int = 20) -> list[Figure]:
             directory = place.directory(side)
             for number in range(1, VERSIONS + 1):
                 (directory / f"web_{number}.raw").write_bytes(image.version(number))
-        sides, _ = _sides(stack, place, "squashfs", SHARING)
-        _, last = _several(image, sides, count, VERSIONS)
-    what = f"a new version beside {VERSIONS:,}, {SHARING} services: rename to the last handler"
-    return [figure("versions.last", what, "ms", last)]
+        found = _several(image, *_sides(stack, place, "squashfs", SHARING), count, VERSIONS)
+    what = f"a new version beside {VERSIONS:,}, {SHARING} services"
+    return [
+        figure("versions.last", f"{what}: rename to the last handler", "ms", found.last),
+        figure("versions.cpu", f"{what}: processor time", "ms", found.cpu),
+    ]
 
 
 def run_rate(runs: int = 3, count: int = 1000) -> list[Figure]:
@@ -156,23 +161,38 @@ def _sides(
     return sides, (daemon.pid, bare)
 
 
+@dataclass(frozen=True, slots=True)
+class Several:
+    """Drops for several services, milliseconds, of the daemon's side and of the bare loop's.
+
+    Attributes:
+        first, last: until the first handler ran, and the last.
+        cpu: processor time of a drop and of the pause after it. A busy machine changes it least.
+    """
+
+    first: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
+    last: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
+    cpu: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
+
+
 def _several(
-    image: Image, sides: Sequence[Side], count: int, versions: int = 0
-) -> tuple[list[list[float]], list[list[float]]]:
-    """Milliseconds until the first handler runs and until the last, of each side; beside so many older versions."""
-    first: list[list[float]] = [[], []]
-    last: list[list[float]] = [[], []]
+    image: Image, sides: Sequence[Side], pids: Sequence[int], count: int, versions: int = 0
+) -> Several:
+    """Drop to all services of both sides in turn; beside so many older versions."""
+    found = Several()
     for turn in range(1, WARM_UP_MANY + count + 1):
         number = versions + turn
         name = f"web_{number}.raw" if versions else "web_1.raw"
-        for (directory, services), early, late in zip(sides, first, last, strict=True):
+        for side, (directory, services) in enumerate(sides):
+            used = cpu(pids[side])
             start = drop(image.version(number), directory, name)
             handled = [_handled(one, number, older=turn == 1) for one in services]
-            if turn > WARM_UP_MANY:
-                early.append((min(handled) - start) / 1e6)
-                late.append((max(handled) - start) / 1e6)
             time.sleep(PAUSE_MANY)
-    return first, last
+            if turn > WARM_UP_MANY:
+                found.first[side].append((min(handled) - start) / 1e6)
+                found.last[side].append((max(handled) - start) / 1e6)
+                found.cpu[side].append(cpu(pids[side]) - used)
+    return found
 
 
 def _minute(image: Image, sides: Sequence[Side], numbers: Sequence[int]) -> list[int]:

@@ -52,6 +52,7 @@ def run_start(count: int = 3) -> list[Figure]:
     """Start with 500 services; the floor: a Python that has loaded as much, and the bare calls for what is new."""
     cold: tuple[list[float], list[float]] = ([], [])
     warm: tuple[list[float], list[float]] = ([], [])
+    used: tuple[list[float], list[float]] = ([], [])
     for _ in range(count):
         with rig() as place, _services(place), contextlib.ExitStack() as stack:
             make = ("sleep", "infinity")
@@ -66,13 +67,18 @@ def run_start(count: int = 3) -> list[Figure]:
             for times, more in ((cold, bare), (warm, 0.0), (warm, 0.0)):
                 with place.daemon() as daemon:
                     _wait_until_quiet(daemon)
-                with _interpreter() as (_, seconds):
-                    pass
+                    needed = daemon.cpu()
+                with _interpreter() as (pid, seconds):
+                    needed_bare = cpu(pid)
                 times[0].append(daemon.started)
                 times[1].append(seconds + more)
+                if times is warm:
+                    used[0].append(needed)
+                    used[1].append(needed_bare)
     return [
         figure("start.cold", f"start with {SERVICES} services, each to be given its stack", "s", cold),
         figure("start.warm", f"start with {SERVICES} services that have theirs", "s", warm),
+        figure("start.cpu", f"start with {SERVICES} services that have theirs, processor time", "ms", used),
     ]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import resource
 import select
 import signal
 import socket
@@ -277,11 +278,13 @@ def switches(pid: int) -> dict[str, int]:
 
 
 @functools.cache
-def leave_the_hosts_mounts() -> None:
+def stand_apart() -> None:
     """A mount table of our own: what others mount on this machine meanwhile would wake the daemon.
 
-    And ours goes with us, whatever we die of.
+    And ours goes with us, whatever we die of. The many services that are held take many descriptors.
     """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     syscalls.unshare(syscalls.CLONE_NEWNS)
     syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
 
@@ -293,7 +296,7 @@ def rig() -> Iterator[Rig]:
     The daemon watches every directory on the way for a rename of the next: in a busy /tmp it would be woken all the
     time by what is no concern of it.
     """
-    leave_the_hosts_mounts()
+    stand_apart()
     where = Path("/mnt/bench")
     with _memory(where.parent), contextlib.ExitStack() as stack:
         where.mkdir()
