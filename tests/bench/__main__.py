@@ -26,7 +26,7 @@ from .result import Figure, NoResult, Result
 from .rig import stand_apart
 
 RESULTS = Path(__file__).with_name("results")
-TOOLS = ("mksquashfs", "mkfs.erofs", "mkfs.ext4", "findmnt")
+TOOLS = ("mksquashfs", "mkfs.erofs", "mkfs.ext4", "findmnt", "setpriv")
 
 # Of one part: the others have taken minutes, and are shown.
 _FAULTS = (AssertionError, OSError, RuntimeError, subprocess.SubprocessError, BootFailed, BuildFailed)

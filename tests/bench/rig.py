@@ -8,6 +8,7 @@ starts an interpreter for each: a hundred of them would take minutes.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import resource
@@ -32,6 +33,7 @@ from watcher.mounts.process import start_time
 from . import filesystem
 from .report import Failed
 
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 SECONDS = 60.0
 """Nothing takes this long: what does is a failure."""
 
@@ -70,6 +72,8 @@ def stamp(number: int) -> bytes:
 def dying() -> Iterator[None]:
     """In a forked child: whatever happens, nothing of the parent's runs in it afterwards."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # It does not outlive a bench that is killed, nor keep its file system.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         yield
     except BaseException:  # noqa: BLE001 -- told, and the end
@@ -211,7 +215,7 @@ class Rig:
             ready.bind(address)
             start = time.monotonic()
             process = subprocess.Popen(
-                [sys.executable, "-m", "watcher", "run"],
+                ["setpriv", "--pdeathsig", "KILL", "--", sys.executable, "-m", "watcher", "run"],
                 env=self._environment | {"NOTIFY_SOCKET": "@" + address[1:]},
                 stdout=log,
                 stderr=log,
