@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Two results beside each other: a figure is compared by its ratio to its floor, which was measured in the same run.
 
-So a machine that was busier, or is another one, changes both sides of a ratio. A figure without a floor, or whose floor
-is nothing (wake-ups, lost drops), is compared by itself.
+So a machine that was busier, or is another one, changes both sides of a ratio. A figure without a floor, and a count
+(wake-ups, lost drops), is compared by itself.
 
 Both sides do not change evenly, though. So what seems slower is measured once more, as `make test` runs again what
 failed: it is slower if it is so twice.

@@ -43,7 +43,7 @@ class Figure:
     Attributes:
         key: its name in all results, "drop.erofs.handler": what is measured in another way gets another one.
         what: the same for people.
-        unit: of all values.
+        unit: of all values; "" if they are counts.
         ours: with confext-watcher.
         floor: the same work by bare system calls, in the same run; None where there is no such thing.
         aim: what the median (and the 99th percentile) should not exceed, in words.
@@ -58,8 +58,10 @@ class Figure:
 
     @property
     def ratio(self) -> float | None:
-        """How many times the floor."""
-        return self.ours.median / self.floor.median if self.floor and self.floor.median else None
+        """How many times the floor; None for a count, as of lost drops: a machine is not half as fast by losing two."""
+        return (
+            self.ours.median / self.floor.median if self.unit and self.floor and self.floor.median else None
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,13 @@ def test_more_than_a_tenth_is_marked(before: Figure, after: Figure, mark: str) -
     assert change.slower == (mark == "SLOWER")
 
 
+def test_a_count_is_compared_by_itself() -> None:
+    """Twice as many drops lost are no better where the bare loop lost three times as many."""
+    before, after = (figure("lost", "lost", "", ([ours], [bare])) for ours, bare in ((10, 1), (20, 3)))
+    (change,) = compare.changes(run(before), run(after))
+    assert change.cells() == ("10", "20", "+100%", "SLOWER")
+
+
 def test_ratios_are_shown_and_by_how_much_they_changed() -> None:
     (change,) = compare.changes(run(drop(4, 2)), run(drop(5, 2)))
     assert change.cells() == ("2 x", "2.50 x", "+25%", "SLOWER")
