@@ -21,6 +21,7 @@ from inotify_simple import INotify, flags
 
 from watcher.mounts import syscalls
 
+from .report import Failed
 from .rig import dying
 
 _PLACE = "/sys"
@@ -183,6 +184,8 @@ def follow(directory: Path, store: Path, fstype: str, pids: Sequence[int], ready
             if event.name.startswith("."):
                 continue
             copy = bare.copy(os.path.join(directory, event.name))
+            if copy == before:
+                continue  # it was late, and has seen this one at the event before
             root = bare.attach(copy, fstype)
             benches = []
             for target in targets:
@@ -248,8 +251,10 @@ def _forked(function: Callable[[int], None]) -> Iterator[int]:
     os.close(writing)
     try:
         if os.read(reading, 1) != b"r":
-            raise RuntimeError("the loop of bare calls did not start")
+            raise Failed("the bare calls, which are the floor, did not start")
         yield pid
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            raise Failed("the bare calls, which are the floor, have ended")
     finally:
         os.close(reading)
         os.kill(pid, signal.SIGKILL)
