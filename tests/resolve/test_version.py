@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Versions are ordered as UAPI.10 says; `test_oracle.py` holds the same function against systemd itself."""
+"""Versions are ordered as UAPI.10 says; `test_oracle.py` holds the same function against systemd itself.
+
+Here the keys are held against the specification's steps, written as they stand there.
+"""
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -48,3 +52,44 @@ def test_equal_though_written_differently(a: str, b: str) -> None:
 def test_exchanging_the_sides_exchanges_the_answer(a: str, b: str) -> None:
     assert version.compare(a, b) == -version.compare(b, a)
     assert version.compare(a, a) == 0
+
+
+@given(st.text("~-^.aB019_é"), st.text("~-^.aB019_é"), st.text("~-^.aB019_é"))
+def test_keys_are_ordered_as_the_specifications_steps_say(begin: str, a: str, b: str) -> None:
+    for one, other in ((a, b), (begin + a, begin + b)):
+        assert version.compare(one, other) == by_the_steps(one, other)
+
+
+def test_keys_of_all_short_versions_are_ordered_as_the_steps_say() -> None:
+    texts = ["".join(chars) for length in range(4) for chars in itertools.product("~-^.a0_", repeat=length)]
+    wrong = [
+        (one, other)
+        for one, other in itertools.combinations(texts, 2)
+        if version.compare(one, other) != by_the_steps(one, other)
+    ]
+    assert wrong == []
+
+
+def by_the_steps(a: str, b: str) -> int:
+    """`compare()` as the specification tells it, character by character."""
+    while True:
+        a, b = a.lstrip("_é"), b.lstrip("_é")
+        if "~" in (a[:1], b[:1]):
+            if a[:1] != b[:1]:
+                return -1 if a[:1] == "~" else 1
+            a, b = a[1:], b[1:]
+        if not a or not b:
+            return bool(a) - bool(b)
+        for separator in "-^.":
+            if separator in (a[:1], b[:1]):
+                if a[:1] != b[:1]:
+                    return -1 if a[:1] == separator else 1
+                a, b = a[1:], b[1:]
+        digits = (a[:1] + b[:1]).strip("aB_é~-^.") != ""
+        charset = "0123456789" if digits else "aB"
+        part, other = (text[: len(text) - len(text.lstrip(charset))] for text in (a, b))
+        a, b = a[len(part) :], b[len(other) :]
+        if digits and part and other:
+            part, other = (text.lstrip("0").rjust(100, "0") for text in (part, other))
+        if part != other:
+            return 1 if part > other else -1
