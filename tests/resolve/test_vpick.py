@@ -66,6 +66,19 @@ def test_same_version_by_architecture_then_tries_then_name() -> None:
     assert picked(*names) == list(reversed(["web_1.raw", "web_1_foo.raw", *names[2:]]))
 
 
+def test_what_was_sorted_out_before_is_not_taken_for_what_differs_a_little() -> None:
+    names = [f"web_{number}_x86.raw" for number in range(50)]
+    trees = [Dirent(name, "directory") for name in names]
+    for _ in range(2):
+        assert [
+            c.version for c in vpick.pick(IMAGES, [Dirent(name, "file") for name in names], "x86-64")
+        ] == [str(number) for number in reversed(range(50))]
+        assert vpick.pick(IMAGES, [Dirent(name, "file") for name in names], "arm64") == ()
+        assert vpick.pick(IMAGES, trees, "x86-64") == ()
+        assert len(vpick.passed_over(IMAGES, trees, "x86-64")) == 50
+        assert vpick.pick(IMAGES, [Dirent(names[7], "file")], "x86-64")[0].filename == names[7]
+
+
 def test_another_hosts_architecture_is_passed_over() -> None:
     assert picked("web_2_arm64.raw", "web_1_x86-64.raw") == ["web_1_x86-64.raw"]
     dirents = [
