@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -266,6 +269,50 @@ def test_names_that_can_be_listed_but_not_looked_at_are_unknown(public: Path) ->
     dropped.chmod(0o755)
     assert found(result) == [[]]
     assert result.picks[0].unknown
+
+
+def test_versions_that_can_be_listed_but_not_looked_at_are_unknown(public: Path) -> None:
+    directory = versions(versions(public / "c") / "web.raw.v", "web_1.raw", "web_2.raw")
+    directory.chmod(0o444)
+    with as_nobody():
+        result = look(public / "c")
+    directory.chmod(0o755)
+    assert found(result) == [[]]
+    assert result.picks[0].unknown
+    assert len(told(result, "warning")) == 2
+
+
+def test_a_newest_version_that_a_failing_disk_hides_is_unknown(
+    drop: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions(drop / "web.raw.v", "web_1.raw", "web_2.raw")
+    stat = os.stat
+
+    def fail(path: object, **options: Any) -> os.stat_result:
+        if path == "web_2.raw":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return stat(path, **options)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", fail)
+        result = look(drop)
+    assert found(result) == [["web_1.raw"]]
+    assert result.picks[0].unknown
+    assert told(result, "warning") == [
+        "cannot be read, what was accepted stays until something newer comes: Input/output error"
+    ]
+
+
+@pytest.mark.parametrize("instead", [os.mkdir, os.mkfifo, functools.partial(os.symlink, "/nowhere")])
+def test_a_name_that_is_something_else_now(drop: Path, instead: Callable[[Path], None]) -> None:
+    newest = versions(drop / "web.raw.v", "web_1.raw", "web_2.raw") / "web_2.raw"
+    assert found(look(drop)) == [["web_2.raw", "web_1.raw"]]
+    newest.unlink()
+    assert found(look(drop)) == [["web_1.raw"]]
+    instead(newest)
+    result = look(drop)
+    assert found(result) == [["web_1.raw"]]
+    assert len(told(result, "warning")) == 1
 
 
 @pytest.mark.parametrize("which", ["the drop directory", "a directory of versions"])

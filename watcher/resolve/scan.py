@@ -12,6 +12,7 @@ look, as `unknown`: no service loses anything because a permission changed or a 
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import re
 import stat
@@ -143,13 +144,17 @@ def _picks(entry: Entry, architecture: str | None, notes: _Notes) -> Picks:
     spec = vpick.parse_path(entry.path, entry.kind)
     if spec is None:
         return _direct(entry, notes)
-    wanted = re.compile(vpick.pattern(spec))
+    wanted = vpick.pattern(spec)
     try:
         with notes.followed(spec.directory) as found:
-            notes.watch(spec.directory, vpick.pattern(spec))
-            dirents, unsafe = _read(found.fd, notes, spec.directory, wanted, entry.kind), found.unsafe
+            notes.watch(spec.directory, wanted)
+            unsafe = found.unsafe
+            dirents = _read(found.fd, notes, spec.directory, wanted, entry.kind, by_stat=False)
+            best = vpick.pick(spec, dirents, architecture)[:1]
+            if best and not _answers(best[0].filename, found.fd):
+                dirents = _read(found.fd, notes, spec.directory, wanted, entry.kind)
     except OSError as error:
-        notes.watch(spec.directory, vpick.pattern(spec))
+        notes.watch(spec.directory, wanted)
         return _unread(entry, spec.directory, error, notes)
     except Unsafe as error:
         return _out_of_sight(entry, spec.basename, error)
@@ -223,14 +228,21 @@ def _unread(entry: Entry, path: str, error: OSError, notes: _Notes) -> Picks:
 
 
 def _read(
-    place: int, notes: _Notes, path: str, wanted: re.Pattern[str] | None = None, kind: Kind | None = None
+    place: int,
+    notes: _Notes,
+    path: str,
+    wanted: str | None = None,
+    kind: Kind | None = None,
+    *,
+    by_stat: bool = True,
 ) -> tuple[Dirent, ...]:
     """The names in a directory, each with what it leads to, in the order of the names.
 
     Args:
         place: O_PATH descriptor of it, `path` the path that it was found by.
-        wanted: leave out names that do not match.
+        wanted: pattern; leave out names that do not match.
         kind: what they are to be, in a directory of versions: where their links lead is watched.
+        by_stat: look at each file; else the directory's own word that it is one will do.
 
     Raises:
         OSError: the directory itself cannot be read, or there are too many.
@@ -241,16 +253,29 @@ def _read(
             listed = list(islice(entries, _NAMES_MAX + 1))
         if len(listed) > _NAMES_MAX:
             raise OSError(errno.E2BIG, f"more than {_NAMES_MAX} names in it, remove some", path)
-        names = [entry for entry in listed if wanted is None or wanted.fullmatch(entry.name)]
+        others = [entry for entry in listed if by_stat or not entry.is_file(follow_symlinks=False)]
+        names = {entry.name for entry in others}
+        files = _files(wanted, tuple(entry.name for entry in listed if entry.name not in names))
+        if not others:
+            return files
         found = (
             _linked(f"{path}/{entry.name}", notes, kind)
             if entry.is_symlink()
             else _dirent(entry.name, descriptor)
-            for entry in sorted(names, key=lambda entry: entry.name)
+            for entry in sorted(others, key=lambda entry: entry.name)
+            if wanted is None or re.fullmatch(wanted, entry.name)
         )
-        return tuple(dirent for dirent in found if dirent)
+        return tuple(sorted((*files, *(dirent for dirent in found if dirent))))
     finally:
         os.close(descriptor)
+
+
+@functools.lru_cache(8)
+def _files(wanted: str | None, names: tuple[str, ...]) -> tuple[Dirent, ...]:
+    """Plain files, in the order of their names. Of a large directory, several services ask for the same."""
+    return tuple(
+        Dirent(name, "file") for name in sorted(names) if wanted is None or re.fullmatch(wanted, name)
+    )
 
 
 def _dirent(name: str, directory: int) -> Dirent | None:
@@ -259,6 +284,15 @@ def _dirent(name: str, directory: int) -> Dirent | None:
         return Dirent(name, _type(os.stat(name, dir_fd=directory, follow_symlinks=False), False))
     except OSError as error:
         return None if error.errno == errno.ENOENT else Dirent(name, "other", False, _reason(error))
+
+
+def _answers(name: str, directory: int) -> bool:
+    """Whether a name can be looked at: a directory that is listed need not let us, and a disk may fail."""
+    try:
+        os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except OSError:
+        return False
+    return True
 
 
 def _linked(path: str, notes: _Notes, kind: Kind | None) -> Dirent:
