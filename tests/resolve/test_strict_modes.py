@@ -378,6 +378,24 @@ class TestBorrowedEyes:
         image.chmod(0o640)
         assert verdict(image, trust) == ""
 
+    @pytest.mark.parametrize("there", ["{drop}/web.raw", "web.raw", "../drop/web.raw"])
+    @pytest.mark.parametrize("hidden", ["drop", "image"])
+    def test_what_the_mode_shows_to_all_and_a_list_hides_from_him(
+        self, request: pytest.FixtureRequest, drop: Path, image: Path, hidden: str, there: str
+    ) -> None:
+        (drop / "link").symlink_to(there.format(drop=drop))
+        self.given(drop / "link")
+        assert verdict(drop / "link", NOBODY_DEPLOYS) == ""
+        acl(
+            request.getfixturevalue(hidden),
+            *((1, 7, NONE), (2, 0, NOBODY), (4, 5, NONE), (16, 5, NONE), (32, 5, NONE)),
+        )
+        assert verdict(image, NOBODY_DEPLOYS) == ""
+        said = verdict(drop / "link", NOBODY_DEPLOYS)
+        assert said.startswith(
+            f"{drop}/link is a link that user nobody can set, to what user nobody cannot read"
+        )
+
 
 def test_a_race_of_his_link_with_his_file_is_never_won(drop: Path, secret: Path, top: Path) -> None:
     """One name is by turns a file of his, a link to it and a link to what only root can read, as fast as he can."""

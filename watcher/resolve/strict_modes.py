@@ -47,7 +47,6 @@ class _Place:
 
     fd: int
     path: str
-    permissions: Permissions
     setters: frozenset[Who]
     sticky: bool
     closed: bool
@@ -146,7 +145,9 @@ class StrictModes:
         place = self._top(way)
         while todo:
             name = todo.pop()
-            self._require_sight(way, place.permissions, SEARCH, place.path)
+            if way._setters:
+                there = self._permissions(os.fstat(place.fd), place.fd, listed=True)
+                self._require_sight(way, there, SEARCH, place.path)
             way.path = _joined(place.path, name)
             if todo and (known := self._places.get((way.path, way._setters))):
                 place = self._entered(known, way)
@@ -194,7 +195,6 @@ class StrictModes:
         place = _Place(
             os.dup(fd),
             path,
-            found,
             way._setters | self._trusted.not_root(found.owner, writers),
             sticky=sticky and bool(found.writers()),
             closed=not found.mode & 0o011 or (above is not None and above.closed),
@@ -217,7 +217,7 @@ class StrictModes:
 
     def _found(self, way: Way, place: _Place, fd: int, status: os.stat_result) -> Found:
         try:
-            found = self._permissions(status, fd)
+            found = self._permissions(status, fd, listed=bool(way._setters))
             directory = stat.S_ISDIR(status.st_mode)
             self._require_sight(way, found, READ | SEARCH if directory else READ, way.path)
             unsafe = way.unsafe
@@ -233,8 +233,17 @@ class StrictModes:
         guarded = not closed or bool(way._setters)
         return Found(fd, way.path, status, unsafe, self._guard(way) if guarded else None)
 
-    def _permissions(self, status: os.stat_result, fd: int) -> Permissions:
-        found = Permissions.of_descriptor(status, fd)
+    def _permissions(self, status: os.stat_result, fd: int, *, listed: bool = False) -> Permissions:
+        """Of what is open as `fd`.
+
+        Args:
+            listed: whether it matters who may read: then the access control list counts. Who may write besides the
+                owner is in it only where the group bits of the mode, which are its mask, have that right.
+        """
+        if listed or status.st_mode & stat.S_IWGRP:
+            found = Permissions.of_descriptor(status, fd)
+        else:
+            found = Permissions(status.st_uid, status.st_gid, status.st_mode)
         if status.st_dev not in self._servers:
             self._servers[status.st_dev] = served_by(status.st_dev)
         server = self._servers[status.st_dev]
