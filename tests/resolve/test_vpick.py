@@ -7,13 +7,16 @@ Covers settings/architectures.py.
 from __future__ import annotations
 
 import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from watcher.model import Kind
-from watcher.resolve import vpick
+from watcher.model import Candidate, Kind
+from watcher.resolve import version, vpick
 from watcher.resolve.vpick import Dirent, NotPicked, Spec
 from watcher.settings import architectures
 
@@ -77,6 +80,30 @@ def test_what_was_sorted_out_before_is_not_taken_for_what_differs_a_little() -> 
         assert vpick.pick(IMAGES, trees, "x86-64") == ()
         assert len(vpick.passed_over(IMAGES, trees, "x86-64")) == 50
         assert vpick.pick(IMAGES, [Dirent(names[7], "file")], "x86-64")[0].filename == names[7]
+
+
+def test_threads_that_ask_at_once_for_the_same_have_it_sorted_out_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads = threading.Barrier(4)
+    sorted_by: list[str] = []
+    key = version.key
+
+    def slow_key(text: str) -> tuple[object, ...]:
+        sorted_by.append(text)
+        time.sleep(0.01)  # the others come here, too, if nothing holds them
+        return key(text)
+
+    def ask(number: int) -> tuple[Candidate, ...]:
+        threads.wait()
+        return vpick.pick(IMAGES, [Dirent(f"web_{part}.once.raw", "file") for part in range(4)], "x86-64")
+
+    monkeypatch.setattr(version, "key", slow_key)
+    with ThreadPoolExecutor(4) as pool:
+        first, *others = pool.map(ask, range(4))
+    assert [candidate.version for candidate in first] == ["3.once", "2.once", "1.once", "0.once"]
+    assert others == [first] * 3
+    assert len(sorted_by) == 4
 
 
 def test_another_hosts_architecture_is_passed_over() -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -33,6 +34,7 @@ _COUNTER = re.compile(r"(.*)\+([0-9]+)(?:-([0-9]+))?", re.DOTALL)
 _UINT_MAX = 0xFFFFFFFF
 _REMEMBERED = 8
 """Directories whose answer is remembered, for the other services that share one. One of 10,000 names takes 5 MiB."""
+_turn = threading.Lock()
 
 # systemd's hidden_or_backup_file(), and the names under which uploads grow.
 _LEFTOVER = (
@@ -124,14 +126,22 @@ def pick(spec: Spec, dirents: Iterable[Dirent], architecture: str | None = None)
     Args:
         architecture: systemd's name of the native one; None: this host's.
     """
-    return _sorted_out(spec, tuple(dirents), _runnable(architecture))[0]
+    return _remembered(spec, tuple(dirents), _runnable(architecture))[0]
 
 
 def passed_over(
     spec: Spec, dirents: Iterable[Dirent], architecture: str | None = None
 ) -> tuple[NotPicked, ...]:
     """Everything else, with the reason."""
-    return _sorted_out(spec, tuple(dirents), _runnable(architecture))[1]
+    return _remembered(spec, tuple(dirents), _runnable(architecture))[1]
+
+
+def _remembered(
+    spec: Spec, dirents: tuple[Dirent, ...], runnable: tuple[str, ...]
+) -> tuple[tuple[Candidate, ...], tuple[NotPicked, ...]]:
+    """`_sorted_out()`, of threads that ask for the same at once by the first one alone."""
+    with _turn:
+        return _sorted_out(spec, dirents, runnable)
 
 
 @functools.lru_cache(_REMEMBERED)
