@@ -32,6 +32,7 @@ from watcher.images.formats.probe import probe
 from watcher.managers import cgroup
 from watcher.managers import registration as registrations
 from watcher.managers.systemd import dbus, drop_ins, jobs, manager, sandbox_settings, systemd1
+from watcher.managers.systemd.wire import Received
 from watcher.model import Candidate, Event, Kind, Outcome, Refused, Unsupported, shown
 from watcher.mounts import table
 from watcher.mounts.mountinfo import Mount, mounts
@@ -501,11 +502,12 @@ def dbus_signal(data: bytes) -> None:
     if message is not None:
         systemd = manager.Systemd(Settings())
         systemd._tracker._facts = cast(Any, {"a@.service": None})
+        systemd._tracker._names = {"/a": "a.service"}
         systemd._on_signal(message)
         systemd.close()
 
 
-def _message(data: bytes, member: str) -> Message | None:
+def _message(data: bytes, member: str) -> Received | None:
     """A message with the signature that its first bytes give and the body of the rest; None where that is none."""
     length, rest = data[0], data[1:]
     signature, body = rest[:length], rest[length:].removeprefix(b"\0")
@@ -519,20 +521,21 @@ def _message(data: bytes, member: str) -> Message | None:
             return None
     try:
         header = Header(Endianness.little, MessageType.signal, 0, 1, len(body), 1, fields)
-        raw = header.serialise() + body
-        return Message.from_buffer(raw)
-    except Exception:  # noqa: BLE001 -- jeepney says it in many ways; the connection is given up then (dbus.py)
+        message = Received(header.serialise() + body)
+        _ = message.body
+    except Exception:  # noqa: BLE001 -- the connection is given up then (dbus.py)
         return None
+    return message
 
 
 class _Answering(dbus.Bus):
     """A bus on which every call gets the same answer."""
 
-    def __init__(self, answer: Message) -> None:
+    def __init__(self, answer: Received) -> None:
         self._answer = answer
         self._heard, self._owners = set(), {}
 
-    async def _exchange(self, message: Message, timeout: float) -> Message:
+    async def _exchange(self, message: Message, timeout: float) -> Received:
         return self._answer
 
 

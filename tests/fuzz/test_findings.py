@@ -22,6 +22,7 @@ from support.nobody import NOBODY
 from watcher.managers import cgroup
 from watcher.managers.systemd import dbus, systemd1
 from watcher.managers.systemd.manager import Systemd
+from watcher.managers.systemd.wire import Received
 from watcher.mounts import table
 from watcher.mounts.process import Process
 from watcher.resolve import trust
@@ -99,8 +100,9 @@ async def _answered(bus: dbus.Bus) -> None:
 )
 def test_a_signal_with_other_arguments_is_passed_over(member: str) -> None:
     manager = Systemd(Settings())
-    manager._on_signal(new_signal(DBusAddress("/", interface="a.b"), member))
-    manager._on_signal(new_signal(DBusAddress("/", interface="a.b"), member, "as", (["a"],)))
+    for arguments in ((), ("as", (["a"],))):
+        message = new_signal(DBusAddress("/", interface="a.b"), member, *arguments)
+        manager._on_signal(Received(message.serialise(serial=1)))
     manager.close()
 
 

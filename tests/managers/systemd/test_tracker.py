@@ -5,19 +5,20 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import trio
 import trio.testing
-from jeepney import HeaderFields, Message
+from jeepney import DBusAddress, new_signal
 
 from watcher.managers.systemd import dbus, tracker
 from watcher.managers.systemd.systemd1 import Systemd1, unit_path
 from watcher.managers.systemd.tracker import Tracker
+from watcher.managers.systemd.wire import Received
 
 
 class Host(Systemd1):
@@ -50,7 +51,7 @@ class Host(Systemd1):
             self.tracker.note(_signal("UnitNew", "/", name, unit_path(name)))
         self.pids[name] = os.getpid()
         if name in self._followed:
-            self.tracker.note(_signal("PropertiesChanged", unit_path(name)))
+            self.tracker.note(_changed(name, os.getpid()))
 
     async def update(self) -> None:
         """As often as there is something to look at."""
@@ -101,9 +102,15 @@ class Host(Systemd1):
         return "1" * 32
 
 
-def _signal(member: str, path: str, *body: object) -> Message:
-    fields = {HeaderFields.member: member, HeaderFields.path: path}
-    return cast(Message, SimpleNamespace(header=SimpleNamespace(fields=fields), body=body))
+def _signal(member: str, path: str, *strings: str) -> Received:
+    message = new_signal(DBusAddress(path, interface="a.b"), member, "s" * len(strings), strings)
+    return Received(message.serialise(serial=1))
+
+
+def _changed(name: str, pid: int) -> Received:
+    body = "a.b", {"MainPID": ("u", pid)}, []
+    message = new_signal(DBusAddress(unit_path(name), interface="a.b"), "PropertiesChanged", "sa{sv}as", body)
+    return Received(message.serialise(serial=1))
 
 
 @pytest.fixture
@@ -127,6 +134,29 @@ async def test_a_start_while_the_same_unit_is_being_asked_about(host: Host, ques
     host.tracker.look_at("web.service")
     await host.update()
     assert host.main("web.service") == os.getpid()
+
+
+async def test_a_service_that_tells_its_state_and_is_the_same_as_before_is_not_asked_about(
+    host: Host,
+) -> None:
+    host.unit_file("web.service")
+    host.start("web.service")
+    await host.update()
+    host.asked.clear()
+    host.tracker.note(_changed("web.service", os.getpid()))
+    assert not host.tracker._news.is_set()
+    with subprocess.Popen(["sleep", "infinity"]) as other:
+        host.pids["web.service"] = other.pid
+        host.tracker.note(_changed("web.service", other.pid))
+        await host.update()
+        assert host.main("web.service") == other.pid
+        # systemd reaps it after we have seen its end: what it tells now may be of before.
+        other.kill()
+        other.wait()
+    host.pids["web.service"] = 0
+    host.tracker.note(_changed("web.service", other.pid))
+    await host.update()
+    assert host.main("web.service") == 0
 
 
 @pytest.mark.parametrize("question", ["AddMatch", "ListUnits"])

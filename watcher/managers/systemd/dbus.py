@@ -3,7 +3,7 @@
 
 jeepney's own router puts signals into bounded channels, and silently drops what does not fit; a daemon-reload with a
 thousand units fills any bound. Here each signal goes straight to one plain function, which only notes what to look at
-again: nothing queues, so nothing is dropped.
+again: nothing queues, so nothing is dropped. wire.py reads what arrives.
 
 If the bus goes away, every call that waits for a reply raises `BusLost`, and so does the block of `connect()`. The
 caller has to connect again: only he knows what he has to look at again.
@@ -11,7 +11,6 @@ caller has to connect again: only he knows what he has to look at again.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final
@@ -21,6 +20,8 @@ from jeepney import DBusAddress, HeaderFields, MatchRule, Message, MessageFlag, 
 from jeepney.auth import BEGIN, AuthenticationError, Authenticator
 from jeepney.bus import get_bus
 from jeepney.io.trio import DBusConnection
+
+from watcher.managers.systemd.wire import BadMessage, Incoming, Received
 
 BUS: Final = "org.freedesktop.DBus"
 PROPERTIES: Final = "org.freedesktop.DBus.Properties"
@@ -35,8 +36,7 @@ FAILED: Final = f"{BUS}.Error.Failed"
 # Destination, path and interface of the methods of the bus itself.
 _BUS_ITSELF: Final = (BUS, "/org/freedesktop/DBus", BUS)
 
-# jeepney raises these for bytes that are no message.
-_NO_MESSAGE: Final = (ValueError, TypeError, LookupError, AttributeError, struct.error)
+_RECEIVE: Final = 64 * 1024  # bytes at a time
 
 CALL_SEC: Final = 30.0
 """How long a reply may take, in seconds, unless the call says otherwise."""
@@ -72,7 +72,7 @@ def is_lost(error: Exception) -> bool:
 class Bus:
     """An open connection; made by `connect()`."""
 
-    def __init__(self, connection: DBusConnection, on_signal: Callable[[Message], None]) -> None:
+    def __init__(self, connection: DBusConnection, on_signal: Callable[[Received], None]) -> None:
         self._connection = connection
         self._on_signal = on_signal
         self._pending: dict[int, _Reply] = {}
@@ -155,7 +155,7 @@ class Bus:
         """Undo one `add_match()` of the same rule; raises as `call()` does."""
         await self.call(*_BUS_ITSELF, "RemoveMatch", "s", rule.serialise())
 
-    async def _exchange(self, message: Message, timeout: float) -> Message | None:
+    async def _exchange(self, message: Message, timeout: float) -> Received | None:
         if self._lost:
             raise self._lost
         serial = next(self._connection.outgoing_serial)
@@ -178,12 +178,11 @@ class Bus:
         """
         try:
             with _broken_is_lost():
-                while True:
-                    try:
-                        message = await self._connection.receive()
-                    except _NO_MESSAGE as error:
-                        raise BusLost(f"the bus sent what is no message: {error!r}") from error
-                    self._dispatch(message)
+                incoming = Incoming()
+                while data := await self._connection.socket.recv(_RECEIVE):
+                    for message in incoming.feed(data):
+                        self._dispatch(message)
+                raise trio.EndOfChannel("it hung up")
         except BusLost as lost:
             self._lost = lost
             raise
@@ -192,7 +191,7 @@ class Bus:
             for reply in self._pending.values():
                 reply.event.set()
 
-    def _dispatch(self, message: Message) -> None:
+    def _dispatch(self, message: Received) -> None:
         kind = message.header.message_type
         if kind is MessageType.signal:
             if self._is_heard(message):
@@ -200,10 +199,11 @@ class Bus:
         elif kind in (MessageType.method_return, MessageType.error):
             reply = self._pending.get(message.header.fields.get(HeaderFields.reply_serial, 0))
             if reply:
+                _ = message.body  # if it is none, the connection is given up here
                 reply.message = message
                 reply.event.set()
 
-    def _is_heard(self, message: Message) -> bool:
+    def _is_heard(self, message: Received) -> bool:
         sender = message.header.fields.get(HeaderFields.sender)
         if sender != BUS:
             return sender in self._owners.values()
@@ -217,11 +217,11 @@ class Bus:
 class _Reply:
     def __init__(self) -> None:
         self.event = trio.Event()
-        self.message: Message | None = None
+        self.message: Received | None = None
 
 
 @asynccontextmanager
-async def connect(on_signal: Callable[[Message], None], address: str = "SYSTEM") -> AsyncIterator[Bus]:
+async def connect(on_signal: Callable[[Received], None], address: str = "SYSTEM") -> AsyncIterator[Bus]:
     """A connection to a bus, for as long as the block lasts.
 
     Args:
@@ -273,5 +273,7 @@ async def _authenticate(stream: trio.SocketStream) -> None:
 def _broken_is_lost() -> Iterator[None]:
     try:
         yield
-    except (trio.BrokenResourceError, trio.ClosedResourceError, trio.EndOfChannel) as error:
+    except (trio.BrokenResourceError, trio.ClosedResourceError, trio.EndOfChannel, OSError) as error:
         raise BusLost(f"the bus went away: {error}") from error
+    except BadMessage as error:
+        raise BusLost(f"the bus sent what is no message: {error}") from error

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import trio
-from jeepney import HeaderFields, Message
+from jeepney import HeaderFields
 
 from watcher.managers import cgroup, command
 from watcher.managers.base import Ended, Reloaded, Service
@@ -24,6 +24,7 @@ from watcher.managers.systemd.systemd1 import DAEMON_RELOAD_SEC, JobResults, Sys
 from watcher.managers.systemd.tracker import Tracker
 from watcher.managers.systemd.transient import Transient
 from watcher.managers.systemd.unit_facts import stale
+from watcher.managers.systemd.wire import Received
 from watcher.model import Entry, Interest, Unsupported
 from watcher.mounts.process import Gone, Process
 from watcher.records import journal
@@ -211,12 +212,12 @@ class Systemd:
             await self._connected.wait()
         return self._systemd
 
-    def _on_signal(self, message: Message) -> None:
+    def _on_signal(self, message: Received) -> None:
         if not is_known(message):
             return
         member = message.header.fields[HeaderFields.member]
         if member == "JobRemoved":
-            self._job_results.ended(message.body[1], message.body[3])
+            self._job_results.note(message)
             return
         if member == "NameOwnerChanged":
             self._job_results.lost()  # what systemd sent before it owned the name was not heard

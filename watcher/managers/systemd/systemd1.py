@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import trio
-from jeepney import HeaderFields, MatchRule, Message
+from jeepney import HeaderFields, MatchRule
 
 from watcher.managers.systemd.dbus import CALL_SEC, PROPERTIES, Bus, require
+from watcher.managers.systemd.wire import Received
 from watcher.model import Unsupported
 
 NAME: Final = "org.freedesktop.systemd1"
@@ -73,9 +74,15 @@ def _hex(char: str) -> str:
 
 
 def properties_rule(unit: str | None) -> MatchRule:
-    """Changes of one unit, or of all."""
+    """Changes of one service, or of all.
+
+    With each change systemd tells first what is the service's own, then what every unit has: send_changed_signal() in
+    src/core/dbus-unit.c. The first says enough.
+    """
     where = {"path_namespace": f"{PATH}/unit"} if unit is None else {"path": unit_path(unit)}
-    return MatchRule(type="signal", sender=NAME, interface=PROPERTIES, member="PropertiesChanged", **where)
+    rule = MatchRule(type="signal", sender=NAME, interface=PROPERTIES, member="PropertiesChanged", **where)
+    rule.add_arg_condition(0, SERVICE)
+    return rule
 
 
 # Signatures of the signals that are followed (org.freedesktop.systemd1(5), the D-Bus Specification).
@@ -88,7 +95,7 @@ _SIGNALS: Final = {
 }
 
 
-def is_known(message: Message) -> bool:
+def is_known(message: Received) -> bool:
     """Whether a signal is one of those that are followed, with the arguments that it should have."""
     fields = message.header.fields
     signature = _SIGNALS.get(fields.get(HeaderFields.member))
@@ -101,8 +108,13 @@ class JobResults:
     def __init__(self) -> None:
         self._listeners: set[Listener] = set()
 
-    def ended(self, job: str, result: str) -> None:
+    def note(self, message: Received) -> None:
         """A JobRemoved signal came."""
+        if self._listeners:  # most jobs are nobody's here
+            self.ended(message.body[1], message.body[3])
+
+    def ended(self, job: str, result: str) -> None:
+        """A job has ended."""
         for listener in self._listeners:
             listener.ended(job, result)
 

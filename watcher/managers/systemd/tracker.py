@@ -16,13 +16,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import trio
-from jeepney import HeaderFields, Message
+from jeepney import HeaderFields
 
 from watcher.managers.base import Service
 from watcher.managers.systemd import dbus, unit_files
 from watcher.managers.systemd.systemd1 import Systemd1, unit_path
 from watcher.managers.systemd.unit_facts import UnitFacts, all_facts, units_with_slots
 from watcher.managers.systemd.unit_files import Index
+from watcher.managers.systemd.wire import Received
 from watcher.model import Remark
 from watcher.mounts.process import Gone, Process
 from watcher.records import journal
@@ -95,12 +96,12 @@ class Tracker:
         self._dirty[name] = None
         self._news.set()
 
-    def note(self, message: Message) -> None:
+    def note(self, message: Received) -> None:
         """A signal of systemd came."""
         member = message.header.fields.get(HeaderFields.member)
         if member == "PropertiesChanged":
             name = self._names.get(message.header.fields.get(HeaderFields.path, ""))
-            if name:
+            if name and not self._has_main(name, message.changed_number("MainPID")):
                 self.look_at(name)
         elif member == "Reloading" and not message.body[0]:
             self.look_at_everything()
@@ -109,6 +110,12 @@ class Tracker:
             self.look_at_everything()
         elif member == "UnitNew":
             self._note_unit(message.body[0])
+
+    def _has_main(self, name: str, pid: int | None) -> bool:
+        """Whether the main process of a service is the one that is known already: then nothing else that is kept of it
+        can have changed. With each reload systemd tells its state twice."""
+        main = self.services[name].main if name in self.services else None
+        return main is not None and main.pid == pid and main.alive()
 
     def _note_unit(self, name: str) -> None:
         """systemd has loaded a unit: an instance takes part if its template does."""
