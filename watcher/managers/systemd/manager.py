@@ -23,7 +23,8 @@ from watcher.managers.systemd.jobs import UnitJobs
 from watcher.managers.systemd.systemd1 import DAEMON_RELOAD_SEC, JobResults, Systemd1, is_known
 from watcher.managers.systemd.tracker import Tracker
 from watcher.managers.systemd.transient import Transient
-from watcher.managers.systemd.unit_facts import stale
+from watcher.managers.systemd.unit_facts import Listed, listed, stale
+from watcher.managers.systemd.unit_files import Index
 from watcher.managers.systemd.wire import Received
 from watcher.model import Entry, Interest, Unsupported
 from watcher.mounts.process import Gone, Process
@@ -77,6 +78,8 @@ class Systemd:
         self._reloads = DaemonReload(
             self._daemon_reload, settings.reload_limit_burst, settings.reload_limit_interval_usec / 1_000_000
         )
+        # By which unit files the drop-ins of which units were found to be as they should, and what each lists.
+        self._learned: tuple[Index, dict[str, Listed]] = self._tracker.index, {}
         # The drop-ins that units should have, and did not get by a daemon-reload: no second one is made for them.
         self._hopeless: dict[str, str] = {}
         # What the drop-in of each unit cannot say, as it was logged last.
@@ -104,9 +107,18 @@ class Systemd:
     async def learn(self, service: Service, sysexts: Sequence[Entry] = ()) -> None:
         """See `Manager.learn`; the generator reads what was accepted from the record beside the slots."""
         paths = [entry.path for entry in sysexts]
+        if self._learned[0] is not self._tracker.index:
+            self._learned = self._tracker.index, {}
+        learned = self._learned[1]
+        # Here and in no thread: a round does more than this in the state directory before it comes here.
+        now = listed(self._state_directory, service.name, paths)
+        if now.settled and learned.get(service.name) == now:
+            return  # a new version of what is listed already
         await trio.to_thread.run_sync(unit_drop_in.write_sysexts, self._state_directory, service.name, paths)
         if await self._stale([service.name]):
             await self._reloads.request()
+        else:
+            learned[service.name] = now
 
     async def reload(self, service: Service) -> Reloaded:
         kind = service.settings.reload

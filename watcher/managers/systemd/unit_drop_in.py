@@ -159,7 +159,7 @@ def _listed(
     complain: Callable[[str], None],
 ) -> list[Listed]:
     """The slots of the last accepted stack, and the sysexts that the unit declares."""
-    slots = _read_slots(state_directory, unit.name, complain)
+    slots = read_slots(state_directory, unit.name, complain)
     known = read_sysexts(state_directory, unit.name) if _declares(parsed) else frozenset()
     trees = (path for path, _ in index.sources(unit).directories)
     if slots is not None and not known and not any(map(_is_sysext_tree, trees)):
@@ -183,8 +183,8 @@ def _listed(
     return [*(Listed(kind, slot) for slot, kind in slots), *sysexts]
 
 
-def _read_slots(
-    state_directory: str, unit: str, complain: Callable[[str], None]
+def read_slots(
+    state_directory: str, unit: str, complain: Callable[[str], None] = lambda text: None
 ) -> list[tuple[str, Kind]] | None:
     """Slots of the last accepted stack, bottom to top, with or without a layer; None if no stack was ever accepted.
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from watcher.managers.systemd import drop_ins, sandbox_settings, unit_drop_in, unit_files
 from watcher.managers.systemd.unit_files import DROPIN, Index, Unit
-from watcher.model import Declared, Remark
+from watcher.model import Declared, Kind, Remark
 from watcher.settings import config, syntax, unit_names
 from watcher.settings.config import ServiceSettings
 
@@ -149,6 +150,36 @@ def stale(
         if loaded is None or not _equivalent(loaded, wanted, state_directory):
             found[name] = wanted
     return found
+
+
+class Listed(NamedTuple):
+    """What a unit's drop-in may list beside what its files say: as long as both are the same, so is the drop-in.
+
+    Attributes:
+        slots: of its accepted stack, with their kinds; None: it has none, and the drop-in lists what lies in the
+            directories.
+        there: names of the slots that have a layer.
+        sysexts: paths; which file there is the pick is another matter.
+    """
+
+    slots: tuple[tuple[str, Kind], ...] | None
+    there: frozenset[str]
+    sysexts: tuple[str, ...]
+
+    @property
+    def settled(self) -> bool:
+        """Whether it says all."""
+        return self.slots is not None and not self.sysexts
+
+
+def listed(state_directory: str, unit: str, sysexts: Iterable[str]) -> Listed:
+    """What the drop-in of a unit lists now. Quick: two small looks at the state directory."""
+    slots = unit_drop_in.read_slots(state_directory, unit)
+    try:
+        there = frozenset(os.listdir(f"{state_directory}/units/{unit}"))
+    except OSError:
+        there = frozenset()
+    return Listed(None if slots is None else tuple(slots), there, tuple(sysexts))
 
 
 def _equivalent(loaded: str, wanted: str, state_directory: str) -> bool:
