@@ -57,6 +57,16 @@ def test_all_of_the_group_and_what_is_below_it_belongs_to_the_unit(proc: Path) -
     assert sorted(cgroup.processes(10, "web.service", str(proc))) == [10, 11, 12, 13, 14]
 
 
+def test_the_mount_table_is_read_until_it_has_the_hierarchy(proc: Path) -> None:
+    table = (proc / "self/mountinfo").read_text()
+    (proc / "self/mountinfo").write_text("")
+    assert cgroup.processes(10, "web.service", str(proc)) == [10]
+    (proc / "self/mountinfo").write_text(table)
+    assert len(cgroup.processes(10, "web.service", str(proc))) == 5
+    (proc / "self/mountinfo").unlink()
+    assert len(cgroup.processes(10, "web.service", str(proc))) == 5
+
+
 def test_a_delegated_subtree_is_not_the_units(proc: Path, tmp_path: Path) -> None:
     os.setxattr(tmp_path / "cg/web.service/workers", "user.delegate", b"1")
     assert sorted(cgroup.processes(10, "web.service", str(proc))) == [10, 11]

@@ -11,6 +11,9 @@ from watcher.mounts.mountinfo import mounts
 
 _DELEGATED = ("trusted.delegate", "user.delegate")
 
+# Where the hierarchy is, by the directory for processes; it stays there. Our mount table, with all images, is long.
+_hierarchies: dict[str, str] = {}
+
 
 def processes(pid: int, unit: str, root: str = "/proc") -> list[int]:
     """PIDs in the control group of the unit whose main process is `pid`, without those in delegated subtrees.
@@ -19,7 +22,8 @@ def processes(pid: int, unit: str, root: str = "/proc") -> list[int]:
     unit's group itself is delegated, only the processes directly in it count.
     """
     group = unit_group(_read(f"{root}/{pid}/cgroup"), unit)
-    mount = mount_point(_read(f"{root}/self/mountinfo"))
+    mount = _hierarchies.get(root) or mount_point(_read(f"{root}/self/mountinfo"))
+    _hierarchies[root] = mount
     if not group or not mount:
         return [pid]
     found = [pid]
