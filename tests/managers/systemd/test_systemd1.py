@@ -47,6 +47,18 @@ async def test_a_job_is_waited_for_until_it_ends(autojump_clock: trio.testing.Mo
             assert await listener.result("/job/2") == "timeout"
 
 
+async def test_who_waits_for_a_job_is_woken_by_the_end_of_no_other() -> None:
+    jobs = JobResults()
+    with jobs.listening() as listener:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(listener.result, "/job/2")
+            await trio.testing.wait_all_tasks_blocked()
+            asleep = listener._news
+            jobs.ended("/job/1", "done")
+            assert listener._news is asleep
+            jobs.ended("/job/2", "done")
+
+
 async def test_a_lost_connection_ends_the_waiting() -> None:
     jobs = JobResults()
     with jobs.listening() as listener:

@@ -138,12 +138,14 @@ class Listener:
 
     def __init__(self) -> None:
         self._results: dict[str, str] = {}
+        self._awaited = ""
         self._news = trio.Event()
         self._deaf = False
 
     def ended(self, job: str, result: str) -> None:
         self._results[job] = result
-        self._wake()
+        if job == self._awaited:  # 50 that wait are not woken by each other's jobs
+            self._wake()
 
     def lost(self) -> None:
         self._deaf = True
@@ -151,6 +153,7 @@ class Listener:
 
     async def result(self, job: str) -> str:
         """How a job ended ("done", "failed", "timeout", ...); "" if that can no longer be heard."""
+        self._awaited = job
         while job not in self._results and not self._deaf:
             await self._news.wait()
         return self._results.get(job, "")
