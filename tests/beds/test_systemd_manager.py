@@ -352,6 +352,175 @@ def test_a_reload_that_hangs_times_out(host: Managed) -> None:
     assert "interrupted" not in reloaded
 
 
+TOLD = """[Service]
+ExecStart=/usr/bin/python3 -ISBc \\
+    "import os, signal, time; \\
+    signal.signal(signal.SIGHUP, lambda *_: open('/tmp/told-%N', 'a').write('x')); \\
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN); \\
+    open('/tmp/up-%N', 'w'); \\
+    [time.sleep(3600) for _ in iter(int, 1)]"
+TimeoutStopSec=1
+"""
+KILL = f"{TOLD}ExecReload=/bin/kill -HUP $MAINPID\n"
+# Units by what is added to KILL, or stands in place of its command, and whether their reload is that signal alone.
+SIGNALS = {
+    "plain": ("", True),
+    "other": ("ExecReload=\nExecReload=/usr/bin/kill -s USR2 ${MAINPID}", True),
+    "path": ("ExecReload=\nExecReload=kill --signal SIGHUP $MAINPID", True),
+    "words": ("ExecReload=\nExecReload=/bin/kill '-HUP' \\\n  $MAINPID", True),
+    "user": ("User=nobody", True),
+    "dynamic": ("DynamicUser=yes", True),
+    "boxed": ("ProtectSystem=full\nPrivateDevices=yes\nProtectHome=yes\nNoNewPrivileges=yes", True),
+    "native": ("SystemCallArchitectures=native", True),
+    "access": ("NotifyAccess=all", True),
+    "twice": ("ExecReload=/bin/kill -HUP $MAINPID", False),
+    "minus": ("ExecReload=\nExecReload=-/bin/kill -HUP $MAINPID", False),
+    "plus": ("ExecReload=\nExecReload=+/bin/kill -HUP $MAINPID", False),
+    "shell": ("ExecReload=\nExecReload=/bin/sh -c 'kill -HUP $MAINPID'", False),
+    "dollar": ("ExecReload=\nExecReload=/bin/kill -HUP $$MAINPID", False),
+    "semicolon": ("ExecReload=\nExecReload=/bin/kill -HUP $MAINPID ; /bin/true", False),
+    "environment": ("Environment=MAINPID=4711", False),
+    "file": ("EnvironmentFile=-/etc/default/web", False),
+    "root": ("RootDirectory=/\nMountAPIVFS=yes", False),
+    "binds": ("BindReadOnlyPaths=/usr/bin/true:/usr/bin/kill", False),
+    "hides": ("InaccessiblePaths=/usr/bin/kill", False),
+    "pids": ("PrivatePIDs=yes", False),
+    "users": ("PrivateUsers=yes", False),
+    "pidfile": ("PIDFile=/run/web.pid", False),
+    "propagates": ("[Unit]\nPropagatesReloadTo=twice.service", False),
+    "propagated": ("[Unit]\nReloadPropagatedFrom=shell.service", False),
+    "asked": ("[X-Confext]\nReload=unit", False),
+}
+
+
+def test_a_reload_that_is_nothing_but_a_signal_is_told_from_one_that_may_be_more(host: Managed) -> None:
+    """By what real systemd makes of unit files."""
+    host.units({f"{name}.service": f"{KILL}{more}\n" for name, (more, _) in SIGNALS.items()})
+    host.systemctl("start", *SIGNALS)
+    probe = host.probe()
+    told = {}
+    for name in SIGNALS:
+        probe.until(f"{name}.service", running)
+        told[name] = probe.reload(f"{name}.service")["told"]
+    wanted = {name: "SIGHUP" if signalled else "reload" for name, (_, signalled) in SIGNALS.items()}
+    assert told == wanted | {"other": "SIGUSR2"}
+    # systemd has run nothing for the one, and for the other all that it says.
+    assert not has_run(host, "plain") and has_run(host, "twice")
+
+
+def has_run(host: Managed, name: str) -> bool:
+    """Whether systemd has ever run the last command of ExecReload=."""
+    return "start_time=[n/a]" not in host.bed.property(f"{name}.service", "ExecReload").rpartition("{")[2]
+
+
+def test_a_reload_by_a_signal_reaches_the_service_and_leaves_it_as_it_was(host: Managed) -> None:
+    host.unit("kill.service", KILL)
+    host.systemctl("start", "kill.service")
+    eventually(lambda: host.bed.path("/tmp/up-kill").exists())
+    probe = host.probe()
+    first = probe.until("kill.service", running)
+    for number in (1, 2):
+        assert probe.reload("kill.service") == {"ok": True, "told": "SIGHUP", "reason": "", "output": ""}
+        eventually(lambda: told_times(host, "kill") == number)  # noqa: B023 -- called at once
+    assert host.main_pid("kill.service") == first["pid"]
+    assert "Reload" not in host.bed.journal("--unit=kill.service")
+    # What its unit says anew is what counts from then on.
+    host.bed.path(f"{UNITS}/kill.service.d").mkdir()
+    more = "[Service]\nExecReload=/bin/touch /tmp/more\n"
+    host.bed.path(f"{UNITS}/kill.service.d/more.conf").write_text(more)
+    host.systemctl("daemon-reload")
+    assert probe.reload("kill.service")["told"] == "reload"
+    assert host.bed.path("/tmp/more").exists()
+    eventually(lambda: told_times(host, "kill") == 3)
+
+
+def told_times(host: Managed, name: str) -> int:
+    """How often the handler of a service of KILL has run."""
+    told = host.bed.path(f"/tmp/told-{name}")
+    return len(told.read_text()) if told.exists() else 0
+
+
+def test_a_unit_that_is_reloaded_with_it_still_is(host: Managed) -> None:
+    host.units(
+        {
+            "first.service": f"{KILL}[Unit]\nPropagatesReloadTo=second.service\n",
+            "second.service": KILL,
+        }
+    )
+    host.systemctl("start", "first", "second")
+    eventually(lambda: host.bed.path("/tmp/up-second").exists())
+    probe = host.probe()
+    probe.until("first.service", running)
+    assert probe.reload("first.service")["told"] == "reload"
+    eventually(lambda: told_times(host, "second") == 1)
+
+
+def test_a_main_process_that_its_units_user_may_not_signal_is_not_signalled(host: Managed) -> None:
+    """It has changed its user since it was started: `kill` of systemd's is not allowed to."""
+    become = TOLD.replace("import os, signal, time;", "import os, signal, time; os.setuid(65534);")
+    setpriv = become.replace("ExecStart=", "ExecStart=+")
+    host.unit("turned.service", f"{setpriv}User=daemon\nExecReload=/bin/kill -HUP $MAINPID\n")
+    host.systemctl("start", "turned.service")
+    eventually(lambda: host.bed.path("/tmp/up-turned").exists())
+    probe = host.probe()
+    probe.until("turned.service", running)
+    reloaded = probe.reload("turned.service")
+    assert (reloaded["ok"], reloaded["told"]) == (False, "reload"), reloaded
+    assert not host.bed.path("/tmp/told-turned").exists()
+
+
+def test_a_signal_that_would_end_the_service_is_left_to_systemd(host: Managed) -> None:
+    host.unit("ends.service", f"{SLEEP}ExecReload=/bin/kill -HUP $MAINPID\n")
+    host.systemctl("start", "ends.service")
+    probe = host.probe()
+    probe.until("ends.service", running)
+    assert probe.reload("ends.service")["told"] == "reload"
+    probe.until("ends.service", stopped)
+
+
+def test_no_signal_comes_between_a_stop_and_its_end(host: Managed) -> None:
+    host.unit("stops.service", KILL + "ExecStop=/bin/sleep 2\n")
+    host.systemctl("start", "stops.service")
+    eventually(lambda: host.bed.path("/tmp/up-stops").exists())
+    probe = host.probe()
+    probe.until("stops.service", running)
+    host.systemctl("stop", "--no-block", "stops.service")
+    assert probe.reload("stops.service") == {"ok": True, "told": "", "reason": "", "output": ""}
+    probe.until("stops.service", stopped)
+    assert not host.bed.path("/tmp/told-stops").exists()
+
+
+TELLS = """import os, signal, socket, time
+def notify(text):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.sendto(text.encode(), os.environ["NOTIFY_SOCKET"])
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+notify("READY=1")
+while True:
+    signal.sigwait({signal.SIGHUP})
+    notify(f"RELOADING=1\\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    time.sleep(2)
+    if not os.path.exists("/tmp/never"):
+        open("/tmp/told-tells", "w").close()
+        notify("READY=1")
+"""
+
+
+def test_a_service_that_tells_of_its_reload_is_waited_for_after_a_signal(host: Managed) -> None:
+    host.bed.path("/root/tells.py").write_text(TELLS)
+    how = "[Service]\nType=notify\nTimeoutStartSec=4\nExecStart=/usr/bin/python3 -ISB /root/tells.py\n"
+    host.unit("tells.service", f"{how}ExecReload=/bin/kill -HUP $MAINPID\n")
+    host.systemctl("start", "tells.service")
+    probe = host.probe()
+    probe.until("tells.service", running)
+    assert probe.reload("tells.service")["told"] == "SIGHUP"
+    assert host.bed.path("/tmp/told-tells").exists()
+    host.bed.path("/tmp/never").touch()
+    reloaded = probe.reload("tells.service")
+    assert (reloaded["ok"], reloaded["reason"]) == (False, "reload timed out")
+    host.bed.path("/tmp/never").unlink()
+
+
 NOTIFY_RELOAD = """[Service]
 Type=notify-reload
 ReloadSignal=SIGUSR1

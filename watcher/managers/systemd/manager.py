@@ -20,6 +20,7 @@ from watcher.managers.exec_context import context_of
 from watcher.managers.systemd import dbus, unit_drop_in
 from watcher.managers.systemd.daemon_reload import DaemonReload, ReloadRefused
 from watcher.managers.systemd.jobs import UnitJobs
+from watcher.managers.systemd.kill_reload import KillReloads
 from watcher.managers.systemd.systemd1 import DAEMON_RELOAD_SEC, JobResults, Systemd1, is_known
 from watcher.managers.systemd.tracker import Tracker
 from watcher.managers.systemd.transient import Transient
@@ -74,6 +75,7 @@ class Systemd:
         self._tracker = Tracker(settings.state_directory)
         self._job_results = JobResults()
         self._unit_jobs = UnitJobs(self._connection, self._job_results)
+        self._kill_reloads = KillReloads(self._connection, self._unit_jobs, settings.state_directory)
         self.transient = Transient(self._connection, self._job_results)
         self._reloads = DaemonReload(
             self._daemon_reload, settings.reload_limit_burst, settings.reload_limit_interval_usec / 1_000_000
@@ -130,13 +132,28 @@ class Systemd:
                 return await self._signal(service, service.main, number)
             if kind == "restart":
                 return await self._unit_jobs.restart(service.name)
-            reloaded = await self._unit_jobs.reload(service.name, service.invocation)
+            reloaded = await self._by_its_unit(service, service.main, may_signal=kind == "auto")
         except (dbus.Error, dbus.BusLost) as error:
             reason = f"reload could not be followed: {error}"
             return Reloaded(ok=False, told="reload", reason=reason, interrupted=True)
         if reloaded is None and kind == "unit":
             return Reloaded(ok=False, reason="Reload=unit is set, but its unit says no way to reload it")
         return reloaded or Reloaded(ok=True)
+
+    async def _by_its_unit(self, service: Service, held: Process, *, may_signal: bool) -> Reloaded | None:
+        """Have it reload as its unit says; None if that says no way.
+
+        Args:
+            may_signal: if that is nothing but a signal, send it.
+        """
+        try:
+            if may_signal and await self._unit_jobs.is_up(service.name, service.invocation):
+                with held.hold() as main:
+                    if reloaded := await self._kill_reloads.send(service.name, main):
+                        return reloaded
+        except Gone:
+            pass  # systemd knows best what has become of it
+        return await self._unit_jobs.reload(service.name, service.invocation)
 
     async def _signal(self, service: Service, held: Process, number: int) -> Reloaded:
         try:
@@ -205,6 +222,7 @@ class Systemd:
         await systemd.follow()
         self._systemd = systemd
         self._connected.set()
+        self._kill_reloads.forget()
         self._tracker.look_at_everything()
         await self._update(systemd)
 
@@ -231,6 +249,8 @@ class Systemd:
         if member == "JobRemoved":
             self._job_results.note(message)
             return
+        if member in ("NameOwnerChanged", "Reloading"):
+            self._kill_reloads.forget()
         if member == "NameOwnerChanged":
             self._job_results.lost()  # what systemd sent before it owned the name was not heard
         self._tracker.note(message)

@@ -36,6 +36,7 @@ DESTRUCTIVE: Final = f"{NAME}.TransactionIsDestructive"
 
 # Signatures of the answers of methods, and of properties. They are checked once; then the values are used unchecked.
 _ANSWERS: Final = {
+    "ListUnitsByNames": "a(ssssssouso)",
     "ListUnitsByPatterns": "a(ssssssouso)",
     "ReloadUnit": "o",
     "RestartUnit": "o",
@@ -46,9 +47,19 @@ _ANSWERS: Final = {
 }
 _PROPERTIES: Final = {
     MANAGER: {"UnitPath": "as", "Version": "s"},
-    UNIT: {"ActiveState": "s", "InvocationID": "ay", "Job": "(uo)", "SubState": "s", "TriggeredBy": "as"},
+    UNIT: {
+        "ActiveState": "s",
+        "FreezerState": "s",
+        "InvocationID": "ay",
+        "Job": "(uo)",
+        "PropagatesReloadTo": "as",
+        "ReloadPropagatedFrom": "as",
+        "SubState": "s",
+        "TriggeredBy": "as",
+    },
     SERVICE: {
         "ExecReload": "a(sasbttttuii)",
+        "ExecReloadEx": "a(sasasttttuii)",
         "ExecReloadPost": "a(sasbttttuii)",
         "MainPID": "u",
         "NRestarts": "u",
@@ -224,6 +235,11 @@ class Systemd1:
         """The loaded units among these names and shell patterns, with the ActiveState of each."""
         found = await self.manager("ListUnitsByPatterns", "asas", [], list(patterns))
         return {row[0]: row[3] for row in found}
+
+    async def state_and_job(self, unit: str) -> tuple[str, int]:
+        """ActiveState of a unit and the number of its job, 0 without one, at one moment."""
+        found = await self.manager("ListUnitsByNames", "as", [unit])
+        return (found[0][3], found[0][7]) if found else ("inactive", 0)
 
     async def get(self, unit: str, name: str) -> Any:
         """A property of a unit or a service. systemd loads the unit if it has to."""
