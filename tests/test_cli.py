@@ -6,6 +6,7 @@ test_documents.py compares its words (control/arguments.py) with the man pages a
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
@@ -16,7 +17,8 @@ import pytest
 from watcher import cli
 from watcher.control import show
 from watcher.control.client import NotRunning
-from watcher.records.schema import ExitStatus
+from watcher.model import Event, Outcome, Verdict
+from watcher.records.schema import ExitStatus, ServiceStatus
 
 
 @pytest.fixture
@@ -57,6 +59,27 @@ def test_json_has_nothing_that_a_terminal_would_obey() -> None:
     said = show.as_json(value)
     assert json.loads(said) == value
     assert said.replace("\n", "").isprintable() and "ä € 🙂" in said
+
+
+def test_history_says_with_the_outcome_what_was_wrong() -> None:
+    """The lines of the others stay as narrow as they are."""
+    bad = Event("a.service", Outcome.ROLLED_BACK, "a.service: b", 0, "5" * 16, verdict=Verdict.WENT_DOWN)
+    good = dataclasses.replace(bad, outcome=Outcome.APPLIED, verdict=Verdict.GOOD)
+    other = dataclasses.replace(good, verdict=None)
+    lines = list(show.events([bad, good, other]))
+    assert lines == [
+        "-  applied        5555555555555555  a.service: b",
+        "-  applied        5555555555555555  a.service: b",
+        "-  rolled-back (went-down)  5555555555555555  a.service: b",
+    ]
+
+
+@pytest.mark.parametrize("verdict", [None, *Verdict])
+def test_status_says_with_the_outcome_what_was_wrong(verdict: Verdict | None) -> None:
+    last = Event("a.service", Outcome.FAILED, "a.service: b", 0, verdict=verdict)
+    said = "\n".join(show.services([ServiceStatus("a.service", "systemd", "running", pid=7, last=last)]))
+    wrong = f" ({verdict.value})" if verdict not in (None, Verdict.GOOD) else ""
+    assert f"  failed{wrong}, -: a.service: b" in said
 
 
 def test_json_names_a_file_as_every_answer_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import os
 import re
 import subprocess
@@ -17,7 +18,7 @@ from structlog.testing import capture_logs
 
 from support.needs import tool, which
 from watcher.images import tries
-from watcher.model import Event, Outcome
+from watcher.model import Event, Outcome, Verdict
 from watcher.records import journal
 from watcher.settings import config
 
@@ -118,6 +119,19 @@ def test_the_fields_of_the_journal_are_in_the_man_page() -> None:
     assert set(re.findall(r"\bCONFEXT_(\w+)=(?= ,|$)", page, re.MULTILINE)) == {
         name.upper() for name in fields
     }
+
+
+@pytest.mark.parametrize(("name", "values"), [("OUTCOME", Outcome), ("VERDICT", Verdict)])
+def test_the_words_in_the_journal_are_in_the_man_page(name: str, values: type[enum.Enum]) -> None:
+    page = (MAN / "confext-watcher.service.8").read_text()
+    item = page.partition(f"\n.It Va CONFEXT_{name}=\n")[2].partition("\n.It ")[0]
+    listed = re.findall(r"[a-z-]+", " ".join(re.findall(r"^\.Li (.*)$", item, re.MULTILINE)))
+    assert listed == [value.value for value in values]
+
+
+def test_the_journals_catalog_names_verdicts_that_there_are() -> None:
+    catalog = (CONTRIB.parent / "units/confext-watcher.catalog").read_text()
+    assert set(re.findall(r"\bCONFEXT_VERDICT=([a-z-]+)", catalog)) == {Verdict.CHECK_FAILED.value}
 
 
 def test_the_journals_catalog_names_commands_that_there_are() -> None:

@@ -6,11 +6,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from watcher import generator
 from watcher.images.stacks import Stacks
@@ -52,6 +51,9 @@ class Host:
         ]
         layers = [Layer(entry.slot, "x", "", "0" * 64, entry.kind, entry.path) for entry in entries]
         Stacks(str(self.state)).accept(unit, Stack(tuple(layers)), entries)
+
+    def pass_through(self, unit: str, *sysexts: str) -> None:
+        Stacks(str(self.state)).change(unit, lambda state: replace(state, sysexts=sysexts))
 
     def generate(self) -> list[str]:
         return generator.generate(
@@ -119,11 +121,11 @@ def test_a_record_that_cannot_be_read_is_said_and_costs_nothing_else(host: Host,
     host.unit("web.service", PLAIN, "web.raw")
     host.unit("app.service", PLAIN, "app.raw")
     host.accept("web.service", "web.raw")
-    record = host.state / "units/web.service/.stack.json"
+    record = host.state / "units/web.service/.state.json"
     record.unlink()
     record.symlink_to(record) if form == "loop" else record.write_text("{")
     assert host.listed("web.service")[0][0].endswith("/web.raw:x-systemd.relax-extension-release-check")
-    assert len(host.complaints) == 1 and "web.service/.stack.json" in host.complaints[0]
+    assert len(host.complaints) == 1 and "web.service/.state.json" in host.complaints[0]
     assert (host.output / "app.service.d" / DROPIN).exists()
 
 
@@ -281,7 +283,7 @@ def test_a_declared_sysext_image_passes_through_as_the_pick_of_the_moment(host: 
     (versions / "tools_1.raw").touch()
     (versions / "tools_2.raw").touch()
     host.unit("web.service", PLAIN + f"ExtensionImages=-{versions}:ro\n", "web.raw")
-    unit_drop_in.write_sysexts(str(host.state), "web.service", [str(versions)])
+    host.pass_through("web.service", str(versions))
     images, _ = host.listed("web.service")
     assert images == [
         f"-{host.state}/units/web.service/web.raw:x-systemd.relax-extension-release-check",
@@ -291,20 +293,24 @@ def test_a_declared_sysext_image_passes_through_as_the_pick_of_the_moment(host: 
     assert host.listed("web.service")[0] == images
 
 
-@given(st.sets(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)))
-def test_the_list_of_sysexts_is_read_as_it_was_written(
-    tmp_path_factory: pytest.TempPathFactory, paths: set[str]
-) -> None:
-    state = str(tmp_path_factory.getbasetemp())
-    unit_drop_in.write_sysexts(state, "web.service", paths)
-    assert unit_drop_in.read_sysexts(state, "web.service") == paths
+def test_names_that_are_not_utf8_survive_in_the_list_of_sysexts(host: Host) -> None:
+    host.pass_through("web.service", "/srv/\udcff\n.raw", "/srv/a")
+    assert unit_drop_in.read(str(host.state), "web.service") == (None, {"/srv/\udcff\n.raw", "/srv/a"})
+    host.accept("web.service", "web.raw")
+    slots = [("web.raw", Kind.IMAGE)]
+    assert unit_drop_in.read(str(host.state), "web.service") == (slots, {"/srv/\udcff\n.raw", "/srv/a"})
+    host.pass_through("web.service")
+    assert unit_drop_in.read(str(host.state), "web.service") == (slots, frozenset())
 
 
-def test_names_that_are_not_utf8_survive_in_the_list_of_sysexts(tmp_path: Path) -> None:
-    unit_drop_in.write_sysexts(str(tmp_path), "web.service", ["/srv/\udcff\n.raw"])
-    assert unit_drop_in.read_sysexts(str(tmp_path), "web.service") == {"/srv/\udcff\n.raw"}
-    unit_drop_in.write_sysexts(str(tmp_path), "web.service", [])
-    assert unit_drop_in.read_sysexts(str(tmp_path), "web.service") == frozenset()
+def test_a_record_without_slots_is_no_reason_for_slots_of_its_own(host: Host) -> None:
+    host.unit("web@.service", PLAIN, "web.raw")
+    host.pass_through("web@1.service", "/srv/a")
+    host.accept("web@2.service", "web.raw")
+    host.accept("web@3.service")
+    assert sorted(host.generate()) == ["web@.service", "web@2.service", "web@3.service"]
+    host.accept("web@1.service")
+    assert "web@1.service" in host.generate()
 
 
 def test_an_error_with_one_unit_does_not_touch_the_others(host: Host) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from watcher.control import arguments, show
 from watcher.control.client import Client, NotRunning
-from watcher.model import Busy, Event, Outcome, Refused, Unsupported, printable, problem, shown
+from watcher.model import Busy, Event, Later, Outcome, Refused, Unsupported, printable, problem, shown
 from watcher.records.schema import CallError, ExitStatus, Failed, ServiceStatus, to_dict
 from watcher.settings import config, signals
 from watcher.settings.config import Settings
@@ -74,7 +74,7 @@ def _run(settings: Settings, options: argparse.Namespace) -> ExitStatus:
     stopped: Exception | None = None
     try:
         daemon.main(settings)
-    except* (daemon.AlreadyRunning, Unsupported, BusLost, OSError) as group:
+    except* (daemon.AlreadyRunning, Unsupported, BusLost, Later, OSError) as group:
         stopped = _first(group)
     if stopped is None:
         return ExitStatus.DONE
@@ -129,7 +129,9 @@ def _exec(settings: Settings, options: argparse.Namespace) -> ExitStatus:
 def _status(settings: Settings, options: argparse.Namespace) -> ExitStatus:
     def without_daemon() -> list[ServiceStatus]:
         from watcher.control import status
+        from watcher.records import journal
 
+        journal.configure()  # what cannot be read is said on standard error, beside the answer
         services = status.without_daemon(settings, options.service)
         print("confext-watcher: the daemon is not running", file=sys.stderr)
         return services
@@ -140,11 +142,15 @@ def _status(settings: Settings, options: argparse.Namespace) -> ExitStatus:
 
 
 def _plan(settings: Settings, options: argparse.Namespace) -> ExitStatus:
+    if options.debug and options.service is None:
+        return _fail("plan --debug: of which SERVICE? It takes exactly one", ExitStatus.USAGE)
     with Client(settings.runtime_directory, timeout=600) as client:
-        changes = client.plan(options.service)
+        changes = client.plan(options.service, debug=options.debug)
         redacted = client.redacted
-    _answer(options, {"changes": changes, "redacted": redacted}, show.changes(changes))
-    return ExitStatus.DONE
+    hint = show.NO_REPORT if options.debug else show.REDACTED
+    _answer(options, {"changes": changes, "redacted": redacted}, show.changes(changes), hint)
+    without = options.debug and any(change.report is None for change in changes)
+    return ExitStatus.FAILED if without else ExitStatus.DONE
 
 
 def _history(settings: Settings, options: argparse.Namespace) -> ExitStatus:
@@ -235,14 +241,16 @@ def _checked(path: str, made_for: Host, image_max: int) -> dict[str, object]:
     }
 
 
-def _answer(options: argparse.Namespace, results: dict[str, object], lines: Iterable[str]) -> None:
+def _answer(
+    options: argparse.Namespace, results: dict[str, object], lines: Iterable[str], hint: str = show.REDACTED
+) -> None:
     if options.json:
         print(show.as_json(results))
         return
     for line in lines:
         print(line)
     if results.get("redacted"):
-        print(f"confext-watcher: {show.REDACTED}", file=sys.stderr)
+        print(f"confext-watcher: {hint}", file=sys.stderr)
 
 
 def _require_kernel() -> None:

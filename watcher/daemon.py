@@ -8,6 +8,7 @@ round of the service starts. However often a round is asked for while one runs, 
 from __future__ import annotations
 
 import fcntl
+import functools
 import math
 import os
 import signal
@@ -21,6 +22,7 @@ from watcher.control.peers import Readers
 from watcher.control.server import serve
 from watcher.images.admission import Admission
 from watcher.images.store import Store
+from watcher.images.upgrade import upgrade
 from watcher.managers.base import Manager, Service
 from watcher.managers.combined import Combined
 from watcher.managers.standalone import Standalone
@@ -33,13 +35,15 @@ from watcher.mounts.workers import Hung, MountWorkers
 from watcher.records import durable, journal
 from watcher.records.ledger import Ledger
 from watcher.rounds.round import Rounds
-from watcher.rounds.state import CountedTries, Pending, Trials
 from watcher.rounds.tools import Tools
 from watcher.settings import config
 from watcher.settings.config import Settings
 from watcher.watch.offload import Offload
 from watcher.watch.patient import PatientWatcher
 from watcher.watch.settle import Settle
+
+# Outcomes of a service that are read to make its lost record anew.
+_HISTORY_READ = 1000
 
 # Well below the unit's TimeoutStartSec=.
 _LOOKED_AT_SEC = 30.0
@@ -86,8 +90,18 @@ def _alone(runtime_directory: str) -> Iterator[None]:
 def _tools(settings: Settings) -> Iterator[Tools]:
     with ExitStack() as stack:
         workers = stack.enter_context(MountWorkers(settings.mount_workers, privileged=may_mount()))
+        durable.make(settings.state_directory)
+        for remark in upgrade(settings.state_directory, settings.runtime_directory):
+            journal.say(remark)
+        ledger = stack.enter_context(Ledger(settings.state_directory, settings.history_max))
         store = stack.enter_context(
-            Store(settings.state_directory, settings.store_max, settings.image_max, settings.keep_stacks)
+            Store(
+                settings.state_directory,
+                settings.store_max,
+                settings.image_max,
+                settings.keep_stacks,
+                functools.partial(ledger.history, limit=_HISTORY_READ),
+            )
         )
         manager: Manager
         if on_systemd(settings):
@@ -104,10 +118,7 @@ def _tools(settings: Settings) -> Iterator[Tools]:
             workers=workers,
             manager=manager,
             watcher=stack.enter_context(PatientWatcher()),
-            ledger=stack.enter_context(Ledger(settings.state_directory, settings.history_max)),
-            pending=Pending(settings.runtime_directory),
-            trials=Trials(settings.state_directory),
-            counted=CountedTries(settings.state_directory),
+            ledger=ledger,
             offload=Offload(),
         )
 

@@ -71,12 +71,18 @@ def _is_enabled(index: Index, unit: Unit) -> bool:
 
 
 def _seen(state_directory: str) -> list[str]:
-    """Instances with slots of their own, which no file need name."""
+    """Instances with slots of their own, which no file need name. Others start on those of their template."""
     try:
         names = os.listdir(f"{state_directory}/units")
     except OSError:
         return []  # nothing is accepted yet, or /var is not mounted yet
-    return [name for name in names if "@" in name and unit_files.is_service(name)]
+    return [
+        name
+        for name in names
+        if "@" in name
+        and unit_files.is_service(name)
+        and not unit_drop_in.only_holds_a_record(state_directory, name)
+    ]
 
 
 def _write(directory: str, content: str) -> None:

@@ -276,6 +276,16 @@ class Outcome(enum.Enum):
     NEEDS_RESTART = "needs-restart"
 
 
+class Verdict(enum.Enum):
+    """How a service took a stack: the values of CONFEXT_VERDICT= in the journal."""
+
+    GOOD = "good"
+    CHECK_FAILED = "check-failed"  # Check= refused it, the service never saw it
+    RELOAD_FAILED = "reload-failed"
+    HEALTH_CHECK_FAILED = "health-check-failed"
+    WENT_DOWN = "went-down"  # its main process ended, or its unit failed, while the stack was on trial
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """One line of history, and one entry in the journal; usec are microseconds, `when` since the epoch."""
@@ -295,3 +305,11 @@ class Event:
     swap_usec: int | None = None
     total_usec: int | None = None
     layers: tuple[Layer, ...] = field(default=())
+    verdict: Verdict | None = None
+
+    @property
+    def result(self) -> str:
+        """The outcome, and what was wrong with a stack that was judged bad: "rolled-back (health-check-failed)"."""
+        if self.verdict is None or self.verdict is Verdict.GOOD:
+            return self.outcome.value
+        return f"{self.outcome.value} ({self.verdict.value})"

@@ -33,7 +33,8 @@ _confext_watcher() {
         exec)
             options="--name --confext-dir --extension-image --extension-directory --reload-signal
                 --reload-command --check --health-check --set --" ;;
-        status | plan) options="--json" ;;
+        status) options="--json" ;;
+        plan) options="--debug --json" ;;
         history) options="--lines --json" ;;
         wait) options="--timeout --json" ;;
         rollback) options="--to --forget --json" ;;

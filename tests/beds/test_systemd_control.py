@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from beds.bed import Bed
 from beds.host import SLEEP, UNITS, Host
 from beds.site import WEB, drop, kept, run, sees
 from support import needs
+from support.from_report import from_report
 
 pytestmark = [needs.bed, needs.tool("mksquashfs")]
 
@@ -98,6 +100,17 @@ def test_plan_says_what_a_look_would_change_and_status_what_there_is(host: Host)
     assert host.bed.run(["confext-watcher", "plan"], check=False).returncode == 3
 
 
+def test_a_report_with_a_name_that_is_not_utf8_gets_through_varlinkctl(host: Host) -> None:
+    run(host, PATIENT, {"web.conf": "one"})
+    odd = os.fsdecode(b"\xff.raw")
+    host.drop(host.image("site_2", {"web.conf": "two"}), WEB, odd)
+    status, said = call(host, "Plan", {"service": WEB, "debug": True})
+    assert status == 0, said
+    facts, _ = from_report(json.loads(said)["changes"][0]["report"])
+    assert f"{UNITS}/{WEB}.confext.d/{odd}" in [entry.path for entry in facts.entries]
+    assert facts.running and facts.explained
+
+
 def test_back_by_hand_stays_until_it_is_undone(host: Host) -> None:
     journal = run(host, PATIENT.replace("1h", "0"), {"web.conf": "one"})
     first = kept(host)
@@ -135,6 +148,10 @@ def test_varlinkctl_may_ask_as_anybody_and_change_as_root(host: Host) -> None:
         for method in ("Plan", "History"):
             status, said = call(host, method, {"service": WEB}, user=user)
             assert status == 0, said
+    status, said = call(host, "Plan", {"service": WEB, "debug": True}, user=65534)
+    assert (status, json.loads(said)["changes"][0]["report"]) == (0, None)
+    status, said = call(host, "Plan", {"debug": True})
+    assert status != 0 and '"parameter":"service"' in said
     slot = kept(host)
     for method in ("Rollback", "Forget"):
         status, said = call(host, method, {"service": WEB}, user=65534)

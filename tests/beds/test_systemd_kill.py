@@ -15,6 +15,7 @@ from beds.bed import Bed
 from beds.host import SECONDS, Host, Journal
 from beds.site import STATE, WEB, drop, kept, run, sees
 from support import dying, needs
+from watcher.records.state import decoded
 
 pytestmark = [needs.bed, needs.tool("mksquashfs")]
 
@@ -83,9 +84,10 @@ class Dying:
     @property
     def idle(self) -> bool:
         """Nothing is on trial, and this start of the service is not owed a reload."""
-        look = f"ls {STATE}/trials; readlink /run/confext-watcher/pending/{WEB}"
-        left = self._host.bed.run(["sh", "-c", look], check=False).stdout.split()
-        return WEB not in left and self._host.bed.property(WEB, "InvocationID") not in left
+        path = f"{STATE}/units/{WEB}/.state.json"
+        state = decoded(self._host.bed.run(["cat", path]).stdout.encode(), path)
+        judged = state.trial is None or state.trial.verdict is not None
+        return judged and state.owed != self._host.bed.property(WEB, "InvocationID")
 
 
 def eventually(condition: Callable[[], object], journal: Journal) -> None:

@@ -669,9 +669,8 @@ def write_record(bed: Bed, unit: str, slots: list[str]) -> None:
     directory.mkdir(parents=True)
     (directory / slots[-1]).symlink_to("/nowhere")
     entries = [{"slot": slot, "path": "/x", "kind": "image"} for slot in slots]
-    (directory / ".stack.json").write_text(
-        json.dumps({"format": 1, "when": 0, "layers": [], "entries": entries})
-    )
+    record = {"version": 1, "accepted": {"when": 1, "entries": entries}, "sysexts": []}
+    (directory / ".state.json").write_text(json.dumps(record))
     units = bed.path("/var/lib/confext-watcher/units")
     units.mkdir(exist_ok=True)
     (units / ".tmp").symlink_to(f"../stacks/{unit}/{directory.name}")

@@ -14,7 +14,7 @@ import pytest
 from varlink import scanner
 
 from watcher.control import redact
-from watcher.model import Event, Layer, Outcome, Remark
+from watcher.model import Event, Layer, Outcome, Remark, Verdict
 from watcher.records import schema
 from watcher.records.schema import PlannedChange, Quarantined, ServiceStatus, to_dict
 
@@ -25,7 +25,7 @@ PRIVATE = {
     Quarantined: {"reason", "source"},
     Remark: {"level", "path", "text"},
     ServiceStatus: set[str](),
-    PlannedChange: {"remarks"},
+    PlannedChange: {"remarks", "report"},
 }
 
 
@@ -120,3 +120,17 @@ def test_of_errors_strangers_get_back_what_they_asked() -> None:
 def test_the_message_for_strangers_is_a_sentence(image: str, version: str, said: str) -> None:
     event = Event("web.service", Outcome.ROLLED_BACK, "api_token=", when=5, image=image, version=version)
     assert redact.redacted(event).message == said
+
+
+@pytest.mark.parametrize(
+    ("outcome", "verdict", "said"),
+    [
+        (Outcome.APPLIED, Verdict.GOOD, "web.service: web 1.4 applied"),
+        (Outcome.REFUSED, Verdict.CHECK_FAILED, "web.service: web 1.4 refused (check-failed)"),
+        (Outcome.FAILED, Verdict.RELOAD_FAILED, "web.service: web 1.4 failed (reload-failed)"),
+    ],
+)
+def test_strangers_are_told_the_verdict(outcome: Outcome, verdict: Verdict, said: str) -> None:
+    event = Event("web.service", outcome, "", 5, image="web", version="1.4", reason="no", verdict=verdict)
+    told = redact.redacted(event)
+    assert (told.verdict, told.message, told.reason) == (verdict, said, "")

@@ -37,6 +37,7 @@ REFUSED = Event(NGINX, Outcome.REFUSED, "refused", when=2)
 STATUS = ServiceStatus(
     NGINX, "standalone", "running", pid=7, stack="0123456789abcdef", layers=(LAYER,), last=APPLIED
 )
+PLANNED = schema.PlannedChange(NGINX, False, report=json.dumps({"name": "\udcff\n\x1b"}, indent=2))
 BAD = Quarantined(NGINX, "d" * 64, "nginx -t failed", 5)
 
 
@@ -61,8 +62,11 @@ class Backend:
         self.calls.append(("history", service, limit))
         return self.events[:limit]
 
-    async def plan(self, service: str | None) -> Sequence[schema.PlannedChange]:
-        raise ZeroDivisionError("not a CallError")
+    async def plan(self, service: str | None, *, debug: bool) -> Sequence[schema.PlannedChange]:
+        self.calls.append(("plan", service, debug))
+        if service is None:
+            raise ZeroDivisionError("not a CallError")
+        return [PLANNED]
 
     async def wait(self, service: str, image: str, tell: server.Tell, waits: Callable[[], None]) -> Event:
         self.calls.append(("wait", service, image))
@@ -164,6 +168,23 @@ async def test_the_client_gets_what_the_backend_says(backend: Backend, directory
     assert await by_client(directory, lambda client: client.forget(NGINX, "d" * 64)) == [BAD]
     await by_client(directory, lambda client: client.call("Reload"))
     assert backend.calls == [("status", None), ("history", None, 1), ("forget", NGINX, "d" * 64), ("reload",)]
+
+
+async def test_a_report_is_made_where_it_is_asked_for_and_travels_as_it_is(
+    backend: Backend, directory: Path
+) -> None:
+    assert await by_client(directory, lambda client: client.plan(NGINX, debug=True)) == [PLANNED]
+    await by_client(directory, lambda client: client.plan(NGINX))
+    await by_client(directory, lambda client: client.call("Plan", service=NGINX, debug=False))
+    assert backend.calls == [("plan", NGINX, True), ("plan", NGINX, False), ("plan", NGINX, False)]
+
+
+async def test_a_report_is_of_one_service(backend: Backend, directory: Path) -> None:
+    async with await connected(directory) as stream:
+        reply = await asked(stream, "Plan", {"debug": True})
+    assert reply["error"] == "org.varlink.service.InvalidParameter"
+    assert reply["parameters"] == {"parameter": "service"}
+    assert backend.calls == []
 
 
 @pytest.mark.parametrize(

@@ -88,10 +88,11 @@ class Backend:
     async def history(self, service: str | None, limit: int) -> Sequence[Event]:
         return [REFUSED] * 3
 
-    async def plan(self, service: str | None) -> Sequence[PlannedChange]:
+    async def plan(self, service: str | None, *, debug: bool) -> Sequence[PlannedChange]:
         if service == "mistake":
             raise ZeroDivisionError(TOKEN)
-        return [PlannedChange(NGINX, True, layers=(LAYER,), remarks=(Remark("info", PATH, TOKEN),))]
+        remarks, report = (Remark("info", PATH, TOKEN),), f"{PATH} {TOKEN}" if debug else None
+        return [PlannedChange(NGINX, True, layers=(LAYER,), remarks=remarks, report=report)]
 
     async def wait(self, service: str, image: str, tell: server.Tell, waits: Callable[[], None]) -> Event:
         self.calls.append(("wait", image))
@@ -194,6 +195,9 @@ with Client(directory, timeout=60) as client:
     for method in ("Status", "History", "Plan"):
         say(json.dumps(client.call(method)))
         assert client.redacted is {redacted}
+    report = client.call("Plan", service="nginx.service", debug=True)["changes"][0]["report"]
+    say(report)
+    assert (report is None) is {redacted}
     for answer in client.stream("Wait", service="nginx.service", image="/srv/secret/web_1.4.raw"):
         say(json.dumps(answer))
         assert client.redacted is {redacted}
@@ -212,7 +216,7 @@ async def test_strangers_are_told_no_output_no_reason_and_no_path(backend: Backe
     backend.verdict.set()
     with structlog.testing.capture_logs():
         said = await told(directory, ASK_EVERYTHING.format(redacted=True))
-    assert len(said.splitlines()) == 7
+    assert len(said.splitlines()) == 8
     for secret in ("s3cret", "/srv", "mistake in the program"):
         assert secret not in said
     for public in ("web", "1.4", "a" * 64, "d" * 64, "refused", "nginx.service: web 1.4 refused"):

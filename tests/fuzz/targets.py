@@ -25,7 +25,7 @@ from jeepney.low_level import Endianness, Header, MessageType
 
 from watcher.control import server, show, transport
 from watcher.control.client import Client
-from watcher.images import stacks, tries
+from watcher.images import tries
 from watcher.images.formats import erofs
 from watcher.images.formats.base import HEAD
 from watcher.images.formats.probe import probe
@@ -37,6 +37,7 @@ from watcher.model import Candidate, Event, Kind, Outcome, Refused, Unsupported,
 from watcher.mounts import table
 from watcher.mounts.mountinfo import Mount, mounts
 from watcher.records import ledger, schema
+from watcher.records import state as records_state
 from watcher.records.schema import CallError, PlannedChange, Quarantined, ServiceStatus
 from watcher.resolve import release, vpick
 from watcher.settings import config, signals, syntax, unit_names, values
@@ -99,7 +100,7 @@ def only(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         assert type(error) in kinds or not isinstance(error, UnicodeError | RecursionError), repr(error)
-        if isinstance(error, Refused | stacks.Damaged):
+        if isinstance(error, Refused | records_state.Damaged):
             assert str(error) and "\n" not in str(error), repr(str(error))
 
 
@@ -575,18 +576,23 @@ def dbus_reply(data: bytes) -> None:
 
 @target(
     r"""
-    {"format":1 "when":1 "layers":[ "entries":[ "mounted":{ "slot":"a" "name":"a" "version":"1" "digest":"d"
-    "kind":"image" "source":"/a" "path":"/a" "optional":true } ] , { [ null 1e3 \\ud800 \xff
+    {"version":1 "accepted":{ "stack":{"layers":[ "entries":[ "when":1 "mounted":{ "slot":"a" "name":"a" "version":"1"
+    "digest":"d" "kind":"image" "source":"/a" "path":"/a" "optional":true "trial":{"stack":"a" "wasDown":true
+    "verdict":"good" "undoing":{ "why":"a" "quarantine":[ "reason":"a" "forNow":false "heldFor":"a" "fell":true
+    "pin":"a" "counted":{ "sysexts":[ } ] , { [ null 1e3 \\ud800 \xff
     """
 )
 def stack_record(data: bytes) -> None:
-    """`.stack.json`: a stack that can be used, or Damaged."""
-    with only(stacks.Damaged):
-        accepted = stacks.decoded(data, "/a")
-        assert len(accepted.stack.id) in (0, 16) and isinstance(accepted.when, int)
-        assert all(type(value) is str for pair in accepted.mounted.items() for value in pair)
-        assert all(isinstance(entry.kind, Kind) for entry in accepted.entries)
-        assert stacks.decoded(stacks.encoded(accepted).encode(), "/a") == accepted
+    """`.state.json`: a record of which everything has its type, or Damaged."""
+    with only(records_state.Damaged):
+        state = records_state.decoded(data, "/a")
+        assert len(state.accepted.stack.id) in (0, 16) and type(state.accepted.when) is int
+        assert all(type(value) is str for pair in state.accepted.mounted.items() for value in pair)
+        assert all(isinstance(entry.kind, Kind) for entry in state.accepted.entries)
+        assert all(type(done) is int for done in state.counted.values())
+        assert all(type(one.for_now) is bool for one in state.quarantine)
+        assert state.pin is None or type(state.pin) is str
+        assert records_state.decoded(records_state.encoded(state), "/a") == state
 
 
 @target(

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A unit's slots go from one whole stack to the next, and history keeps what it should."""
+"""A unit's slots go from one whole stack to the next, and history keeps what it should.
+
+With images/record_files.py and images/unit_locks.py.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,16 @@ import json
 import os
 import subprocess
 import threading
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from support.images import program
-from watcher.images.stacks import Damaged, Stacks
+from watcher.images.stacks import Stacks
 from watcher.model import Entry, Kind, Layer, Stack
+from watcher.records.state import Accepted, Damaged, Quarantine, State, Trial
 
 UNIT = "web.service"
 
@@ -33,6 +39,15 @@ ENTRIES = (
 )
 
 
+def current_of(stacks: Stacks) -> Accepted | None:
+    state = stacks.read(UNIT)
+    return state.accepted if state is not None else None
+
+
+def names(tmp_path: Path) -> list[str]:
+    return sorted(os.listdir(tmp_path / "stacks" / UNIT))
+
+
 @pytest.fixture
 def stacks(tmp_path: Path) -> Stacks:
     return Stacks(str(tmp_path))
@@ -46,15 +61,15 @@ def slots(tmp_path: Path, unit: str = UNIT) -> dict[str, str]:
 
 
 def test_nothing_was_ever_accepted(stacks: Stacks) -> None:
-    assert stacks.current(UNIT) is None
+    assert current_of(stacks) is None
     assert stacks.history(UNIT) == ()
     assert stacks.units() == ()
 
 
 def test_what_was_accepted_is_read_back_in_order(stacks: Stacks) -> None:
     wanted = stack("1", "z.raw", "a.raw", "m")
-    assert stacks.accept(UNIT, wanted, ENTRIES)
-    current = stacks.current(UNIT)
+    stacks.accept(UNIT, wanted, ENTRIES)
+    current = current_of(stacks)
     assert current is not None
     assert (current.stack, current.entries) == (wanted, ENTRIES)
     assert stacks.units() == (UNIT,)
@@ -76,8 +91,8 @@ def test_the_slots_follow_as_one(stacks: Stacks, tmp_path: Path) -> None:
 
 def test_the_empty_stack_is_not_the_same_as_none(stacks: Stacks, tmp_path: Path) -> None:
     stacks.accept(UNIT, stack("1"), ENTRIES)
-    assert stacks.accept(UNIT, Stack(), ())
-    current = stacks.current(UNIT)
+    stacks.accept(UNIT, Stack(), ())
+    current = current_of(stacks)
     assert current is not None
     assert current.stack == Stack()
     assert slots(tmp_path) == {}
@@ -86,9 +101,10 @@ def test_the_empty_stack_is_not_the_same_as_none(stacks: Stacks, tmp_path: Path)
 def test_the_same_again_writes_nothing(stacks: Stacks, tmp_path: Path) -> None:
     stacks.accept(UNIT, stack("1"), ENTRIES)
     before = os.readlink(tmp_path / "units" / UNIT)
-    assert not stacks.accept(UNIT, stack("1"), ENTRIES)
+    stacks.accept(UNIT, stack("1"), ENTRIES)
     assert os.readlink(tmp_path / "units" / UNIT) == before
-    assert stacks.accept(UNIT, stack("1"), ENTRIES[:1])
+    stacks.accept(UNIT, stack("1"), ENTRIES[:1])
+    assert os.readlink(tmp_path / "units" / UNIT) != before
     assert len(stacks.history(UNIT)) == 1
 
 
@@ -113,7 +129,7 @@ def test_prune_never_takes_the_current_one(stacks: Stacks, keep: int) -> None:
     for version in ("1", "2"):
         stacks.accept(UNIT, stack(version), ENTRIES)
     stacks.prune(keep)
-    current = stacks.current(UNIT)
+    current = current_of(stacks)
     assert current is not None
     assert current.stack == stack("2")
     assert stacks.prune(keep) == set(stack("2").digests)
@@ -133,7 +149,7 @@ def test_a_stack_killed_half_way_is_cleared_away(stacks: Stacks, tmp_path: Path)
     (left / "a.raw").symlink_to("x")
     (tmp_path / "stacks" / UNIT / ".tmp-link").symlink_to("x")
     assert stacks.units() == (UNIT,)
-    assert stacks.accept(UNIT, stack("2"), ENTRIES)
+    stacks.accept(UNIT, stack("2"), ENTRIES)
     assert not left.exists()
     assert os.listdir(tmp_path / "units") == [UNIT]
     assert not any(name.startswith(".") for name in os.listdir(tmp_path / "stacks" / UNIT))
@@ -145,7 +161,7 @@ def test_a_stack_killed_half_way_is_cleared_away(stacks: Stacks, tmp_path: Path)
 def test_odd_slots(stacks: Stacks, tmp_path: Path, name: str) -> None:
     wanted = stack("1", name)
     stacks.accept(UNIT, wanted, (Entry(name, f"/srv/{name}", Kind.DIRECTORY),))
-    current = stacks.current(UNIT)
+    current = current_of(stacks)
     assert current is not None
     assert current.stack == wanted
     assert set(slots(tmp_path)) == {name}
@@ -157,7 +173,7 @@ def test_names_that_are_no_file_names(stacks: Stacks, name: str) -> None:
         stacks.accept(name, stack("1"), ENTRIES)
     with pytest.raises(ValueError, match="cannot be the name"):
         stacks.accept(UNIT, stack("1", name), ENTRIES)
-    assert stacks.current(UNIT) is None
+    assert current_of(stacks) is None
 
 
 def test_one_slot_for_two_layers(stacks: Stacks) -> None:
@@ -168,45 +184,125 @@ def test_one_slot_for_two_layers(stacks: Stacks) -> None:
 def test_forgotten(stacks: Stacks, tmp_path: Path) -> None:
     stacks.accept(UNIT, stack("1"), ENTRIES)
     stacks.forget(UNIT)
-    accepted = stacks.current(UNIT)
+    accepted = current_of(stacks)
     assert accepted is not None and accepted.stack == stack("1")
     assert stacks.without_layers() == ()
     stacks.accept(UNIT, Stack(), ENTRIES)
     assert stacks.without_layers() == (UNIT,)
     stacks.forget(UNIT)
-    assert stacks.current(UNIT) is None
+    assert current_of(stacks) is None
     assert os.listdir(tmp_path / "units") == os.listdir(tmp_path / "stacks/.locks") == []
     assert os.listdir(tmp_path / "stacks") == [".locks"]
     stacks.forget("never seen.service")
-    assert stacks.accept(UNIT, stack("1"), ENTRIES)
+    stacks.accept(UNIT, stack("1"), ENTRIES)
+
+
+class TestRecord:
+    def test_it_is_replaced_where_it_lies(self, stacks: Stacks, tmp_path: Path) -> None:
+        stacks.accept(UNIT, stack("1"), ENTRIES)
+        before = names(tmp_path)
+        changed = stacks.change(UNIT, lambda state: replace(state, pin="a"))
+        assert stacks.read(UNIT) == Stacks(str(tmp_path)).read(UNIT) == changed
+        assert changed.pin == "a" and changed.accepted.stack == stack("1")
+        assert names(tmp_path) == before
+
+    def test_it_goes_with_its_stack(self, stacks: Stacks, tmp_path: Path) -> None:
+        bad = (Quarantine("d", "bad", 1),)
+        stacks.change(UNIT, lambda state: replace(state, quarantine=bad))
+        state = stacks.accept(
+            UNIT,
+            stack("1"),
+            ENTRIES,
+            change=lambda state: replace(state, trial=Trial(state.accepted.stack.id)),
+        )
+        assert (state.quarantine, state.trial) == (bad, Trial(stack("1").id))
+        assert Stacks(str(tmp_path)).read(UNIT) == state
+
+    def test_the_same_stack_with_another_record(self, stacks: Stacks, tmp_path: Path) -> None:
+        first = stacks.accept(UNIT, stack("1"), ENTRIES)
+        before = names(tmp_path)
+        second = stacks.accept(UNIT, stack("1"), ENTRIES, change=lambda state: replace(state, owed="x"))
+        assert second == replace(first, owed="x") == stacks.read(UNIT)
+        assert names(tmp_path) == before
+
+    def test_what_changes_nothing_writes_nothing(self, stacks: Stacks, tmp_path: Path) -> None:
+        stacks.change("other.service", lambda state: state)
+        assert stacks.units() == ()
+        assert os.listdir(tmp_path / "stacks") == [".locks"]
+        assert os.listdir(tmp_path / "stacks/.locks") == []
+        stacks.accept(UNIT, stack("1"), ENTRIES)
+        path = tmp_path / "units" / UNIT / ".state.json"
+        before = path.stat()
+        stacks.change(UNIT, lambda state: replace(state, pin=None))
+        assert path.stat() == before
+
+    def test_it_needs_no_stack(self, stacks: Stacks, tmp_path: Path) -> None:
+        state = stacks.change(UNIT, lambda state: replace(state, sysexts=("/srv/\udcff",)))
+        assert state.accepted == Accepted() and stacks.read(UNIT) == state
+        assert names(tmp_path) == ["00000001-empty"]
+        assert stacks.history(UNIT) == ()
+        # What only holds the record takes no stack's place among those that are kept.
+        for version in ("1", "2"):
+            assert stacks.accept(UNIT, stack(version), ENTRIES).sysexts == state.sysexts
+        stacks.prune(2)
+        assert [accepted.stack for accepted in stacks.history(UNIT)] == [stack("2"), stack("1")]
+        assert len(names(tmp_path)) == 2
+
+    def test_the_empty_stack_in_the_place_of_none(self, stacks: Stacks) -> None:
+        stacks.change(UNIT, lambda state: replace(state, pin="a"))
+        assert stacks.accept(UNIT, Stack(), ()).accepted.when
+        assert len(stacks.history(UNIT)) == 1
+
+    def test_a_record_left_by_one_that_was_killed(self, stacks: Stacks, tmp_path: Path) -> None:
+        stacks.accept(UNIT, stack("1"), ENTRIES)
+        (tmp_path / "stacks" / UNIT / ".tmp-record").write_text("half")
+        stacks.change(UNIT, lambda state: replace(state, pin="a"))
+        assert not (tmp_path / "stacks" / UNIT / ".tmp-record").exists()
+
+    @pytest.mark.parametrize("what", [{"quarantine": (Quarantine("d", "bad", 1),)}, {"pin": ""}])
+    def test_what_was_decided_is_not_forgotten(self, stacks: Stacks, what: dict[str, Any]) -> None:
+        stacks.change(UNIT, lambda state: replace(state, **what))
+        stacks.forget(UNIT)
+        assert stacks.read(UNIT) == State(**what)
+
+    def test_another_process_has_changed_it(self, stacks: Stacks, tmp_path: Path) -> None:
+        stacks.accept(UNIT, stack("1"), ENTRIES)
+        other = Stacks(str(tmp_path))
+        for number in range(5):
+            other.change(UNIT, lambda state, number=number: replace(state, owed=str(number)))  # type: ignore[misc]
+            state = stacks.read(UNIT)
+            assert state is not None and state.owed == str(number)
 
 
 class TestDamaged:
-    @pytest.mark.parametrize(
-        "content",
-        ["", "{", "[]", "{}", '{"format": 2}', '{"format": 1, "when": 0, "layers": [{}], "entries": []}'],
-    )
+    @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"version": 2}', '{"version": 1}'])
     def test_a_record_that_cannot_be_read(self, stacks: Stacks, tmp_path: Path, content: str) -> None:
         stacks.accept(UNIT, stack("1"), ENTRIES)
-        (tmp_path / "units" / UNIT / ".stack.json").write_text(content)
-        with pytest.raises(Damaged, match=r"units/web.service: the record"):
-            stacks.current(UNIT)
+        (tmp_path / "units" / UNIT / ".state.json").write_text(content)
+        with pytest.raises(Damaged, match=r"web.service/.*/.state.json: "):
+            stacks.read(UNIT)
         assert stacks.history(UNIT) == ()
         assert stacks.prune(3) == set(stack("1").digests)  # its slots are in use all the same
-        assert stacks.accept(UNIT, stack("1"), ENTRIES)
-        assert stacks.current(UNIT) is not None
 
     def test_slots_that_lead_nowhere(self, stacks: Stacks, tmp_path: Path) -> None:
         (tmp_path / "units" / UNIT).symlink_to("../stacks/gone")
         with pytest.raises(Damaged):
-            stacks.current(UNIT)
-        assert stacks.accept(UNIT, stack("1"), ENTRIES)
+            stacks.read(UNIT)
+
+    def test_a_record_of_another_stack(self, stacks: Stacks, tmp_path: Path) -> None:
+        stacks.accept(UNIT, stack("1"), ENTRIES)
+        path = tmp_path / "units" / UNIT / ".state.json"
+        of_first = path.read_text()
+        stacks.accept(UNIT, stack("2"), ENTRIES)
+        path.write_text(of_first)
+        with pytest.raises(Damaged, match="another stack"):
+            stacks.read(UNIT)
 
     def test_extra_keys_of_a_later_version_are_no_surprise(self, stacks: Stacks, tmp_path: Path) -> None:
         stacks.accept(UNIT, stack("1"), ENTRIES)
-        path = tmp_path / "units" / UNIT / ".stack.json"
+        path = tmp_path / "units" / UNIT / ".state.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"new": 1}))
-        assert stacks.current(UNIT) is not None
+        assert current_of(stacks) is not None
 
 
 def accept_many(state: str, first: str) -> None:
@@ -226,8 +322,8 @@ def test_a_start_at_any_moment_sees_one_whole_stack(stacks: Stacks, tmp_path: Pa
         # One lookup of the unit, as systemd does for each slot, cannot be held still; the directory it leads to can.
         fd = os.open(tmp_path / "units" / UNIT, os.O_RDONLY | os.O_DIRECTORY)
         links = {os.path.basename(os.readlink(name, dir_fd=fd)) for name in os.listdir(fd) if name[0] != "."}
-        with open(os.open(".stack.json", os.O_RDONLY, dir_fd=fd)) as record:
-            digests = {entry["digest"] for entry in json.load(record)["layers"]}
+        with open(os.open(".state.json", os.O_RDONLY, dir_fd=fd)) as record:
+            digests = {entry["digest"] for entry in json.load(record)["accepted"]["stack"]["layers"]}
         os.close(fd)
         assert links == digests
         assert len(links) == 5
@@ -267,13 +363,15 @@ def test_forgetting_and_accepting_at_once_never_fails(tmp_path: Path) -> None:
 
 def test_a_record_without_where_its_layers_were_mounted_is_one_too(stacks: Stacks, tmp_path: Path) -> None:
     places = {"/srv/a.raw.v/1.raw": "/srv"}
-    assert stacks.accept(UNIT, stack("1"), ENTRIES)
-    assert stacks.accept(UNIT, stack("1"), ENTRIES, places)
-    assert not stacks.accept(UNIT, stack("1"), ENTRIES, places)
-    path = tmp_path / "units" / UNIT / ".stack.json"
+    stacks.accept(UNIT, stack("1"), ENTRIES)
+    stacks.accept(UNIT, stack("1"), ENTRIES, places)
+    before = os.readlink(tmp_path / "units" / UNIT)
+    stacks.accept(UNIT, stack("1"), ENTRIES, places)
+    assert os.readlink(tmp_path / "units" / UNIT) == before
+    path = tmp_path / "units" / UNIT / ".state.json"
     record = json.loads(path.read_text())
-    assert record.pop("mounted") == places
+    assert record["accepted"].pop("mounted") == places
     path.write_text(json.dumps(record))
-    current = stacks.current(UNIT)
+    current = current_of(stacks)
     assert current is not None
     assert (current.stack, current.mounted) == (stack("1"), {})

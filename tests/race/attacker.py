@@ -40,6 +40,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 VERSIONS = range(1, 6)
 DELIVERIES = {"rename_into_place", "copy_into_place", "swap_two", "rewrite", "swap_trees", "tree_into_place"}
 PERIOD_SEC, PEACE_SEC = 0.25, 0.1
+_FILLED = 4096
 IMAGES, TREES = "drops/web.raw.v", "drops/www.v"
 
 
@@ -149,8 +150,9 @@ class Attacker:
                         self.pause()
 
     def truncate(self) -> None:
+        """By more than mksquashfs has filled it up with: without that it is as whole as before."""
         with open(opened(self.image(), os.O_RDWR), "r+b") as file:
-            file.truncate(self.random.randrange(os.fstat(file.fileno()).st_size + 1))
+            file.truncate(self.random.randrange(max(os.fstat(file.fileno()).st_size - _FILLED, 0) + 1))
 
     def hard_link(self) -> None:
         made = self.fresh()

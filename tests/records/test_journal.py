@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import array
+import dataclasses
 import fcntl
 import os
 import re
@@ -18,7 +19,7 @@ import pytest
 import structlog
 
 from support import CHECKOUT
-from watcher.model import Event, Outcome, printable
+from watcher.model import Event, Outcome, Verdict, printable
 from watcher.records import backlog, journal
 
 APPLIED = Event(
@@ -33,6 +34,7 @@ APPLIED = Event(
     digest="d" * 64,
     swap_usec=412,
     total_usec=16000,
+    verdict=Verdict.GOOD,
 )
 
 
@@ -88,7 +90,21 @@ def test_an_outcome_is_one_entry_with_every_field(journald: socket.socket) -> No
         "CONFEXT_DIGEST": "d" * 64,
         "CONFEXT_SWAP_USEC": "412",
         "CONFEXT_TOTAL_USEC": "16000",
+        "CONFEXT_VERDICT": "good",
     }
+
+
+def test_where_no_stack_was_judged_there_is_no_verdict(journald: socket.socket) -> None:
+    journal.configure("journal")
+    journal.record(dataclasses.replace(APPLIED, verdict=None))
+    assert "CONFEXT_VERDICT" not in parse(journald.recv(65536))
+
+
+def test_a_verdict_is_one_word_in_every_mode(capsys: pytest.CaptureFixture[str]) -> None:
+    for verdict in Verdict:
+        journal.configure("logfmt")
+        journal.record(Event("a.service", Outcome.ROLLED_BACK, "a.service: text", 0, verdict=verdict))
+        assert capsys.readouterr().err.rstrip("\n").endswith(f" verdict={verdict.value}")
 
 
 @pytest.mark.parametrize(
@@ -112,6 +128,13 @@ def test_a_failed_rollback_is_critical(journald: socket.socket) -> None:
     journal.configure("journal")
     journal.record(Event("a.service", Outcome.FAILED, "a.service: text", 0), level="critical")
     assert parse(journald.recv(65536))["PRIORITY"] == "2"
+
+
+def test_how_a_service_took_the_stack_is_a_field_with_its_value(journald: socket.socket) -> None:
+    journal.configure("journal")
+    journal.record(Event("a.service", Outcome.APPLIED, "a.service: text", 0, verdict=Verdict.WENT_DOWN))
+    fields = parse(journald.recv(65536))
+    assert (fields["CONFEXT_VERDICT"], fields["CONFEXT_OUTCOME"]) == ("went-down", "applied")
 
 
 def test_unchanged_is_only_for_those_who_ask(journald: socket.socket) -> None:

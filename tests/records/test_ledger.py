@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -24,7 +25,8 @@ import pytest
 from support import CHECKOUT
 from support.killing import killed_before
 from support.needs import root, tool, userns
-from watcher.model import Event, Kind, Layer, Outcome
+from watcher.model import Event, Kind, Layer, Outcome, Verdict
+from watcher.records import database
 from watcher.records.ledger import NAME, OUTPUT_MAX, OUTPUTS_KEPT, Ledger, LedgerError, Reader
 from watcher.records.schema import Quarantined
 
@@ -34,18 +36,6 @@ SSHD = "sshd.service"
 
 def event(number: int, service: str = NGINX, output: str = "") -> Event:
     return Event(service, Outcome.APPLIED, f"message {number}", when=number, output=output)
-
-
-def bad(service: str = NGINX, digest: str = "d" * 64) -> Quarantined:
-    return Quarantined(service, digest, "nginx -t failed", 5, "/srv/web_2.raw")
-
-
-def quarantine(ledger: Ledger, content: Quarantined) -> None:
-    ledger.append(quarantine=[content])
-
-
-def is_quarantined(ledger: Ledger | Reader, service: str, digest: str) -> bool:
-    return digest in [content.digest for content in ledger.quarantined(service)]
 
 
 def messages(events: list[Event]) -> list[str]:
@@ -79,10 +69,13 @@ def test_an_event_comes_back_as_it_was(ledger: Ledger, tmp_path: Path) -> None:
         swap_usec=400,
         total_usec=14_000,
         layers=(layer,),
+        verdict=Verdict.RELOAD_FAILED,
     )
     ledger.append(told)
     assert ledger.history() == [told]
     assert Reader(str(tmp_path)).history() == [told]
+    ledger.append(event(1))
+    assert ledger.history(limit=1)[0].verdict is None
 
 
 def test_history_is_newest_first_by_service_and_limited(ledger: Ledger) -> None:
@@ -125,10 +118,8 @@ def test_what_a_round_records_is_one_commit(ledger: Ledger) -> None:
     seen: list[str] = []
     assert ledger._db is not None
     ledger._db.set_trace_callback(seen.append)
-    ledger.append(event(1), event(2), quarantine=[bad()])
+    ledger.append(event(1), event(2))
     assert seen.count("COMMIT") == 1
-    ledger.pin(NGINX, "0123456789abcdef")
-    assert seen.count("COMMIT") == 2
     seen.clear()
     ledger.append()
     assert seen == []
@@ -138,7 +129,6 @@ def test_many_threads_may_record_at_once(ledger: Ledger) -> None:
     def record(service: str) -> None:
         for number in range(20):
             ledger.append(event(number, service))
-            quarantine(ledger, bad(service, str(number)))
 
     threads = [threading.Thread(target=record, args=(f"{name}.service",)) for name in "abcd"]
     for thread in threads:
@@ -147,7 +137,6 @@ def test_many_threads_may_record_at_once(ledger: Ledger) -> None:
         thread.join()
     for name in "abcd":
         assert len(ledger.history(f"{name}.service")) == 20
-        assert len(ledger.quarantined(f"{name}.service")) == 20
 
 
 def test_exec_may_add_to_the_history_beside_the_daemon(ledger: Ledger, tmp_path: Path) -> None:
@@ -158,43 +147,75 @@ def test_exec_may_add_to_the_history_beside_the_daemon(ledger: Ledger, tmp_path:
     assert messages(ledger.history()) == ["message 3", "message 2", "message 1"]
 
 
-# Quarantine and pins
+# A file of version 1
+
+VERSION_1 = """
+CREATE TABLE history (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    service TEXT NOT NULL, outcome TEXT NOT NULL, message TEXT NOT NULL, "when" INTEGER NOT NULL,
+    stack TEXT NOT NULL, previous TEXT NOT NULL, image TEXT NOT NULL, version TEXT NOT NULL, digest TEXT NOT NULL,
+    source TEXT NOT NULL, reason TEXT NOT NULL, output TEXT NOT NULL,
+    swap_usec INTEGER, total_usec INTEGER, layers TEXT NOT NULL
+);
+CREATE INDEX history_service ON history (service, id);
+CREATE INDEX history_output ON history (id) WHERE output <> '';
+CREATE TABLE quarantine (
+    service TEXT NOT NULL, digest TEXT NOT NULL, reason TEXT NOT NULL, "when" INTEGER NOT NULL, source TEXT NOT NULL,
+    PRIMARY KEY (service, digest)
+) WITHOUT ROWID;
+CREATE TABLE pins (service TEXT PRIMARY KEY, stack TEXT NOT NULL) WITHOUT ROWID;
+INSERT INTO history VALUES
+    (1, 'nginx.service', 'applied', 'message 1', 1, '', '', '', '', '', '', '', '', NULL, NULL, '[]');
+INSERT INTO quarantine VALUES ('nginx.service', 'd', 'no', 5, '/srv/web_2.raw');
+INSERT INTO pins VALUES ('nginx.service', '0123456789abcdef');
+PRAGMA application_id = 0x43464558;
+PRAGMA user_version = 1;
+"""
+DECISIONS = ([Quarantined(NGINX, "d", "no", 5, "/srv/web_2.raw")], {NGINX: "0123456789abcdef"})
 
 
-def test_quarantine_is_for_one_service_and_survives_a_restart(ledger: Ledger, tmp_path: Path) -> None:
-    quarantine(ledger, bad())
-    ledger.close()
-    with Ledger(str(tmp_path)) as again:
-        assert is_quarantined(again, NGINX, "d" * 64)
-        assert not is_quarantined(again, SSHD, "d" * 64)
-        assert not is_quarantined(again, NGINX, "e" * 64)
-        assert again.quarantined() == [bad()]
-        assert again.quarantined(SSHD) == []
+def version_1(directory: Path) -> Path:
+    path = directory / NAME
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(VERSION_1)
+    path.chmod(0o600)
+    return path
+
+
+def test_a_reader_of_version_1_leaves_it_as_it_is(tmp_path: Path) -> None:
+    path = version_1(tmp_path)
+    before = path.read_bytes()
     reader = Reader(str(tmp_path))
-    assert is_quarantined(reader, NGINX, "d" * 64)
-    assert reader.quarantined(NGINX) == [bad()]
+    assert reader.history() == [event(1)] and list(reader.newest()) == [NGINX]
+    assert path.read_bytes() == before
 
 
-def test_forgetting_lets_one_or_all_of_a_service_back_in(ledger: Ledger, tmp_path: Path) -> None:
-    for service, digest in [(NGINX, "1"), (NGINX, "2"), (NGINX, "3"), (SSHD, "1")]:
-        quarantine(ledger, bad(service, digest))
-    assert ledger.forget(NGINX, "2") == [bad(NGINX, "2")]
-    assert ledger.forget(NGINX, "2") == []
-    assert ledger.forget(NGINX) == [bad(NGINX, "1"), bad(NGINX, "3")]
-    assert Reader(str(tmp_path)).quarantined() == [bad(SSHD, "1")]
+def test_a_ledger_of_version_1_goes_on_and_what_decides_is_not_lost(tmp_path: Path) -> None:
+    path = version_1(tmp_path)
+    with Ledger(str(tmp_path)) as ledger:
+        ledger.append(dataclasses.replace(event(2), verdict=Verdict.GOOD))
+        assert messages(ledger.history()) == ["message 2", "message 1"]
+        assert ledger.remarks == []
+    with contextlib.closing(database.open_to_write(path)) as db:
+        assert database.decisions(db) == DECISIONS
+        database.drop_decisions(db)
+        assert database.decisions(db) == ([], {})
+        database.drop_decisions(db)
+    assert messages(Reader(str(tmp_path)).history()) == ["message 2", "message 1"]
 
 
-def test_pins_survive_a_restart(ledger: Ledger, tmp_path: Path) -> None:
-    ledger.pin(NGINX, "old")
-    ledger.pin(NGINX, "new")
-    ledger.pin(SSHD, "other")
-    assert ledger.unpin(SSHD)
-    assert not ledger.unpin(SSHD)
-    ledger.close()
-    with Ledger(str(tmp_path)) as again:
-        assert again.pinned(NGINX) == "new"
-        assert again.pinned(SSHD) is None
-    assert Reader(str(tmp_path)).pins() == {NGINX: "new"}
+def test_the_conversion_is_killed_at_any_moment(tmp_path: Path) -> None:
+    for number in itertools.count(1):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        path = version_1(directory)
+        killed = killed_before(number, lambda directory=directory: Ledger(str(directory)).close())
+        assert Reader(str(directory)).history() == [event(1)]
+        with contextlib.closing(database.open_to_write(path)) as db:
+            assert database.decisions(db) == DECISIONS
+        if not killed:
+            break
+    assert number > 5
 
 
 # A file that will not do
@@ -289,29 +310,23 @@ def test_a_file_in_order_is_never_set_aside(ledger: Ledger, tmp_path: Path) -> N
         assert set_aside_in(tmp_path) == []
 
 
-def test_corruption_found_while_running_costs_the_history_but_not_the_quarantine(tmp_path: Path) -> None:
+def test_corruption_found_while_running_costs_the_history(tmp_path: Path) -> None:
     with Ledger(str(tmp_path)) as ledger:
-        quarantine(ledger, bad())
-        ledger.pin(NGINX, "0123456789abcdef")
+        ledger.append(event(0))
         size = (tmp_path / NAME).stat().st_size
         with (tmp_path / NAME).open("r+b") as file:
             file.write(os.urandom(size))
         # SQLite keeps what it has read until the file's change counter differs, as it does now.
         ledger.append(event(1))
         assert len(ledger.remarks) == 1
-        reader = Reader(str(tmp_path))
-        assert is_quarantined(reader, NGINX, "d" * 64)
-        assert reader.pins() == {NGINX: "0123456789abcdef"}
-        assert messages(reader.history()) == ["message 1"]
+        assert messages(Reader(str(tmp_path)).history()) == ["message 1"]
 
 
 def test_a_ledger_deleted_while_running_is_begun_anew(ledger: Ledger, tmp_path: Path) -> None:
-    quarantine(ledger, bad())
+    ledger.append(event(0))
     (tmp_path / NAME).unlink()
     ledger.append(event(1))
-    reader = Reader(str(tmp_path))
-    assert messages(reader.history()) == ["message 1"]
-    assert is_quarantined(reader, NGINX, "d" * 64)
+    assert messages(Reader(str(tmp_path)).history()) == ["message 1"]
 
 
 def test_without_its_directory_it_says_so_and_recovers(tmp_path: Path) -> None:
@@ -319,11 +334,10 @@ def test_without_its_directory_it_says_so_and_recovers(tmp_path: Path) -> None:
     ledger = Ledger(str(directory))
     assert "cannot be opened" in ledger.remarks[0].text
     with pytest.raises(LedgerError, match=re.escape(str(directory / NAME))):
-        quarantine(ledger, bad())
-    assert is_quarantined(ledger, NGINX, "d" * 64)
+        ledger.append(event(0))
     directory.mkdir()
     ledger.append(event(1))
-    assert Reader(str(directory)).quarantined() == [bad()]
+    assert Reader(str(directory)).history() == [event(1)]
     ledger.close()
 
 
@@ -333,7 +347,6 @@ def test_without_its_directory_it_says_so_and_recovers(tmp_path: Path) -> None:
 def test_a_reader_of_no_ledger_finds_nothing_and_makes_nothing(tmp_path: Path) -> None:
     reader = Reader(str(tmp_path))
     assert reader.history() == []
-    assert reader.pins() == {}
     assert list(tmp_path.iterdir()) == []
 
 
@@ -468,15 +481,11 @@ WRITER = """
     import os, sys
     from watcher.records.ledger import Ledger, LedgerError
     from watcher.model import Event, Outcome
-    from watcher.records.schema import Quarantined
     ledger = Ledger({directory!r}, history_max=1)
     os.write(1, b"begin\\n")
     for number in range(2):
         try:
-            ledger.append(
-                Event("a.service", Outcome.APPLIED, str(number), when=number, output="x" * 9000),
-                quarantine=[Quarantined("a.service", str(number), "", number)],
-            )
+            ledger.append(Event("a.service", Outcome.APPLIED, str(number), when=number, output="x" * 9000))
         except LedgerError as error:
             os.write(2, f"{{error}}\\n".encode())
         else:
@@ -516,12 +525,11 @@ def every_fault(tmp_path: Path, fault: str) -> Iterator[tuple[Path, str, subproc
 
 
 def write_twice(directory: Path) -> None:
-    """Two rounds; the numbers of those that are committed are in the file `said`."""
+    """Two rounds; the numbers of those that are committed are in the file `said`. The history has one event."""
     said = os.open(directory / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     with Ledger(str(directory), history_max=1) as ledger:
         for number in range(2):
-            content = Quarantined("a.service", str(number), "", number)
-            ledger.append(event(number, output="x" * 9000), quarantine=[content])
+            ledger.append(event(number, output="x" * 9000))
             os.write(said, str(number).encode())
 
 
@@ -537,11 +545,9 @@ def test_a_kill_at_any_write_leaves_it_whole_and_keeps_what_was_committed(tmp_pa
         committed = [int(digit) for digit in said.read_text()] if said.exists() else []
         seen.append(len(committed))
         for reading in (Reader(str(directory)), Ledger(str(directory))):
-            found = {int(entry.digest) for entry in reading.quarantined()}
             history = [entry.when for entry in reading.history()]
-            # The round that was killed is there whole, or not at all.
-            assert found - {len(committed)} == set(committed), number
-            assert history == sorted(found, reverse=True)[:1], number
+            # The event that was being written is there, or not: then the one before is.
+            assert history in (committed[-1:], [len(committed)]), number
             if isinstance(reading, Ledger):
                 assert reading.remarks == [], number
                 reading.append(event(9))
@@ -551,15 +557,14 @@ def test_a_kill_at_any_write_leaves_it_whole_and_keeps_what_was_committed(tmp_pa
 
 
 @tool("strace")
-def test_an_error_at_any_write_is_one_ledger_error_and_loses_no_quarantine(tmp_path: Path) -> None:
+def test_an_error_at_any_write_is_one_ledger_error_and_passes(tmp_path: Path) -> None:
     for directory, inject, done in every_fault(tmp_path, "error=ENOSPC"):
         assert done.returncode == 0, f"{inject}: {done.stderr}"
         failed = done.stderr.splitlines()
         assert len(failed) <= 1, f"{inject}: {done.stderr}"
         assert all(line.startswith(f"{directory / NAME}: cannot be") for line in failed)
-        found = {entry.when for entry in Reader(str(directory)).quarantined()}
-        # What failed once is written with the next round. There is none after the last.
-        assert found == {0, 1} or (found == {0} and done.stdout == "begin\n0\n"), inject
+        found = [entry.when for entry in Reader(str(directory)).history()]
+        assert found == [1] or (found == [0] and done.stdout == "begin\n0\n"), inject
 
 
 ON_A_FULL_DISK = """
@@ -567,7 +572,6 @@ ON_A_FULL_DISK = """
     from pathlib import Path
     from watcher.records.ledger import Ledger, LedgerError, Reader
     from watcher.model import Event, Outcome
-    from watcher.records.schema import Quarantined
 
     state = Path({directory!r})
     ballast = state / "ballast"
@@ -580,16 +584,9 @@ ON_A_FULL_DISK = """
             written += 1
     except LedgerError as error:
         print(error)
-    try:
-        ledger.append(quarantine=[Quarantined("a.service", "d", "r" * 60_000, 1)])
-    except LedgerError as error:
-        print(error)
-    assert ledger.quarantined("a.service")[0].digest == "d"
-    assert Reader(str(state)).quarantined("a.service") == []
     assert len(Reader(str(state)).history(limit=1000)) == written > 10
     ballast.unlink()
     ledger.append(Event("a.service", Outcome.APPLIED, "again", when=2))
-    assert Reader(str(state)).quarantined("a.service")[0].digest == "d"
     assert Reader(str(state)).history(limit=1)[0].message == "again"
     assert ledger.remarks == []
 """
@@ -603,4 +600,4 @@ def test_a_full_disk_is_an_error_and_passes(tmp_path: Path) -> None:
         *("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", shell, "sh"),
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{tmp_path / NAME}: cannot be written: database or disk is full\n" * 2
+    assert done.stdout == f"{tmp_path / NAME}: cannot be written: database or disk is full\n"

@@ -1,26 +1,31 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The interface description, the data classes and the errors agree, and all of them survive JSON."""
+"""The interface description, the data classes and the errors agree, and all of them survive JSON (records/codec.py)."""
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
 import os
+import re
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 from varlink import scanner
 
-from watcher.model import Event, Kind, Layer, Outcome, Remark
-from watcher.records import schema
+from watcher.model import Event, Kind, Layer, Outcome, Remark, Verdict
+from watcher.records import codec, schema
 from watcher.records.schema import PlannedChange, Quarantined, ServiceStatus, from_dict, to_dict, utf8
+from watcher.records.state import Trial
 
 ANSWERS: list[type[Any]] = [Layer, Event, Quarantined, Remark, ServiceStatus, PlannedChange]
 
 LAYER = Layer("web.raw", "web", "1.4", "a" * 64, Kind.IMAGE, "/srv/web_1.4.raw")
 EVENT = Event("web.service", Outcome.ROLLED_BACK, "said", when=5, swap_usec=7, layers=(LAYER, LAYER))
+JUDGED = dataclasses.replace(EVENT, verdict=Verdict.HEALTH_CHECK_FAILED)
 STATUS = ServiceStatus("web.service", "standalone", "running", pid=9, layers=(LAYER,), last=EVENT)
 
 
@@ -51,8 +56,16 @@ def test_the_interface_describes_each_answer_field_by_field(cls: type[Any]) -> N
     interface = scanner.Interface(schema.DESCRIPTION)
     fields = {name: described(kind) for name, kind in interface.members[cls.__name__].type.fields.items()}
     hints = typing.get_type_hints(cls)
-    wanted = {schema._camel(field.name): varlink_type(hints[field.name]) for field in dataclasses.fields(cls)}
+    wanted = {codec._camel(field.name): varlink_type(hints[field.name]) for field in dataclasses.fields(cls)}
     assert fields == wanted
+
+
+@pytest.mark.parametrize(("field", "values"), [("outcome", Outcome), ("verdict", Verdict)])
+def test_the_interface_lists_all_outcomes_and_verdicts(field: str, values: type[enum.Enum]) -> None:
+    comment = schema.DESCRIPTION.partition("type Event (")[0].rpartition("\n\n")[2]
+    said = re.split(r"^# (?=[a-z, ]+: )", comment, flags=re.MULTILINE)
+    (sentence,) = [text for text in said if text.startswith(f"{field}:")]
+    assert re.findall('"(.*?)"', sentence) == [value.value for value in values]
 
 
 def test_the_interface_describes_each_error() -> None:
@@ -78,6 +91,7 @@ def test_the_interface_describes_each_error() -> None:
     [
         STATUS,
         EVENT,
+        JUDGED,
         ServiceStatus("web.service", "systemd", "stopped"),
         PlannedChange("web.service", True, wanted_layers=(LAYER,), remarks=(Remark("debug", "/srv", "no"),)),
     ],
@@ -103,11 +117,35 @@ def test_every_key_is_there_in_varlinks_spelling() -> None:
         "swapUSec": None,
         "totalUSec": None,
         "layers": [],
+        "verdict": None,
     }
 
 
 def test_keys_of_a_newer_daemon_are_passed_over() -> None:
     assert from_dict(Layer, {**to_dict(LAYER), "colour": "red"}) == LAYER
+
+
+def test_a_verdict_of_a_newer_daemon_is_passed_over() -> None:
+    newer = {**to_dict(JUDGED), "verdict": "out-of-tune"}
+    assert from_dict(Event, newer) == EVENT
+    assert from_dict(ServiceStatus, {**to_dict(STATUS), "last": newer}) == STATUS
+
+
+def test_an_older_daemon_has_no_verdicts() -> None:
+    older = to_dict(EVENT)
+    del older["verdict"]
+    assert from_dict(Event, older) == EVENT
+
+
+@pytest.mark.parametrize("verdict", [5, True, [], {}])
+def test_a_verdict_is_text(verdict: object) -> None:
+    with pytest.raises(ValueError):
+        from_dict(Event, {**to_dict(EVENT), "verdict": verdict})
+
+
+def test_where_a_verdict_decides_an_unknown_one_is_an_error() -> None:
+    with pytest.raises(ValueError):
+        from_dict(Trial, {"stack": "a", "verdict": "out-of-tune"})
 
 
 @pytest.mark.parametrize(
@@ -122,3 +160,29 @@ def test_text_is_what_json_can_carry_and_otherwise_unchanged() -> None:
     assert utf8("/srv/ä b\\c\n.raw") == "/srv/ä b\\c\n.raw"
     assert utf8(os.fsdecode(b"/srv/\xff\xfe.raw")) == "/srv/\\xff\\xfe.raw"
     assert utf8("a\0b\ud800") == "a\\x00b\\ud800"
+
+
+@dataclasses.dataclass(frozen=True)
+class Everything:
+    names: Mapping[str, str]
+    counts: Mapping[str, int]
+    layers: Mapping[str, Layer]
+    kind: Kind | None = None
+    flag: bool = False
+
+
+def test_a_record_of_our_own_keeps_names_exactly() -> None:
+    odd = os.fsdecode(b"\xff")
+    made = Everything({odd: odd}, {odd: 1}, {odd: LAYER}, Kind.IMAGE, flag=True)
+    data = json.loads(json.dumps(to_dict(made, text=str)))
+    assert data["names"] == {odd: odd}
+    assert from_dict(Everything, data) == made
+    assert to_dict(made)["names"] == {"\\xff": "\\xff"}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"names": []}, {"names": {"a": 1}}, {"counts": {"a": True}}, {"layers": {"a": {}}}, {"flag": 1}]
+)
+def test_a_mapping_has_values_of_its_type(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        from_dict(Everything, {"names": {}, "counts": {}, "layers": {}, **wrong})

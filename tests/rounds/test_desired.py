@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -15,8 +17,9 @@ from support.images import confext
 from support.needs import root
 from watcher.images.admission import Admission, host
 from watcher.images.store import Store
-from watcher.model import Declared, Sysext, Unsafe
+from watcher.model import Declared, KeptOut, Sysext, Unsafe
 from watcher.mounts.workers import MountWorkers
+from watcher.records.state import STACK, Quarantine, State
 from watcher.resolve import scan, sources
 from watcher.rounds import desired
 from watcher.rounds.desired import Desired, Given, find
@@ -41,17 +44,27 @@ class Looking:
     def put(self, name: str) -> Path:
         return confext(self.drops / name, name, {f"etc/{name}": b""})
 
-    def find(self) -> Desired:
+    def look(self) -> Desired:
         with self._store.using():
-            found = find(self._store, self._admission, Given(UNIT, self._declared, host()))
-            self._store.accept(UNIT, found.stack, [pick.entry for pick in found.look.picks])
+            state = self._store.state(UNIT)
+            return find(self._store, self._admission, Given(UNIT, self._declared, host(), state))
+
+    def find(self) -> Desired:
+        found = self.look()
+        with self._store.using():
+            self._store.accept(UNIT, found.wanted, found.entries)
         return found
+
+    def change(self, change: Callable[[State], State]) -> None:
+        self._store.change(UNIT, change)
+
+    def damage(self, digest: str) -> None:
+        (Path(self._store.state_directory) / "store" / digest / "etc" / "b").write_text("damaged")
+        self._store.doubt(UNIT)
 
     @property
     def entries(self) -> list[str]:
-        record = self._store.record(UNIT)
-        assert record is not None
-        return [entry.slot for entry in record.entries]
+        return [entry.slot for entry in self._store.state(UNIT).accepted.entries]
 
 
 @pytest.fixture
@@ -67,7 +80,7 @@ def test_a_directory_that_fails_takes_no_entry_out_of_the_record(
 ) -> None:
     for name in ("a", "b"):
         looking.put(name)
-    before = looking.find().stack
+    before = looking.find().wanted
     assert looking.entries == ["a", "b"]
 
     def fails(path: str, *_: object) -> None:
@@ -75,7 +88,7 @@ def test_a_directory_that_fails_takes_no_entry_out_of_the_record(
 
     with monkeypatch.context() as patch:
         patch.setattr(scan, "_read", fails)
-        assert looking.find().stack == before
+        assert looking.find().wanted == before
         assert looking.entries == ["a", "b"]
     (looking.drops / "b").rename(looking.drops / ".b")
     looking.find()
@@ -88,15 +101,61 @@ def test_more_layers_than_can_be_mounted_are_never_accepted(
     monkeypatch.setattr(desired, "LAYERS_MAX", 2)
     for name in ("a", "b"):
         looking.put(name)
-    before = looking.find().stack
+    before = looking.find().wanted
     looking.put("c")
     found = looking.find()
-    assert found.stack == before
+    assert found.wanted == before
     assert [(remark.path, remark.text) for remark in found.look.remarks] == [
         (f"{looking.drops}/c", "one too many: 3 layers, and 2 are allowed; all stays as it is")
     ]
     (looking.drops / "a").rename(looking.drops / ".a")
-    assert [layer.name for layer in looking.find().stack.layers] == ["b", "c"]
+    assert [layer.name for layer in looking.find().wanted.layers] == ["b", "c"]
+
+
+def test_a_bad_stack_has_those_before_it_to_fall_back_on(looking: Looking) -> None:
+    looking.put("a")
+    first = looking.find().wanted
+    looking.put("b")
+    second = looking.find().wanted
+    bad = Quarantine(second.layers[1].digest, "its check failed", 1, second.layers[1].source)
+    looking.change(lambda state: replace(state, quarantine=(bad,)))
+    found = looking.look()
+    assert (found.wanted, found.fallback, found.pinned) == (first, first, None)
+    assert [(passed.slot, type(passed.reason)) for passed in found.passed] == [("b", KeptOut)]
+    # Whoever puts it on that by hand knows why.
+    looking.change(lambda state: replace(state, pin=second.id))
+    found = looking.look()
+    assert (found.wanted, found.fallback, found.pinned) == (first, first, second)
+    looking.change(lambda state: replace(state, pin="no such stack"))
+    assert looking.look().pinned is None
+
+
+def test_a_removal_that_proved_bad_is_kept_out_as_a_whole(looking: Looking) -> None:
+    for name in ("a", "b"):
+        looking.put(name)
+    both = looking.find().wanted
+    (looking.drops / "b").rename(looking.drops / ".b")
+    without = looking.find().wanted
+    looking.change(
+        lambda state: replace(state, quarantine=(Quarantine(STACK + without.id, "reload failed", 1),))
+    )
+    found = looking.look()
+    assert (found.wanted, found.fallback) == (both, both)
+
+
+def test_a_damaged_copy_is_passed_over_until_it_is_there_again(looking: Looking) -> None:
+    looking.put("a")
+    first = looking.find().wanted
+    dropped = looking.put("b")
+    second = looking.find().wanted
+    looking.damage(second.layers[1].digest)
+    found = looking.look()  # from the file that is still there
+    assert (found.wanted, found.fallback, found.damaged) == (second, second, ())
+    looking.damage(second.layers[1].digest)
+    shutil.rmtree(dropped / "etc/extension-release.d")
+    found = looking.look()
+    assert (found.fallback, found.damaged) == (first, (second.id,))
+    assert ["damaged" in remark.text for remark in found.look.remarks] == [True]
 
 
 STRANGER = 65534
@@ -112,14 +171,14 @@ def open_to_all(tmp_path: Path, looking: Looking) -> Looking:
 
 
 def test_an_unsafe_directory_takes_nothing_away_and_gives_nothing(open_to_all: Looking) -> None:
-    before = open_to_all.find().stack
+    before = open_to_all.find().wanted
     (open_to_all.drops / "a").rename(open_to_all.drops / ".a")
     open_to_all.put("b")
     found = open_to_all.find()
-    assert (found.stack, open_to_all.entries) == (before, ["a", "b"])
+    assert (found.wanted, open_to_all.entries) == (before, ["a", "b"])
     assert [(passed.slot, type(passed.reason)) for passed in found.passed] == [("b", Unsafe)]
     open_to_all.drops.chmod(0o755)
-    assert [layer.name for layer in open_to_all.find().stack.layers] == ["b"]
+    assert [layer.name for layer in open_to_all.find().wanted.layers] == ["b"]
 
 
 @root

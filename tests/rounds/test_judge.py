@@ -12,11 +12,14 @@ import trio
 import trio.testing
 
 from watcher.managers.base import Ended, Reloaded, Service
-from watcher.model import Declared, Entry, Later
+from watcher.model import Declared, Later, Stack, Verdict
 from watcher.mounts.process import Process
 from watcher.rounds import service_check
-from watcher.rounds.judge import reload_and_judge
+from watcher.rounds.facts import Judged
+from watcher.rounds.judge import judge_start, reload_and_judge
 from watcher.settings.config import ServiceSettings
+
+STACK = Stack()
 
 Answer = Callable[["Manager"], Reloaded]
 
@@ -34,7 +37,7 @@ class Manager:
 
     async def run(self, changed: Callable[[str], None], task_status: trio.TaskStatus[None]) -> None: ...
 
-    async def learn(self, service: Service, sysexts: Sequence[Entry] = ()) -> None: ...
+    async def learn(self, service: Service) -> None: ...
 
     async def reload(self, service: Service) -> Reloaded:
         return self.answer(self)
@@ -69,9 +72,9 @@ def service(program: subprocess.Popen[bytes]) -> Iterator[Service]:
         yield Service("web.service", Declared(), ServiceSettings(), main=main, invocation="first")
 
 
-async def judged(service: Service, answer: Answer) -> Reloaded | None:
+async def judged(service: Service, answer: Answer) -> Judged | None:
     assert service.main is not None
-    return await reload_and_judge(Manager(service, answer), service, service.main)
+    return await reload_and_judge(Manager(service, answer), service, service.main, STACK)
 
 
 def done(manager: Manager) -> Reloaded:
@@ -79,7 +82,7 @@ def done(manager: Manager) -> Reloaded:
 
 
 async def test_one_that_goes_on_is_good(service: Service) -> None:
-    assert await judged(service, done) == Reloaded(ok=True, told="reload")
+    assert await judged(service, done) == Judged(STACK, Verdict.GOOD, "reload")
 
 
 async def test_a_unit_that_failed_is_bad_whatever_its_reload_said(service: Service) -> None:
@@ -88,7 +91,7 @@ async def test_a_unit_that_failed_is_bad_whatever_its_reload_said(service: Servi
         return done(manager)
 
     verdict = await judged(service, fails)
-    assert verdict is not None and not verdict.ok and verdict.reason == "its unit failed"
+    assert verdict == Judged(STACK, Verdict.WENT_DOWN, "reload", "its unit failed")
 
 
 async def test_another_main_process_is_bad(service: Service) -> None:
@@ -100,7 +103,8 @@ async def test_another_main_process_is_bad(service: Service) -> None:
 
         verdict = await judged(service, moves)
         other.kill()
-    assert verdict is not None and "another process took the place" in verdict.reason
+    assert verdict is not None and verdict.verdict is Verdict.WENT_DOWN
+    assert "another process took the place" in verdict.reason
 
 
 async def test_one_that_goes_down_is_bad(
@@ -113,7 +117,32 @@ async def test_one_that_goes_down_is_bad(
         return done(manager)
 
     verdict = await judged(service, dies)
-    assert verdict is not None and "its main process ended when it was told" in verdict.reason
+    assert verdict is not None and verdict.verdict is Verdict.WENT_DOWN
+    assert "its main process ended when it was told" in verdict.reason
+
+
+async def test_one_that_says_no_is_bad(service: Service) -> None:
+    def refuses(manager: Manager) -> Reloaded:
+        return Reloaded(ok=False, told="reload", reason="its reload failed", output="line 7\n")
+
+    assert await judged(service, refuses) == Judged(
+        STACK, Verdict.RELOAD_FAILED, "reload", "its reload failed", "line 7\n"
+    )
+
+
+@pytest.mark.parametrize("up", [True, False])
+async def test_one_that_was_started_on_it_is_judged_by_its_start(
+    service: Service, autojump_clock: trio.testing.MockClock, up: bool
+) -> None:
+    class Starting(Manager):
+        async def started(self, service: Service) -> bool:
+            self.becomes(main=service.main if up else None, failed=not up)
+            return up
+
+    assert service.main is not None
+    found = await judge_start(Starting(service, done), service, service.main, STACK)
+    ended = "its main process ended before its start was complete"
+    assert found == (Judged(STACK, Verdict.GOOD) if up else Judged(STACK, Verdict.WENT_DOWN, reason=ended))
 
 
 @pytest.mark.parametrize("ok", [True, False])
@@ -151,11 +180,7 @@ async def test_a_restart_that_ends_in_failure_is_bad(
         return Reloaded(ok=True, told="restart")
 
     verdict = await judged(service, restarts)
-    assert (
-        verdict is not None
-        and not verdict.ok
-        and "its main process ended after its restart" in verdict.reason
-    )
+    assert verdict == Judged(STACK, Verdict.WENT_DOWN, "restart", "its main process ended after its restart")
 
 
 async def test_a_restart_is_judged_by_the_new_process(service: Service) -> None:
@@ -167,7 +192,7 @@ async def test_a_restart_is_judged_by_the_new_process(service: Service) -> None:
 
         verdict = await judged(service, restarts)
         other.kill()
-    assert verdict == Reloaded(ok=True, told="restart")
+    assert verdict == Judged(STACK, Verdict.GOOD, "restart")
 
 
 async def test_a_health_check_that_goes_on_failing_is_bad(
@@ -175,7 +200,8 @@ async def test_a_health_check_that_goes_on_failing_is_bad(
 ) -> None:
     settings = ServiceSettings(health_check=("/bin/false",), health_check_usec=1_000_000)
     verdict = await judged(replace(service, settings=settings), done)
-    assert verdict is not None and "health check '/bin/false' failed" in verdict.reason
+    assert verdict is not None and verdict.verdict is Verdict.HEALTH_CHECK_FAILED
+    assert "health check '/bin/false' failed" in verdict.reason
     assert verdict.output == "line 7\n"
 
 

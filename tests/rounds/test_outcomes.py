@@ -12,7 +12,6 @@ import trio
 from watcher.model import Event, Outcome, Refused
 from watcher.records.ledger import Ledger, Reader
 from watcher.rounds.outcomes import Outcomes
-from watcher.watch.offload import Offload
 
 
 class Counting(Ledger):
@@ -38,7 +37,7 @@ def event(number: int) -> Event:
 
 async def test_outcomes_of_many_services_at_once_share_a_commit(ledger: Counting, tmp_path: Path) -> None:
     told: list[Event] = []
-    record = Outcomes(ledger, Offload(), told.append)
+    record = Outcomes(ledger, told.append)
     async with trio.open_nursery() as nursery:
         for number in range(50):
             nursery.start_soon(record.outcome, event(number))
@@ -51,7 +50,7 @@ async def test_outcomes_of_many_services_at_once_share_a_commit(ledger: Counting
 async def test_an_outcome_is_written_also_when_we_are_told_to_end(ledger: Counting, tmp_path: Path) -> None:
     with trio.CancelScope() as scope:
         scope.cancel()
-        await Outcomes(ledger, Offload()).outcome(event(1))
+        await Outcomes(ledger).outcome(event(1))
     assert [one.message for one in Reader(str(tmp_path)).history()] == ["outcome 1"]
 
 
@@ -76,7 +75,7 @@ async def test_what_is_in_the_way_of_a_stack_is_said_in_words(
     ledger: Counting, error: Exception, sentence: str
 ) -> None:
     told: list[Event] = []
-    record = Outcomes(ledger, Offload(), told.append)
+    record = Outcomes(ledger, told.append)
     for _ in range(2):
         await record.not_placed("web.service", error)
     assert [one.message for one in told] == [f"web.service: its stack could not be put in place{sentence}"]

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from support.hangs import hanging
 from support.needs import root
 from watcher.managers.base import Service
-from watcher.model import Declared, Kind, Layer, Look, Stack
-from watcher.rounds.desired import Desired
+from watcher.model import Declared, Kind, Layer, Stack
 from watcher.rounds.rollout import Bid, Rollout, Sibling, may_go
 from watcher.settings.config import ServiceSettings
 from watcher.watch.offload import Offload
@@ -70,14 +69,13 @@ def test_never_more_than_one_has_what_nobody_has_proved_good(
     names = [f"s{number}" for number in range(count)]
     accepted: set[str] = set()
     proved: set[str] = set()
-    active: dict[str, object] = {}
+    active: set[str] = set()
     for _ in range(data.draw(st.integers(1, 20))):
         name = data.draw(st.sampled_from(names))
         if name in active:
-            turn = active.pop(name)
+            active.remove(name)
             proved.add(name)
-            turn.__exit__(None, None, None)  # type: ignore[attr-defined]
-            rollout.end(name)
+            rollout.end(name, rolling=True)
         elif name not in accepted:
             siblings = [
                 Sibling(other, True, True, other in accepted, other not in proved)
@@ -85,14 +83,12 @@ def test_never_more_than_one_has_what_nobody_has_proved_good(
                 if other != name
             ]
             rollout.begin(name)
-            turn = rollout.turn(name, Bid(NEW, parallel, running=True, fresh=False, siblings=siblings))
-            if turn.__enter__():
-                active[name] = turn
-                accepted.add(name)
-            else:
-                turn.__exit__(None, None, None)
-                rollout.end(name)
+            if rollout.claim(name, Bid(NEW, parallel, running=True, fresh=False, siblings=siblings)):
+                rollout.end(name, rolling=True)
                 asked.clear()
+            else:
+                active.add(name)
+                accepted.add(name)
         assert len(active) <= (parallel if proved else 1)
 
 
@@ -100,16 +96,14 @@ def test_who_waits_is_asked_again_when_a_round_of_another_is_over() -> None:
     asked: list[str] = []
     rollout = Rollout(asked.append, cast(Any, None))
     rollout.begin("a")
-    with rollout.turn("a", Bid(NEW, 1, running=True, fresh=False, siblings=[])) as its_turn:
-        assert its_turn
-        rollout.begin("b")
-        with rollout.turn(
-            "b", Bid(NEW, 1, running=True, fresh=False, siblings=[Sibling("a", True)])
-        ) as its_turn:
-            assert not its_turn
-        rollout.end("b")
-        assert asked == []
-    rollout.end("a")
+    own = Bid(NEW, 1, running=True, fresh=False, siblings=[Sibling("b", True)])
+    assert rollout.claim("a", own) == "" == rollout.claim("a", own)  # it stays its turn for the whole round
+    rollout.begin("b")
+    other = Bid(NEW, 1, running=True, fresh=False, siblings=[Sibling("a", True)])
+    assert rollout.claim("b", other) == rollout.waits("b", other) == "it waits for its turn (Rollout=rolling)"
+    rollout.end("b", rolling=True)
+    assert asked == []
+    rollout.end("a", rolling=True)
     assert asked == ["b"]
 
 
@@ -133,8 +127,9 @@ async def test_one_whose_files_do_not_answer_is_not_waited_for(tmp_path: Path) -
         drops("hung.service", tmp_path / "hung", running),
     ]
     layer = Layer("web.raw", "web", "1", "d" * 64, Kind.IMAGE, str(image))
-    desired = Desired(Look((), (), (), False), Stack((layer,)), (), Stack(), recorded=False)
     with hanging(tmp_path / "shown", tmp_path / "hung") as dead:
         dead.hang()
         rollout = Rollout(lambda name: None, cast(Any, SimpleNamespace(offload=Offload())))
-        assert await rollout._offered(asks, desired, frozenset({layer.digest}), others) == {"good.service"}
+        assert await rollout._offered(asks, Stack((layer,)), frozenset({layer.digest}), others) == {
+            "good.service"
+        }

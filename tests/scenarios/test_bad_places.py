@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 from scenarios.place import Place, Service, shell
 from support.needs import root
+from watcher.rounds.facts import AFTERGLOW_USEC
 
 trees_only = pytest.mark.parametrize("shared", ["trees"], indirect=True)
 images_only = pytest.mark.parametrize("place", ["images"], indirect=True)
@@ -191,6 +193,7 @@ def test_unmounted_while_nobody_looks_it_takes_nothing_away(place: Place, mounte
     place.start_daemon()
     service.logged(f"{mounted}: its file system is gone, what was accepted from it stays")
 
+    time.sleep(AFTERGLOW_USEC / 1e6)  # else its end would speak against the image
     service.stop()
     place.services.remove(service)
     again = place.start(*options, *more, name="web.service", declared=False)

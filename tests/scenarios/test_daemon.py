@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from scenarios.place import Daemon, Place, until
+from support.records import under_way
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -78,7 +79,7 @@ def test_a_restart_reloads_nothing_that_has_not_changed(place: Place, ended: str
     service.reloaded("1.3")
     service.logged("web 1.3 added")
     # Killed before this note is gone, it would have it told once more.
-    until(lambda: not os.path.lexists(place.runtime / "pending" / service.name))
+    until(lambda: not under_way(place.state))
     daemon.stop() if ended == "stopped" else daemon.kill()
     place.start_daemon()
     service.put("1.4")

@@ -16,6 +16,7 @@ import pytest
 
 from scenarios.place import COMMAND, PYTHON, Place, until
 from support.needs import root
+from support.records import record
 from watcher.managers.systemd import unit_facts
 
 trees_only = pytest.mark.parametrize("place", ["trees"], indirect=True)
@@ -179,7 +180,7 @@ def spoil_the_ledger(place: Place) -> None:
 
 @trees_only
 def test_a_broken_ledger_does_not_stop_it(place: Place) -> None:
-    """What must not get in is not known then: it starts on what it had, and the daemon sees to the rest."""
+    """It holds no more than the history. What must not get in is in the record of the service."""
     service = place.start(name="web.service")
     service.put("1.3")
     service.kill()
@@ -187,13 +188,8 @@ def test_a_broken_ledger_does_not_stop_it(place: Place) -> None:
     service.put("1.4")
     spoil_the_ledger(place)
     service = place.start(name="web.service")
-    assert service.heard == ["1.3"]
-    said = [
-        line for line in service.errors.read() if "web.service: starts on its last accepted stack" in line
-    ]
-    assert len(said) == 1 and "ledger.sqlite" in said[0]
+    assert service.heard == ["1.4"]
     place.start_daemon().log.wait_for("ledger.sqlite")
-    service.reloaded("1.4")
 
 
 @trees_only
@@ -205,6 +201,23 @@ def test_a_broken_ledger_does_not_stop_its_first_start(place: Place) -> None:
     spoil_the_ledger(place)
     service = place.start(name="web.service")
     assert service.heard == ["1.3"]
+
+
+@trees_only
+def test_a_damaged_record_is_made_anew(place: Place) -> None:
+    service = place.start(name="web.service")
+    service.put("1.3")
+    service.kill()
+    place.start(name="web.service").kill()
+    path = place.state / "units/web.service.exec/.state.json"
+    path.write_bytes(b"\xff")
+    service = place.start(name="web.service")
+    assert service.heard == ["1.3"]
+    (said,) = (line for line in service.errors.read() if "web.service" in line)
+    assert "made anew from" in said
+    assert record(place.state, "web.service.exec").accepted.stack.layers[0].version == "1.3"
+    (aside,) = (place.state / "set-aside").iterdir()
+    assert aside.read_bytes() == b"\xff"
 
 
 @trees_only

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A power cut after each system call, on a disk that keeps what was synced and any part of the rest.
 
-What a unit starts on is whole, and what was accepted last; records, notes and history name nothing that is not there.
+What a unit starts on is whole, and what was accepted last; records and history name nothing that is not there.
 """
 
 from __future__ import annotations
@@ -24,24 +24,23 @@ from support.images import confext
 from support.needs import root, tool
 from watcher.images import tree
 from watcher.images.stacks import Stacks
-from watcher.managers.systemd.unit_drop_in import read_sysexts
 from watcher.records.ledger import Ledger
-from watcher.rounds.state import Trials
+from watcher.records.state import State
 
 UNIT = "web.service"
 
 # What the daemon and `exec` do, in their order; each promise of a call that has returned is said.
 PROGRAM = """
 import os, sys
+from dataclasses import replace
 sys.path[:0] = {path!r}
 from watcher.images import tree
-from watcher.managers.systemd.unit_drop_in import write_sysexts
 from watcher.images.formats.squashfs import SQUASHFS
-from watcher.records.ledger import Ledger, _event_row
+from watcher.records.ledger import Ledger
+from watcher.records.state import Quarantine, Trial
 from watcher.watch.lease import Lease
 from watcher.model import Event, Kind, Layer, Outcome, Stack
 from watcher.images.store import Store
-from watcher.rounds.state import Trial, Trials
 state, directory, *images = sys.argv[1:]
 UNIT = "web.service"
 
@@ -55,42 +54,47 @@ def image(path):
 
 def accept(stack, trial=True):
     say("accepting", stack.id, "trial" if trial else "")
-    if trial:
-        trials.begin(UNIT, Trial(stack.id))
-    store.accept(UNIT, stack, (), [trials.directory])
+    on_trial = Trial(stack.id) if trial else None
+    store.accept(UNIT, stack, (), lambda state: replace(state, trial=on_trial) if trial else state)
     say("accepted", stack.id)
+
+def judge(stack):
+    say("judged", stack.id)
+    store.change(UNIT, lambda state: replace(state, trial=None))
 
 def tell(outcome, stack):
     say("telling", outcome.value, stack.id)
-    put = dict()
-    if outcome is Outcome.ROLLED_BACK:
-        bad = second.digests[0]
-        put["quarantine", UNIT, bad] = (UNIT, bad, "bad", 1, "")
-        put["pins", UNIT] = (UNIT, stack.id)
-    ledger._commit(put, events=[_event_row(Event(UNIT, outcome, "", 1, stack.id))])
+    ledger.append(Event(UNIT, outcome, "", 1, stack.id))
     say("told", outcome.value, stack.id)
 
+def keep_out(bad, good):
+    say("deciding")
+    quarantine = tuple(Quarantine(digest, "bad", 1) for digest in bad.digests)
+    store.change(UNIT, lambda state: replace(state, quarantine=quarantine, pin=good.id))
+    say("decided")
+
+def pass_through(path):
+    store.change(UNIT, lambda state: replace(state, sysexts=(path,)))
+    say("passed", path)
+
 with Store(state, 1 << 40, 1 << 40, 2) as store, Ledger(state) as ledger:
-    trials = Trials(state)
     stack = lambda *copies: Stack(
         tuple(Layer(str(n), "web", "1", copy.digest, copy.kind, "") for n, copy in enumerate(copies)))
     with store.using():
+        pass_through("/srv/none")
         root = os.open(directory, os.O_RDONLY)
         first = stack(image(images[0]), store.add_tree(root, tree.signature(root)))
         accept(first)
         tell(Outcome.APPLIED, first)
-        say("judged", first.id)
-        trials.end(UNIT)
+        judge(first)
         second = stack(image(images[1]))
         accept(second)
+        keep_out(second, first)
         accept(first, trial=False)
         tell(Outcome.ROLLED_BACK, first)
-        say("judged", second.id)
-        trials.end(UNIT)
-        write_sysexts(state, UNIT, ["/srv/one"])
-        say("passed one")
-        write_sysexts(state, UNIT, ["/srv/two"])
-        say("passed two")
+        judge(second)
+        pass_through("/srv/one")
+        pass_through("/srv/two")
         third = stack(image(images[2]))
         accept(third)
         tell(Outcome.APPLIED, third)
@@ -106,27 +110,25 @@ class Kept:
 
     accepted: str | None
     history: frozenset[str]
-    trial: str
-    passed: frozenset[str]
+    state: State
 
 
 def kept(state: Path) -> Kept:
     """Read it; whatever can be wrong with it at any time is asserted."""
     whole = intact(state / "store") if (state / "store").exists() else set()
     stacks = Stacks(str(state))
-    current = stacks.current(UNIT)  # Damaged is a failure
-    if current is not None:
+    found = stacks.read(UNIT)  # Damaged is a failure
+    if found is not None:
         links = {os.readlink(link) for link in (state / "units" / UNIT).iterdir() if link.is_symlink()}
-        assert links == {f"../../../store/{digest}" for digest in current.stack.digests}
+        assert links == {f"../../../store/{digest}" for digest in found.accepted.stack.digests}
     history = stacks.history(UNIT)
     for one in history:
         assert set(one.stack.digests) <= whole, "a stack in the history is not in the store"
-    trial = Trials(str(state)).of(UNIT)
+    found = found or State()
     return Kept(
-        None if current is None else current.stack.id,
+        found.accepted.stack.id if found.accepted.when else None,
         frozenset(one.stack.id for one in history),
-        "" if trial is None else trial.stack,
-        read_sysexts(str(state), UNIT),
+        found,
     )
 
 
@@ -143,21 +145,17 @@ def intact(store: Path) -> set[str]:
     return digests
 
 
-Told = tuple[frozenset[str], frozenset[str], frozenset[str]]
+Told = frozenset[str]
 
 
 def told(state: Path) -> Told:
-    """Events, digests in quarantine and pins that a ledger has; it has lost nothing else."""
+    """The events that a ledger has; it has lost nothing else."""
     with Ledger(str(state)) as ledger:
         assert ledger.remarks == [], "the ledger was set aside"
-        return (
-            frozenset(f"{event.outcome.value} {event.stack}" for event in ledger.history()),
-            frozenset(one.digest for one in ledger.quarantined(UNIT)),
-            frozenset(filter(None, [ledger.pinned(UNIT)])),
-        )
+        return frozenset(f"{event.outcome.value} {event.stack}" for event in ledger.history())
 
 
-def check(marks: list[str], found: Kept, said: Told) -> None:
+def check(marks: list[str], found: Kept, events: Told) -> None:
     """Against what the program had begun and been promised."""
     words = [mark.split(" ") for mark in marks]
     accepts = [word for word in words if word[0] in ("accepting", "accepted")]
@@ -167,19 +165,19 @@ def check(marks: list[str], found: Kept, said: Told) -> None:
     on_trial = {word[1] for word in accepts if word[-1] == "trial"} - {
         word[1] for word in words if word[0] == "judged"
     }
-    assert found.accepted not in on_trial or found.trial == found.accepted, "accepted, and not on trial"
-    events, quarantined, pins = said
+    trial = found.state.trial.stack if found.state.trial else ""
+    assert found.accepted not in on_trial or trial == found.accepted, "accepted, and not on trial"
     began = {" ".join(word[1:]) for word in words if word[0] == "telling"}
     assert {" ".join(word[1:]) for word in words if word[0] == "told"} <= events <= began, "history"
     if ["collecting"] not in words:
-        named = {event.split(" ")[1] for event in events} | pins
+        named = {event.split(" ")[1] for event in events} | ({found.state.pin} - {None})
         assert named <= found.history, "history of a stack, or a pin on one, that is not there"
-    rolled_back = any(event.startswith("rolled-back") for event in events)
-    assert bool(quarantined) == bool(pins) == rolled_back, "not in one step"
+    decided = bool(found.state.quarantine)
+    assert decided == (found.state.pin is not None), "not in one step"
+    assert (["decided"] in words) <= decided <= (["deciding"] in words), "a decision is lost"
     passed = len([word for word in words if word[0] == "passed"])
-    assert found.passed in (set(), {"/srv/one"}, {"/srv/two"})[passed : passed + 2], (
-        "an older list of sysexts"
-    )
+    lists = ((), ("/srv/none",), ("/srv/one",), ("/srv/two",))
+    assert found.state.sysexts in lists[passed : passed + 2], "an older list of sysexts"
 
 
 @pytest.fixture

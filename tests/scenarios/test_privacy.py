@@ -61,6 +61,24 @@ def test_strangers_see_outcomes_only(place: Place) -> None:
     assert "web 1.3 (" in place.run("status", prefix=AS_NOBODY).stdout
 
 
+def test_strangers_get_no_report(place: Place) -> None:
+    name = refused(place)
+    plain = place.run("plan", name, prefix=AS_NOBODY).stdout
+    done = place.run("plan", "--debug", name, prefix=AS_NOBODY, check=False)
+    assert (done.returncode, done.stdout) == (1, plain)
+    assert done.stderr == (
+        "confext-watcher: you get no report, it has reasons, paths and outputs: "
+        "to see these join the group confext-watcher\n"
+    )
+    done = place.run("plan", "--debug", "--json", name, prefix=AS_NOBODY, check=False)
+    answer = json.loads(done.stdout)
+    assert (done.returncode, done.stderr, answer["redacted"]) == (1, "", True)
+    assert [change["report"] for change in answer["changes"]] == [None]
+    full = place.run("plan", "--debug", name)
+    assert full.stderr == ""
+    assert TOKEN in full.stdout and f"{name}.confext.d" in full.stdout
+
+
 def test_a_stranger_cannot_ask_which_paths_there_are(place: Place) -> None:
     """Only by its name is an image known to him: at the right path and at a wrong one it is the same."""
     name = refused(place)
@@ -69,7 +87,7 @@ def test_a_stranger_cannot_ask_which_paths_there_are(place: Place) -> None:
         for directory in (place.drops(name), "/no/such")
     ]
     assert answers[0].returncode == answers[1].returncode == 1
-    assert answers[0].stdout == answers[1].stdout == f"{name}: bad refused\n"
+    assert answers[0].stdout == answers[1].stdout == f"{name}: bad refused (check-failed)\n"
     # Root means the path that he says.
     done = place.run("wait", "--timeout=0.1", name, "/no/such/bad.raw", check=False)
     assert done.returncode == 4

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Services without systemd: a stack that a service does not take well goes away again, and stays away.
 
-By itself (rounds/rollback.py), also where the daemon is killed in between (rounds/state.py), or by hand: what `plan`,
+By itself (rounds/verdicts.py), also where the daemon is killed in between (rounds/changes.py), or by hand: what `plan`,
 `wait` and `rollback` do is control/commands.py.
 """
 
@@ -21,6 +21,7 @@ import pytest
 from support import dying, fork_server
 from support.needs import root, tool
 from support.place import PROGRAM, Place, eventually
+from support.records import record, under_way
 from watcher.records.schema import SOCKET
 
 pytestmark = [root, tool("mksquashfs")]
@@ -43,8 +44,8 @@ class Reloading(Place):
         return self.seen.read_text().split()
 
     def under_way(self) -> list[str]:
-        """What is on trial, and which reloads are owed."""
-        return [*os.listdir(self.state / "trials"), *os.listdir(self.runtime / "pending")]
+        """The services that are not at the end of what was begun."""
+        return under_way(self.state)
 
     def is_rolled_back(self) -> bool:
         return "rolled-back" in self.outcomes()[-2:] and not self.under_way()
@@ -248,15 +249,14 @@ def test_what_cannot_be_written_down_holds_and_is_said(place: Reloading) -> None
     place.image("2", "two")
     place.outcome("applied")
     assert place.daemon is not None
-    # The ledger is larger, all else that is written down is smaller.
-    _, hard = resource.prlimit(place.daemon.pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(place.daemon.pid, resource.RLIMIT_FSIZE, (4096, hard))
+    soft, hard = resource.prlimit(place.daemon.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(place.daemon.pid, resource.RLIMIT_FSIZE, (0, hard))
     done = place.command("rollback", "web.service", check=False)
     assert done.returncode == 1 and "could not be written down" in done.stderr
-    assert place.shown(service) == "one"
-    done = place.command("rollback", "web.service", "--forget", check=False)
-    assert done.returncode == 1 and "could not be written down" in done.stderr
-    eventually(lambda: place.shown(service) == "two")
+    assert place.shown(service) == "two"
+    resource.prlimit(place.daemon.pid, resource.RLIMIT_FSIZE, (soft, hard))
+    eventually(lambda: place.shown(service) == "one")
+    assert record(place.state, "web.service.exec").pin is not None
 
 
 def test_plan_says_what_has_to_wait(place: Reloading) -> None:

@@ -110,6 +110,11 @@ def test_since_when_is_known_without_history(place: Place) -> None:
 @images_only
 def test_exit_statuses(place: Place) -> None:
     assert place.run("plan", check=False).returncode == 3
+    assert place.run("plan", "--debug", "web.service", check=False).returncode == 3
+    assert place.run("plan", "--debug", "web.service", "db.service", check=False).returncode == 2
+    done = place.run("plan", "--debug", check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "confext-watcher: plan --debug: of which SERVICE? It takes exactly one\n"
     assert place.run("wait", "web.service", "web_1.raw", check=False).returncode == 3
     assert place.run("history", "-n", "0", check=False).returncode == 2
     assert place.run("history", "--nonsense", check=False).returncode == 2

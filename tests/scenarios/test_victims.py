@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 from support import dying
 from support.needs import root, tool
 from support.place import Place, eventually
+from support.records import under_way
 
 pytestmark = [root, tool("mksquashfs")]
 
@@ -56,8 +56,7 @@ class Victims(Place):
         """It has happened, or there is an outcome for a version, and nothing is left to do for it."""
         if not armed.exists():
             return True
-        under_way = [*os.listdir(self.state / "trials"), *os.listdir(self.runtime / "pending")]
-        return not under_way and any(event.version == version for event in self.history()[:2])
+        return not under_way(self.state) and any(event.version == version for event in self.history()[:2])
 
     def has_come(self, service: subprocess.Popen[bytes], version: str) -> bool:
         """The service has a version; or had it, was told, and ended, which is put down to that."""

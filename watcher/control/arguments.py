@@ -56,6 +56,12 @@ def _add_asking(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
     plan = commands.add_parser("plan", help="what a look now would change, without doing it")
     plan.add_argument("service", nargs="?", metavar="SERVICE")
+    plan.add_argument(
+        "--debug",
+        action="store_true",
+        help="of one SERVICE, with a report for the bug tracker: what the look has found, and the next step; it holds"
+        " paths, and what the service's commands have printed",
+    )
 
     history = commands.add_parser("history", help="what was applied, refused, rolled back, when and why")
     history.add_argument("service", nargs="?", metavar="SERVICE")

@@ -85,9 +85,9 @@ class Client:
         """Outcomes, newest first; fewer than asked for if they are too big for one reply."""
         return self._list(Event, "events", self.call("History", service=service, limit=limit))
 
-    def plan(self, service: str | None = None) -> list[PlannedChange]:
-        """What a look now would change. Raises ServiceNotFound."""
-        return self._list(PlannedChange, "changes", self.call("Plan", service=service))
+    def plan(self, service: str | None = None, *, debug: bool = False) -> list[PlannedChange]:
+        """What a look now would change; with `debug`, which needs a service, with a report. Raises ServiceNotFound."""
+        return self._list(PlannedChange, "changes", self.call("Plan", service=service, debug=debug or None))
 
     def rollback(self, service: str, to: str | None = None) -> Event:
         """Puts the service back on a stack. Raises ServiceNotFound, NoSuchStack, NotPermitted, Failed."""

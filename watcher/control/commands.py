@@ -4,18 +4,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
+from dataclasses import replace
 from typing import TypeVar
 
 import trio
 
 from watcher.control import status
+from watcher.control.report import report
 from watcher.control.server import Tell
 from watcher.control.waits import EventByImage, Waits, image_names
 from watcher.images import tries
 from watcher.managers.base import Service
-from watcher.model import Event, Layer, Outcome, Remark, Stack, Unsafe
+from watcher.model import Event, Later, Layer, Outcome, Remark, Stack, Unsafe
 from watcher.mounts.process import Gone
 from watcher.records.ledger import LedgerError
 from watcher.records.schema import (
@@ -27,15 +29,15 @@ from watcher.records.schema import (
     ServiceStatus,
     utf8,
 )
+from watcher.records.state import Quarantine, State
 from watcher.resolve.strict_modes import StrictModes
 from watcher.rounds import messages
-from watcher.rounds.desired import why_bad
+from watcher.rounds.decide import decide
 from watcher.rounds.rollout import rolling
 from watcher.rounds.round import Rounds
 from watcher.rounds.tools import Tools
 from watcher.watch.offload import Unanswered
 
-Write = Callable[..., Awaitable[None]]
 T = TypeVar("T")
 
 
@@ -85,8 +87,8 @@ class Commands:
     async def history(self, service: str | None, limit: int) -> Sequence[Event]:
         return await _in_thread(self._tools.ledger.history, service, limit)
 
-    async def plan(self, service: str | None) -> Sequence[PlannedChange]:
-        return [await self._plan(one) for one in self._services(service)]
+    async def plan(self, service: str | None, *, debug: bool) -> Sequence[PlannedChange]:
+        return [await self._plan(one, debug=debug) for one in self._services(service)]
 
     async def wait(self, service: str, image: str, tell: Tell, waits: Callable[[], None]) -> Event:
         return await self._waits.verdict(self._service(service).name, image, tell, waits)
@@ -94,10 +96,8 @@ class Commands:
     async def rollback(self, service: str, to: str | None) -> Event:
         found = self._service(service)
         stacks = await _in_thread(self._tools.store.stacks, found.slots)
-        kept_out = {one.digest: one.reason for one in self._tools.ledger.quarantined(found.name)}
-        target = _target(found.name, stacks, to, kept_out)
-        async with self._writing() as write:
-            await write(self._tools.ledger.pin, found.name, target.id)
+        target = _target(found.name, stacks, to, await _in_thread(self._tools.store.state, found.slots))
+        async with self._changing(found, lambda state: replace(state, pin=target.id)):
             done = [event for event in await self._next_round(found.name) if event.stack in (target.id, "")]
             return done[-1] if done else await self._without_outcome(found.name, target)
 
@@ -124,41 +124,48 @@ class Commands:
 
     async def forget(self, service: str, digest: str | None) -> Sequence[Quarantined]:
         found = self._service(service)
-        ledger = self._tools.ledger
-        async with self._writing() as write:
-            forgotten = [one for one in ledger.quarantined(found.name) if digest in (None, one.digest)]
-            await write(ledger.forget, found.name, digest)
-            if digest is None:
-                await write(ledger.unpin, found.name)
-            self.rounds.let_in(found.name)
+        forgotten: list[Quarantine] = []
+
+        def change(state: State) -> State:
+            """Anything that is kept out for the moment may be tried again, too."""
+            forgotten[:] = [
+                one for one in state.quarantine if not one.for_now and digest in (None, one.digest)
+            ]
+            stays = [one for one in state.quarantine if not one.for_now and one not in forgotten]
+            state = replace(state, quarantine=tuple(stays))
+            if digest is not None:
+                return state
+            undoing = state.undoing
+            if undoing is not None and undoing.stack.id == state.accepted.stack.id:
+                undoing = None  # it is let in before it was taken out
+            return replace(state, pin=None, undoing=undoing)
+
+        async with self._changing(found, change):
             self._changed(found.name)
             if found.settings.rollout == "rolling":
                 # Its quarantine kept that out of the other services, too.
                 for other in rolling(self._tools):
                     self._changed(other.name)
-        return forgotten
+        return status.quarantined(found.name, forgotten)
 
     async def reload(self) -> None:
         self._reload_settings()
 
     @asynccontextmanager
-    async def _writing(self) -> AsyncIterator[Write]:
-        """Change the ledger. A change that cannot be written down holds in memory, and the block ends with Failed.
+    async def _changing(self, service: Service, change: Callable[[State], State]) -> AsyncIterator[None]:
+        """Change what is decided about a service, then do the block. It holds in memory if it cannot be written down.
 
         Raises Failed: all was done, and not all could be written down.
         """
-        failed: list[LedgerError] = []
-
-        async def write(function: Callable[..., object], *arguments: object) -> None:
-            try:
-                await trio.to_thread.run_sync(function, *arguments)
-            except LedgerError as error:
-                failed.append(error)
-
-        yield write
+        failed = None
+        try:
+            await trio.to_thread.run_sync(self._tools.store.change, service.slots, change)
+        except Later as error:
+            failed = error
+        yield
         if failed:
             raise Failed(
-                f"done, and it holds until the daemon ends, but could not be written down: {failed[0]}"
+                f"could not be written down, so it may not have happened yet; it is tried again: {failed}"
             )
 
     def _services(self, service: str | None) -> list[Service]:
@@ -175,7 +182,6 @@ class Commands:
 
     def _status(self, service: Service, newest: dict[str, Event]) -> ServiceStatus:
         tools = self._tools
-        key = utf8(service.name)
         with ExitStack() as held:
             main = None
             with suppress(Gone):
@@ -185,30 +191,29 @@ class Commands:
                 service.name,
                 service.manager,
                 main,
-                newest.get(key),
-                tools.ledger.pinned(service.name),
-                tools.ledger.quarantined(service.name),
+                newest.get(utf8(service.name)),
+                tools.store.state(service.slots),
                 tools.ledger.placed,
             )
 
-    async def _plan(self, service: Service) -> PlannedChange:
+    async def _plan(self, service: Service, *, debug: bool) -> PlannedChange:
         now = await _in_thread(self._status, service, {})
         before = Stack(now.layers)
         try:
-            desired = await self.rounds.look(service)
+            facts, desired = await self.rounds.glance(service)
         except Unanswered as error:  # it stays on what it has
             return _planned(service, before, before, [Remark("warning", service.name, str(error))])
         if now.state != "running":
-            before = desired.current
-        after = desired.stack
+            before = facts.accepted
         remarks = [remark for remark in desired.look.remarks if remark.level != "debug"]
-        waits = await self.rounds.waits(service, desired) if before.id != after.id else ""
-        if waits:
-            new = [layer for layer in after.layers if layer.digest not in before.digests]
-            remarks += [Remark("info", layer.source, waits) for layer in new]
-            after = before
+        if facts.stays:
+            new = [layer for layer in facts.wanted.layers if layer.digest not in before.digests]
+            remarks += [Remark("info", layer.source, facts.stays) for layer in new]
         remarks += [Remark("warning", one.candidate.path, str(one.reason)) for one in desired.passed]
-        return _planned(service, before, after, remarks)
+        planned = _planned(service, before, facts.target, remarks)
+        if debug:
+            planned = replace(planned, report=await _in_thread(report, service.name, facts, decide(facts)))
+        return planned
 
     async def _look_at_images(self, name: str, images: Collection[str]) -> EventByImage:
         service = self._tools.manager.services.get(name)
@@ -230,8 +235,9 @@ class Commands:
         """What is known of images without waiting: one is in the stack, or its last outcome was a refusal."""
         now = self._status(service, {})
         history = self._tools.ledger.history(service.name, 100)
-        trial = self._tools.trials.of(service.name)
-        on_trial = now.state == "running" and trial is not None and trial.stack == now.stack and not trial.bad
+        trial = self._tools.store.state(service.slots).trial
+        judged = trial is None or trial.stack != now.stack or trial.verdict is not None
+        on_trial = now.state == "running" and not judged
         shown = {name: layer for layer in reversed(now.layers) for name in image_names(layer.source)}
         newest = {name: event for event in reversed(history) for name in image_names(event.source)}
         verdicts: dict[str, Event | None] = {}
@@ -265,7 +271,7 @@ _DONE = (Outcome.APPLIED, Outcome.FAILED, Outcome.ROLLED_BACK, Outcome.NEEDS_RES
 _FINAL_REFUSALS = (Outcome.REFUSED, Outcome.ROLLED_BACK)
 
 
-def _target(service: str, stacks: Sequence[Stack], to: str | None, kept_out: Mapping[str, str]) -> Stack:
+def _target(service: str, stacks: Sequence[Stack], to: str | None, state: State) -> Stack:
     """The stack to go back to: the newest before the current one that did not prove bad, or the one that `to` names.
 
     Args:
@@ -275,7 +281,7 @@ def _target(service: str, stacks: Sequence[Stack], to: str | None, kept_out: Map
         NoSuchStack: there is none, or more than one begins so.
     """
     if to is None:
-        before = next((stack for stack in stacks[1:] if not why_bad(stack, kept_out)), None)
+        before = next((stack for stack in stacks[1:] if not state.why_bad(stack)), None)
         if before is None:
             raise NoSuchStack(service, "")
         return before
@@ -314,8 +320,8 @@ def _seen(path: str) -> os.stat_result:
 
 
 async def _in_thread(function: Callable[..., T], *arguments: object) -> T:
-    """Run what blocks in a thread. Raises Failed if the ledger cannot be read."""
+    """Run what blocks in a thread. Raises Failed if the ledger or a record cannot be read."""
     try:
         return await trio.to_thread.run_sync(function, *arguments)
-    except LedgerError as error:
+    except (LedgerError, Later) as error:
         raise Failed(str(error))

@@ -2,8 +2,8 @@
 """What strangers are told: each answer of the control socket goes through here.
 
 Strangers are all users but root, the user that the watcher runs as, and the members of the group `confext-watcher`
-(peers.py). The watcher tells them outcomes, names, versions and digests, which all users can read in the mount table of
-the service as well (proc_pid_mountinfo(5)). It does not tell them
+(peers.py). The watcher tells them outcomes and verdicts, one word each; and names, versions and digests, which all
+users can read in the mount table of the service as well (proc_pid_mountinfo(5)). It does not tell them
 
 - what commands have printed, which may be a password: outputs, and the reasons and messages that quote them;
 - which paths there are, also in directories that they cannot read: sources, remarks, and again reasons and messages.
@@ -37,10 +37,10 @@ PUBLIC: dict[type, frozenset[str]] = {
     cls: frozenset(fields.split())
     for cls, fields in {
         Layer: "slot name version digest kind",
-        Event: "service outcome message when stack previous image version digest swap_usec total_usec layers",
+        Event: "service outcome verdict message when stack previous image version digest swap_usec total_usec layers",
         Quarantined: "service digest when",
         ServiceStatus: "service manager state pid stack accepted layers since last pinned quarantined",
-        # Its remarks are about what lies in directories: even their number is private.
+        # Its remarks are about what lies in directories: even their number is private. A report has everything.
         PlannedChange: "service changes stack wanted layers wanted_layers reload",
     }.items()
 }
@@ -87,7 +87,7 @@ def redacted_error(error: ErrorReply) -> dict[str, Any]:
 
 def _sentence(event: Event) -> str:
     image = f"{event.image} {event.version}".rstrip()
-    return f"{shown(event.service)}: {shown(image)} {event.outcome.value}".replace(":  ", ": ")
+    return f"{shown(event.service)}: {shown(image)} {event.result}".replace(":  ", ": ")
 
 
 def _blank(kind: Any) -> Any:

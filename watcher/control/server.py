@@ -69,8 +69,8 @@ class Backend(Protocol):
     async def history(self, service: str | None, limit: int) -> Sequence[Event]:
         """Outcomes, newest first."""
 
-    async def plan(self, service: str | None) -> Sequence[PlannedChange]:
-        """What a look now would change. Raises ServiceNotFound."""
+    async def plan(self, service: str | None, *, debug: bool) -> Sequence[PlannedChange]:
+        """What a look now would change; with `debug`, with a report. Raises ServiceNotFound."""
 
     async def wait(self, service: str, image: str, tell: Tell, waits: Callable[[], None]) -> Event:
         """The verdict on an image, once there is one; cancelled when the client goes away.
@@ -262,7 +262,10 @@ class _Server:
             case "Status":
                 found = {"services": await backend.status(given.get("service"))}
             case "Plan":
-                found = {"changes": await backend.plan(given.get("service"))}
+                debug = given.get("debug", False)
+                if debug and "service" not in given:  # reports of hundreds do not fit into one reply
+                    raise varlink.InvalidParameter("service")
+                found = {"changes": await backend.plan(given.get("service"), debug=debug)}
             case "History":
                 limit = given.get("limit", HISTORY_DEFAULT)
                 events = await backend.history(given.get("service"), max(0, min(limit, HISTORY_MAX)))

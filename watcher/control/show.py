@@ -13,6 +13,9 @@ from watcher.model import Event, Stack, printable, shown
 from watcher.records.schema import PlannedChange, Quarantined, ServiceStatus, to_dict
 
 REDACTED = "you see outcomes only: to see reasons, paths and outputs join the group confext-watcher"
+NO_REPORT = (
+    "you get no report, it has reasons, paths and outputs: to see these join the group confext-watcher"
+)
 
 
 def services(services: Sequence[ServiceStatus]) -> Iterator[str]:
@@ -47,7 +50,7 @@ def _row(service: ServiceStatus) -> tuple[str, ...]:
         str(service.pid or "-"),
         "\n".join(layers) or ("its own /etc" if service.pid else service.state),
         when(service.since),
-        f"{last.outcome.value}, {when(last.when)}: {printable(last.message)}" if last else "-",
+        f"{last.result}, {when(last.when)}: {printable(last.message)}" if last else "-",
     )
 
 
@@ -71,6 +74,8 @@ def changes(changes: Sequence[PlannedChange]) -> Iterator[str]:
         yield f"{shown(change.service)}: {said}"
         for remark in change.remarks:
             yield f"  {shown(remark.path)}: {printable(remark.text)}"
+        if change.report is not None:
+            yield change.report
 
 
 def events(events: Sequence[Event]) -> Iterator[str]:
@@ -79,7 +84,7 @@ def events(events: Sequence[Event]) -> Iterator[str]:
         yield "nothing has happened yet"
     for event in reversed(events):
         stack = shown(event.stack) or "-"
-        yield f"{when(event.when)}  {event.outcome.value:<13}  {stack:<16}  {printable(event.message)}"
+        yield f"{when(event.when)}  {event.result:<13}  {stack:<16}  {printable(event.message)}"
         for line in event.output.splitlines():
             yield f"    {shown(line)}"
 

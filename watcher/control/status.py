@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from watcher.images.stacks import Accepted, Damaged, Stacks
+from watcher.images.stacks import Stacks
 from watcher.managers.base import slots_of
 from watcher.managers.registration import registered, registrations
 from watcher.managers.systemd.unit_files import is_service
@@ -19,6 +19,7 @@ from watcher.mounts.table import Mounted, Table
 from watcher.records import journal
 from watcher.records.ledger import Reader
 from watcher.records.schema import Quarantined, ServiceNotFound, ServiceStatus, utf8
+from watcher.records.state import Accepted, Damaged, Quarantine, State
 from watcher.settings.config import Settings
 
 
@@ -31,16 +32,14 @@ def without_daemon(settings: Settings, service: str | None = None) -> list[Servi
         LedgerError: the history is there and cannot be read.
     """
     ledger = Reader(settings.state_directory)
-    newest, pins, quarantined = ledger.newest(), ledger.pins(), ledger.quarantined()
+    newest = ledger.newest()
     found = []
     with contextlib.ExitStack() as held:
         for name, manager, main in _known(settings, held):
-            key = utf8(name)
             if service in (None, name):
-                kept_out = [one for one in quarantined if one.service == key]
-                last, pin = newest.get(key), pins.get(key)
-                of_ledger = (last, pin, kept_out, ledger.placed)
-                found.append(of_service(settings.state_directory, name, manager, main, *of_ledger))
+                state = _state(settings.state_directory, name, manager)
+                known = newest.get(utf8(name)), state, ledger.placed
+                found.append(of_service(settings.state_directory, name, manager, main, *known))
     if service is not None and not found:
         raise ServiceNotFound(service)
     return sorted(found, key=lambda one: one.service)
@@ -91,16 +90,16 @@ def of_service(
     manager: str,
     main: Process | None,
     last: Event | None,
-    pinned: str | None,
-    quarantined: Sequence[Quarantined],
+    state: State,
     placed: Callable[[str, str], int | None],
 ) -> ServiceStatus:
     """One service.
 
     Args:
         main: its main process, None if it does not run.
-        last, pinned, quarantined, placed: what the ledger knows; `placed(service, stack)` is when the service last got
-            the stack, None where that is not known.
+        last, placed: what the ledger knows; `placed(service, stack)` is when the service last got the stack, None where
+            that is not known.
+        state: what is decided about it.
     """
     kept = _kept(state_directory, slots_of(name, manager))
     stacks = [accepted.stack for accepted in kept]
@@ -110,8 +109,8 @@ def of_service(
         state="stopped",
         accepted=stacks[0].id if stacks else "",
         last=last,
-        pinned=pinned,
-        quarantined=tuple(quarantined),
+        pinned=state.pin,
+        quarantined=quarantined(name, state.quarantine),
     )
     if main is None:
         return status
@@ -129,6 +128,12 @@ def of_service(
     return replace(status, state="running", pid=main.pid, stack=stack, layers=layers, since=since)
 
 
+def quarantined(name: str, entries: Sequence[Quarantine]) -> tuple[Quarantined, ...]:
+    """What a service must not get again, oldest first. What is kept out for the moment is not told."""
+    stays = (one for one in entries if not one.for_now)
+    return tuple(Quarantined(name, one.digest, one.reason, one.when, one.source) for one in stays)
+
+
 def _shown_layers(mounted: Mounted, stacks: Sequence[Stack]) -> tuple[Layer, ...]:
     """The layers that a mount table shows, bottom to top.
 
@@ -144,11 +149,21 @@ def _shown_layers(mounted: Mounted, stacks: Sequence[Stack]) -> tuple[Layer, ...
     )
 
 
-def _kept(state_directory: str, slots: str) -> list[Accepted]:
-    """The accepted stacks kept under a name, newest first. They have the whole names, which the mount table cuts."""
-    if not os.path.isdir(f"{state_directory}/stacks"):
-        return []  # Stacks() would make the directory, and this user may only look
+def _stacks(state_directory: str) -> Stacks | None:
+    """None: there are none, and to make the directory is not for one who may only look."""
+    return Stacks(state_directory) if os.path.isdir(f"{state_directory}/stacks") else None
+
+
+def _state(state_directory: str, name: str, manager: str) -> State:
+    stacks = _stacks(state_directory)
     try:
-        return list(Stacks(state_directory).history(slots))
-    except Damaged:
-        return []
+        return (stacks and stacks.read(slots_of(name, manager))) or State()
+    except Damaged as error:
+        journal.log.warning(f"{error}; the daemon makes it anew", service=name)
+        return State()
+
+
+def _kept(state_directory: str, slots: str) -> tuple[Accepted, ...]:
+    """The accepted stacks kept under a name, newest first. They have the whole names, which the mount table cuts."""
+    stacks = _stacks(state_directory)
+    return stacks.history(slots) if stacks else ()

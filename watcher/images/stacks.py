@@ -1,99 +1,102 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The accepted stacks of each unit, and the slots that a start of the unit goes by.
 
-    stacks/UNIT/00000007-STACKID/        one accepted stack, never changed again
+    stacks/UNIT/00000007-STACKID/        one accepted stack; its links never change
         SLOT -> ../../../store/DIGEST    one link per layer
-        .stack.json                      the layers with their names, in order; the entries; where all was mounted
+        .state.json                      what is decided about the unit (`records/state.py`); of an older stack only
+                                         `accepted` matters
     stacks/.locks/UNIT                   held while the unit's stacks are changed; mode 0600
     units/UNIT -> ../stacks/UNIT/00000007-STACKID
+    set-aside/                           records that could not be read
 
 `units/UNIT/SLOT` is what a unit's drop-in names. A stack has several slots, and a start between two renames would
 see half of the old stack and half of the new one; so the slots of a stack are never touched once made, and
 replacing the one link `units/UNIT` by rename(2) is the single atomic step from the whole old stack to the whole new
-one. A kill at any moment leaves one of the two.
+one. A kill at any moment leaves one of the two. The record of the accepted stack is replaced in the same way where
+it lies; with another stack comes another record, so that what is decided with a stack is decided in that one step.
 
 A power cut: POSIX promises neither that what was done first is on the disk first, nor that a file has its content when
 it has its name. So all that a stack is made of (copies and their names, links, record) is on the disk before the link
 leads to it, and the link before `accept()` returns. A stack that is removed is gone from the disk before its copies
 are. A stack with a higher number than the accepted one was never accepted: it is cleared away.
+
+A unit that has a record, and never had a stack, has the empty one, with `when` 0.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 
-from watcher.model import Entry, Layer, Stack, printable, shown
-from watcher.records import durable, schema
+from watcher.images import record_files
+from watcher.images.rebuild import Remains
+from watcher.images.record_files import DAMAGE, EMPTY, RECORD, RecordFiles, identity
+from watcher.images.unit_locks import UnitLocks
+from watcher.model import Entry, Stack, shown
+from watcher.records import durable
+from watcher.records.state import Accepted, Damaged, State
 
 TEMPORARY = ".tmp-"
-# No slot has that name: scan.py ignores hidden entries.
-_RECORD = ".stack.json"
-# No unit has that name.
-_LOCKS = ".locks"
-# In the place of a stack's identity.
-_EMPTY = "empty"
-_FORMAT = 1
+LOCKS = ".locks"
+"""No unit has that name."""
 _DIGITS = 8
+# In the directory of a unit's stacks.
+_NEW_LINK = f"{TEMPORARY}link"
+_NEW_RECORD = f"{TEMPORARY}record"
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-_LOCK = os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-class Damaged(Exception):
-    """A record of an accepted stack cannot be read: `str()` is one line for the administrator."""
-
-
-@dataclass(frozen=True, slots=True)
-class Accepted:
-    """A stack as it was accepted.
-
-    Attributes:
-        stack: its layers, bottom to top.
-        entries: all entries the unit had then, also those without a layer.
-        when: microseconds since the epoch.
-        mounted: see `unmounted.noted()`.
-    """
-
-    stack: Stack
-    entries: tuple[Entry, ...]
-    when: int
-    mounted: Mapping[str, str] = field(default_factory=dict)
+def _no_rebuild(remains: Remains) -> tuple[State, str]:
+    raise remains.error
 
 
 class Stacks:
     """`stacks/` and `units/` below the state directory. Several processes may use them at once.
 
+    Args:
+        state_directory: absolute path; made if it is not there.
+        rebuild: makes a new record of what is left, and says from what; without it a change raises Damaged.
+        rebuilt: is told when that is written: from what it was, and where the damaged one is now ("": nowhere).
+
     Attributes:
         directory: path of `stacks/`. Its owner alone can open it: records name what others may not see.
     """
 
-    def __init__(self, state_directory: str) -> None:
+    def __init__(
+        self,
+        state_directory: str,
+        rebuild: Callable[[Remains], tuple[State, str]] = _no_rebuild,
+        rebuilt: Callable[[Remains, str, str], None] = lambda remains, source, aside: None,
+    ) -> None:
         self._path = state_directory
+        self._rebuild = rebuild
+        self._rebuilt = rebuilt
         self.directory = f"{state_directory}/stacks"
+        self._records = RecordFiles()
+        # The stack of each unit whose link is on the disk for certain.
+        self._durable: dict[str, str] = {}
         durable.make(state_directory)
-        for private in (self.directory, f"{self.directory}/{_LOCKS}"):
-            durable.make(private, 0o700)
+        durable.make(self.directory, 0o700)
+        self._locks = UnitLocks(f"{self.directory}/{LOCKS}")
         durable.make(f"{state_directory}/units")
 
     def units(self) -> tuple[str, ...]:
-        """The units with an accepted stack, in no order."""
+        """The units with a record, in no order."""
         return tuple(name for name in os.listdir(f"{self._path}/units") if not name.startswith("."))
 
-    def current(self, unit: str) -> Accepted | None:
-        """The stack that was accepted last, None if there never was one.
+    def read(self, unit: str) -> State | None:
+        """The record of a unit, None if it has none. An unchanged one costs two system calls.
 
         Raises:
-            Damaged: there is one, but its record cannot be read.
+            Damaged: there is one, but it cannot be read, or is not that of the stack beside it.
+            OSError: not now.
         """
-        path = f"{self._path}/units/{_checked(unit)}"
-        return _read(path) if os.path.lexists(path) else None
+        return self._read(unit, name) if (name := self._pointed(_checked(unit))) else None
 
     def history(self, unit: str) -> tuple[Accepted, ...]:
         """The stacks that are kept, newest first, each once; without those whose record cannot be read."""
@@ -103,11 +106,27 @@ class Stacks:
             if _is_beyond(name, current):
                 continue
             try:
-                accepted = _read(f"{self.directory}/{unit}/{name}")
+                accepted = self._read(unit, name).accepted
             except Damaged:
-                continue  # prune() removes it
-            found.setdefault(accepted.stack.id, accepted)
+                continue  # nobody can go back to it
+            if accepted.when:
+                found.setdefault(accepted.stack.id, accepted)
         return tuple(found.values())
+
+    def change(self, unit: str, change: Callable[[State], State]) -> State:
+        """Replace the record of a unit, if `change` makes another of it; the new one, which is on the disk.
+
+        Raises:
+            OSError: it could not be written; the old one stays.
+        """
+        with self._locked(unit) as directory:
+            old = self._mended(unit, directory)
+            new = change(old)
+            if new != old:
+                self._write(unit, directory, new)
+            elif not self._pointed(unit):
+                self._remove(unit)
+            return new
 
     def accept(
         self,
@@ -115,12 +134,11 @@ class Stacks:
         stack: Stack,
         entries: Sequence[Entry],
         mounted: Mapping[str, str] | None = None,
-        after: Sequence[str] = (),
-    ) -> bool:
-        """Make `stack` the accepted one; False if it was already, with the same names, entries and places.
+        change: Callable[[State], State] = lambda state: state,
+    ) -> State:
+        """Make `stack` the accepted one, and with it what `change` makes of the record; the new record.
 
-        Args:
-            after: directories whose entries have to be on the disk before it is.
+        What is accepted already, with the same names, entries and places, keeps its slots and its `when`.
 
         Raises:
             ValueError: two layers share a slot, or the name of a unit or slot cannot be a file name.
@@ -130,29 +148,53 @@ class Stacks:
         if len(set(slots)) != len(slots):
             raise ValueError(f"{unit}: slots are not unique: {slots}")
         with self._locked(unit) as directory:
+            old = self._mended(unit, directory)
             accepted = Accepted(stack, tuple(entries), time.time_ns() // 1000, mounted or {})
-            new = not self._is_current(unit, accepted)
-            if new:
-                name = self._build(unit, directory, accepted)
-                self._fsync(unit, name, after)
-                self._point(unit, name)
-            durable.fsync(f"{self._path}/units")
-        return new
+            same = bool(old.accepted.when) and replace(accepted, when=old.accepted.when) == old.accepted
+            new = change(old if same else replace(old, accepted=accepted))
+            if not same:
+                self._place(unit, directory, new)
+            elif new != old:
+                self._write(unit, directory, new)
+            else:
+                self._sync_link(unit)
+            return new
+
+    def write_missing(self, unit: str, record: Callable[[str, bool], State | None]) -> None:
+        """Give each kept stack that has no record, oldest first, the one that `record` makes of its path.
+
+        Args:
+            record: called with the path, and whether that stack is the accepted one; None: it stays without.
+        """
+        with self._locked(unit) as directory:
+            current = self._pointed(unit)
+            for name in reversed(self._numbered(unit)):
+                path = f"{self.directory}/{unit}/{name}"
+                if not os.path.lexists(f"{path}/{RECORD}"):
+                    state = record(path, name == current)
+                    if state is not None:
+                        self._records.replace(path, state, directory, _NEW_RECORD)
+            self._sync_link(unit)
 
     def without_layers(self) -> tuple[str, ...]:
         """The units whose accepted stack is the empty one, in no order."""
-        return tuple(unit for unit in self.units() if self._pointed(unit).endswith(_EMPTY))
+        return tuple(unit for unit in self.units() if self._pointed(unit).endswith(EMPTY))
 
     def forget(self, unit: str) -> None:
-        """Drop the slots and the history of a unit that is gone, unless its accepted stack has layers."""
-        with self._locked(unit):
-            if self._pointed(unit) and not self._pointed(unit).endswith(_EMPTY):
-                return  # accepted meanwhile
+        """Drop the slots, the record and the history of a unit that is gone.
+
+        Not if its accepted stack has layers, or if something is kept out of it, or if it was put on a stack by hand.
+        """
+        with self._locked(unit) as directory:
+            state = self._mended(unit, directory)
+            if state.accepted.stack.layers or state.quarantine or state.pin is not None:
+                return
+            self._durable.pop(unit, None)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(f"{self._path}/units/{unit}")
             durable.fsync(f"{self._path}/units")
             for name in self._numbered(unit):
-                _remove_stack(f"{self.directory}/{unit}/{name}")
+                self._remove_stack(f"{self.directory}/{unit}/{name}")
             self._remove(unit)
 
     def prune(self, keep: int) -> frozenset[str]:
@@ -165,16 +207,16 @@ class Stacks:
         changed: list[str] = []
         for unit in os.listdir(self.directory):
             if unit.startswith("."):
-                continue  # _LOCKS
+                continue  # LOCKS
             with self._locked(unit):
                 kept, surplus = self._sorted(unit, keep)
                 if surplus and not changed:
                     # Otherwise, after a power cut, an older link could lead to a stack that is gone.
                     durable.fsync(f"{self._path}/units")
                 for name in surplus:
-                    _remove_stack(f"{self.directory}/{unit}/{name}")
+                    self._remove_stack(f"{self.directory}/{unit}/{name}")
                 for name in kept:
-                    used |= _digests(f"{self.directory}/{unit}/{name}")
+                    used |= set(_links(f"{self.directory}/{unit}/{name}").values())
                 if not kept:
                     self._remove(unit)
                 elif surplus:
@@ -184,24 +226,32 @@ class Stacks:
 
     def _sorted(self, unit: str, keep: int) -> tuple[list[str], list[str]]:
         """Names of the stacks to keep, and of the others."""
-        kept: list[str] = []
-        surplus: list[str] = []
-        ids: set[str] = set()
+        kept, surplus, ids = list[str](), list[str](), set[str]()
         current = self._pointed(unit)
         for name in self._numbered(unit):
-            identity = name.partition("-")[2]
-            if name == current or (identity not in ids and len(ids) < keep):
+            one = name.partition("-")[2]
+            needed = one not in ids and len(ids) < keep and not self._only_holds(unit, name)
+            if name == current or needed:
                 kept.append(name)
-                ids.add(identity)
+                ids.add(one)
             else:
                 surplus.append(name)
         return kept, surplus
+
+    def _only_holds(self, unit: str, name: str) -> bool:
+        """Whether a stack was never accepted, but held the record before the first one was."""
+        if not name.endswith(EMPTY):
+            return False
+        try:
+            return not self._read(unit, name).accepted.when
+        except Damaged:
+            return False
 
     @contextmanager
     def _locked(self, unit: str) -> Iterator[int]:
         """The directory of a unit's stacks, locked against other threads and processes; made if it is not there."""
         path = f"{self.directory}/{_checked(unit)}"
-        with self._lock(unit):
+        with self._locks.held(unit):
             with contextlib.suppress(FileExistsError):
                 os.mkdir(path, 0o755)
             directory = os.open(path, _DIRECTORY)
@@ -211,26 +261,10 @@ class Stacks:
             finally:
                 os.close(directory)
 
-    @contextmanager
-    def _lock(self, unit: str) -> Iterator[None]:
-        while True:
-            lock = os.open(self._lock_path(unit), _LOCK, 0o600)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if os.fstat(lock).st_nlink:
-                    yield
-                    return
-                # Else the process that held it has removed the unit, and this file with it.
-            finally:
-                os.close(lock)
-
     def _remove(self, unit: str) -> None:
         """Remove the directory of a unit that has no stacks, and its lock, which the caller holds."""
         os.rmdir(f"{self.directory}/{unit}")
-        os.unlink(self._lock_path(unit))
-
-    def _lock_path(self, unit: str) -> str:
-        return f"{self.directory}/{_LOCKS}/{unit}"
+        self._locks.remove(unit)
 
     def _numbered(self, unit: str) -> list[str]:
         """Names of the stacks of a unit, newest first."""
@@ -241,48 +275,84 @@ class Stacks:
         return sorted((name for name in names if name[:_DIGITS].isdigit()), reverse=True)
 
     def _pointed(self, unit: str) -> str:
-        try:
-            return os.path.basename(os.readlink(f"{self._path}/units/{unit}"))
-        except FileNotFoundError:
-            return ""
-
-    def _is_current(self, unit: str, accepted: Accepted) -> bool:
-        try:
-            current = self.current(unit)
-        except Damaged:
-            return False
-        return current is not None and replace(current, when=accepted.when) == accepted
+        return os.path.basename(record_files.link(f"{self._path}/units/{unit}"))
 
     def _clear(self, unit: str, directory: int) -> None:
-        """Remove stacks that were never accepted: a process was killed, or failed, while it made them."""
+        """Remove what was never accepted: a process was killed, or failed, while it made it."""
         current = self._pointed(unit)
         for name in os.listdir(directory):
-            if name == f"{TEMPORARY}link":
+            if name in (_NEW_LINK, _NEW_RECORD):
                 os.unlink(name, dir_fd=directory)
             elif name.startswith(TEMPORARY) or _is_beyond(name, current):
-                _remove_stack(f"/proc/self/fd/{directory}/{name}")
+                self._remove_stack(f"/proc/self/fd/{directory}/{name}")
 
-    def _build(self, unit: str, directory: int, accepted: Accepted) -> str:
+    def _read(self, unit: str, name: str) -> State:
+        return self._records.read(f"{self.directory}/{unit}/{name}")
+
+    def _mended(self, unit: str, directory: int) -> State:
+        """The record, made anew if it is damaged. The caller has the lock."""
+        try:
+            return self.read(unit) or State()
+        except Damaged as error:
+            remains = self.remains(unit, error)
+            state, source = self._rebuild(remains)
+            path = f"{self._path}/units/{unit}/{RECORD}"
+            aside = record_files.set_aside(path, self._path, unit, error.suffix)
+            self._write(unit, directory, state)
+            self._rebuilt(remains, source, aside)
+            return state
+
+    def remains(self, unit: str, error: Damaged) -> Remains:
+        """What is left of a unit whose record cannot be read."""
+        name = self._pointed(unit)
+        path = f"{self.directory}/{unit}/{name}"
+        number, _, of_stack = name.partition("-")
+        try:
+            links, when = _links(path), os.stat(path).st_mtime_ns // 1000
+        except OSError as gone:
+            if gone.errno not in DAMAGE:
+                raise
+            links, when, of_stack = {}, 0, EMPTY
+        first = number.isdigit() and int(number) == 1
+        kept = self.history(unit)
+        return Remains(unit, error, "" if of_stack == EMPTY else of_stack, links, when, first, kept)
+
+    def _write(self, unit: str, directory: int, state: State) -> None:
+        """Put a record in the place of the one of the accepted stack."""
+        name = self._pointed(unit)
+        path = f"{self.directory}/{unit}/{name}"
+        if name.partition("-")[2] == identity(state) and os.path.isdir(path):
+            self._records.replace(path, state, directory, _NEW_RECORD)
+            self._sync_link(unit)
+        else:
+            self._place(unit, directory, state)
+
+    def _place(self, unit: str, directory: int, state: State) -> None:
+        """Make the stack of a record the accepted one."""
+        name = self._build(unit, directory, state)
+        self._fsync(unit, name)
+        self._point(unit, name)
+        self._sync_link(unit, anew=True)
+
+    def _build(self, unit: str, directory: int, state: State) -> str:
         numbers = [int(name[:_DIGITS]) for name in self._numbered(unit)]
-        name = f"{max(numbers, default=0) + 1:0{_DIGITS}}-{accepted.stack.id or _EMPTY}"
+        name = f"{max(numbers, default=0) + 1:0{_DIGITS}}-{identity(state)}"
         temporary = TEMPORARY + name
         os.mkdir(temporary, 0o755, dir_fd=directory)
         fd = os.open(temporary, _DIRECTORY, dir_fd=directory)
         try:
-            for layer in accepted.stack.layers:
+            for layer in state.accepted.stack.layers:
                 os.symlink(f"../../../store/{layer.digest}", layer.slot, dir_fd=fd)
-            record = os.open(_RECORD, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=fd)
-            with open(record, "w", encoding="ascii") as file:
-                file.write(encoded(accepted))
+            record_files.create(RECORD, state, fd)
         finally:
             os.close(fd)
         os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
         return name
 
-    def _fsync(self, unit: str, name: str, after: Sequence[str]) -> None:
+    def _fsync(self, unit: str, name: str) -> None:
         """Bring all that a stack is made of to the disk."""
         path, store = f"{self.directory}/{unit}", f"{self._path}/store"
-        paths = [f"{path}/{name}/{_RECORD}", f"{path}/{name}", path, *after]
+        paths = [f"{path}/{name}/{RECORD}", f"{path}/{name}", path]
         if os.path.isdir(store):
             # Another process may have made a copy a moment ago, whose name is not on the disk yet.
             paths.append(store)
@@ -292,9 +362,22 @@ class Stacks:
 
     def _point(self, unit: str, name: str) -> None:
         # In the unit's directory, which is locked: if this process is killed here, `_clear()` of the next removes it.
-        temporary = f"{self.directory}/{unit}/{TEMPORARY}link"
+        temporary = f"{self.directory}/{unit}/{_NEW_LINK}"
         os.symlink(f"../stacks/{unit}/{name}", temporary)
         os.rename(temporary, f"{self._path}/units/{unit}")
+
+    def _sync_link(self, unit: str, *, anew: bool = False) -> None:
+        """Bring `units/UNIT` to the disk: a process may have been killed before it did that itself."""
+        name = self._pointed(unit)
+        if anew or self._durable.get(unit) != name:
+            durable.fsync(f"{self._path}/units")
+            self._durable[unit] = name
+
+    def _remove_stack(self, path: str) -> None:
+        self._records.forget(path)
+        for name in os.listdir(path):
+            os.unlink(f"{path}/{name}")
+        os.rmdir(path)
 
 
 def _is_beyond(name: str, current: str) -> bool:
@@ -308,78 +391,7 @@ def _checked(name: str) -> str:
     return name
 
 
-def _remove_stack(path: str) -> None:
-    for name in os.listdir(path):
-        os.unlink(f"{path}/{name}")
-    os.rmdir(path)
-
-
-def _digests(path: str) -> set[str]:
-    """What the links of a stack lead to: a start goes by these, not by the record."""
-    names = (name for name in os.listdir(path) if name != _RECORD)
-    return {os.path.basename(os.readlink(f"{path}/{name}")) for name in names}
-
-
-def encoded(accepted: Accepted) -> str:
-    """The record of a stack: JSON, in ASCII."""
-    return json.dumps(
-        {
-            "format": _FORMAT,
-            "when": accepted.when,
-            "layers": [asdict(layer) for layer in accepted.stack.layers],
-            "entries": [asdict(entry) for entry in accepted.entries],
-            "mounted": dict(accepted.mounted),
-        },
-        default=lambda kind: kind.value,
-    )
-
-
-def decoded(content: bytes, path: str) -> Accepted:
-    """The stack of a record, each value of its type.
-
-    Args:
-        path: for the message.
-
-    Raises:
-        Damaged: this is no such record.
-    """
-    try:
-        return _parse(json.loads(content.decode("ascii")))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: str, error: Exception) -> Damaged:
-    return Damaged(f"{shown(path)}: the record of the accepted stack cannot be read: {printable(str(error))}")
-
-
-def _read(path: str) -> Accepted:
-    try:
-        # One lookup of the link: the record belongs to the stack that is accepted at this moment.
-        directory = os.open(path, _DIRECTORY)
-        try:
-            fd = os.open(_RECORD, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
-        finally:
-            os.close(directory)
-        with open(fd, "rb") as file:
-            content = file.read()
-    except OSError as error:
-        raise _damaged(path, error) from error
-    return decoded(content, path)
-
-
-def _parse(record: dict[str, object]) -> Accepted:
-    if record["format"] != _FORMAT:
-        raise ValueError(f"format {record['format']} is not known")
-    layers, entries, when = record["layers"], record["entries"], record["when"]
-    mounted = record.get("mounted", {})  # an older version did not write it
-    if not isinstance(layers, list) or not isinstance(entries, list) or type(when) is not int:
-        raise TypeError("it has another shape")
-    if not isinstance(mounted, dict) or not all(isinstance(value, str) for value in mounted.values()):
-        raise TypeError("it has another shape")
-    return Accepted(
-        Stack(tuple(schema.from_dict(Layer, layer) for layer in layers)),
-        tuple(schema.from_dict(Entry, entry) for entry in entries),
-        when,
-        mounted,
-    )
+def _links(path: str) -> dict[str, str]:
+    """Digest by slot, as the links of a stack have it: a start goes by these, not by the record."""
+    names = (name for name in os.listdir(path) if not name.startswith("."))
+    return {name: os.path.basename(os.readlink(f"{path}/{name}")) for name in names}

@@ -23,27 +23,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from watcher.images import tree, unmounted
+from watcher.images.errors import NO_SPACE, StoreFull, require_size, translated
 from watcher.images.files import copy_file, digest_of
 from watcher.images.formats.probe import probe
 from watcher.images.integrity import Whole
-from watcher.images.stacks import TEMPORARY, Accepted, Damaged, Stacks
+from watcher.images.stacks import TEMPORARY
+from watcher.images.states import Change, History, States
 from watcher.images.store_names import DIGEST, Names
 from watcher.images.verdicts import Verdicts
 from watcher.model import Busy, Copy, Entry, Kind, Later, Layer, Mountable, Refused, Stack, shown
-from watcher.records import durable, journal
+from watcher.records import durable
+from watcher.records.state import State
 from watcher.watch.lease import Lease
-
-_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EFBIG})
-
-
-class StoreFull(Later):
-    """No room for a copy: in the file system, in memory, or below StoreMax=. `collect()` may make room."""
-
-
-def require_size(size: int, limit: int, setting: str) -> None:
-    """Raise Refused for more bytes than a setting allows."""
-    if size > limit:
-        raise Refused(f"too large: {size} bytes, {limit} are allowed ({setting})")
 
 
 class Store:
@@ -55,17 +46,26 @@ class Store:
             (`StoreMax=`).
         image_max: bytes one image may have, or one tree may take in the same way (`ImageMax=`).
         keep_stacks: accepted stacks that `collect` keeps for each unit (`KeepStacks=`), the current one included.
+        history: outcomes of a service, newest first: of what proved bad, a damaged record is made anew. May raise
+            LedgerError.
     """
 
-    def __init__(self, state_directory: str, store_max: int, image_max: int, keep_stacks: int) -> None:
+    def __init__(
+        self,
+        state_directory: str,
+        store_max: int,
+        image_max: int,
+        keep_stacks: int,
+        history: History = lambda slots: (),
+    ) -> None:
         self.verdicts = Verdicts()
         self.configure(store_max, image_max, keep_stacks)
         self.state_directory = state_directory
         self._path = f"{state_directory}/store"
         durable.make(state_directory)
         durable.make(self._path, 0o700)
-        self._stacks = Stacks(state_directory)
-        for private in (self._path, self._stacks.directory):
+        self._states = States(state_directory, history)
+        for private in (self._path, self._states.stacks.directory):
             os.chmod(private, 0o700)  # it may have been there already, with another mode
         self._names = Names(self._path)
         self._directory = self._names.directory
@@ -73,7 +73,6 @@ class Store:
         self._room = threading.Lock()
         self._placing = threading.Lock()
         self._copies: dict[str, Copy] = {}
-        self._warned: set[str] = set()
 
     def configure(self, store_max: int, image_max: int, keep_stacks: int) -> None:
         """Set other limits. What was refused is looked at anew."""
@@ -118,7 +117,7 @@ class Store:
         """
         size = os.fstat(fd).st_size
         self._require_size(size)
-        with _translated("cannot be copied into the store"):
+        with translated("cannot be copied into the store"):
             try:
                 digest = self._write_image(fd, size, lease)
             except (StoreFull, OSError) as error:
@@ -133,7 +132,7 @@ class Store:
         Raises: as `add_image`; Refused also for what no tree may have in it.
         """
         self._require_size(signature.size)
-        with _translated("cannot be copied into the store"):
+        with translated("cannot be copied into the store"):
             tree.wait_for_clock(signature)
             try:
                 digest = self._write_tree(root, signature)
@@ -147,7 +146,7 @@ class Store:
         Raises:
             Later: the store cannot be looked into.
         """
-        with _translated("the store cannot be looked into"):
+        with translated("the store cannot be looked into"):
             return self._whole.verify(digest)
 
     def is_whole(self, stack: Stack) -> bool:
@@ -176,7 +175,7 @@ class Store:
         Raises:
             Later: it is gone or damaged.
         """
-        with _translated(f"the copy of {layer.label} in the store, {layer.digest}"):
+        with translated(f"the copy of {layer.label} in the store, {layer.digest}"):
             try:
                 return self._copy(layer.digest)
             except (FileNotFoundError, Refused) as error:
@@ -187,64 +186,94 @@ class Store:
         """Bytes that all copies take, with what is set aside for those being made."""
         return sum(self._size_of(name) for name in os.listdir(self._directory))
 
-    def accept(self, unit: str, stack: Stack, entries: Sequence[Entry], after: Sequence[str] = ()) -> bool:
-        """Make `stack` the accepted stack of `unit`, its slots in one atomic step. Hold `using()`.
+    def state(self, unit: str) -> State:
+        """The record of a service: `State()` if it has none; with what could not be written yet.
 
-        When this returns, a power cut does not undo it.
+        One that cannot be read, or is a later version's, is set aside with one warning, and made anew.
 
         Args:
-            after: directories whose entries have to be on the disk first, such as a note that the stack is on trial.
-
-        Returns:
-            False if it was already, with the same names and entries, from the same places: nothing was written.
+            unit: the name of its slots.
 
         Raises:
-            Later: a copy is not in the store (any more), or the record cannot be written; the old stack stays.
+            Later: the machine does not let us read it, or write a new one.
         """
-        with _translated(f"the stack of {shown(unit)} cannot be recorded"):
-            record = self.record(unit)
-            mounted = unmounted.noted(stack, record.mounted if record is not None else {})
+        with translated(f"the record of {shown(unit)} cannot be read"):
+            return self._states.state(unit)
+
+    def states(self) -> Iterable[tuple[str, State]]:
+        """The records of all services, by the names of their slots. Raises as `state()`."""
+        with translated("the records cannot be looked at"):
+            return [(unit, self._states.state(unit)) for unit in self._states.stacks.units()]
+
+    def change(self, unit: str, change: Change) -> State:
+        """Read the record of a service, change it, write it: one step for all other threads and processes.
+
+        Nothing is written where nothing changes. When this returns, a power cut does not undo it.
+
+        Args:
+            change: pure; makes the new record. To change the accepted stack is for `accept()`.
+
+        Returns:
+            The new record.
+
+        Raises:
+            Later: it could not be written. It holds all the same, in memory: `state()` has it, and the next `change()`
+                or `accept()` of the service that can be written writes it.
+        """
+        with translated(f"the record of {shown(unit)} cannot be written, it is kept in memory only"):
+            return self._states.change(unit, change)
+
+    def accept(
+        self, unit: str, stack: Stack, entries: Sequence[Entry], change: Change = lambda state: state
+    ) -> State:
+        """Make `stack` the accepted stack of `unit`, its slots and the record in one atomic step. Hold `using()`.
+
+        When this returns, a power cut does not undo it. With the same stack, names and entries, from the same places,
+        the slots stay as they are.
+
+        Args:
+            change: makes the new record of the one that has the new stack already.
+
+        Returns:
+            The new record.
+
+        Raises:
+            Later: a copy is not in the store (any more), or the record cannot be written; the old stack stays, and of
+                what `change` would have made nothing holds.
+        """
+        with translated(f"the stack of {shown(unit)} cannot be recorded"):
+            mounted = unmounted.noted(stack, self._states.state(unit).accepted.mounted)
             with self._names.naming():
                 for layer in stack.layers:
                     if not self._names.holds(layer.digest, None):
                         raise Later(f"the copy {layer.digest} of {layer.label} is gone from the store")
-                return self._stacks.accept(unit, stack, entries, mounted, after)
+                return self._states.accept(unit, stack, entries, mounted, change)
 
     def accepted(self, unit: str) -> Stack | None:
-        """The accepted stack, None if there never was one, or its record cannot be read."""
-        record = self.record(unit)
-        return record.stack if record else None
-
-    def record(self, unit: str) -> Accepted | None:
-        """The accepted stack with its entries and its time, None if there never was one.
-
-        A record that cannot be read is logged once, and counts as none. Its slots stay until the next `accept()`.
-        """
-        try:
-            return self._stacks.current(unit)
-        except Damaged as error:
-            if str(error) not in self._warned:
-                self._warned.add(str(error))
-                journal.log.warning(str(error), service=unit)
-            return None
+        """The accepted stack, None if there never was one. Raises as `state()`."""
+        accepted = self.state(unit).accepted
+        return accepted.stack if accepted.when else None
 
     def stacks(self, unit: str) -> tuple[Stack, ...]:
-        """The last accepted stacks that are kept, newest first, each once."""
-        return tuple(accepted.stack for accepted in self._stacks.history(unit))
+        """The last accepted stacks that are kept, newest first, each once. Raises as `state()`."""
+        with translated(f"the stacks of {shown(unit)} cannot be looked at"):
+            return tuple(accepted.stack for accepted in self._states.stacks.history(unit))
 
     def without_layers(self) -> tuple[str, ...]:
         """The units whose accepted stack is the empty one, in no order."""
-        with _translated("the stacks cannot be looked at"):
-            return self._stacks.without_layers()
+        with translated("the stacks cannot be looked at"):
+            return self._states.stacks.without_layers()
 
     def forget(self, unit: str) -> None:
-        """Drop the slots and the stacks of a unit that is gone, unless its accepted stack has layers.
+        """Drop the slots, the record and the stacks of a unit that is gone.
+
+        Not if its accepted stack has layers, or if something is kept out of it, or if it was put on a stack by hand.
 
         Raises:
             Later: the file system does not let us.
         """
-        with _translated(f"the stacks of {shown(unit)} cannot be removed"):
-            self._stacks.forget(unit)
+        with translated(f"the stacks of {shown(unit)} cannot be removed"):
+            self._states.forget(unit)
 
     def collect(self, mounted: Iterable[str]) -> tuple[str, ...]:
         """Remove the copies that no slot, no kept stack and none of the digests `mounted` refers to.
@@ -257,8 +286,8 @@ class Store:
             Later: the file system does not let us.
         """
         used = frozenset(mounted)
-        with _translated("copies that nobody needs cannot be removed"):
-            removed = self._names.collect(lambda: self._stacks.prune(self.keep_stacks), used)
+        with translated("copies that nobody needs cannot be removed"):
+            removed = self._names.collect(lambda: self._states.stacks.prune(self.keep_stacks), used)
         for digest in removed:
             self._copies.pop(digest, None)
         return removed
@@ -272,8 +301,9 @@ class Store:
             return int(name.split("-")[1])
         if not DIGEST.fullmatch(name):
             return 0
+        known = self._copies.get(name)  # what has that name never changes
         try:
-            return tree.in_blocks(self._copy(name).size)
+            return tree.in_blocks((known or self._copy(name)).size)
         except FileNotFoundError:
             return 0  # it has just been collected
         except Refused:
@@ -345,7 +375,7 @@ class Store:
 
     def _found_instead(self, error: Exception, digest: Callable[[], str]) -> str:
         """There is no room. But if the same content is in the store already, none is needed."""
-        if isinstance(error, OSError) and error.errno not in _NO_SPACE:
+        if isinstance(error, OSError) and error.errno not in NO_SPACE:
             raise error
         found = digest()
         if not self._whole.verify(found):
@@ -368,16 +398,3 @@ def _digest_of_tree(root: int, signature: tree.Signature) -> str:
 def _require_unchanged(root: int, signature: tree.Signature) -> None:
     if tree.signature(root).key != signature.key:
         raise Busy("changed while it was read")
-
-
-@contextmanager
-def _translated(what: str) -> Iterator[None]:
-    """An error of the machine, in a line: StoreFull where there is no room, Later for anything else."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _NO_SPACE:
-            raise StoreFull(f"{what}: no room: {error.strerror}") from error
-        raise Later(f"{what}: {error.strerror}") from error
-    except MemoryError as error:
-        raise StoreFull(f"{what}: no memory") from error

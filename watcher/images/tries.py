@@ -18,7 +18,7 @@ Only files in a directory of the form `.v/` have counters; "+3" in any other nam
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -28,6 +28,9 @@ from watcher.records import journal
 from watcher.resolve import vpick
 from watcher.resolve.strict_modes import StrictModes
 from watcher.resolve.trust import ROOT_ALONE, Trust
+
+# Of a digest, in a note.
+_DIGITS = 16
 
 Renaming = Callable[[str, str], AbstractContextManager[None]]
 """Called with the old and the new path; the rename happens inside (`Watcher.renaming`)."""
@@ -81,18 +84,35 @@ def plain(path: str) -> str:
     return os.path.join(directory, counters.good()) if counters else path
 
 
+def noted(stack: Stack, known: Stack) -> dict[str, int]:
+    """How many tries were made of each counted file that is new in a stack: by the first digits of its digest."""
+    new = (layer for layer in stack.layers if layer.digest not in known.digests)
+    found = {layer.digest[:_DIGITS]: counted(layer.source) for layer in new}
+    return {key: counters.done for key, counters in found.items() if counters is not None}
+
+
+def uncounted(stack: Stack, known: Stack, before: Mapping[str, int]) -> dict[str, int]:
+    """`noted()`, of the files of which this try was not counted yet.
+
+    Args:
+        before: what was noted before the files were renamed. If the watcher was killed in between, the name of a file
+            says less.
+    """
+    return {key: done for key, done in noted(stack, known).items() if done < before.get(key, done + 1)}
+
+
 def are_counted(stack: Stack) -> bool:
     """Whether any file of a stack has counters."""
     return any(counted(layer.source) is not None for layer in stack.layers)
 
 
 def begin(
-    stack: Stack, known: Collection[str], service: str, renaming: Renaming = unseen, trust: Trust = ROOT_ALONE
+    stack: Stack, keys: Collection[str], service: str, renaming: Renaming = unseen, trust: Trust = ROOT_ALONE
 ) -> Stack:
-    """Count one try of each layer of a stack that is new; the stack with the files' names from now on.
+    """Count one try of some layers of a stack; the stack with the files' names from now on.
 
     Args:
-        known: digests that the service has already.
+        keys: which, as `uncounted()` has it.
         trust: whom it lets drop things.
 
     Raises:
@@ -100,7 +120,7 @@ def begin(
     """
     return Stack(
         tuple(
-            layer if layer.digest in known else _counted_once(layer, service, renaming, trust)
+            _counted_once(layer, service, renaming, trust) if layer.digest[:_DIGITS] in keys else layer
             for layer in stack.layers
         )
     )

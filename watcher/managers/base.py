@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import trio
 
-from watcher.model import Declared, Entry
+from watcher.model import Declared
 from watcher.mounts.process import Process
 from watcher.resolve.trust import BY_EXEC, IN_UNIT, Trust
 from watcher.settings.config import ServiceSettings
@@ -83,15 +83,14 @@ def trust_of(settings: ServiceSettings, manager: str) -> Trust:
 
 @dataclass(frozen=True, slots=True)
 class Reloaded:
-    """What came of asking a service to reload, or of its start. `rounds/judge.py` makes it the verdict.
+    """What came of asking a service to reload. `rounds/judge.py` comes to the verdict.
 
     Attributes:
-        ok: it did, or did not have to be asked; as a verdict, the stack is good.
+        ok: it did, or did not have to be asked.
         told: what was done, for the log: "reload", "SIGHUP", "restart", "" when nothing was told.
         reason: why it failed, or why nothing was told although there is a way; one line, else "".
         output: what a reload command printed, at most 64 KiB.
         interrupted: it was canceled, or did not get to its end: that is no verdict on the stack.
-        usec: how long it took, microseconds, without what was watched afterwards.
     """
 
     ok: bool
@@ -99,7 +98,6 @@ class Reloaded:
     reason: str = ""
     output: str = ""
     interrupted: bool = False
-    usec: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +127,10 @@ class Manager(Protocol):
         appeared, changed (declared sources, settings, start, stop) or went away.
         """
 
-    async def learn(self, service: Service, sysexts: Sequence[Entry] = ()) -> None:
+    async def learn(self, service: Service) -> None:
         """Have the next start of the service use the accepted stack, whose slots are in place already.
 
         Under systemd this takes a daemon-reload if the loaded drop-in does not list these slots.
-
-        Args:
-            sysexts: declared entries that are no confexts: the service keeps them.
         """
 
     async def reload(self, service: Service) -> Reloaded:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 import trio
 
 from watcher.managers.base import Ended, Manager, Reloaded, Service
-from watcher.model import Entry
 
 
 class Combined:
@@ -29,8 +28,8 @@ class Combined:
                 await nursery.start(manager.run, changed)
             task_status.started()
 
-    async def learn(self, service: Service, sysexts: Sequence[Entry] = ()) -> None:
-        await self._of(service).learn(service, sysexts)
+    async def learn(self, service: Service) -> None:
+        await self._of(service).learn(service)
 
     async def reload(self, service: Service) -> Reloaded:
         return await self._of(service).reload(service)

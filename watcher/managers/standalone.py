@@ -22,7 +22,7 @@ from watcher.managers.registration import (
     services_directory,
     services_path,
 )
-from watcher.model import Entry, Interest, Later, Remark, shown
+from watcher.model import Interest, Later, Remark, shown
 from watcher.mounts.process import Gone, Process, descendants, namespace_id
 from watcher.mounts.workers import MountWorkers
 from watcher.records import journal
@@ -81,7 +81,7 @@ class Standalone:
         self._services.clear()
         self._ends.close()
 
-    async def learn(self, service: Service, sysexts: Sequence[Entry] = ()) -> None:
+    async def learn(self, service: Service) -> None:
         """Nothing to do: `exec` looks for itself."""
 
     async def reload(self, service: Service) -> Reloaded:

@@ -26,27 +26,25 @@ import time
 import urllib.parse
 from pathlib import Path
 
+from watcher.records.schema import Quarantined
+
 BUSY_SEC = 5.0
 
 _APPLICATION = 0x43464558
 """PRAGMA application_id, which tells our files from all others."""
-_VERSION = 1
-"""PRAGMA user_version: a change of the tables, or a new value of Outcome, raises it, and needs a step that converts."""
+_VERSION = 2
+"""PRAGMA user_version: a change of the tables, or a new value of an enumeration, raises it, and needs a step in
+`_convert()`."""
 _TABLES = """
 CREATE TABLE history (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     service TEXT NOT NULL, outcome TEXT NOT NULL, message TEXT NOT NULL, "when" INTEGER NOT NULL,
     stack TEXT NOT NULL, previous TEXT NOT NULL, image TEXT NOT NULL, version TEXT NOT NULL, digest TEXT NOT NULL,
     source TEXT NOT NULL, reason TEXT NOT NULL, output TEXT NOT NULL,
-    swap_usec INTEGER, total_usec INTEGER, layers TEXT NOT NULL
+    swap_usec INTEGER, total_usec INTEGER, layers TEXT NOT NULL, verdict TEXT NOT NULL DEFAULT ''
 );
 CREATE INDEX history_service ON history (service, id);
 CREATE INDEX history_output ON history (id) WHERE output <> '';
-CREATE TABLE quarantine (
-    service TEXT NOT NULL, digest TEXT NOT NULL, reason TEXT NOT NULL, "when" INTEGER NOT NULL, source TEXT NOT NULL,
-    PRIMARY KEY (service, digest)
-) WITHOUT ROWID;
-CREATE TABLE pins (service TEXT PRIMARY KEY, stack TEXT NOT NULL) WITHOUT ROWID;
 """
 
 
@@ -77,6 +75,7 @@ def open_to_write(path: Path) -> sqlite3.Connection:
         if complaint != "ok":
             raise Unusable("corrupt", f"corrupt ({complaint})")
         db.execute("PRAGMA journal_mode = TRUNCATE")
+        _convert(db)
         if _is_empty(db):
             db.executescript(
                 f"BEGIN IMMEDIATE; {_TABLES} PRAGMA application_id = {_APPLICATION};"
@@ -113,10 +112,45 @@ def open_to_read(path: Path) -> sqlite3.Connection:
             db.close()
             db = sqlite3.connect(":memory:", isolation_level=None)
             db.executescript(_TABLES)
+        elif _version(db) < _VERSION:
+            written, db = db, sqlite3.connect(":memory:", isolation_level=None)
+            with contextlib.closing(written):
+                written.backup(db)
+            _convert(db)
     except (sqlite3.Error, Unusable, OSError):
         db.close()
         raise
     return db
+
+
+def decisions(db: sqlite3.Connection) -> tuple[list[Quarantined], dict[str, str]]:
+    """What version 1 had beside the history: the quarantine, oldest first, and by service the pin."""
+    if not _has_decisions(db):
+        return [], {}
+    rows = db.execute('SELECT service, digest, reason, "when", source FROM quarantine ORDER BY "when"')
+    return [Quarantined(*row) for row in rows], dict(db.execute("SELECT service, stack FROM pins"))
+
+
+def drop_decisions(db: sqlite3.Connection) -> None:
+    """They have another place now (`images/upgrade.py`). In one commit. Raises sqlite3.Error; close it then."""
+    if _has_decisions(db):
+        db.executescript("BEGIN IMMEDIATE; DROP TABLE quarantine; DROP TABLE pins; COMMIT;")
+
+
+def _has_decisions(db: sqlite3.Connection) -> bool:
+    sql = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name IN ('quarantine', 'pins')"
+    return bool(db.execute(sql).fetchone()[0])
+
+
+def _convert(db: sqlite3.Connection) -> None:
+    """Bring an older version's history to this one, in one commit. What decides stays, for `decisions()`."""
+    if _version(db) != 1:
+        return
+    db.execute("BEGIN IMMEDIATE")
+    if _version(db) == 1:  # else `exec` has done it a moment ago
+        db.execute("ALTER TABLE history ADD COLUMN verdict TEXT NOT NULL DEFAULT ''")
+        db.execute(f"PRAGMA user_version = {_VERSION}")
+    db.execute("COMMIT")
 
 
 def set_aside(path: Path, suffix: str) -> Path:
@@ -161,13 +195,18 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
 
 
 def _check_version(db: sqlite3.Connection) -> None:
-    (version,) = db.execute("PRAGMA user_version").fetchone()
+    version = _version(db)
     (application,) = db.execute("PRAGMA application_id").fetchone()
     if application != _APPLICATION and not _is_empty(db):
         raise Unusable("corrupt", "a database of something else")
     if version > _VERSION:
         known = f"schema {version}, this program knows {_VERSION}"
         raise Unusable("newer", f"written by a newer confext-watcher ({known})")
+
+
+def _version(db: sqlite3.Connection) -> int:
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    return int(version)
 
 
 def _is_empty(db: sqlite3.Connection) -> bool:

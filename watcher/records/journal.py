@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import enum
 import errno
 import fcntl
 import functools
@@ -131,9 +132,10 @@ def record(event: Event, level: Level | None = None) -> None:
         level: instead of the outcome's own ("critical" for a rollback that failed too).
     """
     fields = {field.name: getattr(event, field.name) for field in dataclasses.fields(event)}
-    fields["outcome"] = event.outcome.value
     present = {
-        name: value for name, value in fields.items() if name not in _NO_FIELDS and value not in ("", None)
+        name: value.value if isinstance(value, enum.Enum) else value
+        for name, value in fields.items()
+        if name not in _NO_FIELDS and value not in ("", None)
     }
     chosen = level or _LEVELS[event.outcome]
     # structlog has no "notice": the processor `_level` puts it back.

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""History, quarantine and pins, which no mount table remembers: `$STATE_DIRECTORY/ledger.sqlite`.
+"""The history, which no mount table remembers: `$STATE_DIRECTORY/ledger.sqlite`.
 
-**What decides is kept in memory.** The daemon reads quarantine and pins at its start, and writes changes through. So a
-full disk does not let a bad image back in: the next write that succeeds also writes what is owed. The daemon alone
-writes these two; `exec` only adds to the history.
+What decides is not here, but in the record of each service (`state.py`): history may be lost without harm.
 
 **A broken ledger never stops a service.** The daemon sets a file aside that is corrupt, unreadable or from a newer
 version, begins a new one, and says so in one remark. A write that fails raises LedgerError, which the caller logs.
@@ -18,13 +16,13 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from watcher.model import Event, Outcome, Remark, shown
 from watcher.records import database, schema
-from watcher.records.schema import Quarantined, utf8
+from watcher.records.schema import utf8
 
 NAME = "ledger.sqlite"
 
@@ -43,21 +41,8 @@ _PLACED = """SELECT max("when") FROM history WHERE service = ? AND stack = ? AND
 _PRUNE = "DELETE FROM history WHERE id <= (SELECT max(id) FROM history) - ?"
 _PRUNE_OUTPUTS = """UPDATE history SET output = '' WHERE output <> '' AND id <=
     (SELECT id FROM history WHERE output <> '' ORDER BY id DESC LIMIT 1 OFFSET ?)"""
-_ALL_QUARANTINE = 'SELECT service, digest, reason, "when", source FROM quarantine ORDER BY "when"'
-_ALL_PINS = "SELECT service, stack FROM pins"
-_PUT = {
-    "quarantine": "INSERT OR REPLACE INTO quarantine VALUES (?, ?, ?, ?, ?)",
-    "pins": "INSERT OR REPLACE INTO pins VALUES (?, ?)",
-}
-_DROP = {
-    "quarantine": "DELETE FROM quarantine WHERE service = ? AND digest = ?",
-    "pins": "DELETE FROM pins WHERE service = ?",
-}
-
 _LIMIT_MAX = 2**31
 _Row = Sequence[object]
-_Key = tuple[str, ...]
-"""What a decision is about, the name of its table first: ("quarantine", SERVICE, DIGEST) or ("pins", SERVICE)."""
 
 
 class LedgerError(Exception):
@@ -96,14 +81,6 @@ class Reader(_Reading):
     def __init__(self, state_directory: str) -> None:
         self._path = Path(state_directory, NAME)
 
-    def quarantined(self, service: str | None = None) -> list[Quarantined]:
-        """What is in quarantine for a service, or for all, oldest first. Raises LedgerError."""
-        return _of(service, self._rows(_ALL_QUARANTINE))
-
-    def pins(self) -> dict[str, str]:
-        """Service to the identity of the stack it was put on by hand. Raises LedgerError."""
-        return dict(self._rows(_ALL_PINS))
-
     def _rows(self, sql: str, parameters: _Row = ()) -> list[Any]:
         # Not open(2): closing a descriptor drops the locks of any Ledger in this process (fcntl_locking(2)).
         if not os.path.lexists(self._path):
@@ -129,13 +106,8 @@ class Ledger(_Reading):
         self.remarks: list[Remark] = []
         self._path = Path(state_directory, NAME)
         self._history_max = history_max
-        # For the database and for changes in memory. Readers need no lock: a change replaces `_decided`.
         self._lock = threading.Lock()
         self._db: sqlite3.Connection | None = None
-        self._loaded = False
-        self._decided: dict[_Key, _Row] = {}
-        # Decisions that the file does not have yet. By key, so that a disk that stays full does not make them grow.
-        self._owed: set[_Key] = set()
         with self._lock:
             try:
                 self._opened()
@@ -152,59 +124,19 @@ class Ledger(_Reading):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def append(self, *events: Event, quarantine: Iterable[Quarantined] = ()) -> None:
-        """Adds outcomes to the history, and keeps contents out of services from now on, in one commit.
-
-        Raises LedgerError: the contents are kept out all the same, the outcomes are lost.
-        """
-        contents = [schema.from_dict(Quarantined, schema.to_dict(content)) for content in quarantine]
-        put: dict[_Key, _Row] = {
-            ("quarantine", one.service, one.digest): dataclasses.astuple(one) for one in contents
-        }
-        self._commit(put, events=[_event_row(event) for event in events])
-
-    def forget(self, service: str, digest: str | None = None) -> list[Quarantined]:
-        """Lets one content, or everything, of a service back in; returns what. It holds even with a LedgerError."""
-        found = [one for one in self.quarantined(service) if digest in (None, one.digest)]
-        self._commit(drop={("quarantine", one.service, one.digest) for one in found})
-        return found
-
-    def pin(self, service: str, stack: str) -> None:
-        """Remembers that the service was put on this stack by hand; holds even when it raises LedgerError."""
-        self._commit({("pins", utf8(service)): (utf8(service), stack)})
-
-    def unpin(self, service: str) -> bool:
-        """Forgets the pin; whether there was one. Holds even when it raises LedgerError."""
-        pinned = self.pinned(service) is not None
-        self._commit(drop={("pins", utf8(service))} if pinned else set())
-        return pinned
-
-    def quarantined(self, service: str | None = None) -> list[Quarantined]:
-        """What is in quarantine for a service, or for all, oldest first; from memory."""
-        return _of(service, [row for (table, *_), row in self._decided.items() if table == "quarantine"])
-
-    def pinned(self, service: str) -> str | None:
-        """The stack that the service was put on by hand; from memory."""
-        pin = self._decided.get(("pins", utf8(service)))
-        return str(pin[1]) if pin else None
-
-    def _commit(
-        self, put: Mapping[_Key, _Row] = {}, *, drop: Set[_Key] = frozenset(), events: Sequence[_Row] = ()
-    ) -> None:
+    def append(self, *events: Event) -> None:
+        """Adds outcomes to the history, in one commit. Raises LedgerError: they are lost."""
+        rows = [_event_row(event) for event in events]
+        if not rows:
+            return
         with self._lock:
-            decided = {**self._decided, **put}
-            self._decided = {key: row for key, row in decided.items() if key not in drop}
-            self._owed |= put.keys() | drop
-            if not events and not self._owed:
-                return
             try:
-                self._write(events)
+                self._write(rows)
             except sqlite3.Error as error:
                 if not database.is_lost(error):
                     raise _error(self._path, "cannot be written", error) from error
-                # The file is lost, memory is not: the new file gets what is in memory.
                 try:
-                    self._write(events)
+                    self._write(rows)  # into a new file
                 except sqlite3.Error as again:
                     raise _error(self._path, "cannot be written", again) from again
 
@@ -212,19 +144,14 @@ class Ledger(_Reading):
         db = self._opened()
         try:
             db.execute("BEGIN IMMEDIATE")
-            for table, *key in self._owed:
-                row = self._decided.get((table, *key))
-                db.execute(_DROP[table] if row is None else _PUT[table], row or key)
-            if events:
-                db.executemany(_APPEND, events)
-                db.execute(_PRUNE, (self._history_max,))
-                db.execute(_PRUNE_OUTPUTS, (OUTPUTS_KEPT,))
+            db.executemany(_APPEND, events)
+            db.execute(_PRUNE, (self._history_max,))
+            db.execute(_PRUNE_OUTPUTS, (OUTPUTS_KEPT,))
             db.execute("COMMIT")
         except sqlite3.Error:
             # This connection may hold half a write; opening the file anew plays the journal back.
             self._close()
             raise
-        self._owed.clear()
 
     def _rows(self, sql: str, parameters: _Row = ()) -> list[Any]:
         with self._lock:
@@ -245,7 +172,6 @@ class Ledger(_Reading):
                 said = f"{shown(str(self._path))}: {error}; kept as {aside.name}, and a new one begun"
                 self.remarks.append(Remark("warning", str(self._path), said))
                 db = self._db = database.open_to_write(self._path)
-            self._load(db)
         except (sqlite3.Error, database.Unusable, OSError) as error:
             self._close()
             raise _error(self._path, "cannot be opened", error) from error
@@ -256,37 +182,22 @@ class Ledger(_Reading):
             self._db.close()
             self._db = None
 
-    def _load(self, db: sqlite3.Connection) -> None:
-        if self._loaded:
-            # The file may be another one by now, so it gets all that is in memory.
-            self._owed |= self._decided.keys()
-            return
-        stored: dict[_Key, _Row] = {
-            ("quarantine", row[0], row[1]): row for row in db.execute(_ALL_QUARANTINE)
-        }
-        stored |= {("pins", row[0]): row for row in db.execute(_ALL_PINS)}
-        # What was decided before the file could be opened is newer than what the file says.
-        self._decided = {key: row for key, row in stored.items() if key not in self._owed} | self._decided
-        self._loaded = True
-
 
 def _error(path: Path, what: str, error: Exception) -> LedgerError:
     why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return LedgerError(f"{shown(str(path))}: {what}: {why}")
 
 
-def _of(service: str | None, rows: Iterable[Any]) -> list[Quarantined]:
-    return [Quarantined(*row) for row in rows if service is None or row[0] == utf8(service)]
-
-
 def _event_row(event: Event) -> list[object]:
     values = schema.to_dict(dataclasses.replace(event, output=event.output[:OUTPUT_MAX]))
-    return [*(values | {"layers": json.dumps(values["layers"])}).values()]
+    text = {"layers": json.dumps(values["layers"]), "verdict": values["verdict"] or ""}
+    return [*(values | text).values()]
 
 
 def _event(row: Sequence[Any]) -> Event:
     try:
         values = dict(zip(_KEYS, row, strict=True))
-        return schema.from_dict(Event, values | {"layers": json.loads(values["layers"])})
+        given = {"layers": json.loads(values["layers"]), "verdict": values["verdict"] or None}
+        return schema.from_dict(Event, values | given)
     except (ValueError, TypeError, RecursionError) as error:
         raise LedgerError(f"{NAME}: an entry of the history cannot be understood: {error}") from error

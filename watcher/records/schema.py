@@ -2,9 +2,8 @@
 """What the control socket says and `--json` prints: one schema.
 
 Three things that must agree stand side by side here: the interface description that `varlinkctl introspect` shows, the
-data classes of the answers, and the errors. `to_dict()` makes the JSON of any of them: with Varlink's spelling
-(`swap_usec` becomes `swapUSec`) and with all keys, `null` where there is no value. `from_dict()` is the way back, and
-passes over keys that a newer daemon has added. Standard library only: the command line starts with this.
+data classes of the answers, and the errors. codec.py makes the JSON of any of them, and reads it. Standard library
+only: the command line starts with this.
 
 A new version may add fields and types. It never takes one away: a reader may rely on all that is here.
 """
@@ -13,14 +12,15 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
-import re
-import types
-import typing
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from watcher.model import Event, Layer, Remark
+from watcher.records.codec import T as T
+from watcher.records.codec import from_dict as from_dict
+from watcher.records.codec import to_dict as to_dict
+from watcher.records.codec import types_of as types_of
+from watcher.records.codec import utf8 as utf8
 
 INTERFACE = "io.confext.Watcher"
 SOCKET = INTERFACE
@@ -36,8 +36,8 @@ DESCRIPTION = """\
 #
 # Reasons, paths and outputs are for root, the watcher's own user and the members of the group confext-watcher:
 # what a command has printed may be a password, and which paths there are is not for everybody. Others get
-# `redacted: true`, and of these fields the empty value: source, reason, output; remarks; and a message that
-# only says the outcome. To Wait for an image by its path is for them to wait for it by its file name.
+# `redacted: true`, and of these fields the empty value: source, reason, output; remarks, report; and a message that
+# only says the outcome and the verdict. To Wait for an image by its path is for them to wait for it by its file name.
 interface io.confext.Watcher
 
 # One admitted image or directory tree in a stack.
@@ -56,6 +56,8 @@ type Layer (
 
 # One outcome.
 # outcome: "applied", "unchanged", "refused", "incomplete", "failed", "rolled-back" or "needs-restart".
+# verdict: how the service took the stack, null where it was not judged: "good", "check-failed" (it never saw it),
+# "reload-failed", "health-check-failed" or "went-down" (the service ended or failed). There may be more one day.
 # message: a sentence for people.
 # stack, previous: identities of the stacks after and before.
 # output: what the check or the reload printed; History and Wait have it.
@@ -74,7 +76,8 @@ type Event (
   output: string,
   swapUSec: ?int,
   totalUSec: ?int,
-  layers: []Layer
+  layers: []Layer,
+  verdict: ?string
 )
 
 # Content that a service must not get again.
@@ -116,6 +119,8 @@ type ServiceStatus (
 
 # What a look now would change.
 # reload: how the service would be told, "" if nothing changes.
+# report: with `debug`, all that the look has found, and the next step: JSON in ASCII, for people who mend the
+# watcher. What is in it is not part of this interface, and changes with the program.
 type PlannedChange (
   service: string,
   changes: bool,
@@ -124,7 +129,8 @@ type PlannedChange (
   layers: []Layer,
   wantedLayers: []Layer,
   reload: string,
-  remarks: []Remark
+  remarks: []Remark,
+  report: ?string
 )
 
 # The services that take part, or one of them.
@@ -134,8 +140,8 @@ method Status(service: ?string) -> (services: []ServiceStatus, redacted: bool)
 # truncated: there were more of them than one reply can hold.
 method History(service: ?string, limit: ?int) -> (events: []Event, truncated: bool, redacted: bool)
 
-# What a look now would change, without doing it.
-method Plan(service: ?string) -> (changes: []PlannedChange, redacted: bool)
+# What a look now would change, without doing it. `debug` needs a service.
+method Plan(service: ?string, debug: ?bool) -> (changes: []PlannedChange, redacted: bool)
 
 # Replies once the image is applied to the service or refused for it: at once if it is already.
 # With `more`, what happens to it on the way is told as well. Ends with the connection.
@@ -210,6 +216,7 @@ class PlannedChange:
     wanted_layers: tuple[Layer, ...] = ()
     reload: str = ""
     remarks: tuple[Remark, ...] = ()
+    report: str | None = None
 
 
 class ExitStatus(enum.IntEnum):
@@ -294,92 +301,3 @@ class Failed(ErrorReply):
 
 
 ERRORS = {f"{INTERFACE}.{error.__name__}": error for error in ErrorReply.__subclasses__()}
-
-
-_NOT_UTF8 = re.compile("[\0\ud800-\udfff]")
-
-
-def utf8(value: str) -> str:
-    """`value` as JSON and SQLite can carry it: bytes that are not UTF-8 (surrogates) and NUL become "\\xNN".
-
-    Everything else stays, so that an ordinary path is itself. To compare two names, put both through this.
-    """
-    return _NOT_UTF8.sub(lambda found: _escaped(ord(found[0])), value)
-
-
-def _escaped(code: int) -> str:
-    if 0xDC80 <= code <= 0xDCFF:
-        return f"\\x{code - 0xDC00:02x}"
-    return f"\\u{code:04x}" if code else "\\x00"
-
-
-def to_dict(value: Any) -> Any:
-    """The JSON value of an answer: data classes become objects, tuples arrays, enumerations their values."""
-    if isinstance(value, dict):
-        return {utf8(key): to_dict(item) for key, item in value.items()}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            _camel(field.name): to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)
-        }
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, str):
-        return utf8(value)
-    if isinstance(value, list | tuple):
-        return [to_dict(item) for item in value]
-    return value
-
-
-T = TypeVar("T")
-
-
-def from_dict(cls: type[T], data: Any) -> T:
-    """The data class `cls` from its JSON object.
-
-    Raises ValueError: `data` is not such an object, or a key without a default is missing.
-    """
-    result = _read(cls, data)
-    assert isinstance(result, cls)
-    return result
-
-
-def _read(kind: Any, data: Any) -> Any:
-    if isinstance(kind, types.UnionType):
-        inner, _none = typing.get_args(kind)
-        return None if data is None else _read(inner, data)
-    if typing.get_origin(kind) is tuple:
-        if not isinstance(data, list):
-            raise ValueError(f"not an array: {data!r}")
-        return tuple(_read(typing.get_args(kind)[0], item) for item in data)
-    if dataclasses.is_dataclass(kind):
-        return _read_object(kind, data)
-    if issubclass(kind, enum.Enum):
-        return kind(data)
-    if type(data) is not kind:
-        raise ValueError(f"not of type {kind.__name__}: {data!r}")
-    return data
-
-
-def _read_object(cls: Any, data: Any) -> Any:
-    if not isinstance(data, dict):
-        raise ValueError(f"not an object: {data!r}")
-    given = {
-        name: _read(kind, data[_camel(name)]) for name, kind in types_of(cls).items() if _camel(name) in data
-    }
-    try:
-        return cls(**given)
-    except TypeError as error:
-        raise ValueError(f"not a {cls.__name__}: {error}") from error
-
-
-@functools.cache
-def types_of(cls: type) -> dict[str, Any]:
-    """The types of the fields of a data class."""
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-@functools.cache
-def _camel(name: str) -> str:
-    first, *rest = name.split("_")
-    return first + "".join("USec" if word == "usec" else word.capitalize() for word in rest)

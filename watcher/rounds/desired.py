@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a service should have: what is on disk, what may be used of it, and what it was given before."""
+"""What a service could have: what is on disk, what may be used of it, and what it was given before."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 
 from watcher.images import unmounted
 from watcher.images.admission import Admission, Host
-from watcher.images.stacks import Accepted
 from watcher.images.store import Store
 from watcher.model import (
     Busy,
@@ -30,98 +29,66 @@ from watcher.model import (
     shown,
 )
 from watcher.mounts.table import LAYERS_MAX
+from watcher.records.state import STACK, Accepted, State
 from watcher.resolve import scan
 from watcher.resolve.strict_modes import StrictModes
 from watcher.resolve.trust import ROOT_ALONE, Trust
 from watcher.rounds.choose import Choice, Passed, choose
-from watcher.rounds.state import Trial
-
-STACK = "stack:"
-"""With an identity behind it: a whole stack in the quarantine, for a change that brought no new content (a removal)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Desired:
-    """What a service should have, and what it was given before.
+    """What a service could have.
 
     Attributes:
         look: what is on disk.
-        stack: what it should have.
         passed: what was passed over on the way.
-        current: the accepted stack: its slots.
-        recorded: the slots say already what would be accepted: stack, names, entries, and where those are mounted.
-        trial: what is on trial.
-        bad: the stack that proved bad, and is being taken out again. Then `stack` is the newest accepted one with
-            nothing in it that is in quarantine, whatever else is on disk.
-        why: the reason that its content is in quarantine.
-        pinned: an operator put it on `stack` by hand (`rollback`).
-        waiting: for a pinned service, the stack that it would have otherwise.
-        at_hand: digests of what the look found and did not refuse, whether it is desired now or has to wait.
+        wanted, fallback, pinned, damaged, mounted: see `Facts`.
+        at_hand: digests of what the look found and did not refuse, whether it is wanted now or has to wait.
         signatures: of the files that were passed over, by path (`outcomes.signatures`).
-        whole: the newest accepted stack that can be used: `current`, unless a copy of that is damaged.
-        fallen: `stack` is `whole` for want of a better: a copy is damaged, and the dropped file cannot replace it.
     """
 
     look: Look
-    stack: Stack
     passed: tuple[Passed, ...]
-    current: Stack
-    recorded: bool
-    trial: Trial | None = None
-    bad: Stack | None = None
-    why: str = ""
-    pinned: bool = False
-    waiting: Stack | None = None
+    wanted: Stack
+    fallback: Stack
+    pinned: Stack | None = None
+    damaged: tuple[str, ...] = ()
+    mounted: Mapping[str, str] = field(default_factory=dict)
     at_hand: frozenset[str] = frozenset()
     signatures: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    whole: Stack = field(default_factory=Stack)
-    fallen: bool = False
 
     @property
     def busy(self) -> bool:
-        return Choice(self.stack, self.passed).busy
+        """Whether something is still being written that may change the answer."""
+        return Choice(self.wanted, self.passed).busy
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        return tuple(pick.entry for pick in self.look.picks)
+
+    def recorded(self, accepted: Accepted) -> Desired:
+        """With the places that were recorded: a file system may have been unmounted since the look."""
+        sources = {layer.source for layer in accepted.stack.layers}
+        others = {source: place for source, place in self.mounted.items() if source not in sources}
+        return replace(self, mounted={**others, **accepted.mounted})
 
     @property
     def sysexts(self) -> tuple[Entry, ...]:
         """What the unit declares and is a system extension: systemd gets it as it is."""
         slots = {one.slot for one in self.passed if isinstance(one.reason, Sysext)}
-        return tuple(
-            pick.entry for pick in self.look.picks if pick.entry.declared and pick.entry.slot in slots
-        )
-
-    @property
-    def rolling_back(self) -> bool:
-        """Whether `stack` is one from before that has to come back, because a later one proved bad."""
-        return self.bad is not None
-
-    @property
-    def new(self) -> bool:
-        """Whether `stack` was not accepted yet, and has still to prove itself."""
-        known = self.rolling_back or self.pinned or self.fallen
-        return self.stack.id != self.current.id and not known
-
-    @property
-    def on_trial(self) -> bool:
-        """Whether `stack` was accepted, and not judged yet."""
-        return self.trial is not None and self.trial.stack == self.stack.id and not self.trial.bad
-
-    def staying(self) -> Desired:
-        """The same service on the stack that it has, for the time being."""
-        damaged = self.whole.id != self.current.id
-        return replace(self, stack=self.whole, recorded=not damaged, fallen=damaged)
+        return tuple(entry for entry in self.entries if entry.declared and entry.slot in slots)
 
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What decides, beside the files and the accepted stacks, what a service should have.
+    """What a look depends on, beside the files.
 
     Attributes:
         slots: what its stacks are kept under.
         made_for: what its images must be made for; None: that is not known now, and it keeps what it has.
-        kept_out: digests (or `STACK` and an identity) that it must not get, with the reason.
+        state: what was decided before.
         elsewhere: digests that it must not get unless it has them already, with the reason.
-        pin: identity of the stack that it was put on by hand.
-        trial: what is on trial.
         policy: `ImagePolicy=`, systemd.image-policy(7). Nothing is verified yet: unless it is "*", nothing new gets in.
         trust: whom it lets drop things. Names are looked up, which may take as long as LDAP does.
     """
@@ -129,63 +96,57 @@ class Given:
     slots: str
     declared: Declared
     made_for: Host | None
-    kept_out: Mapping[str, str] = field(default_factory=dict)
+    state: State = field(default_factory=State)
     elsewhere: Mapping[str, str] = field(default_factory=dict)
-    pin: str | None = None
-    trial: Trial | None = None
     policy: str = ""
     trust: Trust = ROOT_ALONE
 
 
 def find(store: Store, admission: Admission, given: Given) -> Desired:
-    """What a service should have. Blocks, for as long as copying takes; hold `store.using()`."""
+    """What a service could have. Blocks, for as long as copying takes; hold `store.using()`."""
     with StrictModes(given.trust) as modes:
         return _find(store, admission, given, modes)
 
 
 def _find(store: Store, admission: Admission, given: Given, modes: StrictModes) -> Desired:
-    slots, kept_out, pin = given.slots, given.kept_out, given.pin
-    record = store.record(slots) or Accepted(Stack(), (), 0)
-    current = record.stack
-    elsewhere = {key: why for key, why in given.elsewhere.items() if key not in current.digests}
-    admitting = _Admitting(admission, given, elsewhere | dict(kept_out), modes)
-    # The others are needed only if the current one may be bad, or an operator chose another.
-    stacks = (current, *store.stacks(slots)) if kept_out or pin is not None else (current,)
-    good = next((stack for stack in stacks if not why_bad(stack, kept_out)), Stack())
+    state, record = given.state, given.state.accepted
+    elsewhere = {key: why for key, why in given.elsewhere.items() if key not in record.stack.digests}
+    admitting = _Admitting(admission, given, elsewhere | state.kept_out, modes)
+    stacks = _stacks(store, given)
+    good = next((stack for stack in stacks if not state.why_bad(stack)), Stack())
     look = _look(given.declared, modes, known=given.made_for is not None)
     look = _nothing_removed(look, record.entries, unmounted.unmounted(good, record.mounted))
-    choice = choose(look, admitting.admit, good, lambda candidate: _is_lost(store, slots, candidate))
+    choice = choose(look, admitting.admit, good, lambda candidate: _is_lost(store, given.slots, candidate))
     choice = _with_sysexts(choice, look, admitting.read)
-    stack = choice.stack
-    if len(stack.layers) > LAYERS_MAX:
-        look = replace(look, remarks=(*look.remarks, _too_many(stack)))
-        stack = good
-    if STACK + stack.id in kept_out:
-        stack = good
-    pinned = next((one for one in stacks if one.id == pin), None) if pin is not None else None
-    proved_bad = None if pinned is not None else _proved_bad(stacks, kept_out, given.trial)
-    target = pinned or (stack if proved_bad is None else good)
-    whole = newest_whole(store, slots, kept_out, current)
-    fallen = not store.is_whole(target)
-    if fallen:
-        look = replace(look, remarks=(*look.remarks, _damaged(store, target, whole)))
-        target = whole
-    said = target, tuple(pick.entry for pick in look.picks), unmounted.noted(target, record.mounted)
+    wanted = choice.stack
+    if len(wanted.layers) > LAYERS_MAX:
+        look = replace(look, remarks=(*look.remarks, _too_many(wanted)))
+        wanted = good
+    if STACK + wanted.id in state.kept_out:
+        wanted = good
+    pinned = next((one for one in stacks if one.id == state.pin), None) if state.pin is not None else None
+    fallback = newest_whole(store, given.slots, state)
+    chosen = pinned or (good if state.why_bad(record.stack) else wanted)
+    damaged = {one.id for one in (chosen, wanted) if not store.is_whole(one)}
+    if chosen.id in damaged:
+        look = replace(look, remarks=(*look.remarks, _damaged(store, chosen, fallback)))
+    either = Stack((*chosen.layers, *fallback.layers))
     return Desired(
         look,
-        target,
         choice.passed,
-        current,
-        recorded=said == (current, record.entries, record.mounted),
-        trial=given.trial,
-        bad=proved_bad,
-        why=why_bad(proved_bad, kept_out) if proved_bad is not None else "",
-        pinned=pinned is not None,
-        waiting=stack if pinned is not None and stack.id != pinned.id else None,
+        wanted,
+        fallback,
+        pinned,
+        damaged=tuple(sorted(damaged)),
+        mounted=unmounted.noted(either, record.mounted),
         at_hand=frozenset(admitting.at_hand),
-        whole=whole,
-        fallen=fallen,
     )
+
+
+def _stacks(store: Store, given: Given) -> tuple[Stack, ...]:
+    """The accepted stack, and before it if it may be bad, or an operator chose another."""
+    others = given.state.quarantine or given.state.pin is not None
+    return (given.state.accepted.stack, *(store.stacks(given.slots) if others else ()))
 
 
 class _Admitting:
@@ -256,24 +217,17 @@ def _with_sysexts(choice: Choice, look: Look, read: Callable[[Candidate], Copy])
     return replace(choice, passed=tuple(passed))
 
 
-def newest_whole(
-    store: Store, slots: str, kept_out: Mapping[str, str] | None = None, current: Stack | None = None
-) -> Stack:
+def newest_whole(store: Store, slots: str, state: State) -> Stack:
     """The newest accepted stack of which no copy is damaged, and that did not prove bad; the empty one if none is left.
 
     Blocks, see integrity.py.
-
-    Args:
-        current: the accepted stack, where it is known.
     """
 
     def usable(stack: Stack) -> bool:
-        return not why_bad(stack, kept_out or {}) and store.is_whole(stack)
+        return not state.why_bad(stack) and store.is_whole(stack)
 
-    current = store.accepted(slots) if current is None else current
-    if current is not None and usable(current):
-        return current
-    return next(filter(usable, store.stacks(slots)), Stack())
+    current = state.accepted.stack
+    return current if usable(current) else next(filter(usable, store.stacks(slots)), Stack())
 
 
 def _is_lost(store: Store, slots: str, candidate: Candidate) -> bool:
@@ -326,20 +280,3 @@ def _too_many(stack: Stack) -> Remark:
     first = stack.layers[LAYERS_MAX].source
     what = f"one too many: {len(stack.layers)} layers, and {LAYERS_MAX} are allowed; all stays as it is"
     return Remark("warning", first, what)
-
-
-def _proved_bad(stacks: Sequence[Stack], kept_out: Mapping[str, str], trial: Trial | None) -> Stack | None:
-    """The accepted stack if it proved bad; else one that did and is still on trial: its outcome is not recorded."""
-    current, *others = stacks
-    if why_bad(current, kept_out):
-        return current
-    tried = (stack for stack in others if trial is not None and stack.id == trial.stack != current.id)
-    return next((stack for stack in tried if why_bad(stack, kept_out)), None)
-
-
-def why_bad(stack: Stack, reasons: Mapping[str, str]) -> str:
-    """Why a stack is not to be used, "" if it may be."""
-    for key in (STACK + stack.id, *stack.digests):
-        if key in reasons:
-            return reasons[key]
-    return ""

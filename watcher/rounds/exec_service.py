@@ -9,6 +9,7 @@ it sees the registration.
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import signal
 import stat
@@ -19,12 +20,14 @@ from dataclasses import dataclass, fields, replace
 from watcher.images import tries
 from watcher.images.admission import Admission, host
 from watcher.images.store import Store
+from watcher.images.upgrade import upgrade
 from watcher.managers.base import slots_of, trust_of
 from watcher.managers.registration import (
     Registration,
     ServiceOptions,
     register,
     registered,
+    registrations,
     services_directory,
     unregister,
 )
@@ -35,14 +38,18 @@ from watcher.mounts.process import Gone, Process, may_mount, namespace_id, share
 from watcher.mounts.swap import swap
 from watcher.mounts.workers import HostNamespace, MountWorkers
 from watcher.records import durable, journal
-from watcher.records.ledger import LedgerError, Reader
-from watcher.records.schema import Quarantined, utf8
+from watcher.records.ledger import Reader
+from watcher.records.state import State
 from watcher.resolve import scan
 from watcher.resolve.strict_modes import StrictModes
+from watcher.rounds import changes, decide, messages
 from watcher.rounds.desired import Desired, Given, find, newest_whole
-from watcher.rounds.state import CountedTries, Trial, Trials
+from watcher.rounds.facts import Facts
 from watcher.settings.config import Settings
 from watcher.watch.offload import comes_back
+
+# Outcomes that are read to make a lost record anew.
+_HISTORY_READ = 1000
 
 _ANSWER_SEC = 5.0
 """If what is dropped has not answered by then, the program starts on what was accepted last."""
@@ -152,10 +159,16 @@ def _require_ended(other: Registration | None) -> None:
 
 def _enter_stack(settings: Settings, options: ExecOptions, *, answers: bool) -> None:
     """Move this process into a mount namespace of its own with the service's stack on `/etc`."""
+    for remark in upgrade(settings.state_directory, settings.runtime_directory):
+        journal.say(remark)
     with (
         MountWorkers(1, privileged=may_mount()) as workers,
         Store(
-            settings.state_directory, settings.store_max, settings.image_max, settings.keep_stacks
+            settings.state_directory,
+            settings.store_max,
+            settings.image_max,
+            settings.keep_stacks,
+            functools.partial(Reader(settings.state_directory).history, limit=_HISTORY_READ),
         ) as store,
     ):
         stack = _admit(settings, store, workers, options, answers=answers)
@@ -188,39 +201,89 @@ def _admit(
     settings: Settings, store: Store, workers: MountWorkers, options: ExecOptions, *, answers: bool
 ) -> Stack:
     """The stack that the service starts on: its slots are set to it."""
+    slots = slots_of(options.name, "standalone")
     if not answers:
         what = f"what it is to be given does not answer within {_ANSWER_SEC:g} s (a file system that hangs?)"
         journal.log.warning(f"{options.name}: starts on its last accepted stack: {what}")
         with store.using():
-            return newest_whole(store, slots_of(options.name, "standalone"))
+            return newest_whole(store, slots, store.state(slots))
     _mention_absent(options)
-    trials, counted = Trials(settings.state_directory), CountedTries(settings.state_directory)
     with store.using():
+        desired = _find(settings, Admission(store, workers), store, options)
+        _say(options, desired)
         try:
-            desired = _find(settings, Admission(store, workers), store, trials, options)
-        except LedgerError as error:
-            journal.log.warning(f"{options.name}: starts on its last accepted stack: {error}")
-            return newest_whole(store, slots_of(options.name, "standalone"))
-        for remark in desired.look.remarks:
-            if remark.level != "debug":
-                journal.say(remark)
-        for passed in desired.passed:
-            journal.log.warning(
-                f"{options.name}: {shown(passed.candidate.path)} passed over: {passed.reason}"
-            )
-        if desired.new and desired.current.layers and _is_tried_by_the_daemon(options):
-            return desired.staying().stack
-        stack = _on_trial(trials, counted, options, desired) if desired.new else desired.stack
-        try:
-            entries = [pick.entry for pick in desired.look.picks]
-            store.accept(slots_of(options.name, "standalone"), stack, entries, [trials.directory])
-            counted.end(options.name)
+            stack = _accept(store, options, desired)
         except Later as error:
             journal.log.warning(f"{options.name}: starts on its last accepted stack: {error}")
-            return desired.whole
-    if desired.fallen and not stack.layers:
+            return desired.fallback
+    if stack.id in desired.damaged or (desired.damaged and not stack.layers):
         journal.log.error(f"{options.name}: nothing in the store is whole, it starts with the host's /etc")
     return stack
+
+
+def _say(options: ExecOptions, desired: Desired) -> None:
+    for remark in desired.look.remarks:
+        if remark.level != "debug":
+            journal.say(remark)
+    for passed in desired.passed:
+        journal.log.warning(f"{options.name}: {shown(passed.candidate.path)} passed over: {passed.reason}")
+
+
+def _accept(store: Store, options: ExecOptions, desired: Desired) -> Stack:
+    """The steps of a round before the service runs: the daemon takes the others.
+
+    Raises:
+        Later: the stack cannot be accepted now.
+    """
+    slots, own = slots_of(options.name, "standalone"), options.own_settings
+    state, first = store.state(slots), True
+    while True:
+        facts = Facts(
+            now=messages.now(),
+            state=state,
+            first=first,
+            running=False,
+            starting=True,
+            explained=False,
+            has_check=bool(own.check),
+            rollback=own.rollback,
+            rolling=own.rollout == "rolling",
+            wanted=desired.wanted,
+            fallback=desired.fallback,
+            pinned=desired.pinned,
+            damaged=desired.damaged,
+            entries=desired.entries,
+            mounted=desired.mounted,
+        )
+        if facts.rolling and facts.accepted.layers:
+            facts = replace(facts, waits="the daemon decides when it is its turn (Rollout=rolling)")
+        step = decide.decide(facts)
+        match step:
+            case decide.LetIn():
+                state = store.change(slots, functools.partial(changes.let_in, step, ""))
+            case decide.Count():
+                desired, state = _count(store, desired, facts, options), store.state(slots)
+            case decide.Accept():
+                accepted = functools.partial(_accepted, step, facts)
+                return store.accept(slots, step.stack, facts.listed, accepted).accepted.stack
+            case _:
+                return facts.accepted
+        first = False
+
+
+def _accepted(step: decide.Accept, facts: Facts, state: State) -> State:
+    """The state with a newly accepted stack, of which nothing is said: a start by `exec` is no outcome."""
+    return replace(changes.accept(step, facts, "", (), state), replaced=None)
+
+
+def _count(store: Store, desired: Desired, facts: Facts, options: ExecOptions) -> Desired:
+    slots, trust = slots_of(options.name, "standalone"), trust_of(options.own_settings, "standalone")
+    try:
+        return changes.count(store, desired, facts, slots, options.name, tries.unseen, trust)
+    except FileNotFoundError:  # another service's attempt has just renamed it
+        counted = tries.noted(desired.wanted, facts.accepted)
+        store.change(slots, lambda state: replace(state, counted=counted))
+        return desired
 
 
 def _look(options: ExecOptions) -> None:
@@ -241,69 +304,31 @@ def _mention_absent(options: ExecOptions) -> None:
             journal.log.info(f"{options.name}: {shown(directory)} does not exist yet, it is watched for")
 
 
-def _find(
-    settings: Settings, admission: Admission, store: Store, trials: Trials, options: ExecOptions
-) -> Desired:
-    """What the service should have.
-
-    Raises:
-        LedgerError: what must not get in is not known, and the service has an accepted stack to start on.
-    """
-    name, slots = options.name, slots_of(options.name, "standalone")
-    kept_out: dict[str, str] = {}
-    elsewhere: dict[str, str] = {}
-    pin = None
-    try:
-        ledger = Reader(settings.state_directory)
-        quarantined = ledger.quarantined()
-        kept_out = {one.digest: one.reason for one in quarantined if one.service == utf8(name)}
-        elsewhere = _kept_out_elsewhere(settings, options, quarantined)
-        pin = ledger.pins().get(utf8(name))
-    except LedgerError as error:
-        if store.accepted(slots) is not None:
-            raise
-        # It never ran, so nothing has proved bad with it.
-        journal.log.warning(f"{name}: starts without regard to history: {error}")
-    own = options.own_settings
+def _find(settings: Settings, admission: Admission, store: Store, options: ExecOptions) -> Desired:
+    """What the service should have. What it is kept out of for the moment, this start tries again."""
+    slots, own = slots_of(options.name, "standalone"), options.own_settings
+    state = store.state(slots)
+    if state.undoing is None:
+        state = replace(state, quarantine=tuple(one for one in state.quarantine if not one.for_now))
     given = Given(
         slots,
         options.declared,
         host(),
-        kept_out,
-        elsewhere,
-        pin,
-        trials.of(name),
+        state,
+        _kept_out_elsewhere(settings, store, options),
         own.image_policy,
         trust_of(own, "standalone"),
     )
     return find(store, admission, given)
 
 
-def _kept_out_elsewhere(
-    settings: Settings, options: ExecOptions, quarantined: Sequence[Quarantined]
-) -> dict[str, str]:
+def _kept_out_elsewhere(settings: Settings, store: Store, options: ExecOptions) -> dict[str, str]:
     """With `Rollout=rolling`: what proved bad for others with the same setting, with the reasons."""
     found: dict[str, str] = {}
     if options.own_settings.rollout == "rolling":
-        for one in quarantined:
-            other = _registered(settings, one.service) if one.service != utf8(options.name) else None
+        for name in registrations(settings.runtime_directory):
+            other = _registered(settings, name) if name != options.name else None
             if other is not None and other.own_settings.rollout == "rolling":
-                found[one.digest] = f"it did not do on {one.service}: {one.reason}"
+                state = store.state(slots_of(name, "standalone"))
+                found |= {key: f"it did not do on {name}: {why}" for key, why in state.kept_out.items()}
     return found
-
-
-def _is_tried_by_the_daemon(options: ExecOptions) -> bool:
-    """Whether a new stack has to wait until the program runs: for its check, or for its turn."""
-    own = options.own_settings
-    return bool(own.check) or own.rollout == "rolling"
-
-
-def _on_trial(trials: Trials, counted: CountedTries, options: ExecOptions, desired: Desired) -> Stack:
-    """A new stack, which the daemon judges when the program runs."""
-    name, trust = options.name, trust_of(options.own_settings, "standalone")
-    try:
-        stack = counted.begin(name, desired.stack, desired.current, tries.unseen, trust)
-    except FileNotFoundError:
-        stack = desired.stack  # another service's attempt has just renamed it
-    trials.begin(name, Trial(stack.id))
-    return stack

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 
 import trio
 
-from watcher.managers.base import Ended, Manager, Reloaded, Service
-from watcher.model import Later
+from watcher.managers.base import Ended, Manager, Service
+from watcher.model import Later, Stack, Verdict
 from watcher.mounts.process import Gone, Process
 from watcher.rounds import messages
+from watcher.rounds.facts import Judged
 from watcher.rounds.outcomes import say
 from watcher.rounds.service_check import run_all
 
@@ -30,11 +31,12 @@ _NOTICED_SEC = 2.0
 _ROLLING_WATCH_USEC = 1_000_000
 
 
-async def reload_and_judge(manager: Manager, service: Service, main: Process) -> Reloaded | None:
-    """Ask a running service to reload; `ok` only if it came through.
+async def reload_and_judge(manager: Manager, service: Service, main: Process, stack: Stack) -> Judged | None:
+    """Ask a running service to reload; good only if it came through.
 
     Args:
         main: its main process, held by the caller.
+        stack: what it is judged on.
 
     Returns:
         None if an operator stopped it or started it anew while it was watched.
@@ -42,35 +44,37 @@ async def reload_and_judge(manager: Manager, service: Service, main: Process) ->
     Raises:
         Later: whether it has reloaded could not be found out.
     """
-    judge = _Judge(manager, service, main)
     begun = trio.current_time()
     reloaded = await manager.reload(service)
-    reloaded = replace(reloaded, usec=round((trio.current_time() - begun) * 1_000_000))
+    usec = round((trio.current_time() - begun) * 1_000_000)
     say("debug", service.name, messages.told(reloaded))
+    told = Judged(stack, Verdict.GOOD, reloaded.told, reloaded.reason, reloaded.output, usec)
+    judge = _Judge(manager, service, main)
     if reloaded.interrupted:
         if not main.alive() and not await judge.went_down():
             return None
         raise Later(f"its {reloaded.told or 'reload'} was interrupted: {reloaded.reason}")
     if not reloaded.ok:
-        return reloaded
+        return replace(told, verdict=Verdict.RELOAD_FAILED)
     if reloaded.told == "restart":
         after = await _restarted(manager, service)
         if after is None:
-            return reloaded  # an operator has stopped it meanwhile
+            return told  # an operator has stopped it meanwhile
         if after.main is None:
-            return _ended(reloaded, "after its restart")
+            return _ended(told, "after its restart")
         with after.main.hold() as new:
-            return await _Judge(manager, after, new).verdict(reloaded, "its reload")
+            return await _Judge(manager, after, new).verdict(told, "its reload")
     if not main.alive():
-        return await judge.why_ended(reloaded, "when it was told to reload")
-    return await judge.verdict(reloaded, "its reload")
+        return await judge.why_ended(told, "when it was told to reload")
+    return await judge.verdict(told, "its reload")
 
 
-async def judge_start(manager: Manager, service: Service, main: Process) -> Reloaded | None:
+async def judge_start(manager: Manager, service: Service, main: Process, stack: Stack) -> Judged | None:
     """Judge a service that was started on its stack.
 
     Args:
         main: its main process, held by the caller.
+        stack: that stack.
 
     Returns:
         None if its main process has ended and it did not go down: it was done (`Type=oneshot`), or was stopped.
@@ -86,9 +90,10 @@ async def judge_start(manager: Manager, service: Service, main: Process) -> Relo
         nursery.start_soon(ended)
         up = await manager.started(service)
         nursery.cancel_scope.cancel()
+    started = Judged(stack, Verdict.GOOD)
     if not up:
-        return await judge.why_ended(Reloaded(ok=True), "before its start was complete")
-    return await judge.verdict(Reloaded(ok=True), "its start")
+        return await judge.why_ended(started, "before its start was complete")
+    return await judge.verdict(started, "its start")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +108,14 @@ class _Judge:
     service: Service
     main: Process
 
-    async def verdict(self, reloaded: Reloaded, since: str) -> Reloaded | None:
+    async def verdict(self, told: Judged, since: str) -> Judged | None:
         """The verdict on a service that is up; None if its main process has ended, and it did not go down.
 
         Args:
             since: what it did last, "its reload".
         """
-        health = await self._health(reloaded, since)
-        if health is None or not health.ok:
+        health = await self._health(told, since)
+        if health is None or not health.good:
             return health
         watch = self.service.settings.health_watch_usec
         if self.service.settings.rollout == "rolling":
@@ -120,12 +125,12 @@ class _Judge:
             say("debug", self.service.name, f"on trial for {seconds:g} s more")
             with trio.move_on_after(seconds):
                 await trio.lowlevel.wait_readable(self.main.pidfd)
-                return await self.why_ended(reloaded, f"within {seconds:g} s of {since}")
-        return self._as_before(reloaded)
+                return await self.why_ended(told, f"within {seconds:g} s of {since}")
+        return self._as_before(told)
 
-    async def why_ended(self, reloaded: Reloaded, when: str) -> Reloaded | None:
+    async def why_ended(self, told: Judged, when: str) -> Judged | None:
         """The verdict on a service whose main process has ended; None if it was done, or was stopped."""
-        return _ended(reloaded, when) if await self.went_down() else None
+        return _ended(told, when) if await self.went_down() else None
 
     async def went_down(self) -> bool:
         """Whether a service whose main process has ended went down by itself: it was not stopped or restarted."""
@@ -136,10 +141,10 @@ class _Judge:
         now = self.manager.services.get(name)
         return now is not None and now.went_down_since(self.service.restarts)
 
-    async def _health(self, reloaded: Reloaded, since: str) -> Reloaded | None:
+    async def _health(self, told: Judged, since: str) -> Judged | None:
         settings = self.service.settings
         if not settings.health_check:
-            return reloaded
+            return told
         try:
             namespace = self.main.namespace()
             try:
@@ -149,11 +154,13 @@ class _Judge:
             finally:
                 os.close(namespace)
         except Gone:
-            return await self.why_ended(reloaded, f"after {since}")
+            return await self.why_ended(told, f"after {since}")
         if ended.reason:
-            return replace(reloaded, ok=False, reason=ended.reason, output=ended.output)
+            return replace(
+                told, verdict=Verdict.HEALTH_CHECK_FAILED, reason=ended.reason, output=ended.output
+            )
         say("debug", self.service.name, "health check passed")
-        return reloaded
+        return told
 
     async def _healthy_by(self, deadline: float, namespace: int) -> Ended:
         """Run `HealthCheck=` until it succeeds, or no other try fits in before the deadline; how the last one ended.
@@ -171,16 +178,18 @@ class _Judge:
                 return ended
             await trio.sleep(_RETRY_SEC)
 
-    def _as_before(self, reloaded: Reloaded) -> Reloaded:
-        """`reloaded`, unless the manager says that the service is not what it was."""
+    def _as_before(self, told: Judged) -> Judged:
+        """`told`, unless the manager says that the service is not what it was."""
         now = self.manager.services.get(self.service.name)
         if now is None or now.invocation != self.service.invocation:
-            return reloaded
+            return told
         if now.failed:
-            return replace(reloaded, ok=False, reason="its unit failed")
+            return replace(told, verdict=Verdict.WENT_DOWN, reason="its unit failed")
         if now.main is not None and now.main.pid != self.main.pid:
-            return replace(reloaded, ok=False, reason="another process took the place of its main process")
-        return reloaded
+            return replace(
+                told, verdict=Verdict.WENT_DOWN, reason="another process took the place of its main process"
+            )
+        return told
 
 
 async def _restarted(manager: Manager, service: Service) -> Service | None:
@@ -196,5 +205,5 @@ async def _restarted(manager: Manager, service: Service) -> Service | None:
     return None
 
 
-def _ended(reloaded: Reloaded, when: str) -> Reloaded:
-    return replace(reloaded, ok=False, reason=f"its main process ended {when}")
+def _ended(told: Judged, when: str) -> Judged:
+    return replace(told, verdict=Verdict.WENT_DOWN, reason=f"its main process ended {when}")

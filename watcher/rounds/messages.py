@@ -11,8 +11,10 @@ from typing import Any
 from watcher.managers.base import Reloaded
 from watcher.model import Event, Incomplete, Layer, Outcome, Stack, shown
 from watcher.mounts.converge import Converged
+from watcher.records.state import Undoing
 from watcher.rounds.choose import Passed, describe
-from watcher.rounds.desired import Desired
+from watcher.rounds.decide import Reject
+from watcher.rounds.facts import Facts, Judged
 
 _REBASED = "the host's /etc has changed, same stack"
 
@@ -30,7 +32,7 @@ def applied(
     service: str,
     before: Stack,
     stack: Stack,
-    reloaded: Reloaded,
+    judged: Judged,
     times: Times,
     *,
     swapped: bool,
@@ -50,18 +52,18 @@ def applied(
         sentence = f"{what}{comma} applied in {duration(times.swap)}"
     else:
         sentence = "its stack was in place already"
-    if reloaded.told:
-        sentence += f", {_done(reloaded)} in {duration(times.reload)}"
+    if judged.told:
+        sentence += f", {_done(judged.told)} in {duration(times.reload)}"
     else:
-        sentence += f"; {reloaded.reason or 'it was not told to reload, it has no way to'}"
-    return _of_stack(service, Outcome.APPLIED, sentence, before, stack, reloaded, times)
+        sentence += f"; {judged.reason or 'it was not told to reload, it has no way to'}"
+    return _of_stack(service, Outcome.APPLIED, sentence, before, stack, judged, times)
 
 
 def failed(
     service: str,
     before: Stack,
     stack: Stack,
-    reloaded: Reloaded,
+    judged: Judged,
     times: Times,
     *,
     rebased: bool = False,
@@ -72,51 +74,49 @@ def failed(
         rebased: see `applied()`.
     """
     what = f"{_REBASED} applied anew" if rebased else f"{describe(before, stack)} is in place"
-    sentence = f"{what}, but {reloaded.reason}; it is not rolled back"
-    return _of_stack(service, Outcome.FAILED, sentence, before, stack, reloaded, times)
+    sentence = f"{what}, but {judged.reason}; it is not rolled back"
+    return _of_stack(service, Outcome.FAILED, sentence, before, stack, judged, times)
 
 
 def rolled_back(
-    service: str,
-    bad: Stack,
-    good: Stack,
-    why: str,
-    reloaded: Reloaded,
-    times: Times,
-    *,
-    running: bool,
-    output: str = "",
+    service: str, undoing: Undoing, good: Stack, judged: Judged, times: Times, *, running: bool, restart: bool
 ) -> Event:
     """The last good stack is back.
 
     Args:
-        output: what the command printed that the bad one failed by.
+        judged: how the service took that.
+        restart: it runs where no stack can be put in place.
     """
+    bad, why = undoing.stack, undoing.why
     was = ", ".join(new.label for new in _new_layers(good, bad)) or "the stack without it"
     back = labels(good)
     sentence = f"{was} taken out again: {why}; "
-    if not running and reloaded.ok:
+    if restart:
+        sentence += f"restart it once to have {back}"
+    elif not running and judged.good:
         sentence += f"it is not running, its next start gets {back}"
-    elif reloaded.ok:
+    elif judged.good:
         sentence += f"back on {back} in {duration(times.swap + times.reload)}"
-        sentence += f", {reloaded.told} done" if reloaded.told == "start" else ""
+        sentence += f", {judged.told} done" if judged.told == "start" else ""
     else:
-        sentence += f"back on {back}, but that failed too: {reloaded.reason}; it is not tried again"
-    both = "\n".join(part.rstrip("\n") for part in (output, reloaded.output) if part)
-    event = _of_stack(service, Outcome.ROLLED_BACK, sentence, bad, good, reloaded, times)
+        sentence += f"back on {back}, but that failed too: {judged.reason}; it is not tried again"
+    both = "\n".join(part.rstrip("\n") for part in (undoing.output, judged.output) if part)
+    event = _of_stack(service, Outcome.ROLLED_BACK, sentence, bad, good, judged, times)
     # A `wait` for the image that was dropped waits for this.
-    return replace(event, reason=why, output=both, **_about(good, bad))
+    return replace(event, reason=why, output=both, verdict=undoing.verdict, **_about(good, bad))
 
 
-def accepted(service: str, before: Stack, stack: Stack, *, starting: bool, headless: bool = False) -> Event:
+def accepted(service: str, before: Stack, facts: Facts) -> Event:
     """Its slots were set, and nothing else: it does not run, or not yet, or not with a main process."""
-    when = "it is not running, its next start gets it"
-    if starting:
+    when, stack = "it is not running, its next start gets it", facts.accepted
+    if facts.running:
+        when = "it was started on it"
+    elif facts.starting:
         when = "it is being started, and gets it"
-    elif headless:
+    elif facts.headless:
         when = "systemd knows no main process of it, its next start gets it: restart it"
     sentence = f"{describe(before, stack)}, accepted; {when}"
-    return _of_stack(service, Outcome.APPLIED, sentence, before, stack, Reloaded(ok=True), Times())
+    return _of_stack(service, Outcome.APPLIED, sentence, before, stack, None, Times())
 
 
 def refused(service: str, passed: Passed, kept: Layer | None, stack: Stack) -> Event:
@@ -137,11 +137,12 @@ def refused(service: str, passed: Passed, kept: Layer | None, stack: Stack) -> E
     )
 
 
-def check_failed(service: str, before: Stack, stack: Stack, reason: str, output: str) -> Event:
+def check_failed(service: str, before: Stack, rejected: Reject) -> Event:
     """The service's own check refused the new `/etc`. The service never saw it."""
-    sentence = f"{describe(before, stack)}, refused: {reason}; the service was not touched"
-    reloaded = Reloaded(ok=False, reason=reason, output=output)
-    return _of_stack(service, Outcome.REFUSED, sentence, before, stack, reloaded, Times())
+    stack, why = rejected.stack, rejected.why
+    sentence = f"{describe(before, stack)}, refused: {why}; the service was not touched"
+    judged = Judged(stack, rejected.verdict, reason=why, output=rejected.output)
+    return _of_stack(service, Outcome.REFUSED, sentence, before, stack, judged, Times())
 
 
 def needs_restart(service: str, reason: str) -> Event:
@@ -159,22 +160,26 @@ def not_placed(service: str, reason: str, *, again: bool) -> Event:
 # --- steps of a round, for LogLevel=debug ---
 
 
-def looked(desired: Desired) -> str:
+def looked(facts: Facts, candidates: int) -> str:
     """What a look found."""
-    count = sum(len(pick.candidates) for pick in desired.look.picks)
     how = "as accepted"
-    if desired.rolling_back:
+    if facts.proved_bad:
         how = "rolling back"
-    elif desired.pinned:
+    elif facts.pinned is not None:
         how = "put on it by hand"
-    elif desired.fallen:
+    elif facts.damaged:
         how = "a copy is damaged"
-    elif desired.new:
+    elif facts.offered:
         how = "new"
-    elif desired.on_trial:
+    elif facts.on_trial:
         how = "on trial"
-    candidates = f"{count} candidate{'' if count == 1 else 's'}"
-    return f"looked: {candidates}, desired {labels(desired.stack)} ({how})"
+    count = f"{candidates} candidate{'' if candidates == 1 else 's'}"
+    return f"looked: {count}, desired {labels(facts.target)} ({how})"
+
+
+def judged(found: Judged) -> str:
+    """A verdict."""
+    return "judged good" if found.good else f"judged bad: {found.reason}"
 
 
 def converged(found: Converged) -> str:
@@ -189,7 +194,9 @@ def told(reloaded: Reloaded) -> str:
     """What asking for a reload came to."""
     if not reloaded.ok:
         return "reload failed"
-    return f"reload: {_done(reloaded) if reloaded.told else reloaded.reason or 'it has no way to be told'}"
+    return (
+        f"reload: {_done(reloaded.told) if reloaded.told else reloaded.reason or 'it has no way to be told'}"
+    )
 
 
 # --- parts ---
@@ -205,8 +212,8 @@ def files(stack: Stack) -> str:
     return ", ".join(shown(os.path.basename(layer.source)) for layer in reversed(stack.layers))
 
 
-def _done(reloaded: Reloaded) -> str:
-    return f"{reloaded.told} {'sent' if reloaded.told.startswith('SIG') else 'done'}"
+def _done(told: str) -> str:
+    return f"{told} {'sent' if told.startswith('SIG') else 'done'}"
 
 
 def event(service: str, outcome: Outcome, sentence: str, **fields: str) -> Event:
@@ -233,7 +240,7 @@ def _of_stack(
     sentence: str,
     before: Stack,
     stack: Stack,
-    reloaded: Reloaded,
+    judged: Judged | None,
     times: Times,
 ) -> Event:
     return Event(
@@ -243,8 +250,9 @@ def _of_stack(
         when=now(),
         stack=stack.id,
         previous=before.id,
-        reason=reloaded.reason,
-        output=reloaded.output,
+        reason=judged.reason if judged is not None else "",
+        output=judged.output if judged is not None else "",
+        verdict=judged.verdict if judged is not None else None,
         swap_usec=times.swap,
         total_usec=times.total,
         layers=stack.layers,

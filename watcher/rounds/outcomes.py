@@ -1,26 +1,23 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The last step of a round: write what became of it into the journal, the history and the quarantine.
+"""Writes what became of a round into the journal and the history.
 
 `Outcomes` remembers what it has said, and says it once for as long as it lasts. Nothing is decided by that.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Sequence
 
 import trio
 
-from watcher.images import tries
-from watcher.model import Event, KeptOut, Later, Refused, Stack, Unsafe, printable, problem, shown
+from watcher.model import Event, KeptOut, Later, Refused, Unsafe, printable, problem, shown
 from watcher.records import journal
 from watcher.records.ledger import Ledger, LedgerError
-from watcher.records.schema import Quarantined, utf8
 from watcher.rounds import messages
 from watcher.rounds.choose import Passed
-from watcher.rounds.desired import STACK, Desired
-from watcher.watch.offload import Offload, Unanswered
+from watcher.rounds.desired import Desired
+from watcher.rounds.facts import Facts
 
 _Key = tuple[object, ...]
 
@@ -29,17 +26,13 @@ class Outcomes:
     """Writes down outcomes.
 
     Args:
-        ledger: where history and quarantine are kept.
-        offload: where the files of services are looked at.
+        ledger: where history is kept.
         told: called with every outcome, after it was recorded.
     """
 
-    def __init__(
-        self, ledger: Ledger, offload: Offload, told: Callable[[Event], None] = lambda event: None
-    ) -> None:
+    def __init__(self, ledger: Ledger, told: Callable[[Event], None] = lambda event: None) -> None:
         self._ledger = ledger
         self._told = told
-        self._offload = offload
         self._unwritten: list[Event] = []
         self._writing = trio.Lock()
         self._said: dict[str, frozenset[_Key]] = {}
@@ -89,60 +82,17 @@ class Outcomes:
             # What is refused is not tried again by itself.
             await self.outcome(messages.not_placed(service, reason, again=not isinstance(error, Refused)))
 
-    async def needs_restart(self, service: str, invocation: str, reason: str) -> None:
-        """Its main process shares the host's namespace. Says so once for each start of the service."""
-        if self._needs_restart.get(service) != invocation:
+    async def needs_restart(self, service: str, invocation: str, reason: str, *, again: bool = False) -> None:
+        """Its main process shares the host's namespace. Says so once for each start of the service.
+
+        Args:
+            again: a restart brings another stack now.
+        """
+        if again or self._needs_restart.get(service) != invocation:
             self._needs_restart[service] = invocation
             await self.outcome(messages.needs_restart(service, reason))
 
-    def kept_out(self, service: str) -> dict[str, str]:
-        """What is in quarantine for a service, with the reasons."""
-        return {one.digest: one.reason for one in self._ledger.quarantined(service)}
-
-    async def quarantine(
-        self, service: str, before: Stack, bad: Stack, reason: str, event: Event | None = None
-    ) -> dict[str, str]:
-        """Keep what is new in a stack out of the service; the stack itself where nothing in it is new.
-
-        Args:
-            event: the outcome that this is, if it is one already. One commit records both, because what is in
-                quarantine is not said again.
-
-        Returns:
-            What is kept out for the moment only, because it has tries left: reasons by digest.
-        """
-        known = set(before.digests)
-        new = {layer.digest: layer.source for layer in bad.layers if layer.digest not in known}
-        when = messages.now()
-        held = {}
-        contents = []
-        for digest, source in (new or {STACK + bad.id: ""}).items():
-            counters = tries.counted(source)
-            # If another service's success has removed the counters meanwhile, there is no other try.
-            if counters is not None and counters.left and await self._is_there(service, source):
-                held[digest] = f"{reason}; tries left: {counters.left}"
-            else:
-                contents.append(Quarantined(service, digest, reason, when, source))
-        told = [] if event is None else [event]
-        for one in told:
-            journal.record(one)
-        with trio.CancelScope(shield=True):
-            try:
-                append = functools.partial(self._ledger.append, *told, quarantine=contents)
-                await trio.to_thread.run_sync(append)
-            except LedgerError as error:
-                journal.log.error(f"quarantine, kept in memory only: {error}")
-        for one in told:
-            self._told(one)
-        return held
-
-    async def _is_there(self, service: str, path: str) -> bool:
-        try:
-            return await self._offload.run(service, os.path.lexists, path)
-        except Unanswered:
-            return True  # it cannot be seen, which is not removed
-
-    async def look(self, service: str, desired: Desired) -> None:
+    async def look(self, service: str, facts: Facts, desired: Desired) -> None:
         """Say what a look found that is worth a line, unless it was said already and has been so ever since."""
         before = self._said.get(service, frozenset())
         # Where the look was incomplete, what was said before may still be so.
@@ -160,33 +110,30 @@ class Outcomes:
                 *desired.signatures.get(passed.candidate.path, ()),
             )
             if key not in before:
-                await self._passed(service, passed, desired)
+                await self._passed(service, passed, facts, desired)
             said.add(key)
-        if desired.waiting is not None:
-            key = ("pinned", desired.waiting.id)
+        if facts.pinned is not None and facts.wanted.id != facts.pinned.id:
+            key = ("pinned", facts.wanted.id)
             if key not in before:
                 waits = "stays on the stack that it was put on by hand; `rollback --forget`"
                 say("warning", service, f"{waits} lets it have what was dropped since")
             said.add(key)
         self._said[service] = frozenset(said)
 
-    async def _passed(self, service: str, passed: Passed, desired: Desired) -> None:
+    async def _passed(self, service: str, passed: Passed, facts: Facts, desired: Desired) -> None:
         path = shown(passed.candidate.path)
-        known = isinstance(passed.reason, KeptOut) and self._is_known(service, passed)
-        if known or passed.slot in {entry.slot for entry in desired.sysexts}:
+        # This very file was said to be bad when it was put into the quarantine.
+        known = any(one.source == passed.candidate.path for one in facts.state.quarantine)
+        is_known = isinstance(passed.reason, KeptOut) and known
+        if is_known or passed.slot in {entry.slot for entry in desired.sysexts}:
             say("debug", service, f"{path} {passed.reason}")
         elif isinstance(passed.reason, Refused):
-            kept = next((one for one in desired.stack.layers if one.slot == passed.slot), None)
-            await self.outcome(messages.refused(service, passed, kept, desired.stack))
+            kept = next((one for one in facts.target.layers if one.slot == passed.slot), None)
+            await self.outcome(messages.refused(service, passed, kept, facts.target))
         elif isinstance(passed.reason, Later):
             say("warning", service, f"{path} has to wait, it is tried again by itself: {passed.reason}")
         else:
             say("debug", service, f"{path} has to wait: {passed.reason}")
-
-    def _is_known(self, service: str, passed: Passed) -> bool:
-        """Whether this very file was said to be bad when it was put into the quarantine."""
-        source = utf8(passed.candidate.path)
-        return any(one.source == source for one in self._ledger.quarantined(service))
 
 
 def signatures(passed: Sequence[Passed]) -> dict[str, tuple[int, ...]]:

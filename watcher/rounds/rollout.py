@@ -17,16 +17,16 @@ run leaves the first turn to those that do; if nothing was accepted for it yet, 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import trio
 
 from watcher.managers.base import Service
-from watcher.model import Stack
+from watcher.model import Stack, Verdict
 from watcher.resolve import scan
-from watcher.rounds.desired import Desired
+from watcher.rounds.facts import Facts
 from watcher.rounds.tools import Tools
 from watcher.watch.offload import Unanswered
 
@@ -83,39 +83,37 @@ class Rollout:
         self._at_it: dict[str, frozenset[str]] = {}
         self._waiting: set[str] = set()
 
-    @contextmanager
-    def turn(self, service: str, bid: Bid) -> Iterator[bool]:
-        """Whether a service may have new content now. If so, it is at it until the end of the block."""
-        if not self.may_go(bid):
+    def claim(self, service: str, bid: Bid) -> str:
+        """Why it is not its turn; "": it is, and the service is at it until `end()`."""
+        why = self.waits(service, bid)
+        if why:
             self._waiting.add(service)
-            yield False
-            return
-        self._at_it[service] = bid.new
-        try:
-            yield True
-        finally:
-            del self._at_it[service]
+        else:
+            self._at_it[service] = bid.new
+        return why
 
-    def may_go(self, bid: Bid) -> bool:
-        """Whether a service may have new content now."""
-        return may_go(bid, {name for name, content in self._at_it.items() if content & bid.new})
+    def waits(self, service: str, bid: Bid) -> str:
+        """Why it is not its turn, "" if it is."""
+        at_it = {name for name, content in self._at_it.items() if content & bid.new and name != service}
+        return "" if may_go(bid, at_it) else "it waits for its turn (Rollout=rolling)"
 
     def begin(self, service: str) -> None:
-        """A round of a service with `Rollout=rolling` begins."""
+        """A round of a service begins."""
         self._waiting.discard(service)
 
-    def end(self, service: str) -> None:
+    def end(self, service: str, *, rolling: bool) -> None:
         """Its round is over. Unless it waits itself, those that wait may have their turn."""
-        if service not in self._waiting:
+        claimed = self._at_it.pop(service, None) is not None
+        if (rolling or claimed) and service not in self._waiting:
             waiting, self._waiting = self._waiting, set()
             for name in sorted(waiting):
                 self._changed(name)
 
-    async def bid(self, service: Service, desired: Desired) -> Bid:
+    async def bid(self, service: Service, facts: Facts) -> Bid:
         """What the turn of a service depends on now."""
-        new = frozenset(desired.stack.digests) - frozenset(desired.current.digests)
+        new = frozenset(facts.wanted.digests) - frozenset(facts.accepted.digests)
         others = [other for other in rolling(self._tools) if other.name != service.name]
-        offered = await self._offered(service, desired, new, others)
+        offered = await self._offered(service, facts.wanted, new, others)
         siblings = await trio.to_thread.run_sync(
             lambda: [self._sibling(other, new, other.name in offered) for other in others]
         )
@@ -123,18 +121,18 @@ class Rollout:
             new=new,
             parallel=service.settings.rollout_parallel,
             running=service.main is not None,
-            fresh=not desired.current.layers,
+            fresh=not facts.accepted.layers,
             siblings=siblings,
         )
 
     async def _offered(
-        self, service: Service, desired: Desired, new: frozenset[str], others: list[Service]
+        self, service: Service, wanted: Stack, new: frozenset[str], others: list[Service]
     ) -> set[str]:
         """Names of those that could have the new content. Only a service that does not run depends on it.
 
         One whose files do not answer cannot have the content now; it is waited for no longer than a look takes.
         """
-        sources = [layer.source for layer in desired.stack.layers if layer.digest in new]
+        sources = [layer.source for layer in wanted.layers if layer.digest in new]
         running = [other for other in others if other.main is not None]
         if service.main is not None or not running:
             return set()
@@ -153,14 +151,14 @@ class Rollout:
         return found
 
     def _sibling(self, other: Service, new: frozenset[str], offered: bool) -> Sibling:
-        accepted = self._tools.store.accepted(other.slots) or Stack()
-        trial = self._tools.trials.of(other.name)
+        state = self._tools.store.state(other.slots)
+        accepted, trial = state.accepted.stack, state.trial
         return Sibling(
             other.name,
             running=other.main is not None,
             offered=offered,
             accepted=bool(new) and new <= set(accepted.digests),
-            on_trial=trial is not None and trial.stack == accepted.id,
+            on_trial=trial is not None and trial.stack == accepted.id and trial.verdict is not Verdict.GOOD,
         )
 
 

@@ -10,7 +10,6 @@ from watcher.images.store import Store
 from watcher.managers.base import Manager
 from watcher.mounts.workers import MountWorkers
 from watcher.records.ledger import Ledger
-from watcher.rounds.state import CountedTries, Pending, Trials
 from watcher.watch.offload import Offload
 from watcher.watch.patient import PatientWatcher
 
@@ -25,7 +24,4 @@ class Tools:
     manager: Manager
     watcher: PatientWatcher
     ledger: Ledger
-    pending: Pending
-    trials: Trials
-    counted: CountedTries
     offload: Offload

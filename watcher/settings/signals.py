@@ -11,6 +11,8 @@ from watcher.text import shown
 _SIGNAL = re.compile(
     r"(?P<number>[0-9]{1,3})|(?:SIG)?(?P<name>[A-Z0-9]+)(?P<further>(?<=RTMIN|RTMAX)[+-][0-9]{1,2})?"
 )
+# The set is made anew each time that it is asked for, which takes as long as reading a whole registration.
+_VALID = signal.valid_signals()
 
 
 def signal_number(text: str) -> int:
@@ -25,7 +27,7 @@ def signal_number(text: str) -> int:
         number = int(match["number"])
     elif match and (name := f"SIG{match['name']}") in signal.Signals.__members__:
         number = signal.Signals[name] + int(match["further"] or 0)
-    if number not in signal.valid_signals():
+    if number not in _VALID:
         raise ValueError(f"not a signal: {shown(text)}")
     return number
 

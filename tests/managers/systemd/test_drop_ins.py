@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from support import nasty
 from watcher import generator
+from watcher.images.stacks import Stacks
 from watcher.managers.systemd import drop_ins, sandbox_settings, unit_drop_in
 from watcher.managers.systemd.drop_ins import DropIn, Unwritable
 from watcher.managers.systemd.unit_files import DROPIN, Index
@@ -140,7 +142,8 @@ def test_a_line_of_his_own_in_a_name_of_a_sysext(tmp_path: Path) -> None:
     host = Host(tmp_path)
     host.sysext("tools_1")
     host.sysext('tools_2_a"\nExecStartPre=+id #')
-    unit_drop_in.write_sysexts(str(host.state), "web.service", [f"{host.versions}/tools___"])
+    sysexts = (f"{host.versions}/tools___",)
+    Stacks(str(host.state)).change("web.service", lambda state: replace(state, sysexts=sysexts))
     assert host.listed() == [f"{host.versions}/tools_1"]
     (complaint,) = host.complaints
     assert complaint.startswith("web.service: left out: ") and "ExecStartPre" in complaint
@@ -153,7 +156,8 @@ def test_the_generator_names_a_sysext_or_says_why_not(
     tmp_path_factory: pytest.TempPathFactory, name: str
 ) -> None:
     host = Host(tmp_path_factory.mktemp("host"))
-    unit_drop_in.write_sysexts(str(host.state), "web.service", [f"{host.versions}/tools___"])
+    sysexts = (f"{host.versions}/tools___",)
+    Stacks(str(host.state)).change("web.service", lambda state: replace(state, sysexts=sysexts))
     host.sysext(f"tools_{name}")
     host.listed()
 

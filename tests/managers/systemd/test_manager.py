@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +57,10 @@ async def test_a_drop_in_is_compared_again_only_when_something_else_is_listed(
         compared.clear()
         layers = [Layer(s, "x", "", digest * 64, Kind.IMAGE, "") for s in slots if s != missing]
         entries = [Entry(slot, f"/srv/{slot}", Kind.IMAGE) for slot in slots]
-        Stacks(str(tmp_path)).accept("web.service", Stack(tuple(layers)), entries)
-        await systemd.learn(WEB, [Entry("s", sysext, Kind.IMAGE)] if sysext else ())
+        sysexts = (sysext,) if sysext else ()
+        change = functools.partial(replace, sysexts=sysexts)
+        Stacks(str(tmp_path)).accept("web.service", Stack(tuple(layers)), entries, change=change)
+        await systemd.learn(WEB)
         return bool(compared)
 
     assert await learned("web.raw")

@@ -17,7 +17,7 @@ from jeepney import HeaderFields
 from watcher.managers import cgroup, command
 from watcher.managers.base import Ended, Reloaded, Service
 from watcher.managers.exec_context import context_of
-from watcher.managers.systemd import dbus, unit_drop_in
+from watcher.managers.systemd import dbus
 from watcher.managers.systemd.daemon_reload import DaemonReload, ReloadRefused
 from watcher.managers.systemd.jobs import UnitJobs
 from watcher.managers.systemd.kill_reload import KillReloads
@@ -27,7 +27,7 @@ from watcher.managers.systemd.transient import Transient
 from watcher.managers.systemd.unit_facts import Listed, listed, stale
 from watcher.managers.systemd.unit_files import Index
 from watcher.managers.systemd.wire import Received
-from watcher.model import Entry, Interest, Unsupported
+from watcher.model import Interest, Unsupported
 from watcher.mounts.process import Gone, Process
 from watcher.records import journal
 from watcher.settings import signals
@@ -106,17 +106,15 @@ class Systemd:
                 nursery.start_soon(self._follow_directories, watcher)
                 await self._stay_connected(task_status)
 
-    async def learn(self, service: Service, sysexts: Sequence[Entry] = ()) -> None:
-        """See `Manager.learn`; the generator reads what was accepted from the record beside the slots."""
-        paths = [entry.path for entry in sysexts]
+    async def learn(self, service: Service) -> None:
+        """See `Manager.learn`; the generator reads what was accepted, and the sysexts, from the service's record."""
         if self._learned[0] is not self._tracker.index:
             self._learned = self._tracker.index, {}
         learned = self._learned[1]
         # Here and in no thread: a round does more than this in the state directory before it comes here.
-        now = listed(self._state_directory, service.name, paths)
+        now = listed(self._state_directory, service.name)
         if now.settled and learned.get(service.name) == now:
             return  # a new version of what is listed already
-        await trio.to_thread.run_sync(unit_drop_in.write_sysexts, self._state_directory, service.name, paths)
         if await self._stale([service.name]):
             await self._reloads.request()
         else:

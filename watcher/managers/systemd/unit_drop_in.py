@@ -159,13 +159,13 @@ def _listed(
     complain: Callable[[str], None],
 ) -> list[Listed]:
     """The slots of the last accepted stack, and the sysexts that the unit declares."""
-    slots = read_slots(state_directory, unit.name, complain)
-    known = read_sysexts(state_directory, unit.name) if _declares(parsed) else frozenset()
+    slots, sysexts = read(state_directory, unit.name, complain)
+    known = sysexts if _declares(parsed) else frozenset()
     trees = (path for path, _ in index.sources(unit).directories)
     if slots is not None and not known and not any(map(_is_sysext_tree, trees)):
         return [Listed(kind, slot) for slot, kind in slots]
     declared, _remarks = unit_files.declared(unit, parsed, index.search_path)
-    sysexts = [
+    passed = [
         listed
         for entry in (*declared.images, *declared.directories)
         if _is_sysext(entry, known) and (listed := _list_sysext(entry))
@@ -180,66 +180,46 @@ def _listed(
             for entry in scan.entries(there)
             if not (entry.declared and _is_sysext(entry, known))
         ]
-    return [*(Listed(kind, slot) for slot, kind in slots), *sysexts]
+    return [*(Listed(kind, slot) for slot, kind in slots), *passed]
 
 
-def read_slots(
+def read(
     state_directory: str, unit: str, complain: Callable[[str], None] = lambda text: None
-) -> list[tuple[str, Kind]] | None:
-    """Slots of the last accepted stack, bottom to top, with or without a layer; None if no stack was ever accepted.
+) -> tuple[list[tuple[str, Kind]] | None, frozenset[str]]:
+    """What the drop-in needs of a unit's record (`records/state.py`). To import that would take longer than all here.
 
-    images/stacks.py writes this record. To import that module would take longer than all the rest here.
+    Returns:
+        Slots of the last accepted stack, bottom to top, with or without a layer; None if no stack was ever accepted.
+        And the paths that the unit declares, and in which the daemon has found sysexts.
     """
-    path = f"{state_directory}/units/{unit}/.stack.json"
+    path = f"{state_directory}/units/{unit}/.state.json"
     try:
         content = syntax.read(path)
     except FileNotFoundError:
-        return None
+        return None, frozenset()
     except OSError as error:
         complain(f"{path}: cannot be read, what lies in the directories is listed: {error.strerror}")
-        return None
+        return None, frozenset()
     import json
 
     try:
-        return [(entry["slot"], Kind(entry["kind"])) for entry in json.loads(content)["entries"]]
+        record = json.loads(content)
+        accepted = record["accepted"]
+        slots = [(entry["slot"], Kind(entry["kind"])) for entry in accepted["entries"]]
+        return slots if accepted["when"] else None, frozenset(record["sysexts"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        complain(f"{path}: not a record of a stack, what lies in the directories is listed: {error!r}")
-        return None
+        complain(f"{path}: not a record of a service, what lies in the directories is listed: {error!r}")
+        return None, frozenset()
 
 
-def read_sysexts(state_directory: str, unit: str) -> frozenset[str]:
-    """Paths that a unit declares, and in which the daemon has found sysexts; one on a line, escaped."""
+def only_holds_a_record(state_directory: str, unit: str) -> bool:
+    """Whether a unit never had a stack: what is below `units/` holds nothing but its record."""
     try:
-        with open(f"{state_directory}/sysexts/{unit}", encoding="ascii") as file:
-            return frozenset(
-                os.fsdecode(line.encode("ascii").decode("unicode_escape").encode("latin-1"))
-                for line in file.read().splitlines()
-            )
-    except (FileNotFoundError, UnicodeError):
-        return frozenset()
-
-
-def write_sysexts(state_directory: str, unit: str, paths: Iterable[str]) -> None:
-    """Tell the generator which of the declared paths are sysexts.
-
-    Raises:
-        OSError
-    """
-    from watcher.records import durable  # only the daemon writes
-
-    target = f"{state_directory}/sysexts/{unit}"
-    lines = [os.fsencode(path).decode("latin-1").encode("unicode_escape") + b"\n" for path in sorted(paths)]
-    if not lines:
-        if os.path.exists(target):
-            os.unlink(target)
-        return
-    os.makedirs(os.path.dirname(target), mode=0o755, exist_ok=True)
-    with open(f"{target}.tmp", "wb") as file:
-        file.write(b"".join(lines))
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(f"{target}.tmp", target)
-    durable.fsync(os.path.dirname(target), state_directory)
+        return os.readlink(f"{state_directory}/units/{unit}").endswith("-empty") and (
+            read(state_directory, unit)[0] is None
+        )
+    except OSError:
+        return False
 
 
 def _is_sysext_tree(path: str) -> bool:

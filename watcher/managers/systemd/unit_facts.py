@@ -164,7 +164,7 @@ class Listed(NamedTuple):
 
     slots: tuple[tuple[str, Kind], ...] | None
     there: frozenset[str]
-    sysexts: tuple[str, ...]
+    sysexts: frozenset[str]
 
     @property
     def settled(self) -> bool:
@@ -172,14 +172,14 @@ class Listed(NamedTuple):
         return self.slots is not None and not self.sysexts
 
 
-def listed(state_directory: str, unit: str, sysexts: Iterable[str]) -> Listed:
+def listed(state_directory: str, unit: str) -> Listed:
     """What the drop-in of a unit lists now. Quick: two small looks at the state directory."""
-    slots = unit_drop_in.read_slots(state_directory, unit)
+    slots, sysexts = unit_drop_in.read(state_directory, unit)
     try:
         there = frozenset(os.listdir(f"{state_directory}/units/{unit}"))
     except OSError:
         there = frozenset()
-    return Listed(None if slots is None else tuple(slots), there, tuple(sysexts))
+    return Listed(None if slots is None else tuple(slots), there, sysexts)
 
 
 def _equivalent(loaded: str, wanted: str, state_directory: str) -> bool:

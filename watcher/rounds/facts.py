@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""All that a round decides on, read by one function (`observe.py`): plain data, which a bug report can carry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from watcher.images import tries
+from watcher.images.rebuild import entry_of
+from watcher.model import Entry, Stack, Verdict
+from watcher.records.state import State
+
+AFTERGLOW_USEC = 1_000_000
+"""If the main process ends so soon after a good verdict, the stack is to blame. No round waits for that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """How a service took a stack.
+
+    Attributes:
+        told: what the service was told, for the log: "reload", "SIGHUP", "restart", "" if nothing.
+        reason: why it is bad; or why nothing was told although there is a way; one line, else "".
+        output: what the command printed that failed, at most 64 KiB.
+        usec: how long the reload took, microseconds.
+    """
+
+    stack: Stack
+    verdict: Verdict
+    told: str = ""
+    reason: str = ""
+    output: str = ""
+    usec: int = field(default=0, compare=False)
+
+    @property
+    def good(self) -> bool:
+        return self.verdict is Verdict.GOOD
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What is known of a service at one moment of a round.
+
+    Attributes:
+        now: when the round began, microseconds since the epoch.
+        state: what was decided before.
+        first: this watcher has not looked at it before.
+
+        running: it has a main process.
+        starting, failed, restarts, headless, invocation: see `Service`.
+        explained: its manager knows why it ended. (The kernel tells only its parent: not so of a standalone service.)
+        out_of_reach: why its main process must not be touched: it is in the host's mount namespace; "" if it may be.
+        blameless: it went down, and a copy that it ran on was damaged.
+
+        has_check, rollback, rolling: what its `Check=`, `Rollback=` and `Rollout=` say.
+
+        wanted: the best stack that was dropped and admitted, and is not in quarantine.
+        fallback: the newest accepted stack that is whole and not in quarantine; the empty one if there is none.
+        pinned: the stack that an operator has put it on by hand.
+        damaged: identities of those of them that have a damaged copy.
+        entries: what lies there, with a layer or without.
+        mounted: where the file systems of the files are mounted that they came from, by path (`unmounted.noted()`).
+        busy: a file is still being written that may change the answer.
+        waits: why it is not its turn, "" if it is.
+
+        shown: identity of the stack that its namespaces were brought to in this round; None: not yet.
+        judged: the verdict of this round, which is not written down yet.
+    """
+
+    now: int
+    state: State
+    first: bool = False
+
+    running: bool
+    starting: bool = False
+    failed: bool = False
+    restarts: int = 0
+    headless: bool = False
+    invocation: str = ""
+    explained: bool = True
+    out_of_reach: str = ""
+    blameless: bool = False
+
+    has_check: bool = False
+    rollback: bool = True
+    rolling: bool = False
+
+    wanted: Stack
+    fallback: Stack
+    pinned: Stack | None = None
+    damaged: tuple[str, ...] = ()
+    entries: tuple[Entry, ...] = ()
+    mounted: Mapping[str, str] = field(default_factory=dict)
+    busy: bool = False
+    waits: str = ""
+
+    shown: str | None = None
+    judged: Judged | None = None
+
+    @property
+    def accepted(self) -> Stack:
+        """What its next start gets."""
+        return self.state.accepted.stack
+
+    @property
+    def reachable(self) -> bool:
+        """Whether it runs where a stack can be put in place."""
+        return self.running and not self.out_of_reach
+
+    @property
+    def proved_bad(self) -> bool:
+        """Whether the accepted stack has to be taken out again, and another is there."""
+        bad = self.pinned is None and bool(self.state.why_bad(self.accepted))
+        return bad and self.fallback.id != self.accepted.id
+
+    @property
+    def undoing(self) -> bool:
+        """Whether a bad stack is being taken out again: not if an operator has let it in again meanwhile."""
+        undoing, accepted = self.state.undoing, self.accepted
+        if undoing is None or undoing.stack.id != accepted.id:
+            return undoing is not None
+        return bool(self.state.why_bad(accepted)) if self.pinned is None else self.pinned.id != accepted.id
+
+    @property
+    def kept_by_hand(self) -> bool:
+        """Whether an operator has put it on the bad stack that was being taken out: there is an outcome to come."""
+        undoing = self.state.undoing
+        return undoing is not None and self.pinned is not None and undoing.stack.id == self.accepted.id
+
+    @property
+    def on_trial(self) -> bool:
+        """Whether the accepted stack was not judged yet."""
+        trial = self.state.trial
+        return trial is not None and trial.stack == self.accepted.id and trial.verdict is None
+
+    @property
+    def is_owed(self) -> bool:
+        """Whether this start of the service has still to be told of the accepted stack. A later one has read it."""
+        return self.running and self.state.owed == self.invocation
+
+    @property
+    def was_told(self) -> bool:
+        """Whether the verdict of this round is on a reload. After `Reload=restart` this is another start already."""
+        return self.is_owed or (self.judged is not None and bool(self.judged.told))
+
+    @property
+    def offered(self) -> bool:
+        """Whether there is a stack that it never had, and that has to prove itself."""
+        if self.pinned is not None or self.proved_bad or self.undoing:
+            return False
+        return self.wanted.id != self.accepted.id and self.wanted.id not in self.damaged
+
+    @property
+    def stays(self) -> str:
+        """Why it stays for now on what it has, though another stack is offered; "" if it does not."""
+        if not self.offered:
+            return ""
+        if self.has_check and not self.reachable and self.accepted.layers:
+            where = "in a mount namespace of its own" if self.running else ""
+            return (
+                f"it is not running{where and ' ' + where}, and Check= needs that: it is tried once it runs"
+            )
+        return self.waits
+
+    @property
+    def target(self) -> Stack:
+        """The stack that it should be on now."""
+        if self.proved_bad or self.stays or (self.undoing and self.pinned is None):
+            return self.fallback
+        chosen = self.wanted if self.pinned is None else self.pinned
+        return self.fallback if chosen.id in self.damaged else chosen
+
+    @property
+    def new(self) -> bool:
+        """Whether `target` has to prove itself."""
+        return self.offered and not self.stays
+
+    @property
+    def listed(self) -> tuple[Entry, ...]:
+        """The entries to be recorded with `target`: a start looks for these slots alone.
+
+        A stack that stays or comes back may have layers whose entries do not lie there any more.
+        """
+        known = {entry.slot: entry for entry in self.state.accepted.entries}
+        entries = list(self.entries)
+        place = 0
+        for layer in self.target.layers:
+            slots = [entry.slot for entry in entries]
+            if layer.slot in slots:
+                place = slots.index(layer.slot) + 1
+            else:
+                entries.insert(place, known.get(layer.slot) or entry_of(layer))
+                place += 1
+        return tuple(entries)
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the record says of `target` all that it should: that it is accepted, names, entries, places."""
+        record, sources = self.state.accepted, [layer.source for layer in self.target.layers]
+        mounted = {source: self.mounted[source] for source in sources if source in self.mounted}
+        return (record.stack, record.entries, record.mounted) == (self.target, self.listed, mounted)
+
+    @property
+    def uncounted(self) -> bool:
+        """Whether a new file has counters, and this try was not counted yet (systemd.v(7))."""
+        return self.new and bool(tries.uncounted(self.target, self.accepted, self.state.counted))
+
+    @property
+    def check(self) -> str:
+        """What `State.checked` says if `target` has passed the check: for another start, it is checked again."""
+        return f"{self.invocation} {self.target.id}"
+
+    @property
+    def held(self) -> bool:
+        """Whether something is kept out for the moment."""
+        return any(one.for_now for one in self.state.quarantine)
+
+    @property
+    def started_anew(self) -> bool:
+        """Whether it was started since something was kept out for the moment, or this watcher was."""
+        if self.undoing:
+            return False
+        if self.first:
+            return True
+        return bool(self.invocation) and self.invocation != self.state.held_for
+
+    @property
+    def blame(self) -> str:
+        """Why its last stack is to blame for its end, "" if it is not."""
+        trial = self.state.trial
+        if trial is None or trial.stack != self.accepted.id or self.state.why_bad(self.accepted):
+            return ""
+        if not self.rollback or self.blameless or self.pinned is not None:
+            return ""
+        if trial.verdict is Verdict.GOOD:
+            down = self.failed or self.restarts not in (0, trial.restarts)
+            soon = 0 <= self.now - trial.judged < AFTERGLOW_USEC
+            return "its main process ended soon after the reload" if down and soon else ""
+        down = self.failed and not self.running and not self.starting
+        if down and self.explained and self.on_trial and not trial.was_down:
+            return "the service failed on it before it had proved good"
+        return ""

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Takes the steps that are decided on: counts, checks, accepts, swaps, reloads, watches. It decides nothing."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+
+import trio
+
+from watcher.managers.base import Service
+from watcher.model import Copy, Later, Stack, Verdict
+from watcher.mounts.converge import converge
+from watcher.mounts.process import Gone, Process
+from watcher.records.state import State
+from watcher.rounds import changes, decide, messages
+from watcher.rounds.desired import Desired
+from watcher.rounds.facts import Facts, Judged
+from watcher.rounds.judge import judge_start, reload_and_judge
+from watcher.rounds.memory import Memory, Round
+from watcher.rounds.observe import of_look
+from watcher.rounds.outcomes import say
+from watcher.rounds.service_check import check
+from watcher.rounds.tools import Tools
+
+
+class Steps:
+    """The steps that do something to the files, the store or the service."""
+
+    def __init__(self, tools: Tools) -> None:
+        self._tools = tools
+
+    async def let_in(self, step: decide.LetIn, service: Service, this: Round) -> None:
+        """Start to try again what is kept out for the moment, or go on keeping it out during this start."""
+        await self._change(service, this, functools.partial(changes.let_in, step, service.invocation))
+
+    async def count(self, service: Service, facts: Facts, this: Round) -> None:
+        """Count one try of each new file that has counters: note it, and rename the file."""
+        assert this.desired is not None
+        store, renaming = self._tools.store, functools.partial(self._tools.watcher.renaming, service.name)
+        desired, slots = this.desired, service.slots
+
+        def count() -> tuple[Desired, State]:
+            counted = changes.count(store, desired, facts, slots, service.name, renaming, service.trust)
+            return counted, store.state(slots)
+
+        try:
+            desired, this.state = await self._tools.offload.run(service.name, count)
+        except FileNotFoundError:  # another service's attempt has just renamed a file
+            this.desired = None
+            return
+        this.desired = desired
+        say("debug", service.name, f"tries counted: {messages.files(desired.wanted)}")
+
+    async def check(self, step: decide.Check, service: Service, facts: Facts, this: Round) -> None:
+        """Run `Check=` against a stack that the service cannot see."""
+        tools = self._tools
+        with _held(service) as main:
+            copies = self._copies(step.stack)
+            ended = await check(tools.workers, tools.manager, service, main, step.stack, copies)
+        say("debug", service.name, f"check failed: {ended.reason}" if ended.reason else "check passed")
+        if ended.reason:
+            failed = Verdict.CHECK_FAILED
+            this.judged = Judged(step.stack, failed, reason=ended.reason, output=ended.output)
+        else:
+            await self._change(service, this, lambda state: replace(state, checked=facts.check))
+
+    async def accept(self, step: decide.Accept, service: Service, facts: Facts, this: Round) -> None:
+        """From now on every start of the service gets the stack. If the service runs, it is owed a reload for that."""
+        assert this.desired is not None
+        tools, desired = self._tools, this.desired
+        sysexts = tuple(entry.path for entry in desired.sysexts)
+        change = functools.partial(changes.accept, step, facts, service.invocation, sysexts)
+        accept = tools.store.accept
+        this.state = await tools.offload.run(
+            service.name, accept, service.slots, step.stack, facts.listed, change
+        )
+        this.desired, this.looked_with = desired.recorded(this.state.accepted), of_look(this.state)
+        this.accepted |= step.new
+        this.owing = service.invocation != "" and facts.state.owed != this.state.owed == service.invocation
+        trial = ", on trial" if step.new else ""
+        say("debug", service.name, f"accepted {messages.labels(step.stack)}{trial}")
+        await tools.manager.learn(service)
+
+    async def swap(self, service: Service, facts: Facts, memory: Memory, this: Round) -> None:
+        """Swap the stack in, in each namespace of the service that does not show it. From then on a reload is owed."""
+        tools, stack = self._tools, facts.accepted
+        with _held(service) as main:
+            copies = self._copies(stack)
+            pids = await tools.manager.processes(service)
+            others = [one for one in tools.manager.services.values() if one.name != service.name]
+            memory.mounted = None
+            this.converged = converged = await tools.workers.run(
+                converge,
+                tools.workers,
+                main,
+                pids,
+                stack,
+                copies,
+                functools.partial(self._owe, service, this),
+                memory.compared,
+                kept=lambda: (stack, *tools.store.stacks(service.slots)),
+                other_mains=[one.main.pid for one in others if one.main is not None],
+                patient=facts.busy and not this.accepted,
+            )
+        memory.mounted = frozenset(stack.digests)
+        this.shown = service.invocation, stack.id
+        say("debug", service.name, messages.converged(converged))
+        if this.owing and not converged.swaps and this.state.owed == service.invocation:
+            # It was started on this very stack: there is nothing to tell it, and nothing to say.
+            await self._change(service, this, lambda state: replace(state, owed="", replaced=None))
+        if this.state.owed == service.invocation:
+            for remark in converged.remarks:
+                say("warning", service.name, remark)
+
+    def _owe(self, service: Service, this: Round) -> None:
+        """Note, before a swap, that this start of the service has to be told. Called by a mount worker."""
+        if this.state.owed != service.invocation:
+            with suppress(Later):  # then it holds until the watcher ends
+                self._tools.store.change(service.slots, lambda state: replace(state, owed=service.invocation))
+            this.state = self._tools.store.state(service.slots)
+
+    async def reload(self, service: Service, facts: Facts, this: Round) -> bool:
+        """Have the service reload, and judge it. False: an operator has stopped it or started it anew meanwhile."""
+        with _held(service) as main:
+            judged = await reload_and_judge(self._tools.manager, service, main, facts.accepted)
+        return _judged(service, judged, this)
+
+    async def watch(self, service: Service, facts: Facts, this: Round) -> bool:
+        """Judge the service, which was started on its stack. False: it was done, or was stopped."""
+        with _held(service) as main:
+            judged = await judge_start(self._tools.manager, service, main, facts.accepted)
+        return _judged(service, judged, this)
+
+    async def revive(self, service: Service, facts: Facts, this: Round) -> None:
+        """Start the service again, on the stack before the bad one.
+
+        Raises:
+            Later: it could not be started now.
+        """
+        revived = await self._tools.manager.revive(service)
+        if revived.interrupted:
+            raise Later(f"it could not be started again on its old stack: {revived.reason}")
+        verdict = Verdict.GOOD if revived.ok else Verdict.WENT_DOWN
+        this.judged = Judged(facts.accepted, verdict, revived.told, revived.reason, revived.output)
+
+    async def _change(self, service: Service, this: Round, change: Callable[[State], State]) -> None:
+        this.state = await trio.to_thread.run_sync(self._tools.store.change, service.slots, change)
+
+    def _copies(self, stack: Stack) -> dict[str, Copy]:
+        return {layer.digest: self._tools.store.copy(layer) for layer in stack.layers}
+
+
+def _judged(service: Service, judged: Judged | None, this: Round) -> bool:
+    if judged is not None:
+        say("debug", service.name, messages.judged(judged))
+    this.judged = judged
+    return judged is not None
+
+
+def _held(service: Service) -> Process:
+    """The main process, held by the caller. Raises Gone: it has ended."""
+    if service.main is None:
+        raise Gone(f"{service.name} has ended")
+    return service.main.hold()

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Writes down what became of a stack: the outcome first, then the state.
+
+If the watcher is killed in between, the next round comes to the same outcome again: an outcome may be recorded twice,
+but it is never lost.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+
+import trio
+
+from watcher.images import tries
+from watcher.managers.base import Service
+from watcher.model import Event, Later, Stack, Verdict
+from watcher.mounts.converge import Converged, as_stack
+from watcher.records import journal
+from watcher.records.state import STACK, Quarantine, State
+from watcher.rounds import changes, decide, messages
+from watcher.rounds.facts import Facts, Judged
+from watcher.rounds.memory import Round
+from watcher.rounds.messages import Times
+from watcher.rounds.outcomes import Outcomes, say
+from watcher.rounds.tools import Tools
+from watcher.watch.offload import Unanswered
+
+
+class Verdicts:
+    """Records what became of stacks."""
+
+    def __init__(self, tools: Tools, outcomes: Outcomes) -> None:
+        self._tools = tools
+        self._outcomes = outcomes
+
+    async def good(self, service: Service, facts: Facts, this: Round) -> None:
+        """The accepted stack proved good: its files lose their counters."""
+        judged = _taken(this)
+        if facts.was_told:
+            await self._outcomes.outcome(await self._applied(service, facts, this, judged))
+        else:
+            say("info", service.name, f"started well on {messages.labels(facts.accepted)}")
+        await self._proved_good(service, facts, this, functools.partial(changes.good, facts, messages.now()))
+
+    async def keep(self, service: Service, facts: Facts, this: Round) -> None:
+        """The accepted stack proved bad, and stays."""
+        undoing = facts.state.undoing
+        if this.judged is None and undoing is not None:
+            this.judged = Judged(facts.accepted, undoing.verdict, reason=undoing.why, output=undoing.output)
+        judged = _taken(this)
+        before, rebased = await self._before(service, facts, this)
+        times = _times(this, judged)
+        event = messages.failed(service.name, before, facts.accepted, judged, times, rebased=rebased)
+        await self._outcomes.outcome(event)
+        change = functools.partial(changes.keep, facts, judged.verdict, messages.now())
+        await self._change(service, this, change)
+
+    async def reject(self, step: decide.Reject, service: Service, facts: Facts, this: Round) -> None:
+        """Keep out what is new in a stack. If it is the accepted one, the stack before comes back next."""
+        this.judged = None
+        say("debug", service.name, f"kept out: {messages.labels(step.stack)}: {step.why}")
+        entries = await self._entries(service, facts.state, step)
+        if step.stack.id != facts.accepted.id:
+            event = messages.check_failed(service.name, facts.accepted, step)
+            await self._outcomes.outcome(event)
+        await self._change(
+            service, this, functools.partial(changes.reject, step, facts, entries, _runs(service))
+        )
+
+    async def undone(self, service: Service, facts: Facts, this: Round) -> None:
+        """The stack is back that the service had before a bad one; or that has failed, too."""
+        undoing = facts.state.undoing
+        assert undoing is not None
+        back = _taken(this) if this.judged else Judged(facts.accepted, Verdict.GOOD)
+        times = _times(this, back) if facts.reachable else Times()
+        running = facts.reachable or bool(back.told)
+        restart = facts.running and bool(facts.out_of_reach)
+        event = messages.rolled_back(
+            service.name, undoing, facts.accepted, back, times, running=running, restart=restart
+        )
+        await self._outcomes.outcome(event, critical=not back.good)
+        await self._change(service, this, functools.partial(changes.undone, facts))
+
+    async def say_accepted(self, service: Service, facts: Facts, this: Round) -> None:
+        """The slots have another stack, though nobody has told the service: a `wait` may wait for that."""
+        before = await self._replaced(service, facts)
+        event = messages.accepted(service.name, before, facts)
+        await self._outcomes.outcome(event)
+        await self._change(service, this, changes.said)
+
+    async def needs_restart(self, service: Service, facts: Facts, this: Round) -> None:
+        """Its main process is where no stack can be put in place."""
+        again = facts.state.replaced is not None
+        reason = facts.out_of_reach
+        await self._outcomes.needs_restart(service.name, service.invocation, reason, again=again)
+        if again:
+            await self._change(service, this, changes.said)
+
+    # --- parts ---
+
+    async def _change(self, service: Service, this: Round, change: Callable[[State], State]) -> None:
+        """A change that cannot be written down holds in memory, and is written with the next one."""
+        store = self._tools.store
+        with trio.CancelScope(shield=True):  # it has happened, even if the watcher is about to end
+            try:
+                this.state = await trio.to_thread.run_sync(store.change, service.slots, change)
+            except Later as error:
+                this.state = await trio.to_thread.run_sync(store.state, service.slots)
+                undoing = this.state.undoing
+                what = "what became of its stack is known until the watcher ends"
+                if undoing is not None:
+                    what = f"{messages.labels(undoing.stack)} is to be taken out again: {undoing.why}"
+                text = f"{service.name}: {what}; it could not be written down: {error}"
+                journal.log.error(text, service=service.name)
+
+    async def _applied(self, service: Service, facts: Facts, this: Round, judged: Judged) -> Event:
+        before, rebased = await self._before(service, facts, this)
+        swapped = this.converged is not None and this.converged.swaps > 0
+        times = _times(this, judged)
+        return messages.applied(
+            service.name, before, facts.accepted, judged, times, swapped=swapped, rebased=rebased
+        )
+
+    async def _before(self, service: Service, facts: Facts, this: Round) -> tuple[Stack, bool]:
+        """What the service showed before, and whether that was the accepted stack, made on another `/etc`."""
+        converged = this.converged
+        if converged is not None and _is_rebased(converged, facts):
+            return facts.accepted, True
+        before = await self._replaced(service, facts)
+        if converged is None or converged.before.layers is None:  # systemd started it on its slots
+            return before, False
+        known = (one for one in (facts.accepted, before) if one.id == converged.before.stack)
+        return next(known, None) or as_stack(converged.before), False
+
+    async def _replaced(self, service: Service, facts: Facts) -> Stack:
+        """The stack that the accepted one has replaced."""
+        stacks = await trio.to_thread.run_sync(self._tools.store.stacks, service.slots)
+        others = [one for one in stacks if one.id != facts.accepted.id]
+        if facts.state.replaced is not None:
+            others = [one for one in others if one.id == facts.state.replaced]
+        return next(iter(others), Stack())
+
+    async def _proved_good(
+        self, service: Service, facts: Facts, this: Round, change: Callable[[State], State]
+    ) -> None:
+        stack, tools = facts.accepted, self._tools
+        if tries.are_counted(stack):
+            # Where they lie may not answer. The service must not be told twice for that.
+            if facts.was_told:
+                await self._change(service, this, changes.told)
+            renaming = functools.partial(tools.watcher.renaming, service.name)
+            stack = await tools.offload.run(
+                service.name, tries.succeed, stack, service.name, renaming, service.trust
+            )
+        if stack == facts.accepted:
+            await self._change(service, this, change)
+            return
+        this.desired = None  # its files have other names now
+        accept = tools.store.accept
+        this.state = await tools.offload.run(service.name, accept, service.slots, stack, facts.listed, change)
+
+    async def _entries(self, service: Service, state: State, step: decide.Reject) -> list[Quarantine]:
+        """What is to be kept out: what is new in a stack; the stack itself where nothing in it is new."""
+        bad, reason = step.stack, step.reason
+        stacks = await trio.to_thread.run_sync(self._tools.store.stacks, service.slots)
+        good = (one for one in (state.accepted.stack, *stacks) if one.id != bad.id and not state.why_bad(one))
+        known = next(good, Stack()).digests
+        new = {layer.digest: layer.source for layer in bad.layers if layer.digest not in known}
+        when = messages.now()
+        entries = []
+        for digest, source in (new or {STACK + bad.id: ""}).items():
+            counters = tries.counted(source)
+            # If another service's success has removed the counters meanwhile, there is no other try.
+            left = counters.left if counters is not None and await self._is_there(service, source) else 0
+            why = f"{reason}; tries left: {left}" if left else reason
+            entries.append(Quarantine(digest, why, when, source, for_now=left > 0))
+        return entries
+
+    async def _is_there(self, service: Service, path: str) -> bool:
+        try:
+            return await self._tools.offload.run(service.name, os.path.lexists, path)
+        except Unanswered:
+            return True  # it cannot be seen, which is not removed
+
+
+def _taken(this: Round) -> Judged:
+    """The verdict of this round, which is written down now."""
+    judged, this.judged = this.judged, None
+    assert judged is not None
+    return judged
+
+
+def _times(this: Round, judged: Judged) -> Times:
+    swap = this.converged.usec if this.converged is not None else 0
+    return Times(swap, judged.usec, round((trio.current_time() - this.since) * 1_000_000))
+
+
+def _is_rebased(converged: Converged, facts: Facts) -> bool:
+    """Whether the service had this very stack, and got it anew because the `/etc` beneath it has changed."""
+    if facts.on_trial or facts.state.replaced is not None:
+        return False
+    # systemd mounted it at the start of the service, from these slots. It shows something else now, so the host's /etc
+    # was changed while no watcher ran.
+    return converged.rebased or (converged.swaps > 0 and converged.before.layers is None)
+
+
+def _runs(service: Service) -> bool:
+    return service.main is not None and service.main.alive()
