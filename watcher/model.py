@@ -237,17 +237,17 @@ class Layer:
         return shown(f"{self.name} {self.version}" if self.version else self.name)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Stack:
     """Layers bottom to top. Stacks with the same contents have the same `id`: names do not count."""
 
     layers: tuple[Layer, ...] = ()
 
-    @property
+    @functools.cached_property
     def digests(self) -> tuple[str, ...]:
         return tuple(layer.digest for layer in self.layers)
 
-    @property
+    @functools.cached_property
     def id(self) -> str:
         """16 hexadecimal digits, "" for the empty stack."""
         return stack_id(self.digests)

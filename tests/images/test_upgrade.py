@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import itertools
@@ -151,7 +152,7 @@ def check(state_directory: str, runtime_directory: str, units: Collection[str] =
 
 
 def fields(state: State) -> dict[str, object]:
-    return {name: getattr(state, name) for name in State.__slots__}
+    return {name: getattr(state, name) for name in (one.name for one in dataclasses.fields(State))}
 
 
 def test_nothing_is_lost(base: Path) -> None:

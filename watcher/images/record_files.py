@@ -94,6 +94,15 @@ class RecordFiles:
         self._known[stack] = key, state
         durable.fsync(stack)
 
+    def create(self, stack: str, state: State, directory: int) -> None:
+        """Write the first record of a stack, which is put together in a directory. Raises OSError.
+
+        Args:
+            stack: path that the directory is to have.
+            directory: its descriptor.
+        """
+        self._known[stack] = create(RECORD, state, directory), state
+
     def forget(self, stack: str) -> None:
         """A stack is gone."""
         self._known.pop(stack, None)

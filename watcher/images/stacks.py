@@ -343,7 +343,7 @@ class Stacks:
         try:
             for layer in state.accepted.stack.layers:
                 os.symlink(f"../../../store/{layer.digest}", layer.slot, dir_fd=fd)
-            record_files.create(RECORD, state, fd)
+            self._records.create(f"{self.directory}/{unit}/{name}", state, fd)
         finally:
             os.close(fd)
         os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)

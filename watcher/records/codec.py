@@ -42,19 +42,17 @@ def to_dict(value: Any, text: Callable[[str], str] = utf8) -> Any:
     Args:
         text: what becomes of each string. A record that only we read keeps names exactly: `str`.
     """
-    if isinstance(value, Mapping):
-        return {text(key): to_dict(item, text) for key, item in value.items()}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            _camel(field.name): to_dict(getattr(value, field.name), text)
-            for field in dataclasses.fields(value)
-        }
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, str):
         return text(value)
     if isinstance(value, list | tuple):
         return [to_dict(item, text) for item in value]
+    names = _names(value.__class__)
+    if names is not None:
+        return {camel: to_dict(getattr(value, name), text) for name, camel in names}
+    if isinstance(value, Mapping):
+        return {text(key): to_dict(item, text) for key, item in value.items()}
     return value
 
 
@@ -66,29 +64,35 @@ def from_dict(cls: type[T], data: Any) -> T:
 
     Raises ValueError: `data` is not such an object, or a key without a default is missing.
     """
-    result = _read(cls, data)
+    kind: Any = cls
+    result = _reader(kind)(data)
     assert isinstance(result, cls)
     return result
 
 
-def _read(kind: Any, data: Any) -> Any:
+@functools.cache
+def _reader(kind: Any) -> Callable[[Any], Any]:
+    """What makes a value of a type of its JSON value. It raises ValueError."""
     if isinstance(kind, types.UnionType):
-        inner, _none = typing.get_args(kind)
-        return None if data is None else _read(inner, data)
+        some = _reader(typing.get_args(kind)[0])
+        return lambda data: None if data is None else some(data)
     if typing.get_origin(kind) is tuple:
-        if not isinstance(data, list):
-            raise ValueError(f"not an array: {data!r}")
-        return tuple(_read(typing.get_args(kind)[0], item) for item in data)
+        item = _reader(typing.get_args(kind)[0])
+        return lambda data: tuple(item(one) for one in _checked(list, data, "an array"))
     if typing.get_origin(kind) is Mapping:
-        if not isinstance(data, dict):
-            raise ValueError(f"not an object: {data!r}")
-        return {key: _read(typing.get_args(kind)[1], item) for key, item in data.items()}
+        value = _reader(typing.get_args(kind)[1])
+        return lambda data: {key: value(one) for key, one in _checked(dict, data, "an object").items()}
     if dataclasses.is_dataclass(kind):
-        return _read_object(kind, data)
+        return functools.partial(_read_object, kind)
     if issubclass(kind, enum.Enum):
-        return kind(data)
+        named: Callable[[Any], Any] = kind
+        return named
+    return lambda data: _checked(kind, data, f"of type {kind.__name__}")
+
+
+def _checked(kind: type, data: Any, what: str) -> Any:
     if type(data) is not kind:
-        raise ValueError(f"not of type {kind.__name__}: {data!r}")
+        raise ValueError(f"not {what}: {data!r}")
     return data
 
 
@@ -96,14 +100,11 @@ _VERDICTS = frozenset(verdict.value for verdict in Verdict)
 
 
 def _read_object(cls: Any, data: Any) -> Any:
-    if not isinstance(data, dict):
-        raise ValueError(f"not an object: {data!r}")
+    _checked(dict, data, "an object")
     if cls is Event and isinstance(data.get("verdict"), str) and data["verdict"] not in _VERDICTS:
         # A newer daemon's. Elsewhere a verdict decides (state.py), and an unknown one is an error.
         data = {**data, "verdict": None}
-    given = {
-        name: _read(kind, data[_camel(name)]) for name, kind in types_of(cls).items() if _camel(name) in data
-    }
+    given = {name: read(data[camel]) for name, camel, read in _readers(cls) if camel in data}
     try:
         return cls(**given)
     except TypeError as error:
@@ -111,10 +112,24 @@ def _read_object(cls: Any, data: Any) -> Any:
 
 
 @functools.cache
+def _readers(cls: type) -> tuple[tuple[str, str, Callable[[Any], Any]], ...]:
+    """The fields of a data class, with their names in JSON and what reads them."""
+    return tuple((name, _camel(name), _reader(kind)) for name, kind in types_of(cls).items())
+
+
+@functools.cache
 def types_of(cls: type) -> dict[str, Any]:
     """The types of the fields of a data class."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+@functools.cache
+def _names(cls: type) -> tuple[tuple[str, str], ...] | None:
+    """The fields of a data class, with their names in JSON; None: it is another class."""
+    if not dataclasses.is_dataclass(cls):
+        return None
+    return tuple((field.name, _camel(field.name)) for field in dataclasses.fields(cls))
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from watcher.model import Entry, Stack, Verdict, printable, shown
 from watcher.records import schema
@@ -106,7 +107,7 @@ class Quarantine:
     for_now: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class State:
     """The record of one service.
 
@@ -142,9 +143,11 @@ class State:
     def why_bad(self, stack: Stack) -> str:
         """Why a stack must not be used, "" if it may be."""
         reasons = self.kept_out
+        if not reasons:
+            return ""
         return next((reasons[key] for key in (STACK + stack.id, *stack.digests) if key in reasons), "")
 
-    @property
+    @cached_property
     def kept_out(self) -> dict[str, str]:
         """What the service must not get, with the reasons: by digest, or by `STACK` and the identity of a stack."""
         return {one.digest: one.reason for one in self.quarantine}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from watcher.images import tries
 from watcher.images.rebuild import entry_of
@@ -38,7 +39,7 @@ class Judged:
         return self.verdict is Verdict.GOOD
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Facts:
     """What is known of a service at one moment of a round.
 
@@ -98,23 +99,23 @@ class Facts:
     shown: str | None = None
     judged: Judged | None = None
 
-    @property
+    @cached_property
     def accepted(self) -> Stack:
         """What its next start gets."""
         return self.state.accepted.stack
 
-    @property
+    @cached_property
     def reachable(self) -> bool:
         """Whether it runs where a stack can be put in place."""
         return self.running and not self.out_of_reach
 
-    @property
+    @cached_property
     def proved_bad(self) -> bool:
         """Whether the accepted stack has to be taken out again, and another is there."""
         bad = self.pinned is None and bool(self.state.why_bad(self.accepted))
         return bad and self.fallback.id != self.accepted.id
 
-    @property
+    @cached_property
     def undoing(self) -> bool:
         """Whether a bad stack is being taken out again: not if an operator has let it in again meanwhile."""
         undoing, accepted = self.state.undoing, self.accepted
@@ -122,36 +123,41 @@ class Facts:
             return undoing is not None
         return bool(self.state.why_bad(accepted)) if self.pinned is None else self.pinned.id != accepted.id
 
-    @property
+    @cached_property
     def kept_by_hand(self) -> bool:
         """Whether an operator has put it on the bad stack that was being taken out: there is an outcome to come."""
         undoing = self.state.undoing
         return undoing is not None and self.pinned is not None and undoing.stack.id == self.accepted.id
 
-    @property
+    @cached_property
     def on_trial(self) -> bool:
         """Whether the accepted stack was not judged yet."""
         trial = self.state.trial
         return trial is not None and trial.stack == self.accepted.id and trial.verdict is None
 
-    @property
+    @cached_property
     def is_owed(self) -> bool:
         """Whether this start of the service has still to be told of the accepted stack. A later one has read it."""
         return self.running and self.state.owed == self.invocation
 
-    @property
+    @cached_property
     def was_told(self) -> bool:
         """Whether the verdict of this round is on a reload. After `Reload=restart` this is another start already."""
         return self.is_owed or (self.judged is not None and bool(self.judged.told))
 
-    @property
+    @cached_property
     def offered(self) -> bool:
         """Whether there is a stack that it never had, and that has to prove itself."""
         if self.pinned is not None or self.proved_bad or self.undoing:
             return False
         return self.wanted.id != self.accepted.id and self.wanted.id not in self.damaged
 
-    @property
+    @cached_property
+    def bids(self) -> bool:
+        """Whether it has to ask for its turn (`Rollout=rolling`)."""
+        return self.rolling and self.offered and not self.stays
+
+    @cached_property
     def stays(self) -> str:
         """Why it stays for now on what it has, though another stack is offered; "" if it does not."""
         if not self.offered:
@@ -163,7 +169,7 @@ class Facts:
             )
         return self.waits
 
-    @property
+    @cached_property
     def target(self) -> Stack:
         """The stack that it should be on now."""
         if self.proved_bad or self.stays or (self.undoing and self.pinned is None):
@@ -171,12 +177,12 @@ class Facts:
         chosen = self.wanted if self.pinned is None else self.pinned
         return self.fallback if chosen.id in self.damaged else chosen
 
-    @property
+    @cached_property
     def new(self) -> bool:
         """Whether `target` has to prove itself."""
         return self.offered and not self.stays
 
-    @property
+    @cached_property
     def listed(self) -> tuple[Entry, ...]:
         """The entries to be recorded with `target`: a start looks for these slots alone.
 
@@ -194,29 +200,29 @@ class Facts:
                 place += 1
         return tuple(entries)
 
-    @property
+    @cached_property
     def recorded(self) -> bool:
         """Whether the record says of `target` all that it should: that it is accepted, names, entries, places."""
         record, sources = self.state.accepted, [layer.source for layer in self.target.layers]
         mounted = {source: self.mounted[source] for source in sources if source in self.mounted}
         return (record.stack, record.entries, record.mounted) == (self.target, self.listed, mounted)
 
-    @property
+    @cached_property
     def uncounted(self) -> bool:
         """Whether a new file has counters, and this try was not counted yet (systemd.v(7))."""
         return self.new and bool(tries.uncounted(self.target, self.accepted, self.state.counted))
 
-    @property
+    @cached_property
     def check(self) -> str:
         """What `State.checked` says if `target` has passed the check: for another start, it is checked again."""
         return f"{self.invocation} {self.target.id}"
 
-    @property
+    @cached_property
     def held(self) -> bool:
         """Whether something is kept out for the moment."""
         return any(one.for_now for one in self.state.quarantine)
 
-    @property
+    @cached_property
     def started_anew(self) -> bool:
         """Whether it was started since something was kept out for the moment, or this watcher was."""
         if self.undoing:
@@ -225,7 +231,7 @@ class Facts:
             return True
         return bool(self.invocation) and self.invocation != self.state.held_for
 
-    @property
+    @cached_property
     def blame(self) -> str:
         """Why its last stack is to blame for its end, "" if it is not."""
         trial = self.state.trial
