@@ -55,7 +55,7 @@ async def obey(manager: Systemd, verb: str, service: Service) -> None:
         fields = ("ok", "told", "reason", "output", *(("interrupted",) if reloaded.interrupted else ()))
         say(reloaded={field: getattr(reloaded, field) for field in fields})
     elif verb == "processes":
-        say(processes=await manager.processes(service))
+        say(processes=manager.processes(service))
     elif verb == "learn":
         await manager.learn(service)
         say(learned=service.name)

@@ -59,7 +59,7 @@ def bring(workers: MountWorkers, layers: Layers) -> Callable[..., Converged]:
             compared,
             patient=patient,
             kept=lambda: kept,
-            other_mains=[other.pid for other in other_mains],
+            other_mains=lambda: [other.pid for other in other_mains],
         ).result()
 
     return brought

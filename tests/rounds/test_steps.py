@@ -14,7 +14,7 @@ from watcher.records.state import Accepted, State
 from watcher.rounds import exec_service
 from watcher.rounds.decide import Accept
 from watcher.rounds.desired import Desired
-from watcher.rounds.memory import Round
+from watcher.rounds.memory import Memory, Round
 from watcher.rounds.steps import Steps
 from watcher.settings.config import ServiceSettings
 
@@ -43,18 +43,11 @@ def look(one: Stack) -> Desired:
     return Desired(Look(tuple(Picks(entry, ()) for entry in entries(one)), ()), (), one, OLD)
 
 
-async def test_what_was_recorded_otherwise_than_it_was_seen_counts_as_it_was_recorded() -> None:
-    async def run(name: str, function: Any, *args: Any) -> Any:
-        return function(*args)
-
-    async def learn(service: Service) -> None: ...
-
+def test_what_was_recorded_otherwise_than_it_was_seen_counts_as_it_was_recorded() -> None:
     store = Unmounting()
-    tools = SimpleNamespace(
-        store=store, offload=SimpleNamespace(run=run), manager=SimpleNamespace(learn=learn)
-    )
+    tools = SimpleNamespace(store=store, manager=SimpleNamespace(learned=lambda service: True))
     this = Round(0.0, 0, state=record(OLD), desired=look(NEW))
-    await Steps(cast(Any, tools)).accept(Accept(NEW, new=True), SERVICE, facts(OLD, wanted=NEW), this)
+    Steps(cast(Any, tools)).accept(Accept(NEW, new=True), SERVICE, facts(OLD, wanted=NEW), Memory(), this)
     assert this.desired is not None
     assert this.desired.mounted == this.state.accepted.mounted == {NEW.layers[0].source: "/srv1"}
 

@@ -365,6 +365,16 @@ def test_an_error_from_each_system_call_of_a_swap(running: list[Lane]) -> None:
 
 def test_killed_before_each_name_that_a_drop_makes_or_changes(lanes: list[Lane]) -> None:
     """In the store, the slots, the notes and the ledger, by whatever thread."""
+    wanted = {"os.rename", "os.symlink", "os.unlink", "signal.pidfd_send_signal", "ledger"}
+    found = killed_at_each(lanes)
+    while not wanted <= found and len(lanes) > 1:
+        # What a kill has left is cleared away by the next drop: its steps have other numbers then, in that lane alone.
+        found |= killed_at_each([lanes.pop()])
+    assert wanted <= found
+
+
+def killed_at_each(lanes: list[Lane]) -> set[str]:
+    """What the daemon was about to do when it was killed, at each of its steps."""
     steps: dict[int, str] = {}
     missed: list[int] = []
 
@@ -384,7 +394,7 @@ def test_killed_before_each_name_that_a_drop_makes_or_changes(lanes: list[Lane])
     # Not every drop has as many: two that end at the same time share a commit of the ledger.
     assert sorted([*steps, *missed]) == list(range(1, len(steps) + len(missed) + 1))
     assert len(missed) > 1 and min(missed) >= len(steps) - 1
-    assert {"os.rename", "os.symlink", "os.unlink", "signal.pidfd_send_signal", "ledger"} <= {*steps.values()}
+    return {*steps.values()}
 
 
 def killed_at(lane: Lane, number: int) -> str:

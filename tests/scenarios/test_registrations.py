@@ -80,7 +80,7 @@ def test_nobody_is_told_to_restart_what_has_no_images_yet(
     place.versions("web.service").mkdir(parents=True, exist_ok=True)
     place.configure("SettleSec=20ms", "LogLevel=debug")
     daemon = place.start_daemon()
-    until(lambda: any("web.service: round over" in line for line in daemon.log.lines))
+    until(lambda: any("web.service: round over" in line for line in daemon.log.read()))
     assert not any("needs-restart" in line for line in daemon.log.lines)
     drop(place)
     daemon.log.wait_for("needs-restart")

@@ -65,6 +65,23 @@ def place(tmp_path: Path) -> Iterator[Reloading]:
         yield made
 
 
+# A program that is ended by the signal that asks it to reload.
+ENDS = "import os, signal; signal.pthread_sigmask(signal.SIG_BLOCK, [1]); signal.sigwait([1]); os._exit(3)"
+
+
+def test_each_of_many_that_are_ended_by_the_signal_gets_its_old_stack_back(place: Reloading) -> None:
+    """Their manager has noticed most of these ends by the time that the verdict is due."""
+    place.image("1", "one")
+    place.start_daemon()
+    names = [f"web{number}.service" for number in range(25)]
+    for name in names:
+        place.start(sys.executable, "-ISc", ENDS, name=name, options=("--reload-signal", "SIGHUP"))
+    for _ in names:
+        place.until("started well")
+    place.image("2", "two")
+    eventually(lambda: all("rolled-back" in place.outcomes(name) for name in names))
+
+
 def test_a_failed_reload_is_undone_and_what_it_printed_is_told(place: Reloading) -> None:
     service = place.run()
     slot = place.slot()

@@ -60,6 +60,7 @@ class World:
         self.planned: list[tuple[int, Callable[[], None]]] = []
         self._patches = contextlib.ExitStack()
         self._acting = False
+        self._in_thread = False
 
     # --- time ---
 
@@ -273,10 +274,28 @@ class World:
         mounted: Any = SimpleNamespace(stack=before.id, layers=())
         return Converged(mounted, swaps)
 
-    async def _reload(self, manager: Any, service: Service, main: Main, stack: Stack) -> Judged | None:
+    def _tell(self, service: Service, main: Main) -> Reloaded | None:
+        """A standalone service is told by a signal."""
+        if main.unit.manager != "standalone" or service.settings.reload == "restart":
+            return None
+        self.tick()
+        if not main.alive():
+            raise Gone("it has ended")
+        self._read(main.unit)
+        self.tick()
+        return Reloaded(ok=True, told="SIGHUP")
+
+    async def _reload(
+        self,
+        manager: Any,
+        service: Service,
+        main: Main,
+        stack: Stack,
+        done: tuple[Reloaded, int] | None = None,
+    ) -> Judged | None:
         self.tick()
         unit, told = main.unit, "restart" if service.settings.reload == "restart" else "reload"
-        if main.alive():
+        if done is None and main.alive():
             if told == "restart":
                 self.start(unit)
             else:
@@ -328,6 +347,10 @@ class World:
         self.tick()
         return Reloaded(ok=unit.alive, told="start", reason="" if unit.alive else "it ended")
 
+    def _processes(self, service: Service) -> list[int]:
+        assert self._in_thread, "a service may have tens of thousands, and hold up the event loop"
+        return []
+
     def _append(self, *events: Event) -> None:
         self.tick()
         self.events += events
@@ -344,8 +367,18 @@ class World:
         async def run_within(seconds: float, name: str, function: Any) -> Any:
             return function()
 
-        async def work(function: Any, *args: Any, **more: Any) -> Any:
+        async def in_turn(service: Service, function: Any) -> Any:
+            self._in_thread = True
+            try:
+                return function(service)
+            finally:
+                self._in_thread = False
+
+        def call(function: Any, *args: Any, **more: Any) -> Any:
             return function(*args, **more)
+
+        async def run_alone(function: Any, *args: Any) -> Any:
+            return function(*args)
 
         async def nothing(*_: Any) -> list[int]:
             return []
@@ -353,11 +386,10 @@ class World:
         world = self
 
         class Manager:
-            learn, processes, revive = (
-                staticmethod(nothing),
-                staticmethod(nothing),
-                staticmethod(self._revive),
-            )
+            learn, revive = staticmethod(nothing), staticmethod(self._revive)
+            processes = staticmethod(self._processes)
+            learned = staticmethod(lambda service: True)
+            tell = staticmethod(self._tell)
 
             @property
             def services(self) -> dict[str, Service]:
@@ -366,11 +398,12 @@ class World:
         return SimpleNamespace(
             store=self.store,
             admission=SimpleNamespace(admit=self._admit),
-            workers=SimpleNamespace(run=work, check_foreign=self._check_foreign),
+            workers=SimpleNamespace(call=call, check_foreign=self._check_foreign),
             manager=Manager(),
             watcher=SimpleNamespace(watch=nothing, renaming=nothing, drop=lambda name: None),
             ledger=SimpleNamespace(append=self._append),
-            offload=SimpleNamespace(run=run, run_within=run_within, forget=lambda name: None),
+            offload=SimpleNamespace(run=run, run_within=run_within, run_alone=run_alone),
+            in_turn=in_turn,
         )
 
     def __enter__(self) -> World:

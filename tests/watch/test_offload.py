@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import random
+import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +15,8 @@ import trio.testing
 
 from watcher.watch import offload
 from watcher.watch.offload import Offload, Unanswered
+
+PATIENCE = 30.0
 
 
 @pytest.fixture
@@ -75,13 +80,10 @@ async def test_who_is_cancelled_goes_and_the_next_waits_for_what_he_left(free: t
     assert order == ["other", "next"]
 
 
-async def test_a_crowd_that_hangs_keeps_nobody_waiting(
-    free: threading.Event, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(offload, "CROWD_SEC", 0.01)
+async def test_a_crowd_that_hangs_keeps_nobody_waiting(free: threading.Event) -> None:
     work = Offload()
     async with trio.open_nursery() as nursery:
-        for number in range(2 * offload.CROWD):
+        for number in range(20):
             nursery.start_soon(work.run, f"{number}", free.wait)
         await trio.testing.wait_all_tasks_blocked()
         with trio.fail_after(30):
@@ -95,3 +97,96 @@ async def test_a_short_wait_gives_nothing_up(free: threading.Event) -> None:
         await work.run_within(0.01, "web", free.wait)
     free.set()
     assert await work.run("web", divmod, 7, 2) == (3, 1)
+
+
+async def test_our_own_files_wait_for_nobodys_turn_and_nobody_gives_them_up(
+    free: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = Offload()
+    monkeypatch.setattr(offload, "HANGS_SEC", 0.1)
+    async with trio.open_nursery() as nursery:
+        with pytest.raises(Unanswered):
+            await work.run("web", free.wait)
+        nursery.start_soon(trio.to_thread.run_sync, lambda: (time.sleep(0.3), free.set()))
+        assert await work.run_alone(divmod, 7, 2) == (3, 1)
+        assert await work.run_alone(free.wait)
+
+
+async def test_without_a_thread_a_job_waits_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Offload()
+    start, refused = trio.lowlevel.start_thread_soon, []
+
+    def not_yet(*args: object) -> None:
+        if len(refused) < 3:
+            refused.append(args)
+            raise RuntimeError("can't start new thread")
+        start(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trio.lowlevel, "start_thread_soon", not_yet)
+    with trio.fail_after(PATIENCE):
+        assert await work.run("web", divmod, 7, 2) == (3, 1)
+    assert len(refused) == 3
+
+
+async def test_what_never_begins_is_dropped(free: threading.Event) -> None:
+    work, dropped = Offload(), []
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(work.run, "web", free.wait)
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(Unanswered):
+            await work.run_within(
+                0.05, "web", lambda: dropped.append("begun"), lambda: dropped.append("dropped")
+            )
+        free.set()
+    await work.run("web", divmod, 7, 2)
+    assert dropped == ["dropped"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_whatever_hangs_fails_and_is_cancelled_nothing_is_lost_or_mixed_up(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload, "HANGS_SEC", 0.25)
+    chance, busy, overlaps = random.Random(seed), set[str](), list[str]()
+    work = Offload()
+
+    def job(key: str, seconds: float, *, fails: bool) -> str:
+        if key in busy:
+            overlaps.append(key)
+        busy.add(key)
+        try:
+            time.sleep(seconds)
+            if fails:
+                raise ValueError(key)
+            return key
+        finally:
+            busy.discard(key)
+
+    async def user() -> None:
+        for _ in range(30):
+            key, fails = f"key{chance.randrange(8)}", chance.random() < 0.1
+            seconds = chance.choice([0.0, 0.0, 0.0, 0.0005, 0.005, 0.02, 0.05, 0.4 * (chance.random() < 0.1)])
+            limit = chance.choice([9.0, 9.0, 9.0, 0.001, 0.01, 0.03])
+            with trio.move_on_after(limit):
+                try:
+                    assert await work.run(key, job, key, seconds, fails=fails) == key
+                    assert not fails
+                except ValueError as error:
+                    assert fails and error.args == (key,)
+                except Unanswered:
+                    pass
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(0.00001)
+    try:
+        with trio.fail_after(PATIENCE):
+            async with trio.open_nursery() as nursery:
+                for _ in range(12):
+                    nursery.start_soon(user)
+            while work._keys:
+                await trio.sleep(0.01)
+            for number in range(8):
+                assert await work.run(f"key{number}", divmod, 7, 2) == (3, 1)
+    finally:
+        sys.setswitchinterval(interval)
+    assert not overlaps and not work._queue and not work._ended

@@ -133,6 +133,19 @@ class Manager(Protocol):
         Under systemd this takes a daemon-reload if the loaded drop-in does not list these slots.
         """
 
+    def learned(self, service: Service) -> bool:
+        """Whether the next start uses the accepted stack anyway: then there is no need to `learn()`. Blocks."""
+
+    def tell(self, service: Service, main: Process) -> Reloaded | None:
+        """Ask the service to reload, if a signal is all that takes; None: it takes `reload()`. Blocks.
+
+        Args:
+            main: its main process, held by the caller.
+
+        Raises:
+            Gone: it has ended.
+        """
+
     async def reload(self, service: Service) -> Reloaded:
         """Ask the service to reload as its settings say, and wait for the end."""
 
@@ -155,5 +168,8 @@ class Manager(Protocol):
             Later: the command could not be run now.
         """
 
-    async def processes(self, service: Service) -> list[int]:
-        """PIDs of all processes of the service, its main process included. They are hints: hold them by pidfd."""
+    def processes(self, service: Service) -> list[int]:
+        """PIDs of all processes of the service, its main process included. They are hints: hold them by pidfd. Blocks.
+
+        There may be tens of thousands.
+        """

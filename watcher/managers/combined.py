@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import trio
 
 from watcher.managers.base import Ended, Manager, Reloaded, Service
+from watcher.mounts.process import Process
 
 
 class Combined:
@@ -31,6 +32,12 @@ class Combined:
     async def learn(self, service: Service) -> None:
         await self._of(service).learn(service)
 
+    def learned(self, service: Service) -> bool:
+        return self._of(service).learned(service)
+
+    def tell(self, service: Service, main: Process) -> Reloaded | None:
+        return self._of(service).tell(service, main)
+
     async def reload(self, service: Service) -> Reloaded:
         return await self._of(service).reload(service)
 
@@ -45,8 +52,8 @@ class Combined:
     ) -> Ended:
         return await self._of(service).execute(service, namespace, words, timeout_sec)
 
-    async def processes(self, service: Service) -> list[int]:
-        return await self._of(service).processes(service)
+    def processes(self, service: Service) -> list[int]:
+        return self._of(service).processes(service)
 
     def _of(self, service: Service) -> Manager:
         found = (manager for manager in self._managers if service.name in manager.services)

@@ -74,11 +74,18 @@ async def send_signal(main: Process, number: int) -> Reloaded:
         Gone: it has ended.
     """
     deadline = trio.current_time() + _HANDLER_SEC
-    while not main.survives(number):
+    while (sent := signal_now(main, number)) is None:
         if trio.current_time() > deadline:
             reason = f"{signal_name(number)} was not sent, it has no handler and would be ended by it"
             return Reloaded(ok=True, reason=reason)
         await trio.sleep(0.02)
+    return sent
+
+
+def signal_now(main: Process, number: int) -> Reloaded | None:
+    """Send a signal that asks for a reload; None: it would end the process. Raises Gone."""
+    if not main.survives(number):
+        return None
     main.signal(number)
     return Reloaded(ok=True, told=signal_name(number))
 

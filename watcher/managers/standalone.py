@@ -84,6 +84,15 @@ class Standalone:
     async def learn(self, service: Service) -> None:
         """Nothing to do: `exec` looks for itself."""
 
+    def learned(self, service: Service) -> bool:
+        return True
+
+    def tell(self, service: Service, main: Process) -> Reloaded | None:
+        registration = self._registrations.get(service.name)
+        if registration is None or not registration.reload_signal:
+            return None
+        return command.signal_now(main, signals.signal_number(registration.reload_signal))
+
     async def reload(self, service: Service) -> Reloaded:
         """Send the signal or run the command that the service was registered with."""
         registration = self._registrations.get(service.name)
@@ -141,13 +150,14 @@ class Standalone:
             context = await command.aside(_context_of, main, registration)
             return await self._run(registration.name, main, namespace, context, words, timeout_sec)
 
-    async def processes(self, service: Service) -> list[int]:
+    def processes(self, service: Service) -> list[int]:
         if service.main is None:
             return []
         # A supervisor may have started another service, which has a stack of its own.
-        mains = {other.main.pid for other in self._services.values() if other.main is not None}
-        # There may be tens of thousands.
-        return [service.main.pid, *await command.aside(descendants, service.main.pid, apart=mains)]
+        return [service.main.pid, *descendants(service.main.pid, self._mains)]
+
+    def _mains(self) -> set[int]:
+        return {one.main.pid for one in list(self._services.values()) if one.main is not None}
 
     async def _look_again(self) -> None:
         """Read again what could not be read, for want of descriptors say: no event will say when it can be."""

@@ -57,7 +57,7 @@ def converge(
     compared: Compared,
     *,
     kept: Callable[[], Iterable[Stack]],
-    other_mains: Iterable[int] = (),
+    other_mains: Callable[[], Iterable[int]] = tuple,
     patient: bool = False,
 ) -> Converged:
     """Swap wherever the wanted stack is not shown. Runs on a mount worker.

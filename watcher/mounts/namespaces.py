@@ -52,7 +52,7 @@ def of_service(
     main: Process,
     pids: Iterable[int],
     kept: Callable[[], Iterable[Stack]],
-    other_mains: Iterable[int] = (),
+    other_mains: Callable[[], Iterable[int]] = tuple,
 ) -> Iterator[Namespaces]:
     """The namespaces of one service, open during the block. Runs on a mount worker.
 
@@ -61,7 +61,7 @@ def of_service(
     Args:
         pids: of all processes of the service.
         kept: gives the stacks that the service has or had, as far as they are known.
-        other_mains: main processes of other services, whose namespaces are never this one's.
+        other_mains: gives the main processes of other services, whose namespaces are never this one's.
 
     Raises:
         HostNamespace: the main process shares the host's.
@@ -100,14 +100,14 @@ class _Nested:
         fds: Descriptors,
         found: Namespaces,
         kept: Callable[[], Iterable[Stack]],
-        other_mains: Iterable[int],
+        other_mains: Callable[[], Iterable[int]],
     ) -> None:
         self._workers, self._fds, self._found = workers, fds, found
         self._room = TABLES_MAX
         self._main = Table(read_namespace(workers, found.main))
         self._digests = {digest for stack in kept() for digest in stack.digests} | _digests(self._main)
         self._seen: set[tuple[int, int]] = set()
-        for pid in other_mains:
+        for pid in other_mains():
             with contextlib.suppress(Gone, PermissionError):
                 self._seen.add(_identity(pid))
 

@@ -13,7 +13,7 @@ import os
 import re
 import select
 import signal
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import psutil
 
@@ -170,16 +170,20 @@ def start_time(pid: int) -> int:
     return int(_read(f"/proc/{pid}/stat").rpartition(b")")[2].split()[19])
 
 
-def descendants(pid: int, apart: Collection[int] = ()) -> list[int]:
+def descendants(pid: int, apart: Callable[[], Collection[int]] = tuple) -> list[int]:
     """PIDs of the children of a process, of theirs, and so on; hints, like every PID.
 
     Args:
-        apart: PIDs that are left out, with their own children.
+        apart: gives PIDs that are left out, with their own children. Most processes have none.
     """
     found: list[int] = []
     todo = [pid]
+    others: Collection[int] | None = None
     while todo:
-        children = [child for child in _children(todo.pop()) if child not in apart]
+        children = _children(todo.pop())
+        if children:
+            others = apart() if others is None else others
+            children = [child for child in children if child not in others]
         found += children
         todo += children
     return found

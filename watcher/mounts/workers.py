@@ -24,7 +24,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from typing import Any, ParamSpec, TypeVar
 
 import trio
@@ -40,8 +40,8 @@ T = TypeVar("T")
 # Hidden by our tmpfs, in the private namespace only. /sys is on every machine, and no step of a swap needs it.
 PLACE = "/sys"
 
-HANGS_SEC = 30.0
-"""Seconds after which a job counts as hanging."""
+HANGS_SEC = 27.0
+"""Seconds after which a job counts as hanging: before the job that it may be part of does (watch/offload.py)."""
 
 _BUSY_SEC = 1.0  # until another worker takes over what is waiting
 _GRACE_SEC = 0.4  # for a job that is under way when the program ends
@@ -137,7 +137,8 @@ class MountWorkers:
         """`run()` for a thread that may wait; not for a worker. Raises Hung: see there."""
         job = self.submit(function, *args, **kwargs)
         for seconds in self._patience(job):
-            wait([job], seconds)
+            with contextlib.suppress(TimeoutError):
+                job.exception(seconds)
         return job.result()
 
     def _patience(self, job: _Job[Any]) -> Iterator[float]:

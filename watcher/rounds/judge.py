@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import trio
 
-from watcher.managers.base import Ended, Manager, Service
+from watcher.managers.base import Ended, Manager, Reloaded, Service
 from watcher.model import Later, Stack, Verdict
 from watcher.mounts.process import Gone, Process
 from watcher.rounds import messages
@@ -31,12 +31,19 @@ _NOTICED_SEC = 2.0
 _ROLLING_WATCH_USEC = 1_000_000
 
 
-async def reload_and_judge(manager: Manager, service: Service, main: Process, stack: Stack) -> Judged | None:
+async def reload_and_judge(
+    manager: Manager,
+    service: Service,
+    main: Process,
+    stack: Stack,
+    done: tuple[Reloaded, int] | None = None,
+) -> Judged | None:
     """Ask a running service to reload; good only if it came through.
 
     Args:
         main: its main process, held by the caller.
         stack: what it is judged on.
+        done: what came of that, if it was asked already, and how long it took, microseconds.
 
     Returns:
         None if an operator stopped it or started it anew while it was watched.
@@ -44,9 +51,7 @@ async def reload_and_judge(manager: Manager, service: Service, main: Process, st
     Raises:
         Later: whether it has reloaded could not be found out.
     """
-    begun = trio.current_time()
-    reloaded = await manager.reload(service)
-    usec = round((trio.current_time() - begun) * 1_000_000)
+    reloaded, usec = done or await _reload(manager, service)
     say("debug", service.name, messages.told(reloaded))
     told = Judged(stack, Verdict.GOOD, reloaded.told, reloaded.reason, reloaded.output, usec)
     judge = _Judge(manager, service, main)
@@ -67,6 +72,12 @@ async def reload_and_judge(manager: Manager, service: Service, main: Process, st
     if not main.alive():
         return await judge.why_ended(told, "when it was told to reload")
     return await judge.verdict(told, "its reload")
+
+
+async def _reload(manager: Manager, service: Service) -> tuple[Reloaded, int]:
+    begun = trio.current_time()
+    reloaded = await manager.reload(service)
+    return reloaded, round((trio.current_time() - begun) * 1_000_000)
 
 
 async def judge_start(manager: Manager, service: Service, main: Process, stack: Stack) -> Judged | None:

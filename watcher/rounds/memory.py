@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from watcher.managers.base import Reloaded
+from watcher.model import Interest, Stack
 from watcher.mounts.converge import Compared, Converged
 from watcher.records.state import State
 from watcher.rounds.desired import Desired
-from watcher.rounds.facts import Judged
+from watcher.rounds.facts import Facts, Judged
 
 
 @dataclass(slots=True)
@@ -24,9 +26,10 @@ class Memory:
         ran: when a round last saw it running, `time.monotonic()`.
         blameless: of a service that went down, whether a copy was found damaged since it ran; None: not looked at.
         seen: a round has looked at it.
+        unlearned: its manager has to be told of the accepted stack.
     """
 
-    interests: tuple[object, ...] | None = None
+    interests: tuple[Interest, ...] | None = None
     attempts: int = 0
     mounted: frozenset[str] | None = None
     at_hand: frozenset[str] = frozenset()
@@ -34,34 +37,52 @@ class Memory:
     ran: float = 0.0
     blameless: bool | None = None
     seen: bool = False
+    unlearned: bool = False
 
 
 @dataclass(slots=True)
 class Round:
-    """What one round has found and done so far.
+    """What one round has found and done so far. It belongs to the thread of a job, or to the event loop, in turn.
 
     Attributes:
         since: when the change was noticed that it is for, `trio.current_time()`.
         begun: microseconds since the epoch. What was before is judged by that, however long a look takes.
         first: nothing was done yet, in the first round of this watcher.
         state: as it was read or written last.
+        facts: what was known when the last step was decided on.
         desired: the last look; None: look again.
         looked_with: what that look depended on.
+        before: what was accepted before.
         accepted: a new stack was accepted.
         owing: the note that a reload is owed was written with that, before it was known whether a swap is needed.
         shown: the start of the service, and the identity of the stack, that its namespaces were brought to.
         converged: what that found and did.
         judged: a verdict that is not written down yet.
+        unsaid: nothing was said of that look yet.
+        unwatched: what the last look has looked at, and nobody watches yet: it has to be looked at again after that.
+        over: nobody waits for it any more; a thread may still be at it.
+        waits: why it is not the service's turn (`Rollout=rolling`), "" if it is; None: nobody has asked since the last
+            step.
+        reloaded: the service was asked to reload, and how long that took, microseconds; None: not yet.
     """
 
     since: float
     begun: int
     first: bool = False
     state: State = field(default_factory=State)
+    facts: Facts = field(
+        default_factory=lambda: Facts(now=0, state=State(), running=False, wanted=Stack(), fallback=Stack())
+    )
     desired: Desired | None = None
     looked_with: object = None
+    before: Stack | None = None
     accepted: bool = False
     owing: bool = False
     shown: tuple[str, str] | None = None
     converged: Converged | None = None
     judged: Judged | None = None
+    unsaid: bool = False
+    unwatched: tuple[Interest, ...] | None = None
+    over: bool = False
+    waits: str | None = None
+    reloaded: tuple[Reloaded, int] | None = None

@@ -20,9 +20,11 @@ from watcher.model import Busy, Interest, Later
 from watcher.mounts.process import Elsewhere, Gone, Process, namespace_id
 from watcher.mounts.workers import HostNamespace
 from watcher.records.state import State
+from watcher.resolve import scan
+from watcher.resolve.strict_modes import StrictModes
 from watcher.rounds import messages
 from watcher.rounds.desired import Desired, Given, find
-from watcher.rounds.facts import Facts
+from watcher.rounds.facts import Facts, Judged
 from watcher.rounds.memory import Memory, Round
 from watcher.rounds.outcomes import Outcomes, say, signatures
 from watcher.rounds.rollout import Rollout, rolling
@@ -58,51 +60,109 @@ class Observer:
         with held:
             yield
 
-    async def observe(self, service: Service, memory: Memory, this: Round) -> Facts:
-        """All that is known of a service at this moment of its round. Hold `using_store()`."""
+    def look(self, service: Service, others: Sequence[Service], memory: Memory, this: Round) -> bool:
+        """Look at the disk, unless the last look still counts. Hold `using_store()`. Blocks.
+
+        Args:
+            others: see `siblings()`.
+
+        Returns:
+            False: call `watch()`, and then this again. No change in between is missed.
+        """
+        if memory.interests is None:
+            # Nearly all that is to be watched can be known before the look that counts.
+            with StrictModes(service.trust) as modes:
+                this.unwatched = scan.look(service.declared, modes=modes).interests
+            return False
         if this.desired is None or this.looked_with != of_look(this.state):
-            this.state, this.desired = await self._watch_and_look(service, memory)
-            this.looked_with = of_look(this.state)
-            await self._say(service, self._facts(service, this.state, this.desired), this.desired)
-        facts = replace(
-            self._facts(service, this.state, this.desired),
+            this.state, this.desired = self._find(service, others)
+            this.looked_with, this.unsaid = of_look(this.state), True
+        if this.desired.look.interests != memory.interests:
+            this.unwatched = this.desired.look.interests
+        return this.unwatched is None
+
+    def observe(self, service: Service, memory: Memory, this: Round) -> Facts:
+        """All that is known of a service at this moment of its round, after a `look()`. Blocks.
+
+        Args:
+            service: with a main process that the caller holds.
+        """
+        assert this.desired is not None
+        facts = self._facts(
+            service,
+            this.state,
+            this.desired,
             now=this.begun,
             first=this.first,
-            blameless=await self._blameless(service, memory),
+            blameless=self._blameless(service, memory),
             shown=this.shown[1] if this.shown and this.shown[0] == service.invocation else None,
             judged=this.judged,
+            waits=this.waits or "",
         )
-        if facts.rolling and facts.offered and not facts.stays:
-            bid = await self._rollout.bid(service, facts)
-            facts = replace(facts, waits=self._rollout.claim(service.name, bid))
+        if this.unsaid:
+            self._say(service, facts, this.desired)
+            this.unsaid = False
         return facts
 
-    async def _say(self, service: Service, facts: Facts, desired: Desired) -> None:
+    async def watch(self, service: Service, memory: Memory, this: Round) -> None:
+        """Watch what a look has looked at. What is new has to be looked at again."""
+        assert this.unwatched is not None
+        if await self._tools.watcher.watch(service.name, (*this.unwatched, _HOST_ETC)):
+            this.desired = None
+        memory.interests, this.unwatched = this.unwatched, None
+
+    def siblings(self, service: Service) -> list[Service]:
+        """Those with `Rollout=rolling` beside it: what proved bad for these does not get into this one either."""
+        if service.settings.rollout != "rolling":
+            return []
+        return [other for other in rolling(self._tools) if other.name != service.name]
+
+    def _say(self, service: Service, facts: Facts, desired: Desired) -> None:
         count = sum(len(pick.candidates) for pick in desired.look.picks)
         say("debug", service.name, messages.looked(facts, count))
-        await self._outcomes.look(service.name, facts, desired)
+        self._outcomes.look(service.name, facts, desired)
 
     async def glance(self, service: Service) -> tuple[Facts, Desired]:
         """What the next round would find, without doing anything about it. Hold `using_store()`."""
         memory = replace(self._memories.get(service.name, Memory()))  # a copy: nobody remembers a glance
-        state, desired = await self._look(service)
-        facts = replace(
-            self._facts(service, state, desired),
-            first=not memory.seen,
-            blameless=await self._blameless(service, memory),
-        )
-        if facts.rolling and facts.offered and not facts.stays:
+        siblings = self.siblings(service)
+
+        def look(service: Service) -> tuple[Facts, Desired]:
+            state, desired = self._find(service, siblings)
+            blameless = self._blameless(service, memory)
+            now, first = messages.now(), not memory.seen
+            return self._facts(service, state, desired, now=now, first=first, blameless=blameless), desired
+
+        facts, desired = await self._tools.in_turn(service, look)
+        if facts.bids:
             bid = await self._rollout.bid(service, facts)
             facts = replace(facts, waits=self._rollout.waits(service.name, bid))
         return facts, desired
 
-    def _facts(self, service: Service, state: State, desired: Desired) -> Facts:
+    def _facts(
+        self,
+        service: Service,
+        state: State,
+        desired: Desired,
+        *,
+        now: int,
+        first: bool,
+        blameless: bool,
+        waits: str = "",
+        shown: str | None = None,
+        judged: Judged | None = None,
+    ) -> Facts:
         settings, main = service.settings, service.main
         # If a bad stack took it down, its manager may not have noticed that yet.
         ended = main is not None and state.undoing is not None and not main.alive()
         return Facts(
-            now=messages.now(),
+            now=now,
             state=state,
+            first=first,
+            blameless=blameless,
+            waits=waits,
+            shown=shown,
+            judged=judged,
             running=main is not None and not ended,
             starting=service.starting,
             failed=service.failed or ended,
@@ -138,35 +198,15 @@ class Observer:
             os.close(namespace)
         return ""
 
-    async def _blameless(self, service: Service, memory: Memory) -> bool:
+    def _blameless(self, service: Service, memory: Memory) -> bool:
         """Whether a service went down with a damaged copy: then its configuration is not to blame."""
         if service.main is not None:
             memory.ran = time.monotonic()
         if service.main is not None or not service.failed:
             memory.blameless = None
         elif memory.blameless is None:
-            damaged = self._tools.store.was_damaged
-            memory.blameless = await trio.to_thread.run_sync(
-                damaged, service.slots, memory.ran, abandon_on_cancel=True
-            )
+            memory.blameless = self._tools.store.was_damaged(service.slots, memory.ran)
         return bool(memory.blameless)
-
-    async def _watch_and_look(self, service: Service, memory: Memory) -> tuple[State, Desired]:
-        """`_look()` at what was watched before it was read: no change in between is missed."""
-        while True:
-            state, desired = await self._look(service)
-            if desired.look.interests == memory.interests:
-                return state, desired
-            new = await self._tools.watcher.watch(service.name, (*desired.look.interests, _HOST_ETC))
-            memory.interests = desired.look.interests
-            if not new:
-                return state, desired
-
-    async def _look(self, service: Service) -> tuple[State, Desired]:
-        others = []
-        if service.settings.rollout == "rolling":
-            others = [other for other in rolling(self._tools) if other.name != service.name]
-        return await self._tools.offload.run(service.name, self._find, service, others)
 
     def _find(self, service: Service, others: Sequence[Service]) -> tuple[State, Desired]:
         """Blocks, also on the service's root and on where its images come from, which may be dead network mounts.

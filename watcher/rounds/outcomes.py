@@ -36,12 +36,14 @@ class Outcomes:
         self._unwritten: list[Event] = []
         self._writing = trio.Lock()
         self._said: dict[str, frozenset[_Key]] = {}
+        # Outcomes of looks, which threads have made: the next `record_found()` takes them.
+        self._found: dict[str, list[Event]] = {}
         self._not_placed: dict[str, str] = {}
         self._needs_restart: dict[str, str] = {}
 
     def forget(self, service: str) -> None:
         """Forget what was said of a service."""
-        for memory in (self._said, self._not_placed, self._needs_restart):
+        for memory in (self._said, self._found, self._not_placed, self._needs_restart):
             memory.pop(service, None)
 
     async def outcome(self, event: Event, *, critical: bool = False) -> None:
@@ -92,8 +94,16 @@ class Outcomes:
             self._needs_restart[service] = invocation
             await self.outcome(messages.needs_restart(service, reason))
 
-    async def look(self, service: str, facts: Facts, desired: Desired) -> None:
-        """Say what a look found that is worth a line, unless it was said already and has been so ever since."""
+    async def record_found(self, service: str) -> None:
+        """Record what the looks have found."""
+        for event in self._found.pop(service, ()):
+            await self.outcome(event)
+
+    def look(self, service: str, facts: Facts, desired: Desired) -> None:
+        """Say what a look found that is worth a line, unless it was said already and has been so ever since.
+
+        Outcomes are recorded by `record_found()`. Blocks.
+        """
         before = self._said.get(service, frozenset())
         # Where the look was incomplete, what was said before may still be so.
         said: set[_Key] = set(before) if desired.look.unknown else set()
@@ -110,7 +120,7 @@ class Outcomes:
                 *desired.signatures.get(passed.candidate.path, ()),
             )
             if key not in before:
-                await self._passed(service, passed, facts, desired)
+                self._passed(service, passed, facts, desired)
             said.add(key)
         if facts.pinned is not None and facts.wanted.id != facts.pinned.id:
             key = ("pinned", facts.wanted.id)
@@ -120,7 +130,7 @@ class Outcomes:
             said.add(key)
         self._said[service] = frozenset(said)
 
-    async def _passed(self, service: str, passed: Passed, facts: Facts, desired: Desired) -> None:
+    def _passed(self, service: str, passed: Passed, facts: Facts, desired: Desired) -> None:
         path = shown(passed.candidate.path)
         # This very file was said to be bad when it was put into the quarantine.
         known = any(one.source == passed.candidate.path for one in facts.state.quarantine)
@@ -129,7 +139,8 @@ class Outcomes:
             say("debug", service, f"{path} {passed.reason}")
         elif isinstance(passed.reason, Refused):
             kept = next((one for one in facts.target.layers if one.slot == passed.slot), None)
-            await self.outcome(messages.refused(service, passed, kept, facts.target))
+            event = messages.refused(service, passed, kept, facts.target)
+            self._found.setdefault(service, []).append(event)
         elif isinstance(passed.reason, Later):
             say("warning", service, f"{path} has to wait, it is tried again by itself: {passed.reason}")
         else:

@@ -8,7 +8,10 @@ such a round, too: a bad stack goes into the quarantine, and the next look wants
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import enum
+import functools
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import trio
@@ -27,7 +30,7 @@ from watcher.rounds.observe import Observer
 from watcher.rounds.outcomes import Outcomes, say
 from watcher.rounds.rollout import Rollout
 from watcher.rounds.steps import Steps
-from watcher.rounds.tools import Tools
+from watcher.rounds.tools import Tools, holding
 from watcher.rounds.verdicts import Verdicts
 from watcher.watch.offload import Unanswered
 
@@ -36,8 +39,20 @@ from watcher.watch.offload import Unanswered
 _AGAIN = 0.25
 _AGAIN_MAX = 30.0
 
+# Seconds after which a swap, which may hang too, gets a job of its own.
+_LONG_SEC = 1.0
+
 # A round takes about ten steps, and some more for each content that proves bad.
 _STEPS_MAX = 1000
+
+
+class Need(enum.Enum):
+    """What the event loop has to do before the next step can be taken in a thread."""
+
+    WATCH = enum.auto()
+    LEARN = enum.auto()
+    TURN = enum.auto()
+    JOB = enum.auto()
 
 
 class Rounds:
@@ -83,7 +98,6 @@ class Rounds:
         self._outcomes.forget(name)
         self._rollout.end(name, rolling=False)
         self._tools.watcher.drop(name)
-        self._tools.offload.forget(name)
 
     async def forget_gone(self, *, units: bool) -> None:
         """Drop the slots and stacks of each service that takes no part any more, and has no layers in its slots.
@@ -149,7 +163,7 @@ class Rounds:
             return None
         except Unanswered as error:
             await self._outcomes.not_placed(service.name, error)
-            return None  # the answer asks for a round
+            return None if error.returns else _AGAIN_MAX
         except (OSError, Refused, Later, Hung, WorkerLost, Moved) as error:
             await self._outcomes.not_placed(service.name, error)
             if not memory.attempts:
@@ -163,50 +177,127 @@ class Rounds:
     async def _steps(self, service: Service, memory: Memory, since: float) -> bool:
         """Observe, decide, take the step, until nothing is left to do. True: a file is still being written."""
         this = Round(since, messages.now(), first=not memory.seen)
+        looked_at = _nothing if memory.seen else self._looked_at(service)
         rolling = service.settings.rollout == "rolling"
         self._rollout.begin(service.name)
         try:
             async with self._observer.using_store():
                 for _ in range(_STEPS_MAX):
-                    facts = await self._observer.observe(service, memory, this)
-                    memory.seen = True
-                    step = decide.decide(facts)
-                    if not facts.reachable:
-                        memory.mounted = frozenset()
-                    if not isinstance(step, decide.UNSETTLED):
-                        self._accepted(service.name)
-                    if not await self._take(step, service, facts, memory, this):
-                        return facts.busy
-                    this.first = False
+                    # The manager lets go of a process that it sees end: what becomes of it is still to be judged.
+                    with holding(service) as held:
+                        if not await self._turn(held, memory, this, looked_at):
+                            return this.facts.busy
                     service = self._tools.manager.services.get(service.name, service)
         finally:
             self._rollout.end(service.name, rolling=rolling)
-        raise AssertionError(f"{service.name}: its round does not come to an end: {facts}")
+        raise _endless(service, this)
 
-    async def _take(self, step: Step, service: Service, facts: Facts, memory: Memory, this: Round) -> bool:
-        """Take one step. False: the round is over."""
-        steps, verdicts = self._steps_of, self._verdicts
+    async def _turn(
+        self, service: Service, memory: Memory, this: Round, looked_at: Callable[[], None]
+    ) -> bool:
+        """All that a thread can do, then one step that waits. False: the round is over."""
+        work = functools.partial(self._work, self._observer.siblings(service), memory, this, looked_at)
+        try:
+            found = await self._tools.in_turn(service, work)
+        except BaseException:
+            this.over = True
+            raise
+        finally:
+            await self._outcomes.record_found(service.name)
+        match found:
+            case Need.WATCH:
+                await self._observer.watch(service, memory, this)
+            case Need.LEARN:
+                await self._tools.manager.learn(service)
+                memory.unlearned = False
+            case Need.TURN:
+                this.waits = self._rollout.claim(service.name, await self._rollout.bid(service, this.facts))
+            case Need.JOB:
+                pass
+            case _:
+                return await self._take(found, service, this)
+        return True
+
+    def _work(
+        self,
+        siblings: Sequence[Service],
+        memory: Memory,
+        this: Round,
+        looked_at: Callable[[], None],
+        service: Service,
+    ) -> Step | Need:
+        """In a thread: take all steps that need nothing but disk and kernel; then the one that waits for more."""
+        begun = time.monotonic()
+        for _ in range(_STEPS_MAX):
+            if memory.unlearned:
+                return Need.LEARN
+            looked = self._observer.look(service, siblings, memory, this)
+            if this.over:
+                raise Later("what took so long has come to its end, and nobody waits for it any more")
+            if not looked:
+                return Need.WATCH
+            this.facts = facts = self._observer.observe(service, memory, this)
+            if facts.bids and this.waits is None:
+                return Need.TURN
+            memory.seen = True
+            step = decide.decide(facts)
+            if not facts.reachable:
+                memory.mounted = frozenset()
+            if not isinstance(step, decide.UNSETTLED):
+                looked_at()
+            if isinstance(step, decide.Swap) and time.monotonic() - begun > _LONG_SEC:
+                return Need.JOB
+            if not self._do(step, service, memory, this):
+                return step
+            this.first, this.waits = False, None
+        raise _endless(service, this)
+
+    def _do(self, step: Step, service: Service, memory: Memory, this: Round) -> bool:
+        """Take a step that needs nothing but disk and kernel. False: it is none, or not all of it is done."""
+        steps, facts = self._steps_of, this.facts
+        match step:
+            case decide.LetIn():
+                steps.let_in(step, service, this)
+            case decide.Count():
+                steps.count(service, facts, this)
+            case decide.Accept():
+                steps.accept(step, service, facts, memory, this)
+            case decide.Swap():
+                steps.swap(service, facts, memory, this)
+                self._outcomes.placed(service.name)
+            case decide.Reload():
+                steps.tell(service, this)
+                return False
+            case _:
+                return False
+        return True
+
+    def _looked_at(self, service: Service) -> Callable[[], None]:
+        """Says, from a thread, that the slots of a service are what its next start should get."""
+        token = trio.lowlevel.current_trio_token()
+
+        def looked_at() -> None:
+            with suppress(trio.RunFinishedError):
+                token.run_sync_soon(self._accepted, service.name)
+
+        return looked_at
+
+    async def _take(self, step: Step, service: Service, this: Round) -> bool:
+        """Take a step that waits for the service, or writes down an outcome. False: the round is over."""
+        steps, verdicts, facts = self._steps_of, self._verdicts, this.facts
+        this.first, this.waits = False, None
         match step:
             case decide.Done() as done:
                 if done.why:
                     say("debug", service.name, f"waits: {done.why}")
                 return False
-            case decide.LetIn():
-                await steps.let_in(step, service, this)
-            case decide.Count():
-                await steps.count(service, facts, this)
             case decide.Check():
                 await steps.check(step, service, facts, this)
-            case decide.Accept():
-                await steps.accept(step, service, facts, this)
             case decide.SayAccepted():
                 await verdicts.say_accepted(service, facts, this)
             case decide.NeedsRestart():
                 await verdicts.needs_restart(service, facts, this)
                 return False
-            case decide.Swap():
-                await steps.swap(service, facts, memory, this)
-                self._outcomes.placed(service.name)
             case decide.Reload():
                 return await steps.reload(service, facts, this)
             case decide.Watch():
@@ -222,3 +313,10 @@ class Rounds:
             case decide.Undone():
                 await verdicts.undone(service, facts, this)
         return True
+
+
+def _endless(service: Service, this: Round) -> AssertionError:
+    return AssertionError(f"{service.name}: its round does not come to an end: {this.facts}")
+
+
+def _nothing() -> None: ...

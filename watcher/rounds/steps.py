@@ -4,19 +4,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import time
 from contextlib import suppress
 from dataclasses import replace
-
-import trio
 
 from watcher.managers.base import Service
 from watcher.model import Copy, Later, Stack, Verdict
 from watcher.mounts.converge import converge
 from watcher.mounts.process import Gone, Process
-from watcher.records.state import State
 from watcher.rounds import changes, decide, messages
-from watcher.rounds.desired import Desired
 from watcher.rounds.facts import Facts, Judged
 from watcher.rounds.judge import judge_start, reload_and_judge
 from watcher.rounds.memory import Memory, Round
@@ -32,27 +28,93 @@ class Steps:
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
 
-    async def let_in(self, step: decide.LetIn, service: Service, this: Round) -> None:
-        """Start to try again what is kept out for the moment, or go on keeping it out during this start."""
-        await self._change(service, this, functools.partial(changes.let_in, step, service.invocation))
+    # --- what blocks, and waits for nothing else ---
 
-    async def count(self, service: Service, facts: Facts, this: Round) -> None:
+    def let_in(self, step: decide.LetIn, service: Service, this: Round) -> None:
+        """Start to try again what is kept out for the moment, or go on keeping it out during this start."""
+        change = functools.partial(changes.let_in, step, service.invocation)
+        this.state = self._tools.store.change(service.slots, change)
+
+    def count(self, service: Service, facts: Facts, this: Round) -> None:
         """Count one try of each new file that has counters: note it, and rename the file."""
         assert this.desired is not None
         store, renaming = self._tools.store, functools.partial(self._tools.watcher.renaming, service.name)
         desired, slots = this.desired, service.slots
-
-        def count() -> tuple[Desired, State]:
-            counted = changes.count(store, desired, facts, slots, service.name, renaming, service.trust)
-            return counted, store.state(slots)
-
         try:
-            desired, this.state = await self._tools.offload.run(service.name, count)
+            desired = changes.count(store, desired, facts, slots, service.name, renaming, service.trust)
         except FileNotFoundError:  # another service's attempt has just renamed a file
             this.desired = None
             return
-        this.desired = desired
+        this.desired, this.state = desired, store.state(slots)
         say("debug", service.name, f"tries counted: {messages.files(desired.wanted)}")
+
+    def accept(
+        self, step: decide.Accept, service: Service, facts: Facts, memory: Memory, this: Round
+    ) -> None:
+        """From now on every start of the service gets the stack. If the service runs, it is owed a reload for that."""
+        assert this.desired is not None
+        tools, desired = self._tools, this.desired
+        sysexts = tuple(entry.path for entry in desired.sysexts)
+        change = functools.partial(changes.accept, step, facts, service.invocation, sysexts)
+        this.state = tools.store.accept(service.slots, step.stack, facts.listed, change)
+        this.desired, this.looked_with = desired.recorded(this.state.accepted), of_look(this.state)
+        this.before = facts.accepted
+        this.accepted |= step.new
+        this.owing = service.invocation != "" and facts.state.owed != this.state.owed == service.invocation
+        trial = ", on trial" if step.new else ""
+        say("debug", service.name, f"accepted {messages.labels(step.stack)}{trial}")
+        memory.unlearned = not tools.manager.learned(service)
+
+    def swap(self, service: Service, facts: Facts, memory: Memory, this: Round) -> None:
+        """Swap the stack in, in each namespace of the service that does not show it. From then on a reload is owed."""
+        tools, stack = self._tools, facts.accepted
+        with _held(service) as main:
+            copies = self._copies(stack)
+            memory.mounted = None
+            this.converged = converged = tools.workers.call(
+                converge,
+                tools.workers,
+                main,
+                tools.manager.processes(service),
+                stack,
+                copies,
+                functools.partial(self._owe, service, this),
+                memory.compared,
+                kept=lambda: (stack, *tools.store.stacks(service.slots)),
+                other_mains=lambda: self._other_mains(service),
+                patient=facts.busy and not this.accepted,
+            )
+        memory.mounted = frozenset(stack.digests)
+        this.shown = service.invocation, stack.id
+        say("debug", service.name, messages.converged(converged))
+        if this.owing and not converged.swaps and this.state.owed == service.invocation:
+            # It was started on this very stack: there is nothing to tell it, and nothing to say.
+            settled = functools.partial(replace, owed="", replaced=None)
+            this.state = tools.store.change(service.slots, settled)
+        if this.state.owed == service.invocation:
+            for remark in converged.remarks:
+                say("warning", service.name, remark)
+
+    def _owe(self, service: Service, this: Round) -> None:
+        """Note, before a swap, that this start of the service has to be told. Called by a mount worker."""
+        if this.state.owed != service.invocation:
+            with suppress(Later):  # then it holds until the watcher ends
+                self._tools.store.change(service.slots, lambda state: replace(state, owed=service.invocation))
+            this.state = self._tools.store.state(service.slots)
+
+    def tell(self, service: Service, this: Round) -> None:
+        """Ask the service to reload, if that takes nothing but a signal."""
+        begun = time.monotonic()
+        with suppress(Gone), _held(service) as main:  # `reload()` meets that, too
+            if (reloaded := self._tools.manager.tell(service, main)) is not None:
+                this.reloaded = reloaded, round((time.monotonic() - begun) * 1_000_000)
+
+    def _other_mains(self, service: Service) -> list[int]:
+        services = self._tools.manager.services
+        others = [services.get(name) for name in list(services) if name != service.name]
+        return [one.main.pid for one in others if one is not None and one.main is not None]
+
+    # --- what waits for the service ---
 
     async def check(self, step: decide.Check, service: Service, facts: Facts, this: Round) -> None:
         """Run `Check=` against a stack that the service cannot see."""
@@ -65,67 +127,14 @@ class Steps:
             failed = Verdict.CHECK_FAILED
             this.judged = Judged(step.stack, failed, reason=ended.reason, output=ended.output)
         else:
-            await self._change(service, this, lambda state: replace(state, checked=facts.check))
-
-    async def accept(self, step: decide.Accept, service: Service, facts: Facts, this: Round) -> None:
-        """From now on every start of the service gets the stack. If the service runs, it is owed a reload for that."""
-        assert this.desired is not None
-        tools, desired = self._tools, this.desired
-        sysexts = tuple(entry.path for entry in desired.sysexts)
-        change = functools.partial(changes.accept, step, facts, service.invocation, sysexts)
-        accept = tools.store.accept
-        this.state = await tools.offload.run(
-            service.name, accept, service.slots, step.stack, facts.listed, change
-        )
-        this.desired, this.looked_with = desired.recorded(this.state.accepted), of_look(this.state)
-        this.accepted |= step.new
-        this.owing = service.invocation != "" and facts.state.owed != this.state.owed == service.invocation
-        trial = ", on trial" if step.new else ""
-        say("debug", service.name, f"accepted {messages.labels(step.stack)}{trial}")
-        await tools.manager.learn(service)
-
-    async def swap(self, service: Service, facts: Facts, memory: Memory, this: Round) -> None:
-        """Swap the stack in, in each namespace of the service that does not show it. From then on a reload is owed."""
-        tools, stack = self._tools, facts.accepted
-        with _held(service) as main:
-            copies = self._copies(stack)
-            pids = await tools.manager.processes(service)
-            others = [one for one in tools.manager.services.values() if one.name != service.name]
-            memory.mounted = None
-            this.converged = converged = await tools.workers.run(
-                converge,
-                tools.workers,
-                main,
-                pids,
-                stack,
-                copies,
-                functools.partial(self._owe, service, this),
-                memory.compared,
-                kept=lambda: (stack, *tools.store.stacks(service.slots)),
-                other_mains=[one.main.pid for one in others if one.main is not None],
-                patient=facts.busy and not this.accepted,
-            )
-        memory.mounted = frozenset(stack.digests)
-        this.shown = service.invocation, stack.id
-        say("debug", service.name, messages.converged(converged))
-        if this.owing and not converged.swaps and this.state.owed == service.invocation:
-            # It was started on this very stack: there is nothing to tell it, and nothing to say.
-            await self._change(service, this, lambda state: replace(state, owed="", replaced=None))
-        if this.state.owed == service.invocation:
-            for remark in converged.remarks:
-                say("warning", service.name, remark)
-
-    def _owe(self, service: Service, this: Round) -> None:
-        """Note, before a swap, that this start of the service has to be told. Called by a mount worker."""
-        if this.state.owed != service.invocation:
-            with suppress(Later):  # then it holds until the watcher ends
-                self._tools.store.change(service.slots, lambda state: replace(state, owed=service.invocation))
-            this.state = self._tools.store.state(service.slots)
+            passed = functools.partial(replace, checked=facts.check)
+            this.state = await tools.offload.run(service.name, tools.store.change, service.slots, passed)
 
     async def reload(self, service: Service, facts: Facts, this: Round) -> bool:
         """Have the service reload, and judge it. False: an operator has stopped it or started it anew meanwhile."""
         with _held(service) as main:
-            judged = await reload_and_judge(self._tools.manager, service, main, facts.accepted)
+            reloaded, this.reloaded = this.reloaded, None
+            judged = await reload_and_judge(self._tools.manager, service, main, facts.accepted, reloaded)
         return _judged(service, judged, this)
 
     async def watch(self, service: Service, facts: Facts, this: Round) -> bool:
@@ -145,9 +154,6 @@ class Steps:
             raise Later(f"it could not be started again on its old stack: {revived.reason}")
         verdict = Verdict.GOOD if revived.ok else Verdict.WENT_DOWN
         this.judged = Judged(facts.accepted, verdict, revived.told, revived.reason, revived.output)
-
-    async def _change(self, service: Service, this: Round, change: Callable[[State], State]) -> None:
-        this.state = await trio.to_thread.run_sync(self._tools.store.change, service.slots, change)
 
     def _copies(self, stack: Stack) -> dict[str, Copy]:
         return {layer.digest: self._tools.store.copy(layer) for layer in stack.layers}

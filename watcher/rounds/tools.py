@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from watcher.images.admission import Admission
 from watcher.images.store import Store
-from watcher.managers.base import Manager
+from watcher.managers.base import Manager, Service
+from watcher.mounts.process import Gone
 from watcher.mounts.workers import MountWorkers
 from watcher.records.ledger import Ledger
-from watcher.watch.offload import Offload
+from watcher.watch.offload import HANGS_SEC, Offload
 from watcher.watch.patient import PatientWatcher
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,3 +31,30 @@ class Tools:
     watcher: PatientWatcher
     ledger: Ledger
     offload: Offload
+
+    async def in_turn(self, service: Service, function: Callable[[Service], T]) -> T:
+        """Run a function that may block, in the turn of a service, with a hold on its main process.
+
+        The service that it is called with has that hold: the manager may let go of the process meanwhile.
+
+        Raises: as `Offload.run()`.
+        """
+        hold = ExitStack()
+        held = hold.enter_context(holding(service))
+
+        def job() -> T:
+            with hold:
+                return function(held)
+
+        return await self.offload.run_within(HANGS_SEC, service.name, job, hold.close)
+
+
+@contextmanager
+def holding(service: Service) -> Iterator[Service]:
+    """The service, with a hold of its own on its main process, if its manager has not let go of that already."""
+    try:
+        main = service.main.hold() if service.main is not None else None
+    except Gone:
+        main = None
+    with main or nullcontext():
+        yield service if main is None else replace(service, main=main)

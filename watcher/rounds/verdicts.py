@@ -85,7 +85,7 @@ class Verdicts:
 
     async def say_accepted(self, service: Service, facts: Facts, this: Round) -> None:
         """The slots have another stack, though nobody has told the service: a `wait` may wait for that."""
-        before = await self._replaced(service, facts)
+        before = await self._replaced(service, facts, this)
         event = messages.accepted(service.name, before, facts)
         await self._outcomes.outcome(event)
         await self._change(service, this, changes.said)
@@ -105,7 +105,7 @@ class Verdicts:
         store = self._tools.store
         with trio.CancelScope(shield=True):  # it has happened, even if the watcher is about to end
             try:
-                this.state = await trio.to_thread.run_sync(store.change, service.slots, change)
+                this.state = await self._tools.offload.run_alone(store.change, service.slots, change)
             except Later as error:
                 this.state = await trio.to_thread.run_sync(store.state, service.slots)
                 undoing = this.state.undoing
@@ -128,15 +128,17 @@ class Verdicts:
         converged = this.converged
         if converged is not None and _is_rebased(converged, facts):
             return facts.accepted, True
-        before = await self._replaced(service, facts)
+        before = await self._replaced(service, facts, this)
         if converged is None or converged.before.layers is None:  # systemd started it on its slots
             return before, False
         known = (one for one in (facts.accepted, before) if one.id == converged.before.stack)
         return next(known, None) or as_stack(converged.before), False
 
-    async def _replaced(self, service: Service, facts: Facts) -> Stack:
+    async def _replaced(self, service: Service, facts: Facts, this: Round) -> Stack:
         """The stack that the accepted one has replaced."""
-        stacks = await trio.to_thread.run_sync(self._tools.store.stacks, service.slots)
+        if this.before is not None and this.before.id == facts.state.replaced:
+            return this.before
+        stacks = await self._tools.offload.run_alone(self._tools.store.stacks, service.slots)
         others = [one for one in stacks if one.id != facts.accepted.id]
         if facts.state.replaced is not None:
             others = [one for one in others if one.id == facts.state.replaced]
@@ -164,7 +166,7 @@ class Verdicts:
     async def _entries(self, service: Service, state: State, step: decide.Reject) -> list[Quarantine]:
         """What is to be kept out: what is new in a stack; the stack itself where nothing in it is new."""
         bad, reason = step.stack, step.reason
-        stacks = await trio.to_thread.run_sync(self._tools.store.stacks, service.slots)
+        stacks = await self._tools.offload.run_alone(self._tools.store.stacks, service.slots)
         good = (one for one in (state.accepted.stack, *stacks) if one.id != bad.id and not state.why_bad(one))
         known = next(good, Stack()).digests
         new = {layer.digest: layer.source for layer in bad.layers if layer.digest not in known}

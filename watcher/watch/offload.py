@@ -9,8 +9,13 @@ alternatives for a thread:
 - A process for each service: could be killed, costs 10 MiB each, and the leases, locks and descriptors of a copy would
   have to go with it. A thread that waits for a FUSE server which has taken its request cannot be killed either.
 
-So each service has one thread at most. When its job does not end, we leave the job alone, and the next job of that
-service is refused at once. When the first one comes back, the service is looked at again. Nothing polls.
+So each service has one job at a time. When that does not end, we leave it alone, and the next job of that service is
+refused at once. When the first one comes back, the service is looked at again. Nothing polls.
+
+**One worker is active**: it takes job after job from one queue. Several would fight for the interpreter, which costs
+more than the work (a hundred services with eight threads: four times the processor time). A job that takes longer than
+SLOW_SEC costs its worker that place: another one goes on with the queue, and the first one ends after its job. So many
+services that hang, or a large copy, keep nobody waiting for longer than that.
 
 Before a program is started by execve(2), a process tries the paths instead: see `comes_back()`.
 """
@@ -22,13 +27,14 @@ import math
 import os
 import select
 import signal
+import threading
+import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import trio
-
-from watcher.mounts.workers import HANGS_SEC
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,26 +44,58 @@ _UNANSWERED = (
     " it goes on by itself when that answers, or is unmounted (umount -f)"
 )
 
-CROWD = 8
-CROWD_SEC = 0.1
-"""So many jobs begin at once: more of them would fight for the interpreter. A job that takes longer than these seconds
-lets the next one begin."""
+HANGS_SEC = 30.0
+"""Seconds after which a job counts as hanging."""
+
+SLOW_SEC = 0.01
+"""Seconds after which another worker takes over the queue."""
 
 
 class Unanswered(Exception):
-    """The files of a service do not answer. It is looked at again by itself as soon as they do."""
+    """The files of a service do not answer.
+
+    Attributes:
+        returns: `Offload.returned` is called when they do.
+    """
+
+    def __init__(self, *, returns: bool = True) -> None:
+        super().__init__(_UNANSWERED)
+        self.returns = returns
 
 
 class _Key:
-    """What runs for one service."""
+    """The jobs of one service: the first is in the queue or runs, the others wait for it."""
 
     def __init__(self) -> None:
-        self.turn = trio.CapacityLimiter(1)
+        self.jobs: deque[_Job] = deque()
         self.given_up = False
 
 
+class _Job:
+    """A function, and what comes of it.
+
+    Attributes:
+        key: whose turn it needs; None: nobody's.
+        begun: when a worker began it, `time.monotonic()`; None: none has.
+        done: the event loop knows the result.
+    """
+
+    def __init__(self, key: str | None, function: Callable[[], Any]) -> None:
+        self.key = key
+        self.result: Future[Any] = Future()
+        self.done = trio.Event()
+        self.begun: float | None = None
+        self._function = function
+
+    def run(self) -> None:
+        try:
+            self.result.set_result(self._function())
+        except BaseException as error:  # noqa: BLE001 -- raised again where it is waited for
+            self.result.set_exception(error)
+
+
 class Offload:
-    """Runs functions in threads, one at a time for each key.
+    """Runs functions in threads, one at a time for each key. For one event loop.
 
     Args:
         returned: called with the key, when a job that was given up has come to an end.
@@ -66,7 +104,12 @@ class Offload:
     def __init__(self, returned: Callable[[str], None] = lambda key: None) -> None:
         self.returned = returned
         self._keys: dict[str, _Key] = {}
-        self._crowd = trio.CapacityLimiter(CROWD)
+        # What follows is shared with the workers.
+        self._lock = threading.Lock()
+        self._queue: deque[_Job] = deque()
+        self._ended: deque[_Job] = deque()
+        self._active: _Worker | None = None
+        self._supervised = False
 
     async def run(self, key: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a function, in its turn. If the caller is cancelled, the function goes on alone.
@@ -78,61 +121,160 @@ class Offload:
         """
         return await self.run_within(HANGS_SEC, key, lambda: function(*args, **kwargs))
 
-    def forget(self, key: str) -> None:
-        """No more work comes for this key. What still runs goes on, and `returned` is called if it was given up."""
-        state = self._keys.get(key)
-        if state is not None and not state.turn.borrowed_tokens:
-            del self._keys[key]
+    async def run_within(
+        self, seconds: float, key: str, function: Callable[[], T], dropped: Callable[[], None] = lambda: None
+    ) -> T:
+        """`run()` for a caller that waits so many seconds at most.
 
-    async def run_within(self, seconds: float, key: str, function: Callable[[], T]) -> T:
-        """`run()` for a caller that waits so many seconds at most."""
+        Args:
+            dropped: called if the function never begins.
+        """
+        job = _Job(key, function)
         state = self._keys.setdefault(key, _Key())
-        if state.given_up:
-            raise Unanswered(_UNANSWERED)
-        job: Future[T] = Future()
-        with trio.move_on_after(min(seconds, HANGS_SEC)):
-            await state.turn.acquire_on_behalf_of(job)
-            try:
-                await self._crowd.acquire_on_behalf_of(job)
-            except BaseException:
-                state.turn.release_on_behalf_of(job)
-                raise
-            try:
-                done = self._start(key, state, job, function)
-                with trio.move_on_after(CROWD_SEC):
-                    await done.wait()
-            finally:
-                self._crowd.release_on_behalf_of(job)
-            await done.wait()
-            return job.result()
-        if seconds >= HANGS_SEC:
-            state.given_up = state.turn.borrowed_tokens > 0
-        raise Unanswered(_UNANSWERED)
+        try:
+            if state.given_up:
+                raise Unanswered
+            state.jobs.append(job)
+            if state.jobs[0] is job:
+                self._submit(job)
+            with trio.move_on_after(min(seconds, HANGS_SEC)):
+                await job.done.wait()
+        finally:
+            if not job.done.is_set() and self._withdraw(job):
+                dropped()
+        if job.done.is_set():
+            result: T = job.result.result()
+            return result
+        if seconds >= HANGS_SEC and state.jobs:
+            state.given_up = state.jobs[0].begun is not None
+        raise Unanswered(returns=state.given_up)
 
-    def _start(self, key: str, state: _Key, job: Future[T], function: Callable[[], T]) -> trio.Event:
-        """Start a thread; the event is set when it has ended."""
-        token = trio.lowlevel.current_trio_token()
-        done = trio.Event()
+    async def run_alone(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a function that works on our own files alone, however long that takes: in nobody's turn."""
+        job = _Job(None, lambda: function(*args, **kwargs))
+        try:
+            self._submit(job)
+            await job.done.wait()
+        finally:
+            if not job.done.is_set():
+                self._withdraw(job)
+        result: T = job.result.result()
+        return result
 
-        def work() -> None:
-            try:
-                job.set_result(function())
-            except BaseException as error:  # noqa: BLE001 -- raised again where it is waited for
-                job.set_exception(error)
+    def _submit(self, job: _Job) -> None:
+        with self._lock:
+            self._queue.append(job)
+            if self._active is None:
+                self._start_worker()
+        if not self._supervised:
+            self._supervised = True
+            trio.lowlevel.spawn_system_task(self._supervise)
 
-        def end() -> None:
-            state.turn.release_on_behalf_of(job)
-            done.set()
-            given_up, state.given_up = state.given_up, False
-            if given_up:
-                self.returned(key)
+    def _withdraw(self, job: _Job) -> bool:
+        """Nobody waits for a job any more: if it has not begun, it never will. Whether that is so."""
+        with self._lock:
+            if job.begun is not None:
+                return False
+            if job in self._queue:
+                self._queue.remove(job)
+        self._leave(job)
+        return True
 
-        def deliver(_: object) -> None:
-            with contextlib.suppress(trio.RunFinishedError):
-                token.run_sync_soon(end)
+    def _leave(self, job: _Job) -> None:
+        """A job is over; the next one of its key takes its place."""
+        if job.key is None:
+            return
+        state = self._keys[job.key]
+        first = bool(state.jobs) and state.jobs[0] is job
+        if job in state.jobs:
+            state.jobs.remove(job)
+        if first and state.jobs:
+            self._submit(state.jobs[0])
+        elif not state.jobs:
+            del self._keys[job.key]
 
-        trio.lowlevel.start_thread_soon(work, deliver, f"confext-{key}")
-        return done
+    def _start_worker(self) -> None:
+        """Make a new worker the active one. Hold the lock. If no thread can be had, `_supervise()` tries it again."""
+        worker = _Worker(self, trio.lowlevel.current_trio_token())
+        with contextlib.suppress(RuntimeError):
+            trio.lowlevel.start_thread_soon(worker.work, lambda _: None, "confext-worker")
+            self._active = worker
+
+    async def _supervise(self) -> None:
+        """While there are jobs: tell what has ended, and let nobody wait behind a job that takes long."""
+        while True:
+            await trio.sleep(self._until_slow())
+            self._deliver()
+            with self._lock:
+                if self._active is not None and self._until_slow() <= 0:
+                    self._active = None
+                if self._active is None and self._queue:
+                    self._start_worker()
+                if self._active is None and not self._queue:
+                    self._supervised = False
+                    return
+
+    def _until_slow(self) -> float:
+        """Seconds until the active worker has been at its job for too long."""
+        job = self._active.job if self._active is not None else None
+        if job is None or job.begun is None:
+            return SLOW_SEC
+        return max(0.0, job.begun + SLOW_SEC - time.monotonic())
+
+    def _deliver(self) -> None:
+        """Tell those who wait that their jobs have ended."""
+        while self._ended:
+            job = self._ended.popleft()
+            given_up = job.key is not None and self._keys[job.key].given_up
+            self._leave(job)
+            job.done.set()
+            if given_up and job.key is not None:
+                if job.key in self._keys:
+                    self._keys[job.key].given_up = False
+                self.returned(job.key)
+
+
+class _Worker:
+    """A thread that takes jobs for as long as it is the active one.
+
+    Attributes:
+        job: what it is at.
+    """
+
+    def __init__(self, offload: Offload, token: trio.lowlevel.TrioToken) -> None:
+        self.job: _Job | None = None
+        self._offload = offload
+        self._token = token
+
+    def work(self) -> None:
+        offload = self._offload
+        while self._next():
+            assert self.job is not None
+            self.job.run()
+            offload._ended.append(self.job)
+            if not offload._queue:
+                self._tell()
+            # Else the event loop would take the interpreter away from the jobs that wait. `_supervise()` tells it of
+            # many at once.
+        self._tell()
+
+    def _next(self) -> bool:
+        offload = self._offload
+        with offload._lock:
+            if offload._active is not self:
+                return False
+            if not offload._queue:
+                offload._active = None
+                return False
+            self.job = offload._queue.popleft()
+            self.job.begun = time.monotonic()
+            return True
+
+    def _tell(self) -> None:
+        if not self._offload._ended:
+            return
+        with contextlib.suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(self._offload._deliver, idempotent=True)
 
 
 def comes_back(look: Callable[[], object], seconds: float) -> bool:

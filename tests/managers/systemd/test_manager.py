@@ -60,7 +60,8 @@ async def test_a_drop_in_is_compared_again_only_when_something_else_is_listed(
         sysexts = (sysext,) if sysext else ()
         change = functools.partial(replace, sysexts=sysexts)
         Stacks(str(tmp_path)).accept("web.service", Stack(tuple(layers)), entries, change=change)
-        await systemd.learn(WEB)
+        if not systemd.learned(WEB):
+            await systemd.learn(WEB)
         return bool(compared)
 
     assert await learned("web.raw")

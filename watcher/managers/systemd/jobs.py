@@ -196,13 +196,17 @@ class UnitJobs:
             await trio.sleep(_TOLD_SEC)
         return await self._afterwards(unit, "ReloadUnit")
 
+    def was_up(self, unit: str, invocation: str) -> bool:
+        """Whether `is_up()` has found this start of the unit complete."""
+        return self._up.get(unit) == invocation
+
     async def is_up(self, unit: str, invocation: str) -> bool:
         """Whether a unit runs; while it is starting, wait.
 
         A unit that is starting may have read the old files already, and systemd answers a reload during the start
         without reloading anything.
         """
-        if self._up.get(unit) == invocation:
+        if self.was_up(unit, invocation):
             return True
         while (state := await self._patiently(unit, "ActiveState")) == "activating":
             await trio.sleep(_POLL_SEC)

@@ -106,19 +106,28 @@ class Systemd:
                 nursery.start_soon(self._follow_directories, watcher)
                 await self._stay_connected(task_status)
 
+    def learned(self, service: Service) -> bool:
+        index, learned = self._learned
+        now = listed(self._state_directory, service.name)
+        # Else it is a new version of what is listed already.
+        return index is self._tracker.index and now.settled and learned.get(service.name) == now
+
     async def learn(self, service: Service) -> None:
         """See `Manager.learn`; the generator reads what was accepted, and the sysexts, from the service's record."""
         if self._learned[0] is not self._tracker.index:
             self._learned = self._tracker.index, {}
         learned = self._learned[1]
-        # Here and in no thread: a round does more than this in the state directory before it comes here.
-        now = listed(self._state_directory, service.name)
-        if now.settled and learned.get(service.name) == now:
-            return  # a new version of what is listed already
+        now = await trio.to_thread.run_sync(listed, self._state_directory, service.name)
         if await self._stale([service.name]):
             await self._reloads.request()
         else:
             learned[service.name] = now
+
+    def tell(self, service: Service, main: Process) -> Reloaded | None:
+        kind = service.settings.reload
+        if not kind.startswith("signal:") or not self._unit_jobs.was_up(service.name, service.invocation):
+            return None
+        return command.signal_now(main, signals.signal_number(kind.removeprefix("signal:")))
 
     async def reload(self, service: Service) -> Reloaded:
         kind = service.settings.reload
@@ -182,11 +191,8 @@ class Systemd:
                 service.name, main, namespace, context, words, timeout_sec, unit=service.name
             )
 
-    async def processes(self, service: Service) -> list[int]:
-        if service.main is None:
-            return []
-        # There may be tens of thousands.
-        return await command.aside(cgroup.processes, service.main.pid, service.name)
+    def processes(self, service: Service) -> list[int]:
+        return [] if service.main is None else cgroup.processes(service.main.pid, service.name)
 
     # --- the connection ---
 
