@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How a service took its reload: judged by what its manager and its main process say afterwards."""
+"""How a service took its reload (and `rounds/health.py`): judged by what its manager and its main process say."""
 
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import pytest
@@ -30,6 +30,7 @@ class Manager:
     def __init__(self, service: Service, answer: Answer) -> None:
         self.services: Mapping[str, Service] = {service.name: service}
         self.answer = answer
+        self.plan = _plan(())
 
     def becomes(self, **changes: object) -> None:
         (name,) = self.services
@@ -51,12 +52,34 @@ class Manager:
     async def execute(
         self, service: Service, namespace: int, words: Sequence[str], timeout_sec: float
     ) -> Ended:
+        if words[0] == "by-plan":
+            return await self.plan(timeout_sec)
         if words == ["unaskable"]:
             raise Later("could not be run: the bus went away")
         return Ended("", "") if words == ["true"] else Ended("failed with exit status 1", "line 7\n")
 
     async def processes(self, service: Service) -> list[int]:
         return []
+
+
+Plan = Callable[[float], Awaitable[Ended]]
+
+
+def _plan(passes: Sequence[tuple[float, bool]], each: float = 0.05) -> Plan:
+    """A health check that takes so many seconds, and passes or fails from given times after its first run on."""
+    begun: list[float] = []
+
+    async def run(timeout_sec: float) -> Ended:
+        begun.append(trio.current_time())
+        with trio.move_on_after(timeout_sec) as limit:
+            await trio.sleep(each)
+        if limit.cancelled_caught:
+            return Ended(f"was killed: it took longer than {timeout_sec:g} s", "")
+        since = trio.current_time() - begun[0]
+        good = [passed for at, passed in passes if at <= since][-1]
+        return Ended("" if good else "failed with exit status 1", "" if good else "line 7\n")
+
+    return run
 
 
 @pytest.fixture
@@ -203,6 +226,94 @@ async def test_a_health_check_that_goes_on_failing_is_bad(
     assert verdict is not None and verdict.verdict is Verdict.HEALTH_CHECK_FAILED
     assert "health check '/bin/false' failed" in verdict.reason
     assert verdict.output == "line 7\n"
+
+
+@pytest.mark.parametrize(
+    ("passes", "settings", "good", "took"),
+    [
+        pytest.param([(0, True)], {}, True, (2.0, 2.3), id="well at once, for two seconds"),
+        pytest.param([(0, True)], {"health_stable_usec": 0}, True, (0, 0.1), id="once is enough"),
+        pytest.param([(0, True), (1.5, False)], {}, False, (9.5, 10.1), id="the old workers answered"),
+        pytest.param([(0, False), (3, True)], {}, True, (4.9, 5.5), id="slow to come up"),
+        pytest.param(
+            [(0, True), (1, False), (1.2, True)], {}, True, (3.0, 3.8), id="a failure starts the time anew"
+        ),
+        pytest.param([(0, False), (9, True)], {}, False, (9, 10.1), id="too late to hold"),
+        pytest.param(
+            [(0, True)], {"health_check_usec": 300_000}, True, (0.15, 0.4), id="never longer than half of all"
+        ),
+        pytest.param(
+            [(0, True), (5, False)], {"health_watch_usec": 10_000_000}, False, (5, 6.2), id="watched, and ill"
+        ),
+        pytest.param(
+            [(0, True), (13, False)],
+            {"health_watch_usec": 10_000_000},
+            True,
+            (12, 12.5),
+            id="watched, and well",
+        ),
+    ],
+)
+async def test_a_health_check_must_hold(
+    service: Service,
+    autojump_clock: trio.testing.MockClock,
+    passes: Sequence[tuple[float, bool]],
+    settings: dict[str, int],
+    good: bool,
+    took: tuple[float, float],
+) -> None:
+    given = ServiceSettings(health_check=("by-plan",), **settings)  # type: ignore[arg-type]
+    checked = replace(service, settings=given)
+    manager = Manager(checked, done)
+    manager.plan = _plan(passes)
+    begun = trio.current_time()
+    assert checked.main is not None
+    verdict = await reload_and_judge(manager, checked, checked.main, STACK)
+    assert verdict is not None
+    assert verdict.verdict is (Verdict.GOOD if good else Verdict.HEALTH_CHECK_FAILED), verdict.reason
+    assert took[0] <= trio.current_time() - begun <= took[1]
+
+
+async def test_one_that_hangs_after_it_has_answered_is_bad(
+    service: Service, autojump_clock: trio.testing.MockClock
+) -> None:
+    checked = replace(service, settings=ServiceSettings(health_check=("by-plan",)))
+    manager = Manager(checked, done)
+    runs: list[float] = []
+
+    async def answers_once(timeout_sec: float) -> Ended:
+        runs.append(timeout_sec)
+        if len(runs) == 1:
+            return Ended("", "")
+        await trio.sleep(timeout_sec)
+        return Ended("was killed: it took too long", "")
+
+    manager.plan = answers_once
+    begun = trio.current_time()
+    assert checked.main is not None
+    verdict = await reload_and_judge(manager, checked, checked.main, STACK)
+    assert verdict is not None and verdict.verdict is Verdict.HEALTH_CHECK_FAILED
+    assert trio.current_time() - begun <= 10.3
+
+
+async def test_what_ends_while_its_health_must_hold_is_noticed_at_once(
+    service: Service, program: subprocess.Popen[bytes]
+) -> None:
+    checked = replace(
+        service, settings=ServiceSettings(health_check=("by-plan",), health_stable_usec=60_000_000)
+    )
+    manager = Manager(checked, done)
+
+    async def dies(timeout_sec: float) -> Ended:
+        program.kill()
+        program.wait()
+        manager.becomes(main=None, failed=True)
+        return Ended("", "")
+
+    manager.plan = dies
+    assert checked.main is not None
+    verdict = await reload_and_judge(manager, checked, checked.main, STACK)
+    assert verdict == Judged(STACK, Verdict.WENT_DOWN, "reload", "its main process ended after its reload")
 
 
 async def test_a_command_that_could_not_be_run_is_no_verdict(service: Service) -> None:

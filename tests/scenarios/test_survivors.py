@@ -79,7 +79,8 @@ def script(place: Place, text: str) -> str:
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_what_gets_away_from_it_is_ended_with_it(place: Place, option: str) -> None:
-    service = place.start("sleep", "1000", options=(option, script(place, AWAY)))
+    once = ("--set", "HealthStableSec=0")
+    service = place.start("sleep", "1000", options=(option, script(place, AWAY), *once))
     place.image("1", "one")
     place.outcome("applied")
     assert len((place.scratch / "here").read_text().splitlines()) == 5

@@ -65,6 +65,7 @@ def test_the_settings_of_a_service() -> None:
         CheckSec=5s
         HealthCheck=/bin/answers
         HealthCheckSec=1s
+        HealthStableSec=500ms
         HealthWatchSec=2s
         Rollback=no
         Rollout=rolling
@@ -79,6 +80,7 @@ def test_the_settings_of_a_service() -> None:
         check_usec=5_000_000,
         health_check=("/bin/answers",),
         health_check_usec=1_000_000,
+        health_stable_usec=500_000,
         health_watch_usec=2_000_000,
         rollback=False,
         rollout="rolling",

@@ -111,7 +111,7 @@ def _add_exec(parser: argparse.ArgumentParser) -> None:
     add_list(
         "--health-check",
         "COMMAND",
-        "run after a reload, repeated for up to 10 s; rolled back if it goes on failing",
+        "run after a reload: must succeed for 2 s, within 10 s; if it does not, rolled back",
     )
     add_list("--set", "KEY=VALUE", "any other setting of [X-Confext], such as HealthWatchSec=5s")
     parser.add_argument(

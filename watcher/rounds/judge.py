@@ -2,26 +2,24 @@
 """After the swap: ask the service to reload, and judge how it takes it.
 
 The reload must succeed, the main process must be the same and alive, the unit must not have failed. Then comes what the
-unit asks for: `HealthCheck=`, tried again until it succeeds or `HealthCheckSec=` is over, and `HealthWatchSec=`, for
-which the service must stay up. A service that was started on its stack is judged likewise, without the reload.
+unit asks for: its health (`health.py`), and `HealthWatchSec=`, for which it must stay well and up. A service that was
+started on its stack is judged likewise, without the reload.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 
 import trio
 
-from watcher.managers.base import Ended, Manager, Reloaded, Service
+from watcher.managers.base import Manager, Reloaded, Service
 from watcher.model import Later, Stack, Verdict
 from watcher.mounts.process import Gone, Process
 from watcher.rounds import messages
 from watcher.rounds.facts import Judged
+from watcher.rounds.health import Health
 from watcher.rounds.outcomes import say
-from watcher.rounds.service_check import run_all
 
-_RETRY_SEC = 0.2
 _POLL_SEC = 0.02
 
 # How long a manager may take to notice what has become of a process, in seconds.
@@ -125,18 +123,26 @@ class _Judge:
         Args:
             since: what it did last, "its reload".
         """
-        health = await self._health(told, since)
-        if health is None or not health.good:
-            return health
-        watch = self.service.settings.health_watch_usec
-        if self.service.settings.rollout == "rolling":
-            watch = max(watch, _ROLLING_WATCH_USEC)
-        if watch:
-            seconds = watch / 1_000_000
-            say("debug", self.service.name, f"on trial for {seconds:g} s more")
-            with trio.move_on_after(seconds):
-                await trio.lowlevel.wait_readable(self.main.pidfd)
-                return await self.why_ended(told, f"within {seconds:g} s of {since}")
+        settings, name = self.service.settings, self.service.name
+        health = Health(self.manager, self.service, self.main)
+        when = f"after {since}"
+        try:
+            ended = await health.proved()
+            if settings.health_check and not ended.reason:
+                say("debug", name, "health check passed")
+            watch = settings.health_watch_usec
+            if settings.rollout == "rolling":
+                watch = max(watch, _ROLLING_WATCH_USEC)
+            if watch and not ended.reason:
+                seconds = watch / 1_000_000
+                say("debug", name, f"on trial for {seconds:g} s more")
+                when = f"within {seconds:g} s of {since}"
+                ended = await health.watch(seconds)
+        except Gone:
+            return await self.why_ended(told, when)
+        if ended.reason:
+            failed = Verdict.HEALTH_CHECK_FAILED
+            return replace(told, verdict=failed, reason=ended.reason, output=ended.output)
         return self._as_before(told)
 
     async def why_ended(self, told: Judged, when: str) -> Judged | None:
@@ -151,43 +157,6 @@ class _Judge:
                 await trio.sleep(_POLL_SEC)
         now = self.manager.services.get(name)
         return now is not None and now.went_down_since(self.service.restarts)
-
-    async def _health(self, told: Judged, since: str) -> Judged | None:
-        settings = self.service.settings
-        if not settings.health_check:
-            return told
-        try:
-            namespace = self.main.namespace()
-            try:
-                ended = await self._healthy_by(
-                    trio.current_time() + settings.health_check_usec / 1e6, namespace
-                )
-            finally:
-                os.close(namespace)
-        except Gone:
-            return await self.why_ended(told, f"after {since}")
-        if ended.reason:
-            return replace(
-                told, verdict=Verdict.HEALTH_CHECK_FAILED, reason=ended.reason, output=ended.output
-            )
-        say("debug", self.service.name, "health check passed")
-        return told
-
-    async def _healthy_by(self, deadline: float, namespace: int) -> Ended:
-        """Run `HealthCheck=` until it succeeds, or no other try fits in before the deadline; how the last one ended.
-
-        Raises:
-            Gone: the main process has ended.
-        """
-        checks = self.service.settings.health_check
-        while True:
-            usec = round(max(deadline - trio.current_time(), _RETRY_SEC) * 1_000_000)
-            ended = await run_all(self.manager, self.service, namespace, checks, usec, "health check")
-            if ended.reason and not self.main.alive():
-                raise Gone(f"process {self.main.pid} has ended")
-            if not ended.reason or trio.current_time() + _RETRY_SEC >= deadline:
-                return ended
-            await trio.sleep(_RETRY_SEC)
 
     def _as_before(self, told: Judged) -> Judged:
         """`told`, unless the manager says that the service is not what it was."""

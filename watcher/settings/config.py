@@ -72,8 +72,9 @@ class ServiceSettings:
         check: `Check=`, command lines for `values.split()`, all of which must succeed, in order.
         check_usec: `CheckSec=`, for each of them.
         health_check: `HealthCheck=`, command lines.
-        health_check_usec: `HealthCheckSec=`, within which they are tried again.
-        health_watch_usec: `HealthWatchSec=`, how long the service must then stay up.
+        health_check_usec: `HealthCheckSec=`, within which they must have held, counted from the reload.
+        health_stable_usec: `HealthStableSec=`, how long they must hold without a failure; at most half of that counts.
+        health_watch_usec: `HealthWatchSec=`, how long they must then go on holding, and the service stay up.
         rollback: `Rollback=`.
         rollout: `Rollout=`, "parallel" or "rolling".
         rollout_parallel: `RolloutParallel=`, services at a time, after the first.
@@ -89,6 +90,7 @@ class ServiceSettings:
     check_usec: int = 30_000_000
     health_check: tuple[str, ...] = ()
     health_check_usec: int = 10_000_000
+    health_stable_usec: int = 2_000_000
     health_watch_usec: int = 0
     rollback: bool = True
     rollout: str = "parallel"
@@ -279,6 +281,7 @@ _SERVICE_KEYS: _Keys = {
     "CheckSec": ("check_usec", time_span),
     "HealthCheck": ("health_check", _command),
     "HealthCheckSec": ("health_check_usec", time_span),
+    "HealthStableSec": ("health_stable_usec", time_span),
     "HealthWatchSec": ("health_watch_usec", time_span),
     "Rollback": ("rollback", boolean),
     "Rollout": ("rollout", _choice("parallel", "rolling")),
