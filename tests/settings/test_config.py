@@ -62,6 +62,7 @@ def test_the_settings_of_a_service() -> None:
         Reload=signal:hup
         Check=/usr/sbin/nginx -t
         Check=/bin/check %n "a b"
+        ReloadSec=1min
         CheckSec=5s
         HealthCheck=/bin/answers
         HealthCheckSec=1s
@@ -77,6 +78,7 @@ def test_the_settings_of_a_service() -> None:
     expected = ServiceSettings(
         reload="signal:SIGHUP",
         check=("/usr/sbin/nginx -t", '/bin/check x "a b"'),
+        reload_usec=60_000_000,
         check_usec=5_000_000,
         health_check=("/bin/answers",),
         health_check_usec=1_000_000,
@@ -127,6 +129,7 @@ def test_an_unknown_section_is_told() -> None:
         ("Reload=signal:99", "not a signal: 99"),
         ("Rollout=slow", "not parallel or rolling: slow"),
         ("Check='/bin/x", "a quote that is not closed: '/bin/x"),
+        ("ReloadSec=0", "no time at all: 0"),
         ("Rollback=si", "not yes or no: si"),
     ],
 )

@@ -292,6 +292,8 @@ class World:
         main: Main,
         stack: Stack,
         done: tuple[Reloaded, int] | None = None,
+        *,
+        undoing: bool,
     ) -> Judged | None:
         self.tick()
         unit, told = main.unit, "restart" if service.settings.reload == "restart" else "reload"

@@ -91,6 +91,7 @@ class Reloaded:
         reason: why it failed, or why nothing was told although there is a way; one line, else "".
         output: what a reload command printed, at most 64 KiB.
         interrupted: it was canceled, or did not get to its end: that is no verdict on the stack.
+        blocked: it was interrupted because the reload before it has not ended.
     """
 
     ok: bool
@@ -98,6 +99,7 @@ class Reloaded:
     reason: str = ""
     output: str = ""
     interrupted: bool = False
+    blocked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +149,7 @@ class Manager(Protocol):
         """
 
     async def reload(self, service: Service) -> Reloaded:
-        """Ask the service to reload as its settings say, and wait for the end."""
+        """Ask the service to reload as its settings say, and wait for the end, for `ReloadSec=` at most."""
 
     async def started(self, service: Service) -> bool:
         """Wait until a service with a main process has completed its start; False: it is on its way down."""

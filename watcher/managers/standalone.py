@@ -29,7 +29,6 @@ from watcher.records import journal
 from watcher.settings import signals
 from watcher.watch.watcher import Watcher
 
-_RELOAD_SEC = 90.0
 _AGAIN_SEC = 1.0
 
 
@@ -113,7 +112,8 @@ class Standalone:
         what = f"reload command {shown(shlex.join(words))}"
         namespace = main.namespace()
         try:
-            ended = await self._execute(main, registration, namespace, words, _RELOAD_SEC)
+            seconds = registration.own_settings.reload_usec / 1e6
+            ended = await self._execute(main, registration, namespace, words, seconds)
         except Later as error:
             raise Later(f"{what} {error}") from error
         finally:

@@ -35,6 +35,8 @@ async def reload_and_judge(
     main: Process,
     stack: Stack,
     done: tuple[Reloaded, int] | None = None,
+    *,
+    undoing: bool = False,
 ) -> Judged | None:
     """Ask a running service to reload; good only if it came through.
 
@@ -42,6 +44,7 @@ async def reload_and_judge(
         main: its main process, held by the caller.
         stack: what it is judged on.
         done: what came of that, if it was asked already, and how long it took, microseconds.
+        undoing: it is the way back from a bad one. Where the service is still busy with that, nobody waits for it.
 
     Returns:
         None if an operator stopped it or started it anew while it was watched.
@@ -56,6 +59,8 @@ async def reload_and_judge(
     if reloaded.interrupted:
         if not main.alive() and not await judge.went_down():
             return None
+        if reloaded.blocked and undoing:
+            return replace(told, verdict=Verdict.RELOAD_FAILED)
         raise Later(f"its {reloaded.told or 'reload'} was interrupted: {reloaded.reason}")
     if not reloaded.ok:
         return replace(told, verdict=Verdict.RELOAD_FAILED)

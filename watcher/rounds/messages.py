@@ -51,7 +51,7 @@ def applied(
         comma = "" if " -> " in what and "," not in what else ","
         sentence = f"{what}{comma} applied in {duration(times.swap)}"
     else:
-        sentence = "its stack was in place already"
+        sentence = "its stack was in place already" if before.id == stack.id else f"{what}, in place already"
     if judged.told:
         sentence += f", {_done(judged.told)} in {duration(times.reload)}"
     else:

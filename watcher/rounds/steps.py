@@ -133,8 +133,10 @@ class Steps:
     async def reload(self, service: Service, facts: Facts, this: Round) -> bool:
         """Have the service reload, and judge it. False: an operator has stopped it or started it anew meanwhile."""
         with _held(service) as main:
-            reloaded, this.reloaded = this.reloaded, None
-            judged = await reload_and_judge(self._tools.manager, service, main, facts.accepted, reloaded)
+            manager, (reloaded, this.reloaded) = self._tools.manager, (this.reloaded, None)
+            judged = await reload_and_judge(
+                manager, service, main, facts.accepted, reloaded, undoing=facts.undoing
+            )
         return _judged(service, judged, this)
 
     async def watch(self, service: Service, facts: Facts, this: Round) -> bool:

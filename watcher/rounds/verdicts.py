@@ -131,6 +131,8 @@ class Verdicts:
         before = await self._replaced(service, facts, this)
         if converged is None or converged.before.layers is None:  # systemd started it on its slots
             return before, False
+        if not converged.swaps and facts.state.replaced is not None:  # a round before has put it there
+            return before, False
         known = (one for one in (facts.accepted, before) if one.id == converged.before.stack)
         return next(known, None) or as_stack(converged.before), False
 

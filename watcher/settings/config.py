@@ -69,6 +69,7 @@ class ServiceSettings:
 
     Attributes:
         reload: `Reload=`, "auto", "unit", "restart", "none" or "signal:SIGHUP".
+        reload_usec: `ReloadSec=`, within which a reload must end.
         check: `Check=`, command lines for `values.split()`, all of which must succeed, in order.
         check_usec: `CheckSec=`, for each of them.
         health_check: `HealthCheck=`, command lines.
@@ -86,6 +87,7 @@ class ServiceSettings:
     """
 
     reload: str = "auto"
+    reload_usec: int = 90_000_000
     check: tuple[str, ...] = ()
     check_usec: int = 30_000_000
     health_check: tuple[str, ...] = ()
@@ -247,6 +249,13 @@ def _at_least(least: int) -> Callable[[str], int]:
     return lambda text: number(text, least)
 
 
+def _some_time(text: str) -> int:
+    found = time_span(text)
+    if not found:
+        raise ValueError(f"no time at all: {shown(text)}")
+    return found
+
+
 def _names(text: str) -> tuple[str, ...]:
     """Users or groups, by name or number. No name has a "," or ":" in it (USER_NAMES)."""
     names = tuple(text.split())
@@ -277,6 +286,7 @@ _WATCHER_KEYS: _Keys = {
 }
 _SERVICE_KEYS: _Keys = {
     "Reload": ("reload", reload_kind),
+    "ReloadSec": ("reload_usec", _some_time),
     "Check": ("check", _command),
     "CheckSec": ("check_usec", time_span),
     "HealthCheck": ("health_check", _command),

@@ -6,6 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import trio
+import trio.testing
 
 from watcher.managers.base import Reloaded
 from watcher.managers.systemd import dbus
@@ -19,10 +21,12 @@ class Answers(Systemd1):
     """systemd with one running unit; each job has ended by the time that its name is known.
 
     Args:
-        result: how each job ends, or the error that refuses it.
+        result: how each job ends, or the error that refuses it; "never".
+        state: what a job is that does not end.
     """
 
-    def __init__(self, jobs: JobResults, result: str | dbus.Error) -> None:
+    def __init__(self, jobs: JobResults, result: str | dbus.Error, state: str = "") -> None:
+        self._state = state
         self._jobs = jobs
         self._result = result
         self.asked: list[str] = []
@@ -33,8 +37,13 @@ class Answers(Systemd1):
             return None
         if isinstance(self._result, dbus.Error):
             raise self._result
-        self._jobs.ended(JOB, self._result)
+        if self._result != "never":
+            self._jobs.ended(JOB, self._result)
         return JOB
+
+    async def cancel_job(self, job: str) -> str:
+        self.asked.append(f"cancel {job}")
+        return self._state
 
     async def get(self, unit: str, name: str) -> Any:
         return {"ActiveState": "active", "Job": (0, "/")}[name]
@@ -54,7 +63,7 @@ def unit_jobs(result: str | dbus.Error) -> UnitJobs:
 
 
 async def reload(result: str | dbus.Error) -> Reloaded | None:
-    return await unit_jobs(result).reload(WEB, INVOCATION)
+    return await unit_jobs(result).reload(WEB, INVOCATION, 90)
 
 
 @pytest.mark.parametrize("result", ["failed", "timeout"])
@@ -83,6 +92,24 @@ async def test_a_reload_that_systemd_does_not_begin_is_no_verdict() -> None:
 @pytest.mark.parametrize("result", ["skipped", "invalid", "collected", "once"])
 async def test_a_reload_that_is_no_longer_needed_is_none(result: str) -> None:
     assert await reload(result) == Reloaded(ok=True)
+
+
+@pytest.mark.parametrize(
+    ("state", "words"), [("running", "did not end within 90 s"), ("waiting", "not tried")]
+)
+async def test_a_reload_that_never_ends_is_canceled_and_one_that_was_not_begun_is_no_verdict(
+    autojump_clock: trio.testing.MockClock, state: str, words: str
+) -> None:
+    jobs = JobResults()
+    systemd = Answers(jobs, "never", state)
+
+    async def connection() -> Systemd1:
+        return systemd
+
+    reloaded = await UnitJobs(connection, jobs).reload(WEB, INVOCATION, 90)
+    assert reloaded and not reloaded.ok and words in reloaded.reason
+    assert reloaded.interrupted is reloaded.blocked is (state == "waiting")
+    assert systemd.asked[-1] == f"cancel {JOB}"
 
 
 @pytest.mark.parametrize(

@@ -290,7 +290,7 @@ def kill_reloads(systemd: Systemd1) -> KillReloads:
 async def test_the_signal_is_sent_and_named(main: Process) -> None:
     systemd = Answers(main.pid)
     reloads = kill_reloads(systemd)
-    assert await reloads.send(WEB, main) == Reloaded(ok=True, told="SIGHUP")
+    assert await reloads.send(WEB, main, 90) == Reloaded(ok=True, told="SIGHUP")
     assert main.told.readline() == "told\n"  # type: ignore[attr-defined]
 
 
@@ -298,16 +298,16 @@ async def test_what_does_not_change_is_asked_once(main: Process) -> None:
     systemd = Answers(main.pid)
     reloads = kill_reloads(systemd)
     for _ in range(3):
-        await reloads.send(WEB, main)
+        await reloads.send(WEB, main, 90)
     assert systemd.asked.count("*") == 1
     reloads.forget()
-    await reloads.send(WEB, main)
+    await reloads.send(WEB, main, 90)
     assert systemd.asked.count("*") == 2
 
 
 async def test_a_unit_with_another_command_is_not_asked_for_more(main: Process) -> None:
     systemd = Answers(main.pid, ExecReloadEx=[command("/bin/true")])
-    assert await kill_reloads(systemd).send(WEB, main) is None
+    assert await kill_reloads(systemd).send(WEB, main, 90) is None
     assert systemd.asked == ["ExecReloadEx"]
 
 
@@ -328,7 +328,7 @@ async def test_a_unit_with_another_command_is_not_asked_for_more(main: Process) 
 async def test_at_a_moment_that_is_not_right_nothing_is_sent(main: Process, said: dict[str, Any]) -> None:
     sent: list[int] = []
     main.signal = sent.append  # type: ignore[method-assign]
-    assert await kill_reloads(Answers(main.pid, **said)).send(WEB, main) is None
+    assert await kill_reloads(Answers(main.pid, **said)).send(WEB, main, 90) is None
     assert sent == []
 
 
@@ -337,15 +337,15 @@ async def test_what_we_may_not_do_is_systemds(main: Process) -> None:
         raise PermissionError
 
     main.signal = refuse  # type: ignore[method-assign]
-    assert await kill_reloads(Answers(main.pid)).send(WEB, main) is None
+    assert await kill_reloads(Answers(main.pid)).send(WEB, main, 90) is None
 
 
 async def test_what_a_daemon_reload_may_change_meanwhile_is_not_relied_on(main: Process) -> None:
     systemd = Answers(main.pid)
     reloads = kill_reloads(systemd)
-    assert await reloads.send(WEB, main)
+    assert await reloads.send(WEB, main, 90)
     systemd.before = lambda name: reloads.forget() if name == "MainPID" else None
-    assert await reloads.send(WEB, main) is None
+    assert await reloads.send(WEB, main, 90) is None
 
 
 async def test_without_a_connection_nothing_is_sent(main: Process) -> None:
@@ -354,7 +354,7 @@ async def test_without_a_connection_nothing_is_sent(main: Process) -> None:
 
     systemd = Answers(main.pid)
     systemd.before = lose
-    assert await kill_reloads(systemd).send(WEB, main) is None
+    assert await kill_reloads(systemd).send(WEB, main, 90) is None
 
 
 @pytest.mark.parametrize(
@@ -381,5 +381,5 @@ async def test_a_service_that_tells_of_its_reload_is_waited_for(
                 systemd.said["ReloadResult"] = result
 
     systemd.before = before
-    assert await reloads.send(WEB, main) == told
+    assert await reloads.send(WEB, main, 90) == told
     assert next(left, None) is None

@@ -4,10 +4,14 @@
 The job's mode is "fail": "replace" would cancel a stop that is queued already, and `systemctl stop` would seem to do
 nothing. A unit that is stopping or does not run can have no such job, and needs none: its next start is on the new
 stack.
+
+A reload may never end: `TimeoutStartSec=` may be infinity, and 257 has a `Type=notify-reload` service that does not
+answer reload again and again. So it has a limit of ours. A restart has none: its unit says how long that may take.
 """
 
 from __future__ import annotations
 
+import math
 import subprocess
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
@@ -29,6 +33,8 @@ _TOLD_SEC: Final = 0.02
 _ENDS: Final = {
     "failed": "failed",
     "timeout": "timed out",
+    "overdue": "did not end within {limit:g} s",
+    "blocked": "was not tried, the reload before has not ended",
     "canceled": "was canceled by another job",
     "dependency": "was not tried, a dependency failed",
     "assert": "was not tried, an assertion failed",
@@ -37,7 +43,7 @@ _ENDS: Final = {
     "concurrency": "was not tried, too many are running in its slice",
 }
 # The unit itself failed at the job. At any other end it had no part: it was stopped, the host went down.
-_VERDICTS: Final = frozenset({"failed", "timeout"})
+_VERDICTS: Final = frozenset({"failed", "timeout", "overdue"})
 # The unit no longer ran when the job's turn came.
 _POINTLESS: Final = frozenset({"skipped", "invalid", "collected", "once"})
 _NOT_THERE: Final = frozenset({NO_SUCH_UNIT, DESTRUCTIVE})
@@ -89,16 +95,17 @@ class UnitJobs:
         # The invocation of each unit whose start is known to be complete.
         self._up: dict[str, str] = {}
 
-    async def reload(self, unit: str, invocation: str) -> Reloaded | None:
+    async def reload(self, unit: str, invocation: str, limit: float) -> Reloaded | None:
         """Have a service reload as its unit says; None if the unit says no way to reload.
 
         Args:
             invocation: of the process that is meant.
+            limit: seconds until it must have ended.
         """
         try:
             if not await self.is_up(unit, invocation):
                 return Reloaded(ok=True)
-            return await self._judge(unit, await self._follow(unit, "ReloadUnit"))
+            return await self._judge(unit, await self._follow(unit, "ReloadUnit", limit), limit)
         except dbus.Error as error:
             if error.name == NOT_APPLICABLE:
                 return None
@@ -133,21 +140,30 @@ class UnitJobs:
             return Reloaded(ok=True, told=word)
         return ended_badly(word, result)
 
-    async def _follow(self, unit: str, member: str) -> str:
-        """The result of a job. If its end can no longer be heard, it is read off the unit afterwards."""
+    async def _follow(self, unit: str, member: str, limit: float = math.inf) -> str:
+        """The result of a job. If its end can no longer be heard, it is read off the unit afterwards.
+
+        Args:
+            limit: seconds until it is canceled: then "overdue", or "blocked" if systemd had not begun with it.
+        """
         job = ""
-        while not job:
-            try:
-                with self._results.listening() as listener:
-                    systemd = await self._systemd()
-                    job = await systemd.manager(member, "ss", unit, await self._mode(systemd, unit))
-                    return await listener.result(job) or await self._afterwards(unit, member)
-            except (dbus.BusLost, dbus.Error) as error:
-                if not dbus.is_lost(error):
-                    raise
-                # It is not known whether systemd heard it. To reload twice does no harm.
-                await trio.sleep(_POLL_SEC)
-        return await self._afterwards(unit, member)
+        with trio.move_on_after(math.inf) as scope:
+            while not job:
+                try:
+                    with self._results.listening() as listener:
+                        systemd = await self._systemd()
+                        job = await systemd.manager(member, "ss", unit, await self._mode(systemd, unit))
+                        scope.deadline = trio.current_time() + limit
+                        return await listener.result(job) or await self._afterwards(unit, member)
+                except (dbus.BusLost, dbus.Error) as error:
+                    if not dbus.is_lost(error):
+                        raise
+                    # It is not known whether systemd heard it. To reload twice does no harm.
+                    await trio.sleep(_POLL_SEC)
+            return await self._afterwards(unit, member)
+        state = await (await self._systemd()).cancel_job(job)
+        ends = {"waiting": "blocked", "running": "overdue"}
+        return ends.get(state) or await self._afterwards(unit, member)
 
     async def _mode(self, systemd: Systemd1, unit: str) -> str:
         """ "fail" once we have started. Until then the jobs of units that take part wait for us (`After=`), and we
@@ -178,12 +194,20 @@ class UnitJobs:
                     raise
                 await trio.sleep(_POLL_SEC)
 
-    async def told_by_service(self, unit: str) -> str:
+    async def told_by_service(self, unit: str, limit: float) -> str:
         """How a service takes a signal to reload that was sent just now, as a result of a job.
 
         Most tell systemd nothing of it: "done". Of one that does (RELOADING=1, sd_notify(3)) the end is waited for, as
         by systemd itself: it waits for those that have told so when `ExecReload=` ends, a moment after the signal.
+
+        Args:
+            limit: seconds until that must have come: then "overdue".
         """
+        with trio.move_on_after(limit):
+            return await self._told(unit)
+        return "overdue"
+
+    async def _told(self, unit: str) -> str:
         deadline = trio.current_time() + _TOLD_SEC
         while await self._patiently(unit, "ActiveState") not in _RELOADING:
             if trio.current_time() > deadline:
@@ -214,13 +238,13 @@ class UnitJobs:
             self._up[unit] = invocation
         return state in _RUNNING
 
-    async def _judge(self, unit: str, result: str) -> Reloaded:
+    async def _judge(self, unit: str, result: str, limit: float) -> Reloaded:
         if result == "done":
             return Reloaded(ok=True, told="reload")
         if result in _POINTLESS:
             return Reloaded(ok=True)
-        reloaded = ended_badly("reload", result)
-        if reloaded.interrupted:
+        reloaded = ended_badly("reload", result, limit)
+        if reloaded.interrupted or result == "overdue":
             return reloaded
         try:
             values = await (await self._systemd()).service_properties(unit)
@@ -239,9 +263,10 @@ def _not_possible(word: str, error: Exception) -> Reloaded:
     return Reloaded(ok=False, told=word, reason=f"{word} was not possible: {error}", interrupted=True)
 
 
-def ended_badly(word: str, result: str) -> Reloaded:
-    reason = f"{word} {_ENDS.get(result, result)}"
-    return Reloaded(ok=False, told=word, reason=reason, interrupted=result not in _VERDICTS)
+def ended_badly(word: str, result: str, limit: float = math.inf) -> Reloaded:
+    reason = f"{word} {_ENDS.get(result, result)}".format(limit=limit)
+    interrupted, blocked = result not in _VERDICTS, result == "blocked"
+    return Reloaded(ok=False, told=word, reason=reason, interrupted=interrupted, blocked=blocked)
 
 
 def _failed_command(values: Mapping[str, Any]) -> ExecCommand | None:

@@ -200,11 +200,12 @@ class KillReloads:
         """systemd reads its unit files again, or may have done so."""
         self._known = {}
 
-    async def send(self, unit: str, main: Process) -> Reloaded | None:
+    async def send(self, unit: str, main: Process, limit: float) -> Reloaded | None:
         """Have a service that is up reload by a signal; None: systemd has to do it, and nothing was sent.
 
         Args:
             main: its main process, held by the caller.
+            limit: seconds until it must have reloaded, if it tells that.
 
         Raises:
             Gone: that has ended.
@@ -225,9 +226,9 @@ class KillReloads:
         except PermissionError:
             return None  # an administrator has taken CAP_KILL from us
         if found.notifies:
-            result = await self._jobs.told_by_service(unit)
+            result = await self._jobs.told_by_service(unit, limit)
             if result != "done":
-                return ended_badly("reload", result)
+                return ended_badly("reload", result, limit)
         return Reloaded(ok=True, told=signal_name(found.number))
 
     async def _look(self, unit: str) -> ReloadSignal | None:

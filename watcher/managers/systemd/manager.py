@@ -148,19 +148,20 @@ class Systemd:
         return reloaded or Reloaded(ok=True)
 
     async def _by_its_unit(self, service: Service, held: Process, *, may_signal: bool) -> Reloaded | None:
-        """Have it reload as its unit says; None if that says no way.
+        """Have it reload as its unit says, within `ReloadSec=`; None if that says no way.
 
         Args:
             may_signal: if that is nothing but a signal, send it.
         """
+        limit = service.settings.reload_usec / 1e6
         try:
             if may_signal and await self._unit_jobs.is_up(service.name, service.invocation):
                 with held.hold() as main:
-                    if reloaded := await self._kill_reloads.send(service.name, main):
+                    if reloaded := await self._kill_reloads.send(service.name, main, limit):
                         return reloaded
         except Gone:
             pass  # systemd knows best what has become of it
-        return await self._unit_jobs.reload(service.name, service.invocation)
+        return await self._unit_jobs.reload(service.name, service.invocation, limit)
 
     async def _signal(self, service: Service, held: Process, number: int) -> Reloaded:
         try:

@@ -15,13 +15,14 @@ from typing import Any, Final
 import trio
 from jeepney import HeaderFields, MatchRule
 
-from watcher.managers.systemd.dbus import CALL_SEC, PROPERTIES, Bus, require
+from watcher.managers.systemd.dbus import CALL_SEC, PROPERTIES, Bus, Error, require
 from watcher.managers.systemd.wire import Received
 from watcher.model import Unsupported
 
 NAME: Final = "org.freedesktop.systemd1"
 PATH: Final = "/org/freedesktop/systemd1"
 MANAGER: Final = f"{NAME}.Manager"
+JOB: Final = f"{NAME}.Job"
 UNIT: Final = f"{NAME}.Unit"
 SERVICE: Final = f"{NAME}.Service"
 
@@ -29,6 +30,7 @@ OLDEST: Final = 255
 """The first systemd with confexts for services."""
 
 DAEMON_RELOAD_SEC: Final = 300.0
+UNKNOWN_OBJECT: Final = "org.freedesktop.DBus.Error.UnknownObject"
 NO_SUCH_UNIT: Final = f"{NAME}.NoSuchUnit"
 # From ReloadUnit(): the unit has no way to reload; a stop is queued.
 NOT_APPLICABLE: Final = f"{NAME}.JobTypeNotApplicable"
@@ -240,6 +242,17 @@ class Systemd1:
         """ActiveState of a unit and the number of its job, 0 without one, at one moment."""
         found = await self.manager("ListUnitsByNames", "as", [unit])
         return (found[0][3], found[0][7]) if found else ("inactive", 0)
+
+    async def cancel_job(self, job: str) -> str:
+        """Cancel a job: its state at that moment, "waiting" or "running"; "" if it has just ended."""
+        try:
+            state = str(await self._bus.get(NAME, job, JOB, "State", "s"))
+            await self._bus.call(NAME, job, JOB, "Cancel")
+        except Error as error:
+            if error.name != UNKNOWN_OBJECT:
+                raise
+            return ""
+        return state
 
     async def get(self, unit: str, name: str) -> Any:
         """A property of a unit or a service. systemd loads the unit if it has to."""
