@@ -164,7 +164,7 @@ def _history(settings: Settings, options: argparse.Namespace) -> ExitStatus:
     events, redacted = _read(
         settings, lambda client: client.history(options.service, options.lines), without_daemon
     )
-    _answer(options, {"events": events, "redacted": redacted}, show.events(events))
+    _answer(options, {"events": events, "redacted": redacted}, show.events(events, verbose=options.verbose))
     return ExitStatus.DONE
 
 

@@ -35,7 +35,7 @@ _confext_watcher() {
                 --reload-command --check --health-check --set --" ;;
         status) options="--json" ;;
         plan) options="--debug --json" ;;
-        history) options="--lines --json" ;;
+        history) options="--verbose --lines --json" ;;
         wait) options="--timeout --json" ;;
         rollback) options="--to --forget --json" ;;
         check) options="--json" ;;

@@ -28,6 +28,7 @@ $c -n $first -a check -d 'would this image be admitted here?'
 $c -n $asks -a '(__confext_watcher_services)'
 $c -n '__fish_seen_subcommand_from status plan history wait rollback check' -l json -d 'print one JSON object'
 $c -n '__fish_seen_subcommand_from plan' -l debug -d 'with a report for whoever mends the watcher'
+$c -n '__fish_seen_subcommand_from history' -s v -l verbose -d 'with what was logged'
 $c -n '__fish_seen_subcommand_from history' -x -s n -l lines -d 'the newest N'
 $c -n '__fish_seen_subcommand_from wait' -x -l timeout -d 'give up after so many seconds'
 $c -n '__fish_seen_subcommand_from wait check' -F

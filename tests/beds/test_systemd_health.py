@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -37,6 +38,27 @@ SettleSec=0
 """
 
 
+NGINX = """[Service]
+Type=forking
+PIDFile=/run/web.pid
+ExecStartPre=/usr/sbin/nginx -t -c /etc/web.conf
+ExecStart=/usr/sbin/nginx -c /etc/web.conf
+ExecReload={reload}
+[X-Confext]
+{settings}
+SettleSec=0
+"""
+BY_KILL, BY_COMMAND = "/bin/kill -HUP $MAINPID", "/usr/sbin/nginx -c /etc/web.conf -s reload"
+
+
+def nginx(listen: str) -> dict[str, str]:
+    """The configuration of an nginx that says what it listens to."""
+    config = f"""pid /run/web.pid; worker_processes 1;
+    error_log syslog:server=unix:/dev/log,nohostname crit;
+    events {{}} http {{ access_log off; server {{ {listen} location / {{ return 200 "{listen}"; }} }} }}"""
+    return {"web.conf": config}
+
+
 @pytest.fixture
 def host(bed: Bed) -> Iterator[Host]:
     with site.host(bed) as made:
@@ -58,3 +80,40 @@ def test_a_reload_that_never_ends_is_undone_and_holds_up_nothing(host: Host, uni
         # systemd lets nobody reload it before it has given up the reload before.
         assert "site 1 -> 3" in journal.until(lambda entry: entry.get("CONFEXT_OUTCOME"))["MESSAGE"]
     assert host.bed.property(WEB, "ActiveState") in ("active", "reloading")
+
+
+@pytest.mark.parametrize("reload", [BY_KILL, BY_COMMAND], ids=["signal", "command"])
+def test_an_nginx_that_keeps_its_old_configuration_says_so_in_its_log(host: Host, reload: str) -> None:
+    settings = "ReloadErrors=fail"
+    journal = run(host, NGINX.format(reload=reload, settings=settings), nginx("listen 8080;"))
+    drop(host, 2, nginx("listen 127.0.0.1:8080;"))
+    entry = journal.until(lambda entry: entry.get("CONFEXT_OUTCOME") == "rolled-back")
+    assert re.search(r"it logged an error \(.*bind\(\) to 127.0.0.1:8080 failed", entry["MESSAGE"])
+    assert entry["CONFEXT_VERDICT"] == "reload-failed" and "Address already in use" in entry["CONFEXT_OUTPUT"]
+    assert "but that failed too" not in entry["MESSAGE"]
+    drop(host, 3, nginx("listen 8080; listen 8081;"))
+    assert "site 1 -> 3" in journal.applied(WEB)["MESSAGE"]
+    assert "listen 8081" in host.bed.run(["curl", "-sf", "http://127.0.0.1:8081"]).stdout
+
+
+def test_what_a_service_logs_as_errors_is_shown_beside_the_outcome(host: Host) -> None:
+    script = "echo '<3>no such module: foo'; echo '<6>all is well'; echo '<2>'$(cat /etc/web.conf)"
+    unit = f'[Service]\nExecStart=/bin/sleep 1000\nExecReload=/bin/sh -c "{script}"\n'
+    journal = run(host, unit, {"web.conf": "one"})
+    drop(host, 2, {"web.conf": "two"})
+    assert journal.applied(WEB)["CONFEXT_OUTPUT"] == "no such module: foo\ntwo"
+    history = ["confext-watcher", "history", WEB]
+    assert "foo" not in host.bed.run(history).stdout
+    assert "    no such module: foo\n    two\n" in host.bed.run([*history, "-v"]).stdout
+
+
+@pytest.mark.parametrize("reload", [BY_KILL, BY_COMMAND], ids=["signal", "command"])
+def test_the_old_workers_of_an_nginx_are_not_taken_for_the_new_ones(host: Host, reload: str) -> None:
+    settings = (
+        "HealthCheck=/usr/bin/curl -sf --max-time 1 -o /dev/null http://127.0.0.1:8080/\nHealthCheckSec=5s"
+    )
+    journal = run(host, NGINX.format(reload=reload, settings=settings), nginx("listen 8080;"))
+    drop(host, 2, nginx("listen 8082;"))
+    entry = journal.until(lambda entry: entry.get("CONFEXT_OUTCOME") == "rolled-back")
+    assert entry["CONFEXT_VERDICT"] == "health-check-failed"
+    assert "listen 8080" in host.bed.run(["curl", "-sf", "http://127.0.0.1:8080"]).stdout

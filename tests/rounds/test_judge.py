@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -31,6 +32,7 @@ class Manager:
         self.services: Mapping[str, Service] = {service.name: service}
         self.answer = answer
         self.plan = _plan(())
+        self.log: Callable[[int], str] = lambda since: ""
 
     def becomes(self, **changes: object) -> None:
         (name,) = self.services
@@ -57,6 +59,9 @@ class Manager:
         if words == ["unaskable"]:
             raise Later("could not be run: the bus went away")
         return Ended("", "") if words == ["true"] else Ended("failed with exit status 1", "line 7\n")
+
+    async def logged(self, service: Service, since: int) -> str:
+        return self.log(since)
 
     async def processes(self, service: Service) -> list[int]:
         return []
@@ -314,6 +319,39 @@ async def test_what_ends_while_its_health_must_hold_is_noticed_at_once(
     assert checked.main is not None
     verdict = await reload_and_judge(manager, checked, checked.main, STACK)
     assert verdict == Judged(STACK, Verdict.WENT_DOWN, "reload", "its main process ended after its reload")
+
+
+@pytest.mark.parametrize(
+    ("setting", "undoing", "verdict", "reason"),
+    [
+        ("fail", False, Verdict.RELOAD_FAILED, "it logged an error ([emerg] bind failed)"),
+        ("show", False, Verdict.GOOD, ""),
+        ("fail", True, Verdict.GOOD, ""),
+    ],
+)
+async def test_what_it_logs_after_a_reload_may_count(
+    service: Service,
+    autojump_clock: trio.testing.MockClock,
+    setting: str,
+    undoing: bool,
+    verdict: Verdict,
+    reason: str,
+) -> None:
+    """On the way back it does not: what went wrong with the bad stack may be logged only then."""
+    checked = replace(service, settings=ServiceSettings(reload_errors=setting))
+    logged = "[emerg] bind failed\n[emerg] still could not bind"
+    begun = trio.current_time()
+
+    def reloads(manager: Manager) -> Reloaded:
+        time.sleep(0.02)
+        return done(manager)
+
+    manager = Manager(checked, reloads)
+    manager.log = lambda since: logged if setting == "show" or trio.current_time() - begun > 1 else ""
+    assert checked.main is not None
+    found = await reload_and_judge(manager, checked, checked.main, STACK, undoing=undoing)
+    assert found is not None and (found.verdict, found.reason) == (verdict, reason)
+    assert found.logged == ("" if undoing else logged)
 
 
 async def test_a_command_that_could_not_be_run_is_no_verdict(service: Service) -> None:

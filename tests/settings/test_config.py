@@ -63,6 +63,7 @@ def test_the_settings_of_a_service() -> None:
         Check=/usr/sbin/nginx -t
         Check=/bin/check %n "a b"
         ReloadSec=1min
+        ReloadErrors=fail
         CheckSec=5s
         HealthCheck=/bin/answers
         HealthCheckSec=1s
@@ -79,6 +80,7 @@ def test_the_settings_of_a_service() -> None:
         reload="signal:SIGHUP",
         check=("/usr/sbin/nginx -t", '/bin/check x "a b"'),
         reload_usec=60_000_000,
+        reload_errors="fail",
         check_usec=5_000_000,
         health_check=("/bin/answers",),
         health_check_usec=1_000_000,

@@ -32,6 +32,7 @@ from watcher.rounds import exec_service, messages, observe, rollout, steps, verd
 from watcher.rounds import round as rounds
 from watcher.rounds.desired import Given, find
 from watcher.rounds.facts import Facts, Judged
+from watcher.rounds.judge import Asked
 
 _ANY: Any = object()
 _HOST = namespace_id("/dev/null")
@@ -291,13 +292,13 @@ class World:
         service: Service,
         main: Main,
         stack: Stack,
-        done: tuple[Reloaded, int] | None = None,
+        asked: Asked | None = None,
         *,
         undoing: bool,
     ) -> Judged | None:
         self.tick()
         unit, told = main.unit, "restart" if service.settings.reload == "restart" else "reload"
-        if done is None and main.alive():
+        if asked is None and main.alive():
             if told == "restart":
                 self.start(unit)
             else:
@@ -385,6 +386,9 @@ class World:
         async def nothing(*_: Any) -> list[int]:
             return []
 
+        async def silent_service(*_: Any) -> str:
+            return ""
+
         world = self
 
         class Manager:
@@ -392,6 +396,7 @@ class World:
             processes = staticmethod(self._processes)
             learned = staticmethod(lambda service: True)
             tell = staticmethod(self._tell)
+            logged = staticmethod(silent_service)
 
             @property
             def services(self) -> dict[str, Service]:

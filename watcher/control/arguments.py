@@ -65,6 +65,12 @@ def _add_asking(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
     history = commands.add_parser("history", help="what was applied, refused, rolled back, when and why")
     history.add_argument("service", nargs="?", metavar="SERVICE")
+    history.add_argument(
+        "--verbose",
+        "-v",
+        action="store_true",
+        help="also what a service that took its stack well has printed, and logged as errors",
+    )
     history.add_argument("--lines", "-n", type=int, default=20, metavar="N", help="the newest N (20)")
 
     wait = commands.add_parser(

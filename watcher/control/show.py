@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 
-from watcher.model import Event, Stack, printable, shown
+from watcher.model import Event, Outcome, Stack, printable, shown
 from watcher.records.schema import PlannedChange, Quarantined, ServiceStatus, to_dict
 
 REDACTED = "you see outcomes only: to see reasons, paths and outputs join the group confext-watcher"
@@ -78,14 +78,19 @@ def changes(changes: Sequence[PlannedChange]) -> Iterator[str]:
             yield change.report
 
 
-def events(events: Sequence[Event]) -> Iterator[str]:
-    """The newest last, which is nearest to the next prompt."""
+def events(events: Sequence[Event], *, verbose: bool = False) -> Iterator[str]:
+    """The newest last, which is nearest to the next prompt.
+
+    Args:
+        verbose: with what was printed and logged also where all went well.
+    """
     if not events:
         yield "nothing has happened yet"
     for event in reversed(events):
         stack = shown(event.stack) or "-"
         yield f"{when(event.when)}  {event.result:<13}  {stack:<16}  {printable(event.message)}"
-        for line in event.output.splitlines():
+        well = event.outcome is Outcome.APPLIED
+        for line in event.output.splitlines() if verbose or not well else ():
             yield f"    {shown(line)}"
 
 

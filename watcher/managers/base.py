@@ -175,3 +175,12 @@ class Manager(Protocol):
 
         There may be tens of thousands.
         """
+
+    async def logged(self, service: Service, since: int) -> str:
+        """Lines of priority err and worse that the service has logged itself, at most 4 KiB.
+
+        Without systemd there is no log that we know of: "".
+
+        Args:
+            since: microseconds since the epoch.
+        """

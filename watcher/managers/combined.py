@@ -55,6 +55,9 @@ class Combined:
     def processes(self, service: Service) -> list[int]:
         return self._of(service).processes(service)
 
+    async def logged(self, service: Service, since: int) -> str:
+        return await self._of(service).logged(service, since)
+
     def _of(self, service: Service) -> Manager:
         found = (manager for manager in self._managers if service.name in manager.services)
         return next(found, self._managers[-1])

@@ -150,6 +150,9 @@ class Standalone:
             context = await command.aside(_context_of, main, registration)
             return await self._run(registration.name, main, namespace, context, words, timeout_sec)
 
+    async def logged(self, service: Service, since: int) -> str:
+        return ""
+
     def processes(self, service: Service) -> list[int]:
         if service.main is None:
             return []

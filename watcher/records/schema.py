@@ -60,7 +60,8 @@ type Layer (
 # "reload-failed", "health-check-failed" or "went-down" (the service ended or failed). There may be more one day.
 # message: a sentence for people.
 # stack, previous: identities of the stacks after and before.
-# output: what the check or the reload printed; History and Wait have it.
+# output: what the check or the reload printed, and what the service itself logged as errors from the swap to the
+# verdict; History and Wait have it.
 type Event (
   service: string,
   outcome: string,

@@ -13,7 +13,7 @@ from watcher.records.state import Quarantine, State, Trial, Undoing
 from watcher.resolve.trust import Trust
 from watcher.rounds import decide
 from watcher.rounds.desired import Desired
-from watcher.rounds.facts import Facts
+from watcher.rounds.facts import Facts, both
 
 
 def let_in(step: decide.LetIn, invocation: str, state: State) -> State:
@@ -128,7 +128,11 @@ def reject(
     accepted = step.stack.id == facts.accepted.id
     keys = {one.digest for one in entries}
     others = [one for one in state.quarantine if one.digest not in keys]
-    undoing = Undoing(step.stack, step.verdict, step.reason, step.output) if accepted else state.undoing
+    undoing = (
+        Undoing(step.stack, step.verdict, step.reason, both(step.output, step.logged))
+        if accepted
+        else state.undoing
+    )
     return replace(
         state,
         quarantine=(*others, *entries),

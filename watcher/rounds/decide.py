@@ -98,12 +98,14 @@ class Reject:
     Attributes:
         why: one line.
         output: what the command printed that failed.
+        logged: what the service itself has logged as errors.
     """
 
     stack: Stack
     verdict: Verdict
     why: str
     output: str = ""
+    logged: str = ""
 
     @property
     def reason(self) -> str:
@@ -180,14 +182,18 @@ def decide(f: Facts) -> Step:
 def _conclude(f: Facts, judged: Judged) -> Step:
     """The verdict of this round is on the accepted stack, or on one that was checked before it was accepted."""
     if judged.stack.id != f.accepted.id:
-        return Reject(judged.stack, judged.verdict, judged.reason, judged.output)
+        return _rejected(judged)
     if f.undoing:
         return Undone()
     if judged.good:
         return Good()
     if f.on_trial and f.rollback and f.pinned is None:
-        return Reject(f.accepted, judged.verdict, judged.reason, judged.output)
+        return _rejected(judged)
     return Keep()
+
+
+def _rejected(judged: Judged) -> Reject:
+    return Reject(judged.stack, judged.verdict, judged.reason, judged.output, judged.logged)
 
 
 def _unreachable(f: Facts) -> Step:

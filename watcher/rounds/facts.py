@@ -25,6 +25,7 @@ class Judged:
         reason: why it is bad; or why nothing was told although there is a way; one line, else "".
         output: what the command printed that failed, at most 64 KiB.
         usec: how long the reload took, microseconds.
+        logged: what the service itself has logged as errors meanwhile, at most 4 KiB.
     """
 
     stack: Stack
@@ -33,10 +34,21 @@ class Judged:
     reason: str = ""
     output: str = ""
     usec: int = field(default=0, compare=False)
+    logged: str = ""
 
     @property
     def good(self) -> bool:
         return self.verdict is Verdict.GOOD
+
+    @property
+    def said(self) -> str:
+        """What was printed and logged."""
+        return both(self.output, self.logged)
+
+
+def both(printed: str, logged: str) -> str:
+    """Two texts one after the other, each from a line of its own on."""
+    return "\n".join((printed.rstrip("\n"), logged)) if printed and logged else printed or logged
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import trio
 
 from watcher.managers.base import Ended, Manager, Service
+from watcher.managers.command import last_line
 from watcher.model import shown
 from watcher.mounts.process import Gone, Process
+from watcher.rounds.outcomes import say
 from watcher.rounds.service_check import run_all
 
 _RETRY_SEC = 0.2
@@ -58,6 +60,7 @@ class Health:
                 if now + pause >= deadline:
                     return failed
             elif not stable or (since is not None and now >= since + stable):
+                say("debug", self.service.name, "health check passed")
                 return WELL
             else:
                 since = begun if since is None else since
@@ -77,6 +80,19 @@ class Health:
                 if ended.reason:
                     return ended
         return WELL
+
+    async def quiet(self, begun: float, since: int) -> Ended:
+        """Once `HealthStableSec=` is over: whether the service has logged no error.
+
+        Args:
+            begun: when it had reloaded, `trio.current_time()`.
+            since: when its stack was swapped in, microseconds since the epoch.
+        """
+        settings = self.service.settings
+        await self.pause(max(begun + settings.health_stable_usec / 1e6 - trio.current_time(), 0))
+        logged = await self.manager.logged(self.service, since)
+        first = logged.partition("\n")[0]
+        return Ended(f"it logged an error{last_line(first)}" if logged else "", "")
 
     async def pause(self, seconds: float) -> None:
         """Wait for so long.

@@ -8,11 +8,15 @@ started on its stack is judged likewise, without the reload.
 
 from __future__ import annotations
 
+import functools
+import os
+import time
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 
 import trio
 
-from watcher.managers.base import Manager, Reloaded, Service
+from watcher.managers.base import Ended, Manager, Reloaded, Service
 from watcher.model import Later, Stack, Verdict
 from watcher.mounts.process import Gone, Process
 from watcher.rounds import messages
@@ -25,8 +29,25 @@ _POLL_SEC = 0.02
 # How long a manager may take to notice what has become of a process, in seconds.
 _NOTICED_SEC = 2.0
 
+# Nobody waits for what a service does after a signal: so soon it has hardly begun to read.
+_DEAF_USEC = 500_000
+
 # With Rollout=rolling others follow a good verdict: the end of one that a reload signal kills must be seen before.
 _ROLLING_WATCH_USEC = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A service was asked to reload.
+
+    Attributes:
+        since: when, microseconds since the epoch.
+        usec: how long that took, microseconds.
+    """
+
+    reloaded: Reloaded
+    since: int
+    usec: int
 
 
 async def reload_and_judge(
@@ -34,7 +55,7 @@ async def reload_and_judge(
     service: Service,
     main: Process,
     stack: Stack,
-    done: tuple[Reloaded, int] | None = None,
+    asked: Asked | None = None,
     *,
     undoing: bool = False,
 ) -> Judged | None:
@@ -43,7 +64,7 @@ async def reload_and_judge(
     Args:
         main: its main process, held by the caller.
         stack: what it is judged on.
-        done: what came of that, if it was asked already, and how long it took, microseconds.
+        asked: what came of that, if it was asked already.
         undoing: it is the way back from a bad one. Where the service is still busy with that, nobody waits for it.
 
     Returns:
@@ -52,10 +73,23 @@ async def reload_and_judge(
     Raises:
         Later: whether it has reloaded could not be found out.
     """
-    reloaded, usec = done or await _reload(manager, service)
-    say("debug", service.name, messages.told(reloaded))
-    told = Judged(stack, Verdict.GOOD, reloaded.told, reloaded.reason, reloaded.output, usec)
-    judge = _Judge(manager, service, main)
+    asked = asked or await _ask(manager, service)
+    say("debug", service.name, messages.told(asked.reloaded))
+    # What went wrong with the bad stack may be logged only now. There is no way back from the way back, either.
+    judge = _Judge(manager, service, main, None if undoing else asked.since)
+    judged = await _judge_reload(judge, stack, asked, undoing=undoing)
+    return await _with_log(manager, service, judged, asked.since)
+
+
+async def _ask(manager: Manager, service: Service) -> Asked:
+    since, begun = messages.now(), trio.current_time()
+    reloaded = await manager.reload(service)
+    return Asked(reloaded, since, round((trio.current_time() - begun) * 1_000_000))
+
+
+async def _judge_reload(judge: _Judge, stack: Stack, asked: Asked, *, undoing: bool) -> Judged | None:
+    manager, service, main, reloaded = judge.manager, judge.service, judge.main, asked.reloaded
+    told = Judged(stack, Verdict.GOOD, reloaded.told, reloaded.reason, reloaded.output, asked.usec)
     if reloaded.interrupted:
         if not main.alive() and not await judge.went_down():
             return None
@@ -71,16 +105,10 @@ async def reload_and_judge(
         if after.main is None:
             return _ended(told, "after its restart")
         with after.main.hold() as new:
-            return await _Judge(manager, after, new).verdict(told, "its reload")
+            return await replace(judge, service=after, main=new).verdict(told, "its reload")
     if not main.alive():
         return await judge.why_ended(told, "when it was told to reload")
     return await judge.verdict(told, "its reload")
-
-
-async def _reload(manager: Manager, service: Service) -> tuple[Reloaded, int]:
-    begun = trio.current_time()
-    reloaded = await manager.reload(service)
-    return reloaded, round((trio.current_time() - begun) * 1_000_000)
 
 
 async def judge_start(manager: Manager, service: Service, main: Process, stack: Stack) -> Judged | None:
@@ -94,6 +122,12 @@ async def judge_start(manager: Manager, service: Service, main: Process, stack: 
         None if its main process has ended and it did not go down: it was done (`Type=oneshot`), or was stopped.
     """
     judge = _Judge(manager, service, main)
+    judged = await _judge_start(judge, stack)
+    return await _with_log(manager, service, judged, _begun(main))
+
+
+async def _judge_start(judge: _Judge, stack: Stack) -> Judged | None:
+    manager, service, main = judge.manager, judge.service, judge.main
     up = False
 
     async def ended() -> None:
@@ -116,11 +150,14 @@ class _Judge:
 
     Attributes:
         main: its main process, held by the caller.
+        errors_since: what it has logged as errors since then counts with `ReloadErrors=fail`, microseconds since the
+            epoch; None: not at all.
     """
 
     manager: Manager
     service: Service
     main: Process
+    errors_since: int | None = None
 
     async def verdict(self, told: Judged, since: str) -> Judged | None:
         """The verdict on a service that is up; None if its main process has ended, and it did not go down.
@@ -128,27 +165,35 @@ class _Judge:
         Args:
             since: what it did last, "its reload".
         """
-        settings, name = self.service.settings, self.service.name
-        health = Health(self.manager, self.service, self.main)
-        when = f"after {since}"
-        try:
-            ended = await health.proved()
-            if settings.health_check and not ended.reason:
-                say("debug", name, "health check passed")
-            watch = settings.health_watch_usec
-            if settings.rollout == "rolling":
-                watch = max(watch, _ROLLING_WATCH_USEC)
-            if watch and not ended.reason:
-                seconds = watch / 1_000_000
-                say("debug", name, f"on trial for {seconds:g} s more")
-                when = f"within {seconds:g} s of {since}"
-                ended = await health.watch(seconds)
-        except Gone:
-            return await self.why_ended(told, when)
-        if ended.reason:
-            failed = Verdict.HEALTH_CHECK_FAILED
-            return replace(told, verdict=failed, reason=ended.reason, output=ended.output)
+        for verdict, ask, when in self._questions(since):
+            try:
+                ended = await ask()
+            except Gone:
+                return await self.why_ended(told, when)
+            if ended.reason:
+                return replace(told, verdict=verdict, reason=ended.reason, output=ended.output)
         return self._as_before(told)
+
+    def _questions(self, since: str) -> Iterator[tuple[Verdict, Callable[[], Awaitable[Ended]], str]]:
+        """What is asked of it, one after the other: the verdict if the answer is bad, and when that was."""
+        settings = self.service.settings
+        health = Health(self.manager, self.service, self.main)
+        log = functools.partial(health.quiet, trio.current_time(), self.errors_since or 0)
+        asks_log = settings.reload_errors == "fail" and self.errors_since is not None
+        when = f"after {since}"
+        yield Verdict.HEALTH_CHECK_FAILED, health.proved, when
+        if asks_log:
+            yield Verdict.RELOAD_FAILED, log, when
+        watch = settings.health_watch_usec
+        if settings.rollout == "rolling":
+            watch = max(watch, _ROLLING_WATCH_USEC)
+        if watch:
+            seconds = watch / 1_000_000
+            say("debug", self.service.name, f"on trial for {seconds:g} s more")
+            when = f"within {seconds:g} s of {since}"
+            yield Verdict.HEALTH_CHECK_FAILED, functools.partial(health.watch, seconds), when
+            if asks_log:
+                yield Verdict.RELOAD_FAILED, log, when
 
     async def why_ended(self, told: Judged, when: str) -> Judged | None:
         """The verdict on a service whose main process has ended; None if it was done, or was stopped."""
@@ -192,3 +237,18 @@ async def _restarted(manager: Manager, service: Service) -> Service | None:
 
 def _ended(told: Judged, when: str) -> Judged:
     return replace(told, verdict=Verdict.WENT_DOWN, reason=f"its main process ended {when}")
+
+
+async def _with_log(manager: Manager, service: Service, judged: Judged | None, since: int) -> Judged | None:
+    """A verdict, with what the service itself has logged as errors since then."""
+    if judged is None:
+        return None
+    if judged.good and judged.told not in ("reload", "restart") and messages.now() - since < _DEAF_USEC:
+        return judged  # a look into the journal takes longer than all the rest
+    return replace(judged, logged=await manager.logged(service, since))
+
+
+def _begun(main: Process) -> int:
+    """When a process was started, microseconds since the epoch."""
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - main.started / os.sysconf("SC_CLK_TCK")
+    return messages.now() - round(age * 1_000_000)

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from watcher.managers.base import Reloaded
 from watcher.model import Interest, Stack
 from watcher.mounts.converge import Compared, Converged
 from watcher.records.state import State
 from watcher.rounds.desired import Desired
 from watcher.rounds.facts import Facts, Judged
+from watcher.rounds.judge import Asked
 
 
 @dataclass(slots=True)
@@ -63,7 +63,7 @@ class Round:
         over: nobody waits for it any more; a thread may still be at it.
         waits: why it is not the service's turn (`Rollout=rolling`), "" if it is; None: nobody has asked since the last
             step.
-        reloaded: the service was asked to reload, and how long that took, microseconds; None: not yet.
+        asked: the service was asked to reload, and is to be judged.
     """
 
     since: float
@@ -85,4 +85,4 @@ class Round:
     unwatched: tuple[Interest, ...] | None = None
     over: bool = False
     waits: str | None = None
-    reloaded: tuple[Reloaded, int] | None = None
+    asked: Asked | None = None

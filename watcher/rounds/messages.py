@@ -14,7 +14,7 @@ from watcher.mounts.converge import Converged
 from watcher.records.state import Undoing
 from watcher.rounds.choose import Passed, describe
 from watcher.rounds.decide import Reject
-from watcher.rounds.facts import Facts, Judged
+from watcher.rounds.facts import Facts, Judged, both
 
 _REBASED = "the host's /etc has changed, same stack"
 
@@ -100,10 +100,15 @@ def rolled_back(
         sentence += f", {judged.told} done" if judged.told == "start" else ""
     else:
         sentence += f"back on {back}, but that failed too: {judged.reason}; it is not tried again"
-    both = "\n".join(part.rstrip("\n") for part in (undoing.output, judged.output) if part)
     event = _of_stack(service, Outcome.ROLLED_BACK, sentence, bad, good, judged, times)
     # A `wait` for the image that was dropped waits for this.
-    return replace(event, reason=why, output=both, verdict=undoing.verdict, **_about(good, bad))
+    return replace(
+        event,
+        reason=why,
+        output=both(undoing.output, judged.said).rstrip("\n"),
+        verdict=undoing.verdict,
+        **_about(good, bad),
+    )
 
 
 def accepted(service: str, before: Stack, facts: Facts) -> Event:
@@ -251,7 +256,7 @@ def _of_stack(
         stack=stack.id,
         previous=before.id,
         reason=judged.reason if judged is not None else "",
-        output=judged.output if judged is not None else "",
+        output=judged.said if judged is not None else "",
         verdict=judged.verdict if judged is not None else None,
         swap_usec=times.swap,
         total_usec=times.total,

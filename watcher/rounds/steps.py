@@ -14,7 +14,7 @@ from watcher.mounts.converge import converge
 from watcher.mounts.process import Gone, Process
 from watcher.rounds import changes, decide, messages
 from watcher.rounds.facts import Facts, Judged
-from watcher.rounds.judge import judge_start, reload_and_judge
+from watcher.rounds.judge import Asked, judge_start, reload_and_judge
 from watcher.rounds.memory import Memory, Round
 from watcher.rounds.observe import of_look
 from watcher.rounds.outcomes import say
@@ -104,10 +104,10 @@ class Steps:
 
     def tell(self, service: Service, this: Round) -> None:
         """Ask the service to reload, if that takes nothing but a signal."""
-        begun = time.monotonic()
+        since, begun = messages.now(), time.monotonic()
         with suppress(Gone), _held(service) as main:  # `reload()` meets that, too
             if (reloaded := self._tools.manager.tell(service, main)) is not None:
-                this.reloaded = reloaded, round((time.monotonic() - begun) * 1_000_000)
+                this.asked = Asked(reloaded, since, round((time.monotonic() - begun) * 1_000_000))
 
     def _other_mains(self, service: Service) -> list[int]:
         services = self._tools.manager.services
@@ -133,9 +133,9 @@ class Steps:
     async def reload(self, service: Service, facts: Facts, this: Round) -> bool:
         """Have the service reload, and judge it. False: an operator has stopped it or started it anew meanwhile."""
         with _held(service) as main:
-            manager, (reloaded, this.reloaded) = self._tools.manager, (this.reloaded, None)
+            manager, asked, this.asked = self._tools.manager, this.asked, None
             judged = await reload_and_judge(
-                manager, service, main, facts.accepted, reloaded, undoing=facts.undoing
+                manager, service, main, facts.accepted, asked, undoing=facts.undoing
             )
         return _judged(service, judged, this)
 

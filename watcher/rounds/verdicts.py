@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 import trio
 
@@ -26,6 +27,9 @@ from watcher.rounds.messages import Times
 from watcher.rounds.outcomes import Outcomes, say
 from watcher.rounds.tools import Tools
 from watcher.watch.offload import Unanswered
+
+# What a service that went down has logged so short before is why.
+_LAST_WORDS_USEC = 10_000_000
 
 
 class Verdicts:
@@ -61,6 +65,9 @@ class Verdicts:
         """Keep out what is new in a stack. If it is the accepted one, the stack before comes back next."""
         this.judged = None
         say("debug", service.name, f"kept out: {messages.labels(step.stack)}: {step.why}")
+        if step.verdict is Verdict.WENT_DOWN and not step.logged:  # it ended while nobody was judging it
+            since = max(facts.state.accepted.when, messages.now() - _LAST_WORDS_USEC)
+            step = replace(step, logged=await self._tools.manager.logged(service, since))
         entries = await self._entries(service, facts.state, step)
         if step.stack.id != facts.accepted.id:
             event = messages.check_failed(service.name, facts.accepted, step)

@@ -70,6 +70,7 @@ class ServiceSettings:
     Attributes:
         reload: `Reload=`, "auto", "unit", "restart", "none" or "signal:SIGHUP".
         reload_usec: `ReloadSec=`, within which a reload must end.
+        reload_errors: `ReloadErrors=`, "show", or "fail": what the service logs as an error then is a failure.
         check: `Check=`, command lines for `values.split()`, all of which must succeed, in order.
         check_usec: `CheckSec=`, for each of them.
         health_check: `HealthCheck=`, command lines.
@@ -88,6 +89,7 @@ class ServiceSettings:
 
     reload: str = "auto"
     reload_usec: int = 90_000_000
+    reload_errors: str = "show"
     check: tuple[str, ...] = ()
     check_usec: int = 30_000_000
     health_check: tuple[str, ...] = ()
@@ -287,6 +289,7 @@ _WATCHER_KEYS: _Keys = {
 _SERVICE_KEYS: _Keys = {
     "Reload": ("reload", reload_kind),
     "ReloadSec": ("reload_usec", _some_time),
+    "ReloadErrors": ("reload_errors", _choice("show", "fail")),
     "Check": ("check", _command),
     "CheckSec": ("check_usec", time_span),
     "HealthCheck": ("health_check", _command),

@@ -26,6 +26,7 @@ from watcher.managers.systemd.tracker import Tracker
 from watcher.managers.systemd.transient import Transient
 from watcher.managers.systemd.unit_facts import Listed, listed, stale
 from watcher.managers.systemd.unit_files import Index
+from watcher.managers.systemd.unit_log import UnitLog
 from watcher.managers.systemd.wire import Received
 from watcher.model import Interest, Unsupported
 from watcher.mounts.process import Gone, Process
@@ -76,6 +77,7 @@ class Systemd:
         self._job_results = JobResults()
         self._unit_jobs = UnitJobs(self._connection, self._job_results)
         self._kill_reloads = KillReloads(self._connection, self._unit_jobs, settings.state_directory)
+        self._log = UnitLog()
         self.transient = Transient(self._connection, self._job_results)
         self._reloads = DaemonReload(
             self._daemon_reload, settings.reload_limit_burst, settings.reload_limit_interval_usec / 1_000_000
@@ -194,6 +196,9 @@ class Systemd:
 
     def processes(self, service: Service) -> list[int]:
         return [] if service.main is None else cgroup.processes(service.main.pid, service.name)
+
+    async def logged(self, service: Service, since: int) -> str:
+        return await self._log.errors(service.name, since)
 
     # --- the connection ---
 
