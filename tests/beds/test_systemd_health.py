@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,7 @@ from beds.bed import Bed
 from beds.host import Host
 from beds.site import WEB, drop, run, sees
 from support import needs
+from watcher.rounds.facts import AFTERGLOW_USEC
 
 pytestmark = [needs.bed, needs.tool("mksquashfs")]
 
@@ -94,6 +96,31 @@ def test_an_nginx_that_keeps_its_old_configuration_says_so_in_its_log(host: Host
     drop(host, 3, nginx("listen 8080; listen 8081;"))
     assert "site 1 -> 3" in journal.applied(WEB)["MESSAGE"]
     assert "listen 8081" in host.bed.run(["curl", "-sf", "http://127.0.0.1:8081"]).stdout
+
+
+def test_the_first_start_on_what_only_a_reload_has_seen_is_on_trial(host: Host) -> None:
+    """Without ReloadErrors= nginx takes a port that it cannot have for good, until it is started anew."""
+    journal = run(host, NGINX.format(reload=BY_KILL, settings=""), nginx("listen 8080;"))
+    taken = "python3 -m http.server 8083"
+    host.bed.run(["systemd-run", "--unit=taken", "--collect", *taken.split()])
+    host.stack.callback(host.systemctl, "stop", "taken")
+    host.bed.run(["sh", "-c", "until curl -s -o /dev/null http://127.0.0.1:8083; do sleep 0.1; done"])
+    for version in (2, 3):  # two that only a reload has seen; the first of them is the bad one
+        drop(host, version, nginx(f"listen 8080; listen 8083; # {version}\n"))
+        assert f"{version - 1} -> {version}" in journal.applied(WEB)["MESSAGE"]
+        time.sleep(AFTERGLOW_USEC / 1e6)
+    host.bed.run(["systemctl", "restart", WEB], check=False)
+    for version in (3, 2):
+        entry = journal.outcome(WEB, "rolled-back")
+        assert (
+            f"site {version} taken out again: the service failed at its first start on it" in entry["MESSAGE"]
+        )
+    assert "back on site 1" in entry["MESSAGE"] and "start done" in entry["MESSAGE"]
+    assert "Address already in use" in entry["CONFEXT_OUTPUT"]
+    assert "listen 8080" in host.bed.run(["curl", "-sf", "http://127.0.0.1:8080"]).stdout
+    time.sleep(AFTERGLOW_USEC / 1e6)
+    host.systemctl("restart", WEB)
+    assert host.bed.property(WEB, "ActiveState") == "active"
 
 
 def test_what_a_service_logs_as_errors_is_shown_beside_the_outcome(host: Host) -> None:

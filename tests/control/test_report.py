@@ -51,6 +51,7 @@ FULL = Facts(
     running=True,
     starting=True,
     failed=True,
+    failed_start="second",
     restarts=3,
     headless=True,
     invocation="9f",

@@ -25,6 +25,7 @@ FULL = State(
     held_for="9f",
     fell=True,
     pin="",
+    untried={STACK.id: "a"},
     counted={"a" * 64: 2},
     sysexts=(ODD,),
 )

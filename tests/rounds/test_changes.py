@@ -286,3 +286,47 @@ def test_what_cannot_be_counted_is_tried_to_be_counted_once(
     for _ in range(2):
         assert begin(versions, records) == "web_1+3.raw"
     assert len(said) == 1
+
+
+# --- a stack that only a reload has seen ---
+
+
+def test_a_stack_that_a_reload_took_well_is_still_to_be_started() -> None:
+    by_reload = facts(NEW, state=ON_TRIAL | {"untried": {OLD.id: "zero"}}, judged=GOOD)
+    after = changes.good(by_reload, NOW, by_reload.state)
+    assert after.untried == {OLD.id: "zero", NEW.id: "first"}
+
+
+@pytest.mark.parametrize("told", ["restart", ""])
+def test_one_that_was_started_well_is_tried(told: str) -> None:
+    state = {"untried": {OLD.id: "zero", NEW.id: "first"}}
+    started = facts(NEW, state=state, invocation="second", judged=replace(GOOD, told=told))
+    assert changes.good(started, NOW, started.state).untried == {OLD.id: "zero"}
+
+
+def test_a_first_start_that_went_ill_and_stays_is_not_judged_again() -> None:
+    started = facts(NEW, state={"untried": {NEW.id: "first"}}, invocation="second")
+    kept = changes.keep(started, Verdict.HEALTH_CHECK_FAILED, NOW, started.state)
+    assert not replace(started, state=kept).on_trial
+
+
+def test_the_start_that_failed_on_another_stack_is_not_held_against_the_one_that_is_back() -> None:
+    state = {"untried": {OLD.id: "first", NEW.id: "first"}, "quarantine": (kept_out(NEW),)}
+    down = {"running": False, "invocation": "", "shown": None, "failed": True, "failed_start": "second"}
+    failed = facts(NEW, wanted=OLD, fallback=OLD, state=state, **down)
+    back = accept(failed, decide.Accept(OLD))
+    assert back.untried[OLD.id] == "second" and not replace(failed, state=back).blame
+    again = replace(failed, state=replace(back, undoing=None), failed_start="third")
+    assert "first start" in again.blame
+
+
+def test_its_own_etc_is_never_on_trial_for_its_start() -> None:
+    removed = facts(EMPTY, state={"owed": "first"}, judged=Judged(EMPTY, Verdict.GOOD, "reload"))
+    assert changes.good(removed, NOW, removed.state).untried == {}
+
+
+def test_what_is_still_to_be_started_does_not_grow_for_ever() -> None:
+    many = {f"{number:016x}": "zero" for number in range(100)}
+    by_reload = facts(NEW, state=ON_TRIAL | {"untried": many}, judged=GOOD)
+    after = list(changes.good(by_reload, NOW, by_reload.state).untried)
+    assert len(after) == 16 and after[-1] == NEW.id

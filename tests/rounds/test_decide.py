@@ -80,6 +80,9 @@ MORE = Entry("more.raw", "/srv/more.raw", Kind.IMAGE)
 KEY = NEW.digests[0][:16]
 SECOND = {"invocation": "second"}
 
+UNTRIED = {"untried": {OLD.id: "zero", NEW.id: "first"}}
+FIRST_START = Reject(NEW, Verdict.WENT_DOWN, "the service failed at its first start on it")
+
 TABLE: dict[str, dict[str, tuple[Facts, Step]]] = {
     "offered": {
         "nothing": (facts(OLD), Done()),
@@ -90,6 +93,34 @@ TABLE: dict[str, dict[str, tuple[Facts, Step]]] = {
         "to one in the host's namespace": (facts(OLD, wanted=NEW, **HOST), Accept(NEW, new=True)),
         "a removal": (facts(OLD, wanted=EMPTY), Accept(EMPTY, new=True)),
         "while a file is being written": (facts(OLD, busy=True), Done()),
+    },
+    "the first start on what only a reload has seen": {
+        "not yet": (facts(NEW, fallback=OLD, state=UNTRIED), Done()),
+        "is on trial": (facts(NEW, fallback=OLD, state=UNTRIED, **SECOND), Watch()),
+        "goes well": (facts(NEW, state=UNTRIED, **SECOND, **judged(NEW, GOOD)), Good()),
+        "goes ill": (facts(NEW, fallback=OLD, state=UNTRIED, **SECOND, **judged(NEW)), REJECTED),
+        "fails": (facts(NEW, fallback=OLD, state=UNTRIED, failed_start="second", **FAILED), FIRST_START),
+        "comes after the service has failed": (
+            facts(NEW, fallback=OLD, state=UNTRIED, failed_start="first", **FAILED),
+            Done(),
+        ),
+        "is not known": (facts(NEW, fallback=OLD, state=UNTRIED, **FAILED), Done()),
+        "fails, and Rollback=no": (
+            facts(NEW, fallback=OLD, state=UNTRIED, failed_start="second", rollback=False, **FAILED),
+            Done(),
+        ),
+        "fails on a stack by hand": (
+            facts(NEW, fallback=OLD, pinned=NEW, state=UNTRIED, failed_start="second", **FAILED),
+            Done(),
+        ),
+        "is not for another stack": (
+            facts(OTHER, fallback=OLD, state=UNTRIED, failed_start="second", **FAILED),
+            Done(),
+        ),
+        "fails after the way back from another": (
+            facts(OLD, fallback=EMPTY, state=UNTRIED, failed_start="second", **FAILED),
+            Reject(OLD, Verdict.WENT_DOWN, "the service failed at its first start on it"),
+        ),
     },
     "Check=": {
         "runs": (facts(OLD, wanted=NEW, has_check=True), Check(NEW)),

@@ -29,6 +29,7 @@ class Service:
         starting: it has a process, which is still systemd's executor on its way to becoming the service.
         failed: it went down by itself rather than being stopped. The standalone manager cannot tell these apart: it
             sets this at every end.
+        failed_start: of one that failed, the start that did (as `invocation`); "" where that is not known.
         restarts: how often systemd has started it again by itself since its last other start (NRestarts).
         headless: it is active, but systemd knows no main process of it (`RemainAfterExit=`, or `Type=forking` without
             `PIDFile=`): it gets another stack only at its next start.
@@ -45,6 +46,7 @@ class Service:
     invocation: str = ""
     starting: bool = False
     failed: bool = False
+    failed_start: str = ""
     restarts: int = 0
     headless: bool = False
     root: str | None = "/"

@@ -122,6 +122,8 @@ class State:
         held_for: the start of the service during which what is kept out `for_now` stays out.
         fell: it went down with what is kept out. So its next start is its manager's or ours, not an operator's.
         pin: identity of the stack that an operator has put it on by hand ("" is the empty one); None: none.
+        untried: stacks that a service took well when it was reloaded, and that no start of it has seen since: identity,
+            and the last start (`Service.invocation`) that was before, or was reloaded. The newest last.
         counted: how many tries were made of each counted file of a stack that was not accepted yet, by the first 16
             digits of its digest.
         sysexts: paths that the unit declares, and that are system extensions.
@@ -137,6 +139,7 @@ class State:
     held_for: str = ""
     fell: bool = False
     pin: str | None = None
+    untried: Mapping[str, str] = field(default_factory=dict)
     counted: Mapping[str, int] = field(default_factory=dict)
     sysexts: tuple[str, ...] = ()
 

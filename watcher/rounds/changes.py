@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from watcher.images import tries, unmounted
@@ -14,6 +14,9 @@ from watcher.resolve.trust import Trust
 from watcher.rounds import decide
 from watcher.rounds.desired import Desired
 from watcher.rounds.facts import Facts, both
+
+# More than are gone back to.
+_UNTRIED_MAX = 16
 
 
 def let_in(step: decide.LetIn, invocation: str, state: State) -> State:
@@ -70,6 +73,9 @@ def accept(
     state = replace(state, checked="", counted={}, sysexts=sysexts)
     if step.stack.id == old.id:
         return state
+    start = facts.invocation or facts.failed_start
+    if start and step.stack.id in state.untried:  # that start was not on this stack
+        state = replace(state, untried={**state.untried, step.stack.id: start})
     bad = state.why_bad(old) if facts.pinned is None else ""
     undoing = state.undoing if facts.undoing else None
     if bad and undoing is None and not step.new:
@@ -96,7 +102,21 @@ def good(facts: Facts, now: int, state: State) -> State:
     if facts.on_trial and (facts.was_told or facts.explained):
         trial = Trial(facts.accepted.id, verdict=Verdict.GOOD, judged=now, restarts=facts.restarts)
     replaced = None if facts.was_told else state.replaced
-    return replace(state, trial=trial, undoing=None, owed="", replaced=replaced)
+    tried = not facts.was_told or (facts.judged is not None and facts.judged.told == "restart")
+    untried = _untried(facts, state, tried=tried)
+    return replace(state, trial=trial, undoing=None, owed="", replaced=replaced, untried=untried)
+
+
+def _untried(facts: Facts, state: State, *, tried: bool) -> Mapping[str, str]:
+    """`State.untried` after a verdict on the accepted stack.
+
+    Args:
+        tried: on a start; else on a reload, which it took well.
+    """
+    others = {stack: start for stack, start in state.untried.items() if stack != facts.accepted.id}
+    if tried or not facts.accepted.layers:
+        return others
+    return dict([*others.items(), (facts.accepted.id, facts.invocation)][-_UNTRIED_MAX:])
 
 
 def told(state: State) -> State:
@@ -113,7 +133,8 @@ def keep(facts: Facts, verdict: Verdict, now: int, state: State) -> State:
     if _is_another(facts, state):
         return state
     trial = replace(state.trial, verdict=verdict, judged=now) if facts.on_trial and state.trial else None
-    return replace(state, trial=trial, undoing=None, owed="", replaced=None)
+    untried = _untried(facts, state, tried=True)
+    return replace(state, trial=trial, undoing=None, owed="", replaced=None, untried=untried)
 
 
 def reject(

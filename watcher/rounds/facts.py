@@ -61,7 +61,7 @@ class Facts:
         first: this watcher has not looked at it before.
 
         running: it has a main process.
-        starting, failed, restarts, headless, invocation: see `Service`.
+        starting, failed, failed_start, restarts, headless, invocation: see `Service`.
         explained: its manager knows why it ended. (The kernel tells only its parent: not so of a standalone service.)
         out_of_reach: why its main process must not be touched: it is in the host's mount namespace; "" if it may be.
         blameless: it went down, and a copy that it ran on was damaged.
@@ -88,6 +88,7 @@ class Facts:
     running: bool
     starting: bool = False
     failed: bool = False
+    failed_start: str = ""
     restarts: int = 0
     headless: bool = False
     invocation: str = ""
@@ -143,9 +144,19 @@ class Facts:
 
     @cached_property
     def on_trial(self) -> bool:
-        """Whether the accepted stack was not judged yet."""
+        """Whether the accepted stack was not judged yet; or only after a reload, and this is its first start."""
         trial = self.state.trial
-        return trial is not None and trial.stack == self.accepted.id and trial.verdict is None
+        new = trial is not None and trial.stack == self.accepted.id and trial.verdict is None
+        return new or self.first_start
+
+    @property
+    def first_start(self) -> bool:
+        """Whether it was started on the accepted stack for the first time, which only a reload has seen before.
+
+        A service that keeps its old configuration says nothing at a reload, and then it cannot be started.
+        """
+        reloaded = self.state.untried.get(self.accepted.id)
+        return reloaded is not None and (self.invocation or self.failed_start) not in ("", reloaded)
 
     @cached_property
     def is_owed(self) -> bool:
@@ -246,16 +257,23 @@ class Facts:
     @cached_property
     def blame(self) -> str:
         """Why its last stack is to blame for its end, "" if it is not."""
-        trial = self.state.trial
-        if trial is None or trial.stack != self.accepted.id or self.state.why_bad(self.accepted):
+        if (
+            not self.rollback
+            or self.blameless
+            or self.pinned is not None
+            or self.state.why_bad(self.accepted)
+        ):
             return ""
-        if not self.rollback or self.blameless or self.pinned is not None:
+        is_down = self.failed and not self.running and not self.starting
+        if is_down and self.explained and self.first_start:
+            return "the service failed at its first start on it"
+        trial = self.state.trial
+        if trial is None or trial.stack != self.accepted.id:
             return ""
         if trial.verdict is Verdict.GOOD:
             down = self.failed or self.restarts not in (0, trial.restarts)
             soon = 0 <= self.now - trial.judged < AFTERGLOW_USEC
             return "its main process ended soon after the reload" if down and soon else ""
-        down = self.failed and not self.running and not self.starting
-        if down and self.explained and self.on_trial and not trial.was_down:
+        if is_down and self.explained and self.on_trial and not trial.was_down:
             return "the service failed on it before it had proved good"
         return ""

@@ -81,15 +81,20 @@ class Health:
                     return ended
         return WELL
 
-    async def quiet(self, begun: float, since: int) -> Ended:
+    async def quiet(self, begun: float, since: int | None) -> Ended:
         """Once `HealthStableSec=` is over: whether the service has logged no error.
+
+        On the way back that says nothing: what went wrong with the bad stack may be logged only now. But after that it
+        is over, and the next stack is not blamed for it.
 
         Args:
             begun: when it had reloaded, `trio.current_time()`.
-            since: when its stack was swapped in, microseconds since the epoch.
+            since: when its stack was swapped in, microseconds since the epoch; None: on the way back.
         """
         settings = self.service.settings
         await self.pause(max(begun + settings.health_stable_usec / 1e6 - trio.current_time(), 0))
+        if since is None:
+            return WELL
         logged = await self.manager.logged(self.service, since)
         first = logged.partition("\n")[0]
         return Ended(f"it logged an error{last_line(first)}" if logged else "", "")

@@ -76,7 +76,8 @@ async def reload_and_judge(
     asked = asked or await _ask(manager, service)
     say("debug", service.name, messages.told(asked.reloaded))
     # What went wrong with the bad stack may be logged only now. There is no way back from the way back, either.
-    judge = _Judge(manager, service, main, None if undoing else asked.since)
+    log_since = None if undoing else asked.since
+    judge = _Judge(manager, service, main, log_since=log_since, reloaded=True)
     judged = await _judge_reload(judge, stack, asked, undoing=undoing)
     return await _with_log(manager, service, judged, asked.since)
 
@@ -150,14 +151,15 @@ class _Judge:
 
     Attributes:
         main: its main process, held by the caller.
-        errors_since: what it has logged as errors since then counts with `ReloadErrors=fail`, microseconds since the
-            epoch; None: not at all.
+        reloaded: it was told to reload.
+        log_since: when its stack was swapped in, microseconds since the epoch; None: on the way back from a bad one.
     """
 
     manager: Manager
     service: Service
     main: Process
-    errors_since: int | None = None
+    reloaded: bool = False
+    log_since: int | None = None
 
     async def verdict(self, told: Judged, since: str) -> Judged | None:
         """The verdict on a service that is up; None if its main process has ended, and it did not go down.
@@ -178,8 +180,8 @@ class _Judge:
         """What is asked of it, one after the other: the verdict if the answer is bad, and when that was."""
         settings = self.service.settings
         health = Health(self.manager, self.service, self.main)
-        log = functools.partial(health.quiet, trio.current_time(), self.errors_since or 0)
-        asks_log = settings.reload_errors == "fail" and self.errors_since is not None
+        log = functools.partial(health.quiet, trio.current_time(), self.log_since)
+        asks_log = settings.reload_errors == "fail" and self.reloaded
         when = f"after {since}"
         yield Verdict.HEALTH_CHECK_FAILED, health.proved, when
         if asks_log:

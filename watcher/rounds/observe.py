@@ -166,6 +166,7 @@ class Observer:
             running=main is not None and not ended,
             starting=service.starting,
             failed=service.failed or ended,
+            failed_start=service.failed_start,
             restarts=service.restarts,
             headless=service.headless,
             invocation=service.invocation,

@@ -240,8 +240,8 @@ class Tracker:
             self.changed(name)
         for name in facts:
             state = states.get(name, "inactive")
-            if state in _STOPPED:
-                self._put(name, failed=state == "failed")
+            if state in _STOPPED and state != "failed":
+                self._put(name)
             else:
                 self._dirty[name] = None
 
@@ -265,16 +265,18 @@ class Tracker:
             return
         start = await self._main(systemd, name)
         failed = headless = False
+        failed_start = ""
         if start.process is None:
             state, detail = await systemd.get(name, "ActiveState"), await systemd.get(name, "SubState")
             # Between its failure and its automatic restart it is not "failed".
             failed = state == "failed" or detail.startswith("auto-restart")
+            failed_start = await systemd.invocation(name) if failed else ""
             headless = not failed and state in _ACTIVE
         if headless:
             # It may have been started since.
             start = await self._main(systemd, name)
             headless = start.process is None
-        self._put(name, start, failed=failed, headless=headless)
+        self._put(name, start, failed=failed, failed_start=failed_start, headless=headless)
 
     async def _main(self, systemd: Systemd1, name: str) -> _Start:
         """The main process that a unit has now, and its start."""
@@ -306,7 +308,13 @@ class Tracker:
         return held
 
     def _put(
-        self, name: str, start: _Start = _NOT_RUNNING, *, failed: bool = False, headless: bool = False
+        self,
+        name: str,
+        start: _Start = _NOT_RUNNING,
+        *,
+        failed: bool = False,
+        failed_start: str = "",
+        headless: bool = False,
     ) -> None:
         """Enter what is known of a service now. From here on the tracker owns the process of its start."""
         process = start.process
@@ -325,6 +333,7 @@ class Tracker:
             restarts=start.restarts,
             starting=starting,
             failed=failed,
+            failed_start=failed_start,
             headless=headless,
             root=root,
             aliases=facts.names[1:],
