@@ -123,6 +123,19 @@ def test_the_first_start_on_what_only_a_reload_has_seen_is_on_trial(host: Host) 
     assert host.bed.property(WEB, "ActiveState") == "active"
 
 
+def test_a_reload_that_tells_the_process_nothing_is_not_called_done(host: Host) -> None:
+    """systemd refreshes the credentials, and calls that a reload."""
+    if host.bed.version != "262":
+        pytest.skip("only from systemd 260 on there is such a reload")
+    unit = "[Service]\nExecStart=/bin/sleep 1000\nSetCredential=a:b\nRefreshOnReload=credentials\n"
+    journal = run(host, unit, {"web.conf": "one"})
+    assert host.bed.property(WEB, "CanReload") == "yes"
+    drop(host, 2, {"web.conf": "two"})
+    said = journal.applied(WEB)["MESSAGE"]
+    assert "reload done" not in said and "tells the process nothing" in said
+    sees(host, "two")
+
+
 def test_what_a_service_logs_as_errors_is_shown_beside_the_outcome(host: Host) -> None:
     script = "echo '<3>no such module: foo'; echo '<6>all is well'; echo '<2>'$(cat /etc/web.conf)"
     unit = f'[Service]\nExecStart=/bin/sleep 1000\nExecReload=/bin/sh -c "{script}"\n'

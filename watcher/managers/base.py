@@ -90,7 +90,7 @@ class Reloaded:
     Attributes:
         ok: it did, or did not have to be asked.
         told: what was done, for the log: "reload", "SIGHUP", "restart", "" when nothing was told.
-        reason: why it failed, or why nothing was told although there is a way; one line, else "".
+        reason: why it failed, or why nothing was told; one line, "" where there is no way to tell it.
         output: what a reload command printed, at most 64 KiB.
         interrupted: it was canceled, or did not get to its end: that is no verdict on the stack.
         blocked: it was interrupted because the reload before it has not ended.

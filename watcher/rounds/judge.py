@@ -102,7 +102,7 @@ async def _judge_reload(judge: _Judge, stack: Stack, asked: Asked, *, undoing: b
     if reloaded.told == "restart":
         after = await _restarted(manager, service)
         if after is None:
-            return told  # an operator has stopped it meanwhile
+            return replace(told, told="", reason="it was not started again, it had been stopped meanwhile")
         if after.main is None:
             return _ended(told, "after its restart")
         with after.main.hold() as new:

@@ -27,6 +27,8 @@ class Answers(Systemd1):
 
     def __init__(self, jobs: JobResults, result: str | dbus.Error, state: str = "") -> None:
         self._state = state
+        self.commands: list[object] = ["a command"]
+        self.type = "simple"
         self._jobs = jobs
         self._result = result
         self.asked: list[str] = []
@@ -46,7 +48,9 @@ class Answers(Systemd1):
         return self._state
 
     async def get(self, unit: str, name: str) -> Any:
-        return {"ActiveState": "active", "Job": (0, "/")}[name]
+        return {"ActiveState": "active", "Job": (0, "/"), "ExecReload": self.commands, "Type": self.type}[
+            name
+        ]
 
     async def service_properties(self, unit: str) -> dict[str, Any]:
         return {}
@@ -91,7 +95,30 @@ async def test_a_reload_that_systemd_does_not_begin_is_no_verdict() -> None:
 
 @pytest.mark.parametrize("result", ["skipped", "invalid", "collected", "once"])
 async def test_a_reload_that_is_no_longer_needed_is_none(result: str) -> None:
-    assert await reload(result) == Reloaded(ok=True)
+    assert await reload(result) == Reloaded(
+        ok=True, reason="it was not told to reload, it does not run any more"
+    )
+    again = await unit_jobs(result).restart(WEB)
+    assert again == Reloaded(ok=True, reason=f"its restart was {result}")
+
+
+@pytest.mark.parametrize(
+    ("commands", "kind", "told"),
+    [(["a command"], "simple", "reload"), ([], "notify-reload", "reload"), ([], "simple", "")],
+)
+async def test_a_reload_is_said_to_be_done_only_where_the_process_was_told(
+    commands: list[object], kind: str, told: str
+) -> None:
+    jobs = JobResults()
+    systemd = Answers(jobs, "done")
+    systemd.commands, systemd.type = commands, kind
+
+    async def connection() -> Systemd1:
+        return systemd
+
+    reloaded = await UnitJobs(connection, jobs).reload(WEB, INVOCATION, 90)
+    assert reloaded and reloaded.ok and reloaded.told == told
+    assert told or "tells the process nothing" in reloaded.reason
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,12 @@ _RELOADING: Final = frozenset({"reloading", "refreshing"})
 _RUNNING: Final = _RELOADING | {"active"}
 _CLD_EXITED: Final = 1
 
+_TOLD: Final = Reloaded(ok=True, told="reload")
+_TELLS_NOTHING: Final = Reloaded(
+    ok=True, reason="its unit's reload tells the process nothing (no ExecReload=)"
+)
+_GONE: Final = Reloaded(ok=True, reason="it was not told to reload, it does not run any more")
+
 
 @dataclass(frozen=True, slots=True)
 class ExecCommand:
@@ -104,13 +110,13 @@ class UnitJobs:
         """
         try:
             if not await self.is_up(unit, invocation):
-                return Reloaded(ok=True)
+                return _GONE
             return await self._judge(unit, await self._follow(unit, "ReloadUnit", limit), limit)
         except dbus.Error as error:
             if error.name == NOT_APPLICABLE:
                 return None
             if error.name in _NOT_THERE:
-                return Reloaded(ok=True)
+                return _GONE
             return _not_possible("reload", error)
 
     async def restart(self, unit: str) -> Reloaded:
@@ -136,8 +142,10 @@ class UnitJobs:
             if error.name in _NOT_THERE or (isinstance(error, _WaitsForUs) and word == "start"):
                 return Reloaded(ok=True)
             return _not_possible(word, error)
-        if result == "done" or result in _POINTLESS:
+        if result == "done":
             return Reloaded(ok=True, told=word)
+        if result in _POINTLESS:
+            return Reloaded(ok=True, reason=f"its {word} was {result}")
         return ended_badly(word, result)
 
     async def _follow(self, unit: str, member: str, limit: float = math.inf) -> str:
@@ -240,9 +248,9 @@ class UnitJobs:
 
     async def _judge(self, unit: str, result: str, limit: float) -> Reloaded:
         if result == "done":
-            return Reloaded(ok=True, told="reload")
+            return _TOLD if await self._tells(unit) else _TELLS_NOTHING
         if result in _POINTLESS:
-            return Reloaded(ok=True)
+            return _GONE
         reloaded = ended_badly("reload", result, limit)
         if reloaded.interrupted or result == "overdue":
             return reloaded
@@ -257,6 +265,15 @@ class UnitJobs:
             return reloaded
         reason = f"{reloaded.reason}: {command.end}"
         return replace(reloaded, reason=reason, output=await _said(unit, command))
+
+    async def _tells(self, unit: str) -> bool:
+        """Whether a unit's reload tells its process anything.
+
+        From 260 on there is one that only refreshes credentials or extensions (`RefreshOnReload=`).
+        """
+        return bool(await self._patiently(unit, "ExecReload")) or (
+            await self._patiently(unit, "Type") == "notify-reload"
+        )
 
 
 def _not_possible(word: str, error: Exception) -> Reloaded:

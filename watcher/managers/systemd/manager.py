@@ -134,7 +134,9 @@ class Systemd:
     async def reload(self, service: Service) -> Reloaded:
         kind = service.settings.reload
         if kind == "none" or service.main is None:
-            return Reloaded(ok=True)
+            return Reloaded(
+                ok=True, reason="it was not told to reload, as Reload=none says" if kind == "none" else ""
+            )
         try:
             if kind.startswith("signal:"):
                 number = signals.signal_number(kind.removeprefix("signal:"))

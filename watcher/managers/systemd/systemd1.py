@@ -69,6 +69,7 @@ _PROPERTIES: Final = {
         "ExecMainStatus": "i",
         "ReloadResult": "s",
         "Result": "s",
+        "Type": "s",
     },
 }
 
