@@ -76,6 +76,23 @@ def test_a_service_that_has_ended_is_stopped(place: Place) -> None:
     assert found["accepted"] != ""
 
 
+def test_what_is_not_judged_yet_is_on_trial_and_wait_waits_for_it(place: Place) -> None:
+    place.start_daemon()
+    well = place.path / "well"
+    health = ("--health-check", f"test -e {well}", "--set", "HealthStableSec=100ms")
+    service = place.start("--reload-signal", "SIGHUP", *health)
+    dropped = service.put("1.3")
+    service.reloaded("1.3")
+    waiting = place.run("wait", "--timeout=0.5", service.name, dropped.name, check=False)
+    assert waiting.returncode == 4
+    assert service.status()["onTrial"]
+    assert "on trial, " in place.run("status", service.name).stdout
+    well.touch()
+    assert "1.3 added, applied" in place.run("wait", service.name, dropped.name).stdout
+    assert not service.status()["onTrial"]
+    assert "on trial" not in place.run("status", service.name).stdout
+
+
 def test_a_broken_image_does_not_change_since_when(shared: Place) -> None:
     service = shared.start()
     service.put("1.3")

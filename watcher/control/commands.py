@@ -235,16 +235,13 @@ class Commands:
         """What is known of images without waiting: one is in the stack, or its last outcome was a refusal."""
         now = self._status(service, {})
         history = self._tools.ledger.history(service.name, 100)
-        trial = self._tools.store.state(service.slots).trial
-        judged = trial is None or trial.stack != now.stack or trial.verdict is not None
-        on_trial = now.state == "running" and not judged
         shown = {name: layer for layer in reversed(now.layers) for name in image_names(layer.source)}
         newest = {name: event for event in reversed(history) for name in image_names(event.source)}
         verdicts: dict[str, Event | None] = {}
         for image in images:
             name = tries.plain(image)
             if name in shown:
-                verdicts[image] = None if on_trial else _applied(service.name, now, shown[name], history)
+                verdicts[image] = None if now.on_trial else _applied(service.name, now, shown[name], history)
             else:
                 last = newest.get(name)
                 final = last is not None and last.outcome in _FINAL_REFUSALS

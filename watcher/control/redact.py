@@ -39,7 +39,7 @@ PUBLIC: dict[type, frozenset[str]] = {
         Layer: "slot name version digest kind",
         Event: "service outcome verdict message when stack previous image version digest swap_usec total_usec layers",
         Quarantined: "service digest when",
-        ServiceStatus: "service manager state pid stack accepted layers since last pinned quarantined",
+        ServiceStatus: "service manager state pid stack accepted layers since last pinned quarantined on_trial",
         # Its remarks are about what lies in directories: even their number is private. A report has everything.
         PlannedChange: "service changes stack wanted layers wanted_layers reload",
     }.items()

@@ -44,14 +44,19 @@ def services(services: Sequence[ServiceStatus]) -> Iterator[str]:
 
 def _row(service: ServiceStatus) -> tuple[str, ...]:
     layers = [f"{layer.label} ({layer.digest[:12]})" for layer in reversed(service.layers)]
-    last = service.last
     return (
         shown(service.service),
         str(service.pid or "-"),
         "\n".join(layers) or ("its own /etc" if service.pid else service.state),
         when(service.since),
-        f"{last.result}, {when(last.when)}: {printable(last.message)}" if last else "-",
+        f"on trial, {when(service.since)}: it was not judged yet"
+        if service.on_trial
+        else _outcome(service.last),
     )
+
+
+def _outcome(last: Event | None) -> str:
+    return f"{last.result}, {when(last.when)}: {printable(last.message)}" if last else "-"
 
 
 def _notes(service: ServiceStatus) -> Iterator[str]:

@@ -125,7 +125,16 @@ def of_service(
     # `exec` writes no history when it starts a service on a stack: then the time of acceptance counts.
     accepted = (one.when for one in kept if one.stack.id == stack)
     since = placed(name, stack) or next(accepted, None)
-    return replace(status, state="running", pid=main.pid, stack=stack, layers=layers, since=since)
+    trial = on_trial(state, stack)
+    return replace(
+        status, state="running", pid=main.pid, stack=stack, layers=layers, since=since, on_trial=trial
+    )
+
+
+def on_trial(state: State, stack: str) -> bool:
+    """Whether a service that runs on a stack has still to prove it good."""
+    trial = state.trial
+    return trial is not None and trial.stack == stack == state.accepted.stack.id and trial.verdict is None
 
 
 def quarantined(name: str, entries: Sequence[Quarantine]) -> tuple[Quarantined, ...]:

@@ -103,6 +103,7 @@ type Remark (
 # accepted: the stack that its next start gets.
 # since: when the stack was put in place.
 # last: its newest outcome.
+# onTrial: what it runs on was not judged yet; `last` is about something before.
 # pinned: the stack that it was rolled back to by hand, and stays on.
 type ServiceStatus (
   service: string,
@@ -115,7 +116,8 @@ type ServiceStatus (
   since: ?int,
   last: ?Event,
   pinned: ?string,
-  quarantined: []Quarantined
+  quarantined: []Quarantined,
+  onTrial: bool
 )
 
 # What a look now would change.
@@ -203,6 +205,7 @@ class ServiceStatus:
     last: Event | None = None
     pinned: str | None = None
     quarantined: tuple[Quarantined, ...] = ()
+    on_trial: bool = False
 
 
 @dataclass(frozen=True, slots=True)
