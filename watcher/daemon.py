@@ -224,7 +224,7 @@ class Daemon:
         while True:
             self._again.discard(name)
             since = self._since.pop(name, trio.current_time())
-            service = self._tools.manager.services.get(name)
+            service = await self._tools.manager.current(name)
             if service is None:
                 self._rounds.forget(name)
                 again = None

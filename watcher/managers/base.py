@@ -131,6 +131,10 @@ class Manager(Protocol):
         appeared, changed (declared sources, settings, start, stop) or went away.
         """
 
+    async def current(self, name: str) -> Service | None:
+        """A service by what stands in its files at this moment, before any signal or event tells of a change; None: it
+        takes no part any more."""
+
     async def learn(self, service: Service) -> None:
         """Have the next start of the service use the accepted stack, whose slots are in place already.
 

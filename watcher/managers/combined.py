@@ -29,6 +29,10 @@ class Combined:
                 await nursery.start(manager.run, changed)
             task_status.started()
 
+    async def current(self, name: str) -> Service | None:
+        found = (manager for manager in self._managers if name in manager.services)
+        return await next(found, self._managers[-1]).current(name)
+
     async def learn(self, service: Service) -> None:
         await self._of(service).learn(service)
 

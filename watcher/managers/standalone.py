@@ -80,6 +80,9 @@ class Standalone:
         self._services.clear()
         self._ends.close()
 
+    async def current(self, name: str) -> Service | None:
+        return self._services.get(name)
+
     async def learn(self, service: Service) -> None:
         """Nothing to do: `exec` looks for itself."""
 

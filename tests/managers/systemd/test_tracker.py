@@ -281,3 +281,46 @@ async def test_a_systemd_that_starts_anew_while_it_is_subscribed_to_is_subscribe
     host.tracker.note(anew)
     await host.update()
     assert host.asked.count("Subscribe") == 2
+
+
+async def test_what_stands_in_the_files_counts_without_a_question_to_systemd(host: Host) -> None:
+    for name in ("a.service", "b.service"):
+        host.unit_file(name)
+        host.start(name)
+    await host.update()
+    told: list[str] = []
+    host.tracker.changed = told.append
+    host.asked.clear()
+    assert not host.tracker.is_outdated("a.service")
+    drop_in = host.units / "a.service.d/check.conf"
+    drop_in.parent.mkdir()
+    drop_in.write_text("[X-Confext]\nCheck=/bin/true\n")
+    assert host.tracker.is_outdated("a.service")
+    assert await host.tracker.read_files() == {"a.service", "b.service"}
+    assert host.tracker.services["a.service"].settings.check == ("/bin/true",)
+    assert (told, host.asked, host.main("a.service")) == (["a.service"], [], os.getpid())
+    assert not host.tracker.is_outdated("a.service")
+    # Which units take part is looked at with systemd.
+    drop_in.write_text("[X-Confext]\nEnabled=no\n")
+    assert await host.tracker.read_files() == {"b.service"}
+    await host.update()
+    assert list(host.tracker.services) == ["b.service"]
+    assert str(drop_in.parent) in [one.path for one in host.tracker.interests()]
+    drop_in.write_text("[X-Confext]\n")
+    await host.tracker.read_files()
+    await host.update()
+    assert sorted(host.tracker.services) == ["a.service", "b.service"]
+
+
+async def test_files_that_change_while_all_units_are_being_asked_about(host: Host) -> None:
+    for name in ("a.service", "b.service"):
+        host.unit_file(name)
+    await host.update()
+    host.unit_file("c.service")
+    (host.units / "b.service.confext.d").rmdir()
+    async with trio.open_nursery() as nursery:
+        host.before["AddMatch"] = lambda: nursery.start_soon(host.tracker.read_files)
+        host.tracker.look_at_everything()
+        await host.update()
+    await host.update()
+    assert list(host.tracker.services) == ["a.service", "c.service"]

@@ -140,9 +140,10 @@ def test_a_service_is_described_by_its_files(host: Host) -> None:
     assert [remark.path for remark in found.remarks] == [f"{host.units}/web.service:6"]
 
 
-def test_a_service_that_is_not_enabled_is_none(host: Host) -> None:
+def test_a_service_that_is_not_enabled_is_known_to_be_so(host: Host) -> None:
     (host.units / "web.service").write_text("[Service]\nExecStart=/bin/true\n[X-Confext]\nEnabled=no\n")
-    assert unit_facts.all_facts(host.index, {}) == {}
+    (facts,) = unit_facts.all_facts(host.index, {}).values()
+    assert not facts.settings.enabled
 
 
 def test_a_service_whose_directory_was_removed_stays_until_its_stack_is_empty(host: Host) -> None:

@@ -28,16 +28,14 @@ from watcher.managers.systemd.unit_facts import Listed, listed, stale
 from watcher.managers.systemd.unit_files import Index
 from watcher.managers.systemd.unit_log import UnitLog
 from watcher.managers.systemd.wire import Received
-from watcher.model import Interest, Unsupported
+from watcher.model import Unsupported
 from watcher.mounts.process import Gone, Process
 from watcher.records import journal
 from watcher.settings import signals
 from watcher.settings.config import Settings
-from watcher.settings.unit_names import UNIT_PATHS
 from watcher.watch.patient import PatientWatcher
 
 _RECONNECT_SEC = (0.1, 0.2, 0.5, 1.0, 2.0)
-_CONFEXT_DIR = r"(?s:.*)\.service\.confext\.d"
 
 
 async def check() -> None:
@@ -74,6 +72,8 @@ class Systemd:
         self._systemd: Systemd1 | None = None
         self._connected = trio.Event()
         self._tracker = Tracker(settings.state_directory)
+        # Of the files of units.
+        self._watcher: PatientWatcher | None = None
         self._job_results = JobResults()
         self._unit_jobs = UnitJobs(self._connection, self._job_results)
         self._kill_reloads = KillReloads(self._connection, self._unit_jobs, settings.state_directory)
@@ -102,10 +102,10 @@ class Systemd:
     ) -> None:
         """See `Manager.run`; call `check()` before."""
         self._tracker.changed = changed
-        with PatientWatcher() as watcher:
+        with PatientWatcher() as self._watcher:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._reloads.run)
-                nursery.start_soon(self._follow_directories, watcher)
+                nursery.start_soon(self._follow_files, self._watcher)
                 await self._stay_connected(task_status)
 
     def learned(self, service: Service) -> bool:
@@ -113,6 +113,11 @@ class Systemd:
         now = listed(self._state_directory, service.name)
         # Else it is a new version of what is listed already.
         return index is self._tracker.index and now.settled and learned.get(service.name) == now
+
+    async def current(self, name: str) -> Service | None:
+        if self._tracker.is_outdated(name) and name not in await self._tracker.read_files():
+            return None
+        return self.services.get(name)
 
     async def learn(self, service: Service) -> None:
         """See `Manager.learn`; the generator reads what was accepted, and the sysexts, from the service's record."""
@@ -239,9 +244,8 @@ class Systemd:
         await self._update(systemd)
 
     async def _update(self, systemd: Systemd1) -> None:
-        files_were_read = await self._tracker.update(systemd)
-        if files_were_read and await self._needs_daemon_reload():
-            self._reloads.ask()
+        if await self._tracker.update(systemd):
+            await self._files_were_read()
 
     async def _needs_daemon_reload(self) -> bool:
         try:
@@ -267,11 +271,21 @@ class Systemd:
             self._job_results.lost()  # what systemd sent before it owned the name was not heard
         self._tracker.note(message)
 
-    async def _follow_directories(self, watcher: PatientWatcher) -> None:
-        """Notice a `<unit>.confext.d/` that comes or goes without a daemon-reload."""
-        await watcher.watch("", [Interest(path, pattern=_CONFEXT_DIR) for path in UNIT_PATHS])
+    # --- the files of units ---
+
+    async def _follow_files(self, watcher: PatientWatcher) -> None:
+        """Notice what comes, goes or is written without a daemon-reload: a `<unit>.confext.d/`, settings."""
+        await watcher.watch("", self._tracker.interests())
         async for _ in watcher.changes():
-            self._tracker.look_at_everything()
+            await self._tracker.read_files()
+            await self._files_were_read()
+
+    async def _files_were_read(self) -> None:
+        # What was not watched when it was read may have changed in between.
+        while self._watcher is not None and await self._watcher.watch("", self._tracker.interests()):
+            await self._tracker.read_files()
+        if await self._needs_daemon_reload():
+            self._reloads.ask()
 
     # --- drop-ins ---
 

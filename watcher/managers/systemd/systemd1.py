@@ -18,6 +18,7 @@ from jeepney import HeaderFields, MatchRule
 from watcher.managers.systemd.dbus import CALL_SEC, PROPERTIES, Bus, Error, require
 from watcher.managers.systemd.wire import Received
 from watcher.model import Unsupported
+from watcher.settings.unit_names import UnitName
 
 NAME: Final = "org.freedesktop.systemd1"
 PATH: Final = "/org/freedesktop/systemd1"
@@ -35,6 +36,8 @@ NO_SUCH_UNIT: Final = f"{NAME}.NoSuchUnit"
 # From ReloadUnit(): the unit has no way to reload; a stop is queued.
 NOT_APPLICABLE: Final = f"{NAME}.JobTypeNotApplicable"
 DESTRUCTIVE: Final = f"{NAME}.TransactionIsDestructive"
+
+_ALREADY_SUBSCRIBED: Final = f"{NAME}.AlreadySubscribed"
 
 # Signatures of the answers of methods, and of properties. They are checked once; then the values are used unchecked.
 _ANSWERS: Final = {
@@ -218,6 +221,14 @@ class Systemd1:
             await self._bus.add_match(rule)
         await self.manager("Subscribe")
 
+    async def subscribe(self) -> None:
+        """Have systemd send signals. It may have been asked before."""
+        try:
+            await self.manager("Subscribe")
+        except Error as error:
+            if error.name != _ALREADY_SUBSCRIBED:
+                raise
+
     async def follow_units(self, names: Iterable[str]) -> None:
         """Have the bus send the changes of exactly these units.
 
@@ -267,6 +278,12 @@ class Systemd1:
         for name, (signature, _) in reply[0].items():
             require(name, signature, _PROPERTIES[SERVICE].get(name))
         return {name: value for name, (_, value) in reply[0].items()}
+
+    async def serves_one_connection(self, instance: str) -> bool:
+        """Whether an instance serves one connection (`Accept=yes`). Such instances end soon and have a new name each
+        time: they start on the stack of their template, and keep it."""
+        socket = (UnitName(instance).template or "").replace("@.service", ".socket")
+        return socket in await self.get(instance, "TriggeredBy")
 
     async def invocation(self, unit: str) -> str:
         """InvocationID, 32 hexadecimal digits."""

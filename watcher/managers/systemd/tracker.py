@@ -1,35 +1,34 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Keeps what is known of systemd's services current.
 
-Which units take part is read from their files (unit_files.py), as by the generator. systemd is asked for what only it
-knows: where unit files are, which instances there are, the main process of each, and its start. A signal only says what
-to ask about again, so no single one matters: after a loss of the connection or any daemon-reload, everything is asked
-again.
+Which units take part, and with which settings, is read from their files (unit_files.py), as by the generator: what
+stands there counts, whether systemd has loaded it or not. systemd is asked for what only it knows: where unit files
+are, which instances there are, the main process of each, and its start. A signal only says what to ask about again, so
+no single one matters: after a loss of the connection or any daemon-reload, everything is asked again.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 from jeepney import HeaderFields
 
 from watcher.managers.base import Service
-from watcher.managers.systemd import dbus, unit_files
+from watcher.managers.systemd import dbus, unit_files, unit_watch
 from watcher.managers.systemd.systemd1 import Systemd1, unit_path
 from watcher.managers.systemd.unit_facts import UnitFacts, all_facts, units_with_slots
-from watcher.managers.systemd.unit_files import Index
+from watcher.managers.systemd.unit_files import Index, Unit
 from watcher.managers.systemd.wire import Received
-from watcher.model import Remark
+from watcher.model import Interest, Remark
 from watcher.mounts.process import Gone, Process
 from watcher.records import journal
 from watcher.settings.unit_names import UNIT_PATHS, UnitName
 
-_ALREADY_SUBSCRIBED = "org.freedesktop.systemd1.AlreadySubscribed"
 _EXECUTOR = "systemd-executor"
 # The executor is looked at less and less often: it may wait for long (for a terminal, or with Type=idle). When it has
 # become the service, that is noticed late by at most a quarter of the time that it took.
@@ -64,6 +63,8 @@ class Tracker:
         self.index = Index(())
         self._state_directory = state_directory
         self._facts: dict[str, UnitFacts] = {}
+        self._reading = trio.Lock()
+        self._units: dict[str, Unit] = {}  # also those with `Enabled=no`
         # The names of units by their object paths.
         self._names: dict[str, str] = {}
         self._said: set[Remark] = set()
@@ -167,7 +168,7 @@ class Tracker:
         new, self._new_instances = self._new_instances, set()
         try:
             if resubscribe:
-                await _subscribe(systemd)
+                await systemd.subscribe()
             if not everything:
                 everything = await self._has_own(systemd, new)
             if everything:
@@ -218,18 +219,56 @@ class Tracker:
 
     # --- what is found ---
 
+    def interests(self) -> tuple[Interest, ...]:
+        """Where a change may make other services take part, or give them other settings."""
+        return unit_watch.interests(self.index.search_path or UNIT_PATHS, self._units.values())
+
+    def is_outdated(self, name: str) -> bool:
+        """Whether the files of a unit are others than those that were read. Quick."""
+        facts = self._facts.get(name)
+        return facts is not None and unit_watch.state(self.index.search_path, facts.unit) != facts.state
+
+    async def read_files(self) -> Collection[str]:
+        """Read the unit files again: what stands there counts at once. Returns the units that take part; if these are
+        others now, systemd is asked next."""
+        known = set(self._facts)
+        with self._trying(""):
+            async with self._reading:
+                facts = await self._read_files(self.index.search_path, dict.fromkeys(self._facts, False))
+                if facts.keys() != self._facts.keys():
+                    self.look_at_everything()
+                known = set(self._facts).intersection(facts)
+                self._facts.update({name: facts[name] for name in known})
+            self._say(remark for each in self._facts.values() for remark in each.remarks)
+            for name in known & self.services.keys():
+                before = self.services[name]
+                self.services[name] = replace(before, **facts[name].fields(before.main))
+                if self.services[name] != before:
+                    self.changed(name)
+        return known
+
+    async def _read_files(self, paths: Sequence[str], known: Mapping[str, bool]) -> dict[str, UnitFacts]:
+        self.index = await trio.to_thread.run_sync(Index, paths)
+        self._units.clear()
+        slots = await trio.to_thread.run_sync(units_with_slots, self._state_directory)
+        return await self._facts_in_files({**known, **slots})
+
+    async def _facts_in_files(self, known: Mapping[str, bool]) -> dict[str, UnitFacts]:
+        facts = await trio.to_thread.run_sync(all_facts, self.index, known)
+        self._units.update((name, one.unit) for name, one in facts.items())
+        return {name: one for name, one in facts.items() if one.settings.enabled}
+
     async def _look_at_files(self, systemd: Systemd1) -> None:
         paths = await systemd.unit_paths()
-        self.index = await trio.to_thread.run_sync(Index, paths or UNIT_PATHS)
-        known = await trio.to_thread.run_sync(units_with_slots, self._state_directory)
-        # Set before anything is asked: `_note_unit()` then recognises an instance that is loaded from now on.
-        self._facts = facts = await trio.to_thread.run_sync(all_facts, self.index, known)
+        async with self._reading:
+            # Set before anything is asked: `_note_unit()` then recognises an instance that is loaded from now on.
+            self._facts = facts = await self._read_files(paths or UNIT_PATHS, {})
         patterns = [name.replace("@.", "@*.") for name in facts if unit_files.is_template(name)]
         found = await systemd.loaded(patterns) if patterns else {}
         instances = [name for name in found if name not in facts]
         if instances:
             own = await self._own_instances(systemd, instances)
-            facts |= await trio.to_thread.run_sync(all_facts, self.index, dict.fromkeys(own, False))
+            facts |= await self._facts_in_files(dict.fromkeys(own, False))
         self._say(remark for each in facts.values() for remark in each.remarks)
         self._names = {unit_path(name): name for name in facts}
         await systemd.follow_units(name for name in facts if not unit_files.is_template(name))
@@ -248,7 +287,7 @@ class Tracker:
     async def _has_own(self, systemd: Systemd1, instances: Iterable[str]) -> bool:
         """Whether one of the instances that were loaded just now takes part in its own right."""
         for name in await systemd.loaded(instances) if instances else ():
-            if not await _serves_one_connection(systemd, name):
+            if not await systemd.serves_one_connection(name):
                 return True
         return False
 
@@ -256,7 +295,7 @@ class Tracker:
         """The instances that take part in their own right, of all that are loaded."""
         self._per_connection.intersection_update(names)
         for name in names:
-            if name not in self._per_connection and await _serves_one_connection(systemd, name):
+            if name not in self._per_connection and await systemd.serves_one_connection(name):
                 self._per_connection.add(name)
         return [name for name in names if name not in self._per_connection]
 
@@ -321,13 +360,8 @@ class Tracker:
         facts = self._facts[name]
         starting = process is not None and is_executor(process)
         main = None if starting else process
-        root: str | None = facts.root
-        if facts.root_image:
-            root = f"/proc/{main.pid}/root" if main else None
         service = Service(
             name=name,
-            declared=facts.declared,
-            settings=facts.settings,
             main=main,
             invocation=start.invocation,
             restarts=start.restarts,
@@ -335,8 +369,7 @@ class Tracker:
             failed=failed,
             failed_start=failed_start,
             headless=headless,
-            root=root,
-            aliases=facts.names[1:],
+            **facts.fields(main),
         )
         before = self.services.get(name)
         self._close(name, but=process)
@@ -366,26 +399,9 @@ class Tracker:
 
 
 def is_executor(process: Process) -> bool:
-    """Whether a process is still systemd's executor, on its way to becoming the service (systemd >= 255).
-
-    The executor sets up the service's namespaces itself: until then they are the host's, or half made.
-    """
+    """Whether a process is still systemd's executor (systemd >= 255), which sets up the service's namespaces itself:
+    until it has become the service they are the host's, or half made."""
     try:
         return os.path.basename(os.readlink(f"/proc/{process.pid}/exe")).startswith(_EXECUTOR)
     except OSError:
         return False  # it has ended, which the next use of it shows
-
-
-async def _serves_one_connection(systemd: Systemd1, name: str) -> bool:
-    """Whether an instance serves one connection (`Accept=yes`). Such instances end soon and have a new name each time:
-    they start on the stack of their template, and keep it."""
-    socket = (UnitName(name).template or "").replace("@.service", ".socket")
-    return socket in await systemd.get(name, "TriggeredBy")
-
-
-async def _subscribe(systemd: Systemd1) -> None:
-    try:
-        await systemd.manager("Subscribe")
-    except dbus.Error as error:
-        if error.name != _ALREADY_SUBSCRIBED:
-            raise

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from watcher.managers.systemd import drop_ins, sandbox_settings, unit_drop_in, unit_files
+from watcher.managers.systemd import drop_ins, sandbox_settings, unit_drop_in, unit_files, unit_watch
 from watcher.managers.systemd.unit_files import DROPIN, Index, Unit
 from watcher.model import Declared, Kind, Remark
+from watcher.mounts.process import Process
 from watcher.settings import config, syntax, unit_names
 from watcher.settings.config import ServiceSettings
 
@@ -26,12 +27,14 @@ class UnitFacts:
     """A unit as its files say.
 
     Attributes:
-        names: its own, then its aliases.
+        unit: its files.
+        state: what they were when they were read, see `unit_watch.state()`.
         root: `RootDirectory=`, "/" without one.
         root_image: its root is an image (`RootImage=`), which only its own processes have mounted.
     """
 
-    names: tuple[str, ...]
+    unit: Unit
+    state: unit_watch.State
     declared: Declared
     settings: ServiceSettings
     root: str = "/"
@@ -40,7 +43,19 @@ class UnitFacts:
 
     @property
     def name(self) -> str:
-        return self.names[0]
+        return self.unit.name
+
+    def fields(self, main: Process | None) -> dict[str, Any]:
+        """What a `Service` has from here.
+
+        Args:
+            main: its main process.
+        """
+        root: str | None = self.root
+        if self.root_image:
+            root = f"/proc/{main.pid}/root" if main else None
+        aliases = self.unit.names[1:]
+        return {"declared": self.declared, "settings": self.settings, "root": root, "aliases": aliases}
 
 
 def units_with_slots(state_directory: str) -> dict[str, bool]:
@@ -62,7 +77,7 @@ def _has_layers(path: str) -> bool:
 
 
 def all_facts(index: Index, known: Mapping[str, bool]) -> dict[str, UnitFacts]:
-    """All units that take part, without those with `Enabled=no`.
+    """All units that take part, also those with `Enabled=no`.
 
     Args:
         known: see `units_with_slots()`. A unit with layers takes part even if no file says so any more, until its
@@ -73,18 +88,19 @@ def all_facts(index: Index, known: Mapping[str, bool]) -> dict[str, UnitFacts]:
         unit = index.unit(name) if has_layers and name not in found else None
         if unit is not None and unit.name == name and not unit_files.is_portable(unit.fragment):
             found[name] = unit
-    facts = (_facts_of(index, unit) for unit in found.values())
-    return {each.name: each for each in facts if each.settings.enabled}
+    return {name: _facts_of(index, unit) for name, unit in found.items()}
 
 
 def _facts_of(index: Index, unit: Unit) -> UnitFacts:
+    state = unit_watch.state(index.search_path, unit)
     parsed = index.parse(unit)
     declared, remarks = unit_files.declared(unit, parsed, index.search_path)
     expand = unit_names.Specifiers(unit.name, unit.fragment).expand
     settings, more = config.service_settings(parsed.assignments, expand)
     image = syntax.last(parsed.assignments, "Service", "RootImage")
     return UnitFacts(
-        names=unit.names,
+        unit=unit,
+        state=state,
         declared=declared,
         settings=settings,
         root=_root(parsed.assignments, expand),

@@ -60,12 +60,14 @@ class Unit(NamedTuple):
         fragment: path of the unit file.
         dropins: paths of the drop-ins in the order in which they apply, ours left out.
         names: its own name, then its aliases.
+        places: the directories of its drop-ins.
     """
 
     name: str
     fragment: str
     dropins: tuple[str, ...]
     names: tuple[str, ...]
+    places: tuple[str, ...] = ()
 
 
 def confext_dirs(names: Iterable[str], search_path: Sequence[str] = UNIT_PATHS) -> tuple[str, ...]:
@@ -216,7 +218,8 @@ class Index:
         ]
         there += self._existing(["service.d"])
         dropins = unit_names.config_files(there, listing=self._listing) if there else []
-        return Unit(own, fragment, tuple(p for p in dropins if os.path.basename(p) != DROPIN), names)
+        dropins = [path for path in dropins if os.path.basename(path) != DROPIN]
+        return Unit(own, fragment, tuple(dropins), names, tuple(there))
 
     def own_name(self, name: str) -> str:
         """The name of the unit that `name` is an alias of, or `name`."""

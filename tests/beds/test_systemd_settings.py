@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`[X-Confext]` of a unit on real systemd: what stands in the files counts, whether systemd has loaded it or not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from beds import site
+from beds.bed import Bed
+from beds.host import SECONDS, UNITS, Host
+from beds.site import WEB, drop, run, sees
+from support import needs
+
+pytestmark = [needs.bed, needs.tool("mksquashfs")]
+
+PLAIN = "[Service]\nExecStart=/bin/sleep infinity\n[X-Confext]\nSettleSec=0\nReload=none\n"
+
+
+@pytest.fixture
+def host(bed: Bed) -> Iterator[Host]:
+    with site.host(bed) as made:
+        yield made
+
+
+def setting(host: Host, lines: str, name: str = "web.service.d/check.conf", place: str = UNITS) -> None:
+    """Write a drop-in of a unit, as `systemctl edit` does; no daemon-reload."""
+    path = host.bed.path(f"{place}/{name}")
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.with_name("coming").write_text(f"[X-Confext]\n{lines}\n")
+    path.with_name("coming").rename(path)
+
+
+def test_what_stands_in_the_files_counts_for_the_next_drop_without_a_daemon_reload(host: Host) -> None:
+    journal = run(host, PLAIN, {"web.conf": "1"})
+    setting(host, "Check=/bin/false")
+    drop(host, 2, {"web.conf": "2"})
+    assert "check '/bin/false' failed" in journal.outcome(WEB, "refused")["MESSAGE"]
+    # Also one that was there before, for all services, and in the unit file.
+    setting(host, "")
+    drop(host, 3, {"web.conf": "3"})
+    assert "site 1 -> 3" in journal.applied(WEB)["MESSAGE"]
+    host.stack.callback(host.bed.run, ["rm", "-rf", "/run/systemd/system/service.d"])
+    setting(host, "Check=/bin/sh -c 'exit 4'", "service.d/all.conf", "/run/systemd/system")
+    drop(host, 4, {"web.conf": "4"})
+    assert "status 4" in journal.outcome(WEB, "refused")["MESSAGE"]
+    os.unlink(host.bed.path("/run/systemd/system/service.d/all.conf"))
+    unit = host.bed.path(f"{UNITS}/{WEB}")
+    unit.write_text(f"{unit.read_text()}Check=/bin/sh -c 'exit 5'\n")
+    drop(host, 5, {"web.conf": "5"})
+    assert "status 5" in journal.outcome(WEB, "refused")["MESSAGE"]
+    setting(host, "Enabled=no")
+    drop(host, 6, {"web.conf": "6"})
+    gone = "until confext-watcher status | grep -q 'no service takes part'; do sleep 0.1; done"
+    host.bed.run(["sh", "-c", gone], timeout=SECONDS)
+    sees(host, "3")
+    setting(host, "Enabled=yes")
+    assert "status 5" in journal.outcome(WEB, "refused")["MESSAGE"]
+
+
+def test_a_unit_file_that_is_a_link_is_watched_where_it_leads_to(host: Host) -> None:
+    journal = run(host, PLAIN, {"web.conf": "1"})
+    unit, elsewhere = host.bed.path(f"{UNITS}/{WEB}"), host.bed.path("/srv/web.service")
+    host.stack.callback(host.bed.run, ["rm", "-f", "/srv/web.service"])
+    unit.rename(elsewhere)
+    unit.symlink_to("/srv/web.service")
+    drop(host, 2, {"web.conf": "2"})
+    journal.applied(WEB)
+    elsewhere.write_text(f"{PLAIN}Check=/bin/false\n")
+    drop(host, 3, {"web.conf": "3"})
+    journal.outcome(WEB, "refused")
