@@ -71,3 +71,21 @@ def test_a_unit_file_that_is_a_link_is_watched_where_it_leads_to(host: Host) -> 
     elsewhere.write_text(f"{PLAIN}Check=/bin/false\n")
     drop(host, 3, {"web.conf": "3"})
     journal.outcome(WEB, "refused")
+
+
+def test_what_a_check_refused_is_tried_again_when_the_check_or_the_hosts_files_change(host: Host) -> None:
+    host.stack.callback(host.bed.run, ["rm", "-f", "/etc/dns-up"])
+    journal = run(host, PLAIN, {"web.conf": "1"})
+    setting(host, "Check=/usr/bin/test -e /etc/dns-up")
+    drop(host, 2, {"web.conf": "2"})
+    assert "check '/usr/bin/test -e /etc/dns-up' failed" in journal.outcome(WEB, "refused")["MESSAGE"]
+    host.bed.path("/etc/other-file").touch()
+    host.stack.callback(host.bed.run, ["rm", "-f", "/etc/other-file"])
+    host.bed.path("/etc/dns-up").touch()
+    assert "site 1 -> 2" in journal.applied(WEB)["MESSAGE"]  # and nothing was said in between
+    # A check that was wrong, and is corrected.
+    setting(host, "Check=/bin/false")
+    drop(host, 3, {"web.conf": "3"})
+    journal.outcome(WEB, "refused")
+    setting(host, "Check=/bin/true")
+    assert "site 2 -> 3" in journal.applied(WEB)["MESSAGE"]

@@ -65,6 +65,7 @@ FULL = Facts(
     fallback=Stack((LAYER,)),
     pinned=Stack((LAYER,)),
     damaged=(STACK.id,),
+    again=("b" * 64,),
     entries=(ENTRY, ENTRY),
     mounted={ODD: "/srv"},
     busy=True,

@@ -175,6 +175,10 @@ def test_what_is_kept_out_for_now_is_let_in_by_an_operator_alone() -> None:
     stays = changes.let_in(decide.LetIn(anything=False), "second", state)
     assert (stays.quarantine, stays.held_for, stays.fell) == ((for_now, for_good), "second", False)
     assert changes.let_in(decide.LetIn(anything=True), "second", state).quarantine == (for_good,)
+    named = decide.LetIn(anything=False, digests=(for_good.digest,))
+    assert changes.let_in(named, "second", state) == replace(
+        state, quarantine=tuple(one for one in state.quarantine if one != for_good)
+    )
 
 
 def test_at_the_end_nothing_is_left_to_do() -> None:

@@ -384,6 +384,11 @@ TABLE: dict[str, dict[str, tuple[Facts, Step]]] = {
     },
     "kept out for now": {
         "it is the same start": (facts(OLD, state=NOT_NOW), Done()),
+        "its check says something else now": (
+            facts(OLD, state=bad(NEW, since=NOW - 1), again=NEW.digests),
+            LetIn(anything=False, digests=NEW.digests),
+        ),
+        "... and did so in this round": (facts(OLD, state=bad(NEW, since=NOW), again=NEW.digests), Done()),
         "it was started anew": (facts(OLD, state=NOT_NOW, **SECOND), LetIn(anything=True)),
         "it was started anew after it fell": (
             facts(OLD, state=NOT_NOW | {"fell": True}, **SECOND),

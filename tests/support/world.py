@@ -28,7 +28,7 @@ from watcher.mounts.workers import HostNamespace
 from watcher.records import journal
 from watcher.records.state import State
 from watcher.resolve import scan
-from watcher.rounds import exec_service, messages, observe, rollout, steps, verdicts
+from watcher.rounds import exec_service, messages, observe, retry, rollout, steps, verdicts
 from watcher.rounds import round as rounds
 from watcher.rounds.desired import Given, find
 from watcher.rounds.facts import Facts, Judged
@@ -429,6 +429,7 @@ class World:
             (journal, "record", lambda event, level: None),
             (messages, "now", lambda: self.clock),
             (observe, "host", lambda root: _ANY),
+            (retry, "again", lambda *_: ()),  # nobody touches a file, or the host
             (scan, "look", self._look),
             (rollout, "_offers", lambda service: {one.path for one in self.files}),
             (tries, "begin", self._begin),

@@ -98,6 +98,8 @@ class Quarantine:
         when: microseconds since the epoch.
         source: path of the file that it came from.
         for_now: it has tries left. An operator's next start of the service, or the next of the watcher, lets it in.
+        judge: the check that it failed, see `rounds/retry.py`; "" if it was no check.
+        since: when that began, microseconds since the epoch.
     """
 
     digest: str
@@ -105,6 +107,8 @@ class Quarantine:
     when: int
     source: str = ""
     for_now: bool = False
+    judge: str = ""
+    since: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,10 @@ _UNTRIED_MAX = 16
 
 def let_in(step: decide.LetIn, invocation: str, state: State) -> State:
     """Try again what is kept out for the moment, or go on keeping it out during this start of the service."""
+    if step.digests:
+        return replace(
+            state, quarantine=tuple(one for one in state.quarantine if one.digest not in step.digests)
+        )
     stays = tuple(one for one in state.quarantine if not (step.anything and one.for_now))
     return replace(state, quarantine=stays, held_for=invocation, fell=False)
 

@@ -7,7 +7,7 @@ watcher is killed at any moment, the next round looks at what is there, and goes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from watcher.managers.command import last_line
 from watcher.model import Stack, Verdict
@@ -27,9 +27,14 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class LetIn:
-    """What is kept out for the moment may be tried again; not if the service is started because it went down."""
+    """What is kept out for the moment may be tried again; not if the service is started because it went down.
+
+    Attributes:
+        digests: what else may be, though it is not kept out for the moment alone.
+    """
 
     anything: bool
+    digests: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +104,7 @@ class Reject:
         why: one line.
         output: what the command printed that failed.
         logged: what the service itself has logged as errors.
+        begun: see `Judged`.
     """
 
     stack: Stack
@@ -106,6 +112,7 @@ class Reject:
     why: str
     output: str = ""
     logged: str = ""
+    begun: int = field(default=0, compare=False)
 
     @property
     def reason(self) -> str:
@@ -153,6 +160,8 @@ def decide(f: Facts) -> Step:
         return _conclude(f, f.judged)
     if f.held and f.started_anew:
         return LetIn(anything=f.first or not state.fell)
+    if f.retry:
+        return LetIn(anything=False, digests=f.retry)
     if f.blame:
         return Reject(f.accepted, Verdict.WENT_DOWN, f.blame)
     if f.stays and not f.accepted.layers and state.undoing is None:
@@ -193,7 +202,7 @@ def _conclude(f: Facts, judged: Judged) -> Step:
 
 
 def _rejected(judged: Judged) -> Reject:
-    return Reject(judged.stack, judged.verdict, judged.reason, judged.output, judged.logged)
+    return Reject(judged.stack, judged.verdict, judged.reason, judged.output, judged.logged, judged.begun)
 
 
 def _unreachable(f: Facts) -> Step:

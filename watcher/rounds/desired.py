@@ -44,6 +44,7 @@ class Desired:
         look: what is on disk.
         passed: what was passed over on the way.
         wanted, fallback, pinned, damaged, mounted: see `Facts`.
+        again: see `Facts`.
         at_hand: digests of what the look found and did not refuse, whether it is wanted now or has to wait.
         signatures: of the files that were passed over, by path (`outcomes.signatures`).
     """
@@ -55,6 +56,7 @@ class Desired:
     pinned: Stack | None = None
     damaged: tuple[str, ...] = ()
     mounted: Mapping[str, str] = field(default_factory=dict)
+    again: tuple[str, ...] = ()
     at_hand: frozenset[str] = frozenset()
     signatures: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 

@@ -26,6 +26,7 @@ class Judged:
         output: what the command printed that failed, at most 64 KiB.
         usec: how long the reload took, microseconds.
         logged: what the service itself has logged as errors meanwhile, at most 4 KiB.
+        begun: when its check began that it was refused by, microseconds since the epoch.
     """
 
     stack: Stack
@@ -35,6 +36,7 @@ class Judged:
     output: str = ""
     usec: int = field(default=0, compare=False)
     logged: str = ""
+    begun: int = field(default=0, compare=False)
 
     @property
     def good(self) -> bool:
@@ -72,6 +74,7 @@ class Facts:
         fallback: the newest accepted stack that is whole and not in quarantine; the empty one if there is none.
         pinned: the stack that an operator has put it on by hand.
         damaged: identities of those of them that have a damaged copy.
+        again: digests of what is kept out, and may be tried again (`retry.py`).
         entries: what lies there, with a layer or without.
         mounted: where the file systems of the files are mounted that they came from, by path (`unmounted.noted()`).
         busy: a file is still being written that may change the answer.
@@ -104,6 +107,7 @@ class Facts:
     fallback: Stack
     pinned: Stack | None = None
     damaged: tuple[str, ...] = ()
+    again: tuple[str, ...] = ()
     entries: tuple[Entry, ...] = ()
     mounted: Mapping[str, str] = field(default_factory=dict)
     busy: bool = False
@@ -244,6 +248,12 @@ class Facts:
     def held(self) -> bool:
         """Whether something is kept out for the moment."""
         return any(one.for_now for one in self.state.quarantine)
+
+    @cached_property
+    def retry(self) -> tuple[str, ...]:
+        """Digests of what may be tried again now: once in a round, however often something changes."""
+        judged = {one.digest for one in self.state.quarantine if one.since < self.now}
+        return tuple(digest for digest in self.again if digest in judged)
 
     @cached_property
     def started_anew(self) -> bool:

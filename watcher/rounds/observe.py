@@ -22,7 +22,7 @@ from watcher.mounts.workers import HostNamespace
 from watcher.records.state import State
 from watcher.resolve import scan
 from watcher.resolve.strict_modes import StrictModes
-from watcher.rounds import messages
+from watcher.rounds import messages, retry
 from watcher.rounds.desired import Desired, Given, find
 from watcher.rounds.facts import Facts, Judged
 from watcher.rounds.memory import Memory, Round
@@ -179,9 +179,10 @@ class Observer:
             fallback=desired.fallback,
             pinned=desired.pinned,
             damaged=desired.damaged,
+            again=desired.again,
             entries=desired.entries,
             mounted=desired.mounted,
-            busy=desired.busy,
+            busy=desired.busy or bool(desired.again),
         )
 
     def _out_of_reach(self, main: Process) -> str:
@@ -236,7 +237,14 @@ class Observer:
         memory = self._memories.get(service.name)
         if memory is not None:
             memory.at_hand = desired.at_hand
-        return state, replace(desired, signatures=signatures(desired.passed))
+        etc = "" if service.root is None else f"{service.root.rstrip('/')}/etc"
+        more = retry.interests(state, service.settings, etc)
+        return state, replace(
+            desired,
+            look=replace(desired.look, interests=(*desired.look.interests, *more)),
+            again=retry.again(state, service.settings, etc),
+            signatures=signatures(desired.passed),
+        )
 
     def _kept_out(self, other: Service) -> dict[str, str]:
         try:

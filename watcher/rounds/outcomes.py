@@ -40,10 +40,11 @@ class Outcomes:
         self._found: dict[str, list[Event]] = {}
         self._not_placed: dict[str, str] = {}
         self._needs_restart: dict[str, str] = {}
+        self._refused: dict[str, object] = {}
 
     def forget(self, service: str) -> None:
         """Forget what was said of a service."""
-        for memory in (self._said, self._found, self._not_placed, self._needs_restart):
+        for memory in (self._said, self._found, self._not_placed, self._needs_restart, self._refused):
             memory.pop(service, None)
 
     async def outcome(self, event: Event, *, critical: bool = False) -> None:
@@ -93,6 +94,19 @@ class Outcomes:
         if again or self._needs_restart.get(service) != invocation:
             self._needs_restart[service] = invocation
             await self.outcome(messages.needs_restart(service, reason))
+
+    async def check_failed(self, event: Event, about: object) -> None:
+        """A check has refused a stack. Says the same once, however often the host's files have it checked again.
+
+        Args:
+            about: the files that it comes from, and when each was changed: whoever acts on one is answered.
+        """
+        what = (event.stack, event.reason, about)
+        if self._refused.get(event.service) == what:
+            say("debug", event.service, f"refused again: {event.reason}")
+            return
+        self._refused[event.service] = what
+        await self.outcome(event)
 
     async def record_found(self, service: str) -> None:
         """Record what the looks have found."""

@@ -120,12 +120,12 @@ class Steps:
         """Run `Check=` against a stack that the service cannot see."""
         tools = self._tools
         with _held(service) as main:
-            copies = self._copies(step.stack)
+            copies, begun = self._copies(step.stack), messages.now()
             ended = await check(tools.workers, tools.manager, service, main, step.stack, copies)
         say("debug", service.name, f"check failed: {ended.reason}" if ended.reason else "check passed")
         if ended.reason:
             failed = Verdict.CHECK_FAILED
-            this.judged = Judged(step.stack, failed, reason=ended.reason, output=ended.output)
+            this.judged = Judged(step.stack, failed, reason=ended.reason, output=ended.output, begun=begun)
         else:
             passed = functools.partial(replace, checked=facts.check)
             this.state = await tools.offload.run(service.name, tools.store.change, service.slots, passed)

@@ -25,6 +25,7 @@ from watcher.rounds.facts import Facts, Judged
 from watcher.rounds.memory import Round
 from watcher.rounds.messages import Times
 from watcher.rounds.outcomes import Outcomes, say
+from watcher.rounds.retry import judge, touched
 from watcher.rounds.tools import Tools
 from watcher.watch.offload import Unanswered
 
@@ -71,7 +72,7 @@ class Verdicts:
         entries = await self._entries(service, facts.state, step)
         if step.stack.id != facts.accepted.id:
             event = messages.check_failed(service.name, facts.accepted, step)
-            await self._outcomes.outcome(event)
+            await self._outcomes.check_failed(event, await self._touched(service, step.stack))
         await self._change(
             service, this, functools.partial(changes.reject, step, facts, entries, _runs(service))
         )
@@ -179,15 +180,25 @@ class Verdicts:
         good = (one for one in (state.accepted.stack, *stacks) if one.id != bad.id and not state.why_bad(one))
         known = next(good, Stack()).digests
         new = {layer.digest: layer.source for layer in bad.layers if layer.digest not in known}
-        when = messages.now()
+        when, by = messages.now(), judge(service.settings, step.verdict)
         entries = []
         for digest, source in (new or {STACK + bad.id: ""}).items():
             counters = tries.counted(source)
             # If another service's success has removed the counters meanwhile, there is no other try.
             left = counters.left if counters is not None and await self._is_there(service, source) else 0
             why = f"{reason}; tries left: {left}" if left else reason
-            entries.append(Quarantine(digest, why, when, source, for_now=left > 0))
+            entries.append(
+                Quarantine(digest, why, when, source, for_now=left > 0, judge=by, since=step.begun)
+            )
         return entries
+
+    async def _touched(self, service: Service, stack: Stack) -> tuple[int | None, ...] | None:
+        """When each of its files was changed last."""
+        files = [layer.source for layer in stack.layers]
+        try:
+            return await self._tools.offload.run(service.name, lambda: tuple(map(touched, files)))
+        except Unanswered:
+            return None
 
     async def _is_there(self, service: Service, path: str) -> bool:
         try:

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a check has refused is tried again when somebody acts on it (rounds/retry.py); on systemd: tests/beds/."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from scenarios.place import Place, Service, until
+from support.needs import root
+
+pytestmark = root
+
+
+def copied_over(file: Path) -> None:
+    aside = file.with_name(".aside")
+    shutil.copyfile(file, aside)
+    with aside.open("rb") as source, file.open("wb") as target:
+        shutil.copyfileobj(source, target)
+
+
+def moved_away_and_back(file: Path) -> None:
+    file.rename(file.with_name(".aside"))
+    file.with_name(".aside").rename(file)
+
+
+def removed_and_copied(file: Path) -> None:
+    aside = file.with_name(".aside")
+    file.rename(aside)
+    shutil.copyfile(aside, file)
+
+
+ACTS: dict[str, Callable[[Path], None]] = {
+    "touch": os.utime,
+    "cp": copied_over,
+    "rm-cp": removed_and_copied,
+    "mv": moved_away_and_back,
+}
+
+
+def refused(place: Place) -> tuple[Service, Path, Path]:
+    """A service whose check waits for a file that is not there; that file, and the image that was refused for it."""
+    place.start_daemon()
+    cause = place.path / "dns-up"
+    service = place.start("--reload-signal", "SIGHUP", "--check", f"test -e {cause}")
+    image = service.put("4")
+    service.logged("refused: check")
+    return service, cause, image
+
+
+@pytest.mark.parametrize("place", ["images"], indirect=True)
+@pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
+def test_the_same_content_is_checked_again_when_its_file_is_touched(
+    place: Place, act: Callable[[Path], None]
+) -> None:
+    service, cause, image = refused(place)
+    act(image)
+    service.logged("refused: check")  # said anew, because somebody asks
+    cause.touch()
+    act(image)
+    service.logged("web 4 added, applied")
+    assert kept_out(service) == []
+
+
+@pytest.mark.parametrize("place", ["images"], indirect=True)
+def test_what_is_not_there_any_more_is_not_kept_out(place: Place) -> None:
+    service, _, image = refused(place)
+    until(lambda: kept_out(service) == [str(image)])
+    image.unlink()
+    other = service.put("3")
+    service.logged("web 3 added, refused: check")
+    until(lambda: kept_out(service) == [str(other)])
+
+
+def kept_out(service: Service) -> list[str]:
+    return [one["source"] for one in service.status()["quarantined"]]
+
+
+@pytest.mark.parametrize("place", ["images"], indirect=True)
+def test_another_check_is_another_judge(place: Place) -> None:
+    service, cause, _ = refused(place)
+    service.kill()
+    service = place.start("--reload-signal", "SIGHUP", "--check", "true", name=service.name)
+    service.logged("web 4 added, applied")
+    assert not cause.exists()
+
+
+@pytest.mark.parametrize("place", ["images"], indirect=True)
+def test_a_script_that_the_check_runs_is_part_of_it(place: Place) -> None:
+    script = place.path / "check"
+    script.write_text("exit 3\n")
+    place.start_daemon()
+    service = place.start("--reload-signal", "SIGHUP", "--check", f"/bin/sh {script}")
+    service.put("4")
+    service.logged("refused: check", "status 3")
+    script.write_text("exit 0\n")
+    service.logged("web 4 added, applied")

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a check has refused is tried again once there is a reason to think that it says something else now.
+
+- The check is another: `Check=`, `CheckSec=`, or a script that it names.
+- Somebody has acted on the file: written it again, touched it, moved or removed it.
+- The host's `/etc` has changed, which the check reads beside the image.
+
+The kernel has the time of the last change of each file (ctime), which no program can set: all that is younger than the
+round in which the check ran was not judged by it. So nothing but that time has to be recorded.
+
+What failed its `HealthCheck=` has been on the service: that is tried again only if `HealthCheck=` is another.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import time
+from collections.abc import Iterator
+
+from watcher.model import Interest, Scope, Verdict
+from watcher.records.state import Quarantine, State
+from watcher.settings import values
+from watcher.settings.config import ServiceSettings
+
+# What is dropped somewhere in /etc for services is not what the host itself is configured by.
+_DROPPED = ".confext.d"
+_CHECK = "Check"
+
+
+def judge(settings: ServiceSettings, verdict: Verdict) -> str:
+    """What comes to such a verdict: a check, with its time limit; "" if no check does."""
+    if verdict is Verdict.CHECK_FAILED:
+        return "\n".join((f"{_CHECK} {settings.check_usec}", *settings.check))
+    if verdict is Verdict.HEALTH_CHECK_FAILED:
+        return "\n".join((f"HealthCheck {settings.health_check_usec}", *settings.health_check))
+    return ""
+
+
+def again(state: State, settings: ServiceSettings, etc: str) -> tuple[str, ...]:
+    """Digests of what may be tried again. Blocks, for a walk through `etc` if a check has refused anything.
+
+    Args:
+        etc: the `/etc` beneath its stack; "" if that is not known now.
+    """
+    if state.undoing is not None:
+        return ()
+    judged = [one for one in state.quarantine if one.judge]
+    judges = [judge(settings, verdict) for verdict in Verdict]
+    found = [one.digest for one in judged if one.judge not in judges or _acted_on(one)]
+    left = [one for one in judged if _by_check(one) and one.digest not in found]
+    if left:
+        newest = max((*map(_changed, _programs(settings)), *_changes(etc)), default=0)
+        found += [one.digest for one in left if newest > one.since]
+    return tuple(found)
+
+
+def interests(state: State, settings: ServiceSettings, etc: str) -> tuple[Interest, ...]:
+    """Where a change is a reason to look again: the host's `/etc`, and the programs that the check names."""
+    if not any(map(_by_check, state.quarantine)):
+        return ()
+    found = [
+        Interest(os.path.dirname(path), pattern=re.escape(os.path.basename(path)))
+        for path in _programs(settings)
+    ]
+    return (*found, Interest(etc, scope=Scope.TREE)) if etc else tuple(found)
+
+
+def touched(path: str) -> int | None:
+    """When a file was last changed in any way, microseconds since the epoch; None: it is not there. Blocks."""
+    try:
+        return _usec(os.lstat(path))
+    except OSError:
+        return None
+
+
+def _by_check(one: Quarantine) -> bool:
+    return one.judge.startswith(f"{_CHECK} ")
+
+
+def _acted_on(one: Quarantine) -> bool:
+    """Whether the file was changed or removed since the check."""
+    if not _by_check(one) or not one.source:
+        return False
+    when = touched(one.source)
+    return when is None or when > one.since
+
+
+def _programs(settings: ServiceSettings) -> list[str]:
+    """The files that `Check=` names by their paths."""
+    words = (word for command in settings.check for word in values.split(command))
+    return sorted({word for word in words if word.startswith("/") and os.path.isfile(word)})
+
+
+def _changed(path: str) -> int:
+    try:
+        return _usec(os.stat(path))
+    except OSError:
+        return 0
+
+
+def _changes(etc: str) -> Iterator[int]:
+    """When each file in the host's `/etc` was changed; not beyond its file system, which may not answer."""
+    try:
+        device = os.stat(etc).st_dev if etc else 0
+    except OSError:
+        return
+    todo = [etc] if etc else []
+    while todo:
+        directory = todo.pop()
+        yield _changed(directory)
+        try:
+            with os.scandir(directory) as entries:
+                found = [(entry.path, entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
+        except OSError:
+            continue  # it has gone meanwhile, which its own directory tells
+        for path, name, status in found:
+            if not stat.S_ISDIR(status.st_mode):
+                yield _usec(status)
+            elif status.st_dev == device and not name.endswith(_DROPPED):
+                todo.append(path)
+
+
+def _usec(status: os.stat_result) -> int:
+    """The time of the last change; 0 if that is still to come, which a clock that was wrong leaves behind."""
+    return status.st_ctime_ns // 1000 if status.st_ctime_ns <= time.time_ns() else 0
