@@ -17,8 +17,8 @@ import pytest
 from watcher import cli
 from watcher.control import show
 from watcher.control.client import NotRunning
-from watcher.model import Event, Outcome, Verdict
-from watcher.records.schema import ExitStatus, ServiceStatus
+from watcher.model import Event, Outcome, Setting, Verdict
+from watcher.records.schema import ExitStatus, ServiceNotFound, ServiceStatus
 
 
 @pytest.fixture
@@ -88,3 +88,48 @@ def test_json_names_a_file_as_every_answer_does(tmp_path: Path, capsys: pytest.C
     assert cli.main(["check", "--json", path]) == 1
     (image,) = json.loads(capsys.readouterr().out)["images"]
     assert image["image"] == f"{tmp_path}/\\xff.raw"
+
+
+def test_services_are_chosen_as_systemctl_does() -> None:
+    known = [
+        ServiceStatus(name, "systemd", "running") for name in ("web-1.service", "web-2.service", "db.service")
+    ]
+
+    def status(name: str | None) -> list[ServiceStatus]:
+        found = [one for one in known if name in (None, one.service, one.service.removesuffix(".service"))]
+        if not found:
+            raise ServiceNotFound(str(name))
+        return found
+
+    def chosen(*names: str) -> tuple[list[str], list[str]]:
+        unknown: list[ServiceNotFound] = []
+        found = cli._chosen(names, status, unknown)
+        return [one.service for one in found], [error.service for error in unknown]
+
+    assert chosen() == (["web-1.service", "web-2.service", "db.service"], [])
+    assert chosen("db", "web-1.service", "db") == (["db.service", "web-1.service"], [])
+    assert chosen("web-*") == chosen("web-?.service") == (["web-1.service", "web-2.service"], [])
+    assert chosen("none*", "db", "nobody") == (["db.service"], ["none*", "nobody"])
+
+
+def test_settings_are_shown_with_where_they_are_written() -> None:
+    setting = Setting("Check", "/usr/sbin/nginx -t", "/etc/systemd/system/a.service.d/check.conf:2")
+    services = [
+        ServiceStatus("a.service", "systemd", "running", settings=(setting,)),
+        ServiceStatus("b.service", "systemd", "running"),
+    ]
+    assert list(show.services(services, settings=True))[1:] == [
+        "a.service: settings, all others are the defaults:",
+        "  Check=/usr/sbin/nginx -t  (/etc/systemd/system/a.service.d/check.conf:2)",
+        "b.service: all its settings are the defaults",
+    ]
+    assert len(list(show.services(services))) == 1
+
+
+def test_lines_fit_the_terminal_and_are_left_alone_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["  one two three", "a\ntable that is wider", "http://a-long-word-that-is-not-broken"]
+    monkeypatch.setenv("COLUMNS", "11")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: False)
+    assert list(show.fit(lines)) == lines
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert list(show.fit(lines)) == ["  one two", "      three", *lines[1:]]

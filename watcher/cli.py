@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import argparse
+import fnmatch
+import functools
 import os
 import platform
 import re
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 from watcher.control import arguments, show
 from watcher.control.client import Client, NotRunning
 from watcher.model import Busy, Event, Later, Outcome, Refused, Unsupported, printable, problem, shown
-from watcher.records.schema import CallError, ExitStatus, Failed, ServiceStatus, to_dict
+from watcher.records.schema import CallError, ExitStatus, Failed, ServiceNotFound, ServiceStatus, to_dict
 from watcher.settings import config, signals
 from watcher.settings.config import Settings
 
@@ -127,18 +129,59 @@ def _exec(settings: Settings, options: argparse.Namespace) -> ExitStatus:
 
 
 def _status(settings: Settings, options: argparse.Namespace) -> ExitStatus:
+    unknown: list[ServiceNotFound] = []
+
     def without_daemon() -> list[ServiceStatus]:
         from watcher.control import status
         from watcher.records import journal
 
         journal.configure()  # what cannot be read is said on standard error, beside the answer
-        services = status.without_daemon(settings, options.service)
+        services = _chosen(options.services, functools.partial(status.without_daemon, settings), unknown)
         print("confext-watcher: the daemon is not running", file=sys.stderr)
         return services
 
-    services, redacted = _read(settings, lambda client: client.status(options.service), without_daemon)
-    _answer(options, {"services": services, "redacted": redacted}, show.services(services))
-    return ExitStatus.DONE
+    services, redacted = _read(
+        settings, lambda client: _chosen(options.services, client.status, unknown), without_daemon
+    )
+    if services or not options.services:
+        lines = show.services(services, settings=bool(options.services) and not redacted)
+        _answer(options, {"services": services, "redacted": redacted}, lines)
+    for error in unknown:
+        _fail(str(error), ExitStatus.FAILED)
+    return ExitStatus.FAILED if unknown else ExitStatus.DONE
+
+
+def _chosen(
+    names: Sequence[str],
+    status: Callable[[str | None], list[ServiceStatus]],
+    unknown: list[ServiceNotFound],
+) -> list[ServiceStatus]:
+    """The services of these names and shell patterns, each once; all without any.
+
+    Args:
+        unknown: gets the names that no service has.
+    """
+    if not names:
+        return status(None)
+    found: dict[str, ServiceStatus] = {}
+    for name in names:
+        try:
+            if set(name) & set("*?["):
+                patterns = (name, f"{name}.service")
+                chosen = [
+                    one
+                    for one in status(None)
+                    if any(fnmatch.fnmatchcase(one.service, each) for each in patterns)
+                ]
+                if not chosen:
+                    raise ServiceNotFound(name)
+            else:
+                chosen = status(name)
+        except ServiceNotFound as error:
+            unknown.append(error)
+        else:
+            found |= {one.service: one for one in chosen}
+    return list(found.values())
 
 
 def _plan(settings: Settings, options: argparse.Namespace) -> ExitStatus:
@@ -157,7 +200,11 @@ def _history(settings: Settings, options: argparse.Namespace) -> ExitStatus:
     def without_daemon() -> list[Event]:
         from watcher.records.ledger import Reader
 
-        return Reader(settings.state_directory).history(options.service, options.lines)
+        reader = Reader(settings.state_directory)
+        found = reader.history(options.service, options.lines)
+        if not found and options.service and "." not in options.service:
+            found = reader.history(f"{options.service}.service", options.lines)
+        return found
 
     if options.lines < 1:
         return _fail("--lines: at least 1", ExitStatus.USAGE)
@@ -247,7 +294,7 @@ def _answer(
     if options.json:
         print(show.as_json(results))
         return
-    for line in lines:
+    for line in show.fit(lines):
         print(line)
     if results.get("redacted"):
         print(f"confext-watcher: {hint}", file=sys.stderr)

@@ -264,6 +264,15 @@ def _stack_id(digests: tuple[str, ...]) -> str:
     return hashlib.sha256(joined.encode("utf-8", "surrogatepass")).hexdigest()[:16] if joined else ""
 
 
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A setting of a service that is written somewhere, and counts; `source`: "FILE:LINE", or the option of `exec`."""
+
+    key: str
+    value: str
+    source: str
+
+
 class Outcome(enum.Enum):
     """How a round ended for a service: the values of CONFEXT_OUTCOME= in the journal."""
 

@@ -38,6 +38,8 @@ def test_what_stands_in_the_files_counts_for_the_next_drop_without_a_daemon_relo
     setting(host, "Check=/bin/false")
     drop(host, 2, {"web.conf": "2"})
     assert "check '/bin/false' failed" in journal.outcome(WEB, "refused")["MESSAGE"]
+    status = host.bed.run(["confext-watcher", "status", "web"]).stdout
+    assert f"  Check=/bin/false  ({UNITS}/web.service.d/check.conf:2)" in status
     # Also one that was there before, for all services, and in the unit file.
     setting(host, "")
     drop(host, 3, {"web.conf": "3"})

@@ -14,17 +14,18 @@ import pytest
 from varlink import scanner
 
 from watcher.control import redact
-from watcher.model import Event, Layer, Outcome, Remark, Verdict
+from watcher.model import Event, Layer, Outcome, Remark, Setting, Verdict
 from watcher.records import schema
 from watcher.records.schema import PlannedChange, Quarantined, ServiceStatus, to_dict
 
-ANSWERS: list[type[Any]] = [Layer, Event, Quarantined, Remark, ServiceStatus, PlannedChange]
+ANSWERS: list[type[Any]] = [Layer, Event, Quarantined, Remark, Setting, ServiceStatus, PlannedChange]
 PRIVATE = {
     Layer: {"source"},
     Event: {"message", "source", "reason", "output"},
     Quarantined: {"reason", "source"},
     Remark: {"level", "path", "text"},
-    ServiceStatus: set[str](),
+    Setting: {"key", "value", "source"},
+    ServiceStatus: {"settings"},
     PlannedChange: {"remarks", "report"},
 }
 

@@ -242,3 +242,20 @@ def test_a_tool_that_dies_silently_is_one_line(tmp_path: Path) -> None:
         place.environment["PATH"] = f"{tools}:{os.environ['PATH']}"
         done = place.run("check", str(path), check=False)
         assert done.stdout == f"{path}: would be refused: unsquashfs cannot read it: was ended by SIGSEGV\n"
+
+
+def test_status_of_a_named_service_has_its_settings_also_without_the_daemon(place: Place) -> None:
+    service = place.start("--check", "true", "--set", "SettleSec=0", "--reload-signal", "SIGHUP")
+    settings = [
+        {"key": "SettleSec", "value": "0", "source": "--set"},
+        {"key": "Check", "value": "true", "source": "--check"},
+    ]
+    assert service.status()["settings"] == settings
+    place.start_daemon()
+    assert service.status()["settings"] == settings
+    for name in (service.name, service.name.removesuffix(".service"), "web-*"):
+        assert "  Check=true  (--check)" in place.run("status", name).stdout
+    assert "Check=" not in place.run("status").stdout
+    assert place.run("history", service.name.removesuffix(".service")).stdout
+    done = place.run("status", service.name, "nobody", check=False)
+    assert (done.returncode, service.name in done.stdout, "nobody" in done.stderr) == (1, True, True)

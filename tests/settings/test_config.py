@@ -214,3 +214,17 @@ def test_trusted_users_add_up_until_an_empty_value() -> None:
     assert settings.trusted_users == ("deploy", "1001", "first.last@example.org")
     assert settings.trusted_groups == ("www",)
     assert remarks == ["/f:6 ignored: TrustedUsers= is not the name of a user or group: a:b"]
+
+
+def test_what_is_written_is_told_with_its_place_as_far_as_it_counts() -> None:
+    text = """[X-Confext]
+        Check=/a
+        Check=/b %n
+        Reload=restart
+        Reload=none
+        CheckSec=soon
+        HealthCheck=/c
+        HealthCheck=
+    """
+    written = [(one.key, one.value, one.source) for one in service(text)[0].written]
+    assert written == [("Check", "/a", "/f:2"), ("Check", "/b %n", "/f:3"), ("Reload", "none", "/f:5")]

@@ -52,7 +52,12 @@ def _add_asking(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     status = commands.add_parser(
         "status", help="services, their stacks and versions, since when, last outcome"
     )
-    status.add_argument("service", nargs="?", metavar="SERVICE")
+    status.add_argument(
+        "services",
+        nargs="*",
+        metavar="SERVICE",
+        help="these alone, with their settings; `nginx` is nginx.service, and patterns as of the shell may be used",
+    )
 
     plan = commands.add_parser("plan", help="what a look now would change, without doing it")
     plan.add_argument("service", nargs="?", metavar="SERVICE")

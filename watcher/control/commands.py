@@ -85,6 +85,9 @@ class Commands:
         return await _in_thread(lambda: [self._status(one, newest) for one in services])
 
     async def history(self, service: str | None, limit: int) -> Sequence[Event]:
+        if service is not None:
+            with suppress(ServiceNotFound):  # it may have been one
+                service = self._service(service).name
         return await _in_thread(self._tools.ledger.history, service, limit)
 
     async def plan(self, service: str | None, *, debug: bool) -> Sequence[PlannedChange]:
@@ -178,6 +181,9 @@ class Commands:
         for service in self._tools.manager.services.values():
             if name in (utf8(service.name), *map(utf8, service.aliases)):
                 return service
+        if "." not in name:  # as systemctl has it
+            with suppress(ServiceNotFound):
+                return self._service(f"{name}.service")
         raise ServiceNotFound(name)
 
     def _status(self, service: Service, newest: dict[str, Event]) -> ServiceStatus:
@@ -194,6 +200,7 @@ class Commands:
                 newest.get(utf8(service.name)),
                 tools.store.state(service.slots),
                 tools.ledger.placed,
+                service.settings,
             )
 
     async def _plan(self, service: Service, *, debug: bool) -> PlannedChange:

@@ -6,7 +6,8 @@ Strangers are all users but root, the user that the watcher runs as, and the mem
 users can read in the mount table of the service as well (proc_pid_mountinfo(5)). It does not tell them
 
 - what commands have printed, which may be a password: outputs, and the reasons and messages that quote them;
-- which paths there are, also in directories that they cannot read: sources, remarks, and again reasons and messages.
+- which paths there are, also in directories that they cannot read: sources, remarks, and again reasons and messages;
+- the settings of services, whose commands may have a password in them, too.
 
 A field is private until this module names it. A private field is empty, so that readers of the JSON find every key. An
 event's message is a shorter sentence, made of public fields.

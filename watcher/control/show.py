@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 
@@ -18,8 +20,12 @@ NO_REPORT = (
 )
 
 
-def services(services: Sequence[ServiceStatus]) -> Iterator[str]:
-    """A table, and below it what is out of the ordinary."""
+def services(services: Sequence[ServiceStatus], *, settings: bool = False) -> Iterator[str]:
+    """A table, and below it what is out of the ordinary.
+
+    Args:
+        settings: also those of each, and where they are written.
+    """
     if not services:
         yield "no service takes part"
         return
@@ -40,6 +46,17 @@ def services(services: Sequence[ServiceStatus]) -> Iterator[str]:
     for service in services:
         for note in _notes(service):
             yield f"{shown(service.service)}: {note}"
+        if settings:
+            yield from _settings(service)
+
+
+def _settings(service: ServiceStatus) -> Iterator[str]:
+    if not service.settings:
+        yield f"{shown(service.service)}: all its settings are the defaults"
+        return
+    yield f"{shown(service.service)}: settings, all others are the defaults:"
+    for one in service.settings:
+        yield f"  {one.key}={printable(one.value)}  ({shown(one.source)})"
 
 
 def _row(service: ServiceStatus) -> tuple[str, ...]:
@@ -115,6 +132,28 @@ def checked(results: Iterable[Mapping[str, object]]) -> Iterator[str]:
             yield f"{image}: good: {label}, {content}"
         else:
             yield f"{image}: would be refused: {printable(str(result['reason']))}"
+
+
+def fit(lines: Iterable[str]) -> Iterator[str]:
+    """Each line folded to the width of the terminal, between words; elsewhere a line stays one line."""
+    if not sys.stdout.isatty():
+        yield from lines
+        return
+    width = shutil.get_terminal_size().columns
+    for line in lines:
+        # What has several lines is a table, which fits already, or a report.
+        if len(line) <= width or "\n" in line:
+            yield line
+            continue
+        indent = " " * (len(line) - len(line.lstrip()))
+        yield from textwrap.wrap(
+            line.lstrip(),
+            width,
+            initial_indent=indent,
+            subsequent_indent=f"{indent}    ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
 
 
 def when(usec: int | None) -> str:

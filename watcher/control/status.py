@@ -12,7 +12,8 @@ from dataclasses import replace
 from watcher.images.stacks import Stacks
 from watcher.managers.base import slots_of
 from watcher.managers.registration import registered, registrations
-from watcher.managers.systemd.unit_files import is_service
+from watcher.managers.systemd.unit_facts import settings_of
+from watcher.managers.systemd.unit_files import Index, is_service
 from watcher.model import Event, Kind, Layer, Stack, problem
 from watcher.mounts.process import Gone, Process, shares_host
 from watcher.mounts.table import Mounted, Table
@@ -20,7 +21,7 @@ from watcher.records import journal
 from watcher.records.ledger import Reader
 from watcher.records.schema import Quarantined, ServiceNotFound, ServiceStatus, utf8
 from watcher.records.state import Accepted, Damaged, Quarantine, State
-from watcher.settings.config import Settings
+from watcher.settings.config import ServiceSettings, Settings
 
 
 def without_daemon(settings: Settings, service: str | None = None) -> list[ServiceStatus]:
@@ -35,18 +36,20 @@ def without_daemon(settings: Settings, service: str | None = None) -> list[Servi
     newest = ledger.newest()
     found = []
     with contextlib.ExitStack() as held:
-        for name, manager, main in _known(settings, held):
-            if service in (None, name):
+        for name, manager, main, own in _known(settings, held):
+            if service in (None, name, name.removesuffix(".service")):
                 state = _state(settings.state_directory, name, manager)
-                known = newest.get(utf8(name)), state, ledger.placed
+                known = newest.get(utf8(name)), state, ledger.placed, own
                 found.append(of_service(settings.state_directory, name, manager, main, *known))
     if service is not None and not found:
         raise ServiceNotFound(service)
     return sorted(found, key=lambda one: one.service)
 
 
-def _known(settings: Settings, held: contextlib.ExitStack) -> Iterator[tuple[str, str, Process | None]]:
-    """Name, manager and main process of every service: those that are registered, and units that have slots."""
+def _known(
+    settings: Settings, held: contextlib.ExitStack
+) -> Iterator[tuple[str, str, Process | None, ServiceSettings]]:
+    """Name, manager, main process and settings of every service that is registered, and of units that have slots."""
     standalone = set()
     for name in registrations(settings.runtime_directory):
         with contextlib.suppress(ValueError):
@@ -54,11 +57,14 @@ def _known(settings: Settings, held: contextlib.ExitStack) -> Iterator[tuple[str
             if registration is not None:
                 standalone.add(name)
                 main = _hold(held, registration.pid, registration.started, registration.namespace)
-                yield name, "standalone", main
+                yield name, "standalone", main, registration.own_settings
     if os.path.isdir("/run/systemd/system") and os.path.isdir(f"{settings.state_directory}/units"):
         units = sorted(filter(is_service, set(Stacks(settings.state_directory).units()) - standalone))
+        index = Index()
         for name, pid in _main_pids(units).items():
-            yield name, "systemd", _hold(held, pid) if pid else None
+            unit = index.unit(name)
+            own = settings_of(index, unit)[0] if unit else ServiceSettings()
+            yield name, "systemd", _hold(held, pid) if pid else None, own
 
 
 def _hold(
@@ -92,6 +98,7 @@ def of_service(
     last: Event | None,
     state: State,
     placed: Callable[[str, str], int | None],
+    settings: ServiceSettings,
 ) -> ServiceStatus:
     """One service.
 
@@ -100,6 +107,7 @@ def of_service(
         last, placed: what the ledger knows; `placed(service, stack)` is when the service last got the stack, None where
             that is not known.
         state: what is decided about it.
+        settings: its own.
     """
     kept = _kept(state_directory, slots_of(name, manager))
     stacks = [accepted.stack for accepted in kept]
@@ -111,6 +119,7 @@ def of_service(
         last=last,
         pinned=state.pin,
         quarantined=quarantined(name, state.quarantine),
+        settings=settings.written,
     )
     if main is None:
         return status

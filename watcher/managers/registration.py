@@ -97,11 +97,12 @@ def service_settings(
     settings: Iterable[str], check: Sequence[str] = (), health_check: Sequence[str] = ()
 ) -> tuple[ServiceSettings, tuple[Remark, ...]]:
     """Settings of a standalone service, and what is wrong with them."""
-    pairs = [setting.partition("=")[::2] for setting in settings]
-    pairs += [("Check", line) for line in check] + [("HealthCheck", line) for line in health_check]
+    given = [("--set", *setting.partition("=")[::2]) for setting in settings]
+    given += [("--check", "Check", line) for line in check]
+    given += [("--health-check", "HealthCheck", line) for line in health_check]
     assignments = [
-        Assignment(config.SERVICE_SECTION, key.strip(), value.strip(), "--set", line)
-        for line, (key, value) in enumerate(pairs, 1)
+        Assignment(config.SERVICE_SECTION, key.strip(), value.strip(), option, line)
+        for line, (option, key, value) in enumerate(given, 1)
     ]
     values, remarks = config.service_settings(assignments)
     useless = [

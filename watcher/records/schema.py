@@ -15,7 +15,7 @@ import enum
 from dataclasses import dataclass
 from typing import Any
 
-from watcher.model import Event, Layer, Remark
+from watcher.model import Event, Layer, Remark, Setting
 from watcher.records.codec import T as T
 from watcher.records.codec import from_dict as from_dict
 from watcher.records.codec import to_dict as to_dict
@@ -34,10 +34,11 @@ DESCRIPTION = """\
 # Reading calls are open to everybody, changing calls (Rollback, Forget, Reload) to root and to the
 # user that the watcher runs as. All times are microseconds since the epoch, all durations microseconds.
 #
-# Reasons, paths and outputs are for root, the watcher's own user and the members of the group confext-watcher:
-# what a command has printed may be a password, and which paths there are is not for everybody. Others get
-# `redacted: true`, and of these fields the empty value: source, reason, output; remarks, report; and a message that
-# only says the outcome and the verdict. To Wait for an image by its path is for them to wait for it by its file name.
+# Reasons, paths, outputs and settings are for root, the watcher's own user and the members of the group
+# confext-watcher: what a command has printed may be a password, and which paths there are is not for everybody. Others
+# get `redacted: true`, and of these fields the empty value: source, reason, output; settings, remarks, report; and a
+# message that only says the outcome and the verdict. To Wait for an image by its path is for them to wait for it by its
+# file name.
 interface io.confext.Watcher
 
 # One admitted image or directory tree in a stack.
@@ -97,6 +98,13 @@ type Remark (
   text: string
 )
 
+# A setting of a service as it is written, and where: "FILE:LINE", or the option of `exec`.
+type Setting (
+  key: string,
+  value: string,
+  source: string
+)
+
 # manager: "systemd" or "standalone".
 # state: "running", "stopped" or "needs-restart".
 # stack: what its main process runs on, by its layers (bottom to top); empty is its own /etc.
@@ -105,6 +113,7 @@ type Remark (
 # last: its newest outcome.
 # onTrial: what it runs on was not judged yet; `last` is about something before.
 # pinned: the stack that it was rolled back to by hand, and stays on.
+# settings: those that do not have their defaults.
 type ServiceStatus (
   service: string,
   manager: string,
@@ -117,6 +126,7 @@ type ServiceStatus (
   last: ?Event,
   pinned: ?string,
   quarantined: []Quarantined,
+  settings: []Setting,
   onTrial: bool
 )
 
@@ -205,6 +215,7 @@ class ServiceStatus:
     last: Event | None = None
     pinned: str | None = None
     quarantined: tuple[Quarantined, ...] = ()
+    settings: tuple[Setting, ...] = ()
     on_trial: bool = False
 
 

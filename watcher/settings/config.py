@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from watcher.model import Remark, shown
+from watcher.model import Remark, Setting, shown
 from watcher.settings import syntax, unit_names
 from watcher.settings.signals import signal_name, signal_number
 from watcher.settings.syntax import Assignment
@@ -85,6 +85,7 @@ class ServiceSettings:
         trusted_groups: `TrustedGroups=`.
         image_policy: `ImagePolicy=`, as written (systemd.image-policy(7), or "signed"); "" when not set.
         enabled: `Enabled=`.
+        written: those that do not have their defaults, as they are written.
     """
 
     reload: str = "auto"
@@ -104,6 +105,7 @@ class ServiceSettings:
     trusted_groups: tuple[str, ...] = ()
     image_policy: str = ""
     enabled: bool = True
+    written: tuple[Setting, ...] = field(default=(), compare=False)
 
 
 _Keys = Mapping[str, tuple[str, Callable[[str], Any]]]
@@ -172,7 +174,7 @@ def watcher_settings(
         paths: the three directories, see `directories()`.
     """
     assignments = tuple(assignments)
-    values, remarks = _read(assignments, WATCHER_SECTION, _WATCHER_KEYS)
+    values, remarks, _ = _read(assignments, WATCHER_SECTION, _WATCHER_KEYS)
     remarks += [
         assignment.remark(f"ignored: the section [{shown(assignment.section)}] is not known")
         for assignment in assignments
@@ -190,8 +192,8 @@ def service_settings(
     Args:
         expand: replaces the specifiers of systemd.unit(5); may raise ValueError.
     """
-    values, remarks = _read(assignments, SERVICE_SECTION, _SERVICE_KEYS, expand)
-    return ServiceSettings(**values), tuple(remarks)
+    values, remarks, written = _read(assignments, SERVICE_SECTION, _SERVICE_KEYS, expand)
+    return ServiceSettings(**values, written=written), tuple(remarks)
 
 
 def reload_kind(text: str) -> str:
@@ -213,9 +215,10 @@ def _read(
     section: str,
     keys: _Keys,
     expand: Callable[[str], str] = lambda text: text,
-) -> tuple[dict[str, Any], list[Remark]]:
-    """Values by attribute; without those that were set badly, or reset by an empty value."""
+) -> tuple[dict[str, Any], list[Remark], tuple[Setting, ...]]:
+    """Values by attribute, and where they are written; without what was set badly, or reset by an empty value."""
     values: dict[str, Any] = {}
+    written: dict[str, list[Setting]] = {}
     remarks: list[Remark] = []
     for assignment in assignments:
         if assignment.section != section:
@@ -228,14 +231,24 @@ def _read(
                 )
         elif not assignment.value:
             values.pop(attribute, None)
+            written.pop(attribute, None)
         else:
             try:
                 value = read(expand(assignment.value))
             except ValueError as error:
                 remarks.append(assignment.remark(f"ignored: {assignment.key}= is {error}"))
             else:
-                values[attribute] = values.get(attribute, ()) + value if isinstance(value, tuple) else value
-    return values, remarks
+                adds_up = isinstance(value, tuple)
+                values[attribute] = values.get(attribute, ()) + value if adds_up else value
+                before = written.get(attribute, []) if adds_up else []
+                written[attribute] = [*before, _as_written(assignment)]
+    return values, remarks, tuple(setting for each in written.values() for setting in each)
+
+
+def _as_written(assignment: Assignment) -> Setting:
+    is_file = assignment.path.startswith("/")
+    source = f"{assignment.path}:{assignment.line}" if is_file else assignment.path
+    return Setting(assignment.key, assignment.value, source)
 
 
 def _choice(*words: str) -> Callable[[str], str]:

@@ -96,7 +96,7 @@ def _facts_of(index: Index, unit: Unit) -> UnitFacts:
     parsed = index.parse(unit)
     declared, remarks = unit_files.declared(unit, parsed, index.search_path)
     expand = unit_names.Specifiers(unit.name, unit.fragment).expand
-    settings, more = config.service_settings(parsed.assignments, expand)
+    settings, more = settings_of(index, unit)
     image = syntax.last(parsed.assignments, "Service", "RootImage")
     return UnitFacts(
         unit=unit,
@@ -107,6 +107,12 @@ def _facts_of(index: Index, unit: Unit) -> UnitFacts:
         root_image=image is not None,
         remarks=(*remarks, *more, *_unknown_in_time(index, unit)),
     )
+
+
+def settings_of(index: Index, unit: Unit) -> tuple[ServiceSettings, tuple[Remark, ...]]:
+    """`[X-Confext]` of a unit, and what is wrong with it."""
+    expand = unit_names.Specifiers(unit.name, unit.fragment).expand
+    return config.service_settings(index.parse(unit).assignments, expand)
 
 
 def _unknown_in_time(index: Index, unit: Unit) -> Iterator[Remark]:
