@@ -252,7 +252,9 @@ def _rollback(settings: Settings, options: argparse.Namespace) -> ExitStatus:
             contents = client.forget(options.service)
             _answer(options, {"forgotten": contents}, show.forgotten(options.service, contents))
             return ExitStatus.DONE
-        event = client.rollback(options.service, options.to)
+        for event in client.rollback(options.service, options.to):
+            if event.outcome is Outcome.REQUESTED and not options.json:
+                print(printable(event.message), flush=True)
     stays = f"It stays there until `confext-watcher rollback --forget {shown(options.service)}`."
     _answer(options, to_dict(event), (printable(event.message), stays))
     failed = event.outcome in (Outcome.FAILED, Outcome.NEEDS_RESTART)

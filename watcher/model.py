@@ -283,6 +283,7 @@ class Outcome(enum.Enum):
     FAILED = "failed"
     ROLLED_BACK = "rolled-back"
     NEEDS_RESTART = "needs-restart"
+    REQUESTED = "requested"  # somebody has asked for a rollback, or for its end: the outcome follows
 
 
 class Verdict(enum.Enum):

@@ -41,6 +41,7 @@ STATE = State(
     held_for="9f",
     fell=True,
     pin="",
+    left=("c" * 16,),
     counted={"a" * 64: 2},
     sysexts=(ODD,),
 )

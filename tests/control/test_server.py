@@ -79,15 +79,16 @@ class Backend:
         finally:
             self.ended.set()
 
-    async def rollback(self, service: str, to: str | None) -> Event:
+    async def rollback(self, service: str, to: str | None, by: str, tell: server.Tell) -> Event:
         if to == "absent":
             raise NoSuchStack(service, to)
+        await tell(Event(NGINX, Outcome.REQUESTED, f"asked for by {by}", when=1))
         self.waiting.set()
         await self.verdict.wait()
         self.rolled_back.set()
         return APPLIED
 
-    async def forget(self, service: str, digest: str | None) -> Sequence[Quarantined]:
+    async def forget(self, service: str, digest: str | None, by: str) -> Sequence[Quarantined]:
         self.calls.append(("forget", service, digest))
         return [BAD]
 
@@ -191,7 +192,7 @@ async def test_a_report_is_of_one_service(backend: Backend, directory: Path) -> 
     ("ask", "error"),
     [
         (lambda client: client.status("absent.service"), ServiceNotFound),
-        (lambda client: client.rollback(NGINX, "absent"), NoSuchStack),
+        (lambda client: list(client.rollback(NGINX, "absent")), NoSuchStack),
         (lambda client: client.call("Nonsense"), Failed),
         (lambda client: client.call("Status", service=5), Failed),
     ],
@@ -490,7 +491,7 @@ AS_NOBODY = """
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
     with Client({directory!r}, timeout=60) as client:
         reload = lambda: client.call("Reload")
-        for change in (lambda: client.rollback("nginx.service"), lambda: client.forget("nginx.service"), reload):
+        for change in (lambda: list(client.rollback("nginx.service")), lambda: client.forget("nginx.service"), reload):
             try:
                 change()
             except NotPermitted as error:

@@ -101,10 +101,10 @@ class Backend:
         await self.verdict.wait()
         return REFUSED
 
-    async def rollback(self, service: str, to: str | None) -> Event:
+    async def rollback(self, service: str, to: str | None, by: str, tell: server.Tell) -> Event:
         raise AssertionError
 
-    async def forget(self, service: str, digest: str | None) -> Sequence[Quarantined]:
+    async def forget(self, service: str, digest: str | None, by: str) -> Sequence[Quarantined]:
         raise AssertionError
 
     async def reload(self) -> None:
@@ -240,7 +240,7 @@ async def test_members_of_the_group_may_change_nothing(backend: Backend, directo
     code = """
 with Client(directory, timeout=60) as client:
     reload = lambda: client.call("Reload")
-    for change in (lambda: client.rollback("nginx.service"), lambda: client.forget("nginx.service"), reload):
+    for change in (lambda: list(client.rollback("nginx.service")), lambda: client.forget("nginx.service"), reload):
         try:
             change()
         except CallError as error:

@@ -21,11 +21,12 @@ FULL = State(
     replaced="b" * 16,
     owed="9f",
     undoing=Undoing(STACK, Verdict.RELOAD_FAILED, "reload failed", "no"),
-    quarantine=(Quarantine("b" * 64, "bad", 3, ODD, for_now=True),),
+    quarantine=(Quarantine("b" * 64, "bad", 3, ODD, for_now=True, judge="Check 1", since=2),),
     held_for="9f",
     fell=True,
     pin="",
     untried={STACK.id: "a"},
+    left=("c" * 16,),
     counted={"a" * 64: 2},
     sysexts=(ODD,),
 )

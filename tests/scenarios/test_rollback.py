@@ -261,7 +261,7 @@ def test_a_removal_that_does_not_do_is_undone(place: Reloading) -> None:
     assert place.shown(service, "/etc/base.conf") == "base"
 
 
-def test_what_cannot_be_written_down_holds_and_is_said(place: Reloading) -> None:
+def test_what_cannot_be_written_down_is_not_done_nor_later(place: Reloading) -> None:
     service = place.run()
     place.image("2", "two")
     place.outcome("applied")
@@ -269,11 +269,14 @@ def test_what_cannot_be_written_down_holds_and_is_said(place: Reloading) -> None
     soft, hard = resource.prlimit(place.daemon.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(place.daemon.pid, resource.RLIMIT_FSIZE, (0, hard))
     done = place.command("rollback", "web.service", check=False)
-    assert done.returncode == 1 and "could not be written down" in done.stderr
-    assert place.shown(service) == "two"
+    assert (done.returncode, done.stderr) == (
+        1,
+        "confext-watcher: not done, it cannot be written down: File too large\n",
+    )
     resource.prlimit(place.daemon.pid, resource.RLIMIT_FSIZE, (soft, hard))
-    eventually(lambda: place.shown(service) == "one")
-    assert record(place.state, "web.service.exec").pin is not None
+    place.image("3", "three")
+    assert "2 -> 3" in place.outcome("applied")
+    assert (place.shown(service), record(place.state, "web.service.exec").pin) == ("three", None)
 
 
 def test_plan_says_what_has_to_wait(place: Reloading) -> None:

@@ -2,7 +2,7 @@
 """The client of the control socket, for the command line: blocking, and standard library only, to start fast.
 
     with Client(runtime_directory, timeout=30) as client:
-        event = client.rollback("nginx.service")
+        services = client.status("nginx.service")
 
 Each failure is a CallError: `str()` is one line for a person, `exit_code` the command line's exit status. The errors of
 the interface are in schema.py, those of the connection here.
@@ -89,9 +89,13 @@ class Client:
         """What a look now would change; with `debug`, which needs a service, with a report. Raises ServiceNotFound."""
         return self._list(PlannedChange, "changes", self.call("Plan", service=service, debug=debug or None))
 
-    def rollback(self, service: str, to: str | None = None) -> Event:
-        """Puts the service back on a stack. Raises ServiceNotFound, NoSuchStack, NotPermitted, Failed."""
-        return self._read(Event, self.call("Rollback", service=service, to=to).get("event"))
+    def rollback(self, service: str, to: str | None = None) -> Iterator[Event]:
+        """Puts the service back on a stack: where it goes, and then what came of it.
+
+        Raises ServiceNotFound, NoSuchStack, NotPermitted, Failed.
+        """
+        for answer in self.stream("Rollback", service=service, to=to):
+            yield self._read(Event, answer.get("event"))
 
     def forget(self, service: str, digest: str | None = None) -> list[Quarantined]:
         """Lets content back in, and returns what. Raises ServiceNotFound, NotPermitted."""

@@ -17,7 +17,7 @@ from watcher.control.server import Tell
 from watcher.control.waits import EventByImage, Waits, image_names
 from watcher.images import tries
 from watcher.managers.base import Service
-from watcher.model import Event, Later, Layer, Outcome, Remark, Stack, Unsafe
+from watcher.model import Event, Later, Layer, Outcome, Remark, Stack, Unsafe, shown
 from watcher.mounts.process import Gone
 from watcher.records.ledger import LedgerError
 from watcher.records.schema import (
@@ -96,13 +96,42 @@ class Commands:
     async def wait(self, service: str, image: str, tell: Tell, waits: Callable[[], None]) -> Event:
         return await self._waits.verdict(self._service(service).name, image, tell, waits)
 
-    async def rollback(self, service: str, to: str | None) -> Event:
+    async def rollback(self, service: str, to: str | None, by: str, tell: Tell) -> Event:
         found = self._service(service)
-        stacks = await _in_thread(self._tools.store.stacks, found.slots)
-        target = _target(found.name, stacks, to, await _in_thread(self._tools.store.state, found.slots))
-        async with self._changing(found, lambda state: replace(state, pin=target.id)):
-            done = [event for event in await self._next_round(found.name) if event.stack in (target.id, "")]
-            return done[-1] if done else await self._without_outcome(found.name, target)
+        name, store = found.name, self._tools.store
+        before = await _in_thread(store.state, found.slots)
+        stacks = await _in_thread(store.stacks, found.slots)
+        target = _target(name, stacks, to, before)
+        asked = messages.rollback_requested(name, before.accepted.stack, target, by)
+        await self.rounds.record(asked)
+        await tell(asked)
+        left = _left(before, stacks, target)
+        await self._decide(found, lambda state: replace(state, pin=target.id, left=left))
+        done = [event for event in await self._next_round(name) if event.stack in (target.id, "")]
+        if (await _in_thread(store.state, found.slots)).accepted.stack.id != target.id:
+            # It must not go there one day, when nobody expects that any more.
+            with suppress(Failed):
+                await self._decide(found, lambda state: replace(state, pin=before.pin, left=before.left))
+            self._changed(name)
+            stays = messages.labels(before.accepted.stack)
+            raise Failed(f"not done, {shown(name)} stays on {stays}: the log says why")
+        return done[-1] if done else await self._without_outcome(name, target)
+
+    async def _decide(self, service: Service, change: Callable[[State], State]) -> None:
+        """Change what is decided about a service. Raises Failed: it could not be written down, and does not hold."""
+        before = await _in_thread(self._tools.store.state, service.slots)
+        try:
+            await trio.to_thread.run_sync(self._tools.store.change, service.slots, change)
+        except Later as error:
+            with suppress(Later):  # nor does it hold in memory then
+                await trio.to_thread.run_sync(
+                    self._tools.store.change,
+                    service.slots,
+                    lambda state: replace(state, pin=before.pin, left=before.left),
+                )
+            cause = error.__cause__
+            why = cause.strerror if isinstance(cause, OSError) else str(error)
+            raise Failed(f"not done, it cannot be written down: {why}")
 
     async def _next_round(self, name: str) -> list[Event]:
         """Ask for a round of a service. Returns the outcomes of what it did."""
@@ -122,10 +151,10 @@ class Commands:
         if now.stack == target.id or now.state == "stopped":
             sentence = "is on that stack already, and stays on it until `rollback --forget`"
             return messages.event(name, Outcome.UNCHANGED, sentence, stack=target.id)
-        sentence = "is to go back to that stack, but could not yet: it is tried again, the log says why"
+        sentence = "gets that stack at its next start, but could not be given it yet: the log says why"
         return messages.event(name, Outcome.FAILED, sentence, stack=target.id)
 
-    async def forget(self, service: str, digest: str | None) -> Sequence[Quarantined]:
+    async def forget(self, service: str, digest: str | None, by: str) -> Sequence[Quarantined]:
         found = self._service(service)
         forgotten: list[Quarantine] = []
 
@@ -141,8 +170,9 @@ class Commands:
             undoing = state.undoing
             if undoing is not None and undoing.stack.id == state.accepted.stack.id:
                 undoing = None  # it is let in before it was taken out
-            return replace(state, pin=None, undoing=undoing)
+            return replace(state, pin=None, left=(), undoing=undoing)
 
+        await self.rounds.record(messages.forget_requested(found.name, by))
         async with self._changing(found, change):
             self._changed(found.name)
             if found.settings.rollout == "rolling":
@@ -276,7 +306,8 @@ _FINAL_REFUSALS = (Outcome.REFUSED, Outcome.ROLLED_BACK)
 
 
 def _target(service: str, stacks: Sequence[Stack], to: str | None, state: State) -> Stack:
-    """The stack to go back to: the newest before the current one that did not prove bad, or the one that `to` names.
+    """The stack to go back to: the one that `to` names, or the newest before the current one that did not prove bad,
+    and that was not left by a rollback.
 
     Args:
         to: how the identity of the stack begins, None for the newest before.
@@ -285,7 +316,8 @@ def _target(service: str, stacks: Sequence[Stack], to: str | None, state: State)
         NoSuchStack: there is none, or more than one begins so.
     """
     if to is None:
-        before = next((stack for stack in stacks[1:] if not state.why_bad(stack)), None)
+        others = (stack for stack in stacks[1:] if stack.id not in state.left)
+        before = next((stack for stack in others if not state.why_bad(stack)), None)
         if before is None:
             raise NoSuchStack(service, "")
         return before
@@ -293,6 +325,14 @@ def _target(service: str, stacks: Sequence[Stack], to: str | None, state: State)
     if len(found) != 1:
         raise NoSuchStack(service, to)
     return found[0]
+
+
+def _left(before: State, stacks: Sequence[Stack], target: Stack) -> tuple[str, ...]:
+    """`State.left` once the service is on another stack, which is one of these, newest first."""
+    if target.id in before.left:
+        return before.left[: before.left.index(target.id)]
+    newer = [stack.id for stack in stacks]
+    return tuple(dict.fromkeys((*before.left, *newer[: newer.index(target.id)])))
 
 
 def _applied(service: str, now: ServiceStatus, layer: Layer, history: Sequence[Event]) -> Event:

@@ -14,10 +14,12 @@ import collections
 import contextlib
 import grp
 import os
+import pwd
 import socket
 import struct
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import trio
 
@@ -40,6 +42,7 @@ PAUSE_MAX_SEC = 1.0
 
 _SO_PEERGROUPS = 59  # asm-generic/socket.h; Python has no name for it
 _GROUPS_MAX = 256
+_NO_LOGIN = 2**32 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,3 +189,21 @@ class Turns:
         self._at_once.release()
         now = trio.current_time()
         user.free_at = now + min(PAUSE * (now - began), PAUSE_MAX_SEC)
+
+
+def who(peer: Peer) -> str:
+    """Who has connected, for people: "root", "anna (uid 1000)"; root by the login that it came from. Blocks."""
+    name = _user(peer.uid)
+    try:
+        login = int(Path(f"/proc/{peer.pid}/loginuid").read_text())
+    except (OSError, ValueError):
+        return name
+    return name if login in (peer.uid, _NO_LOGIN) else f"{name}, logged in as {_user(login)}"
+
+
+def _user(uid: int) -> str:
+    try:
+        name = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid {uid}"
+    return name if uid == 0 else f"{name} (uid {uid})"

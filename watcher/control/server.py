@@ -85,10 +85,19 @@ class Backend(Protocol):
             ServiceNotFound: no such service.
         """
 
-    async def rollback(self, service: str, to: str | None) -> Event:
-        """Back to a stack by its identity, or the one before. Raises ServiceNotFound, NoSuchStack, Failed."""
+    async def rollback(self, service: str, to: str | None, by: str, tell: Tell) -> Event:
+        """Back to a stack by its identity, or the one before.
 
-    async def forget(self, service: str, digest: str | None) -> Sequence[Quarantined]:
+        Args:
+            by: who asks for it.
+            tell: to call with where it goes, before it does.
+
+        Raises:
+            ServiceNotFound, NoSuchStack: no such service or stack.
+            Failed: it was not done, and will not be.
+        """
+
+    async def forget(self, service: str, digest: str | None, by: str) -> Sequence[Quarantined]:
         """Lets content back in, and returns what; undoes a rollback. Raises ServiceNotFound."""
 
     async def reload(self) -> None:
@@ -249,7 +258,7 @@ class _Server:
 
         async def tell(event: Event) -> None:
             if request.more and not request.oneway:
-                said = {"event": event, "redacted": stranger}
+                said = {"event": event} | ({"redacted": stranger} if name == "Wait" else {})
                 await connection.send(await self._encoded(peer, said, continues=True))
 
         if name in _CHANGING:
@@ -279,9 +288,11 @@ class _Server:
                     service, image = schema.utf8(given["service"]), schema.utf8(image)
                     found = {"event": await backend.wait(service, image, tell, turn.close)}
             case "Rollback":
-                return {"event": await backend.rollback(given["service"], given.get("to"))}
+                by = await trio.to_thread.run_sync(peers.who, peer)
+                return {"event": await backend.rollback(given["service"], given.get("to"), by, tell)}
             case "Forget":
-                return {"forgotten": await backend.forget(given["service"], given.get("digest"))}
+                by = await trio.to_thread.run_sync(peers.who, peer)
+                return {"forgotten": await backend.forget(given["service"], given.get("digest"), by)}
             case "Reload":
                 await backend.reload()
                 return {}

@@ -59,6 +59,7 @@ MESSAGE_IDS: Final = {
     Outcome.FAILED: "702d676d676a409e9629aae14327a9a8",
     Outcome.ROLLED_BACK: "8f8d0f7909ee40cabe74ee9dbea9d8fd",
     Outcome.NEEDS_RESTART: "448b83599f8141cc87b4c1f1d905452d",
+    Outcome.REQUESTED: "e95a7b60d19f4c1a9d1c8a4b7c2e6f03",
 }
 
 Level = Literal["debug", "info", "notice", "warning", "error", "critical"]
@@ -72,6 +73,7 @@ _LEVELS: Final[dict[Outcome, Level]] = {
     Outcome.FAILED: "error",
     Outcome.ROLLED_BACK: "warning",
     Outcome.NEEDS_RESTART: "notice",
+    Outcome.REQUESTED: "notice",
 }
 # Of an event: the entry has a message and a time of its own, and the stack by its identity.
 _NO_FIELDS: Final = ("message", "when", "layers")

@@ -56,7 +56,8 @@ type Layer (
 )
 
 # One outcome.
-# outcome: "applied", "unchanged", "refused", "incomplete", "failed", "rolled-back" or "needs-restart".
+# outcome: "applied", "unchanged", "refused", "incomplete", "failed", "rolled-back",
+# "needs-restart" or "requested" (somebody asked for Rollback or Forget: the message says who).
 # verdict: how the service took the stack, null where it was not judged: "good", "check-failed" (it never saw it),
 # "reload-failed", "health-check-failed" or "went-down" (the service ended or failed). There may be more one day.
 # message: a sentence for people.
@@ -160,7 +161,8 @@ method Plan(service: ?string, debug: ?bool) -> (changes: []PlannedChange, redact
 # With `more`, what happens to it on the way is told as well. Ends with the connection.
 method Wait(service: string, image: string) -> (event: Event, redacted: bool)
 
-# Back to the stack before, or to the given one, and stay there.
+# Back to the stack before, or to the given one, and stay there. A second call goes further back. Done, or Failed: then
+# the service stays on what it has. With `more`, the first reply says where it goes, before it does.
 method Rollback(service: string, to: ?string) -> (event: Event)
 
 # Lets content back in: all of it that the service has in quarantine, or one digest. Undoes Rollback as well.

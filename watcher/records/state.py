@@ -128,6 +128,7 @@ class State:
         pin: identity of the stack that an operator has put it on by hand ("" is the empty one); None: none.
         untried: stacks that a service took well when it was reloaded, and that no start of it has seen since: identity,
             and the last start (`Service.invocation`) that was before, or was reloaded. The newest last.
+        left: identities of the stacks that an operator has left by hand: the next rollback goes further back.
         counted: how many tries were made of each counted file of a stack that was not accepted yet, by the first 16
             digits of its digest.
         sysexts: paths that the unit declares, and that are system extensions.
@@ -144,6 +145,7 @@ class State:
     fell: bool = False
     pin: str | None = None
     untried: Mapping[str, str] = field(default_factory=dict)
+    left: tuple[str, ...] = ()
     counted: Mapping[str, int] = field(default_factory=dict)
     sysexts: tuple[str, ...] = ()
 

@@ -156,6 +156,20 @@ def needs_restart(service: str, reason: str) -> Event:
     return event(service, Outcome.NEEDS_RESTART, sentence, reason=reason)
 
 
+def rollback_requested(service: str, before: Stack, stack: Stack, by: str) -> Event:
+    """An operator has asked for another stack."""
+    where = f"{labels(stack)} ({stack.id or 'no stack'})"
+    sentence = f"back from {labels(before)} to {where}, asked for by {shown(by)}"
+    return replace(
+        event(service, Outcome.REQUESTED, sentence, stack=stack.id, previous=before.id), layers=stack.layers
+    )
+
+
+def forget_requested(service: str, by: str) -> Event:
+    """An operator has asked for what is newest."""
+    return event(service, Outcome.REQUESTED, f"may have what is newest again, asked for by {shown(by)}")
+
+
 def not_placed(service: str, reason: str, *, again: bool) -> Event:
     """The stack could not be put in place."""
     sentence = f"its stack could not be put in place{', it is tried again' if again else ''}: {reason}"

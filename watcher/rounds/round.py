@@ -119,6 +119,10 @@ class Rounds:
                 continue
             await trio.to_thread.run_sync(tools.store.forget, slots)
 
+    async def record(self, event: Event) -> None:
+        """Write down an outcome that is none of a round's."""
+        await self._outcomes.outcome(event)
+
     def next_round(self, name: str) -> trio.Event:
         """An event, set at the end of the first round that begins after this call. The caller asks for that."""
         over = trio.Event()
