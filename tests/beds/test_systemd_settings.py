@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`[X-Confext]` of a unit on real systemd: what stands in the files counts, whether systemd has loaded it or not."""
+"""`[X-Confext]` of a unit on real systemd: what stands in the files counts, whether systemd has loaded it or not; and
+what `status` says of units that do not just run on their stack."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 
@@ -91,3 +93,33 @@ def test_what_a_check_refused_is_tried_again_when_the_check_or_the_hosts_files_c
     journal.outcome(WEB, "refused")
     setting(host, "Check=/bin/true")
     assert "site 2 -> 3" in journal.applied(WEB)["MESSAGE"]
+
+
+def last(host: Host, unit: str) -> tuple[str, str]:
+    """What `status` says of its state and its last outcome."""
+    (found,) = json.loads(host.bed.run(["confext-watcher", "status", "--json", unit]).stdout)["services"]
+    return found["state"], found["last"]["message"]
+
+
+def test_needs_restart_goes_away_with_the_restart(host: Host) -> None:
+    host.unit(WEB, takes_part=False)
+    host.watch()
+    host.systemctl("start", WEB)
+    journal = host.journal()
+    host.confext_dir(WEB).mkdir()
+    drop(host, 1, {"web.conf": "1"})
+    journal.outcome(WEB, "needs-restart")
+    assert last(host, WEB)[0] == "needs-restart"
+    host.systemctl("restart", WEB)
+    journal.until(lambda entry: f"{WEB}: started well" in entry["MESSAGE"])
+    state, said = last(host, WEB)
+    assert state == "running" and "site 1 added, accepted; it" in said
+
+
+def test_a_template_is_not_a_stopped_service(host: Host) -> None:
+    host.unit("web@.service")
+    host.watch()
+    journal = host.journal()
+    drop(host, 1, {"web.conf": "1"}, "web@.service")
+    assert "a template, its next instance gets it" in journal.applied("web@.service")["MESSAGE"]
+    assert last(host, "web@")[0] == "template"

@@ -12,8 +12,8 @@ import pytest
 from watcher.control import status
 from watcher.images.stacks import Stacks
 from watcher.managers import registration
-from watcher.model import Kind, Layer, Stack
-from watcher.records.schema import Quarantined
+from watcher.model import Event, Kind, Layer, Outcome, Stack
+from watcher.records.schema import Quarantined, ServiceStatus
 from watcher.records.state import Quarantine, State
 from watcher.settings.config import Settings
 
@@ -35,7 +35,7 @@ FOR_NOW = Quarantine("c" * 64, "it has tries left", 5, for_now=True)
 
 
 def decide(state: State) -> State:
-    return replace(state, pin=STACK.id, quarantine=(Quarantine("b" * 64, "no", 5, "/srv/web_2.raw"), FOR_NOW))
+    return replace(state, pin=STACK.id, quarantine=(Quarantine("b" * 64, "no", 5, __file__), FOR_NOW))
 
 
 def files(settings: Settings) -> dict[Path, int]:
@@ -48,7 +48,7 @@ def test_what_was_decided_is_read_from_the_record(settings: Settings) -> None:
     before = files(settings)
     (found,) = status.without_daemon(settings, "job")
     assert (found.state, found.accepted, found.pinned) == ("stopped", STACK.id, STACK.id)
-    assert found.quarantined == (Quarantined("job", "b" * 64, "no", 5, "/srv/web_2.raw"),)
+    assert found.quarantined == (Quarantined("job", "b" * 64, "no", 5, __file__),)
     assert files(settings) == before
 
 
@@ -74,3 +74,26 @@ def test_nothing_was_ever_accepted(settings: Settings) -> None:
     (found,) = status.without_daemon(settings)
     assert (found.state, found.accepted) == ("stopped", "")
     assert not os.path.lexists(settings.state_directory)
+
+
+def test_nothing_is_said_of_files_that_are_not_there_any_more(tmp_path: Path) -> None:
+    there, gone = str(tmp_path), str(tmp_path / "gone.raw")
+
+    def event(outcome: Outcome, source: str) -> Event:
+        return Event("job", outcome, "", 1, source=source)
+
+    applied, refused = event(Outcome.APPLIED, gone), event(Outcome.REFUSED, gone)
+    kept = tuple(
+        Quarantined("job", digest, "no", 1, source) for digest, source in (("a", there), ("b", gone))
+    )
+    found = ServiceStatus("job", "standalone", "running", last=refused, quarantined=kept)
+    now = status.without_gone(found, lambda: [refused, event(Outcome.INCOMPLETE, gone), applied])
+    assert (now.last, now.quarantined) == (applied, kept[:1])
+    stays = ServiceStatus(
+        "job", "standalone", "running", last=event(Outcome.REFUSED, there), quarantined=kept[:1]
+    )
+    assert status.without_gone(stays, list) == stays
+    # What was applied stays so, though its file is gone.
+    assert (
+        status.without_gone(ServiceStatus("job", "standalone", "running", last=applied), list).last == applied
+    )

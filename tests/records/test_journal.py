@@ -137,15 +137,15 @@ def test_how_a_service_took_the_stack_is_a_field_with_its_value(journald: socket
     assert (fields["CONFEXT_VERDICT"], fields["CONFEXT_OUTCOME"]) == ("went-down", "applied")
 
 
-def test_unchanged_is_only_for_those_who_ask(journald: socket.socket) -> None:
+def test_what_is_of_no_weight_is_for_those_who_ask(journald: socket.socket) -> None:
     event = Event("a.service", Outcome.UNCHANGED, "a.service: nothing to do", 0)
-    journal.configure("journal")
+    journal.configure("journal", level="warning")
     journal.record(event)
     with pytest.raises(BlockingIOError):
         journald.recv(1)
-    journal.configure("journal", level="debug")
+    journal.configure("journal")
     journal.record(event)
-    assert parse(journald.recv(65536))["PRIORITY"] == "7"
+    assert parse(journald.recv(65536))["PRIORITY"] == "6"
 
 
 def test_every_outcome_has_its_own_id_in_the_catalog() -> None:

@@ -70,6 +70,14 @@ def test_a_versioned_directory_gives_all_its_images_newest_first(drop: Path) -> 
     assert not watched(result, drop, ".web.raw.Xa81b")
 
 
+def test_an_image_of_another_name_is_pointed_out_where_it_can_only_be_meant_for_this_one(drop: Path) -> None:
+    inner = versions(drop / "app.raw.v", "app_1.raw", "web_8.raw", "README", ".x.raw")
+    result = look(drop)
+    assert found(result) == [["app_1.raw"]]
+    assert told(result, "warning") == ["passed over: not called app_VERSION.raw"]
+    assert watched(result, inner, "web_8.raw")
+
+
 def test_a_directory_that_does_not_exist_is_watched_for(tmp_path: Path) -> None:
     declared = sources.declare([(f"{tmp_path}/no/web.raw.v", "", True)], [], [f"{tmp_path}/none.confext.d"])
     result = look(declared=declared)

@@ -36,6 +36,18 @@ def accepted(one: Stack, before: State) -> State:
 # --- accept ---
 
 
+@pytest.mark.parametrize(
+    ("path", "told"), [("/srv/web.raw.v/web_3.raw", True), ("/srv/web.raw.v/web_2+1-1.raw", False)]
+)
+def test_the_same_content_under_another_version_is_told(path: str, told: bool) -> None:
+    other = Stack((replace(NEW.layers[0], source=path),))
+    before = facts(NEW, wanted=other)
+    state = accept(before, decide.Accept(other))
+    assert (state.replaced, state.owed, state.trial) == (NEW.id if told else None, "", None)
+    known = facts(other, state={"replaced": state.replaced})
+    assert decide.decide(known) == (decide.SayAccepted() if told else decide.Done())
+
+
 def accept(known: Any, step: decide.Accept) -> State:
     return changes.accept(step, known, known.invocation, (), accepted(step.stack, known.state))
 

@@ -259,3 +259,15 @@ def test_status_of_a_named_service_has_its_settings_also_without_the_daemon(plac
     assert place.run("history", service.name.removesuffix(".service")).stdout
     done = place.run("status", service.name, "nobody", check=False)
     assert (done.returncode, service.name in done.stdout, "nobody" in done.stderr) == (1, True, True)
+
+
+def test_the_same_content_under_a_new_version_has_its_line(place: Place) -> None:
+    place.start_daemon()
+    service = place.start()
+    first = service.put("1.3")
+    service.logged("web 1.3 added")
+    place.bring(first, first.with_name(first.name.replace("1.3", "1.4")))
+    line = service.logged("web 1.4 has the content that it had before: unchanged")
+    assert "outcome=unchanged" in line
+    assert service.heard == ["nothing", "1.3"]
+    assert service.status()["last"]["outcome"] == "unchanged"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
@@ -82,7 +83,17 @@ class Commands:
     async def status(self, service: str | None) -> Sequence[ServiceStatus]:
         services = self._services(service)
         newest = await _in_thread(self._tools.ledger.newest)
-        return await _in_thread(lambda: [self._status(one, newest) for one in services])
+        found = await _in_thread(lambda: [self._status(one, newest) for one in services])
+        return [await self._without_gone(one) for one in found]
+
+    async def _without_gone(self, found: ServiceStatus) -> ServiceStatus:
+        if not status.about(found):
+            return found
+        history = functools.partial(self._tools.ledger.history, found.service, status.LOOKED_BACK)
+        try:
+            return await self._tools.offload.run(found.service, status.without_gone, found, history)
+        except (Unanswered, LedgerError):
+            return found  # it cannot be seen, which is not gone
 
     async def history(self, service: str | None, limit: int) -> Sequence[Event]:
         if service is not None:
@@ -148,7 +159,7 @@ class Commands:
     async def _without_outcome(self, name: str, target: Stack) -> Event:
         """What to say of a round without an outcome: there was nothing to do, or it has said before why it cannot."""
         now = await _in_thread(self._status, self._service(name), {})
-        if now.stack == target.id or now.state == "stopped":
+        if now.stack == target.id or now.pid is None:
             sentence = "is on that stack already, and stays on it until `rollback --forget`"
             return messages.event(name, Outcome.UNCHANGED, sentence, stack=target.id)
         sentence = "gets that stack at its next start, but could not be given it yet: the log says why"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ from watcher.managers.base import slots_of
 from watcher.managers.registration import registered, registrations
 from watcher.managers.systemd.unit_facts import settings_of
 from watcher.managers.systemd.unit_files import Index, is_service
-from watcher.model import Event, Kind, Layer, Stack, problem
+from watcher.model import Event, Kind, Layer, Outcome, Stack, problem
 from watcher.mounts.process import Gone, Process, shares_host
 from watcher.mounts.table import Mounted, Table
 from watcher.records import journal
@@ -22,6 +23,9 @@ from watcher.records.ledger import Reader
 from watcher.records.schema import Quarantined, ServiceNotFound, ServiceStatus, utf8
 from watcher.records.state import Accepted, Damaged, Quarantine, State
 from watcher.settings.config import ServiceSettings, Settings
+
+LOOKED_BACK = 50
+"""So many outcomes are looked through for one that is not about a file that is gone."""
 
 
 def without_daemon(settings: Settings, service: str | None = None) -> list[ServiceStatus]:
@@ -40,7 +44,8 @@ def without_daemon(settings: Settings, service: str | None = None) -> list[Servi
             if service in (None, name, name.removesuffix(".service")):
                 state = _state(settings.state_directory, name, manager)
                 known = newest.get(utf8(name)), state, ledger.placed, own
-                found.append(of_service(settings.state_directory, name, manager, main, *known))
+                one = of_service(settings.state_directory, name, manager, main, *known)
+                found.append(without_gone(one, functools.partial(ledger.history, name, LOOKED_BACK)))
     if service is not None and not found:
         raise ServiceNotFound(service)
     return sorted(found, key=lambda one: one.service)
@@ -114,7 +119,7 @@ def of_service(
     status = ServiceStatus(
         service=name,
         manager=manager,
-        state="stopped",
+        state="template" if manager == "systemd" and "@." in name else "stopped",
         accepted=stacks[0].id if stacks else "",
         last=last,
         pinned=state.pin,
@@ -144,6 +149,31 @@ def on_trial(state: State, stack: str) -> bool:
     """Whether a service that runs on a stack has still to prove it good."""
     trial = state.trial
     return trial is not None and trial.stack == stack == state.accepted.stack.id and trial.verdict is None
+
+
+def about(status: ServiceStatus) -> set[str]:
+    """The files that are said to be kept out or refused."""
+    found = {one.source for one in status.quarantined}
+    if status.last is not None and status.last.outcome in (Outcome.REFUSED, Outcome.INCOMPLETE):
+        found.add(status.last.source)
+    return found - {""}
+
+
+def without_gone(status: ServiceStatus, history: Callable[[], Sequence[Event]]) -> ServiceStatus:
+    """A status that says nothing about files that are not there any more. Blocks, on where these come from."""
+    gone = {source for source in about(status) if not os.path.lexists(source)}
+    if not gone:
+        return status
+    stays = tuple(one for one in status.quarantined if one.source not in gone)
+    last = status.last
+    if last is not None and last.source in gone and last.source in about(replace(status, quarantined=())):
+        last = next((one for one in history() if not _is_of_gone(one)), None)
+    return replace(status, quarantined=stays, last=last)
+
+
+def _is_of_gone(event: Event) -> bool:
+    refused = event.outcome in (Outcome.REFUSED, Outcome.INCOMPLETE)
+    return refused and event.source != "" and not os.path.lexists(event.source)
 
 
 def quarantined(name: str, entries: Sequence[Quarantine]) -> tuple[Quarantined, ...]:

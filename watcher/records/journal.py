@@ -67,7 +67,7 @@ Level = Literal["debug", "info", "notice", "warning", "error", "critical"]
 _PRIORITIES: Final = {"critical": 2, "error": 3, "warning": 4, "notice": 5, "info": 6, "debug": 7}
 _LEVELS: Final[dict[Outcome, Level]] = {
     Outcome.APPLIED: "info",
-    Outcome.UNCHANGED: "debug",
+    Outcome.UNCHANGED: "info",
     Outcome.REFUSED: "warning",
     Outcome.INCOMPLETE: "warning",
     Outcome.FAILED: "error",

@@ -107,7 +107,7 @@ type Setting (
 )
 
 # manager: "systemd" or "standalone".
-# state: "running", "stopped" or "needs-restart".
+# state: "running", "stopped", "needs-restart", or "template", which runs as its instances alone.
 # stack: what its main process runs on, by its layers (bottom to top); empty is its own /etc.
 # accepted: the stack that its next start gets.
 # since: when the stack was put in place.

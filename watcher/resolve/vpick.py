@@ -192,7 +192,13 @@ def _runnable(architecture: str | None) -> tuple[str, ...]:
 def _match(spec: Spec, dirent: Dirent, runnable: tuple[str, ...]) -> _Match | NotPicked:
     name, prefix = dirent.name, f"{spec.basename}_" if spec.basename else ""
     if not name.startswith(prefix) or not name[len(prefix) :].endswith(spec.suffix):
-        meant = name.startswith(spec.basename) and spec.basename != ""
+        # In `web.raw.v/` an image can only be meant for it; in the `x.v/` of `x.v/web___.raw` there may be others.
+        its_own = os.path.basename(spec.directory) in (
+            f"{spec.basename}.v",
+            f"{spec.basename}{spec.suffix}.v",
+        )
+        other = its_own and spec.kind is Kind.IMAGE and name.endswith(spec.suffix)
+        meant = spec.basename != "" and (name.startswith(spec.basename) or other)
         return NotPicked(name, f"not called {called(spec)}", "warning" if meant else "debug")
     rest = name[len(prefix) :].removesuffix(spec.suffix)
     rest, left, done = counters(rest) or (rest, _UINT_MAX, _UINT_MAX)  # systemd counts so without counters

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from watcher.images import tries, unmounted
 from watcher.images.store import Store
-from watcher.model import Verdict
+from watcher.model import Stack, Verdict
 from watcher.records.state import Quarantine, State, Trial, Undoing
 from watcher.resolve.trust import Trust
 from watcher.rounds import decide
@@ -76,6 +76,8 @@ def accept(
     old = facts.accepted
     state = replace(state, checked="", counted={}, sysexts=sysexts)
     if step.stack.id == old.id:
+        if _files(step.stack) != _files(old) and state.replaced is None:
+            state = replace(state, replaced=old.id)  # by itself, which is told
         return state
     start = facts.invocation or facts.failed_start
     if start and step.stack.id in state.untried:  # that start was not on this stack
@@ -184,6 +186,10 @@ def undone(facts: Facts, state: State) -> State:
 def said(state: State) -> State:
     """An outcome has said what became of the accepted stack."""
     return replace(state, replaced=None)
+
+
+def _files(stack: Stack) -> list[str]:
+    return [tries.plain(layer.source) for layer in stack.layers]
 
 
 def _is_another(facts: Facts, state: State) -> bool:

@@ -118,10 +118,18 @@ def accepted(service: str, before: Stack, facts: Facts) -> Event:
         when = "it was started on it"
     elif facts.starting:
         when = "it is being started, and gets it"
+    elif "@." in service:
+        when = "a template, its next instance gets it"
     elif facts.headless:
         when = "systemd knows no main process of it, its next start gets it: restart it"
     sentence = f"{describe(before, stack)}, accepted; {when}"
     return _of_stack(service, Outcome.APPLIED, sentence, before, stack, None, Times())
+
+
+def unchanged(service: str, stack: Stack) -> Event:
+    """What was dropped has the content that is in place already."""
+    sentence = f"{labels(stack)} has the content that it had before: unchanged"
+    return _of_stack(service, Outcome.UNCHANGED, sentence, stack, stack, None, Times())
 
 
 def refused(service: str, passed: Passed, kept: Layer | None, stack: Stack) -> Event:

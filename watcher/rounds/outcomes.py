@@ -39,7 +39,7 @@ class Outcomes:
         # Outcomes of looks, which threads have made: the next `record_found()` takes them.
         self._found: dict[str, list[Event]] = {}
         self._not_placed: dict[str, str] = {}
-        self._needs_restart: dict[str, str] = {}
+        self._needs_restart: dict[str, tuple[str, str]] = {}
         self._refused: dict[str, object] = {}
 
     def forget(self, service: str) -> None:
@@ -85,14 +85,14 @@ class Outcomes:
             # What is refused is not tried again by itself.
             await self.outcome(messages.not_placed(service, reason, again=not isinstance(error, Refused)))
 
-    async def needs_restart(self, service: str, invocation: str, reason: str, *, again: bool = False) -> None:
+    async def needs_restart(self, service: str, invocation: str, reason: str, stack: str = "") -> None:
         """Its main process shares the host's namespace. Says so once for each start of the service.
 
         Args:
-            again: a restart brings another stack now.
+            stack: what a restart brings; of another one it is said again.
         """
-        if again or self._needs_restart.get(service) != invocation:
-            self._needs_restart[service] = invocation
+        if self._needs_restart.get(service) != (invocation, stack):
+            self._needs_restart[service] = invocation, stack
             await self.outcome(messages.needs_restart(service, reason))
 
     async def check_failed(self, event: Event, about: object) -> None:

@@ -300,7 +300,7 @@ class Rounds:
             case decide.SayAccepted():
                 await verdicts.say_accepted(service, facts, this)
             case decide.NeedsRestart():
-                await verdicts.needs_restart(service, facts, this)
+                await verdicts.needs_restart(service, facts)
                 return False
             case decide.Reload():
                 return await steps.reload(service, facts, this)

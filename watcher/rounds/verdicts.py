@@ -93,18 +93,18 @@ class Verdicts:
 
     async def say_accepted(self, service: Service, facts: Facts, this: Round) -> None:
         """The slots have another stack, though nobody has told the service: a `wait` may wait for that."""
-        before = await self._replaced(service, facts, this)
-        event = messages.accepted(service.name, before, facts)
+        if facts.state.replaced == facts.accepted.id:
+            event = messages.unchanged(service.name, facts.accepted)
+        else:
+            event = messages.accepted(service.name, await self._replaced(service, facts, this), facts)
         await self._outcomes.outcome(event)
         await self._change(service, this, changes.said)
 
-    async def needs_restart(self, service: Service, facts: Facts, this: Round) -> None:
-        """Its main process is where no stack can be put in place."""
-        again = facts.state.replaced is not None
-        reason = facts.out_of_reach
-        await self._outcomes.needs_restart(service.name, service.invocation, reason, again=again)
-        if again:
-            await self._change(service, this, changes.said)
+    async def needs_restart(self, service: Service, facts: Facts) -> None:
+        """Its main process is where no stack can be put in place. What the restart brings is an outcome of its own."""
+        await self._outcomes.needs_restart(
+            service.name, service.invocation, facts.out_of_reach, facts.accepted.id
+        )
 
     # --- parts ---
 
