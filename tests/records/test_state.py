@@ -20,7 +20,7 @@ FULL = State(
     checked=STACK.id,
     replaced="b" * 16,
     owed="9f",
-    undoing=Undoing(STACK, Verdict.RELOAD_FAILED, "reload failed", "no"),
+    undoing=Undoing(STACK, Verdict.RELOAD_FAILED, "reload failed", "no", took_down=True),
     quarantine=(Quarantine("b" * 64, "bad", 3, ODD, for_now=True, judge="Check 1", since=2),),
     held_for="9f",
     fell=True,

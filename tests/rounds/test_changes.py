@@ -16,7 +16,7 @@ from support.facts import NOW, entries, facts, kept_out, layer, record, stack
 from watcher.images import tries
 from watcher.images.store import Store
 from watcher.model import Stack, Verdict
-from watcher.records.state import STACK, Accepted, Quarantine, State, Trial, Undoing
+from watcher.records.state import INNOCENT, STACK, Accepted, Quarantine, State, Trial, Undoing
 from watcher.resolve.trust import ROOT_ALONE
 from watcher.rounds import changes, decide
 from watcher.rounds.desired import Desired
@@ -194,9 +194,41 @@ def test_what_is_kept_out_for_now_is_let_in_by_an_operator_alone() -> None:
 
 
 def test_at_the_end_nothing_is_left_to_do() -> None:
-    state = changes.undone(facts(OLD), record(OLD, **ON_TRIAL, undoing=UNDOING))
+    state = changes.undone(facts(OLD), True, NOW, record(OLD, **ON_TRIAL, undoing=UNDOING))
     assert (state.undoing, state.trial, state.owed, state.replaced) == (None, None, "", None)
     assert changes.said(record(OLD, **ON_TRIAL)).replaced is None
+
+
+def test_only_what_the_service_does_better_without_is_to_blame() -> None:
+    def after(well: bool, undoing: Undoing) -> State:
+        state = record(OLD, quarantine=(kept_out(NEW), kept_out(OTHER)), undoing=undoing)
+        return changes.undone(facts(OLD), well, NOW, state)
+
+    took_down = replace(UNDOING, verdict=Verdict.WENT_DOWN, took_down=True)
+    guilty = (kept_out(NEW), kept_out(OTHER))
+    assert after(True, UNDOING).quarantine == after(False, took_down).quarantine == guilty
+    acquitted = replace(kept_out(NEW), for_now=True, judge=INNOCENT, since=NOW)
+    assert after(False, UNDOING).quarantine == (acquitted, kept_out(OTHER))
+
+
+@pytest.mark.parametrize(
+    ("more", "took_down"),
+    [
+        ({"judged": Judged(NEW, Verdict.WENT_DOWN, "reload")}, True),
+        ({"state": {"trial": Trial(NEW.id, verdict=Verdict.GOOD)}}, True),
+        ({}, False),  # it was started on it, and failed
+    ],
+)
+def test_what_took_a_running_service_down_is_known(more: dict[str, Any], took_down: bool) -> None:
+    known = facts(NEW, **{"state": ON_TRIAL} | more)
+    undoing = changes.reject(
+        decide.Reject(NEW, Verdict.WENT_DOWN, "why"), known, [], False, known.state
+    ).undoing
+    assert undoing is not None and undoing.took_down is took_down
+    failed = changes.reject(
+        decide.Reject(NEW, Verdict.RELOAD_FAILED, "why"), known, [], True, known.state
+    ).undoing
+    assert failed is not None and not failed.took_down
 
 
 # --- counted tries ---

@@ -10,7 +10,7 @@ import pytest
 
 from support.facts import NOW, entries, facts, kept_out, layer, stack
 from watcher.model import Entry, Kind, Stack, Verdict
-from watcher.records.state import STACK, Accepted, Quarantine, Trial, Undoing
+from watcher.records.state import INNOCENT, STACK, Accepted, Quarantine, Trial, Undoing
 from watcher.rounds.decide import (
     Accept,
     Check,
@@ -71,6 +71,7 @@ def judged(one: Stack, verdict: Verdict = Verdict.RELOAD_FAILED, **changes: Any)
 
 GOOD = Verdict.GOOD
 NOT_NOW = bad(NEW, for_now=True) | {"held_for": "first"}
+NOT_YET = bad(NEW, for_now=True, judge=INNOCENT) | {"held_for": "first"}
 REMOVAL = Quarantine(STACK + EMPTY.id, "it is bad", 1)
 REJECTED = Reject(NEW, Verdict.RELOAD_FAILED, "why", "line")
 NEVER: dict[str, Any] = {"state": {"accepted": Accepted()}}
@@ -392,6 +393,14 @@ TABLE: dict[str, dict[str, tuple[Facts, Step]]] = {
         "it was started anew": (facts(OLD, state=NOT_NOW, **SECOND), LetIn(anything=True)),
         "it was started anew after it fell": (
             facts(OLD, state=NOT_NOW | {"fell": True}, **SECOND),
+            LetIn(anything=False),
+        ),
+        "it is not to blame for its fall": (
+            facts(OLD, state=NOT_YET | {"fell": True}, **SECOND),
+            LetIn(anything=True),
+        ),
+        "... but systemd starts it again": (
+            facts(OLD, state=NOT_YET | {"fell": True}, restarts=1, **SECOND),
             LetIn(anything=False),
         ),
         "it is stopped": (facts(OLD, state=NOT_NOW, **DOWN), Done()),

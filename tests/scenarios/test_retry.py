@@ -99,3 +99,28 @@ def test_a_script_that_the_check_runs_is_part_of_it(place: Place) -> None:
     service.logged("refused: check", "status 3")
     script.write_text("exit 0\n")
     service.logged("web 4 added, applied")
+
+
+@pytest.mark.parametrize("place", ["images"], indirect=True)
+@pytest.mark.parametrize("again", ["touch", "start"])
+def test_what_the_service_does_no_better_without_is_not_to_blame(place: Place, again: str) -> None:
+    """A reload that fails with the image and without it, until its cause is mended."""
+    cause = place.path / "dns-up"
+    cause.touch()
+    place.start_daemon()
+    options = ("--reload-command", f"test -e {cause}")
+    service = place.start(*options)
+    service.put("1")
+    service.logged("web 1 added, applied")
+    cause.unlink()
+    image = service.put("2")
+    service.logged("that failed too", "so web 2 is not to blame")
+    assert kept_out(service) == []
+    cause.touch()
+    if again == "touch":
+        os.utime(image)
+    else:
+        service.kill()
+        service = place.start(*options, name=service.name)
+    service.logged("web 1 -> 2 applied" if again == "touch" else "web 2")
+    until(lambda: [layer["version"] for layer in service.status()["layers"]] == ["2"])

@@ -21,6 +21,9 @@ VERSION = 1
 STACK = "stack:"
 """With an identity behind it: a whole stack in the quarantine, for a change that brought no new content (a removal)."""
 
+INNOCENT = "none: the service failed without it, too"
+"""As `Quarantine.judge`: so it is kept out for now alone."""
+
 _SAID_MAX = 300
 
 
@@ -80,12 +83,14 @@ class Undoing:
     Attributes:
         why: one line.
         output: what the command printed that failed.
+        took_down: the service ran until it was told of this stack, so it does better without.
     """
 
     stack: Stack
     verdict: Verdict
     why: str
     output: str = ""
+    took_down: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +103,7 @@ class Quarantine:
         when: microseconds since the epoch.
         source: path of the file that it came from.
         for_now: it has tries left. An operator's next start of the service, or the next of the watcher, lets it in.
-        judge: the check that it failed, see `rounds/retry.py`; "" if it was no check.
+        judge: the check that it failed, see `rounds/retry.py`; "" if it was no check; or INNOCENT.
         since: when that began, microseconds since the epoch.
     """
 

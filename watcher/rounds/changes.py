@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from watcher.images import tries, unmounted
 from watcher.images.store import Store
 from watcher.model import Stack, Verdict
-from watcher.records.state import Quarantine, State, Trial, Undoing
+from watcher.records.state import INNOCENT, STACK, Quarantine, State, Trial, Undoing
 from watcher.resolve.trust import Trust
 from watcher.rounds import decide
 from watcher.rounds.desired import Desired
@@ -155,11 +155,9 @@ def reject(
     accepted = step.stack.id == facts.accepted.id
     keys = {one.digest for one in entries}
     others = [one for one in state.quarantine if one.digest not in keys]
-    undoing = (
-        Undoing(step.stack, step.verdict, step.reason, both(step.output, step.logged))
-        if accepted
-        else state.undoing
-    )
+    took_down = step.verdict is Verdict.WENT_DOWN and (facts.judged is not None or not facts.on_trial)
+    bad = Undoing(step.stack, step.verdict, step.reason, both(step.output, step.logged), took_down)
+    undoing = bad if accepted else state.undoing
     return replace(
         state,
         quarantine=(*others, *entries),
@@ -172,8 +170,16 @@ def reject(
     )
 
 
-def undone(facts: Facts, state: State) -> State:
-    """The stack is back that the service had before a bad one, or that has failed, too: nothing is left to do."""
+def undone(facts: Facts, well: bool, now: int, state: State) -> State:
+    """The stack is back that the service had before a bad one: nothing is left to do.
+
+    Args:
+        well: the service takes it well. Else the other one is not to blame, and is kept out for now alone; but for one
+            that took the service down while it ran.
+        now: microseconds since the epoch.
+    """
+    if not well and state.undoing is not None and not state.undoing.took_down:
+        state = replace(state, quarantine=tuple(_acquitted(state.undoing.stack, now, state.quarantine)))
     state = replace(state, undoing=None)
     if facts.invocation:
         # The way back may have been a start, which is no operator's.
@@ -181,6 +187,12 @@ def undone(facts: Facts, state: State) -> State:
     if _is_another(facts, state):
         return state
     return replace(state, trial=None, owed="", replaced=None)
+
+
+def _acquitted(stack: Stack, now: int, entries: Sequence[Quarantine]) -> Iterator[Quarantine]:
+    for one in entries:
+        is_of_it = one.digest in (STACK + stack.id, *stack.digests)
+        yield replace(one, for_now=True, judge=INNOCENT, since=now) if is_of_it else one
 
 
 def said(state: State) -> State:

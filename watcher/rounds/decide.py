@@ -159,7 +159,7 @@ def decide(f: Facts) -> Step:
     if f.judged is not None:
         return _conclude(f, f.judged)
     if f.held and f.started_anew:
-        return LetIn(anything=f.first or not state.fell)
+        return LetIn(anything=f.first or not state.fell or f.innocent)
     if f.retry:
         return LetIn(anything=False, digests=f.retry)
     if f.blame:

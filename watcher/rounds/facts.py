@@ -10,7 +10,7 @@ from functools import cached_property
 from watcher.images import tries
 from watcher.images.rebuild import entry_of
 from watcher.model import Entry, Stack, Verdict
-from watcher.records.state import State
+from watcher.records.state import INNOCENT, State
 
 AFTERGLOW_USEC = 1_000_000
 """If the main process ends so soon after a good verdict, the stack is to blame. No round waits for that."""
@@ -254,6 +254,13 @@ class Facts:
         """Digests of what may be tried again now: once in a round, however often something changes."""
         judged = {one.digest for one in self.state.quarantine if one.since < self.now}
         return tuple(digest for digest in self.again if digest in judged)
+
+    @cached_property
+    def innocent(self) -> bool:
+        """Whether all that is kept out for the moment is not to blame, and systemd does not start the service again
+        by itself just now."""
+        held = [one for one in self.state.quarantine if one.for_now]
+        return self.restarts == 0 and all(one.judge == INNOCENT for one in held)
 
     @cached_property
     def started_anew(self) -> bool:

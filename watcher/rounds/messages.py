@@ -99,7 +99,9 @@ def rolled_back(
         sentence += f"back on {back} in {duration(times.swap + times.reload)}"
         sentence += f", {judged.told} done" if judged.told == "start" else ""
     else:
-        sentence += f"back on {back}, but that failed too: {judged.reason}; it is not tried again"
+        innocent = f"so {was} is not to blame, and is tried again at the next start"
+        then = "it is not tried again" if undoing.took_down else innocent
+        sentence += f"back on {back}, but that failed too: {judged.reason}; {then}"
     event = _of_stack(service, Outcome.ROLLED_BACK, sentence, bad, good, judged, times)
     # A `wait` for the image that was dropped waits for this.
     return replace(

@@ -8,7 +8,9 @@
 The kernel has the time of the last change of each file (ctime), which no program can set: all that is younger than the
 round in which the check ran was not judged by it. So nothing but that time has to be recorded.
 
-What failed its `HealthCheck=` has been on the service: that is tried again only if `HealthCheck=` is another.
+What failed its `HealthCheck=` has been on the service: that is tried again only if `HealthCheck=` is another. What the
+service failed with, and without it, too, is not to blame: it is tried again at the next start of the service, and when
+somebody acts on its file.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import time
 from collections.abc import Iterator
 
 from watcher.model import Interest, Scope, Verdict
-from watcher.records.state import Quarantine, State
+from watcher.records.state import INNOCENT, Quarantine, State
 from watcher.settings import values
 from watcher.settings.config import ServiceSettings
 
@@ -47,7 +49,7 @@ def again(state: State, settings: ServiceSettings, etc: str) -> tuple[str, ...]:
     if state.undoing is not None:
         return ()
     judged = [one for one in state.quarantine if one.judge]
-    judges = [judge(settings, verdict) for verdict in Verdict]
+    judges = [INNOCENT, *(judge(settings, verdict) for verdict in Verdict)]
     found = [one.digest for one in judged if one.judge not in judges or _acted_on(one)]
     left = [one for one in judged if _by_check(one) and one.digest not in found]
     if left:
@@ -81,7 +83,7 @@ def _by_check(one: Quarantine) -> bool:
 
 def _acted_on(one: Quarantine) -> bool:
     """Whether the file was changed or removed since the check."""
-    if not _by_check(one) or not one.source:
+    if not (_by_check(one) or one.judge == INNOCENT) or not one.source:
         return False
     when = touched(one.source)
     return when is None or when > one.since

@@ -89,7 +89,7 @@ class Verdicts:
             service.name, undoing, facts.accepted, back, times, running=running, restart=restart
         )
         await self._outcomes.outcome(event, critical=not back.good)
-        await self._change(service, this, functools.partial(changes.undone, facts))
+        await self._change(service, this, functools.partial(changes.undone, facts, back.good, messages.now()))
 
     async def say_accepted(self, service: Service, facts: Facts, this: Round) -> None:
         """The slots have another stack, though nobody has told the service: a `wait` may wait for that."""
