@@ -41,7 +41,7 @@ STATE = State(
     held_for="9f",
     fell=True,
     pin="",
-    left=("c" * 16,),
+    untried={"a" * 16: "9f"},
     counted={"a" * 64: 2},
     sysexts=(ODD,),
 )
@@ -66,7 +66,6 @@ FULL = Facts(
     fallback=Stack((LAYER,)),
     pinned=Stack((LAYER,)),
     damaged=(STACK.id,),
-    again=("b" * 64,),
     entries=(ENTRY, ENTRY),
     mounted={ODD: "/srv"},
     busy=True,
