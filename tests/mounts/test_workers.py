@@ -481,3 +481,32 @@ class TestImages:
                     workers.submit(use).result()
             workers.submit(workers.images.retain, []).result()
             assert "images/" not in workers.submit(table).result()
+
+
+def test_one_worker_at_a_time_changes_a_namespace(
+    workers: MountWorkers, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round swaps a stack, and meanwhile another worker mounts it anew: neither sees half of the other's work."""
+    inside, most, stay = [0], [0], threading.Event()
+
+    def attend(hold: threading.Event | None = None) -> None:
+        with workers.attending(service.namespace):
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            if hold is not None:
+                hold.wait(30)
+            time.sleep(0.001)
+            inside[0] -= 1
+
+    for job in [workers.submit(attend) for _ in range(20)]:
+        job.result()
+    assert most == [1]
+    first = workers.submit(attend, stay)
+    while not inside[0]:
+        time.sleep(0.001)
+    with monkeypatch.context() as patch, pytest.raises(Hung):
+        patch.setattr(workers_module, "HANGS_SEC", 0.01)
+        workers.submit(attend).result()
+    stay.set()
+    first.result()
+    workers.submit(attend).result()

@@ -79,6 +79,7 @@ class MountWorkers:
             self._forbidden.add(namespace_id("/proc/1/ns/mnt"))
         self._namespace = -1
         self._attended: dict[tuple[int, int], float] = {}
+        self._attention = threading.Condition()
         self._leftovers: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._threads: set[threading.Thread] = set()
         for _ in range(threads):
@@ -200,18 +201,27 @@ class MountWorkers:
 
     @contextlib.contextmanager
     def attending(self, namespace: int) -> Iterator[None]:
-        """Refuse to send one worker after another into a namespace where one hangs already.
+        """Be the only worker that changes a namespace; another one waits for its turn.
 
-        Raises Hung: a worker has been in that namespace for HANGS_SEC.
+        Raises Hung: a worker has been in that namespace for HANGS_SEC. We do not send one worker after another there.
         """
         identity = namespace_id(namespace)
-        now = time.monotonic()
-        if now - self._attended.setdefault(identity, now) >= HANGS_SEC:
-            raise Hung("a step in its mount namespace still does not end")
+        with self._attention:
+            since = self._attended.get(identity)
+            while identity in self._attended:
+                assert since is not None
+                left = since + HANGS_SEC - time.monotonic()
+                if left <= 0:
+                    raise Hung("a step in its mount namespace still does not end")
+                self._attention.wait(left)
+                since = self._attended.get(identity, since)
+            self._attended[identity] = time.monotonic()
         try:
             yield
         finally:
-            self._attended.pop(identity, None)
+            with self._attention:
+                del self._attended[identity]
+                self._attention.notify_all()
 
     def own_namespace(self) -> int:
         """A descriptor of the mount namespace that this worker is in."""
