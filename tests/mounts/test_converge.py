@@ -465,7 +465,7 @@ def test_a_stack_that_was_made_before_they_said_on_what_is_left_until_the_host_c
     host: Service, guest: Service, layers: Layers, bring: Bring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = layers.tree({"web.conf": "1"})
-    attach_base = swapping._attach_base
+    attach_base = swapping.attach_base
 
     def in_root(fds: Descriptors, survey: Survey) -> int:
         os.mkdir("root")
@@ -473,7 +473,7 @@ def test_a_stack_that_was_made_before_they_said_on_what_is_left_until_the_host_c
 
     with monkeypatch.context() as formerly:
         formerly.setattr(swapping, "_ROOT", "elsewhere")
-        formerly.setattr(swapping, "_attach_base", in_root)
+        formerly.setattr(swapping, "attach_base", in_root)
         formerly.setattr(Table, "base_path", "root/etc")
         bring(guest, layer)
     assert guest.mounted.stack == Stack((layer,)).id and guest.mounted.made_on is None

@@ -8,6 +8,7 @@ without a swap and without a reload. A tree that is larger than any `/etc` count
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -17,6 +18,7 @@ from itertools import islice
 from watcher.model import DEPTH_MAX, ENTRIES_MAX, Copy, Stack
 from watcher.mounts.descriptors import Descriptors
 from watcher.mounts.etc import look_up
+from watcher.mounts.refresh import view_of
 from watcher.mounts.swap import build
 from watcher.mounts.workers import MountWorkers
 
@@ -37,6 +39,10 @@ def shows(workers: MountWorkers, namespace: int, stack: Stack, copies: Mapping[s
     Raises:
         Whatever `swap()` does.
     """
+    view = view_of(workers, namespace)
+    if view is not None:  # what the host has replaced since is no difference
+        with contextlib.closing(view):
+            view.drop_unused()
     with build(workers, namespace, stack, copies) as tree, Descriptors() as fds:
         with workers.entered(namespace):
             shown = fds.add(os.open(".", _DIRECTORY, dir_fd=fds.add(look_up())))

@@ -20,6 +20,10 @@ class Descriptors:
         self._fds.append(fd)
         return fd
 
+    def keep(self, *fds: int) -> None:
+        """Do not close these: they are the caller's from now on."""
+        self._fds = [fd for fd in self._fds if fd not in fds]
+
     def __enter__(self) -> Descriptors:
         return self
 

@@ -92,17 +92,23 @@ def survey(
         if needed(table):
             etc = found.etc = hold(fds, table.top)
             if table.on(table.top) or not table.chain:
-                found.old, _ = _private_clone(fds, etc.fd, whole=True)
+                found.old, _ = private_clone(fds, etc.fd, whole=True)
             if not table.stacks:
-                found.root, _ = _private_clone(fds, etc.fd, whole=False)
+                found.root, _ = private_clone(fds, etc.fd, whole=False)
             else:
-                root = fds.add(os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
-                found.root, whole = _private_clone(fds, root, whole=not table.base_on_root)
-                found.peel = table.stacks[::-1] if whole else ()
+                clone_base(fds, found)
     return found
 
 
-def _private_clone(fds: Descriptors, directory: int, *, whole: bool) -> tuple[int, bool]:
+def clone_base(fds: Descriptors, found: Survey) -> None:
+    """In the service, which shows a stack: set `root` and `peel`."""
+    table = found.table
+    root = fds.add(os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+    found.root, whole = private_clone(fds, root, whole=not table.base_on_root)
+    found.peel = table.stacks[::-1] if whole else ()
+
+
+def private_clone(fds: Descriptors, directory: int, *, whole: bool) -> tuple[int, bool]:
     """In the service: `clone()`; what is then done to the clone does not reach the service."""
     tree, whole = clone(fds, directory, whole=whole)
     flags = syscalls.AT_EMPTY_PATH | (syscalls.AT_RECURSIVE if whole else 0)

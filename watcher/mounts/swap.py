@@ -226,8 +226,8 @@ def _built(fds: Descriptors, goal: _Goal, found: Survey) -> Iterator[tuple[int, 
 def _build(fds: Descriptors, goal: _Goal, found: Survey, roots: Mapping[str, str]) -> tuple[int, list[str]]:
     for directory in (_ROOT, _OLD, _NEW, LAYERS):
         os.mkdir(directory)
-    base = _attach_base(fds, found)
-    etcs = [_open_layer(fds, layer, roots[layer.digest]) for layer in goal.stack.layers]
+    base = attach_base(fds, found)
+    etcs = [open_layer(fds, layer, roots[layer.digest]) for layer in goal.stack.layers]
     lower = Lower([*reversed(etcs), base])
     cover = Cover(lower, privileged=goal.workers.privileged)
     sandbox: list[Sandbox] = []
@@ -255,7 +255,7 @@ def _build(fds: Descriptors, goal: _Goal, found: Survey, roots: Mapping[str, str
     return tree, remarks
 
 
-def _attach_base(fds: Descriptors, found: Survey) -> int:
+def attach_base(fds: Descriptors, found: Survey) -> int:
     """In the scratch tmpfs: a descriptor of the base."""
     _attach(found.root, _ROOT)
     if not found.table.stacks:
@@ -293,7 +293,7 @@ def _device(directory: int) -> str:
     return f"{os.major(number)}:{os.minor(number)}"
 
 
-def _open_layer(fds: Descriptors, layer: Layer, root: str) -> int:
+def open_layer(fds: Descriptors, layer: Layer, root: str) -> int:
     """A descriptor of the `etc` of a layer, which may be a link: whoever made the layer decides that."""
     directory = fds.add(os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
     try:

@@ -60,6 +60,7 @@ RESOLVE_NO_MAGICLINKS = 0x2
 RESOLVE_NO_SYMLINKS = 0x4
 RESOLVE_BENEATH = 0x8
 RESOLVE_IN_ROOT = 0x10
+RESOLVE_CACHED = 0x20
 RESOLVE_INSIDE = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
 """Below a descriptor: no link is followed, and nothing leads out."""
 
@@ -68,6 +69,9 @@ _FSMOUNT_CLOEXEC = 1
 _FSCONFIG_SET_FLAG = 0
 _FSCONFIG_SET_STRING = 1
 _FSCONFIG_CMD_CREATE = 6
+_FSCONFIG_CMD_RECONFIGURE = 7
+_FSPICK_CLOEXEC = 1
+_FSPICK_EMPTY_PATH = 8
 
 _RENAME_NOREPLACE = 1
 
@@ -119,6 +123,7 @@ _move_mount = _system_call(429, _int, _str, _int, _str, _uint)
 _fsopen = _system_call(430, _str, _uint)
 _fsconfig = _system_call(431, _int, _uint, _str, _str, _int)
 _fsmount = _system_call(432, _int, _uint, _uint)
+_fspick = _system_call(433, _int, _str, _uint)
 _openat2 = _system_call(437, _int, _str, _pointer, ctypes.c_size_t)
 _mount_setattr = _system_call(442, _int, _str, _uint, _pointer, ctypes.c_size_t)
 
@@ -199,6 +204,10 @@ def fsconfig_cmd_create(fd: int, what: str) -> None:
         raise OSError(error.errno, f"{error.strerror} ({said})" if said else error.strerror, what) from None
 
 
+def fsconfig_cmd_reconfigure(fd: int, what: str) -> None:
+    _check(_fsconfig(fd, _FSCONFIG_CMD_RECONFIGURE, None, None, 0), what)
+
+
 def _fs_messages(fd: int) -> list[str]:
     """What the kernel logged to a file system context: lines "e overlay: text", without the level."""
     messages = []
@@ -215,6 +224,11 @@ def fsmount(fd: int, attributes: int) -> int:
     return _check(_fsmount(fd, _FSMOUNT_CLOEXEC, attributes), "fsmount")
 
 
+def fspick(fd: int) -> int:
+    """A context of the file system that an open root of a mount belongs to, for fsconfig_cmd_reconfigure()."""
+    return _check(_fspick(fd, b"", _FSPICK_CLOEXEC | _FSPICK_EMPTY_PATH), "fspick")
+
+
 def mount_setattr(
     dirfd: int, path: str, flags: int, *, attr_set: int = 0, attr_clr: int = 0, propagation: int = 0
 ) -> None:
@@ -229,6 +243,17 @@ def openat2(dirfd: int, path: str, flags: int, resolve: int) -> int:
             return _check(_openat2(dirfd, _bytes(path), packed, _open_how.size), path)
         except BlockingIOError:
             continue  # while the kernel resolved a "..", something was renamed or mounted somewhere
+
+
+def openat2_cached(dirfd: int, path: str, flags: int, resolve: int) -> int:
+    """openat2(2) that only asks the kernel's cache of names, and never waits: a descriptor, or a negative errno.
+
+    -EAGAIN: a name on the way is not in the cache; -ENOENT: it is, and there is nothing. Raises nothing: a caller asks
+    for hundreds of names, most of which are not there.
+    """
+    packed = _open_how.pack(flags | os.O_CLOEXEC, 0, resolve | RESOLVE_CACHED)
+    result = _openat2(dirfd, _bytes(path), packed, _open_how.size)
+    return result if result >= 0 else -ctypes.get_errno()
 
 
 def rename_noreplace(old: str, new: str) -> None:
