@@ -34,6 +34,7 @@ from watcher.mounts.process import may_mount
 from watcher.mounts.workers import Hung, MountWorkers
 from watcher.records import durable, journal
 from watcher.records.ledger import Ledger
+from watcher.rounds.fresh import Fresh
 from watcher.rounds.round import Rounds
 from watcher.rounds.tools import Tools
 from watcher.settings import config
@@ -147,6 +148,7 @@ class Daemon:
         self._control = Commands(tools, self.changed, self._in_round, self._reload_settings)
         self._rounds = Rounds(tools, self._control.tell, self.changed, self._looked_at)
         self._control.rounds = self._rounds
+        self._fresh = Fresh(tools, self._rounds.memories, self._settled_change, self._say_remarks)
         self._readers = Readers()
         tools.offload.returned = self.changed
         self._settle = Settle()
@@ -174,6 +176,7 @@ class Daemon:
                 await nursery.start(serve, self._control, directory, self._readers)
                 nursery.start_soon(self._follow_directories)
                 nursery.start_soon(self._start_rounds, nursery)
+                nursery.start_soon(self._fresh.run)
                 nursery.start_soon(self._when_looked)
                 nursery.start_soon(self._when_idle)
                 nursery.start_soon(sd_notify.keep_alive)
@@ -199,10 +202,13 @@ class Daemon:
     async def _follow_directories(self) -> None:
         async for names in self._tools.watcher.changes():
             for name in names:
-                service = self._tools.manager.services.get(name)
-                if service is not None:
-                    quiet = service.settings.settle_usec
-                    self.changed(name, self._settings.settle_usec if quiet is None else quiet)
+                self._settled_change(name)
+
+    def _settled_change(self, name: str) -> None:
+        service = self._tools.manager.services.get(name)
+        if service is not None:
+            quiet = service.settings.settle_usec
+            self.changed(name, self._settings.settle_usec if quiet is None else quiet)
 
     async def _start_rounds(self, nursery: trio.Nursery) -> None:
         while True:
@@ -231,6 +237,7 @@ class Daemon:
             else:
                 again = await self._round(service, since)
             self._looked_at(name)
+            self._fresh.look(name)
             self._control.round_over(name)
             self._say_remarks()
             if name not in self._again:
@@ -315,12 +322,13 @@ class Daemon:
         self._readers.look_up()
         self._tools.store.configure(settings.store_max, settings.image_max, settings.keep_stacks)
         self._tools.watcher.retry()
+        self._fresh.retry()
         journal.log.info("settings read again")
         self._look_at_everything()
 
     def _say_remarks(self) -> None:
         """Say what cannot be watched, and what is wrong with the ledger; each once for as long as it lasts."""
-        remarks = {*self._tools.watcher.remarks(), *self._tools.ledger.remarks}
+        remarks = {*self._tools.watcher.remarks(), *self._tools.ledger.remarks, *self._fresh.remarks()}
         for remark in remarks - self._remarks:
             journal.say(remark)
         self._remarks = remarks

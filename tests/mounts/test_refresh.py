@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A service on a stack sees what the host has changed in its `/etc`; each test first shows that it would not.
 
-These tests are also those of mounts/renew.py.
+These tests are also those of mounts/renew.py. All of it once more in a user namespace: test_freshness.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from support.needs import root
 from support.service import Service
 from watcher.model import Layer, Stack
 from watcher.mounts.converge import Compared, converge
-from watcher.mounts.process import Process
+from watcher.mounts.process import Process, may_mount
 from watcher.mounts.refresh import BaseNow, Changes, View, is_concerned, still_old, views_of
 from watcher.mounts.renew import renew
 from watcher.mounts.table import SOURCE
@@ -27,6 +27,8 @@ from watcher.mounts.workers import HostNamespace, MountWorkers
 from .conftest import Layers, Swaps
 
 pytestmark = root
+
+not_in_user_namespace = pytest.mark.skipif(not may_mount(), reason="needs root of the machine")
 
 Start = Callable[..., Service]
 
@@ -66,7 +68,7 @@ class Bench:
             directory, _, last = name.rpartition("/")
             changes.add(directory, last, replaced=replaced)
         if any(is_concerned(self.view, changes, now) for _ in range(5)):
-            self.view.drop_unused()
+            self.swaps.workers.submit(self.view.drop_unused).result()
         old = (still_old(self.view, names, BaseNow(self.view.base)) for _ in range(5))
         return next(filter(None, old), ())
 
@@ -138,6 +140,7 @@ def test_a_link_that_is_flipped_shows(bench: Bench, layers: Layers) -> None:
     assert shown(bench.service, "live/cert.pem") == "2"
 
 
+@not_in_user_namespace
 def test_a_mode_that_was_changed_counts(bench: Bench, layers: Layers) -> None:
     """Overlayfs checks it by what it has read once: what was closed to others would stay open to them."""
     bench.put(layers.tree({"web.conf": "1"}))
@@ -279,7 +282,8 @@ def test_what_a_layer_has_needs_none(bench: Bench, layers: Layers) -> None:
     """The image covers the name, or the whole directory."""
     service = bench.service
     layer = layers.tree({"base.conf": "the layer's", "app/own.conf": "1"})
-    os.setxattr(f"{layers.copies[layer.digest].path}/etc/app", "trusted.overlay.opaque", b"y")
+    opaque = "trusted.overlay.opaque" if may_mount() else "user.overlay.opaque"
+    os.setxattr(f"{layers.copies[layer.digest].path}/etc/app", opaque, b"y")
     bench.put(layer)
     service("globals().__setitem__('held', [open('/etc/base.conf'), os.open('/etc/app', os.O_PATH)])")
     assert shown(service, "app/a.conf") is None

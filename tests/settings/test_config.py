@@ -69,6 +69,7 @@ def test_the_settings_of_a_service() -> None:
         HealthCheckSec=1s
         HealthStableSec=500ms
         HealthWatchSec=2s
+        BaseChanged=reload
         Rollback=no
         Rollout=rolling
         RolloutParallel=2
@@ -86,6 +87,7 @@ def test_the_settings_of_a_service() -> None:
         health_check_usec=1_000_000,
         health_stable_usec=500_000,
         health_watch_usec=2_000_000,
+        base_changed="reload",
         rollback=False,
         rollout="rolling",
         rollout_parallel=2,
@@ -132,6 +134,7 @@ def test_an_unknown_section_is_told() -> None:
         ("Rollout=slow", "not parallel or rolling: slow"),
         ("Check='/bin/x", "a quote that is not closed: '/bin/x"),
         ("ReloadSec=0", "no time at all: 0"),
+        ("BaseChanged=no", "not refresh, reload or ignore: no"),
         ("Rollback=si", "not yes or no: si"),
     ],
 )

@@ -224,7 +224,7 @@ def views_of(
     main: Process,
     pids: Iterable[int],
     kept: Callable[[], Iterable[Stack]],
-    other_mains: Iterable[int],
+    other_mains: Callable[[], Iterable[int]],
 ) -> list[View]:
     """The overlays on a service's `/etc`, in all its namespaces; none where it has no stack. Runs on a mount worker.
 

@@ -36,7 +36,7 @@ def renew(
     old: Sequence[str],
     devices: Collection[int],
     kept: Callable[[], Iterable[Stack]],
-    other_mains: Iterable[int] = (),
+    other_mains: Callable[[], Iterable[int]] = tuple,
 ) -> int:
     """Mount a stack anew in each namespace of a service that shows it on one of these overlays. On a mount worker.
 

@@ -104,6 +104,17 @@ class MountWorkers:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def stand(self) -> None:
+        """From now on the calling thread, which is not a worker, may reconfigure what the workers have mounted.
+
+        In a user namespace it has to be in the workers' mount namespace for that (fspick(2)): ours may be another
+        user's. Paths lead where they did, as long as they do not lead below `PLACE`.
+        """
+        if self.privileged:
+            return
+        syscalls.unshare(syscalls.CLONE_FS)
+        syscalls.setns(self._namespace, syscalls.CLONE_NEWNS)
+
     def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> _Job[T]:
         """Run `function` on a worker."""
         job = _Job(lambda: function(*args, **kwargs))

@@ -27,6 +27,8 @@ class Memory:
         blameless: of a service that went down, whether a copy was found damaged since it ran; None: not looked at.
         seen: a round has looked at it.
         unlearned: its manager has to be told of the accepted stack.
+        swaps: how often it got a stack.
+        base_changed: the host's own `/etc` has changed, and it is to be told (`BaseChanged=reload`).
     """
 
     interests: tuple[Interest, ...] | None = None
@@ -38,6 +40,8 @@ class Memory:
     blameless: bool | None = None
     seen: bool = False
     unlearned: bool = False
+    swaps: int = 0
+    base_changed: bool = False
 
 
 @dataclass(slots=True)
@@ -64,6 +68,7 @@ class Round:
         waits: why it is not the service's turn (`Rollout=rolling`), "" if it is; None: nobody has asked since the last
             step.
         asked: the service was asked to reload, and is to be judged.
+        base_changed: the service is told because the host's own `/etc` has changed.
     """
 
     since: float
@@ -86,3 +91,4 @@ class Round:
     over: bool = False
     waits: str | None = None
     asked: Asked | None = None
+    base_changed: bool = False

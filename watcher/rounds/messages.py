@@ -47,6 +47,8 @@ def applied(
     what = describe(before, stack)
     if swapped and rebased:
         sentence = f"{_REBASED} applied anew in {duration(times.swap)}"
+    elif rebased:
+        sentence = _REBASED
     elif swapped:
         comma = "" if " -> " in what and "," not in what else ","
         sentence = f"{what}{comma} applied in {duration(times.swap)}"

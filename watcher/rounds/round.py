@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 import trio
@@ -81,6 +81,11 @@ class Rounds:
         self._observer = Observer(tools, self._outcomes, self._rollout, self._memories)
         self._steps_of = Steps(tools)
         self._verdicts = Verdicts(tools, self._outcomes)
+
+    @property
+    def memories(self) -> Mapping[str, Memory]:
+        """What is remembered of each service."""
+        return self._memories
 
     @property
     def mounted(self) -> frozenset[str] | None:

@@ -81,10 +81,14 @@ class Steps:
                 functools.partial(self._owe, service, this),
                 memory.compared,
                 kept=lambda: (stack, *tools.store.stacks(service.slots)),
-                other_mains=lambda: self._other_mains(service),
+                other_mains=lambda: tools.other_mains(service),
                 patient=facts.busy and not this.accepted,
             )
         memory.mounted = frozenset(stack.digests)
+        memory.swaps += converged.swaps
+        if memory.base_changed:
+            memory.base_changed, this.base_changed = False, True
+            self._owe(service, this)
         this.shown = service.invocation, stack.id
         say("debug", service.name, messages.converged(converged))
         if this.owing and not converged.swaps and this.state.owed == service.invocation:
@@ -108,11 +112,6 @@ class Steps:
         with suppress(Gone), _held(service) as main:  # `reload()` meets that, too
             if (reloaded := self._tools.manager.tell(service, main)) is not None:
                 this.asked = Asked(reloaded, since, round((time.monotonic() - begun) * 1_000_000))
-
-    def _other_mains(self, service: Service) -> list[int]:
-        services = self._tools.manager.services
-        others = [services.get(name) for name in list(services) if name != service.name]
-        return [one.main.pid for one in others if one is not None and one.main is not None]
 
     # --- what waits for the service ---
 

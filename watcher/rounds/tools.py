@@ -48,6 +48,12 @@ class Tools:
 
         return await self.offload.run_within(HANGS_SEC, service.name, job, hold.close)
 
+    def other_mains(self, service: Service) -> list[int]:
+        """The main processes of all other services. A thread may ask."""
+        services = self.manager.services
+        others = [services.get(name) for name in list(services) if name != service.name]
+        return [one.main.pid for one in others if one is not None and one.main is not None]
+
 
 @contextmanager
 def holding(service: Service) -> Iterator[Service]:

@@ -134,7 +134,9 @@ class Verdicts:
     async def _before(self, service: Service, facts: Facts, this: Round) -> tuple[Stack, bool]:
         """What the service showed before, and whether that was the accepted stack, made on another `/etc`."""
         converged = this.converged
-        if converged is not None and _is_rebased(converged, facts):
+        if converged is not None and (
+            _is_rebased(converged, facts) or _is_told_of_base(this, converged, facts)
+        ):
             return facts.accepted, True
         before = await self._replaced(service, facts, this)
         if converged is None or converged.before.layers is None:  # systemd started it on its slots
@@ -226,6 +228,11 @@ def _is_rebased(converged: Converged, facts: Facts) -> bool:
     # systemd mounted it at the start of the service, from these slots. It shows something else now, so the host's /etc
     # was changed while no watcher ran.
     return converged.rebased or (converged.swaps > 0 and converged.before.layers is None)
+
+
+def _is_told_of_base(this: Round, converged: Converged, facts: Facts) -> bool:
+    """`BaseChanged=reload`, and that is all there is to tell."""
+    return this.base_changed and not converged.swaps and not facts.on_trial and facts.state.replaced is None
 
 
 def _runs(service: Service) -> bool:

@@ -77,6 +77,7 @@ class ServiceSettings:
         health_check_usec: `HealthCheckSec=`, within which they must have held, counted from the reload.
         health_stable_usec: `HealthStableSec=`, how long they must hold without a failure; at most half of that counts.
         health_watch_usec: `HealthWatchSec=`, how long they must then go on holding, and the service stay up.
+        base_changed: `BaseChanged=`, "refresh", "reload" or "ignore".
         rollback: `Rollback=`.
         rollout: `Rollout=`, "parallel" or "rolling".
         rollout_parallel: `RolloutParallel=`, services at a time, after the first.
@@ -97,6 +98,7 @@ class ServiceSettings:
     health_check_usec: int = 10_000_000
     health_stable_usec: int = 2_000_000
     health_watch_usec: int = 0
+    base_changed: str = "refresh"
     rollback: bool = True
     rollout: str = "parallel"
     rollout_parallel: int = 1
@@ -309,6 +311,7 @@ _SERVICE_KEYS: _Keys = {
     "HealthCheckSec": ("health_check_usec", time_span),
     "HealthStableSec": ("health_stable_usec", time_span),
     "HealthWatchSec": ("health_watch_usec", time_span),
+    "BaseChanged": ("base_changed", _choice("refresh", "reload", "ignore")),
     "Rollback": ("rollback", boolean),
     "Rollout": ("rollout", _choice("parallel", "rolling")),
     "RolloutParallel": ("rollout_parallel", _at_least(1)),

@@ -31,7 +31,7 @@ class WatchedTrees:
 
     def __init__(self, directories: WatchedDirectories) -> None:
         self._directories = directories
-        self._watches_max = _watches_max() // 2  # the rest is for drop directories
+        self._watches_max = watches_max() // 2  # the rest is for drop directories
         self._unseen: dict[Node, int] = {}
         """Directories that could not be listed, or not all of whose subdirectories can be watched; the errno why."""
         self._entries: dict[Node, int] = {}
@@ -199,7 +199,7 @@ class WatchedTrees:
             self._left_out.pop(top, None)
 
 
-def _watches_max() -> int:
+def watches_max() -> int:
     """How many watches the kernel grants us, inotify(7); in a user namespace there is a limit of its own."""
     found = [2**31]
     for path in ("/proc/sys/fs/inotify/max_user_watches", "/proc/sys/user/max_inotify_watches"):

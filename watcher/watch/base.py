@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Watches the `/etc` that stacks have as their base, below every directory: one set of watches for each base.
+
+What is written to a file in place shows by itself (mounts/refresh.py). So only names count: they come, go, are
+replaced, or their mode or owner changes. All bases share one inotify instance; the kernel's limit on these is 128 for
+all programs of root.
+
+A directory is watched before it is listed. What was in it already when it was watched is not told name by name: of a
+new directory it is unknown what has changed in it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping
+
+from inotify_simple import INotify, flags
+
+from watcher.model import DEPTH_MAX
+from watcher.mounts import syscalls
+from watcher.mounts.refresh import Changes
+from watcher.watch.watched_trees import watches_max
+
+_REPLACED: int = flags.CREATE | flags.DELETE | flags.MOVED_FROM | flags.MOVED_TO
+_MASK: int = _REPLACED | flags.ATTRIB | flags.ONLYDIR | flags.DONT_FOLLOW | flags.EXCL_UNLINK
+_OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+_RESOLVE = syscalls.RESOLVE_INSIDE | syscalls.RESOLVE_NO_XDEV
+
+# It has gone, which is an event; or not even we may read it, as root of a user namespace.
+_LEFT_OUT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES)
+
+UNTOLD = frozenset("nfs nfs4 cifs smb3 9p ceph afs gfs2 ocfs2 lustre vboxsf virtiofs fuse fuseblk".split())
+"""File systems that are changed from elsewhere, or by a program that may not answer: inotify tells of neither."""
+
+FIXED = frozenset(("squashfs", "erofs", "iso9660", "cramfs", "romfs"))
+"""File systems that nobody can write to."""
+
+
+class Base:
+    """One base, and the watches on its directories.
+
+    Attributes:
+        fd: O_PATH descriptor; its user closes it.
+        gap: why a part of it cannot be watched, as an errno; 0: all is watched.
+    """
+
+    def __init__(self, fd: int, fstype: str) -> None:
+        self.fd = fd
+        self.gap = errno.EREMOTE if fstype.partition(".")[0] in UNTOLD else 0
+        self.fixed = fstype in FIXED
+        self._watches: dict[str, int] = {}
+
+    @property
+    def watches(self) -> Mapping[str, int]:
+        """Watch descriptors, by directory."""
+        return self._watches
+
+
+class BaseWatches:
+    """The watches of all bases. For one thread.
+
+    Raises OSError: no inotify instance.
+    """
+
+    def __init__(self, inotify: INotify) -> None:
+        self._inotify = inotify
+        self._limit = watches_max() // 2  # the rest is for drop directories
+        self._at: dict[int, dict[Base, str]] = {}
+
+    def add(self, base: Base) -> None:
+        """Watch a base, or what of it could not be watched before."""
+        if base.fixed or base.gap == errno.EREMOTE:
+            return
+        base.gap = 0
+        self._watch_below(base, "")
+
+    def remove(self, base: Base) -> None:
+        """Watch it no more."""
+        for directory in list(base.watches):
+            self._forget(base, directory)
+
+    def read(self) -> dict[Base, Changes]:
+        """What has changed since the last call, by base. Does not wait."""
+        found: dict[Base, Changes] = {}
+        for wd, mask, _, name in self._inotify.read(timeout=0):
+            if mask & flags.Q_OVERFLOW:
+                self._lost(found)
+            elif mask & flags.IGNORED:
+                for base, directory in self._at.pop(wd, {}).items():
+                    base._watches.pop(directory, None)
+            elif name:
+                for base, directory in tuple(self._at.get(wd, {}).items()):
+                    self._changed(base, directory, name, mask, found.setdefault(base, Changes()))
+        return found
+
+    def _changed(self, base: Base, directory: str, name: str, mask: int, changes: Changes) -> None:
+        changes.add(directory, name, replaced=bool(mask & _REPLACED))
+        if not mask & flags.ISDIR or not mask & _REPLACED:
+            return
+        path = f"{directory}/{name}" if directory else name
+        below = [one for one in base.watches if one == path or one.startswith(f"{path}/")]
+        for one in below:
+            self._forget(base, one)
+        if mask & (flags.CREATE | flags.MOVED_TO):
+            self._watch_below(base, path)
+            changes.unknown.update(one for one in base.watches if one == path or one.startswith(f"{path}/"))
+
+    def _lost(self, found: dict[Base, Changes]) -> None:
+        """Events were lost: new directories among them, perhaps."""
+        for base in {base for watched in self._at.values() for base in watched}:
+            self.remove(base)
+            self.add(base)
+            found[base] = Changes(anything=True)
+
+    def _watch_below(self, base: Base, top: str) -> None:
+        todo = [top]
+        while todo:
+            directory = todo.pop()
+            try:
+                todo += self._watch(base, directory)
+            except OSError as error:
+                if error.errno == errno.EXDEV and directory:
+                    continue  # another file system: an overlay does not show it
+                if error.errno in _LEFT_OUT:
+                    continue
+                base.gap = error.errno or errno.EIO
+                if base.gap == errno.ENOSPC:
+                    return
+
+    def _watch(self, base: Base, directory: str) -> list[str]:
+        """Watch one directory. Returns its subdirectories."""
+        if len(self._at) >= self._limit:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fd = syscalls.openat2(base.fd, directory or ".", _OPEN, _RESOLVE)
+        try:
+            wd = self._inotify.add_watch(f"/proc/self/fd/{fd}", _MASK & ~flags.DONT_FOLLOW)
+            self._at.setdefault(wd, {})[base] = directory
+            base._watches[directory] = wd
+            if directory.count("/") >= DEPTH_MAX:
+                return []
+            with os.scandir(fd) as entries:
+                names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+        finally:
+            os.close(fd)
+        return [f"{directory}/{name}" if directory else name for name in names]
+
+    def _forget(self, base: Base, directory: str) -> None:
+        wd = base._watches.pop(directory)
+        others = self._at.get(wd, {})
+        if others.get(base) == directory:
+            del others[base]
+        if not others and self._at.pop(wd, None) is not None:
+            try:
+                self._inotify.rm_watch(wd)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # the kernel has dropped it: the directory is gone
+                    raise
