@@ -20,7 +20,7 @@ from beds.bed import BootFailed
 from beds.roots import BuildFailed
 from support.needs import which
 
-from . import compare, drops, filesystem, generator, idle, report, result, swap, systemd
+from . import base, compare, drops, filesystem, generator, idle, report, result, swap, systemd
 from .report import Failed
 from .result import Figure, NoResult, Result
 from .rig import stand_apart
@@ -46,6 +46,7 @@ def parts(quick: bool) -> dict[str, Part]:
         "events": idle.run_events,
         "start": few(idle.run_start, 1 if quick else 3),
         "idle": idle.run,
+        "base": few(base.run, *((2, 50) if quick else ())),
         "generator": few(generator.run, 3 if quick else 10),
         "systemd": few(systemd.run, *((10, 3) if quick else ())),
         "systemd-rate": few(systemd.run_rate, 3, 100 if quick else 1000),
