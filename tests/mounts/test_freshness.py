@@ -128,6 +128,15 @@ def test_a_name_that_is_held_is_told_once_it_is_clear_that_it_stays(
     assert service.read("/etc/base.conf") == "base"
 
 
+def test_a_list_that_stays_old_is_told(bench: Bench, service: Service, layers: Layers) -> None:
+    bench.follow(service, layers.tree({"app/own.conf": "1"}))
+    service("globals().__setitem__('held', os.open('/etc/app', os.O_RDONLY))")
+    service("os.listdir(held)")
+    (bench.etc() / "app/new.conf").write_text("new")
+    until(lambda: bench.held)
+    assert bench.held[0].paths == ("app/new.conf",)
+
+
 def test_directories_of_a_stack_that_was_mounted_anew_stay_fresh(
     bench: Bench, service: Service, layers: Layers
 ) -> None:

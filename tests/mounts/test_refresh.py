@@ -19,7 +19,7 @@ from support.service import Service
 from watcher.model import Layer, Stack
 from watcher.mounts.converge import Compared, converge
 from watcher.mounts.process import Process, may_mount
-from watcher.mounts.refresh import BaseNow, Changes, View, is_concerned, still_old, views_of
+from watcher.mounts.refresh import BaseNow, Changes, View, is_concerned, listed_wrongly, still_old, views_of
 from watcher.mounts.renew import renew
 from watcher.mounts.table import SOURCE
 from watcher.mounts.workers import HostNamespace, MountWorkers
@@ -310,6 +310,29 @@ def test_a_directory_of_the_image_hides_no_change_in_it(bench: Bench, layers: La
     assert bench.renew(layers, layer, old=old) == 1
     assert service.read("/etc/app/a.conf") == "other"
     assert service.read("/etc/app/own.conf") == "1"
+
+
+def test_a_directory_that_is_held_open_lists_what_is_there(bench: Bench, layers: Layers) -> None:
+    """For those who open it; the one who holds it has what he has read."""
+    service, layer = bench.service, layers.tree({"app/own.conf": "1"})
+    bench.put(layer)
+    service("globals().__setitem__('held', os.open('/etc/app', os.O_RDONLY))")
+    assert "new.conf" not in service("os.listdir(held)")
+    (bench.base / "app/new.conf").write_text("new")
+    (bench.base / "app/a.conf").unlink()
+    names = ("app/new.conf", "app/a.conf")
+    assert not bench.refresh(*names)
+    assert service.read("/etc/app/new.conf") == "new"
+    assert "new.conf" not in service("os.listdir('/etc/app')")
+    changes = Changes()
+    for name in ("new.conf", "a.conf", "own.conf", "never"):
+        changes.add("app", name, replaced=True)
+    changes.add("empty", "never", replaced=True)
+    assert listed_wrongly(bench.view, changes) == names
+    assert bench.renew(layers, layer, old=names) == 1
+    assert sorted(service("os.listdir('/etc/app')")) == ["new.conf", "own.conf", "private", "sub"]
+    bench.look()
+    assert listed_wrongly(bench.view, changes) == ()
 
 
 def test_another_stack_is_left_alone(bench: Bench, layers: Layers) -> None:

@@ -183,6 +183,45 @@ def still_old(view: View, paths: Iterable[str], now: BaseNow) -> tuple[str, ...]
     return tuple(path for path in paths if _is_old(view, view.fd, path, True, now, path))
 
 
+def listed_wrongly(view: View, changes: Changes) -> tuple[str, ...]:
+    """Paths that came or went, and which a directory of the overlay does not list so.
+
+    Overlayfs keeps the list of a directory that several layers have, for as long as a process that has read it keeps it
+    open, and gives it to all others, too.
+    """
+    found: list[str] = []
+    for directory, names in changes.names.items():
+        fd = _open_cached(view.fd, directory or ".", view.resolve)
+        if fd < 0:
+            continue  # so nobody has it open
+        try:
+            joined = os.fstat(fd).st_nlink == 1  # the mark of a directory of several layers (ovl_getattr())
+        finally:
+            os.close(fd)
+        if joined and any(names.values()):
+            found += [_join(directory, name) for name in _listed_wrongly(view, directory, names)]
+    return tuple(found)
+
+
+def _listed_wrongly(view: View, directory: str, names: Iterable[str]) -> list[str]:
+    fd = open_inside(view.fd, directory or ".", os.O_RDONLY | os.O_DIRECTORY)
+    if fd is None:
+        return []
+    try:
+        listed = frozenset(os.listdir(fd))
+        return [name for name in names if (name in listed) != _is_there(fd, name)]
+    finally:
+        os.close(fd)
+
+
+def _is_there(directory: int, name: str) -> bool:
+    try:
+        os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def _is_old(view: View, directory: int, name: str, replaced: bool, now: BaseNow, path: str) -> bool:
     """Whether a name in the cache is not, or may not be, what the base has."""
     if path in view.hidden:

@@ -17,10 +17,11 @@ from collections.abc import Mapping
 
 from inotify_simple import INotify, flags
 
-from watcher.model import DEPTH_MAX
+from watcher.model import DEPTH_MAX, Remark
 from watcher.mounts import syscalls
 from watcher.mounts.refresh import Changes
 from watcher.watch.watched_trees import watches_max
+from watcher.watch.watcher import RETRY_SEC
 
 _REPLACED: int = flags.CREATE | flags.DELETE | flags.MOVED_FROM | flags.MOVED_TO
 _MASK: int = _REPLACED | flags.ATTRIB | flags.ONLYDIR | flags.DONT_FOLLOW | flags.EXCL_UNLINK
@@ -156,3 +157,19 @@ class BaseWatches:
             except OSError as error:
                 if error.errno != errno.EINVAL:  # the kernel has dropped it: the directory is gone
                     raise
+
+
+def reason(error: int) -> str:
+    """Words for `Base.gap`."""
+    if error == errno.ENOSPC:
+        return "the limit fs.inotify.max_user_watches is reached, raise it with sysctl"
+    if error == errno.EREMOTE:
+        return "its file system does not tell of changes"
+    return os.strerror(error)
+
+
+def gap_remark(why: str) -> Remark:
+    """What to tell the administrator."""
+    late = f"within {RETRY_SEC:.0f} s"
+    text = f"not watched as a whole: {why}. Until then a service on a stack sees what the host replaces there {late}"
+    return Remark("warning", "/etc", text)

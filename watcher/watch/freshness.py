@@ -16,7 +16,6 @@ A name that a process holds open stays old. It may be held for an instant only: 
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
 import os
 import queue
@@ -29,9 +28,9 @@ from dataclasses import dataclass, field
 from inotify_simple import INotify
 
 from watcher.model import Remark
-from watcher.mounts.refresh import BaseNow, Changes, View, is_concerned, still_old
+from watcher.mounts.refresh import BaseNow, Changes, View, is_concerned, listed_wrongly, still_old
 from watcher.records import journal
-from watcher.watch.base import Base, BaseWatches
+from watcher.watch.base import Base, BaseWatches, gap_remark, reason
 from watcher.watch.watcher import RETRY_SEC, new_inotify
 
 PACE_SEC = 0.010
@@ -183,7 +182,7 @@ class Freshness:
         try:
             self._inotify = new_inotify()
         except OSError as error:
-            self._say([Remark("warning", "/etc", _gap(str(error.strerror)))])
+            self._say([gap_remark(str(error.strerror))])
         else:
             self._watches = BaseWatches(self._inotify)
         while not self._stopped:
@@ -232,6 +231,7 @@ class Freshness:
             recheck, self._changes = self._changes, {}
             for base, changes in recheck.items():
                 self._tell(base, changes)
+                self._check_lists(base, changes)
         if now >= self._look_at:
             self._look_by_time()
         for view in [view for view, again in self._again.items() if again.at <= now]:
@@ -254,6 +254,7 @@ class Freshness:
         """Refresh each service on this base that remembers something of what has changed."""
         now = BaseNow(base.fd)
         replaced = tuple(path for path, replaced in changes.paths() if replaced)
+        what = ""
         for name in tuple(self._users.get(base, ())):
             followed = self._followed[name]
             concerned = [
@@ -267,7 +268,18 @@ class Freshness:
                     self._again.setdefault(view, _Again(name)).paths.update(replaced)
                     self._try_again(view, now)
             if concerned:
-                journal.log.debug(f"{name}: the host's own /etc has changed: {_some(changes)}", service=name)
+                what = what or _some(changes)
+                journal.log.debug(f"{name}: the host's own /etc has changed: {what}", service=name)
+
+    def _check_lists(self, base: Base, changes: Changes) -> None:
+        """Tell of directories that do not list what has changed."""
+        for name in tuple(self._users.get(base, ())):
+            for view in self._followed[name].views:
+                if self._bases[view.base_id] is not base:
+                    continue
+                wrong = listed_wrongly(view, changes)
+                if wrong and (wrong := listed_wrongly(view, changes)):  # it may just have changed
+                    self._held(Held(name, wrong, frozenset((view.device,))))
 
     def _refresh(self, service: str, view: View) -> None:
         followed = self._followed[service]
@@ -312,7 +324,7 @@ class Freshness:
         elif self._look_at == math.inf:
             self._look_at = time.monotonic() + RETRY_SEC
         if self._watches is not None:
-            self._say(sorted({Remark("warning", "/etc", _gap(_reason(base.gap))) for base in gaps}, key=str))
+            self._say(sorted({gap_remark(reason(base.gap)) for base in gaps}, key=str))
 
     def _say(self, remarks: Iterable[Remark]) -> None:
         remarks = tuple(remarks)
@@ -371,18 +383,3 @@ def _some(changes: Changes) -> str:
     names = [path for path, _ in changes.paths()]
     more = f" and {len(names) - _SAID_MAX} more" if len(names) > _SAID_MAX else ""
     return ", ".join(sorted(names)[:_SAID_MAX]) + more if names else "anything"
-
-
-def _reason(error: int) -> str:
-    if error == errno.ENOSPC:
-        return "the limit fs.inotify.max_user_watches is reached, raise it with sysctl"
-    if error == errno.EREMOTE:
-        return "its file system does not tell of changes"
-    return os.strerror(error)
-
-
-def _gap(reason: str) -> str:
-    return (
-        f"not watched as a whole: {reason}. Until then a service on a stack sees what the host replaces there"
-        f" within {RETRY_SEC:.0f} s"
-    )
