@@ -250,6 +250,26 @@ def test_namespaces_that_were_copied_share_an_overlay(
     assert nested.read("/etc/base.conf") == "other"
 
 
+@not_in_user_namespace
+@pytest.mark.parametrize("option", ["user-first", "user-last"])
+def test_what_others_than_root_may_have_mounted_is_refreshed_without_a_look_at_it(
+    start: Start, swaps: Swaps, layers: Layers, views: Callable[..., list[View]], tmp_path: Path, option: str
+) -> None:
+    """A service that owns its namespace may put an overlay there whose layers do not answer."""
+    guest = start(option)
+    bench = Bench(guest, tmp_path / "root-0/etc", swaps, views)
+    bench.put(layers.tree({"web.conf": "1"}))
+    assert bench.view.frank == (option == "user-last")
+    for content in ("other", "third"):
+        shown(guest, "base.conf")
+        replace(bench.base / "base.conf", content)
+        assert not bench.refresh("base.conf")
+        assert shown(guest, "base.conf") == content
+    guest("globals().__setitem__('held', open('/etc/base.conf'))")
+    replace(bench.base / "base.conf", "fourth")
+    assert bool(bench.refresh("base.conf")) == bench.view.frank
+
+
 def test_nothing_is_followed_where_there_is_no_stack(
     service: Service, workers: MountWorkers, views: Callable[..., list[View]]
 ) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from watcher.mounts.refresh import Changes
+from watcher.watch import base as watching
 from watcher.watch.base import Base, BaseWatches
 from watcher.watch.watcher import new_inotify
 
@@ -153,8 +154,24 @@ def test_no_watch_left(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> Non
     assert sorted(base.watches) == ["", "app", "app/sub"]
 
 
-@pytest.mark.parametrize("fstype", ["nfs4", "fuse.sshfs"])
-def test_a_file_system_that_tells_of_no_change_has_a_gap(tmp_path: Path, fstype: str) -> None:
+def test_a_base_with_too_many_directories(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service may make any number in a root of its own."""
+    monkeypatch.setattr(watching, "DIRECTORIES_MAX", 5)
+    for number in range(5):
+        (watched.path / f"{number}").mkdir()
+    changes = watched.changes()
+    assert set(changes.names[""]) == {"0", "1", "2", "3", "4"}
+    assert len(watched.base.watches) == 5
+    assert "more than 5 directories" in str(watching.gap_remark(watching.reason(watched.base.gap)))
+    watched.watches.add(watched.base)
+    assert watched.base.gap, "it is not looked for anew each time"
+
+
+@pytest.mark.parametrize("fstype", ["nfs4", "fuse.sshfs", "overlay"])
+def test_a_file_system_that_tells_of_no_change_has_a_gap(
+    tmp_path: Path, fstype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watching.os, "stat", lambda path: os.lstat("/proc"))
     made = Watched(tmp_path, fstype)
     assert made.base.gap and not made.base.watches
     made.inotify.close()

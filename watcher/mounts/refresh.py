@@ -27,13 +27,14 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
-from watcher.model import Stack
+from watcher.model import ENTRIES_MAX, Stack
 from watcher.mounts import syscalls
 from watcher.mounts.descriptors import Descriptors
 from watcher.mounts.etc import hold, open_etc, open_inside
 from watcher.mounts.namespaces import of_service
-from watcher.mounts.process import Process
+from watcher.mounts.process import Process, namespace_id
 from watcher.mounts.survey import Survey, clone_base, private_clone, read_own
 from watcher.mounts.swap import attach_base
 from watcher.mounts.table import Table
@@ -55,18 +56,20 @@ class View:
         base_id: device and inode of the base.
         fstype: of the base.
         resolve: RESOLVE_ flags for a look into the overlay.
-        alone: nothing is mounted on it. (In a user namespace a clone may come with the mounts on it.)
+        frank: what it is can be asked. Else somebody else than root may have made it, of a file system that does not
+            answer (the namespace is another user namespace's), or it comes with the mounts on it; it is refreshed at
+            each change then.
         hidden: paths on which the service has another file system mounted: what is below that does not matter.
     """
 
-    __slots__ = ("alone", "base", "base_id", "device", "fd", "fstype", "hidden", "resolve")
+    __slots__ = ("base", "base_id", "device", "fd", "frank", "fstype", "hidden", "resolve")
 
-    def __init__(self, fd: int, base: int, table: Table, *, alone: bool) -> None:
-        self.fd, self.base, self.fstype, self.alone = fd, base, table.beneath.fstype, alone
+    def __init__(self, fd: int, base: int, table: Table, *, frank: bool) -> None:
+        self.fd, self.base, self.fstype, self.frank = fd, base, table.beneath.fstype, frank
         foreign = (row for row in table.on(table.top) if row.device != table.top.device)
         self.hidden = frozenset(row.point.removeprefix("/etc/") for row in foreign)
         # With RESOLVE_NO_XDEV the cache does not tell of a name that anything is mounted on, in any namespace.
-        self.resolve = syscalls.RESOLVE_INSIDE | (0 if alone else syscalls.RESOLVE_NO_XDEV)
+        self.resolve = syscalls.RESOLVE_INSIDE | (0 if frank else syscalls.RESOLVE_NO_XDEV)
         self.device = os.fstat(fd).st_dev
         status = os.fstat(base)
         self.base_id = status.st_dev, status.st_ino
@@ -160,7 +163,7 @@ class BaseNow:
 
 def is_concerned(view: View, changes: Changes, now: BaseNow) -> bool:
     """Whether the overlay remembers anything of what has changed."""
-    if changes.anything or not view.alone:
+    if changes.anything or not view.frank:
         return True
     if any(_cached(view, directory) for directory in changes.unknown):
         return True
@@ -180,6 +183,8 @@ def is_concerned(view: View, changes: Changes, now: BaseNow) -> bool:
 def still_old(view: View, paths: Iterable[str], now: BaseNow) -> tuple[str, ...]:
     """Those of the paths that the overlay has otherwise than the base: they are held open, or a layer has them
     (`renew.py` finds out which)."""
+    if not view.frank:
+        return ()
     return tuple(path for path in paths if _is_old(view, view.fd, path, True, now, path))
 
 
@@ -190,6 +195,8 @@ def listed_wrongly(view: View, changes: Changes) -> tuple[str, ...]:
     open, and gives it to all others, too.
     """
     found: list[str] = []
+    if not view.frank:
+        return ()
     for directory, names in changes.names.items():
         fd = _open_cached(view.fd, directory or ".", view.resolve)
         if fd < 0:
@@ -208,7 +215,10 @@ def _listed_wrongly(view: View, directory: str, names: Iterable[str]) -> list[st
     if fd is None:
         return []
     try:
-        listed = frozenset(os.listdir(fd))
+        with os.scandir(fd) as entries:  # of which there may be ten million
+            listed = frozenset(islice((entry.name for entry in entries), ENTRIES_MAX))
+        if len(listed) == ENTRIES_MAX:
+            return []
         return [name for name in names if (name in listed) != _is_there(fd, name)]
     finally:
         os.close(fd)
@@ -308,9 +318,17 @@ def view_of(workers: MountWorkers, namespace: int) -> View | None:
                 base = attach_base(fds, found)
         else:
             base = open_etc(fds, found.root, syscalls.RESOLVE_NO_XDEV)
-        view = View(overlay, base, table, alone=not whole)
+        view = View(overlay, base, table, frank=not whole and _is_ours(namespace))
         fds.keep(overlay, base)
         return view
+
+
+def _is_ours(namespace: int) -> bool:
+    """Whether only we, or root, may mount in it."""
+    try:
+        return syscalls.owner(namespace) == namespace_id("/proc/self/ns/user")
+    except PermissionError:
+        return False
 
 
 def _is_stack(table: Table) -> bool:

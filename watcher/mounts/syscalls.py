@@ -74,6 +74,7 @@ _FSPICK_CLOEXEC = 1
 _FSPICK_EMPTY_PATH = 8
 
 _RENAME_NOREPLACE = 1
+_NS_GET_USERNS = 0xB701
 
 _PR_SET_DUMPABLE = 4
 _PR_SET_KEEPCAPS = 8
@@ -155,6 +156,19 @@ def _check(result: int, what: str | int) -> int:
 def _bytes(path: str) -> bytes:
     # os.fsencode() is slower: it takes other types too.
     return path.encode(_ENCODING, _ERRORS)
+
+
+def owner(namespace: int) -> tuple[int, int]:
+    """Identity of the user namespace that owns a namespace (a descriptor), see ioctl_nsfs(2).
+
+    Raises PermissionError: one that we are not in, nor above.
+    """
+    fd = fcntl.ioctl(namespace, _NS_GET_USERNS)
+    try:
+        status = os.fstat(fd)
+        return status.st_dev, status.st_ino
+    finally:
+        os.close(fd)
 
 
 def unshare(flags: int) -> None:

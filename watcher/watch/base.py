@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
+from itertools import islice
 
 from inotify_simple import INotify, flags
 
-from watcher.model import DEPTH_MAX, Remark
+from watcher.model import DEPTH_MAX, ENTRIES_MAX, Remark
 from watcher.mounts import syscalls
 from watcher.mounts.refresh import Changes
 from watcher.watch.watched_trees import watches_max
@@ -31,11 +31,17 @@ _RESOLVE = syscalls.RESOLVE_INSIDE | syscalls.RESOLVE_NO_XDEV
 # It has gone, which is an event; or not even we may read it, as root of a user namespace.
 _LEFT_OUT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES)
 
-UNTOLD = frozenset("nfs nfs4 cifs smb3 9p ceph afs gfs2 ocfs2 lustre vboxsf virtiofs fuse fuseblk".split())
-"""File systems that are changed from elsewhere, or by a program that may not answer: inotify tells of neither."""
+LOCAL = frozenset(
+    "ext2 ext3 ext4 xfs btrfs bcachefs f2fs zfs tmpfs ramfs jfs nilfs2 reiserfs ubifs jffs2".split()
+)
+"""Others may be changed from elsewhere, of which inotify does not tell, or may not answer, and this thread waits for
+nobody. An overlay may lie on anything; only that of the host itself is watched."""
 
 FIXED = frozenset(("squashfs", "erofs", "iso9660", "cramfs", "romfs"))
 """File systems that nobody can write to."""
+
+DIRECTORIES_MAX = 10_000
+"""Directories of one base that are watched: a service may be able to make any number in a root of its own."""
 
 
 class Base:
@@ -44,18 +50,36 @@ class Base:
     Attributes:
         fd: O_PATH descriptor; its user closes it.
         gap: why a part of it cannot be watched, as an errno; 0: all is watched.
+        watches: watch descriptors, by directory.
     """
 
     def __init__(self, fd: int, fstype: str) -> None:
         self.fd = fd
-        self.gap = errno.EREMOTE if fstype.partition(".")[0] in UNTOLD else 0
         self.fixed = fstype in FIXED
-        self._watches: dict[str, int] = {}
+        own = {os.stat("/").st_dev, os.stat("/etc").st_dev}
+        self.gap = 0 if fstype in LOCAL or self.fixed or os.fstat(fd).st_dev in own else errno.EREMOTE
+        self.watches: dict[str, int] = {}
+        self._below: dict[str, set[str]] = {}
 
-    @property
-    def watches(self) -> Mapping[str, int]:
-        """Watch descriptors, by directory."""
-        return self._watches
+    def watched(self, directory: str, wd: int) -> None:
+        """A directory is watched from now on."""
+        self.watches[directory] = wd
+        if directory:
+            self._below.setdefault(directory.rpartition("/")[0], set()).add(directory)
+
+    def lost(self, directory: str) -> int | None:
+        """It is not watched any more; its watch descriptor."""
+        self._below.get(directory.rpartition("/")[0], set()).discard(directory)
+        if not self._below.get(directory, True):
+            del self._below[directory]
+        return self.watches.pop(directory, None)
+
+    def tree(self, top: str) -> list[str]:
+        """A directory that is watched, and those below it."""
+        found = [top] if top in self.watches else []
+        for directory in found:
+            found += self._below.get(directory, ())
+        return found
 
 
 class BaseWatches:
@@ -71,7 +95,7 @@ class BaseWatches:
 
     def add(self, base: Base) -> None:
         """Watch a base, or what of it could not be watched before."""
-        if base.fixed or base.gap == errno.EREMOTE:
+        if base.fixed or base.gap in (errno.EREMOTE, errno.E2BIG):
             return
         base.gap = 0
         self._watch_below(base, "")
@@ -89,7 +113,8 @@ class BaseWatches:
                 self._lost(found)
             elif mask & flags.IGNORED:
                 for base, directory in self._at.pop(wd, {}).items():
-                    base._watches.pop(directory, None)
+                    if base.watches.get(directory) == wd:
+                        base.lost(directory)
             elif name:
                 for base, directory in tuple(self._at.get(wd, {}).items()):
                     self._changed(base, directory, name, mask, found.setdefault(base, Changes()))
@@ -100,12 +125,11 @@ class BaseWatches:
         if not mask & flags.ISDIR or not mask & _REPLACED:
             return
         path = f"{directory}/{name}" if directory else name
-        below = [one for one in base.watches if one == path or one.startswith(f"{path}/")]
-        for one in below:
+        for one in base.tree(path):
             self._forget(base, one)
         if mask & (flags.CREATE | flags.MOVED_TO):
             self._watch_below(base, path)
-            changes.unknown.update(one for one in base.watches if one == path or one.startswith(f"{path}/"))
+            changes.unknown.update(base.tree(path))
 
     def _lost(self, found: dict[Base, Changes]) -> None:
         """Events were lost: new directories among them, perhaps."""
@@ -126,28 +150,33 @@ class BaseWatches:
                 if error.errno in _LEFT_OUT:
                     continue
                 base.gap = error.errno or errno.EIO
-                if base.gap == errno.ENOSPC:
+                if base.gap in (errno.ENOSPC, errno.E2BIG):
                     return
 
     def _watch(self, base: Base, directory: str) -> list[str]:
         """Watch one directory. Returns its subdirectories."""
         if len(self._at) >= self._limit:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if len(base.watches) >= DIRECTORIES_MAX and directory not in base.watches:
+            raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
         fd = syscalls.openat2(base.fd, directory or ".", _OPEN, _RESOLVE)
         try:
             wd = self._inotify.add_watch(f"/proc/self/fd/{fd}", _MASK & ~flags.DONT_FOLLOW)
             self._at.setdefault(wd, {})[base] = directory
-            base._watches[directory] = wd
+            base.watched(directory, wd)
             if directory.count("/") >= DEPTH_MAX:
                 return []
             with os.scandir(fd) as entries:
-                names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+                some = islice(entries, ENTRIES_MAX)  # of ten million, perhaps
+                names = [entry.name for entry in some if entry.is_dir(follow_symlinks=False)]
         finally:
             os.close(fd)
         return [f"{directory}/{name}" if directory else name for name in names]
 
     def _forget(self, base: Base, directory: str) -> None:
-        wd = base._watches.pop(directory)
+        wd = base.lost(directory)
+        if wd is None:
+            return
         others = self._at.get(wd, {})
         if others.get(base) == directory:
             del others[base]
@@ -163,6 +192,8 @@ def reason(error: int) -> str:
     """Words for `Base.gap`."""
     if error == errno.ENOSPC:
         return "the limit fs.inotify.max_user_watches is reached, raise it with sysctl"
+    if error == errno.E2BIG:
+        return f"more than {DIRECTORIES_MAX} directories in it"
     if error == errno.EREMOTE:
         return "its file system does not tell of changes"
     return os.strerror(error)

@@ -247,7 +247,9 @@ class Freshness:
             self._tell(base, changes)
             self._changes.setdefault(base, Changes()).merge(changes)
             self._recheck_at = min(self._recheck_at, time.monotonic() + _RECHECK_SEC)
-        pause = min((time.thread_time() - begun) * PAUSE, PAUSE_MAX_SEC)
+        spent = time.thread_time() - begun
+        # A service may be able to fill a root of its own with changes: then it takes a fifth at most.
+        pause = min(spent * PAUSE, max(PAUSE_MAX_SEC, spent * 4))
         self._read_at = time.monotonic() + max(pause, PACE_SEC)
 
     def _tell(self, base: Base, changes: Changes) -> None:
