@@ -25,6 +25,7 @@ from watcher.watch.watcher import RETRY_SEC
 
 _REPLACED: int = flags.CREATE | flags.DELETE | flags.MOVED_FROM | flags.MOVED_TO
 _MASK: int = _REPLACED | flags.ATTRIB | flags.ONLYDIR | flags.DONT_FOLLOW | flags.EXCL_UNLINK
+_RARE: int = flags.Q_OVERFLOW | flags.IGNORED | flags.ISDIR
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _RESOLVE = syscalls.RESOLVE_INSIDE | syscalls.RESOLVE_NO_XDEV
 
@@ -108,21 +109,41 @@ class BaseWatches:
     def read(self) -> dict[Base, Changes]:
         """What has changed since the last call, by base. Does not wait."""
         found: dict[Base, Changes] = {}
+        # By watch: where the names go. An upgrade of a package makes thousands of events.
+        names_of: dict[int, list[dict[str, bool]]] = {}
         for wd, mask, _, name in self._inotify.read(timeout=0):
-            if mask & flags.Q_OVERFLOW:
-                self._lost(found)
-            elif mask & flags.IGNORED:
-                for base, directory in self._at.pop(wd, {}).items():
-                    if base.watches.get(directory) == wd:
-                        base.lost(directory)
-            elif name:
-                for base, directory in tuple(self._at.get(wd, {}).items()):
-                    self._changed(base, directory, name, mask, found.setdefault(base, Changes()))
+            if mask & _RARE or not name:
+                names_of.clear()
+                self._rare(wd, mask, name, found)
+                continue
+            if wd not in names_of:
+                names_of[wd] = [
+                    found.setdefault(base, Changes()).names.setdefault(directory, {})
+                    for base, directory in self._at.get(wd, {}).items()
+                ]
+            for names in names_of[wd]:
+                if mask & _REPLACED:
+                    names[name] = True
+                else:
+                    names.setdefault(name, False)
         return found
 
+    def _rare(self, wd: int, mask: int, name: str, found: dict[Base, Changes]) -> None:
+        """An event that is about a directory, or about the queue."""
+        if mask & flags.Q_OVERFLOW:
+            self._lost(found)
+        elif mask & flags.IGNORED:
+            for base, directory in self._at.pop(wd, {}).items():
+                if base.watches.get(directory) == wd:
+                    base.lost(directory)
+        elif name:
+            for base, directory in tuple(self._at.get(wd, {}).items()):
+                self._changed(base, directory, name, mask, found.setdefault(base, Changes()))
+
     def _changed(self, base: Base, directory: str, name: str, mask: int, changes: Changes) -> None:
+        """A subdirectory came, went, or has another mode."""
         changes.add(directory, name, replaced=bool(mask & _REPLACED))
-        if not mask & flags.ISDIR or not mask & _REPLACED:
+        if not mask & _REPLACED:
             return
         path = f"{directory}/{name}" if directory else name
         for one in base.tree(path):
