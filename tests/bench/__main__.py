@@ -46,7 +46,7 @@ def parts(quick: bool) -> dict[str, Part]:
         "events": idle.run_events,
         "start": few(idle.run_start, 1 if quick else 3),
         "idle": idle.run,
-        "base": few(base.run, *((2, 50) if quick else ())),
+        "base": few(base.run, *((2, 10) if quick else ())),
         "generator": few(generator.run, 3 if quick else 10),
         "systemd": few(systemd.run, *((10, 3) if quick else ())),
         "systemd-rate": few(systemd.run_rate, 3, 100 if quick else 1000),

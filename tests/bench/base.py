@@ -25,7 +25,7 @@ _FOLLOWED = 0.5
 """Seconds after which the stacks that services have got are followed, and all is quiet."""
 
 
-def run(upgrades: int = 5, changes: int = 200) -> list[Figure]:
+def run(upgrades: int = 5, changes: int = 40) -> list[Figure]:
     """A package upgrade that touches 500 files, and single files that are replaced; 10 services."""
     with rig() as place, _etc(place.where), contextlib.ExitStack() as stack:
         directory = place.directory("one")
@@ -104,5 +104,5 @@ def _replace(one: Service, number: int) -> float:
             raise Failed(f"{one.name} does not see a file that was replaced")
         time.sleep(0.0002)  # a reader that never lets go would be measured, too
     took = (time.monotonic() - begun) * 1000
-    time.sleep(0.02)
+    time.sleep(_FOLLOWED)
     return took

@@ -6,8 +6,8 @@ loop: there it would wait for the rounds of services, and each wake-up costs mor
 descriptors that were opened once, looks at local file systems only, and never waits for a process. Where nothing
 changes, it sleeps.
 
-A burst of changes (a package is upgraded) is read PACE_SEC apart, and with pauses of PAUSE times what the work took,
-but no longer ones than PAUSE_MAX_SEC: so it takes about a fiftieth of one processor.
+Changes are read PACE_SEC apart. A long burst of them (a package is upgraded) is read with pauses of PAUSE times what
+the work took, but no longer ones than PAUSE_MAX_SEC: so it takes about a fiftieth of one processor.
 
 A name that a process holds open stays old. It may be held for an instant only: it is tried again a few times. Then
 `held` is told, and the stack is mounted anew.
@@ -35,6 +35,11 @@ from watcher.watch.watcher import RETRY_SEC, new_inotify
 
 PACE_SEC = 0.010
 """Changes are read this far apart."""
+
+SHORT = 20
+QUIET_SEC = 0.5
+"""A burst of so few reads has no longer pauses: a certificate is renewed, and nginx reloaded in the next line. A burst
+ends when nothing has changed for so long."""
 
 PAUSE = 50
 PAUSE_MAX_SEC = 0.050
@@ -127,6 +132,7 @@ class Freshness:
         self._users: dict[Base, set[str]] = {}
         self._again: dict[View, _Again] = {}
         self._read_at = 0.0
+        self._reads = 0  # of this burst
         self._changes: dict[Base, Changes] = {}
         self._recheck_at = math.inf
         self._inotify: INotify | None = None
@@ -240,16 +246,22 @@ class Freshness:
 
     def _read(self, watches: BaseWatches) -> None:
         begun = time.thread_time()
-        for base, changes in watches.read().items():
+        found = watches.read()
+        if not found:
+            return
+        if time.monotonic() - self._read_at > QUIET_SEC:
+            self._reads = 0
+        for base, changes in found.items():
             for name in tuple(self._users.get(base, ())):
                 if self._followed[name].tells:
                     self._changed(name)
             self._tell(base, changes)
             self._changes.setdefault(base, Changes()).merge(changes)
             self._recheck_at = min(self._recheck_at, time.monotonic() + _RECHECK_SEC)
+        self._reads += 1
         spent = time.thread_time() - begun
         # A service may be able to fill a root of its own with changes: then it takes a fifth at most.
-        pause = min(spent * PAUSE, max(PAUSE_MAX_SEC, spent * 4))
+        pause = min(spent * PAUSE, max(PAUSE_MAX_SEC, spent * 4)) if self._reads > SHORT else 0.0
         self._read_at = time.monotonic() + max(pause, PACE_SEC)
 
     def _tell(self, base: Base, changes: Changes) -> None:
