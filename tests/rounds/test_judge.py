@@ -192,7 +192,7 @@ async def test_a_reload_that_could_not_be_followed_is_tried_again(service: Servi
     def lost(manager: Manager) -> Reloaded:
         return Reloaded(ok=False, told="reload", reason="the bus went away", interrupted=True)
 
-    with pytest.raises(Later, match="its reload was interrupted: the bus went away"):
+    with pytest.raises(Later, match="it is not told yet: the bus went away"):
         await judged(service, lost)
 
 

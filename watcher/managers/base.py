@@ -139,6 +139,9 @@ class Manager(Protocol):
         """Have the next start of the service use the accepted stack, whose slots are in place already.
 
         Under systemd this takes a daemon-reload if the loaded drop-in does not list these slots.
+
+        Raises:
+            Later: it could not be done now. `reload()` and `revive()` do it first, then.
         """
 
     def learned(self, service: Service) -> bool:
@@ -158,7 +161,11 @@ class Manager(Protocol):
         """Ask the service to reload as its settings say, and wait for the end, for `ReloadSec=` at most."""
 
     async def started(self, service: Service) -> bool:
-        """Wait until a service with a main process has completed its start; False: it is on its way down."""
+        """Wait until a service with a main process has completed its start; False: it is on its way down.
+
+        Raises:
+            Later: that could not be found out.
+        """
 
     async def revive(self, service: Service) -> Reloaded:
         """Start a service again whose main process has ended by itself, if the manager starts services at all."""

@@ -96,7 +96,7 @@ async def _judge_reload(judge: _Judge, stack: Stack, asked: Asked, *, undoing: b
             return None
         if reloaded.blocked and undoing:
             return replace(told, verdict=Verdict.RELOAD_FAILED)
-        raise Later(f"its {reloaded.told or 'reload'} was interrupted: {reloaded.reason}")
+        raise Later(f"its stack is in place, but it is not told yet: {reloaded.reason}")
     if not reloaded.ok:
         return replace(told, verdict=Verdict.RELOAD_FAILED)
     if reloaded.told == "restart":
@@ -121,6 +121,9 @@ async def judge_start(manager: Manager, service: Service, main: Process, stack: 
 
     Returns:
         None if its main process has ended and it did not go down: it was done (`Type=oneshot`), or was stopped.
+
+    Raises:
+        Later: whether its start is complete could not be found out.
     """
     judge = _Judge(manager, service, main)
     judged = await _judge_start(judge, stack)
@@ -129,7 +132,7 @@ async def judge_start(manager: Manager, service: Service, main: Process, stack: 
 
 async def _judge_start(judge: _Judge, stack: Stack) -> Judged | None:
     manager, service, main = judge.manager, judge.service, judge.main
-    up = False
+    up, later = False, None
 
     async def ended() -> None:
         await trio.lowlevel.wait_readable(main.pidfd)
@@ -137,8 +140,13 @@ async def _judge_start(judge: _Judge, stack: Stack) -> Judged | None:
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(ended)
-        up = await manager.started(service)
+        try:
+            up = await manager.started(service)
+        except Later as error:
+            later = error
         nursery.cancel_scope.cancel()
+    if later is not None:
+        raise later
     started = Judged(stack, Verdict.GOOD)
     if not up:
         return await judge.why_ended(started, "before its start was complete")

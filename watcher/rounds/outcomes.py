@@ -69,12 +69,15 @@ class Outcomes:
             journal.log.error(f"history: {error}")
 
     def placed(self, service: str) -> None:
-        """Its stack was put in place: what prevented that before is over."""
-        self._not_placed.pop(service, None)
+        """Its stack was put in place."""
         self._needs_restart.pop(service, None)
 
+    def came_through(self, service: str) -> None:
+        """Its round came to its end: what prevented that before is over."""
+        self._not_placed.pop(service, None)
+
     async def not_placed(self, service: str, error: Exception) -> None:
-        """Its stack could not be put in place, or has to wait. Says so once for as long as it lasts."""
+        """Its round could not come to its end, or has to wait. Says so once for as long as it lasts."""
         reason = printable(problem(error))
         if self._not_placed.get(service) == reason:
             return

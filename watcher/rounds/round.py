@@ -163,6 +163,7 @@ class Rounds:
         busy = True
         try:
             busy = await self._steps(service, memory, since)
+            self._outcomes.came_through(service.name)
         except Gone as gone:
             say("debug", service.name, f"{gone}: its manager will say so")
             return None  # its next start asks for a round

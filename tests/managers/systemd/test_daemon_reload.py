@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pytest
 import trio
 import trio.testing
 
@@ -46,9 +47,9 @@ async def test_a_request_during_a_reload_gets_another_one(autojump_clock: trio.t
         first = shared.ask()
         await trio.sleep(1)
         second = shared.ask()
-        await first.wait()
-        assert len(systemd.begun) == 1 and not second.is_set()
-        await second.wait()
+        await first.over.wait()
+        assert len(systemd.begun) == 1 and not second.over.is_set()
+        await second.over.wait()
         assert len(systemd.begun) == 2
         nursery.cancel_scope.cancel()
 
@@ -81,9 +82,27 @@ async def test_what_systemd_refuses_is_tried_again(autojump_clock: trio.testing.
     shared = DaemonReload(systemd.reload, 5, 10)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(shared.run)
-        await shared.request()
+        with pytest.raises(ReloadRefused, match="rate limit"):
+            await shared.request()
+        assert not systemd.begun  # who waits for it is let go
+        await trio.sleep(60)
+        assert len(systemd.begun) == 1
         nursery.cancel_scope.cancel()
-    assert len(systemd.begun) == 1
+
+
+async def test_a_request_whose_turn_does_not_come_is_let_go_and_stays_one(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    systemd = Systemd()
+    shared = DaemonReload(systemd.reload, 1, 1000)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(shared.run)
+        await shared.request()
+        with pytest.raises(ReloadRefused, match="its turn has not come"):
+            await shared.request()
+        await trio.sleep(1000)
+        assert len(systemd.begun) == 2
+        nursery.cancel_scope.cancel()
 
 
 async def test_what_goes_wrong_is_tried_again_and_holds_nobody_up(

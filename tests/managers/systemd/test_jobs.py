@@ -60,7 +60,7 @@ def unit_jobs(result: str | dbus.Error) -> UnitJobs:
     jobs = JobResults()
     systemd = Answers(jobs, result)
 
-    async def connection() -> Systemd1:
+    def connection() -> Systemd1:
         return systemd
 
     return UnitJobs(connection, jobs)

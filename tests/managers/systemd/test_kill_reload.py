@@ -281,7 +281,7 @@ def main() -> Iterator[Process]:
 
 
 def kill_reloads(systemd: Systemd1) -> KillReloads:
-    async def connection() -> Systemd1:
+    def connection() -> Systemd1:
         return systemd
 
     return KillReloads(connection, UnitJobs(connection, JobResults()), STATE)

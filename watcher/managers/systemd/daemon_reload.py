@@ -23,9 +23,25 @@ DISTANCE_SEC = 1.0
 
 RETRY_SEC = 2.0
 
+REQUEST_SEC = 60.0
+"""For so long a request waits: a service whose turn does not come must get what is dropped next all the same."""
+
 
 class ReloadRefused(Exception):
     """systemd does not reload now (its own limit), or cannot be reached: try again. `str()` says why."""
+
+
+class Asked:
+    """A request.
+
+    Attributes:
+        over: set at the end of the reload that was made for it.
+        refused: why systemd has not made it, else "". What goes wrong with us holds nobody up.
+    """
+
+    def __init__(self) -> None:
+        self.over = trio.Event()
+        self.refused = ""
 
 
 class DaemonReload:
@@ -41,21 +57,31 @@ class DaemonReload:
         self.interval = interval
         self._reload = reload
         self._wanted = trio.Event()
-        self._waiting: list[trio.Event] = []
+        self._waiting: list[Asked] = []
         self._begun: deque[float] = deque()
         self._ended = float("-inf")
         self._failure = ""
 
     async def request(self) -> None:
-        """Wait for the end of a reload that began after this call. `run()` must run in another task."""
-        await self.ask().wait()
+        """Wait for the end of a reload that began after this call. `run()` must run in another task.
 
-    def ask(self) -> trio.Event:
-        """Ask for a reload without waiting; the event is set at its end."""
-        done = trio.Event()
-        self._waiting.append(done)
+        Raises:
+            ReloadRefused: it has not come about. It is still going to.
+        """
+        asked = self.ask()
+        with trio.move_on_after(REQUEST_SEC):
+            await asked.over.wait()
+        if not asked.over.is_set():
+            raise ReloadRefused(f"its turn has not come within {REQUEST_SEC:g} s")
+        if asked.refused:
+            raise ReloadRefused(asked.refused)
+
+    def ask(self) -> Asked:
+        """Ask for a reload without waiting."""
+        asked = Asked()
+        self._waiting.append(asked)
         self._wanted.set()
-        return done
+        return asked
 
     async def run(self) -> None:
         """Serve requests until cancelled."""
@@ -65,27 +91,25 @@ class DaemonReload:
             await trio.sleep_until(self._allowed(trio.current_time()))
             waiting, self._waiting = self._waiting, []
             self._wanted = trio.Event()
-            try:
-                await self._once()
-            except Exception as error:  # noqa: BLE001 -- must not end the daemon, nor keep its callers waiting
-                self._say(error)
+            failure = await self._once()
+            for asked in waiting:
+                asked.refused = str(failure) if isinstance(failure, ReloadRefused) else ""
+                asked.over.set()
+            if failure is not None:
+                self._say(failure)
                 self._wanted.set()
                 await trio.sleep(RETRY_SEC)
-            for done in waiting:
-                done.set()
 
-    async def _once(self) -> None:
-        while True:
-            self._begun.append(trio.current_time())
-            try:
-                await self._reload()
-            except ReloadRefused as error:
-                self._say(error)
-                await trio.sleep(RETRY_SEC)
-            else:
-                self._ended = trio.current_time()
-                self._failure = ""
-                return
+    async def _once(self) -> Exception | None:
+        """Make one; why it has not come about."""
+        self._begun.append(trio.current_time())
+        try:
+            await self._reload()
+        except Exception as error:  # noqa: BLE001 -- must not end the daemon, nor keep its callers waiting
+            return error
+        self._ended = trio.current_time()
+        self._failure = ""
+        return None
 
     def _say(self, error: Exception) -> None:
         """Log a failure, once for as long as it stays the same."""

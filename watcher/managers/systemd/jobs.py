@@ -15,7 +15,7 @@ import math
 import subprocess
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import trio
 
@@ -24,8 +24,12 @@ from watcher.managers.command import OUTPUT_MAX
 from watcher.managers.systemd import dbus, sd_notify
 from watcher.managers.systemd.systemd1 import DESTRUCTIVE, NO_SUCH_UNIT, NOT_APPLICABLE, JobResults, Systemd1
 
+_T = TypeVar("_T")
+
 _JOURNAL_SEC: Final = 5.0
 _POLL_SEC: Final = 0.1
+# While systemd executes itself anew it is not on the bus: for longer than with 1000 units it is not waited for.
+_AWAY_SEC: Final = 30.0
 # Within this time of the signal a service tells that it reloads. systemd's own `kill` takes less.
 _TOLD_SEC: Final = 0.02
 
@@ -88,14 +92,14 @@ class _WaitsForUs(dbus.Error):
 
 
 class UnitJobs:
-    """Jobs of units.
+    """Jobs of units. A lost connection ends all that waits here: what became of a job is then not known.
 
     Args:
-        systemd: gives the connection, and waits for one if there is none.
+        systemd: gives the connection. Raises BusLost: there is none now.
         results: is told of the end of every job.
     """
 
-    def __init__(self, systemd: Callable[[], Awaitable[Systemd1]], results: JobResults) -> None:
+    def __init__(self, systemd: Callable[[], Systemd1], results: JobResults) -> None:
         self._systemd = systemd
         self._results = results
         # The invocation of each unit whose start is known to be complete.
@@ -118,6 +122,8 @@ class UnitJobs:
             if error.name in _NOT_THERE:
                 return _GONE
             return _not_possible("reload", error)
+        except dbus.BusLost as error:
+            return _not_possible("reload", error)
 
     async def restart(self, unit: str) -> Reloaded:
         """Restart a unit, unless it has been stopped meanwhile."""
@@ -126,7 +132,7 @@ class UnitJobs:
     async def start(self, unit: str) -> Reloaded:
         """Start a unit again, also one that failed too often."""
         try:
-            await (await self._systemd()).manager("ResetFailedUnit", "s", unit)
+            await self._systemd().manager("ResetFailedUnit", "s", unit)
         except dbus.Error as error:
             if error.name != NO_SUCH_UNIT:
                 return _not_possible("start", error)
@@ -142,6 +148,8 @@ class UnitJobs:
             if error.name in _NOT_THERE or (isinstance(error, _WaitsForUs) and word == "start"):
                 return Reloaded(ok=True)
             return _not_possible(word, error)
+        except dbus.BusLost as error:
+            return _not_possible(word, error)
         if result == "done":
             return Reloaded(ok=True, told=word)
         if result in _POINTLESS:
@@ -149,27 +157,21 @@ class UnitJobs:
         return ended_badly(word, result)
 
     async def _follow(self, unit: str, member: str, limit: float = math.inf) -> str:
-        """The result of a job. If its end can no longer be heard, it is read off the unit afterwards.
+        """The result of a job. If systemd executes itself anew meanwhile, it is read off the unit afterwards.
 
         Args:
             limit: seconds until it is canceled: then "overdue", or "blocked" if systemd had not begun with it.
         """
-        job = ""
-        with trio.move_on_after(math.inf) as scope:
-            while not job:
-                try:
-                    with self._results.listening() as listener:
-                        systemd = await self._systemd()
-                        job = await systemd.manager(member, "ss", unit, await self._mode(systemd, unit))
-                        scope.deadline = trio.current_time() + limit
-                        return await listener.result(job) or await self._afterwards(unit, member)
-                except (dbus.BusLost, dbus.Error) as error:
-                    if not dbus.is_lost(error):
-                        raise
-                    # It is not known whether systemd heard it. To reload twice does no harm.
-                    await trio.sleep(_POLL_SEC)
-            return await self._afterwards(unit, member)
-        state = await (await self._systemd()).cancel_job(job)
+
+        async def begun(systemd: Systemd1) -> str:
+            return str(await systemd.manager(member, "ss", unit, await self._mode(systemd, unit)))
+
+        with self._results.listening() as listener:
+            # If it is not known whether systemd heard it: to reload twice does no harm.
+            job = await self._patiently(begun)
+            with trio.move_on_after(limit):
+                return await listener.result(job) or await self._afterwards(unit, member)
+        state = await self._systemd().cancel_job(job)
         ends = {"waiting": "blocked", "running": "overdue"}
         return ends.get(state) or await self._afterwards(unit, member)
 
@@ -187,20 +189,18 @@ class UnitJobs:
         return "ignore-dependencies"
 
     async def _afterwards(self, unit: str, member: str) -> str:
-        while (await self._patiently(unit, "Job"))[0]:
+        while (await self._get(unit, "Job"))[0]:
             await trio.sleep(_POLL_SEC)
-        result = await self._patiently(unit, "ReloadResult" if member == "ReloadUnit" else "Result")
+        result = await self._get(unit, "ReloadResult" if member == "ReloadUnit" else "Result")
         return {"success": "done", "timeout": "timeout"}.get(str(result), "failed")
 
-    async def _patiently(self, unit: str, name: str) -> Any:
-        """A property of a unit, even if the connection is lost and made again."""
-        while True:
-            try:
-                return await (await self._systemd()).get(unit, name)
-            except (dbus.BusLost, dbus.Error) as error:
-                if not dbus.is_lost(error):
-                    raise
-                await trio.sleep(_POLL_SEC)
+    async def _get(self, unit: str, name: str) -> Any:
+        """A property of a unit. Raises as `_patiently()` does."""
+        return await self._patiently(lambda systemd: systemd.get(unit, name))
+
+    async def _patiently(self, ask: Callable[[Systemd1], Awaitable[_T]]) -> _T:
+        """See `patiently()`."""
+        return await patiently(lambda: ask(self._systemd()))
 
     async def told_by_service(self, unit: str, limit: float) -> str:
         """How a service takes a signal to reload that was sent just now, as a result of a job.
@@ -217,13 +217,13 @@ class UnitJobs:
 
     async def _told(self, unit: str) -> str:
         deadline = trio.current_time() + _TOLD_SEC
-        while await self._patiently(unit, "ActiveState") not in _RELOADING:
+        while await self._get(unit, "ActiveState") not in _RELOADING:
             if trio.current_time() > deadline:
                 return "done"
             await trio.sleep(_TOLD_SEC / 4)
-        while await self._patiently(unit, "ActiveState") in _RELOADING:
+        while await self._get(unit, "ActiveState") in _RELOADING:
             # 257 lets a service that has not told the end in time begin to reload again, and so for ever.
-            if await self._patiently(unit, "ReloadResult") != "success":
+            if await self._get(unit, "ReloadResult") != "success":
                 break
             await trio.sleep(_TOLD_SEC)
         return await self._afterwards(unit, "ReloadUnit")
@@ -240,7 +240,7 @@ class UnitJobs:
         """
         if self.was_up(unit, invocation):
             return True
-        while (state := await self._patiently(unit, "ActiveState")) == "activating":
+        while (state := await self._get(unit, "ActiveState")) == "activating":
             await trio.sleep(_POLL_SEC)
         if state in _RUNNING:
             self._up[unit] = invocation
@@ -255,7 +255,7 @@ class UnitJobs:
         if reloaded.interrupted or result == "overdue":
             return reloaded
         try:
-            values = await (await self._systemd()).service_properties(unit)
+            values = await self._systemd().service_properties(unit)
         except (dbus.Error, dbus.BusLost):
             return reloaded  # without its details
         if values.get("ReloadResult") == "timeout":
@@ -271,9 +271,25 @@ class UnitJobs:
 
         From 260 on there is one that only refreshes credentials or extensions (`RefreshOnReload=`).
         """
-        return bool(await self._patiently(unit, "ExecReload")) or (
-            await self._patiently(unit, "Type") == "notify-reload"
-        )
+        return bool(await self._get(unit, "ExecReload")) or await self._get(unit, "Type") == "notify-reload"
+
+
+async def patiently(ask: Callable[[], Awaitable[_T]]) -> _T:
+    """What systemd answers, also while it executes itself anew.
+
+    Raises:
+        dbus.BusLost: there is no connection, or no longer. Nothing waits here for another one: what is dropped next
+            would have to wait, too.
+        dbus.Error: the answer is an error, or systemd does not come back to the bus.
+    """
+    deadline = trio.current_time() + _AWAY_SEC
+    while True:
+        try:
+            return await ask()
+        except dbus.Error as error:
+            if not dbus.is_lost(error) or trio.current_time() > deadline:
+                raise
+            await trio.sleep(_POLL_SEC)
 
 
 def _not_possible(word: str, error: Exception) -> Reloaded:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -183,14 +183,12 @@ class KillReloads:
     """Sends these signals.
 
     Args:
-        systemd: gives the connection.
+        systemd: gives the connection. Raises BusLost: there is none now.
         jobs: follows what the service tells of its reload.
         state_directory: with the slots.
     """
 
-    def __init__(
-        self, systemd: Callable[[], Awaitable[Systemd1]], jobs: UnitJobs, state_directory: str
-    ) -> None:
+    def __init__(self, systemd: Callable[[], Systemd1], jobs: UnitJobs, state_directory: str) -> None:
         self._systemd = systemd
         self._jobs = jobs
         self._state_directory = state_directory
@@ -232,7 +230,7 @@ class KillReloads:
         return Reloaded(ok=True, told=signal_name(found.number))
 
     async def _look(self, unit: str) -> ReloadSignal | None:
-        systemd = await self._systemd()
+        systemd = self._systemd()
         try:
             # A quick look: most units have another command, and all properties are many.
             commands = await systemd.get(unit, "ExecReloadEx")
@@ -251,7 +249,7 @@ class KillReloads:
     async def _is_idle(self, unit: str, main: int, found: ReloadSignal) -> bool:
         """Whether systemd would run the reload now, for this main process: the unit is active, has no job, and is not
         frozen. Asked all at once: an answer takes its time."""
-        systemd = await self._systemd()
+        systemd = self._systemd()
         wanted: dict[str, Any] = {"MainPID": main, "FreezerState": "running", "state": ("active", 0)}
         if found.notifies:
             # A job clears it: without one it would be taken for the result of this reload.

@@ -3,12 +3,13 @@
 
 `Tracker` knows the services, `UnitJobs` has units reload, `DaemonReload` makes one daemon-reload of many requests. Here
 they are wired to one connection. It may be lost at any time (the bus restarts, systemd executes itself anew), and is
-then made again.
+then made again. Nothing waits for that: what could not be done ends its round, and with the next connection comes
+another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import trio
@@ -19,7 +20,7 @@ from watcher.managers.base import Ended, Reloaded, Service
 from watcher.managers.exec_context import context_of
 from watcher.managers.systemd import dbus
 from watcher.managers.systemd.daemon_reload import DaemonReload, ReloadRefused
-from watcher.managers.systemd.jobs import UnitJobs
+from watcher.managers.systemd.jobs import UnitJobs, patiently
 from watcher.managers.systemd.kill_reload import KillReloads
 from watcher.managers.systemd.systemd1 import DAEMON_RELOAD_SEC, JobResults, Systemd1, is_known
 from watcher.managers.systemd.tracker import Tracker
@@ -28,7 +29,7 @@ from watcher.managers.systemd.unit_facts import Listed, listed, stale
 from watcher.managers.systemd.unit_files import Index
 from watcher.managers.systemd.unit_log import UnitLog
 from watcher.managers.systemd.wire import Received
-from watcher.model import Unsupported
+from watcher.model import Later, Unsupported
 from watcher.mounts.process import Gone, Process
 from watcher.records import journal
 from watcher.settings import signals
@@ -70,7 +71,10 @@ class Systemd:
     def __init__(self, settings: Settings) -> None:
         self._state_directory = settings.state_directory
         self._systemd: Systemd1 | None = None
-        self._connected = trio.Event()
+        # Services for which something was not done, as when systemd cannot be reached: the next connection may help.
+        self._cut_off: set[str] = set()
+        # Services whose drop-in may still wait for a daemon-reload.
+        self._unlearned: set[str] = set()
         self._tracker = Tracker(settings.state_directory)
         # Of the files of units.
         self._watcher: PatientWatcher | None = None
@@ -121,14 +125,24 @@ class Systemd:
 
     async def learn(self, service: Service) -> None:
         """See `Manager.learn`; the generator reads what was accepted, and the sysexts, from the service's record."""
+        self._unlearned.add(service.name)
         if self._learned[0] is not self._tracker.index:
             self._learned = self._tracker.index, {}
         learned = self._learned[1]
         now = await trio.to_thread.run_sync(listed, self._state_directory, service.name)
-        if await self._stale([service.name]):
+        if not now.settled or learned.get(service.name) != now:
+            if await self._stale([service.name]):
+                await self._reloaded(service)
+            else:
+                learned[service.name] = now
+        self._unlearned.discard(service.name)
+
+    async def _reloaded(self, service: Service) -> None:
+        try:
             await self._reloads.request()
-        else:
-            learned[service.name] = now
+        except ReloadRefused as error:
+            self._cut_off.add(service.name)
+            raise Later(f"its drop-in waits for a daemon-reload: {error}") from error
 
     def tell(self, service: Service, main: Process) -> Reloaded | None:
         kind = service.settings.reload
@@ -137,6 +151,23 @@ class Systemd:
         return command.signal_now(main, signals.signal_number(kind.removeprefix("signal:")))
 
     async def reload(self, service: Service) -> Reloaded:
+        return await self._after_learning(service, self._reload, "reload")
+
+    async def _after_learning(
+        self, service: Service, do: Callable[[Service], Awaitable[Reloaded]], word: str
+    ) -> Reloaded:
+        """Have systemd do something once it knows the drop-in of a service: what it starts gets the slots of that."""
+        try:
+            if service.name in self._unlearned:
+                await self.learn(service)
+        except Later as error:
+            return Reloaded(ok=False, told=word, reason=str(error), interrupted=True)
+        done = await do(service)
+        if done.interrupted:
+            self._cut_off.add(service.name)
+        return done
+
+    async def _reload(self, service: Service) -> Reloaded:
         kind = service.settings.reload
         if kind == "none" or service.main is None:
             return Reloaded(
@@ -185,10 +216,14 @@ class Systemd:
             )
 
     async def started(self, service: Service) -> bool:
-        return await self._unit_jobs.is_up(service.name, service.invocation)
+        try:
+            return await self._unit_jobs.is_up(service.name, service.invocation)
+        except (dbus.Error, dbus.BusLost) as error:
+            self._cut_off.add(service.name)
+            raise Later(f"whether its start is complete could not be found out: {error}") from error
 
     async def revive(self, service: Service) -> Reloaded:
-        return await self._unit_jobs.start(service.name)
+        return await self._after_learning(service, lambda one: self._unit_jobs.start(one.name), "start")
 
     async def execute(
         self, service: Service, namespace: int, words: Sequence[str], timeout_sec: float
@@ -197,9 +232,13 @@ class Systemd:
             raise Gone(f"{service.name} is not running")
         with service.main.hold() as main:
             context = await command.aside(context_of, main)
-            return await self.transient.run(
-                service.name, main, namespace, context, words, timeout_sec, unit=service.name
-            )
+            try:
+                return await self.transient.run(
+                    service.name, main, namespace, context, words, timeout_sec, unit=service.name
+                )
+            except Later:
+                self._cut_off.add(service.name)
+                raise
 
     def processes(self, service: Service) -> list[int]:
         return [] if service.main is None else cgroup.processes(service.main.pid, service.name)
@@ -228,7 +267,6 @@ class Systemd:
             except* (dbus.BusLost, dbus.Error) as group:
                 lost += group.exceptions
             self._systemd = None
-            self._connected = trio.Event()
             self._job_results.lost()
             if not failures:
                 journal.log.warning(f"systemd cannot be reached, it is tried again: {lost[0]}")
@@ -238,24 +276,28 @@ class Systemd:
     async def _begin(self, systemd: Systemd1) -> None:
         await systemd.follow()
         self._systemd = systemd
-        self._connected.set()
         self._kill_reloads.forget()
         self._tracker.look_at_everything()
         await self._update(systemd)
+        cut_off, self._cut_off = self._cut_off, set()
+        for name in cut_off:
+            self._tracker.changed(name)
 
     async def _update(self, systemd: Systemd1) -> None:
-        if await self._tracker.update(systemd):
+        if await patiently(lambda: self._tracker.update(systemd)):
             await self._files_were_read()
 
     async def _needs_daemon_reload(self) -> bool:
         try:
-            return bool(await self._stale(self.services))
+            found = await self._stale(self.services)
+            self._unlearned.update(found)
+            return bool(found)
         except Exception:  # noqa: BLE001 -- the daemon-reload meets it again, logs it, and tries again
             return True
 
-    async def _connection(self) -> Systemd1:
-        while self._systemd is None:
-            await self._connected.wait()
+    def _connection(self) -> Systemd1:
+        if self._systemd is None:
+            raise dbus.BusLost("systemd cannot be reached over D-Bus")
         return self._systemd
 
     def _on_signal(self, message: Received) -> None:
@@ -310,8 +352,7 @@ class Systemd:
         if all(self._hopeless.get(name) == text for name, text in before.items()):
             return  # another daemon-reload has done it meanwhile
         try:
-            systemd = await self._connection()
-            await systemd.manager("Reload", timeout=DAEMON_RELOAD_SEC)
+            await self._connection().manager("Reload", timeout=DAEMON_RELOAD_SEC)
         except (dbus.BusLost, dbus.Error) as error:
             raise ReloadRefused(str(error)) from error
         after = await self._look_for_stale(before)

@@ -181,6 +181,7 @@ class Tracker:
                     await self._look_at_unit(systemd, name)
         except BaseException:
             self._everything = True
+            self._resubscribe |= resubscribe
             raise
         return everything
 

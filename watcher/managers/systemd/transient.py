@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import trio
@@ -50,11 +50,11 @@ class Transient:
     """Runs commands in transient units.
 
     Args:
-        systemd: gives the connection, and waits for one if there is none.
+        systemd: gives the connection. Raises BusLost: there is none now.
         results: is told of the end of every job.
     """
 
-    def __init__(self, systemd: Callable[[], Awaitable[Systemd1]], results: JobResults) -> None:
+    def __init__(self, systemd: Callable[[], Systemd1], results: JobResults) -> None:
         self._systemd = systemd
         self._results = results
 
@@ -106,7 +106,7 @@ class Transient:
             raise Later("could not be run: systemd did not start or end it in time") from error
 
     async def _follow(self, service: str, path: str, output: str, timeout_sec: float, unit: str) -> str:
-        systemd = await self._systemd()
+        systemd = self._systemd()
         name = f"confext-watcher-check-{secrets.token_hex(8)}.service"
         properties = [
             ("Description", ("s", f"Command of confext-watcher for {service}")),
