@@ -144,3 +144,46 @@ def test_the_life_of_the_package(fresh: Host, packages: dict[str, Path]) -> None
     everywhere = ["/usr", "/etc", "/var", "/run"]
     left = host.bed.run(["find", *everywhere, "-xdev", "-name", "*confext*watcher*"], check=False).stdout
     assert left == ""
+
+
+def test_purged_it_leaves_the_trees_that_services_still_have(fresh: Host, packages: dict[str, Path]) -> None:
+    """Both those that were swapped in, and those that systemd has mounted at the start of a service."""
+    host = fresh
+    install(host, packages["1.0"])
+    names = ("swapped.service", "started.service", "stopped.service")
+    for name in names:
+        host.bed.path(f"/etc/systemd/system/{name}.confext.d/web.v").mkdir(parents=True)
+        host.bed.path(f"/etc/systemd/system/{name}").write_text(f"{SLEEP}ExecReload=/bin/true\n")
+    host.systemctl("daemon-reload")
+    host.systemctl("start", *names)
+    for name in names:
+        tree = f"/etc/systemd/system/{name}.confext.d/web.v/web_1"
+        host.drop_tree(host.tree("web_1", {"web.txt": name}), tree)
+        host.bed.run(["confext-watcher", "wait", name, tree, "--timeout=30"])
+    host.systemctl("restart", "started.service")
+    host.systemctl("stop", "stopped.service")
+    store = host.bed.path("/var/lib/confext-watcher/store")
+    assert len([path for path in store.iterdir() if path.is_dir()]) == 3
+
+    said = host.bed.run(["dpkg", "--purge", "confext-watcher"]).stderr
+    assert "until their next start: started.service swapped.service" in said
+    assert "rm -rf /var/lib/confext-watcher" in said
+    for name in names[:2]:
+        assert host.see(name, "/etc/web.txt") == name
+        assert host.see(name, "/etc/hostname") == host.bed.name
+    assert [path.name for path in store.parent.iterdir()] == ["store"]
+    assert len(list(store.iterdir())) == 2
+
+    # It comes back, and goes on from there.
+    install(host, packages["1.1"])
+    for name in names[:2]:
+        tree = f"/etc/systemd/system/{name}.confext.d/web.v/web_2"
+        host.drop_tree(host.tree("web_2", {"web.txt": f"{name} 2"}), tree)
+        host.bed.run(["confext-watcher", "wait", name, tree, "--timeout=30"])
+        assert host.see(name, "/etc/web.txt") == f"{name} 2"
+
+    # Nobody has them any more.
+    host.systemctl("stop", *names)
+    said = host.bed.run(["dpkg", "--purge", "confext-watcher"]).stderr
+    assert "until their next start" not in said
+    assert not store.parent.exists()
