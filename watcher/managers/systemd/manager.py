@@ -289,9 +289,7 @@ class Systemd:
 
     async def _needs_daemon_reload(self) -> bool:
         try:
-            found = await self._stale(self.services)
-            self._unlearned.update(found)
-            return bool(found)
+            return bool(await self._stale(self.services))
         except Exception:  # noqa: BLE001 -- the daemon-reload meets it again, logs it, and tries again
             return True
 
