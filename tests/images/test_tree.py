@@ -250,21 +250,23 @@ def test_content_cannot_pass_for_structure(tmp_path: Path) -> None:
     for number, files in enumerate(
         ({"ab": b"c"}, {"a": b"bc"}, {"a": b"", "bc": b""}, {"a": b"b", "c": b""})
     ):
-        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "etc").mkdir(parents=True)
         for name, content in files.items():
-            (tmp_path / str(number) / name).write_bytes(content)
+            (tmp_path / str(number) / "etc" / name).write_bytes(content)
     assert len({digest(tmp_path / str(number)) for number in range(4)}) == 4
 
 
 def test_the_digest_is_what_the_module_says(tmp_path: Path) -> None:
     """Spelled out once more by hand: it must never change, or every stored copy is orphaned."""
     top = tmp_path / "top"
-    top.mkdir()
-    top.chmod(0o755)
-    (top / "b").symlink_to("to")
-    (top / "a").write_bytes(b"text")
-    (top / "a").chmod(0o640)
-    os.setxattr(top / "a", "user.k", b"v")
+    etc = top / "etc"
+    etc.mkdir(parents=True)
+    for made in (top, etc):
+        made.chmod(0o755)
+    (etc / "b").symlink_to("to")
+    (etc / "a").write_bytes(b"text")
+    (etc / "a").chmod(0o640)
+    os.setxattr(etc / "a", "user.k", b"v")
     me = os.getuid().to_bytes(4, "little") + os.getgid().to_bytes(4, "little")
 
     def number(value: int, size: int = 8) -> bytes:
@@ -274,6 +276,7 @@ def test_the_digest_is_what_the_module_says(tmp_path: Path) -> None:
         return number(len(value)) + value
 
     stream = b"confext-watcher tree 1\n"
+    stream += b"d" + number(0o755, 4) + me + number(0) + number(1) + string(b"etc")
     stream += b"d" + number(0o755, 4) + me + number(0) + number(2)
     stream += string(b"a") + b"f" + number(0o640, 4) + me + number(1) + string(b"user.k") + string(b"v")
     stream += string(b"text")
@@ -368,7 +371,7 @@ def test_a_hard_link_too_far_down_for_a_path_is_a_file(source: Path, tmp_path: P
 
 
 def test_too_deep(source: Path) -> None:
-    deep = source.joinpath(*["d"] * (model.DEPTH_MAX - 1))
+    deep = source.joinpath("etc", *["d"] * (model.DEPTH_MAX - 2))
     deep.mkdir(parents=True)
     signature(source)
     (deep / "d").mkdir()

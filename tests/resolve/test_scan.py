@@ -109,8 +109,11 @@ def test_a_tree_is_watched_below_itself(drop: Path) -> None:
     (drop / "trees.v/trees_1/etc").mkdir(parents=True)
     result = look(drop)
     assert found(result) == [["tree"], ["trees_1"]]
-    assert watched(result, drop / "tree", "anything", Scope.TREE)
-    assert watched(result, drop / "trees.v/trees_1", "anything", Scope.TREE)
+    assert watched(result, drop / "tree/etc", "anything", Scope.TREE)
+    assert watched(result, drop / "trees.v/trees_1/etc", "anything", Scope.TREE)
+    for name in ("etc", "usr", ".confext-complete"):
+        assert watched(result, drop / "tree", name)
+    assert not watched(result, drop / "tree", ".git")
     assert watched(result, drop / "trees.v", "trees_2")
 
 
@@ -154,7 +157,7 @@ def test_a_linked_tree_is_watched_where_it_is(drop: Path, tmp_path: Path) -> Non
     (drop / "trees.v/trees_1").symlink_to("../../real")
     result = look(drop)
     assert found(result) == [["tree"], ["trees_1"]]
-    assert watched(result, tmp_path / "real", "x", Scope.TREE)
+    assert watched(result, tmp_path / "real/etc", "x", Scope.TREE)
 
 
 def test_dangling_links_are_passed_over_and_watched_until_they_lead_somewhere(

@@ -193,6 +193,29 @@ def test_an_edit_of_a_live_tree_is_a_drop(service: Service, edit: str) -> None:
 
 
 @trees_only
+@pytest.mark.parametrize(
+    "leave",
+    [
+        "echo swap > {0}/etc/.web.conf.swp; rm {0}/etc/.web.conf.swp",
+        "echo x > {0}/etc/4913; rm {0}/etc/4913; cp {0}/etc/web.conf {0}/etc/web.conf~",
+        "ln -s me@host.1 {0}/etc/.#web.conf; echo x > '{0}/etc/#web.conf#'",
+        "mkdir {0}/.git; echo x > {0}/.git/FETCH_HEAD; echo x > {0}/README; mkdir {0}/build; echo x > {0}/build/x",
+    ],
+)
+def test_what_editors_and_git_leave_is_no_drop(service: Service, leave: str) -> None:
+    live = live_tree(service)
+    heard = len(service.heard)
+    shell(leave, live)
+    (live / "etc/web.conf").write_text("two\n")
+    service.reloaded("two")
+    service.put("7")
+    service.logged("web 0 -> 7 applied")
+    assert len(service.heard) == heard + 2
+    names = {".web.conf.swp", "4913", "web.conf~", ".#web.conf", "#web.conf#"}
+    assert not names & set(os.listdir(service.etc(".")))
+
+
+@trees_only
 def test_an_edit_is_seen_when_it_is_settled(service: Service) -> None:
     live = live_tree(service)
     with open(live / "etc/web.conf", "w") as editor:

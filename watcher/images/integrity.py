@@ -96,7 +96,7 @@ class Whole:
         """What is wrong with it, "" if nothing is."""
         try:
             if stat.S_ISDIR(found.st_mode):
-                same = tree.digest(fd) == digest or not self._owners_are_kept
+                same = tree.digest(fd, whole=True) == digest or not self._owners_are_kept
             else:
                 same = digest_of(fd, found.st_size) == digest
         except OSError as error:

@@ -319,7 +319,7 @@ class Store:
         try:
             found = os.fstat(fd)
             if stat.S_ISDIR(found.st_mode):
-                return self._made(digest, tree.signature(fd).size, Kind.DIRECTORY)
+                return self._made(digest, tree.signature(fd, whole=True).size, Kind.DIRECTORY)
             return self._made(digest, found.st_size, Kind.IMAGE, probe(fd, found.st_size))
         finally:
             os.close(fd)

@@ -9,7 +9,8 @@ later change cannot have the same timestamp.
 The digest is the SHA-256 of: a header, then for the root and each node in it, depth first, names in the order of
 their bytes: the type, mode, owner and group, the extended attributes by name, then a file's length and bytes, a
 link's target, or a directory's number of entries and each one's name and node. Numbers are little endian, strings
-have their length in front, so that no two trees give the same stream. Times and hard links do not count.
+have their length in front, so that no two trees give the same stream. Times and hard links do not count, nor does what
+is no content (content.py). A copy has nothing else in it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from watcher.images.files import copy_file, hash_file, stat_key
 from watcher.images.walk import DIRECTORY, Path, Walk, where
 from watcher.model import Busy, Refused
 from watcher.resolve import release
+from watcher.resolve.content import MARKER, is_content
 from watcher.resolve.strict_modes import Guard
 from watcher.watch.lease import Lease, coarse_now_ns
 
@@ -60,34 +62,45 @@ _SPECIAL = {
 class Signature:
     """What `stat` says of every node: the same signature, the same tree, if no change of it is still too fresh.
 
+    Of the root only what it is counts, not its times: to rename a tree, or to make something beside `etc` in it,
+    changes nothing of its content.
+
     Attributes:
         key: SHA-256 over it.
         size: bytes that a copy takes: `in_blocks()` of each file, directory and link.
         entries: files, directories and links in it.
-        youngest_ns: latest ctime, nanoseconds since the epoch.
+        youngest_ns: latest ctime below the root, nanoseconds since the epoch; 0 if there is nothing.
+        changed_ns: the same without the marker, which is written when all else is there.
+        marked_ns: ctime of the marker; 0: there is none.
     """
 
     key: bytes
     size: int
     entries: int
     youngest_ns: int
+    changed_ns: int = 0
+    marked_ns: int = 0
 
 
-def signature(root: int, guard: Guard | None = None) -> Signature:
+def signature(root: int, guard: Guard | None = None, *, whole: bool = False) -> Signature:
     """Walk the tree below the directory `root` by `stat` alone.
 
     Args:
         guard: called for each node below it; raises Refused where strangers could change it.
+        whole: all in it counts: it is a copy in the store.
 
     Raises:
         Refused: it holds something that no copy could have (a device, a socket), or too much of it.
         Busy: it changes while it is walked.
         OSError: it could not be read.
     """
-    walk = _Signing(guard)
-    walk.node(os.fstat(root), b"")
+    walk = _Signing(guard, whole=whole)
+    walk.root(os.fstat(root))
     walk.directory(root, ())
-    return Signature(walk.hash.digest(), walk.size, walk.entries, walk.youngest_ns)
+    youngest_ns = max(walk.changed_ns, walk.marked_ns)
+    return Signature(
+        walk.hash.digest(), walk.size, walk.entries, youngest_ns, walk.changed_ns, walk.marked_ns
+    )
 
 
 def wait_for_clock(signature: Signature) -> None:
@@ -101,9 +114,13 @@ def wait_for_clock(signature: Signature) -> None:
         time.sleep(0.001)
 
 
-def digest(root: int) -> str:
-    """Digest of the tree below `root` (64 hexadecimal digits), without copying it. Raises as `copy` does."""
-    return _Reading().run(root)
+def digest(root: int, *, whole: bool = False) -> str:
+    """Digest of the tree below `root` (64 hexadecimal digits), without copying it. Raises as `copy` does.
+
+    Args:
+        whole: as for `signature()`.
+    """
+    return _Reading(whole=whole).run(root)
 
 
 def copy(root: int, target: int, size_max: int) -> str:
@@ -152,10 +169,20 @@ def _opened(name: str, flags: int, parent: int, path: Path) -> Iterator[int]:
 
 
 class _Walk(Walk):
-    """A walk through a tree that may change: a name that is gone again is Busy."""
+    """A walk through a tree that may change: a name that is gone again is Busy.
+
+    Args:
+        whole: see `signature()`.
+    """
+
+    def __init__(self, *, whole: bool = False) -> None:
+        super().__init__()
+        self._whole = whole
 
     def children(self, directory: int, path: Path) -> list[tuple[str, os.stat_result]]:
         names = self.names(directory, path)
+        if not self._whole:
+            names = [name for name in names if is_content((*path, name))]
         try:
             return [(name, os.stat(name, dir_fd=directory, follow_symlinks=False)) for name in names]
         except FileNotFoundError as error:
@@ -163,17 +190,24 @@ class _Walk(Walk):
 
 
 class _Signing(_Walk):
-    def __init__(self, guard: Guard | None) -> None:
-        super().__init__()
+    def __init__(self, guard: Guard | None, *, whole: bool) -> None:
+        super().__init__(whole=whole)
         self._guard = guard
         self.hash = hashlib.sha256()
         self.size = 0
-        self.youngest_ns = 0
+        self.changed_ns = self.marked_ns = 0
 
-    def node(self, st: os.stat_result, name: bytes) -> None:
-        self.hash.update(repr((name, *stat_key(st))).encode())
-        self.youngest_ns = max(self.youngest_ns, st.st_ctime_ns)
+    def root(self, st: os.stat_result) -> None:
+        self.hash.update(repr((st.st_dev, st.st_ino, st.st_mode, st.st_uid, st.st_gid)).encode())
+        self.size += in_blocks(0)
+
+    def node(self, st: os.stat_result, path: Path) -> None:
+        self.hash.update(repr((os.fsencode(path[-1]), *stat_key(st))).encode())
         self.size += in_blocks(st.st_size if stat.S_ISREG(st.st_mode) else 0)
+        if path == (MARKER,):
+            self.marked_ns = st.st_ctime_ns
+        else:
+            self.changed_ns = max(self.changed_ns, st.st_ctime_ns)
 
     def directory(self, fd: int, path: Path) -> None:
         for name, st in self.children(fd, path):
@@ -181,7 +215,7 @@ class _Signing(_Walk):
             _require_copyable(st, inner)
             if self._guard is not None:
                 self._guard(st, fd, name, "/".join(inner))
-            self.node(st, os.fsencode(name))
+            self.node(st, inner)
             if stat.S_ISDIR(st.st_mode):
                 with _opened(name, DIRECTORY, fd, inner) as child:
                     self.directory(child, inner)
@@ -199,10 +233,12 @@ def _require_copyable(st: os.stat_result, path: Path) -> None:
 
 
 class _Reading(_Walk):
-    """Reads a tree once: everything goes into the digest, and into the directory `target` if there is one."""
+    """Reads a tree once: all content goes into the digest, and into the directory `target` if there is one."""
 
-    def __init__(self, target: int | None = None, size_max: int | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self, target: int | None = None, size_max: int | None = None, *, whole: bool = False
+    ) -> None:
+        super().__init__(whole=whole)
         self._size_max = size_max
         self._target = target
         self._copies: dict[tuple[int, int], Path] = {}

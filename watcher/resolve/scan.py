@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from watcher.model import Candidate, Declared, Entry, Interest, Kind, Look, Picks, Remark, Scope, Unsafe
-from watcher.resolve import sources, vpick
+from watcher.resolve import content, sources, vpick
 from watcher.resolve.strict_modes import Found, StrictModes, Way
 from watcher.resolve.vpick import Dirent
 
@@ -173,11 +173,14 @@ def _picks(entry: Entry, architecture: str | None, notes: _Notes) -> Picks:
 
 
 def _watch_tree(path: str, notes: _Notes) -> None:
-    """A tree changes anywhere below; of an image, its directory's watch sees all that matters."""
+    """A tree changes anywhere below its `etc`; of an image, its directory's watch sees all that matters."""
     try:
         with notes.followed(path) as found:
-            if found.unsafe is None:
-                notes.watch(found.path, scope=Scope.TREE)
+            if found.unsafe is not None:
+                return
+            notes.watch(found.path, content.TOP)
+            if stat.S_ISDIR(os.stat("etc", dir_fd=found.fd, follow_symlinks=False).st_mode):
+                notes.watch(f"{found.path}/etc", scope=Scope.TREE)
     except (OSError, Unsafe):
         pass  # admission opens it, and says so
 
@@ -209,7 +212,7 @@ def _direct(entry: Entry, notes: _Notes) -> Picks:
     if not version:  # "web.raw" as a link to "web_1.4.raw": the target tells
         version = vpick.split(path.rpartition("/")[2], entry.kind)[1]
     if entry.kind is Kind.DIRECTORY and unsafe is None:
-        notes.watch(path, scope=Scope.TREE)
+        _watch_tree(path, notes)
     return Picks(entry, (Candidate(entry.path, name, extension, version, entry.kind),), unsafe=unsafe)
 
 
