@@ -266,6 +266,9 @@ class Demo:
         self._screen = screen
         self._drop = where / "web.service.confext.d" / form.drop
         self._drop.mkdir(parents=True)
+        # Less than by default, so that all of it takes about ten seconds.
+        (where / "conf").mkdir()
+        (where / "conf/watcher.conf").write_text("[Watcher]\nSettleTreeSec=500ms\nRemoveSec=500ms\n")
         self._environment = os.environ | {
             "RUNTIME_DIRECTORY": str(where / "run"),
             "STATE_DIRECTORY": str(where / "state"),

@@ -99,6 +99,8 @@ def test_it_names_the_settings_as_they_are() -> None:
     settings = Settings()
     text = " ".join(README.split())
     assert f"`SettleSec=`, {settings.settle_usec // 1000} ms" in text
+    assert f"for {settings.settle_tree_usec // 1_000_000} seconds (`SettleTreeSec=`)" in text
+    assert f"after {settings.remove_usec // 1_000_000} seconds (`RemoveSec=`)" in text
     assert settings.keep_stacks == 3 and "last three stacks" in text
     assert f"{settings.store_max >> 30} GiB in all" in text
     assert f"{settings.image_max >> 30} GiB for one" in text

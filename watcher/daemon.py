@@ -21,6 +21,7 @@ from watcher.control.commands import Commands
 from watcher.control.peers import Readers
 from watcher.control.server import serve
 from watcher.images.admission import Admission
+from watcher.images.complete import Complete
 from watcher.images.store import Store
 from watcher.images.upgrade import upgrade
 from watcher.managers.base import Manager, Service
@@ -35,6 +36,7 @@ from watcher.mounts.workers import Hung, MountWorkers
 from watcher.records import durable, journal
 from watcher.records.ledger import Ledger
 from watcher.rounds.fresh import Fresh
+from watcher.rounds.patience import Removals
 from watcher.rounds.round import Rounds
 from watcher.rounds.tools import Tools
 from watcher.settings import config
@@ -113,14 +115,17 @@ def _tools(settings: Settings) -> Iterator[Tools]:
         else:
             manager = standalone = Standalone(settings.runtime_directory, workers)
         stack.callback(standalone.close)
+        watcher = stack.enter_context(PatientWatcher())
         yield Tools(
             store=store,
-            admission=Admission(store, workers),
+            admission=Admission(store, workers, Complete(watcher.uploads.moved_in_ns)),
             workers=workers,
             manager=manager,
-            watcher=stack.enter_context(PatientWatcher()),
+            watcher=watcher,
             ledger=ledger,
             offload=Offload(),
+            removals=Removals(watcher.uploads),
+            settings=settings,
         )
 
 
@@ -318,7 +323,7 @@ class Daemon:
         journal.configure(level=settings.log_level)
         for remark in remarks:
             journal.say(remark)
-        self._settings = settings
+        self._settings = self._tools.settings = settings
         self._readers.look_up()
         self._tools.store.configure(settings.store_max, settings.image_max, settings.keep_stacks)
         self._tools.watcher.retry()

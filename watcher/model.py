@@ -64,6 +64,18 @@ class Busy(Exception):
     """It is still being written: no outcome, look again later."""
 
 
+class Settling(Busy):
+    """It may still be written: nothing tells when it is not.
+
+    Attributes:
+        seconds: after which to look again.
+    """
+
+    def __init__(self, text: str, seconds: float) -> None:
+        super().__init__(text)
+        self.seconds = seconds
+
+
 class Later(Busy):
     """It cannot be done now (no space, no loop device): it gets a line, and the next round tries again."""
 

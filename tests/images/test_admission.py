@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A candidate becomes a copy, or one clear line; nothing is read twice; and the host is the service's own."""
+"""A candidate becomes a copy, or one clear line; nothing is read twice. (images/opened.py, too)"""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import pytest
 from support.images import FORMATS, confext, image, noise
 from support.needs import loop, root, tool, userns
 from watcher.images import admission as module
+from watcher.images import opened as opening
 from watcher.images import tree
 from watcher.images.admission import Admission, copied, host
 from watcher.images.extension import Release
@@ -443,7 +444,7 @@ for number in range(400):
 
 def test_the_descriptor_is_of_what_the_link_leads_to(source: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(source)
-    fd, _ = module._open(candidate(tmp_path / "link", Kind.DIRECTORY), None)
+    fd, _ = opening._open(candidate(tmp_path / "link", Kind.DIRECTORY), None, None)
     try:
         assert os.path.samestat(os.fstat(fd), source.stat())
         with pytest.raises(OSError):
@@ -451,7 +452,7 @@ def test_the_descriptor_is_of_what_the_link_leads_to(source: Path, tmp_path: Pat
     finally:
         os.close(fd)
     with pytest.raises(Refused, match="not a file"):
-        module._open(candidate(tmp_path / "link"), None)
+        opening._open(candidate(tmp_path / "link"), None, None)
 
 
 def test_no_descriptor_is_left_whatever_happens(store: Store, source: Path, tmp_path: Path) -> None:

@@ -323,9 +323,11 @@ class Place:
             self.daemon.kill()
 
     def configure(self, *lines: str) -> None:
-        """Write `watcher.conf`."""
+        """Write `watcher.conf`. What is not said waits for neither trees nor removals."""
         self.conf.mkdir(exist_ok=True)
-        (self.conf / "watcher.conf").write_text("\n".join(["[Watcher]", *lines, ""]))
+        said = {line.partition("=")[0] for line in lines}
+        others = [f"{key}=0" for key in ("SettleTreeSec", "RemoveSec") if key not in said]
+        (self.conf / "watcher.conf").write_text("\n".join(["[Watcher]", *lines, *others, ""]))
 
     def start_daemon(self, *prefix: str, wait: bool = True) -> Daemon:
         """`confext-watcher run`, ready.

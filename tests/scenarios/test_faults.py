@@ -75,7 +75,9 @@ class Lane(Place):
 
     def __init__(self, scratch: Path, versions: dict[str, Path]) -> None:
         super().__init__(scratch)
-        (self.settings / "watcher.conf").write_text("[Watcher]\nSettleSec=0\nMountWorkers=1\n")
+        (self.settings / "watcher.conf").write_text(
+            "[Watcher]\nSettleSec=0\nSettleTreeSec=0\nRemoveSec=0\nMountWorkers=1\n"
+        )
         self.versions = versions
         self.seen = scratch / "seen"
         covered = scratch / "covered"

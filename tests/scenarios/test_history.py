@@ -49,7 +49,9 @@ def test_one_that_cannot_be_read_is_set_aside_and_the_service_goes_on(place: Pla
 
 
 def test_it_has_the_last_of_what_happened(place: Place) -> None:
-    (place.settings / "watcher.conf").write_text("[Watcher]\nSettleSec=0\nHistoryMax=3\n")
+    (place.settings / "watcher.conf").write_text(
+        "[Watcher]\nSettleSec=0\nSettleTreeSec=0\nRemoveSec=0\nHistoryMax=3\n"
+    )
     place.image("1", "one")
     place.start_daemon()
     place.start("sleep", "infinity")

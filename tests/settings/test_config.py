@@ -33,6 +33,9 @@ def test_the_watchers_settings() -> None:
     text = """[Watcher]
         SettleSec=0
         SettleMaxSec=1min
+        SettleTreeSec=3s
+        SettleTreeMaxSec=1h
+        RemoveSec=0
         StoreMax=2G
         ImageMax=64M
         KeepStacks=5
@@ -45,6 +48,9 @@ def test_the_watchers_settings() -> None:
     expected = Settings(
         settle_usec=0,
         settle_max_usec=60_000_000,
+        settle_tree_usec=3_000_000,
+        settle_tree_max_usec=3_600_000_000,
+        remove_usec=0,
         store_max=2 << 30,
         image_max=64 << 20,
         keep_stacks=5,
@@ -74,6 +80,8 @@ def test_the_settings_of_a_service() -> None:
         Rollout=rolling
         RolloutParallel=2
         SettleSec=250ms
+        SettleTreeSec=1s
+        RemoveSec=1min
         ImagePolicy=signed
         Enabled=no
     """
@@ -92,6 +100,8 @@ def test_the_settings_of_a_service() -> None:
         rollout="rolling",
         rollout_parallel=2,
         settle_usec=250_000,
+        settle_tree_usec=1_000_000,
+        remove_usec=60_000_000,
         image_policy="signed",
         enabled=False,
     )

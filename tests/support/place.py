@@ -37,7 +37,7 @@ class Place:
         self.runtime, self.state, self.settings = (scratch / name for name in ("run", "state", "conf"))
         for directory in (self.drops / "web.raw.v", self.runtime, self.state, self.settings):
             directory.mkdir(parents=True)
-        (self.settings / "watcher.conf").write_text("[Watcher]\nSettleSec=0\n")
+        (self.settings / "watcher.conf").write_text("[Watcher]\nSettleSec=0\nSettleTreeSec=0\nRemoveSec=0\n")
         self.environment = {
             **os.environ,
             "PYTHONPATH": str(CHECKOUT),

@@ -33,6 +33,8 @@ from watcher.rounds import round as rounds
 from watcher.rounds.desired import Given, find
 from watcher.rounds.facts import Facts, Judged
 from watcher.rounds.judge import Asked
+from watcher.rounds.patience import Removals
+from watcher.settings.config import Settings
 
 _ANY: Any = object()
 _HOST = namespace_id("/dev/null")
@@ -215,7 +217,9 @@ class World:
             picks.append(Picks(entry, tuple(one.candidate for one in files)))
         return Look(tuple(picks), ())
 
-    def _admit(self, candidate: Candidate, made_for: object, at_hand: set[str], modes: object) -> Copy:
+    def _admit(
+        self, candidate: Candidate, made_for: object, at_hand: set[str], modes: object, rule: object
+    ) -> Copy:
         file = next((one for one in self.files if one.path == candidate.path), None)
         if file is None:
             raise Busy("it has just been renamed")
@@ -409,6 +413,8 @@ class World:
             manager=Manager(),
             watcher=SimpleNamespace(watch=nothing, renaming=nothing, drop=lambda name: None),
             ledger=SimpleNamespace(append=self._append),
+            removals=Removals(),
+            settings=Settings(remove_usec=0),
             offload=SimpleNamespace(run=run, run_within=run_within, run_alone=run_alone),
             in_turn=in_turn,
         )

@@ -134,6 +134,7 @@ class Records:
     ever: dict[str, dict[str, Stack]] = field(default_factory=dict)
     damaged: set[str] = field(default_factory=set)
     superseded: set[tuple[str, str]] = field(default_factory=set)
+    state_directory = "/nowhere"
 
     def state(self, slots: str) -> State:
         return self.states.get(slots, State())

@@ -15,16 +15,17 @@ import errno
 import functools
 import os
 import stat
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from watcher.images import tree
 from watcher.images.attributes import require_no_marks
+from watcher.images.complete import Complete, Rule, Seen
 from watcher.images.extension import NoRelease, Release, read_release
 from watcher.images.files import stat_key
 from watcher.images.formats.probe import probe
+from watcher.images.opened import READ, opened
 from watcher.images.store import Store
 from watcher.images.verdicts import Key
 from watcher.images.walk import DIRECTORY
@@ -33,24 +34,13 @@ from watcher.mounts import syscalls
 from watcher.mounts.descriptors import Descriptors
 from watcher.mounts.workers import Hung, MountWorkers
 from watcher.resolve import release
-from watcher.resolve.strict_modes import Guard, StrictModes
+from watcher.resolve.strict_modes import Guard, StrictModes, Way
 from watcher.settings import architectures
 from watcher.settings.os_release import parse_os_release
 from watcher.watch.lease import Lease, coarse_now_ns
 
 _SECOND_NS = 1_000_000_000
 
-_TYPES = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFREG: "a file",
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFBLK: "a block device",
-    stat.S_IFCHR: "a character device",
-}
-_EXPECTED = {Kind.IMAGE: stat.S_IFREG, Kind.DIRECTORY: stat.S_IFDIR}
-# O_NONBLOCK: if another process holds a write lease, open(2) fails. Else it would wait for 45 seconds.
-_READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _IN_ROOT = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
 _OS_RELEASE_MAX = 64 * 1024
 
@@ -110,20 +100,30 @@ def _text(place: int) -> str:
     """The content of a regular file (O_PATH), "" for anything else: opening that may have effects of its own."""
     if not stat.S_ISREG(os.fstat(place).st_mode):
         return ""
-    with open(os.open(f"/proc/self/fd/{place}", _READ), encoding="utf-8", errors="replace") as file:
+    with open(os.open(f"/proc/self/fd/{place}", READ), encoding="utf-8", errors="replace") as file:
         return file.read(_OS_RELEASE_MAX)
 
 
 class Admission:
-    """Admits candidates; safe to use from several threads."""
+    """Admits candidates; safe to use from several threads.
 
-    def __init__(self, store: Store, workers: MountWorkers) -> None:
+    Args:
+        complete: judges whether trees are.
+    """
+
+    def __init__(self, store: Store, workers: MountWorkers, complete: Complete | None = None) -> None:
         self._store = store
         self._workers = workers
+        self._complete = complete or Complete()
         self._releases: dict[str, Release] = {}
 
     def admit(
-        self, candidate: Candidate, made_for: Host, at_hand: set[str], modes: StrictModes | None
+        self,
+        candidate: Candidate,
+        made_for: Host,
+        at_hand: set[str],
+        modes: StrictModes | None,
+        rule: Rule = Rule(),  # noqa: B008 -- frozen
     ) -> Copy:
         """The store's copy of a candidate. Blocks; must not run on a mount worker, which it waits for.
 
@@ -133,10 +133,11 @@ class Admission:
             at_hand: gets the digest of what is not refused. What has to wait is in no stack. Without this the store
                 would collect its copy, and each look would copy it again.
             modes: whom the service trusts; None: everybody.
+            rule: when a tree is complete.
 
         Raises:
             Refused, Incomplete: it cannot be a layer; `str()` says why, for a line that begins with its path.
-            Busy: another process is writing to it.
+            Busy: another process is writing to it, or may be.
             Later: something is missing here, not in the image.
         """
 
@@ -154,7 +155,10 @@ class Admission:
                 raise
             at_hand.add(copy.digest)
 
-        return copied(self._store, candidate, judge, (candidate.filename, made_for.terms), modes)
+        def complete(tree: Seen) -> None:
+            self._complete.require(tree, rule)
+
+        return copied(self._store, candidate, judge, (candidate.filename, made_for.terms), modes, complete)
 
     def forget(self, digests: Iterable[str]) -> None:
         """Drop what is remembered of content that has left the store."""
@@ -223,6 +227,7 @@ def copied(
     judge: Callable[[Copy], object] | None = None,
     terms: Hashable = None,
     modes: StrictModes | None = None,
+    complete: Callable[[Seen], object] = lambda tree: None,
 ) -> Copy:
     """The store's copy of a candidate, made now or before.
 
@@ -232,16 +237,20 @@ def copied(
             store would collect what was refused, and copy it again at every look.
         modes: see `Admission.admit()`. A refusal because of who could write is no verdict on the content, and is never
             remembered.
+        complete: raises Busy or Incomplete for a tree that is not. Not asked for one that was copied before.
 
-    Raises: as `Admission.admit()`, and what `judge` raises.
+    Raises: as `Admission.admit()`, and what `judge` and `complete` raise.
     """
-    with opened(candidate, modes) as (fd, guard):
+    way = Way()
+    with opened(candidate, modes, way) as (fd, guard):
         content = _Image(fd) if candidate.kind is Kind.IMAGE else _Tree(fd, guard)
         verdicts = store.verdicts
         verdicts.recall((content.key, terms))
         with verdicts.turn(content.key):
             copy = verdicts.recall(content.key)
             if copy is None or not store.verify(copy.digest):
+                if isinstance(content, _Tree):
+                    complete(content.seen(candidate.path, way))
                 copy = _copy(store, content)
         if judge is not None:
             try:
@@ -301,6 +310,12 @@ class _Tree:
         self.key: Key = ("tree", self._signature.key)
         self.lasting = False
 
+    def seen(self, path: str, way: Way) -> Seen:
+        """As `complete.py` judges it; `path` is where the look found it, `way` how that leads to it."""
+        linked_ns = max((os.lstat(f"{parent}/{name}").st_ctime_ns for parent, name in way.links), default=0)
+        real_path = os.readlink(f"/proc/self/fd/{self._root}")
+        return Seen(path, os.fstat(self._root), real_path, linked_ns, self._signature)
+
     def copy(self, store: Store) -> Copy:
         try:
             return store.add_tree(self._root, self._signature)
@@ -314,72 +329,3 @@ def _is_past(ctime_ns: int, proven_ns: int) -> bool:
     A time far in the future (the clock was set back) will not come again by itself.
     """
     return ctime_ns < proven_ns or ctime_ns > proven_ns + _SECOND_NS
-
-
-@contextmanager
-def opened(candidate: Candidate, modes: StrictModes | None = None) -> Iterator[tuple[int, Guard | None]]:
-    """What a candidate's path leads to, open for reading, and the guard of all below it.
-
-    Raises: also for an OSError in the block:
-        Refused: a link that leads nowhere or in a circle, not the type its kind asks for, or not readable.
-        Unsafe: a user whom the service does not trust could change it.
-        Busy: it has just vanished, or another process holds a write lease on it.
-        Later: the machine could not look it up.
-    """
-    try:
-        place, guard = _open(candidate, modes)
-        try:
-            fd = _reopen(place, candidate.kind)
-        finally:
-            os.close(place)
-        try:
-            yield fd, guard
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise Later(f"cannot be read: {error.strerror}") from error
-
-
-def _open(candidate: Candidate, modes: StrictModes | None) -> tuple[int, Guard | None]:
-    """An O_PATH descriptor: links are followed, and nothing but a file or directory is opened for real."""
-    guard: Guard | None = None
-    refused: Refused | None = None
-    try:
-        if modes is None:
-            fd = os.open(candidate.path, os.O_PATH | os.O_CLOEXEC)
-        else:
-            found = modes.open(candidate.path)
-            fd, guard, refused = found.fd, found.guard, found.unsafe
-    except OSError as error:
-        raise _not_opened(candidate, error) from error
-    type_, expected = stat.S_IFMT(os.fstat(fd).st_mode), _EXPECTED[candidate.kind]
-    if refused is None and type_ != expected:
-        refused = Refused(f"{_TYPES.get(type_, 'of an unknown type')}, not {_TYPES[expected]}")
-    if refused is not None:
-        os.close(fd)
-        raise refused
-    return fd, guard
-
-
-def _not_opened(candidate: Candidate, error: OSError) -> Refused | Busy | OSError:
-    match error.errno:
-        case errno.ELOOP:
-            return Refused("a link that leads in a circle")
-        case errno.ENOENT | errno.ENOTDIR:
-            return (
-                Refused("a link that leads nowhere") if os.path.islink(candidate.path) else Busy("vanished")
-            )
-        case errno.EACCES | errno.EPERM:
-            return Refused(f"cannot be read: {error.strerror}")
-        case _:
-            return error
-
-
-def _reopen(place: int, kind: Kind) -> int:
-    """The very file that `place` (O_PATH) is, for reading."""
-    try:
-        return os.open(f"/proc/self/fd/{place}", _READ | (os.O_DIRECTORY if kind is Kind.DIRECTORY else 0))
-    except PermissionError as error:
-        raise Refused(f"cannot be read: {error.strerror}") from error
-    except BlockingIOError as error:
-        raise Busy("open for writing") from error

@@ -10,12 +10,13 @@ import subprocess
 import tempfile
 
 from watcher.images import tree
-from watcher.images.admission import Host, opened, release_of, require_match
+from watcher.images.admission import Host, release_of, require_match
 from watcher.images.errors import require_size
 from watcher.images.extension import RELEASE_DIRECTORY, Release, read_release
 from watcher.images.files import digest_of
 from watcher.images.formats.base import Format
 from watcher.images.formats.probe import probe
+from watcher.images.opened import opened
 from watcher.model import Busy, Candidate, Copy, Kind, Later, Refused, shown
 from watcher.mounts.descriptors import Descriptors
 from watcher.mounts.process import may_mount

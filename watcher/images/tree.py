@@ -182,7 +182,9 @@ class _Walk(Walk):
     def children(self, directory: int, path: Path) -> list[tuple[str, os.stat_result]]:
         names = self.names(directory, path)
         if not self._whole:
+            found = len(names)
             names = [name for name in names if is_content((*path, name))]
+            self.entries -= found - len(names)
         try:
             return [(name, os.stat(name, dir_fd=directory, follow_symlinks=False)) for name in names]
         except FileNotFoundError as error:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from watcher.model import Busy, Candidate, Copy, KeptOut, Layer, Look, Picks, Refused, Stack, shown
+from watcher.resolve import version
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ def choose(
     admit: Callable[[Candidate], Copy],
     accepted: Stack,
     lost: Callable[[Candidate], bool] = lambda candidate: False,
+    stays: Callable[[Layer, bool], bool] = lambda layer, last: False,
 ) -> Choice:
     """The stack that a service should have.
 
@@ -52,6 +54,8 @@ def choose(
         accepted: the last accepted stack.
         lost: whether a candidate that is refused was accepted once, and its copy is damaged. What came in its place
             stays.
+        stays: whether an accepted layer whose file is gone stays for now, where only less would come in its place: an
+            older version, or nothing ("last").
     """
     if look.unknown:  # a directory that cannot be read takes nothing from a service
         return Choice(accepted, ())
@@ -59,7 +63,10 @@ def choose(
     layers: list[Layer] = []
     passed: list[Passed] = []
     for pick in look.picks:
-        layer = _pick(pick, admit, before.get(pick.entry.slot), passed, lost)
+        accepted_layer = before.get(pick.entry.slot)
+        layer = _pick(pick, admit, accepted_layer, passed, lost)
+        if accepted_layer is not None and _is_less(layer, accepted_layer) and _is_gone(accepted_layer, pick):
+            layer = accepted_layer if stays(accepted_layer, layer is None) else layer
         if layer is not None:
             layers.append(layer)
     return Choice(Stack(_distinct(layers)), tuple(passed))
@@ -93,6 +100,10 @@ def _pick(
                 pick.entry.slot, candidate.name, candidate.version, copy.digest, copy.kind, candidate.path
             )
     return accepted if kept_out else None
+
+
+def _is_less(layer: Layer | None, accepted: Layer) -> bool:
+    return layer is None or version.compare(layer.version, accepted.version) < 0
 
 
 def _is_gone(layer: Layer, pick: Picks) -> bool:

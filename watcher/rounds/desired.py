@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from watcher.images import unmounted
 from watcher.images.admission import Admission, Host
+from watcher.images.complete import Rule
 from watcher.images.store import Store
 from watcher.model import (
     Busy,
@@ -19,10 +21,12 @@ from watcher.model import (
     Entry,
     Interest,
     KeptOut,
+    Layer,
     Look,
     Picks,
     Refused,
     Remark,
+    Settling,
     Stack,
     Sysext,
     Unsafe,
@@ -34,6 +38,7 @@ from watcher.resolve import scan
 from watcher.resolve.strict_modes import StrictModes
 from watcher.resolve.trust import ROOT_ALONE, Trust
 from watcher.rounds.choose import Choice, Passed, choose
+from watcher.rounds.patience import Limits, Removals, marked
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,7 @@ class Desired:
         wanted, fallback, pinned, damaged, mounted: see `Facts`.
         again: see `Facts`.
         at_hand: digests of what the look found and did not refuse, whether it is wanted now or has to wait.
+        look_again: seconds after which to look again, where no event tells; None: there is no need.
         signatures: of the files that were passed over, by path (`outcomes.signatures`).
     """
 
@@ -58,6 +64,7 @@ class Desired:
     mounted: Mapping[str, str] = field(default_factory=dict)
     again: tuple[str, ...] = ()
     at_hand: frozenset[str] = frozenset()
+    look_again: float | None = None
     signatures: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
@@ -93,6 +100,8 @@ class Given:
         elsewhere: digests that it must not get unless it has them already, with the reason.
         policy: `ImagePolicy=`, systemd.image-policy(7). Nothing is verified yet: unless it is "*", nothing new gets in.
         trust: whom it lets drop things. Names are looked up, which may take as long as LDAP does.
+        limits: how long it waits.
+        removals: since when what it has is gone.
     """
 
     slots: str
@@ -102,6 +111,8 @@ class Given:
     elsewhere: Mapping[str, str] = field(default_factory=dict)
     policy: str = ""
     trust: Trust = ROOT_ALONE
+    limits: Limits = Limits()  # noqa: RUF009 -- frozen
+    removals: Removals = field(default_factory=Removals)
 
 
 def find(store: Store, admission: Admission, given: Given) -> Desired:
@@ -113,12 +124,18 @@ def find(store: Store, admission: Admission, given: Given) -> Desired:
 def _find(store: Store, admission: Admission, given: Given, modes: StrictModes) -> Desired:
     state, record = given.state, given.state.accepted
     elsewhere = {key: why for key, why in given.elsewhere.items() if key not in record.stack.digests}
-    admitting = _Admitting(admission, given, elsewhere | state.kept_out, modes)
     stacks = _stacks(store, given)
     good = next((stack for stack in stacks if not state.why_bad(stack)), Stack())
     look = _look(given.declared, modes, known=given.made_for is not None)
     look = _nothing_removed(look, record.entries, unmounted.unmounted(good, record.mounted))
-    choice = choose(look, admitting.admit, good, lambda candidate: _is_lost(store, given.slots, candidate))
+    staying = _Staying(given, good, look)
+    look = staying.with_entries(look, record.entries)
+    admitting = _Admitting(
+        admission, given, elsewhere | state.kept_out, modes, _rule(store, given, good, look)
+    )
+    lost = functools.partial(_is_lost, store, given.slots)
+    choice = choose(look, admitting.admit, good, lost, staying.stays)
+    look = replace(look, remarks=(*look.remarks, *staying.remarks))
     choice = _with_sysexts(choice, look, admitting.read)
     wanted = choice.stack
     if len(wanted.layers) > LAYERS_MAX:
@@ -142,6 +159,7 @@ def _find(store: Store, admission: Admission, given: Given, modes: StrictModes) 
         damaged=tuple(sorted(damaged)),
         mounted=unmounted.noted(either, record.mounted),
         at_hand=frozenset(admitting.at_hand),
+        look_again=_look_again(choice, staying),
     )
 
 
@@ -156,15 +174,22 @@ class _Admitting:
 
     Args:
         reasons: digests that are kept out, with the reason.
+        rule: when a tree is complete.
 
     Attributes:
         at_hand: digests of what was not refused.
     """
 
     def __init__(
-        self, admission: Admission, given: Given, reasons: Mapping[str, str], modes: StrictModes
+        self,
+        admission: Admission,
+        given: Given,
+        reasons: Mapping[str, str],
+        modes: StrictModes,
+        rule: Rule,
     ) -> None:
         self._admission = admission
+        self._rule = rule
         self._made_for = given.made_for
         self._modes = modes
         self._reasons = reasons
@@ -186,7 +211,62 @@ class _Admitting:
 
     def _read(self, candidate: Candidate, modes: StrictModes | None) -> Copy:
         assert self._made_for is not None  # choose() asks for no candidate of a look that is unknown
-        return self._admission.admit(candidate, self._made_for, self.at_hand, modes)
+        return self._admission.admit(candidate, self._made_for, self.at_hand, modes, self._rule)
+
+
+class _Staying:
+    """What is gone, and stays for now.
+
+    Attributes:
+        remarks: what there is to say about that.
+        seconds: for how long each of it stays.
+    """
+
+    def __init__(self, given: Given, accepted: Stack, look: Look) -> None:
+        self.remarks: list[Remark] = []
+        self.seconds: list[float] = []
+        self._given = given
+        there = {candidate.path for pick in look.picks for candidate in pick.candidates}
+        self._gone = [layer for layer in accepted.layers if layer.source not in there]
+        given.removals.seen(given.slots, (layer.source for layer in self._gone))
+
+    def with_entries(self, look: Look, recorded: Sequence[Entry]) -> Look:
+        """With the entries of which nothing is left, and whose layers stay."""
+        gone = {layer.slot: layer for layer in self._gone}
+
+        def missing(entry: Entry) -> Picks | None:
+            layer = gone.get(entry.slot) if not entry.declared else None
+            return Picks(entry, ()) if layer and self._left(layer, last=True) > 0 else None
+
+        return _with_entries(look, recorded, missing)
+
+    def stays(self, layer: Layer, last: bool) -> bool:
+        """Whether a layer whose file is gone stays for now."""
+        seconds = self._left(layer, last=last)
+        if seconds <= 0:
+            return False
+        self.seconds.append(seconds)
+        words = "gone, and stays for now: it may be about to be replaced (RemoveSec=)"
+        self.remarks.append(Remark("debug", layer.source, words))
+        return True
+
+    def _left(self, layer: Layer, *, last: bool) -> float:
+        given = self._given
+        return given.removals.left(given.slots, layer, given.limits, last=last)
+
+
+def _look_again(choice: Choice, staying: _Staying) -> float | None:
+    """Seconds after which to look again: a tree may be complete then, or what is gone has to go."""
+    reasons = [one.reason for one in choice.passed]
+    settling = [reason.seconds for reason in reasons if isinstance(reason, Settling)]
+    return min((*settling, *staying.seconds), default=None)
+
+
+def _rule(store: Store, given: Given, accepted: Stack, look: Look) -> Rule:
+    """When a tree of the service is complete."""
+    slots = {candidate.path: pick.entry.slot for pick in look.picks for candidate in pick.candidates}
+    before = marked(accepted.layers, slots, f"{store.state_directory}/store")
+    return Rule(given.limits.tree_usec, given.limits.tree_max_usec, before)
 
 
 def _look(declared: Declared, modes: StrictModes, *, known: bool) -> Look:
@@ -259,14 +339,13 @@ def _nothing_removed(look: Look, recorded: Sequence[Entry], unmounted: Mapping[s
         recorded: the entries that the accepted stack had.
         unmounted: slots of its layers that were on such file systems, with where these were mounted.
     """
-    picks = list(look.picks)
-    for number, entry in enumerate(recorded):
-        slots = [pick.entry.slot for pick in picks]
+
+    def hidden(entry: Entry) -> Picks | None:
         # What a unit declares is known without reading a directory.
-        hidden = not entry.declared and (look.unknown or look.unsafe or entry.slot in unmounted)
-        if hidden and entry.slot not in slots:
-            below = (slots.index(one.slot) for one in recorded[:number] if one.slot in slots)
-            picks.insert(max(below, default=-1) + 1, Picks(entry, (), unknown=look.unsafe))
+        is_hidden = not entry.declared and (look.unknown or look.unsafe or entry.slot in unmounted)
+        return Picks(entry, (), unknown=look.unsafe) if is_hidden else None
+
+    picks = list(_with_entries(look, recorded, hidden).picks)
     remarks, interests = list(look.remarks), list(look.interests)
     for number, pick in enumerate(picks):
         if not pick.candidates and pick.entry.slot in unmounted:
@@ -276,6 +355,23 @@ def _nothing_removed(look: Look, recorded: Sequence[Entry], unmounted: Mapping[s
             remarks.append(Remark("warning", where, words))
             interests.append(Interest(os.path.dirname(where), pattern=re.escape(os.path.basename(where))))
     return replace(look, picks=tuple(picks), interests=tuple(interests), remarks=tuple(remarks))
+
+
+def _with_entries(look: Look, recorded: Sequence[Entry], missing: Callable[[Entry], Picks | None]) -> Look:
+    """With more entries, each above those that it was above.
+
+    Args:
+        recorded: the entries that the accepted stack had.
+        missing: what to have for one that the look has not; None: nothing.
+    """
+    picks = list(look.picks)
+    for number, entry in enumerate(recorded):
+        slots = [pick.entry.slot for pick in picks]
+        pick = missing(entry) if entry.slot not in slots else None
+        if pick is not None:
+            below = (slots.index(one.slot) for one in recorded[:number] if one.slot in slots)
+            picks.insert(max(below, default=-1) + 1, pick)
+    return replace(look, picks=tuple(picks))
 
 
 def _too_many(stack: Stack) -> Remark:

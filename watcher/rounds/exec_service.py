@@ -13,6 +13,7 @@ import functools
 import os
 import signal
 import stat
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
@@ -31,7 +32,7 @@ from watcher.managers.registration import (
     services_directory,
     unregister,
 )
-from watcher.model import Later, Refused, Stack, problem, shown
+from watcher.model import Later, Refused, Settling, Stack, problem, shown
 from watcher.mounts import syscalls
 from watcher.mounts.etc import Moved
 from watcher.mounts.process import Gone, Process, may_mount, namespace_id, shares_host, start_time
@@ -45,6 +46,7 @@ from watcher.resolve.strict_modes import StrictModes
 from watcher.rounds import changes, decide, messages
 from watcher.rounds.desired import Desired, Given, find, newest_whole
 from watcher.rounds.facts import Facts
+from watcher.rounds.patience import limits
 from watcher.settings.config import Settings
 from watcher.watch.offload import comes_back
 
@@ -52,6 +54,9 @@ from watcher.watch.offload import comes_back
 _HISTORY_READ = 1000
 
 _ANSWER_SEC = 5.0
+# Beyond `SettleTreeSec=`: a tree that still changes then is none that was finished before the start.
+_GRACE_SEC = 1.0
+_TICK_SEC = 0.01
 """If what is dropped has not answered by then, the program starts on what was accepted last."""
 
 
@@ -209,7 +214,7 @@ def _admit(
             return newest_whole(store, slots, store.state(slots))
     _mention_absent(options)
     with store.using():
-        desired = _find(settings, Admission(store, workers), store, options)
+        desired = _find_complete(settings, Admission(store, workers), store, options)
         _say(options, desired)
         try:
             stack = _accept(store, options, desired)
@@ -304,6 +309,27 @@ def _mention_absent(options: ExecOptions) -> None:
             journal.log.info(f"{options.name}: {shown(directory)} does not exist yet, it is watched for")
 
 
+def _find_complete(settings: Settings, admission: Admission, store: Store, options: ExecOptions) -> Desired:
+    """`_find()`, again once the trees are complete of which the service has nothing yet.
+
+    Who makes a tree and starts the service on it would else get it a moment later, by a reload.
+    """
+    slots = slots_of(options.name, "standalone")
+    quiet = limits(settings, options.own_settings).tree_usec / 1e6
+    deadline = time.monotonic() + quiet + _GRACE_SEC
+    said = False
+    while True:
+        desired = _find(settings, admission, store, options)
+        has = {layer.slot for layer in store.state(slots).accepted.stack.layers}
+        waiting = [one for one in desired.passed if isinstance(one.reason, Settling) and one.slot not in has]
+        if not waiting or desired.look_again is None or time.monotonic() >= deadline:
+            return desired
+        if not said:
+            said, path = True, shown(waiting[0].candidate.path)
+            journal.log.info(f"{options.name}: waits until {path} is complete: {waiting[0].reason}")
+        time.sleep(max(min(desired.look_again, deadline - time.monotonic()), _TICK_SEC))
+
+
 def _find(settings: Settings, admission: Admission, store: Store, options: ExecOptions) -> Desired:
     """What the service should have. What it is kept out of for the moment, this start tries again."""
     slots, own = slots_of(options.name, "standalone"), options.own_settings
@@ -318,6 +344,7 @@ def _find(settings: Settings, admission: Admission, store: Store, options: ExecO
         _kept_out_elsewhere(settings, store, options),
         own.image_policy,
         trust_of(own, "standalone"),
+        limits(settings, own),
     )
     return find(store, admission, given)
 

@@ -20,6 +20,7 @@ class Memory:
     Attributes:
         interests: what is watched for it.
         attempts: rounds in a row that left something to wait for.
+        look_again: seconds after which the last look is out of date; None: no clock has to do with it.
         mounted: digests of what it runs on, None while that is not known.
         at_hand: digests of what the last look found and did not refuse. What has to wait is not copied again.
         compared: see `converge()`.
@@ -33,6 +34,7 @@ class Memory:
 
     interests: tuple[Interest, ...] | None = None
     attempts: int = 0
+    look_again: float | None = None
     mounted: frozenset[str] | None = None
     at_hand: frozenset[str] = frozenset()
     compared: Compared = field(default_factory=dict)

@@ -27,6 +27,7 @@ from watcher.rounds.desired import Desired, Given, find
 from watcher.rounds.facts import Facts, Judged
 from watcher.rounds.memory import Memory, Round
 from watcher.rounds.outcomes import Outcomes, say, signatures
+from watcher.rounds.patience import limits
 from watcher.rounds.rollout import Rollout, rolling
 from watcher.rounds.tools import Tools
 
@@ -231,12 +232,15 @@ class Observer:
             elsewhere,
             service.settings.image_policy,
             service.trust,
+            limits(tools.settings, service.settings),
+            tools.removals,
         )
         with tools.store.using():  # the round may give this up, while a copy goes on
             desired = find(tools.store, tools.admission, given)
         memory = self._memories.get(service.name)
         if memory is not None:
             memory.at_hand = desired.at_hand
+            memory.look_again = desired.look_again
         etc = "" if service.root is None else f"{service.root.rstrip('/')}/etc"
         more = retry.interests(state, service.settings, etc)
         return state, replace(

@@ -38,6 +38,8 @@ from watcher.watch.offload import Unanswered
 # becomes free. Doubled each time, up to the second figure.
 _AGAIN = 0.25
 _AGAIN_MAX = 30.0
+# Where a clock says when: not sooner than this, in seconds.
+_AGAIN_MIN = 0.01
 
 # Seconds after which a swap, which may hang too, gets a job of its own.
 _LONG_SEC = 1.0
@@ -182,7 +184,10 @@ class Rounds:
                 with suppress(Later):
                     await trio.to_thread.run_sync(doubt, service.slots, abandon_on_cancel=True)
         memory.attempts = memory.attempts + 1 if busy else 0
-        return min(_AGAIN * 2 ** (memory.attempts - 1), _AGAIN_MAX) if busy else None
+        backoff = min(_AGAIN * 2 ** (memory.attempts - 1), _AGAIN_MAX) if busy else None
+        if memory.look_again is None:
+            return backoff
+        return max(min(memory.look_again, backoff or memory.look_again), _AGAIN_MIN)
 
     async def _steps(self, service: Service, memory: Memory, since: float) -> bool:
         """Observe, decide, take the step, until nothing is left to do. True: a file is still being written."""

@@ -14,15 +14,17 @@ from watcher.managers.base import Manager, Service
 from watcher.mounts.process import Gone
 from watcher.mounts.workers import MountWorkers
 from watcher.records.ledger import Ledger
+from watcher.rounds.patience import Removals
+from watcher.settings.config import Settings
 from watcher.watch.offload import HANGS_SEC, Offload
 from watcher.watch.patient import PatientWatcher
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Tools:
-    """One of each, for all services."""
+    """One of each, for all services. Only `settings` is replaced, when they are read again."""
 
     store: Store
     admission: Admission
@@ -31,6 +33,8 @@ class Tools:
     watcher: PatientWatcher
     ledger: Ledger
     offload: Offload
+    removals: Removals
+    settings: Settings
 
     async def in_turn(self, service: Service, function: Callable[[Service], T]) -> T:
         """Run a function that may block, in the turn of a service, with a hold on its main process.

@@ -37,6 +37,9 @@ class Settings:
     Attributes:
         settle_usec: `SettleSec=`, quiet time that ends a burst of changes; 0: every change ends it.
         settle_max_usec: `SettleMaxSec=`, time after its first change at which a burst ends in any case.
+        settle_tree_usec: `SettleTreeSec=`, time without a change after which a directory tree is complete.
+        settle_tree_max_usec: `SettleTreeMaxSec=`, after which a tree that changes all the time is taken as it is.
+        remove_usec: `RemoveSec=`, for which the last version of an entry stays after its file was removed.
         store_max: `StoreMax=`, bytes that all copies together may take.
         image_max: `ImageMax=`, bytes of one image or tree.
         keep_stacks: `KeepStacks=`, accepted stacks kept for each service.
@@ -50,6 +53,9 @@ class Settings:
 
     settle_usec: int = 100_000
     settle_max_usec: int = 5_000_000
+    settle_tree_usec: int = 2_000_000
+    settle_tree_max_usec: int = 600_000_000
+    remove_usec: int = 5_000_000
     store_max: int = 4 * _GiB
     image_max: int = 1 * _GiB
     keep_stacks: int = 3
@@ -82,6 +88,8 @@ class ServiceSettings:
         rollout: `Rollout=`, "parallel" or "rolling".
         rollout_parallel: `RolloutParallel=`, services at a time, after the first.
         settle_usec: `SettleSec=`; None: as the watcher's.
+        settle_tree_usec: `SettleTreeSec=`, likewise.
+        remove_usec: `RemoveSec=`, likewise.
         trusted_users: `TrustedUsers=`, names or numbers.
         trusted_groups: `TrustedGroups=`.
         image_policy: `ImagePolicy=`, as written (systemd.image-policy(7), or "signed"); "" when not set.
@@ -103,6 +111,8 @@ class ServiceSettings:
     rollout: str = "parallel"
     rollout_parallel: int = 1
     settle_usec: int | None = None
+    settle_tree_usec: int | None = None
+    remove_usec: int | None = None
     trusted_users: tuple[str, ...] = ()
     trusted_groups: tuple[str, ...] = ()
     image_policy: str = ""
@@ -292,6 +302,9 @@ def _command(text: str) -> tuple[str]:
 _WATCHER_KEYS: _Keys = {
     "SettleSec": ("settle_usec", time_span),
     "SettleMaxSec": ("settle_max_usec", time_span),
+    "SettleTreeSec": ("settle_tree_usec", time_span),
+    "SettleTreeMaxSec": ("settle_tree_max_usec", time_span),
+    "RemoveSec": ("remove_usec", time_span),
     "StoreMax": ("store_max", size),
     "ImageMax": ("image_max", size),
     "KeepStacks": ("keep_stacks", _at_least(1)),
@@ -316,6 +329,8 @@ _SERVICE_KEYS: _Keys = {
     "Rollout": ("rollout", _choice("parallel", "rolling")),
     "RolloutParallel": ("rollout_parallel", _at_least(1)),
     "SettleSec": ("settle_usec", time_span),
+    "SettleTreeSec": ("settle_tree_usec", time_span),
+    "RemoveSec": ("remove_usec", time_span),
     "TrustedUsers": ("trusted_users", _names),
     "TrustedGroups": ("trusted_groups", _names),
     "ImagePolicy": ("image_policy", str),

@@ -159,8 +159,10 @@ class PatientWatcher(Watcher):
         told: set[str] = set()
         if self._before is not None:
             for wd, mask, _, name in self._before.inotify.read(timeout=0):
+                self._note(self._before.directories, wd, mask, name)
                 told |= self._concerned(self._before.directories, wd, mask, name)
         for wd, mask, _, name in self._inotify.read(timeout=0):
+            self._note(self._directories, wd, mask, name)
             if self._run is None:
                 self._event(wd, mask, name)
             else:

@@ -32,6 +32,7 @@ from watcher.model import Interest, Remark
 from watcher.mounts import mountinfo
 from watcher.resolve.strict_modes import components
 from watcher.watch.follow_links import ROUNDS, Follower
+from watcher.watch.uploads import Uploads
 from watcher.watch.watched_directories import CHILDREN, NAMED, UNANSWERED, Node, Route, WatchedDirectories
 
 RETRY_SEC = 30.0
@@ -43,11 +44,15 @@ MOUNTINFO = "/proc/self/mountinfo"
 class Watcher:
     """Says whose directories changed. A context manager, which releases everything at its end.
 
+    Attributes:
+        uploads: what was seen of uploads.
+
     Raises:
         OSError: no inotify instance (EMFILE: fs.inotify.max_user_instances), no /proc.
     """
 
     def __init__(self) -> None:
+        self.uploads = Uploads()
         self._inotify = new_inotify()
         self._follower = Follower(self._inotify)
         self._routes: dict[Interest, Route] = {}
@@ -169,9 +174,18 @@ class Watcher:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._poke)
         for wd, mask, _, name in self._inotify.read(timeout=0):
+            self._note(self._directories, wd, mask, name)
             self._event(wd, mask, name)
         self._follow_all(self._follower)
         return self._take()
+
+    def _note(self, directories: WatchedDirectories, wd: int, mask: int, name: str) -> None:
+        """Note what an event tells of uploads, at once: a look may follow before its paths are followed."""
+        for node in directories.nodes(wd):
+            if name and node.ends:
+                self.uploads.note(node.path, name, mask)
+            elif not name and mask & (flags.MOVE_SELF | flags.DELETE_SELF):
+                self.uploads.forget(node.path)
 
     def _take(self) -> frozenset[str]:
         """The keys that are to be told."""
