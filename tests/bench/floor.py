@@ -2,7 +2,7 @@
 """The floor: what the machine needs for the same work if nothing is checked, remembered or written down.
 
 One loop of bare system calls, in a process of its own, for the very calls that a drop needs: read inotify, copy and
-hash the image and have it on the disk, mount it, swap it, send the signal.
+hash the image and have it on the disk, mount it, read its files, swap it, send the signal.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Bare:
         self._path = store
         self._number = 0
         self._stacked: set[int] = set()
+        self._null = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
         self._buffer = memoryview(bytearray(_CHUNK))
         syscalls.unshare(syscalls.CLONE_NEWNS)
         syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_SLAVE)
@@ -103,6 +104,15 @@ class Bare:
         syscalls.move_mount(mounted, "", syscalls.AT_FDCWD, target, syscalls.MOVE_MOUNT_F_EMPTY_PATH)
         os.close(mounted)
         return target
+
+    def read(self, root: str) -> None:
+        """Each file of an image to its end: damage shows only then."""
+        for directory, _, names in os.walk(f"{root}/etc"):
+            for name in names:
+                fd = os.open(f"{directory}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+                while os.sendfile(self._null, fd, None, 1 << 30):
+                    pass
+                os.close(fd)
 
     def swap(self, target: Target, layers: Sequence[str]) -> str:
         """Put layers on the service's `/etc`; the directory to be taken apart with `clear()`."""
@@ -187,6 +197,7 @@ def follow(directory: Path, store: Path, fstype: str, pids: Sequence[int], ready
             if copy == before:
                 continue  # it was late, and has seen this one at the event before
             root = bare.attach(copy, fstype)
+            bare.read(root)
             benches = []
             for target in targets:
                 benches.append(bare.swap(target, [root]))
@@ -204,6 +215,7 @@ def give_all(data: Path, store: Path, fstype: str, pids: Sequence[int]) -> float
     def give(ready: int) -> None:
         bare = Bare(store)
         root = bare.attach(bare.copy(str(data)), fstype)
+        bare.read(root)
         for pid in pids:
             bare.clear(bare.swap(Target.of(pid), [root]))
         os.write(ready, b"r")

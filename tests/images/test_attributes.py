@@ -15,7 +15,7 @@ from support.images import confext
 from support.needs import root
 from watcher import model
 from watcher.images import tree, walk
-from watcher.images.attributes import require_no_marks
+from watcher.images.readable import require_readable
 from watcher.model import Refused
 from watcher.mounts.process import may_mount
 
@@ -45,7 +45,7 @@ def image_walk(source: Path) -> None:
     """As for the root of a mounted image."""
     fd = os.open(source, os.O_RDONLY)
     try:
-        require_no_marks(fd)
+        require_readable(fd, 1 << 30)
     finally:
         os.close(fd)
 

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from watcher.images import tree
-from watcher.images.attributes import require_no_marks
 from watcher.images.complete import Complete, Rule, Seen
 from watcher.images.extension import NoRelease, Release, read_release
 from watcher.images.files import stat_key
 from watcher.images.formats.probe import probe
 from watcher.images.opened import READ, opened
+from watcher.images.readable import require_readable
 from watcher.images.store import Store
 from watcher.images.verdicts import Key
 from watcher.images.walk import DIRECTORY
@@ -116,6 +116,7 @@ class Admission:
         self._workers = workers
         self._complete = complete or Complete()
         self._releases: dict[str, Release] = {}
+        self._were_read: set[str] = set()
 
     def admit(
         self,
@@ -164,16 +165,28 @@ class Admission:
         """Drop what is remembered of content that has left the store."""
         for digest in digests:
             self._releases.pop(digest, None)
+            self._were_read.discard(digest)
 
     def _release(self, copy: Copy) -> Release:
         found = self._releases.get(copy.digest)
         if found is None:
-            found = self._releases[copy.digest] = release_of(copy, self._workers)
+
+            def read(root: int) -> None:
+                # Many services may get the same image at once: one thread reads it.
+                with self._store.verdicts.turn(("read", copy.digest)):
+                    if copy.digest not in self._were_read:
+                        require_readable(root, self._store.image_max)
+                        self._were_read.add(copy.digest)
+
+            found = self._releases[copy.digest] = release_of(copy, self._workers, read)
         return found
 
 
-def release_of(copy: Copy, workers: MountWorkers) -> Release:
+def release_of(copy: Copy, workers: MountWorkers, read: Callable[[int], object]) -> Release:
     """The release files of a copy. An image is mounted for that; blocks, must not run on a mount worker.
+
+    Args:
+        read: gets a descriptor of the root of an image: see `require_readable()`.
 
     Raises:
         Refused: not a confext; broken; or with attributes that mean something to overlayfs.
@@ -182,7 +195,12 @@ def release_of(copy: Copy, workers: MountWorkers) -> Release:
     """
     try:
         if copy.kind is Kind.IMAGE:
-            return workers.call(_read_mounted, workers, copy)
+            found, root = workers.call(_read_mounted, workers, copy)
+            try:
+                read(root)
+            finally:
+                os.close(root)
+            return found
         try:
             return _read(copy.path)
         except NoRelease:
@@ -196,10 +214,11 @@ def release_of(copy: Copy, workers: MountWorkers) -> Release:
         raise Later(str(error)) from error
 
 
-def _read_mounted(workers: MountWorkers, copy: Copy) -> Release:
+def _read_mounted(workers: MountWorkers, copy: Copy) -> tuple[Release, int]:
+    """The release files, and a descriptor of the image's root: all threads can read by it, and it stays mounted."""
     with workers.images.attached([copy]) as roots:
         try:
-            return _read(roots[copy.digest])
+            return _read(roots[copy.digest]), os.open(roots[copy.digest], DIRECTORY)
         except OSError as error:
             if error.errno in _SHORT:
                 raise
@@ -209,9 +228,7 @@ def _read_mounted(workers: MountWorkers, copy: Copy) -> Release:
 def _read(root: str) -> Release:
     with Descriptors() as fds:
         fd = fds.add(os.open(root, DIRECTORY))
-        found = read_release(fd)
-        require_no_marks(fd)
-        return found
+        return read_release(fd)
 
 
 def require_match(candidate: Candidate, found: Release, made_for: Host) -> None:

@@ -12,9 +12,7 @@ import stat
 from collections.abc import Iterable
 
 from watcher.images.extension import KEPT_STRICT_XATTR, STRICT_XATTR
-from watcher.images.walk import DIRECTORY, Path, Walk, where
 from watcher.model import Refused, shown
-from watcher.mounts.descriptors import Descriptors
 
 Xattrs = list[tuple[str, bytes]]
 
@@ -42,11 +40,11 @@ def read(node: int | str, where: str) -> Xattrs:
     Raises:
         Refused: they are too large: nothing else bounds their size.
     """
-    names = _names(node)
+    present = names(node)
     found: dict[str, bytes] = {}
     size = 0
-    for name in names:
-        if name == STRICT_XATTR and KEPT_STRICT_XATTR in names:
+    for name in present:
+        if name == STRICT_XATTR and KEPT_STRICT_XATTR in present:
             continue
         value = os.getxattr(node, name, follow_symlinks=isinstance(node, int))
         if name == KEPT_STRICT_XATTR:
@@ -82,7 +80,7 @@ def require_unmarked(names: Iterable[str], where: str) -> None:
             )
 
 
-def _names(node: int | str) -> list[str]:
+def names(node: int | str) -> list[str]:
     """Names of the attributes of a descriptor, or of the end of a path, which may be a link."""
     try:
         return os.listxattr(node, follow_symlinks=isinstance(node, int))
@@ -99,34 +97,6 @@ def _set(node: int | str, xattrs: Xattrs) -> None:
         except OSError as error:
             if error.errno not in _XATTR_REFUSED:
                 raise
-
-
-def require_no_marks(root: int) -> None:
-    """Look at everything in `etc` below the directory `root` of a mounted image (a descriptor), and at that itself.
-
-    Strangers made the image, perhaps one without end: the walk keeps to the limits for trees (`walk.py`).
-
-    Raises:
-        Refused: something has such an attribute, there is too much, or it cannot be read.
-        OSError: no memory, no descriptors.
-    """
-    _require_no_marks(Walk(), root, ("etc",))
-
-
-def _require_no_marks(walk: Walk, parent: int, path: Path) -> None:
-    name = path[-1]
-    try:
-        # No descriptor gives a link's own attributes; no other link is on this way to them.
-        require_unmarked(_names(f"/proc/self/fd/{parent}/{name}"), where(path))
-        if stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
-            with Descriptors() as fds:
-                directory = fds.add(os.open(name, DIRECTORY, dir_fd=parent))
-                for child in walk.names(directory, path):
-                    _require_no_marks(walk, directory, (*path, child))
-    except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-            raise
-        raise Refused(f"broken: {where(path)} cannot be read: {error.strerror}") from error
 
 
 def relaxed(xattrs: Xattrs) -> Xattrs:

@@ -17,6 +17,7 @@ from watcher.images.files import digest_of
 from watcher.images.formats.base import Format
 from watcher.images.formats.probe import probe
 from watcher.images.opened import opened
+from watcher.images.readable import require_readable
 from watcher.model import Busy, Candidate, Copy, Kind, Later, Refused, shown
 from watcher.mounts.descriptors import Descriptors
 from watcher.mounts.process import may_mount
@@ -81,7 +82,7 @@ def _image(fd: int, path: str, image_max: int) -> tuple[Copy, Release]:
         copy = Copy(digest_of(fd, size), path, size, Kind.IMAGE, format)
         if may_mount():
             with MountWorkers(1) as workers:
-                found = release_of(copy, workers)
+                found = release_of(copy, workers, lambda root: require_readable(root, image_max))
         else:
             found = _unpacked_release(path, format)
         lease.check()

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Looks once at all that an image would bring to a service, before it is admitted: each file is read to its end.
+
+No checksum tells damaged blocks in an image; the kernel finds them when it unpacks them. A service would be the first
+to read them, and get EIO. So each file is read here, from the store's copy, which does not change any more.
+
+That takes as long as the kernel takes to unpack the image. Beyond a few MiB other work goes first: the thread that
+reads lowers its priority for the processor, and so for the disk, too (ioprio_set(2), "Selecting an I/O scheduling
+class"). It holds the interpreter for microseconds: the kernel reads a file from end to end without it, and copies
+nothing (sendfile(2)).
+
+Strangers made the image, perhaps one that unpacks without end: the walk keeps to the limits for trees (`walk.py`), and
+reads no more bytes than `ImageMax=` allows for one.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from concurrent.futures import Future
+
+from watcher.images.attributes import names, require_unmarked
+from watcher.images.walk import DIRECTORY, Path, Walk, where
+from watcher.model import Refused
+from watcher.mounts.descriptors import Descriptors
+
+# Half of what nice(2) has: where the processor is busy this gets a tenth of it, and does not starve.
+_NICE = 10
+_AT_ONCE = 8 << 20
+"""Bytes that are read in milliseconds: on a busy machine, waiting for a turn would take longer."""
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+
+
+def require_readable(root: int, size_max: int) -> None:
+    """Read all of `etc` below the directory `root` of a mounted image (a descriptor), in a thread of its own.
+
+    Args:
+        size_max: bytes (`ImageMax=`).
+
+    Raises:
+        Refused: a file cannot be read; there is too much; or something has an attribute that means something to
+            overlayfs.
+        OSError: no memory, no descriptors.
+    """
+    done: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            _Reading(size_max).run(root)
+        except BaseException as error:  # noqa: BLE001 -- raised again where it is waited for
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    threading.Thread(target=run, name="confext-read", daemon=True).start()
+    done.result()
+
+
+def _lower_priority() -> None:
+    """Of this thread alone. Only privilege could raise it again: it is for a thread that ends after this."""
+    os.setpriority(os.PRIO_PROCESS, 0, max(_NICE, os.getpriority(os.PRIO_PROCESS, 0)))
+
+
+class _Reading(Walk):
+    def __init__(self, size_max: int) -> None:
+        super().__init__()
+        self._size_max = size_max
+        self._size = 0
+        self._read: set[int] = set()
+        """Inodes of files with several names."""
+
+    def run(self, root: int) -> None:
+        with Descriptors() as fds:
+            self._null = fds.add(os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC))
+            self._node(root, ("etc",))
+
+    def _node(self, parent: int, path: Path) -> None:
+        name = path[-1]
+        try:
+            # No descriptor gives a link's own attributes; no other link is on this way to them.
+            require_unmarked(names(f"/proc/self/fd/{parent}/{name}"), where(path))
+            found = os.stat(name, dir_fd=parent, follow_symlinks=False)
+            with Descriptors() as fds:
+                if stat.S_ISDIR(found.st_mode):
+                    directory = fds.add(os.open(name, DIRECTORY, dir_fd=parent))
+                    for child in self.names(directory, path):
+                        self._node(directory, (*path, child))
+                elif stat.S_ISREG(found.st_mode):
+                    self._file(fds.add(os.open(name, _FILE, dir_fd=parent)), found)
+                elif stat.S_ISLNK(found.st_mode):
+                    os.readlink(name, dir_fd=parent)
+        except OSError as error:
+            if error.errno in _SHORT:
+                raise
+            raise Refused(f"broken: {where(path)} cannot be read: {error.strerror}") from error
+
+    def _file(self, fd: int, found: os.stat_result) -> None:
+        if found.st_nlink > 1:
+            if found.st_ino in self._read:
+                return
+            self._read.add(found.st_ino)
+        self._size += found.st_size
+        if self._size > self._size_max:
+            raise Refused(
+                f"too large: its files have more than {self._size_max} bytes, which are allowed (ImageMax=)"
+            )
+        if self._size > _AT_ONCE:
+            _lower_priority()
+        offset = 0
+        while offset < found.st_size:
+            sent = os.sendfile(self._null, fd, offset, found.st_size - offset)
+            if not sent:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            offset += sent
