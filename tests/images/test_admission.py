@@ -22,7 +22,7 @@ from watcher.images import admission as module
 from watcher.images import opened as opening
 from watcher.images import tree
 from watcher.images.admission import Admission, copied, host
-from watcher.images.extension import Release
+from watcher.images.extension import Release, read_release
 from watcher.images.formats.squashfs import Squashfs
 from watcher.images.store import Store
 from watcher.model import Busy, Candidate, Copy, Incomplete, Kind, Later, Layer, Refused
@@ -270,7 +270,7 @@ class TestRefused:
             (os.mkfifo, "a FIFO, not a file"),
             (lambda path: os.mknod(path, stat.S_IFSOCK | 0o600), "a socket, not a file"),
             (lambda path: path.touch(), "empty"),
-            (lambda path: path.write_bytes(b"no image"), "neither a squashfs nor an erofs image"),
+            (lambda path: path.write_bytes(b"\0no image"), "neither a squashfs nor an erofs image"),
             (lambda path: path.symlink_to("nowhere"), "a link that leads nowhere"),
             (lambda path: path.symlink_to("/etc/passwd/x"), "a link that leads nowhere"),
             (lambda path: path.symlink_to(path.name), "a link that leads in a circle"),
@@ -580,3 +580,29 @@ def test_an_image_that_the_kernel_gives_no_answer_about_is_later_and_keeps_no_ot
         monkeypatch.undo()
         assert admission._release(good)[0] == {"extension-release.web": "ID=_any\n"}
         (tmp_path / "hangs").write_text("")
+
+
+@pytest.mark.parametrize(
+    ("release", "said"),
+    [
+        (
+            "\ufeffID=_any\n",
+            "its extension-release has no ID=, .* byte order mark, which hides the first line: save it without one",
+        ),
+        ("ID=other\n", "made for ID=other, and here it is ID=[a-z]+$"),
+    ],
+)
+def test_a_release_file_with_a_byte_order_mark(store: Store, source: Path, release: str, said: str) -> None:
+    (source / "etc/extension-release.d/extension-release.web").write_text(release)
+    with MountWorkers(1, privileged=may_mount()) as workers, pytest.raises(Refused, match=said):
+        Admission(store, workers).admit(candidate(source, Kind.DIRECTORY), host(), set(), None)
+
+
+def test_a_release_file_by_the_name_in_early_proposals(source: Path) -> None:
+    (source / "etc/extension-release.d").rename(source / "etc/confext-release.d")
+    fd = os.open(source, os.O_RDONLY)
+    try:
+        with pytest.raises(Refused, match=r"^not a confext: etc/confext-release.d/ in it .* call it etc/ext"):
+            read_release(fd)
+    finally:
+        os.close(fd)

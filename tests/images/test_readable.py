@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,6 +112,17 @@ class TestAnImage:
             for thread in threads:
                 thread.join()
         assert len(read) == len([one for one in (source / "etc").rglob("*") if one.is_file()])
+
+    @tool("mksquashfs")
+    def test_that_was_built_twice_into_one_file(self, store: Store, source: Path, tmp_path: Path) -> None:
+        path = image(source, tmp_path / "web.raw")
+        (source / "etc/web.conf").write_text("new\n")
+        subprocess.run(
+            ["mksquashfs", source, path, "-quiet", "-no-progress"], check=True, capture_output=True
+        )
+        for look in (lambda: admitted(store, path), lambda: examine(str(path), host(), 64 * MIB)):
+            with pytest.raises(Refused, match=r"^it has etc_1/ beside etc/: .* build it with -noappend$"):
+                look()
 
 
 def packed(fstype: str) -> tuple[str, ...]:

@@ -157,6 +157,12 @@ def test_made_for_this_host(extension: dict[str, str], host: dict[str, str]) -> 
             DEBIAN,
             "made for ARCHITECTURE=arm64, and here it is .*=x86-64",
         ),
+        (
+            {"ID": "_any", "ARCHITECTURE": "x86_64"},
+            DEBIAN,
+            r"made for ARCHITECTURE=x86_64, .* \(systemd calls x86_64 x86-64: write that\)",
+        ),
+        ({"ID": "_any", "ARCHITECTURE": "armada"}, DEBIAN, "here it is ARCHITECTURE=x86-64$"),
         ({"ID": "\n\udcff"}, DEBIAN, r"made for ID=\\n\\xff,"),
     ],
 )

@@ -433,3 +433,21 @@ class TestWhatIsUnsafe:
             "not looked at, all stays as it is"
         ]
         assert watched(result, public, "c")
+
+
+@pytest.mark.parametrize(
+    ("filename", "called"),
+    [
+        ("web_1.5_amd64.raw", "x86-64"),
+        ("web_1.5_aarch64.raw", "arm64"),
+        ("web_1.5_amd64+3.raw", "x86-64"),
+        ("web_1.5_ppc64le.raw", "ppc64-le"),
+        ("web_1.5_x86-64.raw", ""),
+        ("web_1.5_rc.raw", ""),
+        ("web_amd64.raw", ""),  # a version
+    ],
+)
+def test_an_architecture_that_systemd_does_not_know_is_told(drop: Path, filename: str, called: str) -> None:
+    versions(drop / "web.raw.v", filename)
+    said = [text for text in told(look(drop), "warning") if "architecture" in text]
+    assert bool(said) is bool(called) and all(text.endswith(f"calls it {called}") for text in said)

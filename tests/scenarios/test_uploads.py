@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from scenarios.place import Place, Service, image, shell, tree
+from support import images
 from support.needs import tool
 
 images_only = pytest.mark.parametrize("shared", ["images"], indirect=True)
@@ -135,6 +136,32 @@ def test_a_connection_that_dropped_and_came_back(service: Service) -> None:
     shell("tail -c +1501 {0} >> {1}", made, target)
     service.reloaded("1.4")
     assert service.heard == ["1.3", "1.4"]
+
+
+@images_only
+def test_two_uploads_at_once_to_one_name(service: Service, tmp_path: Path) -> None:
+    """While one of them writes nothing happens; what is mixed cannot be unpacked; one of them again is applied."""
+    service.put("1.3")
+    service.reloaded("1.3")
+    contents = []
+    for value in ("one", "two"):
+        lines = "".join(f"{value} {number * len(value)}\n" for number in range(100_000)).encode()
+        files = {"etc/web.conf": f"{value}\n".encode(), "etc/web.d/lines": lines}
+        made = images.image(images.confext(tmp_path / value, "web", files), tmp_path / f"{value}.raw")
+        contents.append(made.read_bytes())
+    target = service.versions / "web_1.4.raw"
+    with target.open("wb", buffering=0) as second:
+        with target.open("wb", buffering=0) as first:
+            for offset in range(0, max(map(len, contents)), 4096):
+                pairs = list(zip((first, second), contents, strict=True))
+                for file, content in pairs if offset % 8192 else reversed(pairs):
+                    file.write(content[offset : offset + 4096])
+        service.put("1.3", value="again")
+        service.reloaded("again")
+    service.logged("web_1.4.raw refused: ", "it keeps web 1.3")
+    shutil.copy(tmp_path / "two.raw", target)
+    service.reloaded("two")
+    assert service.heard == ["1.3", "again", "two"]
 
 
 @images_only

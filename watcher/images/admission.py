@@ -235,7 +235,13 @@ def require_match(candidate: Candidate, found: Release, made_for: Host) -> None:
     """Raise Refused where the release files do not make it a confext of that name, made for that host."""
     names, strict_false = found
     name = release.choose_release_file(candidate.filename, names, strict_false, candidate.kind)
-    release.match(_parsed(names[name]), made_for.os_release, made_for.architecture)
+    try:
+        release.match(_parsed(names[name]), made_for.os_release, made_for.architecture)
+    except Refused as refused:
+        if names[name].startswith("\ufeff"):
+            hint = "it begins with a byte order mark, which hides the first line: save it without one"
+            raise Refused(f"{refused} ({hint})") from None
+        raise
 
 
 def copied(

@@ -70,6 +70,12 @@ def _directory(parent: int, name: str, root_fd: int) -> int:
 
 
 def _not_a_confext(root_fd: int) -> Refused:
+    proposed = "etc/confext-release.d"
+    if os.access(proposed, os.F_OK, dir_fd=root_fd, follow_symlinks=False):
+        return NoRelease(
+            f"not a confext: {proposed}/ in it is from an early proposal, call it"
+            f" {RELEASE_DIRECTORY}/{PREFIX}NAME"
+        )
     with Descriptors() as fds:
         fd = root_fd
         try:

@@ -17,9 +17,11 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import threading
 from concurrent.futures import Future
+from itertools import islice
 
 from watcher.images.attributes import names, require_unmarked
 from watcher.images.walk import DIRECTORY, Path, Walk, where
@@ -31,6 +33,8 @@ _NICE = 10
 _AT_ONCE = 8 << 20
 """Bytes that are read in milliseconds: on a busy machine, waiting for a turn would take longer."""
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_AGAIN = re.compile(r"etc_[0-9]+")
+_NAMES_MAX = 1000
 _SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
@@ -64,6 +68,17 @@ def _lower_priority() -> None:
     os.setpriority(os.PRIO_PROCESS, 0, max(_NICE, os.getpriority(os.PRIO_PROCESS, 0)))
 
 
+def _require_one_etc(root: int, fds: Descriptors) -> None:
+    """Refuse what mksquashfs makes of an image that is there already: it adds the new `etc` as `etc_1`."""
+    with os.scandir(fds.add(root)) as entries:
+        again = sorted(entry.name for entry in islice(entries, _NAMES_MAX) if _AGAIN.fullmatch(entry.name))
+    if again:
+        raise Refused(
+            f"it has {again[-1]}/ beside etc/: mksquashfs was run twice and added to the image that was there;"
+            " build it with -noappend"
+        )
+
+
 class _Reading(Walk):
     def __init__(self, size_max: int) -> None:
         super().__init__()
@@ -75,6 +90,7 @@ class _Reading(Walk):
     def run(self, root: int) -> None:
         with Descriptors() as fds:
             self._null = fds.add(os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC))
+            _require_one_etc(os.open(".", DIRECTORY, dir_fd=root), fds)
             self._node(root, ("etc",))
 
     def _node(self, parent: int, path: Path) -> None:

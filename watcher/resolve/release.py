@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 
 from watcher.model import Kind, Refused, shown
+from watcher.settings import architectures
 
 PREFIX = "extension-release."
 
@@ -74,7 +75,9 @@ def match(extension: Mapping[str, str], host: Mapping[str, str], architecture: s
     """
     wanted = extension.get("ARCHITECTURE", "")
     if wanted not in ("", "_any", architecture):
-        raise _differs("ARCHITECTURE", wanted, architecture)
+        called = architectures.meant(wanted)
+        hint = f" (systemd calls {shown(wanted)} {called}: write that)" if called else ""
+        raise Refused(f"{_differs('ARCHITECTURE', wanted, architecture)}{hint}")
     identity = extension.get("ID", "")
     ours = host.get("ID") or "linux"
     if not identity:

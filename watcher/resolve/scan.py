@@ -164,6 +164,9 @@ def _picks(entry: Entry, architecture: str | None, notes: _Notes) -> Picks:
         what = stays if passed.name in unseen else "passed over"
         notes.say(passed.level, f"{spec.directory}/{passed.name}", f"{what}: {passed.reason}")
     candidates = vpick.pick(spec, dirents, architecture)
+    if candidates and (meant := vpick.misnamed(candidates[0])):
+        words = f"counts on every machine, since systemd does not know that architecture: it calls it {meant}"
+        notes.say("warning", candidates[0].path, words)
     if not candidates:
         notes.say("info", spec.directory, f"nothing in it yet that is called {vpick.called(spec)} and fits")
     if entry.kind is Kind.DIRECTORY and unsafe is None:

@@ -213,6 +213,13 @@ def _match(spec: Spec, dirent: Dirent, runnable: tuple[str, ...]) -> _Match | No
     return _Match(dirent, text, index, left, done)
 
 
+def misnamed(candidate: Candidate) -> str:
+    """systemd's name for what stands as architecture in a file name, and is none to systemd; "" in all other cases."""
+    stem = candidate.filename.removesuffix(_SUFFIX[candidate.kind])
+    stem = (counters(stem) or (stem,))[0]
+    return architectures.meant(stem.rpartition("_")[2]) if stem.count("_") > 1 else ""
+
+
 def counters(text: str) -> tuple[str, int, int] | None:
     """A name without its suffix as (what stands before `+LEFT[-DONE]`, left, done); None if it has no counters."""
     match = _COUNTER.fullmatch(text)

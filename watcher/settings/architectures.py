@@ -33,6 +33,27 @@ _MACHINES = {
 }
 
 
+_OTHERS = {
+    "amd64": "x86-64",
+    "x64": "x86-64",
+    "armhf": "arm",
+    "armel": "arm",
+    "ppc64el": "ppc64-le",
+    "mipsel": "mips-le",
+    "mips64el": "mips64-le",
+}
+"""What Debian, Go and others say."""
+
+
+def meant(word: str) -> str:
+    """systemd's name for what others call an architecture ("amd64", "aarch64"); "" for any other word."""
+    if word in NAMES:
+        return ""
+    if word in _MACHINES or re.fullmatch(r"i[3-6]86|armv[5-8]l?", word):
+        return native(word)
+    return _OTHERS.get(word, "")
+
+
 def native(machine: str | None = None) -> str:
     """The architecture of this host, or of `machine` as `uname -m` prints it; an unknown machine's own name."""
     machine = machine or os.uname().machine

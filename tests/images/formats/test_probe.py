@@ -161,8 +161,20 @@ def test_empty() -> None:
         (b"x" * 257 + b"ustar\x0000" + bytes(2000), "tar"),
         (bytes(1080) + b"\x53\xef" + bytes(2000), "ext2/3/4"),
         (b"sqsh" + bytes(2000), "big-endian"),
-        (b"#!/bin/sh\n", "neither a squashfs nor an erofs image"),
-        (b"\xe2\xe1\xf5\xe0", "neither a squashfs nor an erofs image"),
+        (b"#!/bin/sh\n", "neither a squashfs nor an erofs image, but a script: "),
+        (b"\n<!DOCTYPE html>\n<html>" + b"x" * 9000, "neither .*, but a web page: download"),
+        (b"<html><head><title>404", "but a web page: download"),
+        (b"<?xml version='1.0'?><Error>AccessDenied", "but an XML document"),
+        (b'{"message": "Not Found"}', "but JSON, perhaps what a server answered"),
+        (b"\xef\xbb\xbf{}", "but JSON"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
+            "but a git-lfs pointer.*run git lfs pull",
+        ),
+        (b"-----BEGIN PKCS7-----\n", "but a certificate, key or signature"),
+        ("h\u00e9llo\n".encode() * 1000, "neither a squashfs nor an erofs image, but a text: "),
+        (b"\x00\x01" * 600, "neither a squashfs nor an erofs image$"),
+        (b"\xe2\xe1\xf5\xe0", "neither a squashfs nor an erofs image$"),
     ],
 )
 def test_other_things_are_named(content: bytes, hint: str) -> None:

@@ -15,6 +15,19 @@ _GPT_MAGIC = b"EFI PART"
 _GPT_OFFSETS = (512, 4096)
 
 # What people drop by mistake, for a better word than "unknown".
+_TEXTS = (
+    ("<!doctype html", "a web page: download the image itself"),
+    ("<html", "a web page: download the image itself"),
+    ("<?xml", "an XML document, perhaps what a server answered: download it again"),
+    ("{", "JSON, perhaps what a server answered: download it again"),
+    (
+        "version https://git-lfs.github.com/spec/",
+        "a git-lfs pointer and not the file itself: run git lfs pull",
+    ),
+    ("-----begin ", "a certificate, key or signature: drop the image"),
+    ("#!", "a script: build an image with mksquashfs"),
+)
+"""How texts begin, in lower case, without white space and a byte order mark before that."""
 _HINTS = (
     (0, b"\x1f\x8b", "gzip data: unpack it first"),
     (0, b"\xfd7zXZ\x00", "xz data: unpack it first"),
@@ -27,6 +40,10 @@ _HINTS = (
     (0x8001, b"CD001", "an ISO 9660 image: use squashfs or erofs"),
     (0, b"sqsh", "a big-endian squashfs: build it with mksquashfs 4 or later"),
 )
+
+
+_NO_IMAGE = "neither a squashfs nor an erofs image"
+_TEXT = 1024
 
 
 def probe(fd: int, size: int) -> Format:
@@ -67,4 +84,13 @@ def _unknown(head: bytes, size: int) -> Refused:
     if size >= 1024 and not any(head):
         # Space set aside by `rsync --preallocate` or fallocate(1) before the bytes come.
         return Incomplete(f"nothing but zeros in its first {len(head)} bytes: not uploaded yet")
-    return Refused("neither a squashfs nor an erofs image")
+    try:
+        # The last character may be cut off by the end of what was read.
+        text = head[:_TEXT].decode("utf-8-sig", "strict" if size <= _TEXT else "ignore").lstrip().lower()
+    except UnicodeDecodeError:
+        return Refused(_NO_IMAGE)
+    for start, hint in _TEXTS:
+        if text.startswith(start):
+            return Refused(f"{_NO_IMAGE}, but {hint}")
+    printable = text and all(char.isprintable() or char.isspace() for char in text)
+    return Refused(f"{_NO_IMAGE}, but a text: build an image with mksquashfs" if printable else _NO_IMAGE)
