@@ -52,6 +52,7 @@ class Standalone:
         self._ends = select.epoll()
         self._names: dict[int, str] = {}
         self._remarks: set[Remark] = set()
+        self._unwatched: set[Remark] = set()
         self._unread = trio.Event()
 
     @property
@@ -63,6 +64,7 @@ class Standalone:
         directory = services_directory(self._runtime_directory)
         with Watcher() as watcher:
             watcher.set("", [Interest(directory, pattern=r"[^.].*\.json")])
+            self._say_unwatched(watcher)
             self._look()
             self._changed = changed
             task_status.started()
@@ -70,7 +72,15 @@ class Standalone:
                 nursery.start_soon(self._follow_ends)
                 nursery.start_soon(self._look_again)
                 async for _ in watcher.changes():
+                    self._say_unwatched(watcher)
                     self._look()
+
+    def _say_unwatched(self, watcher: Watcher) -> None:
+        """Say, once for as long as it lasts, if new services are only found by looking from time to time."""
+        unwatched = set(watcher.remarks())
+        for remark in unwatched - self._unwatched:
+            journal.say(remark)
+        self._unwatched = unwatched
 
     def close(self) -> None:
         """Let go of all processes."""
