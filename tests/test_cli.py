@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from support.images import confext
 from watcher import cli
 from watcher.control import show
 from watcher.control.client import NotRunning
@@ -133,3 +134,16 @@ def test_lines_fit_the_terminal_and_are_left_alone_elsewhere(monkeypatch: pytest
     assert list(show.fit(lines)) == lines
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     assert list(show.fit(lines)) == ["  one two", "      three", *lines[1:]]
+
+
+def test_check_tells_what_an_image_does_to_the_hosts_etc(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = confext(tmp_path / "web", "web")
+    (tree / "etc/os-release").mkdir()
+    assert cli.main(["check", str(tree)]) == 0
+    good, warning = capsys.readouterr().out.splitlines()
+    assert f"{tree}: good: web" in good
+    assert warning.startswith(f"{tree}: warning: hides the host's etc/os-release, which is a ")
+    assert cli.main(["check", "--json", str(tree)]) == 0
+    assert "hides the host's etc/os-release" in capsys.readouterr().out

@@ -275,7 +275,7 @@ def _checked(path: str, made_for: Host, image_max: int) -> dict[str, object]:
 
     result: dict[str, object] = {"image": path, "admitted": False, "reason": ""}
     try:
-        candidate, copy = examine(path, made_for, image_max)
+        candidate, copy, effects = examine(path, made_for, image_max)
     except (Refused, Busy) as error:
         return result | {"reason": str(error)}
     except OSError as error:
@@ -287,6 +287,7 @@ def _checked(path: str, made_for: Host, image_max: int) -> dict[str, object]:
         "format": copy.format.name if copy.format else "directory",
         "size": copy.size,
         "digest": copy.digest,
+        "effects": effects,
     }
 
 

@@ -67,6 +67,14 @@ class Looking:
         return [entry.slot for entry in self._store.state(UNIT).accepted.entries]
 
 
+def test_what_a_new_tree_does_to_the_hosts_etc_is_told_once(looking: Looking) -> None:
+    tree = looking.put("a")
+    (tree / "etc/os-release").mkdir()
+    said = [one for one in looking.find().look.remarks if "hides the host's etc/os-release" in one.text]
+    assert [(one.level, one.path) for one in said] == [("warning", str(tree))]
+    assert not [one for one in looking.look().look.remarks if "hides" in one.text]
+
+
 @pytest.fixture
 def looking(tmp_path: Path) -> Iterator[Looking]:
     drops = tmp_path / "web.confext.d"

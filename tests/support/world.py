@@ -408,7 +408,7 @@ class World:
 
         return SimpleNamespace(
             store=self.store,
-            admission=SimpleNamespace(admit=self._admit),
+            admission=SimpleNamespace(admit=self._admit, effects=lambda digest: ()),
             workers=SimpleNamespace(call=call, check_foreign=self._check_foreign),
             manager=Manager(),
             watcher=SimpleNamespace(watch=nothing, renaming=nothing, drop=lambda name: None),

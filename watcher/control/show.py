@@ -130,6 +130,9 @@ def checked(results: Iterable[Mapping[str, object]]) -> Iterator[str]:
             label = shown(f"{result['name']} {result['version']}".rstrip())
             content = f"{result['format']}, {result['size']} bytes, sha256 {result['digest']}"
             yield f"{image}: good: {label}, {content}"
+            effects = result["effects"]
+            assert isinstance(effects, tuple)
+            yield from (f"{image}: warning: {printable(effect)}" for effect in effects)
         else:
             yield f"{image}: would be refused: {printable(str(result['reason']))}"
 

@@ -16,11 +16,12 @@ import functools
 import os
 import stat
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from watcher.images import tree
 from watcher.images.complete import Complete, Rule, Seen
+from watcher.images.effects import effects
 from watcher.images.extension import NoRelease, Release, read_release
 from watcher.images.files import stat_key
 from watcher.images.formats.probe import probe
@@ -59,10 +60,15 @@ _SHORT = {
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """What an image must be made for: the os-release of the service's root, and the architecture (systemd's name)."""
+    """What an image must be made for: the os-release of the service's root, and the architecture (systemd's name).
+
+    Attributes:
+        root: that root; no image is made for one root alone.
+    """
 
     os_release: Mapping[str, str]
     architecture: str
+    root: str = field(default="/", compare=False)
 
     @property
     def terms(self) -> tuple[object, ...]:
@@ -86,7 +92,7 @@ def host(root: str = "/") -> Host:
                 found = fds.add(syscalls.openat2(directory, name, os.O_PATH, _IN_ROOT))
             except FileNotFoundError:
                 continue
-            return Host(_parsed(_text(found)), architectures.native())
+            return Host(_parsed(_text(found)), architectures.native(), root)
     raise FileNotFoundError(errno.ENOENT, "no os-release in it", root)
 
 
@@ -117,6 +123,7 @@ class Admission:
         self._complete = complete or Complete()
         self._releases: dict[str, Release] = {}
         self._were_read: set[str] = set()
+        self._effects: dict[str, tuple[str, ...]] = {}
 
     def admit(
         self,
@@ -144,7 +151,7 @@ class Admission:
 
         def judge(copy: Copy) -> None:
             try:
-                found = self._release(copy)
+                found = self._release(copy, made_for.root)
                 # A directory comes file by file: the release file may be still to come.
                 if not found[0] and candidate.kind is Kind.DIRECTORY:
                     raise Incomplete(
@@ -166,16 +173,28 @@ class Admission:
         for digest in digests:
             self._releases.pop(digest, None)
             self._were_read.discard(digest)
+            self._effects.pop(digest, None)
 
-    def _release(self, copy: Copy) -> Release:
+    def effects(self, digest: str) -> tuple[str, ...]:
+        """What an admitted content does to `/etc` besides bringing files, one line each.
+
+        That is to the `/etc` of the first service that it was looked at for: others may have a root of their own.
+        """
+        return self._effects.get(digest, ())
+
+    def _release(self, copy: Copy, host_root: str = "/") -> Release:
         found = self._releases.get(copy.digest)
         if found is None:
 
             def read(root: int) -> None:
+                if copy.kind is Kind.DIRECTORY:
+                    self._effects[copy.digest] = effects(root, host_root)
+                    return
                 # Many services may get the same image at once: one thread reads it.
                 with self._store.verdicts.turn(("read", copy.digest)):
                     if copy.digest not in self._were_read:
                         require_readable(root, self._store.image_max)
+                        self._effects[copy.digest] = effects(root, host_root)
                         self._were_read.add(copy.digest)
 
             found = self._releases[copy.digest] = release_of(copy, self._workers, read)
@@ -186,7 +205,7 @@ def release_of(copy: Copy, workers: MountWorkers, read: Callable[[int], object])
     """The release files of a copy. An image is mounted for that; blocks, must not run on a mount worker.
 
     Args:
-        read: gets a descriptor of the root of an image: see `require_readable()`.
+        read: gets a descriptor of the root: see `require_readable()`.
 
     Raises:
         Refused: not a confext; broken; or with attributes that mean something to overlayfs.
@@ -201,10 +220,7 @@ def release_of(copy: Copy, workers: MountWorkers, read: Callable[[int], object])
             finally:
                 os.close(root)
             return found
-        try:
-            return _read(copy.path)
-        except NoRelease:
-            return {}, frozenset()
+        return _read_tree(copy.path, read)
     except OSError as error:
         short = _SHORT.get(error.errno or 0)
         if short is None:
@@ -212,6 +228,16 @@ def release_of(copy: Copy, workers: MountWorkers, read: Callable[[int], object])
         raise Later(f"{short}: {problem(error)}") from error
     except Hung as error:
         raise Later(str(error)) from error
+
+
+def _read_tree(path: str, read: Callable[[int], object]) -> Release:
+    with Descriptors() as fds:
+        root = fds.add(os.open(path, DIRECTORY))
+        read(root)
+        try:
+            return read_release(root)
+        except NoRelease:
+            return {}, frozenset()
 
 
 def _read_mounted(workers: MountWorkers, copy: Copy) -> tuple[Release, int]:

@@ -11,6 +11,7 @@ import tempfile
 
 from watcher.images import tree
 from watcher.images.admission import Host, release_of, require_match
+from watcher.images.effects import effects
 from watcher.images.errors import require_size
 from watcher.images.extension import RELEASE_DIRECTORY, Release, read_release
 from watcher.images.files import digest_of
@@ -31,8 +32,10 @@ _TOOL_SEC = 60
 _DIRENTS: dict[Kind, vpick.Type] = {Kind.IMAGE: "file", Kind.DIRECTORY: "directory"}
 
 
-def examine(path: str, made_for: Host, image_max: int) -> tuple[Candidate, Copy]:
+def examine(path: str, made_for: Host, image_max: int) -> tuple[Candidate, Copy, tuple[str, ...]]:
     """What the daemon would make of one image or directory tree; the copy's path is that of the original.
+
+    The third is what it does to the host's `/etc` besides bringing files, see effects.py; not known without root.
 
     Args:
         image_max: bytes (`ImageMax=`).
@@ -48,9 +51,9 @@ def examine(path: str, made_for: Host, image_max: int) -> tuple[Candidate, Copy]
     _require_name(directory, filename, kind)
     candidate = Candidate(path, filename, *vpick.split(filename, kind), kind)
     with opened(candidate) as (fd, _):
-        copy, found = (_image if kind is Kind.IMAGE else _tree)(fd, os.path.realpath(path), image_max)
+        copy, found, done = (_image if kind is Kind.IMAGE else _tree)(fd, os.path.realpath(path), image_max)
     require_match(candidate, found, made_for)
-    return candidate, copy
+    return candidate, copy, done
 
 
 def _require_name(directory: str, filename: str, kind: Kind) -> None:
@@ -67,14 +70,21 @@ def _require_name(directory: str, filename: str, kind: Kind) -> None:
             raise Refused(f"it would not be looked at: {passed.reason}")
 
 
-def _tree(root: int, path: str, image_max: int) -> tuple[Copy, Release]:
+def _tree(root: int, path: str, image_max: int) -> tuple[Copy, Release, tuple[str, ...]]:
     size = tree.signature(root).size
     require_size(size, image_max, "ImageMax=")
     found = read_release(root)
-    return Copy(tree.digest(root), path, size, Kind.DIRECTORY), found
+    return Copy(tree.digest(root), path, size, Kind.DIRECTORY), found, effects(root, "/")
 
 
-def _image(fd: int, path: str, image_max: int) -> tuple[Copy, Release]:
+def _image(fd: int, path: str, image_max: int) -> tuple[Copy, Release, tuple[str, ...]]:
+    done: tuple[str, ...] = ()
+
+    def read(root: int) -> None:
+        nonlocal done
+        require_readable(root, image_max)
+        done = effects(root, "/")
+
     with Lease(fd) as lease:
         size = os.fstat(fd).st_size
         require_size(size, image_max, "ImageMax=")
@@ -82,14 +92,14 @@ def _image(fd: int, path: str, image_max: int) -> tuple[Copy, Release]:
         copy = Copy(digest_of(fd, size), path, size, Kind.IMAGE, format)
         if may_mount():
             with MountWorkers(1) as workers:
-                found = release_of(copy, workers, lambda root: require_readable(root, image_max))
+                found = release_of(copy, workers, read)
         else:
             found = _unpacked_release(path, format)
         lease.check()
         # It was mounted, or unpacked, by its path.
         if not os.path.samestat(os.fstat(fd), os.stat(path)):
             raise Busy("it was replaced meanwhile")
-    return copy, found
+    return copy, found, done
 
 
 def _unpacked_release(path: str, format: Format) -> Release:

@@ -137,6 +137,7 @@ def _find(store: Store, admission: Admission, given: Given, modes: StrictModes) 
     choice = choose(look, admitting.admit, good, lost, staying.stays)
     look = replace(look, remarks=(*look.remarks, *staying.remarks))
     choice = _with_sysexts(choice, look, admitting.read)
+    look = replace(look, remarks=(*look.remarks, *_effects(admission, choice.stack, good)))
     wanted = choice.stack
     if len(wanted.layers) > LAYERS_MAX:
         look = replace(look, remarks=(*look.remarks, _too_many(wanted)))
@@ -253,6 +254,14 @@ class _Staying:
     def _left(self, layer: Layer, *, last: bool) -> float:
         given = self._given
         return given.removals.left(given.slots, layer, given.limits, last=last)
+
+
+def _effects(admission: Admission, wanted: Stack, before: Stack) -> list[Remark]:
+    """What new layers do to the host's `/etc` besides bringing files."""
+    new = [layer for layer in wanted.layers if layer.digest not in before.digests]
+    return [
+        Remark("warning", layer.source, text) for layer in new for text in admission.effects(layer.digest)
+    ]
 
 
 def _look_again(choice: Choice, staying: _Staying) -> float | None:
