@@ -13,13 +13,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 
 import pytest
 from inotify_simple import INotify, flags
 
-from scenarios.place import Daemon, Place, Service, image
+from scenarios.place import Daemon, Place, Service, image, until
 from support.needs import filesystem, loop, tool
 
 images_only = pytest.mark.parametrize("place", ["images"], indirect=True)
@@ -244,3 +245,35 @@ def test_no_descriptor_is_left_to_follow_a_directory(place: Place) -> None:
     service.logged("1.4.* applied")
     service.put("1.5")
     service.reloaded("1.5")
+
+
+def loops(place: Place) -> int:
+    """Loop devices with a copy of this place's store behind them, as `losetup -a` lists them."""
+    found = 0
+    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with suppress(OSError):  # it has just been detached
+            found += path.read_text().startswith(f"{place.state}/store/")
+    return found
+
+
+@loop
+@images_only
+def test_loop_devices_are_given_back(place: Place) -> None:
+    """However many swaps, and restarts of the service and of the daemon, there were."""
+    service = place.start()
+    daemon = place.start_daemon()
+    numbers = iter(range(1, 1000))
+    most = []
+    for _ in range(5):
+        for number in islice(numbers, 10):
+            service.put(str(number))
+            service.reloaded(str(number))
+        service.kill()
+        service = place.start(name=service.name)
+        daemon.stop()
+        daemon = place.start_daemon()
+        service.put(str(number := next(numbers)))
+        service.reloaded(str(number))
+        until(lambda: loops(place) <= 2)  # the daemon gives back what it needs no more when it is idle
+        most.append(loops(place))
+    assert most[-1] <= most[0]
