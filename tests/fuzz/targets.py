@@ -31,7 +31,7 @@ from watcher.images.formats.base import HEAD
 from watcher.images.formats.probe import probe
 from watcher.managers import cgroup
 from watcher.managers import registration as registrations
-from watcher.managers.systemd import dbus, drop_ins, jobs, manager, sandbox_settings, systemd1
+from watcher.managers.systemd import dbus, drop_ins, ends, manager, sandbox_settings, systemd1
 from watcher.managers.systemd.wire import Received
 from watcher.model import Candidate, Event, Kind, Outcome, Refused, Unsupported, shown
 from watcher.mounts import table
@@ -556,7 +556,7 @@ def dbus_reply(data: bytes) -> None:
         for name, state in _now(asked.loaded(["a.service"])).items():
             assert isinstance(name, str) and isinstance(state, str)
     with only(dbus.Error):
-        jobs._failed_command(_now(asked.service_properties("a.service")))
+        ends.failed_command(_now(asked.service_properties("a.service")), "ExecReload", "ExecReloadPost")
     with only(dbus.Error):
         assert re.fullmatch(r"(?:[0-9a-f]{2})*", _now(asked.invocation("a.service")))
     for name, kind in (item for kinds in systemd1._PROPERTIES.values() for item in kinds.items()):

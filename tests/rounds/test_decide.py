@@ -264,6 +264,7 @@ TABLE: dict[str, dict[str, tuple[Facts, Step]]] = {
         "it runs again": (facts(NEW, state=trial(NEW), failed=True), Watch()),
         "it had failed before": (facts(NEW, state=trial(NEW, was_down=True), **FAILED), Done()),
         "it failed on a damaged copy": (facts(NEW, state=trial(NEW), blameless=True, **FAILED), Done()),
+        "it was killed from outside": (facts(NEW, state=trial(NEW), excused="SIGKILL", **FAILED), Done()),
         "nobody knows why it ended": (facts(NEW, state=trial(NEW), explained=False, **FAILED), Done()),
         "Rollback=no": (facts(NEW, state=trial(NEW), rollback=False, **FAILED), Done()),
         "it proved good": (facts(NEW, **FAILED), Done()),
@@ -279,6 +280,11 @@ TABLE: dict[str, dict[str, tuple[Facts, Step]]] = {
         "it failed": (facts(NEW, state=glow(NEW), **FAILED), SOON),
         "it failed, though nobody knows why": (facts(NEW, state=glow(NEW), explained=False, **FAILED), SOON),
         "systemd has started it again": (facts(NEW, state=glow(NEW), restarts=1, **SECOND), SOON),
+        "it was killed from outside": (facts(NEW, state=glow(NEW), excused="SIGKILL", **FAILED), Done()),
+        "it was killed from outside and started again": (
+            facts(NEW, state=glow(NEW), excused="SIGKILL", restarts=1, **SECOND),
+            Done(),
+        ),
         "systemd had started it before": (facts(NEW, state=glow(NEW, restarts=3), restarts=3), Done()),
         "an operator has started it again": (
             facts(NEW, state=glow(NEW, restarts=3), restarts=0, **SECOND),
@@ -305,6 +311,10 @@ TABLE: dict[str, dict[str, tuple[Facts, Step]]] = {
         ),
         "by a start": (facts(OLD, state=undoing(NEW) | bad(NEW), **FAILED), Revive()),
         "without one where it was stopped": (facts(OLD, state=undoing(NEW) | bad(NEW), **DOWN), Undone()),
+        "without one where it was killed from outside": (
+            facts(OLD, state=undoing(NEW) | bad(NEW), excused="SIGKILL", **FAILED),
+            Undone(),
+        ),
         "without one where it is being started": (
             facts(OLD, state=undoing(NEW) | bad(NEW), **FAILED | {"starting": True}),
             Undone(),

@@ -188,6 +188,25 @@ async def test_one_that_somebody_stops_meanwhile_says_nothing(
     assert await judged(service, is_stopped) is None
 
 
+@pytest.mark.parametrize("told", ["reload", "restart"])
+@pytest.mark.parametrize("ok", [True, False])
+async def test_an_end_that_is_not_its_own_doing_says_nothing(
+    service: Service,
+    program: subprocess.Popen[bytes],
+    autojump_clock: trio.testing.MockClock,
+    told: str,
+    ok: bool,
+) -> None:
+    def ends(manager: Manager) -> Reloaded:
+        program.kill()
+        program.wait()
+        manager.becomes(main=None, failed=True, blameless="exit status 226 is systemd's own")
+        return Reloaded(ok=ok, told=told, reason="" if ok else f"{told} failed")
+
+    found = await judged(service, ends)
+    assert found is None or (found.verdict, told, ok) == (Verdict.RELOAD_FAILED, "reload", False)
+
+
 async def test_a_reload_that_could_not_be_followed_is_tried_again(service: Service) -> None:
     def lost(manager: Manager) -> Reloaded:
         return Reloaded(ok=False, told="reload", reason="the bus went away", interrupted=True)

@@ -30,6 +30,7 @@ class Service:
         failed: it went down by itself rather than being stopped. The standalone manager cannot tell these apart: it
             sets this at every end.
         failed_start: of one that failed, the start that did (as `invocation`); "" where that is not known.
+        blameless: why its last end says nothing about its configuration, as a kill from outside does not; "" if it may.
         restarts: how often systemd has started it again by itself since its last other start (NRestarts).
         headless: it is active, but systemd knows no main process of it (`RemainAfterExit=`, or `Type=forking` without
             `PIDFile=`): it gets another stack only at its next start.
@@ -48,14 +49,18 @@ class Service:
     failed: bool = False
     failed_start: str = ""
     restarts: int = 0
+    blameless: str = ""
     headless: bool = False
     root: str | None = "/"
     aliases: tuple[str, ...] = ()
     manager: str = "systemd"
 
     def went_down_since(self, restarts: int) -> bool:
-        """Whether it went down by itself since it had so many `restarts`; any other start sets them to 0."""
-        return self.failed or self.restarts not in (0, restarts)
+        """Whether it went down by itself since it had so many `restarts`; any other start sets them to 0.
+
+        Not if that says nothing about its configuration.
+        """
+        return (self.failed or self.restarts not in (0, restarts)) and not self.blameless
 
     @property
     def slots(self) -> str:

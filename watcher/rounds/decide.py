@@ -208,7 +208,7 @@ def _rejected(judged: Judged) -> Reject:
 def _unreachable(f: Facts) -> Step:
     """The service does not run, or where no stack can be put in place: its next start gets the accepted one."""
     if f.undoing:
-        down = f.failed and not f.running and not f.starting
+        down = f.failed and not f.running and not f.starting and not f.excused
         return Revive() if down else Undone()
     if f.kept_by_hand:
         return Keep()

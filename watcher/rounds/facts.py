@@ -64,6 +64,7 @@ class Facts:
 
         running: it has a main process.
         starting, failed, failed_start, restarts, headless, invocation: see `Service`.
+        excused: `Service.blameless`.
         explained: its manager knows why it ended. (The kernel tells only its parent: not so of a standalone service.)
         out_of_reach: why its main process must not be touched: it is in the host's mount namespace; "" if it may be.
         blameless: it went down, and a copy that it ran on was damaged.
@@ -93,6 +94,7 @@ class Facts:
     failed: bool = False
     failed_start: str = ""
     restarts: int = 0
+    excused: str = ""
     headless: bool = False
     invocation: str = ""
     explained: bool = True
@@ -274,6 +276,11 @@ class Facts:
     @cached_property
     def blame(self) -> str:
         """Why its last stack is to blame for its end, "" if it is not."""
+        return "" if self.excused else self.suspicion
+
+    @cached_property
+    def suspicion(self) -> str:
+        """Why its last stack would be to blame, if its manager did not know better (`excused`)."""
         if (
             not self.rollback
             or self.blameless

@@ -68,7 +68,7 @@ async def reload_and_judge(
         undoing: it is the way back from a bad one. Where the service is still busy with that, nobody waits for it.
 
     Returns:
-        None if an operator stopped it or started it anew while it was watched.
+        None if an operator stopped it or started it anew while it was watched, or its end says nothing about the stack.
 
     Raises:
         Later: whether it has reloaded could not be found out.
@@ -98,13 +98,15 @@ async def _judge_reload(judge: _Judge, stack: Stack, asked: Asked, *, undoing: b
             return replace(told, verdict=Verdict.RELOAD_FAILED)
         raise Later(f"its stack is in place, but it is not told yet: {reloaded.reason}")
     if not reloaded.ok:
+        if reloaded.told == "restart" and await judge.ended_blamelessly():
+            return None
         return replace(told, verdict=Verdict.RELOAD_FAILED)
     if reloaded.told == "restart":
         after = await _restarted(manager, service)
         if after is None:
             return replace(told, told="", reason="it was not started again, it had been stopped meanwhile")
         if after.main is None:
-            return _ended(told, "after its restart")
+            return None if after.blameless else _ended(told, "after its restart")
         with after.main.hold() as new:
             return await replace(judge, service=after, main=new).verdict(told, "its reload")
     if not main.alive():
@@ -211,19 +213,28 @@ class _Judge:
 
     async def went_down(self) -> bool:
         """Whether a service whose main process has ended went down by itself: it was not stopped or restarted."""
+        now = await self._noticed()
+        return now is not None and now.went_down_since(self.service.restarts)
+
+    async def ended_blamelessly(self) -> bool:
+        """Whether its manager says of its end that it says nothing about the stack."""
+        now = await self._noticed()
+        return now is not None and now.main is None and bool(now.blameless)
+
+    async def _noticed(self) -> Service | None:
+        """The service, once its manager has noticed that its main process has ended."""
         name = self.service.name
         with trio.move_on_after(_NOTICED_SEC):
             while (now := self.manager.services.get(name)) and now.main and now.main.pid == self.main.pid:
                 await trio.sleep(_POLL_SEC)
-        now = self.manager.services.get(name)
-        return now is not None and now.went_down_since(self.service.restarts)
+        return self.manager.services.get(name)
 
     def _as_before(self, told: Judged) -> Judged:
         """`told`, unless the manager says that the service is not what it was."""
         now = self.manager.services.get(self.service.name)
         if now is None or now.invocation != self.service.invocation:
             return told
-        if now.failed:
+        if now.failed and not now.blameless:
             return replace(told, verdict=Verdict.WENT_DOWN, reason="its unit failed")
         if now.main is not None and now.main.pid != self.main.pid:
             return replace(

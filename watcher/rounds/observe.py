@@ -169,6 +169,7 @@ class Observer:
             failed=service.failed or ended,
             failed_start=service.failed_start,
             restarts=service.restarts,
+            excused=service.blameless,
             headless=service.headless,
             invocation=service.invocation,
             explained=service.manager != "standalone",

@@ -139,6 +139,11 @@ class Outcomes:
             if key not in before:
                 self._passed(service, passed, facts, desired)
             said.add(key)
+        if facts.excused and facts.suspicion:
+            key = ("excused", facts.excused)
+            if key not in before:
+                say("warning", service, f"went down, not by its stack: {facts.excused}")
+            said.add(key)
         if facts.pinned is not None and facts.wanted.id != facts.pinned.id:
             key = ("pinned", facts.wanted.id)
             if key not in before:

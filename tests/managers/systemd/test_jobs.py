@@ -11,10 +11,11 @@ import trio.testing
 
 from watcher.managers.base import Reloaded
 from watcher.managers.systemd import dbus
-from watcher.managers.systemd.jobs import UnitJobs, _command
+from watcher.managers.systemd.ends import command
+from watcher.managers.systemd.jobs import UnitJobs
 from watcher.managers.systemd.systemd1 import JobResults, Systemd1
 
-WEB, INVOCATION, JOB = "web.service", "1" * 32, "/job/1"
+WEB, SOCKET, INVOCATION, JOB = "web.service", "web.socket", "1" * 32, "/job/1"
 
 
 class Answers(Systemd1):
@@ -48,9 +49,16 @@ class Answers(Systemd1):
         return self._state
 
     async def get(self, unit: str, name: str) -> Any:
-        return {"ActiveState": "active", "Job": (0, "/"), "ExecReload": self.commands, "Type": self.type}[
-            name
-        ]
+        return {
+            "ActiveState": "active",
+            "Job": (0, "/"),
+            "TriggeredBy": [],
+            "ExecReload": self.commands,
+            "Type": self.type,
+        }[name]
+
+    async def invocation(self, unit: str) -> str:
+        return INVOCATION
 
     async def service_properties(self, unit: str) -> dict[str, Any]:
         return {}
@@ -153,4 +161,102 @@ def test_the_command_that_failed_is_told_from_those_that_did_not(
     pid: int, code: int, status: int, ignored: bool, failed: bool
 ) -> None:
     row = ("/bin/x", ["x"], ignored, 1, 1, 1, 1, pid, code, status)
-    assert _command(row).failed is failed
+    assert command(row).failed is failed
+
+
+class Starting(Answers):
+    """systemd with a unit that went down; `results` are of one job after the other.
+
+    Args:
+        sockets: ActiveState of each that triggers it.
+        wanted: something else than these starts it, too.
+        started: whether a start comes as far as to have an InvocationID.
+        up: what is found of it after the start: ActiveState and SubState.
+    """
+
+    def __init__(
+        self,
+        jobs: JobResults,
+        *results: str,
+        sockets: dict[str, str] | None = None,
+        wanted: bool = False,
+        started: bool = False,
+        up: tuple[str, str] = ("active", "running"),
+    ) -> None:
+        super().__init__(jobs, "done")
+        self._results = list(results)
+        self._sockets = sockets or {}
+        self._wanted = wanted
+        self._started = started
+        self._up = up
+
+    async def manager(self, member: str, signature: str = "", *arguments: Any, timeout: float = 30.0) -> Any:
+        self.asked.append(f"{member} {arguments[0]}")
+        if member == "StartUnit":
+            self._jobs.ended(JOB, self._results.pop(0))
+        return JOB
+
+    async def get(self, unit: str, name: str) -> Any:
+        found: dict[str, Any] = {
+            "TriggeredBy": [*self._sockets, "web.timer"],
+            "ActiveState": self._sockets.get(unit, self._up[0]),
+            "SubState": self._up[1],
+            "MainPID": 0,
+            "WantedBy": ["multi-user.target"] if self._wanted else [],
+            "RequiredBy": [],
+        }
+        return found[name]
+
+    async def invocation(self, unit: str) -> str:
+        return str(len(self.asked)) if self._started else INVOCATION
+
+    async def socket_result(self, unit: str) -> str:
+        return "service-start-limit-hit"
+
+    async def service_properties(self, unit: str) -> dict[str, Any]:
+        return {"Result": "exit-code", "ExecMainCode": 1, "ExecMainStatus": 226}
+
+
+async def start(*results: str, **more: Any) -> tuple[Reloaded, list[str]]:
+    jobs = JobResults()
+    systemd = Starting(jobs, *results, **more)
+    return await UnitJobs(lambda: systemd, jobs).start(WEB), systemd.asked
+
+
+STARTED = Reloaded(ok=True, told="start")
+START, RESET = f"StartUnit {WEB}", f"ResetFailedUnit {WEB}"
+
+
+async def test_a_start_resets_no_start_limit_that_is_not_in_its_way() -> None:
+    assert await start("done") == (STARTED, [START])
+    assert await start("failed", started=True) == (Reloaded(False, "start", "start failed"), [START])
+
+
+async def test_a_start_that_runs_into_the_start_limit_itself_gets_over_it_once() -> None:
+    assert await start("failed", "done") == (STARTED, [START, RESET, START])
+    assert await start("failed", "failed") == (
+        Reloaded(False, "start", "start failed"),
+        [START, RESET, START],
+    )
+
+
+async def test_a_start_is_done_when_the_service_is_there() -> None:
+    for state in (("failed", "failed"), ("activating", "auto-restart")):
+        found, _ = await start("done", up=state)
+        assert found == Reloaded(False, "start", "its start failed: exit status 226")
+
+
+async def test_what_its_sockets_start_comes_back_with_them() -> None:
+    socket = f"StartUnit {SOCKET}"
+    nothing = Reloaded(ok=True)
+    assert await start(sockets={SOCKET: "active"}) == (nothing, [])
+    assert await start("done", sockets={SOCKET: "active"}, wanted=True) == (STARTED, [START])
+    assert await start("done", sockets={SOCKET: "inactive"}) == (STARTED, [START])
+    assert await start("done", sockets={SOCKET: "failed"}) == (nothing, [RESET, socket])
+    assert await start("done", "done", sockets={SOCKET: "failed"}, wanted=True) == (
+        STARTED,
+        [RESET, socket, START],
+    )
+    found, asked = await start("timeout", sockets={SOCKET: "failed"}, started=True, wanted=True)
+    assert found == Reloaded(False, "start", f"its {SOCKET} cannot be started: start timed out")
+    assert asked == [RESET, socket]

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""That nothing systemd does while it is being asked is missed; a real one is followed in tests/beds/."""
+"""That nothing systemd does while it is being asked is missed; a real one is followed in tests/beds/.
+
+Covers managers/systemd/executor.py, managers/systemd/unit_ends.py and managers/systemd/journal_entries.py, too.
+"""
 
 from __future__ import annotations
 

@@ -12,22 +12,22 @@ answer reload again and again. So it has a limit of ours. A restart has none: it
 from __future__ import annotations
 
 import math
-import subprocess
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 import trio
 
 from watcher.managers.base import Reloaded
-from watcher.managers.command import OUTPUT_MAX
-from watcher.managers.systemd import dbus, sd_notify
+from watcher.managers.systemd import dbus, ends, journal_entries, sd_notify
+from watcher.managers.systemd.executor import has_become
 from watcher.managers.systemd.systemd1 import DESTRUCTIVE, NO_SUCH_UNIT, NOT_APPLICABLE, JobResults, Systemd1
 
 _T = TypeVar("_T")
 
-_JOURNAL_SEC: Final = 5.0
 _POLL_SEC: Final = 0.1
+# For so long it is watched whether systemd's executor becomes the service that was started.
+_UP_SEC: Final = 5.0
 # While systemd executes itself anew it is not on the bus: for longer than with 1000 units it is not waited for.
 _AWAY_SEC: Final = 30.0
 # Within this time of the signal a service tells that it reloads. systemd's own `kill` takes less.
@@ -54,34 +54,13 @@ _NOT_THERE: Final = frozenset({NO_SUCH_UNIT, DESTRUCTIVE})
 _COMMANDS: Final = ("ExecReload", "ExecReloadPost")  # the second in newer systemd only
 _RELOADING: Final = frozenset({"reloading", "refreshing"})
 _RUNNING: Final = _RELOADING | {"active"}
-_CLD_EXITED: Final = 1
+_NO_MAIN: Final = frozenset({"running", "exited", "dead"})
 
 _TOLD: Final = Reloaded(ok=True, told="reload")
 _TELLS_NOTHING: Final = Reloaded(
     ok=True, reason="its unit's reload tells the process nothing (no ExecReload=)"
 )
 _GONE: Final = Reloaded(ok=True, reason="it was not told to reload, it does not run any more")
-
-
-@dataclass(frozen=True, slots=True)
-class ExecCommand:
-    """The last run of one command of a unit, as its property ExecReload tells it."""
-
-    path: str
-    pid: int
-    begun_usec: int
-    code: int
-    status: int
-    ignored: bool
-
-    @property
-    def failed(self) -> bool:
-        return self.pid > 0 and not self.ignored and self.code != 0 and self.status != 0
-
-    @property
-    def end(self) -> str:
-        how = "exited with status" if self.code == _CLD_EXITED else "was killed by signal"
-        return f"{self.path} {how} {self.status}"
 
 
 class _WaitsForUs(dbus.Error):
@@ -130,15 +109,61 @@ class UnitJobs:
         return await self._run(unit, "TryRestartUnit", "restart")
 
     async def start(self, unit: str) -> Reloaded:
-        """Start a unit again, also one that failed too often."""
+        """Start a unit again that went down: with its sockets, or by them alone if nothing else would start it."""
         try:
-            await self._systemd().manager("ResetFailedUnit", "s", unit)
-        except dbus.Error as error:
-            if error.name != NO_SUCH_UNIT:
-                return _not_possible("start", error)
-        except dbus.BusLost as error:
+            sockets = await self._sockets(unit)
+            for socket in (name for name, state in sockets.items() if state == "failed"):
+                started = await self._start_socket(socket, unit)
+                if not started.ok:
+                    return replace(started, reason=f"its {socket} cannot be started: {started.reason}")
+            if sockets and not await self._get(unit, "WantedBy") + await self._get(unit, "RequiredBy"):
+                return Reloaded(ok=True)
+            started = await self._start(unit)
+            return await self._came_up(unit, started) if started.told and started.ok else started
+        except (dbus.Error, dbus.BusLost) as error:
             return _not_possible("start", error)
-        return await self._run(unit, "StartUnit", "start")
+
+    async def _sockets(self, unit: str) -> dict[str, str]:
+        """The sockets of a service that listen, or have failed: by name, with the ActiveState of each."""
+        names = [name for name in await self._get(unit, "TriggeredBy") if name.endswith(".socket")]
+        states = {name: str(await self._get(name, "ActiveState")) for name in names}
+        return {name: state for name, state in states.items() if state != "inactive"}
+
+    async def _start_socket(self, socket: str, unit: str) -> Reloaded:
+        result = await self._ask(lambda systemd: systemd.socket_result(socket))
+        if result == "service-start-limit-hit":
+            await self._reset(unit)  # it was started too often on the stack that took it down
+        return await self._start(socket)
+
+    async def _start(self, unit: str) -> Reloaded:
+        """Start a unit; only if that runs into its start limit, it gets over that."""
+        before = await self._ask(lambda systemd: systemd.invocation(unit))
+        started = await self._run(unit, "StartUnit", "start")
+        refused = not started.ok and not started.interrupted
+        if refused and before == await self._ask(lambda systemd: systemd.invocation(unit)):
+            # No start was made: unit_test_start_limit() in src/core/unit.c is the first thing that refuses one.
+            await self._reset(unit)
+            return await self._run(unit, "StartUnit", "start")
+        return started
+
+    async def _reset(self, unit: str) -> None:
+        """Forget how often a unit was started."""
+        await self._ask(lambda systemd: systemd.manager("ResetFailedUnit", "s", unit))
+
+    async def _came_up(self, unit: str, started: Reloaded) -> Reloaded:
+        """`started`, unless the unit has failed since. Where nothing tells when a start is complete (`Type=simple`),
+        the job is done before systemd has become the service."""
+        deadline = trio.current_time() + _UP_SEC
+        while trio.current_time() < deadline:
+            state, detail = await self._get(unit, "ActiveState"), await self._get(unit, "SubState")
+            if state == "failed" or detail.startswith("auto-restart"):
+                why = ends.how(await self._ask(lambda systemd: systemd.service_properties(unit)))
+                return replace(started, ok=False, reason=f"its start failed: {why}")
+            pid = int(await self._get(unit, "MainPID"))
+            if has_become(pid) or (pid == 0 and detail in _NO_MAIN):
+                break
+            await trio.sleep(_TOLD_SEC)
+        return started
 
     async def _run(self, unit: str, member: str, word: str) -> Reloaded:
         try:
@@ -168,12 +193,12 @@ class UnitJobs:
 
         with self._results.listening() as listener:
             # If it is not known whether systemd heard it: to reload twice does no harm.
-            job = await self._patiently(begun)
+            job = await self._ask(begun)
             with trio.move_on_after(limit):
                 return await listener.result(job) or await self._afterwards(unit, member)
         state = await self._systemd().cancel_job(job)
-        ends = {"waiting": "blocked", "running": "overdue"}
-        return ends.get(state) or await self._afterwards(unit, member)
+        ends_by = {"waiting": "blocked", "running": "overdue"}
+        return ends_by.get(state) or await self._afterwards(unit, member)
 
     async def _mode(self, systemd: Systemd1, unit: str) -> str:
         """ "fail" once we have started. Until then the jobs of units that take part wait for us (`After=`), and we
@@ -195,10 +220,10 @@ class UnitJobs:
         return {"success": "done", "timeout": "timeout"}.get(str(result), "failed")
 
     async def _get(self, unit: str, name: str) -> Any:
-        """A property of a unit. Raises as `_patiently()` does."""
-        return await self._patiently(lambda systemd: systemd.get(unit, name))
+        """A property of a unit. Raises as `_ask()` does."""
+        return await self._ask(lambda systemd: systemd.get(unit, name))
 
-    async def _patiently(self, ask: Callable[[Systemd1], Awaitable[_T]]) -> _T:
+    async def _ask(self, ask: Callable[[Systemd1], Awaitable[_T]]) -> _T:
         """See `patiently()`."""
         return await patiently(lambda: ask(self._systemd()))
 
@@ -260,11 +285,14 @@ class UnitJobs:
             return reloaded  # without its details
         if values.get("ReloadResult") == "timeout":
             return ended_badly("reload", "timeout")  # the result of the job was "failed"
-        command = _failed_command(values)
+        command = ends.failed_command(values, *_COMMANDS)
         if command is None:
             return reloaded
         reason = f"{reloaded.reason}: {command.end}"
-        return replace(reloaded, reason=reason, output=await _said(unit, command))
+        printed = await journal_entries.printed(unit, command.pid, command.begun_usec)
+        # The command never began: that is no verdict.
+        interrupted = command.is_systemds
+        return replace(reloaded, reason=reason, output=printed, interrupted=interrupted)
 
     async def _tells(self, unit: str) -> bool:
         """Whether a unit's reload tells its process anything.
@@ -300,32 +328,3 @@ def ended_badly(word: str, result: str, limit: float = math.inf) -> Reloaded:
     reason = f"{word} {_ENDS.get(result, result)}".format(limit=limit)
     interrupted, blocked = result not in _VERDICTS, result == "blocked"
     return Reloaded(ok=False, told=word, reason=reason, interrupted=interrupted, blocked=blocked)
-
-
-def _failed_command(values: Mapping[str, Any]) -> ExecCommand | None:
-    rows = [row for name in _COMMANDS for row in values.get(name, ())]
-    return next((command for row in rows if (command := _command(row)).failed), None)
-
-
-def _command(row: tuple[Any, ...]) -> ExecCommand:
-    """A row of ExecReload, `(sasbttttuii)`: path, arguments, ignored, begin and other times, PID, si_code, status."""
-    return ExecCommand(str(row[0]), int(row[7]), int(row[3]), int(row[8]), int(row[9]), bool(row[2]))
-
-
-async def _said(unit: str, command: ExecCommand) -> str:
-    """What the command wrote, which only the journal has."""
-    since = f"--since=@{command.begun_usec / 1_000_000:.6f}"
-    matches = f"_SYSTEMD_UNIT={unit}", f"_PID={command.pid}"
-    with trio.move_on_after(_JOURNAL_SEC):
-        await _journalctl("--sync")
-        return await _journalctl("--quiet", "--no-pager", "--output=cat", since, *matches)
-    return ""
-
-
-async def _journalctl(*options: str) -> str:
-    argv = ["journalctl", *options]
-    try:
-        done = await trio.run_process(argv, capture_stdout=True, stderr=subprocess.DEVNULL, check=False)
-    except FileNotFoundError:
-        return ""  # there is no journal to ask
-    return done.stdout[-OUTPUT_MAX:].decode("utf-8", "backslashreplace")

@@ -58,17 +58,23 @@ _PROPERTIES: Final = {
         "InvocationID": "ay",
         "Job": "(uo)",
         "PropagatesReloadTo": "as",
+        "RequiredBy": "as",
         "ReloadPropagatedFrom": "as",
         "SubState": "s",
         "TriggeredBy": "as",
+        "WantedBy": "as",
     },
     SERVICE: {
+        "ExecCondition": "a(sasbttttuii)",
         "ExecReload": "a(sasbttttuii)",
         "ExecReloadEx": "a(sasasttttuii)",
         "ExecReloadPost": "a(sasbttttuii)",
+        "ExecStartPost": "a(sasbttttuii)",
+        "ExecStartPre": "a(sasbttttuii)",
         "MainPID": "u",
         "NRestarts": "u",
         "ExecMainCode": "i",
+        "ExecMainPID": "u",
         "ExecMainStatus": "i",
         "ReloadResult": "s",
         "Result": "s",
@@ -288,6 +294,10 @@ class Systemd1:
     async def invocation(self, unit: str) -> str:
         """InvocationID, 32 hexadecimal digits."""
         return bytes(await self.get(unit, "InvocationID")).hex()
+
+    async def socket_result(self, unit: str) -> str:
+        """Why a socket has failed."""
+        return str(await self._bus.get(NAME, unit_path(unit), f"{NAME}.Socket", "Result", "s"))
 
     async def _get(self, path: str, name: str) -> Any:
         (found,) = (item for item in _PROPERTIES.items() if name in item[1])

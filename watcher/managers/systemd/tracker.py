@@ -10,7 +10,6 @@ no single one matters: after a loss of the connection or any daemon-reload, ever
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +19,9 @@ from jeepney import HeaderFields
 
 from watcher.managers.base import Service
 from watcher.managers.systemd import dbus, unit_files, unit_watch
+from watcher.managers.systemd.executor import is_executor
 from watcher.managers.systemd.systemd1 import Systemd1, unit_path
+from watcher.managers.systemd.unit_ends import UnitEnds
 from watcher.managers.systemd.unit_facts import UnitFacts, all_facts, units_with_slots
 from watcher.managers.systemd.unit_files import Index, Unit
 from watcher.managers.systemd.wire import Received
@@ -29,13 +30,11 @@ from watcher.mounts.process import Gone, Process
 from watcher.records import journal
 from watcher.settings.unit_names import UNIT_PATHS, UnitName
 
-_EXECUTOR = "systemd-executor"
 # The executor is looked at less and less often: it may wait for long (for a terminal, or with Type=idle). When it has
 # become the service, that is noticed late by at most a quarter of the time that it took.
 _POLL_SEC, _POLL_GROWTH, _POLL_MAX_SEC = 0.002, 1.25, 10.0
 _RETRY_SEC = 5.0
 _ACTIVE = frozenset({"active", "reloading", "refreshing"})
-_STOPPED = frozenset({"inactive", "failed"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +69,7 @@ class Tracker:
         self._said: set[Remark] = set()
         # Loaded instances that serve one connection each, and take no part.
         self._per_connection: set[str] = set()
+        self._ends = UnitEnds()
         # Starts whose process is still systemd's executor.
         self._starting: dict[str, _Start] = {}
         # What to look at again, and the event that says so.
@@ -143,7 +143,7 @@ class Tracker:
                 await self._news.wait()
             delay = min(delay * _POLL_GROWTH, _POLL_MAX_SEC)
             for name, start in self._starting.items():
-                if start.process and not is_executor(start.process):
+                if start.process and not is_executor(start.process.pid):
                     self.look_at(name)
             if trio.current_time() >= self._retry_at:
                 self._try_again()
@@ -279,8 +279,7 @@ class Tracker:
             self._drop(name)
             self.changed(name)
         for name in facts:
-            state = states.get(name, "inactive")
-            if state in _STOPPED and state != "failed":
+            if states.get(name, "inactive") == "inactive":
                 self._put(name)
             else:
                 self._dirty[name] = None
@@ -304,13 +303,14 @@ class Tracker:
         if name not in self._facts:
             return
         start = await self._main(systemd, name)
-        failed = headless = False
-        failed_start = ""
+        failed, headless, failed_start = False, False, ""
         if start.process is None:
             state, detail = await systemd.get(name, "ActiveState"), await systemd.get(name, "SubState")
             # Between its failure and its automatic restart it is not "failed".
             failed = state == "failed" or detail.startswith("auto-restart")
-            failed_start = await systemd.invocation(name) if failed else ""
+            if failed:
+                failed_start = await systemd.invocation(name)
+                await self._ends.look(systemd, name)
             headless = not failed and state in _ACTIVE
         if headless:
             # It may have been started since.
@@ -321,8 +321,7 @@ class Tracker:
     async def _main(self, systemd: Systemd1, name: str) -> _Start:
         """The main process that a unit has now, and its start."""
         while pid := int(await systemd.get(name, "MainPID")):
-            held = self._held(name, pid)
-            if held is not None:
+            if (held := self._held(name, pid)) is not None:
                 return held
             try:
                 process = Process(pid)
@@ -359,13 +358,14 @@ class Tracker:
         """Enter what is known of a service now. From here on the tracker owns the process of its start."""
         process = start.process
         facts = self._facts[name]
-        starting = process is not None and is_executor(process)
+        starting = process is not None and is_executor(process.pid)
         main = None if starting else process
         service = Service(
             name=name,
             main=main,
             invocation=start.invocation,
             restarts=start.restarts,
+            blameless=self._ends.blameless(name, start.restarts, failed=failed),
             starting=starting,
             failed=failed,
             failed_start=failed_start,
@@ -382,6 +382,7 @@ class Tracker:
 
     def _drop(self, name: str) -> None:
         self._close(name)
+        self._ends.forget(name)
         self.services.pop(name, None)
 
     def _close(self, name: str, but: Process | None = None) -> None:
@@ -397,12 +398,3 @@ class Tracker:
         for remark in present - self._said:
             journal.say(remark)
         self._said = present
-
-
-def is_executor(process: Process) -> bool:
-    """Whether a process is still systemd's executor (systemd >= 255), which sets up the service's namespaces itself:
-    until it has become the service they are the host's, or half made."""
-    try:
-        return os.path.basename(os.readlink(f"/proc/{process.pid}/exe")).startswith(_EXECUTOR)
-    except OSError:
-        return False  # it has ended, which the next use of it shows

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""How units went down last: asked once for each end, because a daemon-reload has systemd forget half of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from watcher.managers.systemd import ends, journal_entries
+from watcher.managers.systemd.systemd1 import Systemd1
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """How a unit went down: InvocationID, Result and NRestarts then, and `Service.blameless`."""
+
+    invocation: str = ""
+    result: str = ""
+    restarts: int = 0
+    blameless: str = ""
+
+
+class UnitEnds:
+    """The last end of each unit that went down by itself."""
+
+    def __init__(self) -> None:
+        self._ends: dict[str, _End] = {}
+
+    async def look(self, systemd: Systemd1, name: str) -> None:
+        """Find out how a unit went down that has failed."""
+        values = await systemd.service_properties(name)
+        end = _End(await systemd.invocation(name), str(values["Result"]), int(values["NRestarts"]))
+        if replace(self._ends.get(name, _End()), blameless="") != end:
+            sent = await journal_entries.sent_by_clients(name, end.invocation, int(values["ExecMainPID"]))
+            self._ends[name] = replace(end, blameless=ends.blameless(values, sent))
+
+    def blameless(self, name: str, restarts: int, *, failed: bool) -> str:
+        """Why its last end says nothing about its configuration; also while that runs which systemd started then.
+
+        Args:
+            restarts: NRestarts now.
+            failed: it is down.
+        """
+        end = self._ends.get(name, _End())
+        again = restarts > 0 and restarts - end.restarts in (0, 1)
+        return end.blameless if failed or again else ""
+
+    def forget(self, name: str) -> None:
+        """The unit takes no part any more."""
+        self._ends.pop(name, None)
