@@ -2,7 +2,8 @@
 """The watcher comes to the right end, whatever happens and wherever it is killed (rounds/round.py).
 
 What a round remembers (rounds/memory.py) is lost by a kill. Hypothesis plays a world (`support/world.py`) against the
-real rounds. It takes the same examples each time. To look further, for as long as that takes:
+real rounds. It takes the same examples each time that the same modules are loaded, whose constants Hypothesis tries,
+too. To look further, for as long as that takes:
 
     WORLD_EXAMPLES=20000 .venv/bin/python -m pytest -q tests/rounds/test_decide_world.py
 """
