@@ -100,6 +100,7 @@ class Play(RuleBasedStateMachine):
         world.fates[file.digest] = file.fate
         same = [one for one in world.files if (one.name, one.version) == (file.name, file.version)]
         world.files = [*(one for one in world.files if one not in same), file]
+        world.changed[file] = world.clock
         world.dirty |= world.units.keys()
 
     @rule(when=WHEN, file=FILES)
@@ -128,6 +129,17 @@ class Play(RuleBasedStateMachine):
 
         self.happens(when, action)
         self.happens(0, lambda: self.put(file))
+
+    @rule(when=WHEN)
+    def host_changes(self, when: int) -> None:
+        """What a check refuses may be tried again."""
+
+        def action() -> None:
+            world = self.world
+            world.host_changed = world.clock
+            world.dirty |= world.units.keys()
+
+        self.happens(when, action)
 
     @rule(when=WHEN, number=st.integers(0, 5))
     def remove(self, when: int, number: int) -> None:

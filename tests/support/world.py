@@ -58,6 +58,8 @@ class World:
         self.proved_bad: set[tuple[str, str]] = set()
         self.store = Records(self.tick, self._tried, self._kept_out)
         self.clock = 10**9
+        self.changed: dict[File, int] = {}
+        self.host_changed = 0
         self.up = True
         self.dirty: set[str] = set()
         self.planned: list[tuple[int, Callable[[], None]]] = []
@@ -249,6 +251,7 @@ class World:
                 new = change(old)
                 if all(one.path != new.path for one in self.files):
                     self.files[self.files.index(old)] = new
+                    self.changed[new] = self.clock
                     layer = replace(layer, source=new.path)
                 self.tick()
                 self.dirty |= self.units.keys()
@@ -367,7 +370,7 @@ class World:
         self.tick()
 
     def _touched(self, path: str) -> int | None:
-        return 0 if any(one.path == path for one in self.files) else None
+        return next((self.changed.get(one, 0) for one in self.files if one.path == path), None)
 
     def _check_foreign(self, namespace: tuple[int, int]) -> None:
         if namespace == _HOST:
@@ -443,7 +446,8 @@ class World:
             (messages, "now", lambda: self.clock),
             *((module, "time", clock) for module in (observe, rounds, steps)),
             (observe, "host", lambda root: _ANY),
-            (retry, "again", lambda *_: ()),  # nobody touches a file, or the host
+            (retry, "touched", self._touched),
+            (retry, "_changes", lambda etc: (self.host_changed,)),
             (verdicts, "touched", self._touched),
             (scan, "look", self._look),
             (rollout, "_offers", lambda service: {one.path for one in self.files}),
