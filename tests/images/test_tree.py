@@ -382,7 +382,7 @@ def test_too_deep(source: Path) -> None:
 def test_too_many_entries(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(walk, "ENTRIES_MAX", 9)
     signature(source)
-    (source / "one more").touch()
+    (source / "etc/one more").touch()
     with pytest.raises(Refused, match="more than 9 entries"):
         signature(source)
 

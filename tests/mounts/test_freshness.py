@@ -47,7 +47,7 @@ class Bench:
     ) -> None:
         self.swaps(service, *stack)
         workers = self.swaps.workers
-        views = workers.submit(views_of, workers, service.process, [service.pid], list, ()).result()
+        views = workers.submit(views_of, workers, service.process, [service.pid], list, tuple).result()
         done: list[bool] = []
         self.freshness.follow(name, key, views, tells=tells)
         self.freshness._order(functools.partial(done.append, True))

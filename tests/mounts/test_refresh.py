@@ -96,7 +96,7 @@ def views(workers: MountWorkers) -> Iterator[Callable[..., list[View]]]:
 
         def found(service: Service, *others: Service) -> list[View]:
             pids = [service.pid, *(other.pid for other in others)]
-            made = workers.submit(views_of, workers, service.process, pids, list, ()).result()
+            made = workers.submit(views_of, workers, service.process, pids, list, tuple).result()
             for view in made:
                 opened.callback(view.close)
             return made
@@ -366,4 +366,4 @@ def test_another_stack_is_left_alone(bench: Bench, layers: Layers) -> None:
 
 def test_the_hosts_namespace_is_refused(workers: MountWorkers) -> None:
     with Process(os.getpid()) as host, pytest.raises(HostNamespace):
-        workers.submit(views_of, workers, host, [os.getpid()], list, ()).result()
+        workers.submit(views_of, workers, host, [os.getpid()], list, tuple).result()

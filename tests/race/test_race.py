@@ -29,9 +29,9 @@ lease.Lease.held = lambda self: True
 lease.Lease.release = lambda self: None
 """
 WITHOUT_STRICT_MODES = """
-from watcher.images import admission
-real = admission._open
-admission._open = lambda candidate, modes: real(candidate, None)
+from watcher.images import opened
+real = opened._open
+opened._open = lambda candidate, modes, way: real(candidate, None, way)
 """
 
 

@@ -121,7 +121,7 @@ async def test_a_reload_is_said_to_be_done_only_where_the_process_was_told(
     systemd = Answers(jobs, "done")
     systemd.commands, systemd.type = commands, kind
 
-    async def connection() -> Systemd1:
+    def connection() -> Systemd1:
         return systemd
 
     reloaded = await UnitJobs(connection, jobs).reload(WEB, INVOCATION, 90)
@@ -138,7 +138,7 @@ async def test_a_reload_that_never_ends_is_canceled_and_one_that_was_not_begun_i
     jobs = JobResults()
     systemd = Answers(jobs, "never", state)
 
-    async def connection() -> Systemd1:
+    def connection() -> Systemd1:
         return systemd
 
     reloaded = await UnitJobs(connection, jobs).reload(WEB, INVOCATION, 90)
