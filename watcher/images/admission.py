@@ -30,7 +30,7 @@ from watcher.images.readable import require_readable
 from watcher.images.store import Store
 from watcher.images.verdicts import Key
 from watcher.images.walk import DIRECTORY
-from watcher.model import Busy, Candidate, Copy, Incomplete, Kind, Later, Refused, problem
+from watcher.model import Busy, Candidate, Copy, Incomplete, Kind, Later, Refused, Sysext, problem
 from watcher.mounts import syscalls
 from watcher.mounts.descriptors import Descriptors
 from watcher.mounts.workers import Hung, MountWorkers
@@ -299,6 +299,7 @@ def copied(
             copy = verdicts.recall(content.key)
             if copy is None or not store.verify(copy.digest):
                 if isinstance(content, _Tree):
+                    require_no_sysext(fd)
                     complete(content.seen(candidate.path, way))
                 copy = _copy(store, content)
         if judge is not None:
@@ -309,6 +310,16 @@ def copied(
                     verdicts.remember((content.key, terms), refused)
                 raise
         return copy
+
+
+def require_no_sysext(root: int) -> None:
+    """Raise Sysext for a tree that is one, complete or not: systemd mounts it as it is, not we."""
+    try:
+        read_release(root)
+    except Sysext:
+        raise
+    except (Refused, OSError):
+        pass  # admission says so, once the tree is complete
 
 
 def _copy(store: Store, content: _Image | _Tree) -> Copy:
