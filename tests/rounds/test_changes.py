@@ -200,15 +200,20 @@ def test_at_the_end_nothing_is_left_to_do() -> None:
 
 
 def test_only_what_the_service_does_better_without_is_to_blame() -> None:
-    def after(well: bool, undoing: Undoing) -> State:
-        state = record(OLD, quarantine=(kept_out(NEW), kept_out(OTHER)), undoing=undoing)
-        return changes.undone(facts(OLD), well, NOW, state)
+    def after(well: bool, undoing: Undoing, told: str = "reload", **more: Any) -> State:
+        state = record(OLD, quarantine=(kept_out(NEW), kept_out(OTHER)), undoing=undoing, **more)
+        judged = Judged(OLD, Verdict.WENT_DOWN, told)
+        return changes.undone(facts(OLD, judged=judged), well, NOW, state)
 
     took_down = replace(UNDOING, verdict=Verdict.WENT_DOWN, took_down=True)
     guilty = (kept_out(NEW), kept_out(OTHER))
     assert after(True, UNDOING).quarantine == after(False, took_down).quarantine == guilty
     acquitted = replace(kept_out(NEW), for_now=True, judge=INNOCENT, since=NOW)
     assert after(False, UNDOING).quarantine == (acquitted, kept_out(OTHER))
+    # No start has seen the old one either: both may be bad.
+    only_reloaded = {OLD.id: "first"}
+    assert after(False, UNDOING, "start", untried=only_reloaded).quarantine == guilty
+    assert after(False, UNDOING, "reload", untried=only_reloaded).quarantine == (acquitted, kept_out(OTHER))
 
 
 @pytest.mark.parametrize(

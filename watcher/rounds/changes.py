@@ -178,7 +178,7 @@ def undone(facts: Facts, well: bool, now: int, state: State) -> State:
             that took the service down while it ran.
         now: microseconds since the epoch.
     """
-    if not well and state.undoing is not None and not state.undoing.took_down:
+    if not well and state.undoing is not None and acquits(facts, state):
         state = replace(state, quarantine=tuple(_acquitted(state.undoing.stack, now, state.quarantine)))
     state = replace(state, undoing=None)
     if facts.invocation:
@@ -187,6 +187,16 @@ def undone(facts: Facts, well: bool, now: int, state: State) -> State:
     if _is_another(facts, state):
         return state
     return replace(state, trial=None, owed="", replaced=None)
+
+
+def acquits(facts: Facts, state: State) -> bool:
+    """Whether the stack that is undone is not to blame where the service fails on the one before, too.
+
+    Not one that took it down while it ran. Nor if it fails to start on one that no start has seen: both may be bad.
+    """
+    took_down = state.undoing is not None and state.undoing.took_down
+    started = facts.judged is not None and facts.judged.told == "start"
+    return not took_down and not (started and state.accepted.stack.id in state.untried)
 
 
 def _acquitted(stack: Stack, now: int, entries: Sequence[Quarantine]) -> Iterator[Quarantine]:

@@ -81,13 +81,22 @@ def failed(
 
 
 def rolled_back(
-    service: str, undoing: Undoing, good: Stack, judged: Judged, times: Times, *, running: bool, restart: bool
+    service: str,
+    undoing: Undoing,
+    good: Stack,
+    judged: Judged,
+    times: Times,
+    *,
+    running: bool,
+    restart: bool,
+    innocent: bool = False,
 ) -> Event:
     """The last good stack is back.
 
     Args:
         judged: how the service took that.
         restart: it runs where no stack can be put in place.
+        innocent: the bad one is not to blame where that fails, too.
     """
     bad, why = undoing.stack, undoing.why
     was = ", ".join(new.label for new in _new_layers(good, bad)) or "the stack without it"
@@ -101,8 +110,8 @@ def rolled_back(
         sentence += f"back on {back} in {duration(times.swap + times.reload)}"
         sentence += f", {judged.told} done" if judged.told == "start" else ""
     else:
-        innocent = f"so {was} is not to blame, and is tried again at the next start"
-        then = "it is not tried again" if undoing.took_down else innocent
+        tried = f"so {was} is not to blame, and is tried again at the next start"
+        then = tried if innocent else "it is not tried again"
         sentence += f"back on {back}, but that failed too: {judged.reason}; {then}"
     event = _of_stack(service, Outcome.ROLLED_BACK, sentence, bad, good, judged, times)
     # A `wait` for the image that was dropped waits for this.

@@ -86,7 +86,14 @@ class Verdicts:
         running = facts.reachable or bool(back.told)
         restart = facts.running and bool(facts.out_of_reach)
         event = messages.rolled_back(
-            service.name, undoing, facts.accepted, back, times, running=running, restart=restart
+            service.name,
+            undoing,
+            facts.accepted,
+            back,
+            times,
+            running=running,
+            restart=restart,
+            innocent=changes.acquits(facts, facts.state),
         )
         await self._outcomes.outcome(event, critical=not back.good)
         await self._change(service, this, functools.partial(changes.undone, facts, back.good, messages.now()))
