@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 
@@ -148,7 +149,8 @@ HANG = "ExecReload=/bin/sh -c 'grep -q bad /etc/web.conf && sleep 60; true'\nTim
             "",
             "signal:HUP",
             "HealthWatchSec=6s",
-            "within 6 s of its reload",
+            # The second while systemd is still busy with the rest of its processes.
+            "within 6 s of its reload|failed on it before it had proved good",
         ),
         ("exit 1", "Restart=always\nRestartSec=300ms", "signal:HUP", "", "its main process ended"),
     ],
@@ -162,7 +164,7 @@ def test_a_service_is_back_on_what_it_ran_well_on(
     slot = kept(host)
     drop(host, 2, {"web.conf": "bad"})
     entry = journal.until(lambda entry: entry.get("CONFEXT_OUTCOME") == "rolled-back")
-    assert reason in entry["MESSAGE"]
+    assert re.search(reason, entry["MESSAGE"])
     sees(host, "good")
     assert (host.bed.property(WEB, "ActiveState"), kept(host)) == ("active", slot)
 

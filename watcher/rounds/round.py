@@ -223,8 +223,8 @@ class Rounds:
             case Need.WATCH:
                 await self._observer.watch(service, memory, this)
             case Need.LEARN:
+                memory.unlearned = False  # where that fails, the manager tries it again
                 await self._tools.manager.learn(service)
-                memory.unlearned = False
             case Need.TURN:
                 this.waits = self._rollout.claim(service.name, await self._rollout.bid(service, this.facts))
             case Need.JOB:
