@@ -42,6 +42,9 @@ from watcher.mounts.workers import MountWorkers
 
 _LOOK = os.O_PATH | os.O_NOFOLLOW
 
+# While others mount, "not remembered" may be wrong once in a hundred times: so often it has to be said of a held name.
+_ASKED = 6
+
 # With xino=on overlayfs puts the number of the layer into the upper bits of an inode number.
 _INODE = 0xFFFF_FFFF
 
@@ -185,7 +188,7 @@ def still_old(view: View, paths: Iterable[str], now: BaseNow) -> tuple[str, ...]
     (`renew.py` finds out which)."""
     if not view.frank:
         return ()
-    return tuple(path for path in paths if _is_old(view, view.fd, path, True, now, path))
+    return tuple(path for path in paths if _is_old(view, view.fd, path, True, now, path, asked=_ASKED))
 
 
 def listed_wrongly(view: View, changes: Changes) -> tuple[str, ...]:
@@ -232,11 +235,16 @@ def _is_there(directory: int, name: str) -> bool:
     return True
 
 
-def _is_old(view: View, directory: int, name: str, replaced: bool, now: BaseNow, path: str) -> bool:
-    """Whether a name in the cache is not, or may not be, what the base has."""
+def _is_old(
+    view: View, directory: int, name: str, replaced: bool, now: BaseNow, path: str, asked: int = 1
+) -> bool:
+    """Whether a name in the cache is not, or may not be, what the base has; the kernel is asked so often for it."""
     if path in view.hidden:
         return False
-    fd = _open_cached(directory, name, view.resolve)
+    fd = -errno.EAGAIN
+    for _ in range(asked):
+        if fd == -errno.EAGAIN:
+            fd = _open_cached(directory, name, view.resolve)
     if fd < 0:
         return fd == -errno.ENOENT and now.identity(path) is not None
     try:
