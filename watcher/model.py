@@ -206,10 +206,13 @@ class Look:
 
 
 class Mountable(Protocol):
-    """The format of an image, as far as mounts need it: see `images/formats/base.py`."""
+    """What an image turned out to be, as far as others need it: see `images/formats/image.py`."""
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def remarks(self) -> tuple[str, ...]: ...
 
     def fsmount(self, backing: int, label: str) -> int: ...
 

@@ -9,9 +9,11 @@ gives the same again. That the work is linear is counted by `steps.py`.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -26,14 +28,14 @@ from jeepney.low_level import Endianness, Header, MessageType
 from watcher.control import server, show, transport
 from watcher.control.client import Client
 from watcher.images import tries
-from watcher.images.formats import erofs
+from watcher.images.formats import disk, erofs, gpt
 from watcher.images.formats.base import HEAD
 from watcher.images.formats.probe import probe
 from watcher.managers import cgroup
 from watcher.managers import registration as registrations
 from watcher.managers.systemd import dbus, drop_ins, ends, manager, sandbox_settings, systemd1
 from watcher.managers.systemd.wire import Received
-from watcher.model import Candidate, Event, Kind, Outcome, Refused, Unsupported, shown
+from watcher.model import Candidate, Event, Kind, Outcome, Refused, Sysext, Unsupported, shown
 from watcher.mounts import table
 from watcher.mounts.mountinfo import Mount, mounts
 from watcher.records import ledger, schema
@@ -121,9 +123,9 @@ def superblock(data: bytes) -> None:
             os.write(fd, content)
             with only(Refused):
                 found = probe(fd, len(content))
-                assert found.name in ("squashfs", "erofs")
-                used = found.complete(content[:HEAD], len(content))
-                assert 96 <= used <= len(content)
+                assert found.format.name in ("squashfs", "erofs")
+                assert 96 <= found.end <= len(content)
+                assert found.offset + found.size <= found.end
         finally:
             os.close(fd)
 
@@ -134,6 +136,52 @@ def _sealed(data: bytes) -> bytes:
         return data
     sealed = bytearray(data)
     sealed[1024 + 4 : 1024 + 8] = erofs.checksum(data[:HEAD]).to_bytes(4, "little")
+    return bytes(sealed)
+
+
+@target(
+    r"""
+    EFI\x20PART \x00\x00\x01\x00 \x5c\x00\x00\x00 \x80\x00\x00\x00 \x00\x02\x00\x00 hsqs \x55\xaa \xee
+    \xe3\xbc\x68\x4f\xcd\xe8\xb1\x4d\x96\xe7\xfb\xca\xf9\x84\xb7\x09 _\x00e\x00m\x00p\x00t\x00y\x00
+    \xff\xff\xff\xff\xff\xff\xff\xff \x01\x00\x00\x00\x00\x00\x00\x00 \x00\x00\x00\x00\x00\x00\x00\x80
+    """
+)
+def partition_table(data: bytes) -> None:
+    """Partitions are within the file, in order and apart, whatever they are said to be."""
+    for content in (data, *(_with_checksums(data, sector) for sector in (512, 4096))):
+        fd = os.memfd_create("disk", os.MFD_CLOEXEC)
+        try:
+            os.write(fd, content)
+            head = content[:HEAD]
+            if not gpt.recognises(head):
+                continue
+            with only(Refused, Sysext):
+                table = gpt.read(fd, head, len(content))
+                assert table.end <= len(content)
+                in_order = sorted(table.partitions, key=lambda one: one.start)
+                assert all(2 * table.sector < one.start < one.end < table.end for one in in_order)
+                assert all(before.end <= after.start for before, after in itertools.pairwise(in_order))
+                assert disk.root(table, "x86-64").partition in table.partitions
+        finally:
+            os.close(fd)
+
+
+def _with_checksums(data: bytes, sector: int) -> bytes:
+    """With the checksums that a partition table should have: what lies behind them is to be tried too."""
+    sealed = bytearray(data)
+    for _ in range(2):  # the first header says where the second is
+        for lba in (1, int.from_bytes(sealed[sector + 32 : sector + 40], "little")):
+            at = lba * sector
+            if at + 92 > len(sealed):
+                continue
+            size, count = (int.from_bytes(sealed[at + i : at + i + 4], "little") for i in (12, 80))
+            array = int.from_bytes(sealed[at + 72 : at + 80], "little") * sector
+            if count <= 256 and 92 <= size <= sector:
+                sealed[at + 88 : at + 92] = zlib.crc32(sealed[array : array + count * 128]).to_bytes(
+                    4, "little"
+                )
+                sealed[at + 16 : at + 20] = bytes(4)
+                sealed[at + 16 : at + 20] = zlib.crc32(sealed[at : at + size]).to_bytes(4, "little")
     return bytes(sealed)
 
 

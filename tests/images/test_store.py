@@ -30,6 +30,7 @@ from support.killing import killed_before
 from support.needs import root, tool
 from watcher.images import tree
 from watcher.images.errors import StoreFull
+from watcher.images.formats.image import Image
 from watcher.images.formats.squashfs import SQUASHFS
 from watcher.images.integrity import Whole
 from watcher.images.stacks import Stacks
@@ -62,7 +63,7 @@ def add(store: Store, path: Path) -> Copy:
         if path.is_dir():
             return store.add_tree(fd, tree.signature(fd))
         with Lease(fd) as lease:
-            return store.add_image(fd, SQUASHFS, lease)
+            return store.add_image(fd, Image(SQUASHFS, 0), lease)
 
 
 def dropped(tmp_path: Path, content: bytes, name: str = "web.raw") -> Path:
@@ -85,7 +86,7 @@ class TestImages:
         content = os.urandom(size)
         copy = add(store, dropped(tmp_path, content))
         assert copy.digest == hashlib.sha256(content).hexdigest()
-        assert (copy.size, copy.kind, copy.format) == (size, Kind.IMAGE, SQUASHFS)
+        assert (copy.size, copy.kind, copy.format) == (size, Kind.IMAGE, Image(SQUASHFS, 0))
         path = Path(copy.path)
         assert path == tmp_path / "state/store" / copy.digest
         assert path.read_bytes() == content
@@ -179,7 +180,7 @@ class TestImages:
                 while lease.held():
                     pass
                 with pytest.raises(Busy):
-                    store.add_image(fd, SQUASHFS, lease)
+                    store.add_image(fd, Image(SQUASHFS, 0), lease)
                 lease.release()
                 assert writer.stdout is not None
                 assert writer.stdout.readline() == b"open\n"
@@ -199,7 +200,7 @@ class TestImages:
                 sync(target)
 
             monkeypatch.setattr(os, "fdatasync", fdatasync)
-            store.add_image(fd, SQUASHFS, lease)
+            store.add_image(fd, Image(SQUASHFS, 0), lease)
         assert held == [False]
 
 

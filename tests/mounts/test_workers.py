@@ -21,9 +21,12 @@ from pathlib import Path
 import pytest
 import trio
 
+from support.disks import GENERIC, Part, disk
 from support.images import FORMATS
+from support.killing import killed_before
 from support.needs import filesystem, loop, root, tool
 from support.service import Service
+from watcher.images.formats.probe import probe
 from watcher.images.formats.squashfs import Squashfs
 from watcher.model import Copy, Kind, Later, Layer, Refused, Stack
 from watcher.mounts import syscalls
@@ -37,6 +40,7 @@ from .conftest import Layers, Swaps
 pytestmark = root
 
 Start = Callable[..., Service]
+PAD = Part(bytes(512), GENERIC, "other")
 
 
 def where() -> int:
@@ -355,6 +359,12 @@ def loops(layers: Layers, layer: Layer) -> int:
     return found
 
 
+def backed(device: Path, file: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return (device / "backing_file").read_text().strip() == str(file)
+    return False
+
+
 @loop
 @tool("mksquashfs")
 @pytest.mark.skipif(not may_mount(), reason="needs root of the machine")
@@ -461,6 +471,57 @@ class TestImages:
             kind = subprocess.check_output(["stat", "-f", "-c", "%T", path], text=True).strip()
             release = tuple(map(int, os.uname().release.split(".")[:2]))
             assert loops(layers, layer) == (1 if release < (6, 12) or kind == "tmpfs" else 0)
+
+    @pytest.mark.parametrize(
+        "fstype", ["squashfs", pytest.param("erofs", marks=[filesystem("erofs"), tool("mkfs.erofs")])]
+    )
+    @pytest.mark.parametrize("sector", [512, 4096])
+    def test_of_a_disk_image_the_root_partition_is_mounted_and_nothing_behind_it(
+        self, layers: Layers, fstype: str, sector: int
+    ) -> None:
+        layer = layers.image({"web.conf": "1"}, fstype)
+        plain = Path(layers.copies[layer.digest].path)
+        plain.write_bytes(disk(PAD, plain.read_bytes(), PAD, sector=sector))
+        with plain.open("rb") as file:
+            found = probe(file.fileno(), plain.stat().st_size)
+        assert (found.offset > 4096, found.size >= 4096) == (True, True)
+        layers.copies[layer.digest] = replace(layers.copies[layer.digest], format=found)
+        with MountWorkers(1) as workers:
+
+            def use() -> str:
+                with workers.images.attached([layers.copies[layer.digest]]) as roots:
+                    return Path(roots[layer.digest], "etc/web.conf").read_text()
+
+            assert workers.submit(use).result() == "1"
+            kind = subprocess.check_output(["stat", "-f", "-c", "%T", plain], text=True).strip()
+            release = tuple(map(int, os.uname().release.split(".")[:2]))
+            without = fstype == "erofs" and release >= (6, 17) and kind != "tmpfs"
+            assert loops(layers, layer) == (0 if without else 1)
+            if not without:
+                (device,) = [one for one in Path("/sys/block").glob("loop*/loop") if backed(one, plain)]
+                assert int((device / "offset").read_text()) == found.offset
+                assert int((device / "sizelimit").read_text()) == found.size
+                assert (device / "autoclear").read_text().strip() == "1"
+            workers.submit(workers.images.retain, []).result()
+            until(lambda: loops(layers, layer) == 0)
+
+    def test_killed_at_any_call_it_leaves_no_loop_device(self, layers: Layers, squashfs: Layer) -> None:
+        path = Path(layers.copies[squashfs.digest].path)
+        path.write_bytes(disk(path.read_bytes()))
+        with path.open("rb") as file:
+            found = probe(file.fileno(), path.stat().st_size)
+
+            def mount() -> None:
+                mounted = found.fsmount(file.fileno(), "killed")
+                os.mkdir(f"{path}.{time.monotonic_ns()}")  # a call that changes something, with all mounted
+                os.close(mounted)
+
+            calls = 1
+            while killed_before(calls, mount):
+                until(lambda: loops(layers, squashfs) == 0)
+                calls += 1
+        assert calls > 5
+        until(lambda: loops(layers, squashfs) == 0)
 
     @pytest.mark.parametrize("fstype", ["squashfs", pytest.param("erofs", marks=filesystem("erofs"))])
     def test_a_broken_image_is_refused_and_leaves_nothing(

@@ -12,10 +12,12 @@ import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from scenarios.place import Place, Service, image, shell, tree, until
+from support import disks
 from support.images import confext
 from support.images import image as image_of
 from support.needs import filesystem, tool
@@ -95,11 +97,22 @@ def broken_root(path: Path) -> None:
     path.write_bytes(content)
 
 
-def gpt(path: Path) -> None:
-    content = bytearray(1 << 20)
-    content[510:512] = b"\x55\xaa"
-    content[512:520] = b"EFI PART"
-    path.write_bytes(content)
+def disk_image(*parts: disks.Part, **changes: Any) -> Make:
+    """A disk image of the good squashfs, wrong in some way."""
+
+    def make(path: Path) -> None:
+        path.write_bytes(disks.build(disks.Disk((disks.Part(good()), *parts), **changes)))
+
+    return make
+
+
+def half_a_disk_image(path: Path) -> None:
+    content = disks.disk(good())
+    path.write_bytes(content[: len(content) // 2])
+
+
+def in_a_disk_image(made: Callable[[bytes], bytes]) -> Make:
+    return lambda path: path.write_bytes(disks.disk(made(good())))
 
 
 def sysext(root: Path) -> None:
@@ -130,7 +143,31 @@ BAD: dict[str, tuple[Make, str]] = {
         broken_directory,
         "refused: broken: its extension-release cannot be read: Input/output error",
     ),
-    "a partition table": (gpt, "refused: disk images with a partition table are not supported yet"),
+    "half of a disk image": (half_a_disk_image, r"incomplete: \d+ of \d+ bytes are here"),
+    "a disk image with a usr partition": (
+        disk_image(disks.Part(bytes(512), disks.USR)),
+        "refused: a disk image with a usr partition: of a confext there is only /etc, in the root partition",
+    ),
+    "a disk image without a root partition": (
+        lambda path: path.write_bytes(disks.disk(disks.Part(good(), disks.GENERIC))),
+        "refused: a disk image with 1 partitions, none of them a root partition",
+    ),
+    "a disk image with a partition that is elsewhere": (
+        disk_image(disks.Part(type=disks.GENERIC, start=1 << 40, end=1 << 41)),
+        "refused: a broken disk image: partition 2 is said to be in sectors 1099511627776",
+    ),
+    "a disk image whose backup is another's": (
+        disk_image(backup={56: bytes(16)}),
+        "refused: a broken disk image: its partition table and the backup of that differ",
+    ),
+    "a disk image with ext4": (
+        in_a_disk_image(lambda content: bytes(1080) + b"\x53\xef" + bytes(5000)),
+        "refused: its root partition .number 1.: an ext2/3/4 file system: use squashfs or erofs",
+    ),
+    "a disk image with a broken squashfs": (
+        in_a_disk_image(lambda content: content[:96] + b"\xff" * 5000 + content[5096:]),
+        "refused: its extension-release has no ID=",
+    ),
     "gzip": (written(gzip.compress(b"x" * 5000)), "refused: gzip data: unpack it first"),
     "another OS": (made(release="ID=plan9\n"), "refused: made for ID=plan9, and here it is ID="),
     "another version": (

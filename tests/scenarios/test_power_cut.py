@@ -35,6 +35,7 @@ import os, sys
 from dataclasses import replace
 sys.path[:0] = {path!r}
 from watcher.images import tree
+from watcher.images.formats.image import Image
 from watcher.images.formats.squashfs import SQUASHFS
 from watcher.records.ledger import Ledger
 from watcher.records.state import Quarantine, Trial
@@ -50,7 +51,7 @@ def say(*words):
 def image(path):
     fd = os.open(path, os.O_RDONLY)
     with Lease(fd) as lease:
-        return store.add_image(fd, SQUASHFS, lease)
+        return store.add_image(fd, Image(SQUASHFS, 0), lease)
 
 def accept(stack, trial=True):
     say("accepting", stack.id, "trial" if trial else "")

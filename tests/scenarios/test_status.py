@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from scenarios.place import Place, image, tree
+from support.disks import SIGNATURE, VERITY, Part, disk
 from support.needs import filesystem, root, tool
 
 images_only = pytest.mark.parametrize("place", ["images"], indirect=True)
@@ -152,6 +153,23 @@ def test_check_says_that_an_image_is_good(place: Place, fstype: str) -> None:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     done = place.run("check", str(path))
     assert done.stdout == f"{path}: good: web 1.4, {fstype}, {path.stat().st_size} bytes, sha256 {digest}\n"
+
+
+@root
+@tool("mksquashfs")
+@pytest.mark.parametrize("trees", [False, True], ids=["as-root", "in-a-user-namespace"])
+def test_check_of_a_disk_image_says_what_of_it_is_not_verified(tmp_path: Path, trees: bool) -> None:
+    with Place(tmp_path, trees=trees) as place:
+        path = tmp_path / "web_1.4.raw"
+        verity, signature = Part(bytes(4096), VERITY, "v"), Part(b"{}", SIGNATURE, "s")
+        path.write_bytes(disk(image("web_1.4", "1.4").read_bytes(), verity, signature))
+        place.bring(path, path)
+        good, warning = place.run("check", str(path)).stdout.splitlines()
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        size = path.stat().st_size
+        assert good == f"{path}: good: web 1.4, disk image with squashfs, {size} bytes, sha256 {digest}"
+        unverified = "it is signed (verity data and signature), which this version does not verify"
+        assert warning == f"{path}: warning: {unverified}"
 
 
 def test_check_of_a_tree(place: Place) -> None:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from support import CHECKOUT
 from support.needs import which
-from watcher.images.formats.base import Format
 from watcher.images.formats.erofs import EROFS
+from watcher.images.formats.image import Image
 from watcher.images.formats.squashfs import SQUASHFS
 
-FORMATS: dict[str, Format] = {"squashfs": SQUASHFS, "erofs": EROFS}
+FORMATS = {"squashfs": Image(SQUASHFS, 0), "erofs": Image(EROFS, 0)}
+"""Of images without a partition table."""
 TOOLS = {"squashfs": "mksquashfs", "erofs": "mkfs.erofs"}
 
 

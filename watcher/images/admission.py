@@ -176,7 +176,7 @@ class Admission:
             self._effects.pop(digest, None)
 
     def effects(self, digest: str) -> tuple[str, ...]:
-        """What an admitted content does to `/etc` besides bringing files, one line each.
+        """What an admitted content does to `/etc` besides bringing files, and what is not verified, one line each.
 
         That is to the `/etc` of the first service that it was looked at for: others may have a root of their own.
         """
@@ -194,7 +194,8 @@ class Admission:
                 with self._store.verdicts.turn(("read", copy.digest)):
                     if copy.digest not in self._were_read:
                         require_readable(root, self._store.image_max)
-                        self._effects[copy.digest] = effects(root, host_root)
+                        remarks = copy.format.remarks if copy.format is not None else ()
+                        self._effects[copy.digest] = (*remarks, *effects(root, host_root))
                         self._were_read.add(copy.digest)
 
             found = self._releases[copy.digest] = release_of(copy, self._workers, read)

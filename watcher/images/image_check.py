@@ -15,7 +15,7 @@ from watcher.images.effects import effects
 from watcher.images.errors import require_size
 from watcher.images.extension import RELEASE_DIRECTORY, Release, read_release
 from watcher.images.files import digest_of
-from watcher.images.formats.base import Format
+from watcher.images.formats.image import Image
 from watcher.images.formats.probe import probe
 from watcher.images.opened import opened
 from watcher.images.readable import require_readable
@@ -88,25 +88,28 @@ def _image(fd: int, path: str, image_max: int) -> tuple[Copy, Release, tuple[str
     with Lease(fd) as lease:
         size = os.fstat(fd).st_size
         require_size(size, image_max, "ImageMax=")
-        format = probe(fd, size)
-        copy = Copy(digest_of(fd, size), path, size, Kind.IMAGE, format)
+        image = probe(fd, size)
+        copy = Copy(digest_of(fd, size), path, size, Kind.IMAGE, image)
         if may_mount():
             with MountWorkers(1) as workers:
                 found = release_of(copy, workers, read)
         else:
-            found = _unpacked_release(path, format)
+            found = _unpacked_release(fd, path, image)
         lease.check()
         # It was mounted, or unpacked, by its path.
         if not os.path.samestat(os.fstat(fd), os.stat(path)):
             raise Busy("it was replaced meanwhile")
-    return copy, found, done
+    return copy, found, (*image.remarks, *done)
 
 
-def _unpacked_release(path: str, format: Format) -> Release:
+def _unpacked_release(fd: int, path: str, image: Image) -> Release:
     """Without root no image can be mounted: its own tool unpacks the few files that are needed."""
     with tempfile.TemporaryDirectory() as directory, Descriptors() as fds:
         target = f"{directory}/root"
-        words = format.unpack_command(path, target, RELEASE_DIRECTORY)
+        if image.size:
+            path = f"{directory}/partition"  # not every version of the tools can begin at an offset
+            _extract(fd, image, fds.add(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)))
+        words = image.format.unpack_command(path, target, RELEASE_DIRECTORY)
         try:
             done = subprocess.run(
                 words, capture_output=True, text=True, errors="replace", check=False, timeout=_TOOL_SEC
@@ -121,3 +124,10 @@ def _unpacked_release(path: str, format: Format) -> Release:
             said = (done.stderr or done.stdout).strip().splitlines() or [reason_of(done.returncode)]
             raise Refused(f"{words[0]} cannot read it: {shown(said[-1])}")
         return read_release(fds.add(os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)))
+
+
+def _extract(fd: int, image: Image, target: int) -> None:
+    """Write the file system of a disk image to an empty file."""
+    offset, end = image.offset, image.offset + image.size
+    while offset < end and (sent := os.sendfile(target, fd, offset, end - offset)):
+        offset += sent

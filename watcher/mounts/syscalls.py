@@ -344,14 +344,17 @@ def loop_backing(device: int) -> tuple[int, int]:
     return device_number, inode
 
 
-def loop_attach(backing: int, label: str) -> tuple[int, str]:
-    """A read-only loop device over an open file; the kernel frees it with its last user (LO_FLAGS_AUTOCLEAR).
+def loop_attach(backing: int, label: str, offset: int = 0, size: int = 0) -> tuple[int, str]:
+    """A read-only loop device over an open file, or over a part of it.
+
+    The kernel frees it with its last user (LO_FLAGS_AUTOCLEAR), also where that is killed.
 
     Finding a free device and taking it are two steps. If another process takes it in between (EBUSY), try the next.
 
     Args:
         backing: descriptor of the file, open for reading.
         label: shown by losetup(8), cut at 63 bytes.
+        offset, size: of the part, bytes, multiples of 512; size 0: up to the end of the file.
 
     Returns:
         A descriptor of the device, and its path. While nothing is mounted from it, closing the descriptor frees it.
@@ -359,9 +362,10 @@ def loop_attach(backing: int, label: str) -> tuple[int, str]:
     Raises:
         OSError: there is no loop device.
     """
-    # struct loop_config: fd, block_size, struct loop_info64 (of which lo_flags and lo_file_name), 64 reserved bytes.
+    # struct loop_config: fd, block_size, struct loop_info64 (of which lo_offset, lo_sizelimit, lo_flags and
+    # lo_file_name), 64 reserved bytes.
     flags = _LO_FLAGS_READ_ONLY | _LO_FLAGS_AUTOCLEAR
-    config = struct.pack("=II52xI64s112x64x", backing, 0, flags, _bytes(label)[:63])
+    config = struct.pack("=II24xQQ12xI64s112x64x", backing, 0, offset, size, flags, _bytes(label)[:63])
     control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
     attempts = 64
     try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import random
 import struct
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +17,6 @@ import pytest
 
 from support.images import confext, image, noise
 from support.needs import tool
-from watcher.images.formats.base import HEAD
 from watcher.images.formats.probe import probe
 from watcher.model import Incomplete, Refused
 
@@ -40,7 +38,7 @@ def probed(content: bytes) -> Probed:
         file.write(content)
         file.flush()
         found = probe(file.fileno(), len(content))
-        return Probed(found.name, found.complete(content[:HEAD], len(content)))
+        return Probed(found.name, found.end)
 
 
 @pytest.fixture
@@ -160,6 +158,8 @@ def test_empty() -> None:
         (b"PK\x03\x04" + bytes(2000), "zip"),
         (b"x" * 257 + b"ustar\x0000" + bytes(2000), "tar"),
         (bytes(1080) + b"\x53\xef" + bytes(2000), "ext2/3/4"),
+        (bytes(65600) + b"_BHRfS_M" + bytes(2000), "btrfs"),
+        (b"LUKS\xba\xbe" + bytes(2000), "encrypted"),
         (b"sqsh" + bytes(2000), "big-endian"),
         (b"#!/bin/sh\n", "neither a squashfs nor an erofs image, but a script: "),
         (b"\n<!DOCTYPE html>\n<html>" + b"x" * 9000, "neither .*, but a web page: download"),
@@ -187,20 +187,11 @@ def test_space_set_aside_is_an_upload_that_has_not_begun() -> None:
         probed(bytes(100_000))
 
 
-@pytest.mark.parametrize("sector", [512, 4096])
-def test_a_partition_table_is_refused_in_one_clear_line(sector: int) -> None:
-    with pytest.raises(Refused, match=r"^disk images with a partition table are not supported yet"):
-        probed(bytes(sector) + b"EFI PART\x00\x00\x01\x00" + bytes(1 << 16))
-
-
-@tool("sfdisk")
-def test_a_partition_table_by_the_real_tool(tmp_path: Path) -> None:
-    disk = tmp_path / "disk.raw"
-    with disk.open("wb") as file:
-        file.truncate(4 << 20)
-    subprocess.run(["sfdisk", "--quiet", disk], input=b"label: gpt\n,,\n", check=True)
-    with pytest.raises(Refused, match="partition table"):
-        probed(disk.read_bytes())
+@squashfs
+def test_what_two_formats_recognise_is_refused_as_systemd_does(tree: Path) -> None:
+    content = made(tree, "squashfs")
+    with pytest.raises(Refused, match=r"^ambiguous: it is squashfs and erofs$"):
+        probed(patched(content, 1024, "<I", 0xE0F5E1E2))
 
 
 @squashfs

@@ -33,14 +33,18 @@ _BROKEN_IMAGE = {
 }
 
 
-HEAD = 1 << 16
-"""Bytes at the start of a file that a format gets to see. The largest block of an erofs: a checksum covers it."""
+HEAD = (1 << 16) + 4096
+"""Bytes at the start of a file system that a format gets to see.
+
+There is the largest block of an erofs, which a checksum covers, and where the superblock of a btrfs would be.
+"""
 
 
 class Format(ABC):
     """A file system in a file. For one that `recognises()` has taken comes `complete()`, then `verify()`.
 
-    `head` is always the first HEAD bytes of the file, or all that there are.
+    `head` is always the first HEAD bytes of the file system, or all that there are. It begins with the file, or is in
+    a partition, which is then all that a format knows of the file.
 
     Attributes:
         name: for people, and for fsopen(2): "squashfs".
@@ -57,7 +61,7 @@ class Format(ABC):
         """The number of bytes from its start that belong to the image; what follows is padding.
 
         Args:
-            size: of the file, bytes.
+            size: of the file or partition, bytes.
 
         Raises:
             Incomplete: bytes are missing; says how many there are and how many it takes.
@@ -79,18 +83,20 @@ class Format(ABC):
         Unlike mounting, that needs no privilege.
         """
 
-    def fsmount(self, backing: int, label: str) -> int:
-        """A detached mount of the image file `backing`: read-only, nosuid, nodev, noexec.
+    def fsmount(self, backing: int, label: str, offset: int = 0, size: int = 0) -> int:
+        """A detached mount of a file system in the file `backing`: read-only, nosuid, nodev, noexec.
 
         Args:
             label: of the loop device (lo_file_name): losetup(8) shows it.
+            offset: where in the file it begins, bytes.
+            size: of its partition, bytes; 0: up to the end of the file.
 
         Raises:
             Refused: the kernel cannot mount it.
             Later: no loop device is free.
             OSError: anything else, such as no memory.
         """
-        device, path = _loop_device(backing, label)
+        device, path = _loop_device(backing, label, offset, size)
         try:
             return self._fsmount(path)
         except OSError as error:
@@ -100,11 +106,13 @@ class Format(ABC):
         finally:
             os.close(device)
 
-    def _fsmount(self, source: str) -> int:
+    def _fsmount(self, source: str, **options: str) -> int:
         """`fsmount()` of a block device, or of a file where the file system needs no device. Raises OSError."""
         context = syscalls.fsopen(self.name)
         try:
             syscalls.fsconfig_set_string(context, "source", source)
+            for option, value in options.items():
+                syscalls.fsconfig_set_string(context, option, value)
             syscalls.fsconfig_set_flag(context, "ro")
             syscalls.fsconfig_cmd_create(context, source)
             return syscalls.fsmount(context, _MOUNT_ATTRIBUTES)
@@ -126,9 +134,9 @@ def require_claimed(size: int, claimed: int, end: int) -> None:
         raise Incomplete(f"incomplete: {size} of {claimed} bytes are here")
 
 
-def _loop_device(backing: int, label: str) -> tuple[int, str]:
+def _loop_device(backing: int, label: str, offset: int, size: int) -> tuple[int, str]:
     try:
-        return syscalls.loop_attach(backing, label)
+        return syscalls.loop_attach(backing, label, offset, size)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         raise Later(f"no loop device is to be had: {where}{error.strerror}") from error

@@ -67,12 +67,14 @@ class Erofs(Format):
     def unpack_command(self, image: str, target: str, path: str) -> list[str]:
         return ["fsck.erofs", f"--extract={target}", image]
 
-    def fsmount(self, backing: int, label: str) -> int:
-        # Since Linux 6.12 straight from the file, but not on every file system (ENOTBLK). What is wrong with the
-        # image itself shows again, and is told, when it is tried through a loop device.
+    def fsmount(self, backing: int, label: str, offset: int = 0, size: int = 0) -> int:
+        # Since Linux 6.12 straight from the file, but not on every file system (ENOTBLK). In a partition since 6.17,
+        # where that begins at a multiple of its block size. What is wrong with the image itself shows again, and is
+        # told, when it is tried through a loop device.
+        options = {"fsoffset": str(offset)} if offset else {}
         with contextlib.suppress(OSError):
-            return self._fsmount(f"/proc/self/fd/{backing}")
-        return super().fsmount(backing, label)
+            return self._fsmount(f"/proc/self/fd/{backing}", **options)
+        return super().fsmount(backing, label, offset, size)
 
 
 EROFS = Erofs()

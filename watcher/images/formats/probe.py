@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which format a file has. The formats are asked one by one; what none of them knows gets the most helpful word."""
+"""What a file is. The formats are asked one by one; what none of them knows gets the most helpful word.
+
+A disk image has its file system in a partition. There the formats are asked again, and nothing else is: a disk image
+within a partition is not looked into.
+"""
 
 from __future__ import annotations
 
 import os
 
+from watcher.images.formats import disk, gpt
 from watcher.images.formats.base import HEAD, Format
 from watcher.images.formats.erofs import EROFS
+from watcher.images.formats.image import Image
 from watcher.images.formats.squashfs import SQUASHFS
 from watcher.model import Incomplete, Refused
 
-# UEFI 5.3.2: the header is in the second logical block, of 512 bytes or on some disks 4096.
-_GPT_MAGIC = b"EFI PART"
-_GPT_OFFSETS = (512, 4096)
+_FORMATS: tuple[Format, ...] = (SQUASHFS, EROFS)
 
 # What people drop by mistake, for a better word than "unknown".
 _TEXTS = (
@@ -29,6 +33,8 @@ _TEXTS = (
 )
 """How texts begin, in lower case, without white space and a byte order mark before that."""
 _HINTS = (
+    (512, b"EFI PART", "a disk image within a disk image: put the file system there itself"),
+    (0, b"LUKS\xba\xbe", "encrypted (LUKS): confexts are not"),
     (0, b"\x1f\x8b", "gzip data: unpack it first"),
     (0, b"\xfd7zXZ\x00", "xz data: unpack it first"),
     (0, b"\x28\xb5\x2f\xfd", "zstd data: unpack it first"),
@@ -36,6 +42,7 @@ _HINTS = (
     (257, b"ustar", "a tar archive: build an image from its contents"),
     (0, b"PK\x03\x04", "a zip archive: build an image from its contents"),
     (1080, b"\x53\xef", "an ext2/3/4 file system: use squashfs or erofs"),
+    (65600, b"_BHRfS_M", "a btrfs file system: use squashfs or erofs"),
     (0, b"XFSB", "an XFS file system: use squashfs or erofs"),
     (0x8001, b"CD001", "an ISO 9660 image: use squashfs or erofs"),
     (0, b"sqsh", "a big-endian squashfs: build it with mksquashfs 4 or later"),
@@ -46,35 +53,53 @@ _NO_IMAGE = "neither a squashfs nor an erofs image"
 _TEXT = 1024
 
 
-def probe(fd: int, size: int) -> Format:
-    """The format of the image behind `fd`, which is complete and does not contradict itself.
+def probe(fd: int, size: int) -> Image:
+    """What the file behind `fd` is: complete, and not in contradiction with itself.
 
     Args:
         size: of the file, bytes.
 
     Raises:
         Incomplete: bytes are missing; says how many there are and how many it takes.
-        Refused: empty, of an unknown kind, with a partition table, or contradicting itself.
+        Sysext: a disk image with a usr partition alone.
+        Refused: empty, of an unknown kind, of two kinds at once, or contradicting itself.
         OSError: it could not be read.
     """
     if size == 0:
         raise Refused("empty")
     head = os.pread(fd, min(size, HEAD), 0)
+    if gpt.recognises(head):
+        return _in_partition(fd, head, size)
     found = _recognised(head, size)
-    found.complete(head, size)
+    end = found.complete(head, size)
     found.verify(head)
-    return found
+    return Image(found, end)
+
+
+def _in_partition(fd: int, head: bytes, size: int) -> Image:
+    for format in _FORMATS:
+        if format.recognises(head):
+            raise Refused(f"ambiguous: it is a disk image and {format.name}")
+    table = gpt.read(fd, head, size)
+    partition, protection = disk.root(table)
+    inner = os.pread(fd, min(partition.size, HEAD), partition.start)
+    try:
+        found = _recognised(inner, partition.size)
+        found.complete(inner, partition.size)
+        found.verify(inner)
+    except Refused as refused:
+        raise Refused(f"its root partition (number {partition.number}): {refused}") from None
+    return Image(found, table.end, partition.start, partition.size, protection)
 
 
 def _recognised(head: bytes, size: int) -> Format:
-    if SQUASHFS.recognises(head):
-        return SQUASHFS
-    # Before erofs, which leaves its first 1024 bytes to others.
-    if any(head[offset : offset + 8] == _GPT_MAGIC for offset in _GPT_OFFSETS):
-        raise Refused("disk images with a partition table are not supported yet: drop the bare file system")
-    if EROFS.recognises(head):
-        return EROFS
-    raise _unknown(head, size)
+    found = [format for format in _FORMATS if format.recognises(head)]
+    if len(found) > 1:
+        # libblkid, and so systemd, takes it for neither.
+        raise Refused(f"ambiguous: it is {' and '.join(format.name for format in found)}")
+    if not found:
+        raise _unknown(head, size)
+    return found[0]
 
 
 def _unknown(head: bytes, size: int) -> Refused:

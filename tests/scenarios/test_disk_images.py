@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Discoverable disk images (GPT): applied as a bare file system is, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from scenarios.place import Place, Service, image, until
+from support.disks import SIGNATURE, VERITY, Part, disk
+from support.needs import filesystem, tool
+
+images_only = pytest.mark.parametrize("shared", ["images"], indirect=True)
+formats = pytest.mark.parametrize(
+    "fstype", ["squashfs", pytest.param("erofs", marks=[tool("mkfs.erofs"), filesystem("erofs")])]
+)
+
+
+@pytest.fixture
+def service(shared: Place) -> Service:
+    return shared.start()
+
+
+def made(version: str, *parts: Part, fstype: str = "squashfs", sector: int = 512) -> bytes:
+    return disk(image(f"web_{version}", version, fstype=fstype).read_bytes(), *parts, sector=sector)
+
+
+def loops(copy: str) -> int:
+    """How many loop devices there are over a copy in the store."""
+    found = 0
+    for one in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):
+            found += one.read_text().strip() == copy
+    return found
+
+
+@images_only
+@formats
+@pytest.mark.parametrize("sector", [512, 4096])
+def test_it_is_applied_and_undone_like_any_image(service: Service, fstype: str, sector: int) -> None:
+    service.put("1.3")
+    service.reloaded("1.3")
+    path = service.versions / "web_1.4.raw"
+    path.write_bytes(made("1.4", fstype=fstype, sector=sector))
+    service.reloaded("1.4")
+    (layer,) = service.status()["layers"]
+    assert layer["digest"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    service.put("1.5")
+    service.reloaded("1.5")
+    (service.versions / "web_1.5.raw").unlink()
+    service.reloaded("1.4")
+
+
+@images_only
+def test_an_upload_is_incomplete_until_its_last_byte(service: Service) -> None:
+    service.put("1.3")
+    service.reloaded("1.3")
+    content = made("1.4", Part(bytes(9000), VERITY, "verity"))
+    path = service.versions / "web_1.4.raw"
+    there = 0
+    for end in (600, 700, 30_000, len(content) - 512, len(content) - 1):
+        with path.open("ab") as upload:
+            upload.write(content[there:end])
+        there = end
+        service.logged("web_1.4.raw", f"incomplete: {end} (of {len(content)} )?bytes are here")
+        assert service.has("1.3")
+    with path.open("ab") as upload:
+        upload.write(content[there:])
+    service.reloaded("1.4")
+
+
+@images_only
+def test_that_a_signature_is_not_verified_is_said_once(service: Service) -> None:
+    path = service.versions / "web_1.4.raw"
+    path.write_bytes(made("1.4", Part(bytes(4096), VERITY, "verity"), Part(b"{}", SIGNATURE, "signature")))
+    service.reloaded("1.4")
+    lines = [line for line in service.log_lines() if "which this version does not verify" in line]
+    assert len(lines) == 1 and "web_1.4.raw: it is signed" in lines[0]
+
+
+@pytest.mark.parametrize("place", ["images"], indirect=True)
+def test_killed_the_daemon_leaves_a_loop_device_only_to_what_runs_on_it(place: Place) -> None:
+    place.start_daemon()
+    service = place.start()
+    path = service.versions / "web_1.4.raw"
+    path.write_bytes(made("1.4"))
+    service.reloaded("1.4")
+    copy = f"{place.path}/state/store/{hashlib.sha256(path.read_bytes()).hexdigest()}"
+    assert place.daemon is not None
+    place.daemon.kill()
+    until(lambda: loops(copy) == 1)
+    assert service.has("1.4")
+    service.kill()
+    until(lambda: loops(copy) == 0)

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Which partition of a disk image is the root, as systemd would choose it for an extension (UAPI.2, dissect_image()).
+
+A service must see the same whether the watcher puts the stack on a running one, or systemd starts it. So what versions
+of systemd would take differently is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from watcher.images.formats.gpt import NO_AUTO, Partition, Table
+from watcher.images.formats.partition_types import KNOWN, PartitionType
+from watcher.model import Refused, Sysext
+from watcher.resolve import version
+from watcher.settings import architectures
+
+_EMPTY = "_empty"
+"""Label of a partition that systemd-sysupdate has yet to fill. systemd 257 looks at it all the same."""
+
+
+class Root(NamedTuple):
+    """
+    Attributes:
+        protection: what else the image has of the root: "", "verity" (data of dm-verity), "signature" (of these, too).
+    """
+
+    partition: Partition
+    protection: str
+
+
+def root(table: Table, architecture: str = "") -> Root:
+    """The root partition.
+
+    Args:
+        architecture: the host's, by systemd's name ("x86-64").
+
+    Raises:
+        Sysext: there is only a usr partition.
+        Refused: no root, or none that all versions of systemd agree on.
+    """
+    native = architecture or architectures.native()
+    looked_at = [
+        (KNOWN[one.type], one)
+        for one in table.partitions
+        if one.type in KNOWN and not one.flags & NO_AUTO
+    ]  # fmt: skip
+    parts = {(kind.designator, kind.part) for kind, _ in looked_at}
+    roots = [(kind, one) for kind, one in looked_at if (kind.designator, kind.part) == ("root", "")]
+    if ("usr", "") in parts:
+        if not roots:
+            raise Sysext(
+                "not a confext but a sysext: its disk image has a usr partition and no root partition"
+            )
+        raise Refused(
+            "a disk image with a usr partition: of a confext there is only /etc, in the root partition"
+        )
+    if not roots:
+        raise Refused(_no_root(table))
+    if ("root", "verity-sig") in parts and ("root", "verity") not in parts:
+        raise Refused("a disk image with a signature, and without the verity data that it is made for")
+    chosen = _newest(roots, native)
+    filled = [(kind, one) for kind, one in roots if one.label != _EMPTY]
+    if not filled or _newest(filled, native) != chosen:
+        raise Refused(
+            f"a disk image whose root partition {chosen.number} is called {_EMPTY}: systemd 257 takes it, later ones"
+            " do not; remove it, or give it the flag no-auto"
+        )
+    protection = "verity" if ("root", "verity") in parts else ""
+    return Root(chosen, "signature" if ("root", "verity-sig") in parts else protection)
+
+
+def _no_root(table: Table) -> str:
+    there = (
+        f"{len(table.partitions)} partitions, none of them" if table.partitions else "no partitions, so none"
+    )
+    return (
+        f"a disk image with {there} a root partition (by its type, and without the flag no-auto):"
+        " build it with systemd-repart --make-ddi=confext"
+    )
+
+
+def _newest(roots: Sequence[tuple[PartitionType, Partition]], native: str) -> Partition:
+    """The better architecture, then the newer label. Of several foreign architectures none is better."""
+    (best_kind, best), *others = roots
+    for kind, one in others:
+        better = _rank(kind.architecture, native) - _rank(best_kind.architecture, native)
+        if better > 0 or (better == 0 and version.compare(one.label, best.label) > 0):
+            best_kind, best = kind, one
+    return best
+
+
+def _rank(architecture: str, native: str) -> int:
+    return 2 if architecture == native else int(architecture == architectures.SECONDARY.get(native))
