@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from scenarios.place import Place, Service, image, until
-from support.disks import SIGNATURE, VERITY, Part, disk
+from support.disks import SIGNATURE, SIGNED, VERITY, Part, disk
 from support.needs import filesystem, tool
 
 images_only = pytest.mark.parametrize("shared", ["images"], indirect=True)
@@ -75,7 +75,7 @@ def test_an_upload_is_incomplete_until_its_last_byte(service: Service) -> None:
 @images_only
 def test_that_a_signature_is_not_verified_is_said_once(service: Service) -> None:
     path = service.versions / "web_1.4.raw"
-    path.write_bytes(made("1.4", Part(bytes(4096), VERITY, "verity"), Part(b"{}", SIGNATURE, "signature")))
+    path.write_bytes(made("1.4", Part(bytes(4096), VERITY, "verity"), Part(SIGNED, SIGNATURE, "signature")))
     service.reloaded("1.4")
     lines = [line for line in service.log_lines() if "which this version does not verify" in line]
     assert len(lines) == 1 and "web_1.4.raw: it is signed" in lines[0]

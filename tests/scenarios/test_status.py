@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from scenarios.place import Place, image, tree
-from support.disks import SIGNATURE, VERITY, Part, disk
+from support.disks import SIGNATURE, SIGNED, VERITY, Part, disk
 from support.needs import filesystem, root, tool
 
 images_only = pytest.mark.parametrize("place", ["images"], indirect=True)
@@ -161,7 +161,7 @@ def test_check_says_that_an_image_is_good(place: Place, fstype: str) -> None:
 def test_check_of_a_disk_image_says_what_of_it_is_not_verified(tmp_path: Path, trees: bool) -> None:
     with Place(tmp_path, trees=trees) as place:
         path = tmp_path / "web_1.4.raw"
-        verity, signature = Part(bytes(4096), VERITY, "v"), Part(b"{}", SIGNATURE, "s")
+        verity, signature = Part(bytes(4096), VERITY, "v"), Part(SIGNED, SIGNATURE, "s")
         path.write_bytes(disk(image("web_1.4", "1.4").read_bytes(), verity, signature))
         place.bring(path, path)
         good, warning = place.run("check", str(path)).stdout.splitlines()

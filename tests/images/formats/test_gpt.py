@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.disks import GENERIC, NO_AUTO, ROOT, SIGNATURE, USR, VERITY, Disk, Part, build, disk
+from support.disks import GENERIC, NO_AUTO, ROOT, SIGNATURE, SIGNED, USR, VERITY, Disk, Part, build, disk
 from support.images import confext, image, noise
 from support.needs import tool
 from watcher.images.formats import partition_types
@@ -100,7 +100,7 @@ def test_space_set_aside_and_filled_in_part_is_incomplete(squashfs: bytes) -> No
 
 
 def test_verity_and_signature_are_told_and_said_not_to_be_verified(squashfs: bytes) -> None:
-    verity, signature = Part(bytes(4096), VERITY, "v"), Part(b"{}", SIGNATURE, "s")
+    verity, signature = Part(bytes(4096), VERITY, "v"), Part(SIGNED, SIGNATURE, "s")
     assert probed(disk(squashfs, verity)).protection == "verity"
     signed = probed(disk(squashfs, verity, signature))
     assert signed.protection == "signature"
@@ -108,6 +108,32 @@ def test_verity_and_signature_are_told_and_said_not_to_be_verified(squashfs: byt
     with pytest.raises(Refused, match="a signature, and without the verity data"):
         probed(disk(squashfs, signature))
     assert not probed(disk(squashfs, replace(verity, flags=NO_AUTO))).protection
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "is empty"),
+        (bytes(5000), "is empty"),
+        (b"{}", "is no JSON object with rootHash and signature"),
+        (b"[1]", "is no JSON object"),
+        (b"\xff", "is no JSON object"),
+        (SIGNED + b"\0x", "is no JSON object"),
+        (SIGNED[:-1], "is no JSON object"),
+        (SIGNED.replace(b"0011", b"x011"), "is no JSON object"),
+        (SIGNED.replace(b"MAA=", b"MA"), "is no JSON object"),
+        (SIGNED.replace(b"MAA=", b""), "has an empty rootHash or signature"),
+        (b'{"rootHash": 1, "signature": "MAA="}', "is no JSON object"),
+        (b"[" * 60_000, "is no JSON object"),
+        (b"9" * 60_000, "is no JSON object"),
+        (SIGNED + b" " * (5 << 20), r"has \d+ bytes, 65536 is the limit"),
+    ],
+)
+def test_a_signature_with_which_systemd_would_not_start_is_refused(
+    squashfs: bytes, content: bytes, reason: str
+) -> None:
+    with pytest.raises(Refused, match=f"^its signature partition {reason}"):
+        probed(disk(squashfs, Part(bytes(4096), VERITY, "v"), Part(content, SIGNATURE, "s")))
 
 
 ARM, X86 = partition_types.root("arm64"), partition_types.root("x86")

@@ -7,11 +7,13 @@ of systemd would take differently is refused.
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from watcher.images.formats.gpt import NO_AUTO, Partition, Table
-from watcher.images.formats.partition_types import KNOWN, PartitionType
+from watcher.images.formats.partition_types import KNOWN, PARTS, PartitionType
 from watcher.model import Refused, Sysext
 from watcher.resolve import version
 from watcher.settings import architectures
@@ -20,14 +22,20 @@ _EMPTY = "_empty"
 """Label of a partition that systemd-sysupdate has yet to fill. systemd 257 looks at it all the same."""
 
 
+_SIGNATURE_MAX = 64 * 1024
+"""Bytes. systemd-repart writes 3 KiB; systemd reads 4 MiB."""
+
+
 class Root(NamedTuple):
     """
     Attributes:
-        protection: what else the image has of the root: "", "verity" (data of dm-verity), "signature" (of these, too).
+        verity: whether there is verity data.
+        signature: the partition with the signature of that, None without one.
     """
 
     partition: Partition
-    protection: str
+    verity: bool
+    signature: Partition | None
 
 
 def root(table: Table, architecture: str = "") -> Root:
@@ -46,9 +54,10 @@ def root(table: Table, architecture: str = "") -> Root:
         for one in table.partitions
         if one.type in KNOWN and not one.flags & NO_AUTO
     ]  # fmt: skip
-    parts = {(kind.designator, kind.part) for kind, _ in looked_at}
-    roots = [(kind, one) for kind, one in looked_at if (kind.designator, kind.part) == ("root", "")]
-    if ("usr", "") in parts:
+    roots, verity, signatures = (
+        [pair for pair in looked_at if pair[0][:2] == ("root", part)] for part in PARTS
+    )
+    if any(kind[:2] == ("usr", "") for kind, _ in looked_at):
         if not roots:
             raise Sysext(
                 "not a confext but a sysext: its disk image has a usr partition and no root partition"
@@ -58,7 +67,7 @@ def root(table: Table, architecture: str = "") -> Root:
         )
     if not roots:
         raise Refused(_no_root(table))
-    if ("root", "verity-sig") in parts and ("root", "verity") not in parts:
+    if signatures and not verity:
         raise Refused("a disk image with a signature, and without the verity data that it is made for")
     chosen = _newest(roots, native)
     filled = [(kind, one) for kind, one in roots if one.label != _EMPTY]
@@ -67,8 +76,27 @@ def root(table: Table, architecture: str = "") -> Root:
             f"a disk image whose root partition {chosen.number} is called {_EMPTY}: systemd 257 takes it, later ones"
             " do not; remove it, or give it the flag no-auto"
         )
-    protection = "verity" if ("root", "verity") in parts else ""
-    return Root(chosen, "signature" if ("root", "verity-sig") in parts else protection)
+    return Root(chosen, bool(verity), _newest(signatures, native) if signatures else None)
+
+
+def require_signature(content: bytes) -> None:
+    """Refuse the content of a signature partition with which systemd would not start a service.
+
+    It is not verified here. Only its form is looked at, by the rules of dissected_image_load_verity_sig_partition().
+    """
+    text = content.rstrip(b"\0")
+    if len(text) > _SIGNATURE_MAX:
+        raise Refused(f"its signature partition has {len(text)} bytes, {_SIGNATURE_MAX} is the limit")
+    try:
+        found = json.loads(text.decode())
+        hash, signature = found["rootHash"], found["signature"]
+        bytes.fromhex(hash)
+        base64.b64decode(signature, validate=True)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = "is empty" if not text else "is no JSON object with rootHash and signature"
+        raise Refused(f"its signature partition {reason}") from error
+    if not (hash and signature):
+        raise Refused("its signature partition has an empty rootHash or signature")
 
 
 def _no_root(table: Table) -> str:

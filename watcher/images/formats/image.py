@@ -22,7 +22,7 @@ class Image:
         end: bytes of the file that belong to the image; what follows is padding.
         offset: where in the file the file system begins, bytes.
         size: of the partition, bytes; 0 without a partition table.
-        protection: of a disk image, see `disk.Root`.
+        protection: of a disk image: "", "verity" (it has verity data), "signature" (and a signature of these).
     """
 
     format: Format

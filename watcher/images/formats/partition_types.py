@@ -77,7 +77,8 @@ _ALL = """
     8484680c952148c69c11b0720656f69e 77ff5f63e7b64633acf41565b864c0e6 e7bb33fb06cf4e818273e543b413e2e2
 """
 
-_PARTS = ("", "verity", "verity-sig")
+PARTS = ("", "verity", "verity-sig")
+"""Of a tree: the file system itself, verity data of it, the signature of that."""
 
 
 class PartitionType(NamedTuple):
@@ -99,7 +100,7 @@ def _parsed() -> dict[uuid.UUID, PartitionType]:
         uuid.UUID(next(words)): PartitionType(designator, part, architecture)
         for architecture in words
         for designator in ("root", "usr")
-        for part in _PARTS
+        for part in PARTS
     }
 
 

@@ -49,6 +49,8 @@ _HINTS = (
 )
 
 
+SIGNATURE_READ = 4 << 20
+"""Bytes of a signature partition that systemd reads."""
 _NO_IMAGE = "neither a squashfs nor an erofs image"
 _TEXT = 1024
 
@@ -81,7 +83,12 @@ def _in_partition(fd: int, head: bytes, size: int) -> Image:
         if format.recognises(head):
             raise Refused(f"ambiguous: it is a disk image and {format.name}")
     table = gpt.read(fd, head, size)
-    partition, protection = disk.root(table)
+    root = disk.root(table)
+    partition = root.partition
+    protection = "verity" if root.verity else ""
+    if root.signature is not None:
+        protection = "signature"
+        disk.require_signature(os.pread(fd, min(root.signature.size, SIGNATURE_READ), root.signature.start))
     inner = os.pread(fd, min(partition.size, HEAD), partition.start)
     try:
         found = _recognised(inner, partition.size)
