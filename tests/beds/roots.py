@@ -32,7 +32,7 @@ _BASE = """
 """.split()
 # What tests run in there besides, and what the project needs of Debian.
 _MORE = """
-    libseccomp2 systemd-container nginx-light openssh-server openssh-client strace curl
+    libseccomp2 systemd-container systemd-repart libcryptsetup12 nginx-light openssh-server openssh-client strace curl
     python3-trio python3-psutil python3-structlog python3-jeepney python3-rich python3-varlink
 """.split()
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a service should have: what cannot be seen is not what was removed."""
+"""What a service should have: what cannot be seen is not what was removed.
+
+Of rounds/desired.py and images/startable.py.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,25 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
 from support.images import confext
 from support.needs import root
+from watcher.images import startable
 from watcher.images.admission import Admission, host
+from watcher.images.complete import Rule
+from watcher.images.formats.image import Image
+from watcher.images.formats.squashfs import SQUASHFS
 from watcher.images.store import Store
-from watcher.model import Declared, KeptOut, Sysext, Unsafe
+from watcher.model import Candidate, Copy, Declared, KeptOut, Kind, Refused, Sysext, Unsafe
 from watcher.mounts.workers import MountWorkers
 from watcher.records.state import STACK, Quarantine, State
 from watcher.resolve import scan, sources
+from watcher.resolve.strict_modes import StrictModes
+from watcher.resolve.trust import ROOT_ALONE
 from watcher.rounds import desired
 from watcher.rounds.desired import Desired, Given, find
 
@@ -201,3 +211,25 @@ def test_a_sysext_that_a_unit_declares_is_left_to_systemd_whoever_owns_it(
     found = looking.find()
     assert [entry.slot for entry in found.sysexts] == ["prog"]
     assert [(one.slot, type(one.reason)) for one in found.passed] == [("prog", Sysext), ("conf", Unsafe)]
+
+
+@pytest.mark.parametrize(
+    ("unit", "device_mapper", "kept_out"),
+    [("web.service", False, True), ("web.service", True, False), ("web.service.exec", False, False)],
+)
+def test_what_systemd_could_not_start_without_a_device_mapper_is_for_no_unit(
+    monkeypatch: pytest.MonkeyPatch, unit: str, device_mapper: bool, kept_out: bool
+) -> None:
+    signed = Image(SQUASHFS, 1 << 20, 4096, 4096, "signature")
+    copy = Copy("a" * 64, "/store/a", 1 << 20, Kind.IMAGE, signed)
+    admission = SimpleNamespace(admit=lambda *_: copy)
+    candidate = Candidate("/drop/web.raw", "web.raw", "web", "", Kind.IMAGE)
+    monkeypatch.setattr(startable, "has_device_mapper", lambda: device_mapper)
+    given = Given(unit, Declared(), host())
+    with StrictModes(ROOT_ALONE) as modes:
+        admits = desired._Admitting(cast(Admission, admission), given, {}, modes, Rule())
+        if kept_out:
+            with pytest.raises(Refused, match="this machine no device mapper"):
+                admits.admit(candidate)
+        else:
+            assert admits.admit(candidate) == copy

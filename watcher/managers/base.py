@@ -73,13 +73,21 @@ class Service:
         return trust_of(self.settings, self.manager)
 
 
+_EXEC = ".exec"
+
+
 def slots_of(name: str, manager: str) -> str:
     """The name under which the accepted stacks of a service are kept.
 
     For a unit it is the unit's own: its drop-in looks for its slots there. A standalone service may have the same name
     as a unit that it has nothing to do with: so it gets one that no unit can have.
     """
-    return name if manager == "systemd" else f"{name}.exec"
+    return name if manager == "systemd" else f"{name}{_EXEC}"
+
+
+def starts_by_systemd(slots: str) -> bool:
+    """Whether the service whose stacks are kept under that name is a unit, which systemd starts on its slots."""
+    return not slots.endswith(_EXEC)
 
 
 def trust_of(settings: ServiceSettings, manager: str) -> Trust:

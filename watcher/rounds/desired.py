@@ -12,7 +12,9 @@ from dataclasses import dataclass, field, replace
 from watcher.images import unmounted
 from watcher.images.admission import Admission, Host
 from watcher.images.complete import Rule
+from watcher.images.startable import require_startable
 from watcher.images.store import Store
+from watcher.managers.base import starts_by_systemd
 from watcher.model import (
     Busy,
     Candidate,
@@ -195,6 +197,7 @@ class _Admitting:
         self._modes = modes
         self._reasons = reasons
         self._policy = given.policy
+        self._by_systemd = starts_by_systemd(given.slots)
         self.at_hand: set[str] = set()
 
     def admit(self, candidate: Candidate) -> Copy:
@@ -204,6 +207,8 @@ class _Admitting:
             raise KeptOut(f"kept out: {self._reasons[copy.digest]}")
         if self._policy not in ("", "*"):
             raise Refused(f"nothing is verified yet, as ImagePolicy={shown(self._policy)} asks for")
+        if self._by_systemd:
+            require_startable(copy)
         return copy
 
     def read(self, candidate: Candidate) -> Copy:

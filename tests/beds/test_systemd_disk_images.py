@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Disk images as systemd-repart builds them: a swap and systemd itself make the same `/etc` of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from beds import site
+from beds.bed import Bed
+from beds.host import Host
+from beds.site import WEB, run, sees
+from support import needs
+
+pytestmark = [needs.bed, needs.tool("mksquashfs")]
+
+UNIT = "[Service]\nType=exec\nExecStart=/bin/sleep infinity\nExecReload=/bin/true\n"
+SCRATCH = "/var/tmp/ddi"
+
+ROOT = "[Partition]\nType=root\nFormat={}\nCopyFiles=/\nMinimize=best\n"
+DEFINITIONS = {
+    "squashfs": (ROOT.format("squashfs"),),
+    "erofs": (ROOT.format("erofs"),),
+    "verity": (
+        ROOT.format("erofs") + "Verity=data\nVerityMatchKey=root\n",
+        "[Partition]\nType=root-verity\nVerity=hash\nVerityMatchKey=root\nMinimize=best\n",
+    ),
+}
+SIGNED = f"""
+openssl req -new -x509 -newkey rsa:2048 -nodes -keyout {SCRATCH}/key -out {SCRATCH}/crt -subj /CN=test -days 9
+exec systemd-repart --make-ddi=confext --private-key={SCRATCH}/key --certificate={SCRATCH}/crt \
+    --copy-source={SCRATCH}/tree {SCRATCH}/made.raw
+"""
+
+
+@pytest.fixture
+def host(bed: Bed) -> Iterator[Host]:
+    with site.host(bed) as made:
+        made.stack.callback(bed.run, ["rm", "-rf", SCRATCH])
+        yield made
+
+
+def made(host: Host, kind: str, content: str, *options: str) -> Path:
+    """A disk image by the bed's own systemd-repart."""
+    release = "etc/extension-release.d"
+    files = (
+        f"rm -rf {SCRATCH}; mkdir -p {SCRATCH}/definitions {SCRATCH}/tree/{release};"
+        f"echo ID=_any >{SCRATCH}/tree/{release}/extension-release.site;"
+        f"echo {content} >{SCRATCH}/tree/etc/web.conf"
+    )
+    host.bed.run(["sh", "-c", files])
+    if kind == "signed":
+        host.bed.run(["sh", "-ec", SIGNED])
+    else:
+        for number, text in enumerate(DEFINITIONS[kind]):
+            host.bed.path(f"{SCRATCH}/definitions/{number}.conf").write_text(text)
+        words = ("--empty=create", "--size=auto", "--offline=yes", f"--copy-source={SCRATCH}/tree", *options)
+        host.bed.run(
+            ["systemd-repart", f"--definitions={SCRATCH}/definitions", *words, f"{SCRATCH}/made.raw"]
+        )
+    return host.bed.path(f"{SCRATCH}/made.raw")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("squashfs", ()),
+        ("erofs", ()),
+        ("erofs", ("--sector-size=4096",)),
+    ],
+)
+def test_a_unit_has_the_same_by_a_swap_and_by_a_start(
+    host: Host, kind: str, options: tuple[str, ...]
+) -> None:
+    journal = run(host, UNIT, {"web.conf": "one"})
+    host.drop(made(host, kind, "two", *options), WEB, "site.raw.v/site_2.raw")
+    journal.applied(WEB)
+    sees(host, "two")
+    host.systemctl("restart", WEB)
+    sees(host, "two")
+
+
+@pytest.mark.parametrize("kind", ["verity", "signed"])
+def test_what_systemd_could_not_start_on_is_kept_out(host: Host, kind: str) -> None:
+    """A bed has no device mapper: systemd 262 fails to set up verity for the start, and for each ExecReload=."""
+    assert host.bed.run(["test", "-e", "/dev/mapper/control"], check=False).returncode == 1
+    journal = run(host, UNIT, {"web.conf": "one"})
+    host.drop(made(host, kind, "two"), WEB, "site.raw.v/site_2.raw")
+    journal.until(
+        lambda entry: (
+            "site_2.raw refused: it has verity data, and this machine no device mapper" in entry["MESSAGE"]
+        )
+    )
+    host.systemctl("restart", WEB)
+    sees(host, "one")
