@@ -15,7 +15,6 @@ from watcher.images.formats import partition_types
 
 NO_AUTO = 1 << 63
 READ_ONLY = 1 << 60
-MIB = 1 << 20
 ROOT = partition_types.root("x86-64")
 VERITY = partition_types.root("x86-64", "verity")
 SIGNATURE = partition_types.root("x86-64", "verity-sig")

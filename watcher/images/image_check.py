@@ -19,6 +19,7 @@ from watcher.images.formats.image import Image
 from watcher.images.formats.probe import probe
 from watcher.images.opened import opened
 from watcher.images.readable import require_readable
+from watcher.images.startable import require_startable
 from watcher.model import Busy, Candidate, Copy, Kind, Later, Refused, shown
 from watcher.mounts.descriptors import Descriptors
 from watcher.mounts.process import may_mount
@@ -99,7 +100,15 @@ def _image(fd: int, path: str, image_max: int) -> tuple[Copy, Release, tuple[str
         # It was mounted, or unpacked, by its path.
         if not os.path.samestat(os.fstat(fd), os.stat(path)):
             raise Busy("it was replaced meanwhile")
-    return copy, found, (*image.remarks, *done)
+    return copy, found, (*image.remarks, *_not_for_units(copy), *done)
+
+
+def _not_for_units(copy: Copy) -> tuple[str, ...]:
+    try:
+        require_startable(copy)
+    except Refused as refused:
+        return (f"kept out of systemd's services: {refused}",)
+    return ()
 
 
 def _unpacked_release(fd: int, path: str, image: Image) -> Release:
