@@ -93,6 +93,18 @@ def test_what_the_host_replaces_shows(bench: Bench, service: Service, layers: La
     assert not bench.held and not bench.changed and not bench.remarked
 
 
+def test_what_changes_all_the_time_is_not_called_held(bench: Bench, service: Service, layers: Layers) -> None:
+    """A look takes time: what it finds of such a name is not true any more."""
+    bench.follow(service, layers.tree({"web.conf": "1"}))
+    program = "import os\nfor _ in range(20_000):\n open('new', 'w'); os.unlink('new')"
+    subprocess.run([sys.executable, "-c", program], cwd=bench.etc(), check=True)
+    until(lambda: not bench.freshness._again and bench.freshness._recheck_at == float("inf"))
+    assert not bench.held
+    service("globals().__setitem__('held', open('/etc/base.conf'))")
+    replace(bench.etc() / "base.conf", "new")
+    until(lambda: bench.held)
+
+
 def test_all_services_on_one_base_share_its_watches(
     bench: Bench, start: Callable[..., Service], layers: Layers
 ) -> None:

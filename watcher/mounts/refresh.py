@@ -45,6 +45,8 @@ _LOOK = os.O_PATH | os.O_NOFOLLOW
 # While others mount, "not remembered" may be wrong once in a hundred times: so often it has to be said of a held name.
 _ASKED = 6
 
+_SAID_MAX = 5
+
 # With xino=on overlayfs puts the number of the layer into the upper bits of an inode number.
 _INODE = 0xFFFF_FFFF
 
@@ -133,6 +135,10 @@ class Changes:
                 self.add(directory, name, replaced=replaced)
         self.unknown |= other.unknown
         self.anything |= other.anything
+
+    def __str__(self) -> str:
+        some = list(islice((path for path, _ in self.paths()), _SAID_MAX + 1))
+        return ", ".join(some[:_SAID_MAX]) + (" and more" if some[_SAID_MAX:] else "") or "anything"
 
     def paths(self) -> Iterator[tuple[str, bool]]:
         """All of `names` as paths, with what happened."""

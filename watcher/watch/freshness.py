@@ -10,7 +10,8 @@ Changes are read PACE_SEC apart. A long burst of them (a package is upgraded) is
 the work took, but no longer ones than PAUSE_MAX_SEC: so it takes about a fiftieth of one processor.
 
 A name that a process holds open stays old. It may be held for an instant only: it is tried again a few times. Then
-`held` is told, and the stack is mounted anew.
+`held` is told, and the stack is mounted anew. Of a name that changes meanwhile nothing is told: a look takes time, and
+what it has found of that name is not true any more.
 """
 
 from __future__ import annotations
@@ -47,12 +48,10 @@ PAUSE_MAX_SEC = 0.050
 _RECHECK_SEC = 0.050
 """After so long the kernel is asked a second time, see mounts/refresh.py."""
 
-_AT_ONCE = 3
-_TRIES = (0.001, 0.002, 0.004, 0.008)
-"""A name that is held is tried so often at once, and again after so many seconds."""
+_PAUSES_SEC = (0.0, 0.0, 0.0, 0.001, 0.002, 0.004, 0.008)
+"""After each of these a name that is held is tried again."""
 
 _OLDER_MAX = 4
-_SAID_MAX = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +93,12 @@ class _Again:
     """What is tried again: names that were held when their view was refreshed.
 
     Attributes:
-        paths: the names.
-        tries: how often they were tried again.
+        tries: of each name, since it changed.
         at: when to try next.
     """
 
     service: str
-    paths: set[str] = field(default_factory=set)
-    tries: int = 0
+    tries: dict[str, int] = field(default_factory=dict)
     at: float = 0.0
 
 
@@ -230,8 +227,8 @@ class Freshness:
         while not self._orders.empty():
             self._orders.get()()
         now = time.monotonic()
-        if self._watches is not None and now >= self._read_at:
-            self._read(self._watches)
+        if now >= self._read_at:
+            self._read()
         if now >= self._recheck_at:
             self._recheck_at = math.inf
             recheck, self._changes = self._changes, {}
@@ -240,20 +237,22 @@ class Freshness:
                 self._check_lists(base, changes)
         if now >= self._look_at:
             self._look_by_time()
+        bases: dict[Base, BaseNow] = {}
         for view in [view for view, again in self._again.items() if again.at <= now]:
-            self._try_again(view)
+            base = self._bases[view.base_id]
+            self._try_again(view, bases.setdefault(base, BaseNow(base.fd)))
         self._note_gaps()
 
-    def _read(self, watches: BaseWatches) -> None:
+    def _read(self) -> None:
         begun = time.thread_time()
-        found = watches.read()
+        found = self._watches.read() if self._watches is not None else None
         if not found:
             return
         if time.monotonic() - self._read_at > QUIET_SEC:
             self._reads = 0
         for base, changes in found.items():
-            for name in tuple(self._users.get(base, ())):
-                if self._followed[name].tells:
+            for name, followed in self._on(base):
+                if followed.tells:
                     self._changed(name)
             self._tell(base, changes)
             self._changes.setdefault(base, Changes()).merge(changes)
@@ -267,33 +266,31 @@ class Freshness:
     def _tell(self, base: Base, changes: Changes) -> None:
         """Refresh each service on this base that remembers something of what has changed."""
         now = BaseNow(base.fd)
-        replaced = tuple(path for path, replaced in changes.paths() if replaced)
-        what = ""
-        for name in tuple(self._users.get(base, ())):
-            followed = self._followed[name]
-            concerned = [
-                view
-                for view in (*followed.views, *followed.older)
-                if self._bases[view.base_id] is base and is_concerned(view, changes, now)
-            ]
+        replaced = {path: 0 for path, replaced in changes.paths() if replaced}
+        for name, followed in self._on(base):
+            views = [view for view in (*followed.views, *followed.older) if self._bases[view.base_id] is base]
+            concerned = [view for view in views if is_concerned(view, changes, now)]
             for view in concerned:
                 self._refresh(name, view)
                 if replaced:
-                    self._again.setdefault(view, _Again(name)).paths.update(replaced)
-                    self._try_again(view, now)
+                    self._again.setdefault(view, _Again(name))
+            for again in filter(None, map(self._again.get, views)):
+                again.tries |= replaced
+                again.at = 0.0
             if concerned:
-                what = what or _some(changes)
-                journal.log.debug(f"{name}: the host's own /etc has changed: {what}", service=name)
+                journal.log.debug(f"{name}: the host's own /etc has changed: {changes}", service=name)
 
     def _check_lists(self, base: Base, changes: Changes) -> None:
         """Tell of directories that do not list what has changed."""
-        for name in tuple(self._users.get(base, ())):
-            for view in self._followed[name].views:
-                if self._bases[view.base_id] is not base:
-                    continue
-                wrong = listed_wrongly(view, changes)
-                if wrong and (wrong := listed_wrongly(view, changes)):  # it may just have changed
-                    self._held(Held(name, wrong, frozenset((view.device,))))
+        for name, followed in self._on(base):
+            for view in followed.views:
+                if self._bases[view.base_id] is base and (wrong := listed_wrongly(view, changes)):
+                    self._read()
+                    since = dict(self._changes[base].paths()) if base in self._changes else {}
+                    self._tell_held(name, view, [path for path in wrong if path not in since])
+
+    def _on(self, base: Base) -> list[tuple[str, _Followed]]:
+        return [(name, self._followed[name]) for name in self._users.get(base, ())]
 
     def _refresh(self, service: str, view: View) -> None:
         followed = self._followed[service]
@@ -305,20 +302,27 @@ class Freshness:
                 text = f"{service}: files that the host replaced in /etc may stay old: {error}"
                 journal.log.warning(text, service=service)
 
-    def _try_again(self, view: View, now: BaseNow | None = None) -> None:
+    def _try_again(self, view: View, now: BaseNow) -> None:
         """Refresh a view with names that were held, if they still are; tell if that does not help."""
-        again = self._again.pop(view)
-        now = now or BaseNow(self._bases[view.base_id].fd)
-        for _ in range(_AT_ONCE):
-            old = still_old(view, again.paths, now)
-            if not old:
-                return
+        again = self._again[view]
+        old = still_old(view, again.tries, now)
+        if old:
             self._refresh(again.service, view)
-        if again.tries < len(_TRIES):
-            at = time.monotonic() + _TRIES[again.tries]
-            self._again[view] = _Again(again.service, set(old), again.tries + 1, at)
-        elif view in self._followed[again.service].views:
-            self._held(Held(again.service, tuple(sorted(old)), frozenset((view.device,))))
+        again.tries = {path: again.tries[path] + 1 for path in old}
+        if len(_PAUSES_SEC) in again.tries.values():
+            self._read()  # a name that has changed meanwhile starts anew
+        held = [path for path, tries in again.tries.items() if tries == len(_PAUSES_SEC)]
+        for path in held:
+            del again.tries[path]
+        if again.tries:
+            again.at = time.monotonic() + _PAUSES_SEC[min(again.tries.values())]
+        else:
+            del self._again[view]
+        self._tell_held(again.service, view, held)
+
+    def _tell_held(self, service: str, view: View, paths: Iterable[str]) -> None:
+        if paths and view in self._followed[service].views:
+            self._held(Held(service, tuple(sorted(paths)), frozenset((view.device,))))
 
     def _look_by_time(self) -> None:
         """For what cannot be watched: refresh it, and try to watch it."""
@@ -391,9 +395,3 @@ class Freshness:
             if self._watches is not None:
                 self._watches.remove(base)
             os.close(base.fd)
-
-
-def _some(changes: Changes) -> str:
-    names = [path for path, _ in changes.paths()]
-    more = f" and {len(names) - _SAID_MAX} more" if len(names) > _SAID_MAX else ""
-    return ", ".join(sorted(names)[:_SAID_MAX]) + more if names else "anything"
