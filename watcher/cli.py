@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from watcher.control import arguments, show
-from watcher.control.client import Client, NotRunning
+from watcher.control.client import Client, NotRunning, TimedOut, wait
 from watcher.model import Busy, Event, Later, Outcome, Refused, Unsupported, printable, problem, shown
 from watcher.records.schema import CallError, ExitStatus, Failed, ServiceNotFound, ServiceStatus, to_dict
 from watcher.settings import config, signals
@@ -233,17 +233,30 @@ def _read(settings: Settings, ask: Callable[[Client], T], without_daemon: Callab
 
 
 def _wait(settings: Settings, options: argparse.Namespace) -> ExitStatus:
-    image = os.path.abspath(options.image) if "/" in options.image else options.image
-    last = None
-    with Client(settings.runtime_directory, timeout=options.timeout) as client:
-        for last in client.wait(options.service, image):
-            if not options.json:
-                print(printable(last.message))
-        redacted = client.redacted
+    image = options.image
+    if "/" in image:  # by the way that its directory's links lead; where its own leads may change
+        directory, name = os.path.split(os.path.abspath(image))
+        image = os.path.join(os.path.realpath(directory), name)
+    last, timed_out, redacted = None, None, [False]
+    try:
+        for last in wait(
+            settings.runtime_directory, options.service, image, options.timeout, redacted.append
+        ):
+            # Strangers are told no more than the status of an answer, so each in progress is the same to them.
+            if not options.json and (last.answer.status != 4 or last.answer.kind not in ("", "looking")):
+                print(printable(last.answer.text or last.event.message), flush=True)
+    except TimedOut:
+        if last is None:
+            raise
+        timed_out = TimedOut(f"timed out: {last.answer.text or last.event.message}")
     if last is None:
-        raise Failed("the daemon ended before there was an outcome")
-    _answer(options, {**to_dict(last), "redacted": redacted}, ())
-    return ExitStatus.DONE if last.outcome is Outcome.APPLIED else ExitStatus.FAILED
+        raise Failed("the daemon ended before there was an answer")
+    helps = f"What helps: {last.answer.command}" if last.answer.command else ""
+    result = {**to_dict(last.event), "answer": last.answer, "redacted": redacted[-1]}
+    _answer(options, result, [helps] if helps else [])
+    if timed_out is not None:
+        raise timed_out
+    return ExitStatus(last.answer.status)
 
 
 def _rollback(settings: Settings, options: argparse.Namespace) -> ExitStatus:

@@ -151,7 +151,7 @@ class Daemon:
         self._settings = settings
         self._tools = tools
         self._control = Commands(tools, self.changed, self._in_round, self._reload_settings)
-        self._rounds = Rounds(tools, self._control.tell, self.changed, self._looked_at)
+        self._rounds = Rounds(tools, self._control.tell, self.changed, self._looked_at, self._control.stepped)
         self._control.rounds = self._rounds
         self._fresh = Fresh(tools, self._rounds.memories, self._settled_change, self._say_remarks)
         self._readers = Readers()

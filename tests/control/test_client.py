@@ -9,15 +9,18 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from support import CHECKOUT
-from watcher.control.client import Client, Disconnected, NotRunning, TimedOut
+from watcher.control import client as calls
+from watcher.control.client import Client, Closed, Disconnected, NotRunning, TimedOut
+from watcher.model import Event, Outcome
 from watcher.records import schema
-from watcher.records.schema import Failed
+from watcher.records.schema import Answer, Failed, Waited, to_dict
 
 
 @pytest.fixture
@@ -82,3 +85,87 @@ def test_the_client_starts_without_trio_and_varlink() -> None:
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=CHECKOUT
     )
     assert done.stdout == "set()\n"
+
+
+# wait, and a daemon that is being restarted
+
+
+def waited(kind: str, status: int) -> Waited:
+    return Waited(Event("web.service", Outcome.UNCHANGED, kind, when=1), Answer(kind, status, kind))
+
+
+def serve(directory: Path, *answers: Waited) -> None:
+    """One daemon: it takes one call, gives these answers, and ends."""
+    path = directory / schema.SOCKET
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        server, _ = listener.accept()
+        with server:
+            received = server.recv(1 << 16)
+            assert received.endswith(b"\0") and b"Wait" in received
+            for one in answers:
+                reply = {
+                    "parameters": to_dict(one) | {"redacted": False},
+                    "continues": one.answer.status == 4,
+                }
+                server.sendall(json.dumps(reply).encode() + b"\0")
+        path.unlink()
+
+
+@pytest.mark.parametrize("timeout", [60, None])
+def test_a_daemon_that_ends_during_a_wait_has_time_to_come_back(
+    directory: Path, timeout: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, before, after = threading.Event(), waited("checking", 4), waited("applied", 0)
+
+    def restarted() -> None:
+        serve(directory, before)
+        serve(directory, after)
+
+    daemon = threading.Thread(target=restarted)
+    if timeout is None:  # it must run then
+        daemon.start()
+        while not (directory / schema.SOCKET).exists():
+            started.wait(0.01)
+        found = list(calls.wait(str(directory), "web.service", "web_1.raw", None, lambda _: None))
+    else:
+        slept: list[float] = []
+        monkeypatch.setattr(
+            calls.time, "sleep", lambda seconds: slept.append(seconds) or started.wait(seconds)
+        )
+        threading.Timer(0.3, daemon.start).start()
+        found = list(calls.wait(str(directory), "web.service", "web_1.raw", timeout, lambda _: None))
+        assert slept
+    daemon.join()
+    assert found == [before, after]
+
+
+def test_a_daemon_that_does_not_run_is_waited_for_no_longer_than_said(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+
+    monkeypatch.setattr(calls.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(calls.time, "sleep", sleep)
+    with pytest.raises(NotRunning):
+        list(calls.wait(str(directory), "web.service", "web_1.raw", 40, lambda _: None))
+    assert 39 < clock[0] <= 40
+    with pytest.raises(NotRunning):
+        list(calls.wait(str(directory), "web.service", "web_1.raw", None, lambda _: None))
+    assert clock[0] <= 40
+
+
+def test_a_daemon_that_ended_for_good_is_given_up(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "RESTART_SEC", 0.2)
+    daemon = threading.Thread(target=serve, args=(directory, waited("checking", 4)))
+    daemon.start()
+    while not (directory / schema.SOCKET).exists():
+        threading.Event().wait(0.01)
+    found: list[Waited] = []
+    with pytest.raises((NotRunning, Closed)):
+        found.extend(calls.wait(str(directory), "web.service", "web_1.raw", None, lambda _: None))
+    daemon.join()

@@ -16,9 +16,9 @@ from varlink import scanner
 from watcher.control import redact
 from watcher.model import Event, Layer, Outcome, Remark, Setting, Verdict
 from watcher.records import schema
-from watcher.records.schema import PlannedChange, Quarantined, ServiceStatus, to_dict
+from watcher.records.schema import Answer, PlannedChange, Quarantined, ServiceStatus, to_dict
 
-ANSWERS: list[type[Any]] = [Layer, Event, Quarantined, Remark, Setting, ServiceStatus, PlannedChange]
+ANSWERS: list[type[Any]] = [Layer, Event, Quarantined, Remark, Setting, ServiceStatus, PlannedChange, Answer]
 PRIVATE = {
     Layer: {"source"},
     Event: {"message", "source", "reason", "output"},
@@ -27,6 +27,7 @@ PRIVATE = {
     Setting: {"key", "value", "source"},
     ServiceStatus: {"settings"},
     PlannedChange: {"remarks", "report"},
+    Answer: {"kind", "text", "command"},
 }
 
 

@@ -28,7 +28,16 @@ from watcher.control import peers, server, transport
 from watcher.control.client import Client, NotRunning, TimedOut
 from watcher.model import Event, Kind, Layer, Outcome
 from watcher.records import schema
-from watcher.records.schema import CallError, Failed, NoSuchStack, Quarantined, ServiceNotFound, ServiceStatus
+from watcher.records.schema import (
+    Answer,
+    CallError,
+    Failed,
+    NoSuchStack,
+    Quarantined,
+    ServiceNotFound,
+    ServiceStatus,
+    Waited,
+)
 
 NGINX = "nginx.service"
 LAYER = Layer("web.raw", "web", "1.4", "a" * 64, Kind.IMAGE, "/srv/web_1.4.raw")
@@ -68,14 +77,17 @@ class Backend:
             raise ZeroDivisionError("not a CallError")
         return [PLANNED]
 
-    async def wait(self, service: str, image: str, tell: server.Tell, waits: Callable[[], None]) -> Event:
+    async def wait(
+        self, service: str, image: str, tell: server.TellWaited, waits: Callable[[], None]
+    ) -> Waited:
         self.calls.append(("wait", service, image))
         waits()
         self.waiting.set()
         try:
-            await tell(Event(NGINX, Outcome.INCOMPLETE, "half of it", when=1))
+            half = Event(NGINX, Outcome.INCOMPLETE, "half of it", when=1)
+            await tell(Waited(half, Answer("incomplete", 4, half.message)))
             await self.verdict.wait()
-            return REFUSED
+            return Waited(REFUSED, Answer("refused", 1, REFUSED.message, "chmod it"))
         finally:
             self.ended.set()
 
@@ -295,7 +307,9 @@ async def test_a_client_that_only_shuts_its_writing_side_is_still_answered(
 async def test_wait_with_more_tells_what_happens_on_the_way(backend: Backend, directory: Path) -> None:
     backend.verdict.set()
     told = await by_client(directory, lambda client: list(client.wait(NGINX, "web.raw")))
-    assert [event.outcome for event in told] == [Outcome.INCOMPLETE, Outcome.REFUSED]
+    assert [one.event.outcome for one in told] == [Outcome.INCOMPLETE, Outcome.REFUSED]
+    assert [(one.answer.kind, one.answer.status) for one in told] == [("incomplete", 4), ("refused", 1)]
+    assert told[1].answer.command == "chmod it"
 
 
 async def test_wait_without_more_replies_once(backend: Backend, directory: Path) -> None:
@@ -498,7 +512,7 @@ AS_NOBODY = """
                 print(error)
         print(client.status()[0].service)
         print([event.output for event in client.history()])
-        print([event.output for event in client.wait("nginx.service", "web.raw")])
+        print([one.event.output for one in client.wait("nginx.service", "web.raw")])
 """
 
 

@@ -29,7 +29,7 @@ from watcher.control import peers, server, transport
 from watcher.control.client import Client
 from watcher.model import Event, Kind, Layer, Outcome, Remark
 from watcher.records import schema
-from watcher.records.schema import Failed, PlannedChange, Quarantined, ServiceStatus
+from watcher.records.schema import Answer, Failed, PlannedChange, Quarantined, ServiceStatus, Waited
 
 pytestmark = root
 
@@ -39,6 +39,7 @@ NGINX = "nginx.service"
 TOKEN = "api_token=s3cret"
 PATH = "/srv/secret/web_1.4.raw"
 LAYER = Layer("web.raw", "web", "1.4", "a" * 64, Kind.IMAGE, PATH)
+ANSWER = Answer("misnamed", 1, f"{NGINX}: {PATH} refused: {TOKEN}", f"rm {PATH}")
 REFUSED = Event(
     NGINX,
     Outcome.REFUSED,
@@ -94,12 +95,14 @@ class Backend:
         remarks, report = (Remark("info", PATH, TOKEN),), f"{PATH} {TOKEN}" if debug else None
         return [PlannedChange(NGINX, True, layers=(LAYER,), remarks=remarks, report=report)]
 
-    async def wait(self, service: str, image: str, tell: server.Tell, waits: Callable[[], None]) -> Event:
+    async def wait(
+        self, service: str, image: str, tell: server.TellWaited, waits: Callable[[], None]
+    ) -> Waited:
         self.calls.append(("wait", image))
         waits()
-        await tell(REFUSED)
+        await tell(Waited(REFUSED, ANSWER))
         await self.verdict.wait()
-        return REFUSED
+        return Waited(REFUSED, ANSWER)
 
     async def rollback(self, service: str, to: str | None, by: str, tell: server.Tell) -> Event:
         raise AssertionError
@@ -217,9 +220,17 @@ async def test_strangers_are_told_no_output_no_reason_and_no_path(backend: Backe
     with structlog.testing.capture_logs():
         said = await told(directory, ASK_EVERYTHING.format(redacted=True))
     assert len(said.splitlines()) == 8
-    for secret in ("s3cret", "/srv", "mistake in the program"):
+    for secret in ("s3cret", "/srv", "mistake in the program", "misnamed", "rm "):
         assert secret not in said
-    for public in ("web", "1.4", "a" * 64, "d" * 64, "refused", "nginx.service: web 1.4 refused"):
+    for public in (
+        '"status": 1',
+        "web",
+        "1.4",
+        "a" * 64,
+        "d" * 64,
+        "refused",
+        "nginx.service: web 1.4 refused",
+    ):
         assert public in said
     # Whether something lies at that very path is not found out either.
     assert backend.calls[1] == ("wait", "web_1.4.raw")

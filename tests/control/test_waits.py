@@ -1,125 +1,161 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Calls of `Wait`, by how much work they make: looks, each of which is a thread, a mount table and a history."""
+"""Calls of `Wait`, by how much work they make (looks, each a thread and a mount table), and when they end."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
+import pytest
 import trio
 import trio.testing
 
-from watcher.control.waits import EventByImage, Waits
-from watcher.model import Event, Kind, Layer, Outcome
+from watcher.control.waits import Answers, Waits
+from watcher.model import Event, Outcome
 from watcher.records.schema import Failed
+from watcher.rounds.answer import Answer, Kind
 
 NGINX = "nginx.service"
+IMAGE = "web_1.4.raw"
 
 
-def event(outcome: Outcome, source: str = "/srv/web_1.4.raw", service: str = NGINX) -> Event:
-    return Event(service, outcome, "said", when=1, source=source)
+def known(kind: Kind, message: str = "said") -> Answer:
+    return Answer(kind, Event(NGINX, Outcome.UNCHANGED, message, when=1))
+
+
+CHECKING, ON_TRIAL = known(Kind.CHECKING), known(Kind.ON_TRIAL)
+APPLIED, REFUSED = known(Kind.APPLIED), known(Kind.REFUSED)
 
 
 class Looks:
-    """What is looked at; each look lasts until `go` is set."""
+    """What is looked at, and found; each look lasts until `go` is set."""
 
     def __init__(self) -> None:
         self.made: list[tuple[str, frozenset[str]]] = []
-        self.known: dict[str, Event] = {}
+        self.found = CHECKING
         self.go = trio.Event()
         self.go.set()
         self.error: Exception | None = None
 
-    async def __call__(self, service: str, images: Collection[str]) -> EventByImage:
+    async def __call__(self, service: str, images: Collection[str]) -> Answers:
         self.made.append((service, frozenset(images)))
-        before = dict(self.known)
+        found = self.found
         await self.go.wait()
         if self.error is not None:
             raise self.error
-        return {image: before.get(image) for image in images}
+        return dict.fromkeys(images, found)
 
 
-async def wait(waits: Waits, image: str, verdicts: list[Event], service: str = NGINX) -> None:
-    async def tell(event: Event) -> None:
-        verdicts.append(event)
+class Calls:
+    """Calls that wait, what they were told on the way, and how they ended."""
 
-    verdicts.append(await waits.verdict(service, image, tell, lambda: None))
+    def __init__(self, nursery: trio.Nursery, waits: Waits) -> None:
+        self.told: list[Answer] = []
+        self.ended: list[Answer] = []
+        self._nursery = nursery
+        self._waits = waits
 
+    async def begin(self, count: int) -> None:
+        for _ in range(count):
+            self._nursery.start_soon(self._one)
+        await trio.testing.wait_all_tasks_blocked()
 
-async def waiting(nursery: trio.Nursery, waits: Waits, count: int) -> list[Event]:
-    verdicts: list[Event] = []
-    for _ in range(count):
-        nursery.start_soon(wait, waits, "web_1.4.raw", verdicts)
-    await trio.testing.wait_all_tasks_blocked()
-    return verdicts
+    async def _one(self) -> None:
+        self.ended.append(await self._waits.answer(NGINX, IMAGE, self._tell, lambda: None))
+
+    async def _tell(self, answer: Answer) -> None:
+        self.told.append(answer)
 
 
 async def test_many_that_come_at_once_share_a_look(autojump_clock: trio.testing.MockClock) -> None:
     looks = Looks()
     async with trio.open_nursery() as nursery:
         looks.go = trio.Event()
-        waits = Waits(looks)
-        await waiting(nursery, waits, 100)
-        await waiting(nursery, waits, 200)
+        calls = Calls(nursery, Waits(looks))
+        await calls.begin(100)
+        await calls.begin(200)
         assert len(looks.made) == 1
         looks.go.set()
         await trio.testing.wait_all_tasks_blocked()
         assert len(looks.made) == 2  # the second is for those who came during the first
+        assert calls.told == [CHECKING] * 300
         # While nothing happens nothing is done, for however long.
         await trio.sleep(1000)
         assert len(looks.made) == 2
         nursery.cancel_scope.cancel()
 
 
-async def test_an_outcome_costs_no_look_and_wakes_only_those_it_is_about() -> None:
+async def test_what_happens_costs_one_look_for_all() -> None:
     looks = Looks()
     waits = Waits(looks)
     async with trio.open_nursery() as nursery:
-        verdicts = await waiting(nursery, waits, 300)
+        calls = Calls(nursery, waits)
+        await calls.begin(300)
         before = len(looks.made)
-        waits.tell(event(Outcome.REFUSED, "/srv/web_1.5.raw"))
-        waits.tell(event(Outcome.REFUSED, service="other.service"))
+        waits.changed(NGINX)
         await trio.testing.wait_all_tasks_blocked()
-        assert verdicts == []
-        waits.tell(event(Outcome.INCOMPLETE))
-        waits.tell(event(Outcome.REFUSED, "/srv/web_1.4+2-1.raw"))
+        assert len(looks.made) == before + 1
+        waits.changed("other.service", round_over=True)
         await trio.testing.wait_all_tasks_blocked()
-        assert len(verdicts) == 600
-        assert len(looks.made) == before
+        assert len(looks.made) == before + 1
+        assert calls.told == [CHECKING] * 300  # the same is not told again
+        looks.found = ON_TRIAL
+        waits.changed(NGINX)
+        await trio.testing.wait_all_tasks_blocked()
+        assert calls.told[300:] == [ON_TRIAL] * 300
+        looks.found = APPLIED
+        waits.changed(NGINX, round_over=True)
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(looks.made) == before + 3
+        assert calls.ended == [APPLIED] * 300
+    waits.changed(NGINX)
+    assert len(looks.made) == before + 3
 
 
-async def test_a_round_costs_one_look_for_all() -> None:
+@pytest.mark.parametrize("final", [APPLIED, REFUSED])
+async def test_what_is_known_is_told_at_once(final: Answer) -> None:
     looks = Looks()
-    waits = Waits(looks)
+    looks.found = final
     async with trio.open_nursery() as nursery:
-        verdicts = await waiting(nursery, waits, 300)
-        before = len(looks.made)
-        waits.round_over(NGINX)
-        await trio.testing.wait_all_tasks_blocked()
-        assert len(looks.made) == before + 1
-        waits.round_over("other.service")
-        await trio.testing.wait_all_tasks_blocked()
-        assert len(looks.made) == before + 1
-        # A stack that proved good without an outcome.
-        looks.known["web_1.4.raw"] = event(Outcome.APPLIED)
-        waits.round_over(NGINX)
-        await trio.testing.wait_all_tasks_blocked()
-        assert len(looks.made) == before + 2
-        assert verdicts == [looks.known["web_1.4.raw"]] * 300
-    waits.round_over(NGINX)
-    assert len(looks.made) == before + 2
+        calls = Calls(nursery, Waits(looks))
+        await calls.begin(1)
+        assert (calls.told, calls.ended, len(looks.made)) == ([], [final], 1)
 
 
-async def test_what_is_known_while_a_round_goes_on_is_not_told() -> None:
-    """Somebody has made a directory safe, and asks: the refusal before that is no answer."""
+async def test_what_a_round_may_make_better_is_told_after_it() -> None:
+    """Somebody has mended what an image was refused for, and asks."""
     looks = Looks()
-    looks.known["web_1.4.raw"] = event(Outcome.REFUSED)
+    looks.found = REFUSED
     waits = Waits(looks, lambda service: service == NGINX)
     async with trio.open_nursery() as nursery:
-        verdicts = await waiting(nursery, waits, 1)
-        assert verdicts == [] == looks.made
-        looks.known["web_1.4.raw"] = event(Outcome.APPLIED)
-        waits.round_over(NGINX)
-    assert verdicts == [event(Outcome.APPLIED)]
+        calls = Calls(nursery, waits)
+        await calls.begin(1)
+        waits.changed(NGINX)  # its outcome is in the history, and its record is still to be written
+        await trio.testing.wait_all_tasks_blocked()
+        assert (calls.told, calls.ended) == ([known(Kind.LOOKING)], [])
+        looks.found = APPLIED
+        waits.changed(NGINX, round_over=True)
+    assert calls.ended == [APPLIED]
+
+
+async def test_a_service_that_is_always_in_a_round_is_answered() -> None:
+    looks = Looks()
+    looks.found = REFUSED
+    waits = Waits(looks, lambda service: True)
+    async with trio.open_nursery() as nursery:
+        calls = Calls(nursery, waits)
+        await calls.begin(1)
+        assert calls.ended == []
+        waits.changed(NGINX, round_over=True)
+    assert calls.ended == [REFUSED]
+
+
+async def test_a_success_waits_for_no_round() -> None:
+    looks = Looks()
+    looks.found = APPLIED
+    async with trio.open_nursery() as nursery:
+        calls = Calls(nursery, Waits(looks, lambda service: True))
+        await calls.begin(1)
+        assert calls.ended == [APPLIED]
 
 
 async def test_what_happens_during_a_look_is_not_missed() -> None:
@@ -127,31 +163,12 @@ async def test_what_happens_during_a_look_is_not_missed() -> None:
     waits = Waits(looks)
     async with trio.open_nursery() as nursery:
         looks.go = trio.Event()
-        verdicts = await waiting(nursery, waits, 1)
-        looks.known["web_1.4.raw"] = event(Outcome.APPLIED)
-        waits.round_over(NGINX)
+        calls = Calls(nursery, waits)
+        await calls.begin(1)
+        looks.found = APPLIED
+        waits.changed(NGINX)
         looks.go.set()
-    assert verdicts == [event(Outcome.APPLIED)]
-    async with trio.open_nursery() as nursery:
-        looks.known.clear()
-        looks.go = trio.Event()
-        verdicts = await waiting(nursery, waits, 3)
-        waits.tell(event(Outcome.REFUSED))
-        looks.go.set()
-    assert verdicts == [event(Outcome.REFUSED)] * 3
-
-
-async def test_what_happens_during_a_look_is_newer_than_what_it_finds() -> None:
-    """It has seen the image on the service, and that nothing is on trial any more: the rollback was in between."""
-    looks = Looks()
-    looks.known["web_1.4.raw"] = event(Outcome.APPLIED)
-    waits = Waits(looks)
-    async with trio.open_nursery() as nursery:
-        looks.go = trio.Event()
-        verdicts = await waiting(nursery, waits, 1)
-        waits.tell(event(Outcome.ROLLED_BACK))
-        looks.go.set()
-    assert verdicts == [event(Outcome.ROLLED_BACK)]
+    assert calls.ended == [APPLIED]
 
 
 async def test_who_looks_may_go_away() -> None:
@@ -163,15 +180,16 @@ async def test_who_looks_may_go_away() -> None:
 
         async def first() -> None:
             with scope:
-                await wait(waits, "web_1.4.raw", [])
+                await Calls(nursery, waits)._one()
 
         nursery.start_soon(first)
         await trio.testing.wait_all_tasks_blocked()
-        verdicts = await waiting(nursery, waits, 2)
-        looks.known["web_1.4.raw"] = event(Outcome.APPLIED)
+        calls = Calls(nursery, waits)
+        await calls.begin(2)
+        looks.found = APPLIED
         scope.cancel()
         looks.go.set()
-    assert verdicts == [event(Outcome.APPLIED)] * 2
+    assert calls.ended == [APPLIED] * 2
 
 
 async def test_a_look_that_fails_fails_the_call_and_no_other_for_ever() -> None:
@@ -180,57 +198,47 @@ async def test_a_look_that_fails_fails_the_call_and_no_other_for_ever() -> None:
     looks.error = Failed("the ledger cannot be read")
     failed = []
 
-    async def one() -> None:
+    async def one(calls: Calls) -> None:
         try:
-            await wait(waits, "web_1.4.raw", [])
+            await calls._one()
         except Failed as error:
             failed.append(error)
 
     async with trio.open_nursery() as nursery:
         for _ in range(3):
-            nursery.start_soon(one)
+            nursery.start_soon(one, Calls(nursery, waits))
     assert failed == [looks.error] * 3
-    looks.error = None
+    looks.error, looks.found = None, APPLIED
     async with trio.open_nursery() as nursery:
-        verdicts = await waiting(nursery, waits, 1)
-        waits.tell(event(Outcome.APPLIED))
-    assert verdicts == [event(Outcome.APPLIED)]
+        calls = Calls(nursery, waits)
+        await calls.begin(1)
+    assert calls.ended == [APPLIED]
 
 
-async def test_an_outcome_of_a_stack_is_about_each_of_its_images() -> None:
-    layer = Layer("web.raw", "web", "1.4", "a" * 64, Kind.IMAGE, "/srv/web_1.4.raw")
-    waits = Waits(Looks())
-    applied = Event(NGINX, Outcome.APPLIED, "said", when=1, layers=(layer,))
-    async with trio.open_nursery() as nursery:
-        verdicts = await waiting(nursery, waits, 1)
-        waits.tell(applied)
-    assert verdicts == [applied]
-
-
-async def test_a_slow_client_misses_the_oldest_and_never_the_verdict() -> None:
-    waits = Waits(Looks())
+async def test_a_slow_client_is_told_the_newest() -> None:
+    looks = Looks()
+    waits = Waits(looks)
     go = trio.Event()
-    told: list[Event] = []
+    told: list[Answer] = []
+    ended: list[Answer] = []
 
-    async def tell(one: Event) -> None:
+    async def tell(one: Answer) -> None:
         told.append(one)
         await go.wait()
 
     async with trio.open_nursery() as nursery:
-        verdicts: list[Event] = []
 
         async def one() -> None:
-            verdicts.append(await waits.verdict(NGINX, "web_1.4.raw", tell, _nothing))
+            ended.append(await waits.answer(NGINX, IMAGE, tell, lambda: None))
 
         nursery.start_soon(one)
         await trio.testing.wait_all_tasks_blocked()
-        for _ in range(1000):
-            waits.tell(event(Outcome.INCOMPLETE))
-        waits.tell(event(Outcome.REFUSED))
+        for number in range(1000):
+            looks.found = known(Kind.INCOMPLETE, f"{number} of 1000 bytes")
+            waits.changed(NGINX)
         go.set()
-    assert verdicts == [event(Outcome.REFUSED)]
-    assert len(told) < 100
-
-
-def _nothing() -> None:
-    pass
+        await trio.testing.wait_all_tasks_blocked()
+        looks.found = REFUSED
+        waits.changed(NGINX, round_over=True)
+    assert ended == [REFUSED]
+    assert told == [CHECKING, known(Kind.INCOMPLETE, "999 of 1000 bytes")]

@@ -140,7 +140,9 @@ def test_exit_statuses(place: Place) -> None:
     place.start_daemon()
     assert place.run("wait", "web.service", "web_1.raw", check=False).returncode == 1
     place.start(name="web.service")
-    words = ("wait", "--timeout", "0.1", "web.service", "web_1.raw")
+    assert place.run("wait", "web.service", "web_1.raw", check=False).returncode == 1
+    (place.versions("web.service") / "web_1.raw").write_bytes(place.confext("1").read_bytes()[:9000])
+    words = ("wait", "--timeout", "1", "web.service", "web_1.raw")
     assert place.run(*words, check=False).returncode == 4
 
 

@@ -83,7 +83,13 @@ def _add_asking(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     wait.add_argument("service", metavar="SERVICE")
     wait.add_argument("image", metavar="IMAGE", help="its path or file name")
-    wait.add_argument("--timeout", type=float, default=None, metavar="SECONDS", help="give up after so long")
+    wait.add_argument(
+        "--timeout",
+        type=float,
+        default=None,
+        metavar="SECONDS",
+        help="give up after so long; for so long a daemon that is restarted is waited for, too",
+    )
 
     rollback = commands.add_parser("rollback", help="back to the stack before, and stay there")
     rollback.add_argument("service", metavar="SERVICE")

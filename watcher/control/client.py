@@ -11,17 +11,30 @@ the interface are in schema.py, those of the connection here.
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from watcher.model import Event, shown
 from watcher.records import schema
-from watcher.records.schema import CallError, ExitStatus, Failed, PlannedChange, Quarantined, ServiceStatus
+from watcher.records.schema import (
+    CallError,
+    ExitStatus,
+    Failed,
+    PlannedChange,
+    Quarantined,
+    ServiceStatus,
+    Waited,
+)
+
+RESTART_SEC = 30.0
+"""Seconds for which a call without a time-out waits for a daemon that has ended: it may be being restarted."""
+_POLL_SEC = 0.1
 
 
 class NotRunning(CallError):
@@ -37,7 +50,11 @@ class TimedOut(CallError):
 
 
 class Disconnected(CallError):
-    """The daemon closed the connection, or refused it, before it answered."""
+    """The daemon refused the connection, or answered what cannot be read."""
+
+
+class Closed(Disconnected):
+    """The daemon closed the connection before it answered."""
 
 
 class Client:
@@ -102,13 +119,13 @@ class Client:
         answer = self.call("Forget", service=service, digest=digest)
         return self._list(Quarantined, "forgotten", answer)
 
-    def wait(self, service: str, image: str) -> Iterator[Event]:
-        """What happens to the image, until the verdict, which comes last.
+    def wait(self, service: str, image: str) -> Iterator[Waited]:
+        """What is so of the image, until the final answer, which comes last.
 
         Raises ServiceNotFound, TooManyCalls, TimedOut.
         """
         for answer in self.stream("Wait", service=service, image=image):
-            yield self._read(Event, answer.get("event"))
+            yield self._read(Waited, answer)
 
     def call(self, method: str, **parameters: object) -> dict[str, Any]:
         """The reply's parameters, to a method of our interface; parameters that are None are left out."""
@@ -183,7 +200,7 @@ class Client:
             except ConnectionError:
                 received = b""
             if not received:
-                raise Disconnected("confext-watcher closed the connection (stopped, or too many connections)")
+                raise Closed("confext-watcher closed the connection (stopped, or too many connections)")
             self._buffer += received
         message = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
@@ -219,3 +236,35 @@ class Client:
             return schema.from_dict(cls, data)
         except ValueError as error:
             raise Failed(f"the running confext-watcher gave an answer of another version: {error}")
+
+
+def wait(
+    runtime_directory: str, service: str, image: str, timeout: float | None, redacted: Callable[[bool], None]
+) -> Iterator[Waited]:
+    """`Client.wait()`, also of a daemon that is being restarted.
+
+    Args:
+        timeout: seconds; until then a daemon that does not run is waited for. None: one that does not run at first is
+            an error at once, and one that ends meanwhile after RESTART_SEC.
+        redacted: called with that of each answer.
+
+    Raises: as `Client.wait()`, and NotRunning.
+    """
+    patience = 0.0 if timeout is None else timeout
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            left = None if timeout is None else max(deadline - time.monotonic(), 0.001)
+            with Client(runtime_directory, left) as client:
+                for answer in client.wait(service, image):
+                    redacted(client.redacted)
+                    yield answer
+                    if timeout is None:
+                        deadline = math.inf
+            return
+        except (NotRunning, Closed):
+            if timeout is None and deadline == math.inf:
+                deadline = time.monotonic() + RESTART_SEC
+            if time.monotonic() + _POLL_SEC > deadline:
+                raise
+            time.sleep(_POLL_SEC)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import replace
@@ -14,12 +13,12 @@ import trio
 
 from watcher.control import status
 from watcher.control.report import report
-from watcher.control.server import Tell
-from watcher.control.waits import EventByImage, Waits, image_names
-from watcher.images import tries
+from watcher.control.server import Tell, TellWaited
+from watcher.control.waits import Answers, Waits
 from watcher.managers.base import Service
-from watcher.model import Event, Later, Layer, Outcome, Remark, Stack, Unsafe, shown
+from watcher.model import Event, Later, Outcome, Remark, Stack, problem, shown
 from watcher.mounts.process import Gone
+from watcher.records import schema
 from watcher.records.ledger import LedgerError
 from watcher.records.schema import (
     Failed,
@@ -28,11 +27,12 @@ from watcher.records.schema import (
     Quarantined,
     ServiceNotFound,
     ServiceStatus,
+    Waited,
     utf8,
 )
 from watcher.records.state import Quarantine, State
-from watcher.resolve.strict_modes import StrictModes
-from watcher.rounds import messages
+from watcher.rounds import dropped, messages
+from watcher.rounds.answer import Answer, Kind, answer
 from watcher.rounds.decide import decide
 from watcher.rounds.rollout import rolling
 from watcher.rounds.round import Rounds
@@ -72,13 +72,17 @@ class Commands:
 
     def tell(self, event: Event) -> None:
         """Pass an outcome on to the calls that wait for one."""
-        self._waits.tell(event)
+        self._waits.changed(event.service)
         for listener in self._listeners:
             listener(event)
 
+    def stepped(self, name: str) -> None:
+        """A round of a service takes a step that takes time: calls that wait can say which."""
+        self._waits.changed(name)
+
     def round_over(self, name: str) -> None:
         """A round of a service is over: more may be known of the images that calls wait for."""
-        self._waits.round_over(name)
+        self._waits.changed(name, round_over=True)
 
     async def status(self, service: str | None) -> Sequence[ServiceStatus]:
         services = self._services(service)
@@ -104,8 +108,14 @@ class Commands:
     async def plan(self, service: str | None, *, debug: bool) -> Sequence[PlannedChange]:
         return [await self._plan(one, debug=debug) for one in self._services(service)]
 
-    async def wait(self, service: str, image: str, tell: Tell, waits: Callable[[], None]) -> Event:
-        return await self._waits.verdict(self._service(service).name, image, tell, waits)
+    async def wait(self, service: str, image: str, tell: TellWaited, waits: Callable[[], None]) -> Waited:
+        name = self._service(service).name
+
+        async def told(known: Answer) -> None:
+            await tell(_waited(known))
+
+        await told(Answer(Kind.LOOKING, messages.event(name, Outcome.UNCHANGED, f"looks at {shown(image)}")))
+        return _waited(await self._waits.answer(name, image, told, waits))
 
     async def rollback(self, service: str, to: str | None, by: str, tell: Tell) -> Event:
         found = self._service(service)
@@ -263,38 +273,22 @@ class Commands:
             planned = replace(planned, report=await _in_thread(report, service.name, facts, decide(facts)))
         return planned
 
-    async def _look_at_images(self, name: str, images: Collection[str]) -> EventByImage:
+    async def _look_at_images(self, name: str, images: Collection[str]) -> Answers:
+        """The answers for images of a service, as things are now."""
         service = self._tools.manager.services.get(name)
         if service is None:
-            return dict.fromkeys(images)
-        verdicts = await _in_thread(self._verdicts, service, images)
-        refused = [event for event in verdicts.values() if event and event.outcome in _FINAL_REFUSALS]
-        if refused:
-            try:
-                gone = await self._tools.offload.run(
-                    name, lambda: [one for one in refused if not _stands(one)]
-                )
-            except Unanswered:
-                gone = refused
-            verdicts = {image: None if event in gone else event for image, event in verdicts.items()}
-        return verdicts
-
-    def _verdicts(self, service: Service, images: Collection[str]) -> EventByImage:
-        """What is known of images without waiting: one is in the stack, or its last outcome was a refusal."""
-        now = self._status(service, {})
-        history = self._tools.ledger.history(service.name, 100)
-        shown = {name: layer for layer in reversed(now.layers) for name in image_names(layer.source)}
-        newest = {name: event for event in reversed(history) for name in image_names(event.source)}
-        verdicts: dict[str, Event | None] = {}
-        for image in images:
-            name = tries.plain(image)
-            if name in shown:
-                verdicts[image] = None if now.on_trial else _applied(service.name, now, shown[name], history)
-            else:
-                last = newest.get(name)
-                final = last is not None and last.outcome in _FINAL_REFUSALS
-                verdicts[image] = last if final else None
-        return verdicts
+            raise ServiceNotFound(name)
+        history = await _in_thread(self._tools.ledger.history, service.name, _LOOKED_BACK)
+        try:
+            facts, desired = await self.rounds.glance(service, thorough=True)
+            find = functools.partial(dropped.dropped, desired=desired, declared=service.declared)
+            found = await self._tools.offload.run(name, lambda: [find(image) for image in images])
+        except (Unanswered, Later, OSError) as error:
+            stuck = messages.event(name, Outcome.UNCHANGED, f"cannot be looked at: {problem(error)}")
+            return dict.fromkeys(images, Answer(Kind.WAITING, stuck))
+        now = await _in_thread(self._status, service, {})
+        facts = replace(facts, shown=now.stack if now.state == "running" else None)
+        return {image: answer(name, facts, one, history) for image, one in zip(images, found, strict=True)}
 
 
 def _planned(service: Service, before: Stack, after: Stack, remarks: Sequence[Remark]) -> PlannedChange:
@@ -313,7 +307,9 @@ def _planned(service: Service, before: Stack, after: Stack, remarks: Sequence[Re
 
 # Outcomes of what a round has done. The others only say what it found.
 _DONE = (Outcome.APPLIED, Outcome.FAILED, Outcome.ROLLED_BACK, Outcome.NEEDS_RESTART)
-_FINAL_REFUSALS = (Outcome.REFUSED, Outcome.ROLLED_BACK)
+
+_LOOKED_BACK = 100
+"""Outcomes among which that is which an answer is the end of."""
 
 
 def _target(service: str, stacks: Sequence[Stack], to: str | None, state: State) -> Stack:
@@ -346,32 +342,9 @@ def _left(before: State, stacks: Sequence[Stack], target: Stack) -> tuple[str, .
     return tuple(dict.fromkeys((*before.left, *newer[: newer.index(target.id)])))
 
 
-def _applied(service: str, now: ServiceStatus, layer: Layer, history: Sequence[Event]) -> Event:
-    """The outcome by which a service got the stack that it runs on, or one that says no more than that it has it."""
-    done = (event for event in history if event.outcome in (Outcome.APPLIED, Outcome.FAILED))
-    already = messages.event(service, Outcome.APPLIED, f"{layer.label} is applied already", stack=now.stack)
-    return next((event for event in done if event.stack == now.stack), already)
-
-
-def _stands(event: Event) -> bool:
-    """Whether the file that an outcome is about was neither replaced nor removed since. Blocks.
-
-    An unsafe link is not followed: its owner learns nothing that he could not see himself.
-    """
-    try:
-        return _seen(event.source).st_ctime_ns // 1000 <= event.when
-    except OSError:
-        return False
-
-
-def _seen(path: str) -> os.stat_result:
-    with StrictModes() as modes:
-        try:
-            found = modes.open(path)
-        except Unsafe:
-            return os.lstat(path)
-    os.close(found.fd)
-    return found.status
+def _waited(known: Answer) -> Waited:
+    kind, event = known.kind, known.event
+    return Waited(event, schema.Answer(kind.word, int(kind.status), known.text, known.command))
 
 
 async def _in_thread(function: Callable[..., T], *arguments: object) -> T:

@@ -23,6 +23,7 @@ from typing import Any
 
 from watcher.model import Event, Layer, shown
 from watcher.records.schema import (
+    Answer,
     ErrorReply,
     NoSuchStack,
     NotPermitted,
@@ -39,6 +40,8 @@ PUBLIC: dict[type, frozenset[str]] = {
     for cls, fields in {
         Layer: "slot name version digest kind",
         Event: "service outcome verdict message when stack previous image version digest swap_usec total_usec layers",
+        # Its kind would tell which names there are in a directory.
+        Answer: "status",
         Quarantined: "service digest when",
         ServiceStatus: "service manager state pid stack accepted layers since last pinned quarantined on_trial",
         # Its remarks are about what lies in directories: even their number is private. A report has everything.
@@ -47,7 +50,7 @@ PUBLIC: dict[type, frozenset[str]] = {
 }
 """The fields of each answer that strangers are told. A remark has none."""
 
-PUBLIC_RESULTS = frozenset({"services", "events", "truncated", "changes", "event", "redacted"})
+PUBLIC_RESULTS = frozenset({"services", "events", "truncated", "changes", "event", "answer", "redacted"})
 """The results of methods that strangers are told; of each, what is public of its type."""
 
 PUBLIC_ERRORS: frozenset[type[ErrorReply]] = frozenset(

@@ -44,6 +44,7 @@ from watcher.records.schema import (
     Quarantined,
     ServiceStatus,
     TooManyCalls,
+    Waited,
 )
 
 HISTORY_DEFAULT = 100
@@ -53,6 +54,7 @@ REPLY_MAX = 2 * 1024 * 1024
 """Characters of events in one reply; JSON takes up to six bytes for one, and sd-varlink 16 MiB (schema.MESSAGE_MAX)."""
 
 Tell = Callable[[Event], Awaitable[None]]
+TellWaited = Callable[[Waited], Awaitable[None]]
 
 
 class Backend(Protocol):
@@ -72,13 +74,13 @@ class Backend(Protocol):
     async def plan(self, service: str | None, *, debug: bool) -> Sequence[PlannedChange]:
         """What a look now would change; with `debug`, with a report. Raises ServiceNotFound."""
 
-    async def wait(self, service: str, image: str, tell: Tell, waits: Callable[[], None]) -> Event:
-        """The verdict on an image, once there is one; cancelled when the client goes away.
+    async def wait(self, service: str, image: str, tell: TellWaited, waits: Callable[[], None]) -> Waited:
+        """The final answer on an image, once there is one; cancelled when the client goes away.
 
         Args:
             service, image: after `schema.utf8()`.
-            tell: to call with what happens to the image before. It waits for the client: call it from this task, never
-                from the service's round.
+            tell: to call with each answer before. It waits for the client: call it from this task, never from the
+                service's round.
             waits: to call when the work is done, and all that is left is to wait.
 
         Raises:
@@ -256,10 +258,15 @@ class _Server:
         peer, backend = connection.peer, self._backend
         stranger = not self._readers.include(peer)
 
-        async def tell(event: Event) -> None:
+        async def say(said: dict[str, Any]) -> None:
             if request.more and not request.oneway:
-                said = {"event": event} | ({"redacted": stranger} if name == "Wait" else {})
                 await connection.send(await self._encoded(peer, said, continues=True))
+
+        async def tell(event: Event) -> None:
+            await say({"event": event})
+
+        async def tell_waited(waited: Waited) -> None:
+            await say({"event": waited.event, "answer": waited.answer, "redacted": stranger})
 
         if name in _CHANGING:
             if not peer.privileged:
@@ -286,7 +293,8 @@ class _Server:
                     if not free:
                         raise TooManyCalls(peer.uid, self._waiting.per_user)
                     service, image = schema.utf8(given["service"]), schema.utf8(image)
-                    found = {"event": await backend.wait(service, image, tell, turn.close)}
+                    waited = await backend.wait(service, image, tell_waited, turn.close)
+                    found = {"event": waited.event, "answer": waited.answer}
             case "Rollback":
                 by = await trio.to_thread.run_sync(peers.who, peer)
                 return {"event": await backend.rollback(given["service"], given.get("to"), by, tell)}

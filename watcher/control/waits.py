@@ -1,38 +1,22 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Calls of `Wait`: all calls for one service share a look at what is known of their images.
+"""Calls of `Wait`: all calls for one service share a look at what is there for their images.
 
-A new call asks what is known already, and hears each outcome from then on. After each round of the service all of its
-calls ask again, because a stack on trial can prove good without an outcome. Calls that ask at the same time share one
-look. While nothing happens no call does anything, however many wait.
+A call looks when it comes, and again whenever something has happened to its service: an outcome, a step that takes
+time, the end of a round. It never answers from what it remembers. Calls that ask at the same time share one look. While
+nothing happens no call does anything, however many wait.
 """
 
 from __future__ import annotations
 
-import collections
-import os
 from collections.abc import Awaitable, Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import trio
 
-from watcher.images import tries
-from watcher.model import Event, Outcome
-from watcher.records.schema import utf8
+from watcher.rounds.answer import Answer, Kind
 
-OUTCOMES_MAX = 64
-"""Outcomes kept for one slow client; one that does not keep up misses the oldest."""
-
-NOT_YET = (Outcome.UNCHANGED, Outcome.INCOMPLETE)
-"""No verdict: the user may go on with an upload that broke off."""
-
-EventByImage = Mapping[str, Event | None]
-"""The verdict on each image; None: there is none yet."""
-
-
-def image_names(source: str) -> tuple[str, ...]:
-    """What people call a dropped file: its path, or its name, without the counters that attempts change."""
-    path = tries.plain(utf8(source))
-    return (path, os.path.basename(path)) if path else ()
+Answers = Mapping[str, Answer]
+"""By image, as it was asked for."""
 
 
 @dataclass(eq=False, slots=True)
@@ -40,13 +24,17 @@ class _Waiter:
     """One call.
 
     Attributes:
-        unsure: something has happened since the last look at the image.
+        unsure: something has happened since the last look.
+        known: what that look has found.
+        doubted: what it had found before a round came to its end.
+        rounds: how many have since the call began.
     """
 
     image: str
-    unsure: bool
-    known: Event | None = None
-    told: collections.deque[Event] = field(default_factory=lambda: collections.deque(maxlen=OUTCOMES_MAX))
+    unsure: bool = True
+    known: Answer | None = None
+    doubted: tuple[Kind, int] | None = None
+    rounds: int = 0
     woken: trio.Event = field(default_factory=trio.Event)
 
 
@@ -66,54 +54,42 @@ class Waits:
     """All calls of `Wait`.
 
     Args:
-        look: the verdicts on images of a service, as far as they are known. May raise ErrorReply.
-        in_round: whether a round of a service goes on or is due. Then what is known may be out of date (a user has just
-            mended a mode, say), and the first look waits for the end of that round.
+        look: the answers for images of a service, as things are now. May raise ErrorReply.
+        in_round: whether a round of a service goes on or is due.
     """
 
     def __init__(
         self,
-        look: Callable[[str, Collection[str]], Awaitable[EventByImage]],
+        look: Callable[[str, Collection[str]], Awaitable[Answers]],
         in_round: Callable[[str], bool] = lambda service: False,
     ) -> None:
         self._look = look
         self._in_round = in_round
         self._services: dict[str, _Service] = {}
 
-    def tell(self, event: Event) -> None:
-        """Pass an outcome on to the calls that wait for it."""
-        service = self._services.get(event.service)
-        if service is not None:
-            sources = (event.source, *(layer.source for layer in event.layers))
-            about = {name for source in sources for name in image_names(source)}
-            for waiter in service.waiters:
-                if tries.plain(waiter.image) in about:
-                    waiter.told.append(event)
-                    waiter.woken.set()
-
-    def round_over(self, name: str) -> None:
-        """What is known of the images of a service may have changed."""
+    def changed(self, name: str, *, round_over: bool = False) -> None:
+        """Something has happened to a service."""
         service = self._services.get(name)
-        if service is not None:
-            for waiter in service.waiters:
-                waiter.unsure = True
-                waiter.woken.set()
+        for waiter in service.waiters if service is not None else ():
+            waiter.unsure = True
+            waiter.rounds += round_over
+            waiter.woken.set()
 
-    async def verdict(
+    async def answer(
         self,
         name: str,
         image: str,
-        tell: Callable[[Event], Awaitable[None]],
+        tell: Callable[[Answer], Awaitable[None]],
         waits: Callable[[], None],
-    ) -> Event:
-        """The verdict on an image, once there is one.
+    ) -> Answer:
+        """The answer on an image, once it is final.
 
         Args:
             name: of the service.
-            tell: called with what happens to the image before.
-            waits: called when there is no verdict yet, and nothing to do but wait.
+            tell: called with each other answer before.
+            waits: called when there is nothing to do but wait.
         """
-        waiter = _Waiter(image, unsure=not self._in_round(name))
+        waiter, told = _Waiter(image), None
         service = self._services.setdefault(name, _Service())
         service.waiters.append(waiter)
         try:
@@ -121,21 +97,37 @@ class Waits:
                 waiter.woken = trio.Event()
                 if waiter.unsure:
                     await self._find_out(name, service, waiter)
-                # A look takes time: an outcome that came during the look is newer.
-                if waiter.known is not None and not waiter.told:
-                    return waiter.known
+                known = waiter.known
+                assert known is not None
+                if known.final and self._is_sure(name, waiter, known):
+                    return known
                 waits()
-                while waiter.told:
-                    event = waiter.told.popleft()
-                    if event.outcome not in NOT_YET:
-                        return event
-                    await tell(event)
-                if waiter.known is None:
+                if known.final:
+                    known = replace(known, kind=Kind.LOOKING)  # that is what a round does
+                said = (known.kind, known.text)
+                if said != told:
+                    told = said
+                    await tell(known)
+                if not waiter.unsure:
                     await waiter.woken.wait()
         finally:
             service.waiters.remove(waiter)
             if not service.waiters:
                 del self._services[name]
+
+    def _is_sure(self, name: str, waiter: _Waiter, known: Answer) -> bool:
+        """Whether a final answer can be given now.
+
+        What a round is at may make more of an image that does not come by itself (a second try, say), and it has still
+        to write down why. So that is said when no round goes on or is due, or when one that ended has not changed it.
+        """
+        if known.kind.status == 0 or not self._in_round(name):
+            return True
+        doubted, waiter.doubted = waiter.doubted, (known.kind, waiter.rounds)
+        if doubted is None or doubted[0] is not known.kind:
+            return False
+        waiter.doubted = doubted
+        return doubted[1] < waiter.rounds
 
     async def _find_out(self, name: str, service: _Service, waiter: _Waiter) -> None:
         """Look for all that are unsure, unless another call has done so while this one waited for the lock."""

@@ -32,8 +32,8 @@ class Service:
         failed_start: of one that failed, the start that did (as `invocation`); "" where that is not known.
         blameless: why its last end says nothing about its configuration, as a kill from outside does not; "" if it may.
         restarts: how often systemd has started it again by itself since its last other start (NRestarts).
-        headless: it is active, but systemd knows no main process of it (`RemainAfterExit=`, or `Type=forking` without
-            `PIDFile=`): it gets another stack only at its next start.
+        headless: it runs, but systemd knows no main process of it (`Type=forking` without `PIDFile=`): it gets another
+            stack only at its next start. What has done its work (`RemainAfterExit=`) does not run.
         root: path of the root directory whose os-release decides which images match (`RootDirectory=`, else "/"); None:
             only its own processes have that mounted (`RootImage=`), and it has none.
         aliases: its other names.

@@ -83,6 +83,19 @@ type Event (
   verdict: ?string
 )
 
+# What is so now of an image that somebody waits for.
+# kind: a word, see the table in confext-watcher(8). There may be more one day.
+# status: 0 if the service runs on it, or would at its next start where it does not run; 1 if it will not come by
+# itself; 4 if it is in progress. The exit status of the command line.
+# text: a sentence for people.
+# command: what helps, "" where no command does.
+type Answer (
+  kind: string,
+  status: int,
+  text: string,
+  command: string
+)
+
 # Content that a service must not get again.
 type Quarantined (
   service: string,
@@ -157,9 +170,10 @@ method History(service: ?string, limit: ?int) -> (events: []Event, truncated: bo
 # What a look now would change, without doing it. `debug` needs a service.
 method Plan(service: ?string, debug: ?bool) -> (changes: []PlannedChange, redacted: bool)
 
-# Replies once the image is applied to the service or refused for it: at once if it is already.
-# With `more`, what happens to it on the way is told as well. Ends with the connection.
-method Wait(service: string, image: string) -> (event: Event, redacted: bool)
+# Replies once the answer is final, that is 0 or 1: at once if it is already. It is about the content that the file has
+# now. With `more`, the answers before are told as well, each once it is so. Ends with the connection.
+# event: the outcome that the answer is the end of; where there is none, one of this moment, which is not in History.
+method Wait(service: string, image: string) -> (event: Event, answer: Answer, redacted: bool)
 
 # Back to the stack before, or to the given one, and stay there. A second call goes further back. Done, or Failed: then
 # the service stays on what it has. With `more`, the first reply says where it goes, before it does.
@@ -200,6 +214,24 @@ class Quarantined:
     reason: str
     when: int
     source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What is so now of an image that somebody waits for (`rounds/answer.py`)."""
+
+    kind: str
+    status: int
+    text: str
+    command: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Waited:
+    """A reply of Wait."""
+
+    event: Event
+    answer: Answer
 
 
 @dataclass(frozen=True, slots=True)

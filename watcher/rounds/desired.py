@@ -7,6 +7,7 @@ import functools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from watcher.images import unmounted
@@ -53,6 +54,7 @@ class Desired:
         wanted, fallback, pinned, damaged, mounted: see `Facts`.
         again: see `Facts`.
         at_hand: digests of what the look found and did not refuse, whether it is wanted now or has to wait.
+        digests: of each candidate that was read in this look, by path, whatever became of it.
         look_again: seconds after which to look again, where no event tells; None: there is no need.
         signatures: of the files that were passed over, by path (`outcomes.signatures`).
     """
@@ -66,6 +68,7 @@ class Desired:
     mounted: Mapping[str, str] = field(default_factory=dict)
     again: tuple[str, ...] = ()
     at_hand: frozenset[str] = frozenset()
+    digests: Mapping[str, str] = field(default_factory=dict)
     look_again: float | None = None
     signatures: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
@@ -104,6 +107,7 @@ class Given:
         trust: whom it lets drop things. Names are looked up, which may take as long as LDAP does.
         limits: how long it waits.
         removals: since when what it has is gone.
+        thorough: also what is accepted is read, where a newer one is there, or an operator chose another.
     """
 
     slots: str
@@ -115,6 +119,7 @@ class Given:
     trust: Trust = ROOT_ALONE
     limits: Limits = Limits()  # noqa: RUF009 -- frozen
     removals: Removals = field(default_factory=Removals)
+    thorough: bool = False
 
 
 def find(store: Store, admission: Admission, given: Given) -> Desired:
@@ -137,6 +142,8 @@ def _find(store: Store, admission: Admission, given: Given, modes: StrictModes) 
     )
     lost = functools.partial(_is_lost, store, given.slots)
     choice = choose(look, admitting.admit, good, lost, staying.stays)
+    if given.thorough and not look.unknown:
+        admitting.read_accepted(look, record.stack)
     look = replace(look, remarks=(*look.remarks, *staying.remarks))
     choice = _with_sysexts(choice, look, admitting.read)
     look = replace(look, remarks=(*look.remarks, *_effects(admission, choice.stack, good)))
@@ -162,6 +169,7 @@ def _find(store: Store, admission: Admission, given: Given, modes: StrictModes) 
         damaged=tuple(sorted(damaged)),
         mounted=unmounted.noted(either, record.mounted),
         at_hand=frozenset(admitting.at_hand),
+        digests=admitting.digests,
         look_again=_look_again(choice, staying),
     )
 
@@ -181,15 +189,11 @@ class _Admitting:
 
     Attributes:
         at_hand: digests of what was not refused.
+        digests: of each candidate that was read, by path.
     """
 
     def __init__(
-        self,
-        admission: Admission,
-        given: Given,
-        reasons: Mapping[str, str],
-        modes: StrictModes,
-        rule: Rule,
+        self, admission: Admission, given: Given, reasons: Mapping[str, str], modes: StrictModes, rule: Rule
     ) -> None:
         self._admission = admission
         self._rule = rule
@@ -199,10 +203,12 @@ class _Admitting:
         self._policy = given.policy
         self._by_systemd = starts_by_systemd(given.slots)
         self.at_hand: set[str] = set()
+        self.digests: dict[str, str] = {}
 
     def admit(self, candidate: Candidate) -> Copy:
         """Raises as `Admission.admit()`, and KeptOut."""
-        copy = self._read(candidate, self._modes)
+        copy = self.read(candidate, self._modes)
+        self.digests[candidate.path] = copy.digest
         if copy.digest in self._reasons:
             raise KeptOut(f"kept out: {self._reasons[copy.digest]}")
         if self._policy not in ("", "*"):
@@ -211,11 +217,15 @@ class _Admitting:
             require_startable(copy)
         return copy
 
-    def read(self, candidate: Candidate) -> Copy:
-        """`Admission.admit()`, whoever can write to it."""
-        return self._read(candidate, None)
+    def read_accepted(self, look: Look, accepted: Stack) -> None:
+        """Read what came from the files of accepted layers, where the choice did not depend on it."""
+        sources = {layer.source for layer in accepted.layers} - self.digests.keys()
+        for candidate in (one for pick in look.picks for one in pick.candidates if one.path in sources):
+            with suppress(Refused, Busy):
+                self.admit(candidate)
 
-    def _read(self, candidate: Candidate, modes: StrictModes | None) -> Copy:
+    def read(self, candidate: Candidate, modes: StrictModes | None = None) -> Copy:
+        """`Admission.admit()`; without `modes`, whoever can write to it."""
         assert self._made_for is not None  # choose() asks for no candidate of a look that is unknown
         return self._admission.admit(candidate, self._made_for, self.at_hand, modes, self._rule)
 

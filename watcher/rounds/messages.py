@@ -126,17 +126,22 @@ def rolled_back(
 
 def accepted(service: str, before: Stack, facts: Facts) -> Event:
     """Its slots were set, and nothing else: it does not run, or not yet, or not with a main process."""
-    when, stack = "it is not running, its next start gets it", facts.accepted
+    when = gets_it(service, facts)
     if facts.running:
         when = "it was started on it"
     elif facts.starting:
         when = "it is being started, and gets it"
-    elif "@." in service:
-        when = "a template, its next instance gets it"
-    elif facts.headless:
-        when = "systemd knows no main process of it, its next start gets it: restart it"
-    sentence = f"{describe(before, stack)}, accepted; {when}"
-    return _of_stack(service, Outcome.APPLIED, sentence, before, stack, None, Times())
+    sentence = f"{describe(before, facts.accepted)}, accepted; {when}"
+    return _of_stack(service, Outcome.APPLIED, sentence, before, facts.accepted, None, Times())
+
+
+def gets_it(service: str, facts: Facts) -> str:
+    """When a service that does not run gets its accepted stack."""
+    if "@." in service:
+        return "a template, its next instance gets it"
+    if facts.headless:
+        return "systemd knows no main process of it, its next start gets it: restart it"
+    return "it is not running, its next start gets it"
 
 
 def unchanged(service: str, stack: Stack) -> Event:

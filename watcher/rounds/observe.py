@@ -123,13 +123,17 @@ class Observer:
         say("debug", service.name, messages.looked(facts, count))
         self._outcomes.look(service.name, facts, desired)
 
-    async def glance(self, service: Service) -> tuple[Facts, Desired]:
-        """What the next round would find, without doing anything about it. Hold `using_store()`."""
+    async def glance(self, service: Service, *, thorough: bool = False) -> tuple[Facts, Desired]:
+        """What the next round would find, without doing anything about it. Hold `using_store()`.
+
+        Args:
+            thorough: see `Given`.
+        """
         memory = replace(self._memories.get(service.name, Memory()))  # a copy: nobody remembers a glance
         siblings = self.siblings(service)
 
         def look(service: Service) -> tuple[Facts, Desired]:
-            state, desired = self._find(service, siblings)
+            state, desired = self._find(service, siblings, thorough=thorough)
             blameless = self._blameless(service, memory)
             now, first = messages.now(), not memory.seen
             return self._facts(service, state, desired, now=now, first=first, blameless=blameless), desired
@@ -212,7 +216,9 @@ class Observer:
             memory.blameless = self._tools.store.was_damaged(service.slots, memory.ran)
         return bool(memory.blameless)
 
-    def _find(self, service: Service, others: Sequence[Service]) -> tuple[State, Desired]:
+    def _find(
+        self, service: Service, others: Sequence[Service], *, thorough: bool = False
+    ) -> tuple[State, Desired]:
         """Blocks, also on the service's root and on where its images come from, which may be dead network mounts.
 
         Args:
@@ -235,6 +241,7 @@ class Observer:
             service.trust,
             limits(tools.settings, service.settings),
             tools.removals,
+            thorough,
         )
         with tools.store.using():  # the round may give this up, while a copy goes on
             desired = find(tools.store, tools.admission, given)

@@ -65,6 +65,7 @@ class Rounds:
         told: called with every outcome, after it was recorded.
         changed: asks for a round of a service.
         accepted: called when the slots of a service are what its next start should get, long before its round is over.
+        stepped: called before each step that waits for what the service does.
     """
 
     def __init__(
@@ -73,9 +74,11 @@ class Rounds:
         told: Callable[[Event], None] = lambda event: None,
         changed: Callable[[str], None] = lambda name: None,
         accepted: Callable[[str], None] = lambda name: None,
+        stepped: Callable[[str], None] = lambda name: None,
     ) -> None:
         self._tools = tools
         self._accepted = accepted
+        self._stepped = stepped
         self._memories: dict[str, Memory] = {}
         self._awaited: dict[str, list[trio.Event]] = {}
         self._outcomes = Outcomes(tools.ledger, told)
@@ -136,10 +139,10 @@ class Rounds:
         self._awaited.setdefault(name, []).append(over)
         return over
 
-    async def glance(self, service: Service) -> tuple[Facts, Desired]:
-        """What a round would find now, without doing anything about it."""
+    async def glance(self, service: Service, *, thorough: bool = False) -> tuple[Facts, Desired]:
+        """What a round would find now, without doing anything about it. `thorough`: see `Given`."""
         async with self._observer.using_store():
-            return await self._observer.glance(service)
+            return await self._observer.glance(service, thorough=thorough)
 
     async def round(self, service: Service, since: float) -> float | None:
         """One round.
@@ -301,6 +304,8 @@ class Rounds:
         """Take a step that waits for the service, or writes down an outcome. False: the round is over."""
         steps, verdicts, facts = self._steps_of, self._verdicts, this.facts
         this.first, this.waits = False, None
+        if isinstance(step, decide.Check | decide.Reload | decide.Watch):
+            self._stepped(service.name)
         match step:
             case decide.Done() as done:
                 if done.why:

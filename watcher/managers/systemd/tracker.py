@@ -311,7 +311,7 @@ class Tracker:
             if failed:
                 failed_start = await systemd.invocation(name)
                 await self._ends.look(systemd, name)
-            headless = not failed and state in _ACTIVE
+            headless = not failed and state in _ACTIVE and detail != "exited"
         if headless:
             # It may have been started since.
             start = await self._main(systemd, name)
