@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """`wait` tells the truth about what is there now: each answer on a real daemon, with a real service.
 
-What it is about is found by `rounds/dropped.py`. The table of answers without a daemon is in
+The table of answers without a daemon is in
 `tests/rounds/test_answer.py`; those that need systemd are in `tests/beds/test_systemd_wait.py`.
 """
 
@@ -145,6 +145,19 @@ def test_what_is_not_whole_says_how_much_there_is(shared: Place) -> None:
     waiting.said.wait_for("web 1 added, applied")
     assert waiting.wait() == 0
     waiting.kill()
+
+
+@images_only
+def test_what_was_refused_before_says_so_again(shared: Place) -> None:
+    service = shared.start()
+    dropped = service.versions / "web_1.raw"
+    dropped.write_bytes(b"<html>404</html>" * 400)
+    service.logged("web_1.raw refused")
+    for _ in range(2):
+        found = asked(service, dropped)
+        assert (found.kind, found.event["outcome"]) == ("refused", "refused"), found.text
+    shared.bring(shared.confext("1"), dropped)
+    assert asked(service, dropped).kind == "applied"
 
 
 @images_only

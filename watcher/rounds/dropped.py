@@ -21,8 +21,11 @@ from watcher.rounds.desired import Desired
 
 _NAMES_MAX = 10_000
 # How remarks begin on names that do not count (`scan.py`, `sources.py`).
-_PASSED = re.compile("passed over: |ignored: |overridden by ")
-_DANGLING = re.compile("leads nowhere|leads in a circle|a dangling link")
+_PASSED = {
+    re.compile("(passed over|ignored): .*(leads nowhere|leads in a circle|a dangling link)"): Kind.DANGLING,
+    re.compile("(passed over|ignored): "): Kind.MISNAMED,
+    re.compile("overridden by "): Kind.ELSEWHERE,
+}
 
 
 def dropped(asked: str, desired: Desired, declared: Declared) -> Dropped:
@@ -74,9 +77,9 @@ def _problem(asked: str, desired: Desired, declared: Declared) -> tuple[Kind, st
     if desired.look.unknown:
         return Kind.STUCK, _why_unknown(desired)
     for remark in desired.look.remarks:
-        known = _PASSED.match(remark.text) if _is(asked, remark.path) else None
-        if known is not None:
-            return Kind.DANGLING if _DANGLING.search(remark.text) else Kind.MISNAMED, remark.text
+        for pattern, kind in _PASSED.items() if _is(asked, remark.path) else ():
+            if pattern.match(remark.text):
+                return kind, remark.text
     directory, name = os.path.split(asked)
     for pick in desired.look.picks:
         unseen = _unseen(pick)
