@@ -271,8 +271,10 @@ def test_no_answer_is_success_before_the_verdict(shared: Place) -> None:
     again = shared.start("--reload-signal", "HUP", *health, name=service.name)
     assert again.heard == ["1"]
     until(lambda: in_progress(again, dropped).kind == "on-trial")
+    assert again.status()["onTrial"]
     well.touch()
     assert asked(again, dropped).kind == "applied"
+    assert not again.status()["onTrial"]
 
 
 def test_counted_tries_say_when_the_next_is(shared: Place) -> None:

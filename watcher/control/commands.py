@@ -252,6 +252,7 @@ class Commands:
                 tools.store.state(service.slots),
                 tools.ledger.placed,
                 service.settings,
+                service.invocation,
             )
 
     async def _plan(self, service: Service, *, debug: bool) -> PlannedChange:

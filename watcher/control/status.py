@@ -104,6 +104,7 @@ def of_service(
     state: State,
     placed: Callable[[str, str], int | None],
     settings: ServiceSettings,
+    invocation: str = "",
 ) -> ServiceStatus:
     """One service.
 
@@ -113,6 +114,7 @@ def of_service(
             that is not known.
         state: what is decided about it.
         settings: its own.
+        invocation: see `Service`; "" where that is not known.
     """
     kept = _kept(state_directory, slots_of(name, manager))
     stacks = [accepted.stack for accepted in kept]
@@ -139,16 +141,20 @@ def of_service(
     # `exec` writes no history when it starts a service on a stack: then the time of acceptance counts.
     accepted = (one.when for one in kept if one.stack.id == stack)
     since = placed(name, stack) or next(accepted, None)
-    trial = on_trial(state, stack)
+    trial = on_trial(state, stack, invocation)
     return replace(
         status, state="running", pid=main.pid, stack=stack, layers=layers, since=since, on_trial=trial
     )
 
 
-def on_trial(state: State, stack: str) -> bool:
-    """Whether a service that runs on a stack has still to prove it good."""
-    trial = state.trial
-    return trial is not None and trial.stack == stack == state.accepted.stack.id and trial.verdict is None
+def on_trial(state: State, stack: str, invocation: str) -> bool:
+    """Whether a service that runs on a stack has still to prove it good; also at its first start on it, if only a
+    reload has seen it."""
+    trial, reloaded = state.trial, state.untried.get(stack)
+    if stack != state.accepted.stack.id:
+        return False
+    new = trial is not None and trial.stack == stack and trial.verdict is None
+    return new or (reloaded is not None and invocation not in ("", reloaded))
 
 
 def about(status: ServiceStatus) -> set[str]:
