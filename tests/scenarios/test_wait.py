@@ -250,6 +250,15 @@ def test_superseded_in_a_burst(shared: Place) -> None:
     assert asked(service, second).kind == "older"
 
 
+def test_a_reload_that_does_not_end_is_said(shared: Place) -> None:
+    go = shared.path / "reloaded"
+    service = shared.start("--reload-command", f"sh -c 'until test -e {go}; do sleep 0.02; done'")
+    dropped = service.put("1")
+    until(lambda: in_progress(service, dropped).kind == "reloading")
+    go.touch()
+    assert asked(service, dropped).kind == "applied"
+
+
 def test_no_answer_is_success_before_the_verdict(shared: Place) -> None:
     """Also at the first start on a stack that only a reload has seen."""
     well = shared.path / "well"
