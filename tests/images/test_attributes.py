@@ -91,13 +91,24 @@ def test_also_on_a_link(source: Path, walk: Walk) -> None:
         walk(source)
 
 
+@root
+@of_the_machine
 @both
-@pytest.mark.parametrize("space", SPACES)
-def test_what_only_hides_may_stay(source: Path, walk: Walk, space: str) -> None:
-    os.setxattr(source / "etc/web.d", f"{space}.overlay.opaque", b"x")
-    os.setxattr(source / "etc/web.conf", f"{space}.overlay.whiteout", b"")
+def test_what_only_hides_may_stay(source: Path, walk: Walk) -> None:
+    os.setxattr(source / "etc/web.d", "trusted.overlay.opaque", b"x")
+    os.setxattr(source / "etc/web.conf", "trusted.overlay.whiteout", b"")
     os.setxattr(source / "etc/web.conf", "user.note", b"mine")
     walk(source)
+
+
+@both
+@pytest.mark.parametrize("mark", ["opaque", "whiteout"])
+def test_but_not_where_it_hides_for_some_only(source: Path, walk: Walk, mark: str) -> None:
+    """systemd, and we as root, mount a stack where this is an attribute like any other."""
+    os.setxattr(source / "etc/web.d", f"user.overlay.{mark}", b"y")
+    why = f"hides something in a user namespace alone: remove it, or have root set trusted.overlay.{mark}"
+    with pytest.raises(Refused, match=f"^etc/web.d in it has .* user.overlay.{mark}, which {why}$"):
+        walk(source)
 
 
 def test_links_are_not_followed(source: Path, tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,10 @@ import pytest
 from support.needs import root
 from watcher.images import effects as module
 from watcher.images.effects import effects
+from watcher.mounts.process import may_mount
+
+of_the_machine = pytest.mark.skipif(not may_mount(), reason="needs root of the machine")
+WHITEOUT = ("etc/hostname", "whiteout", b"")
 
 
 @pytest.fixture
@@ -84,10 +90,6 @@ def replaced(path: str, make: Callable[[Path], object]) -> Callable[[Path], obje
             replaced("etc/ssl", Path.touch),
             "hides the host's etc/ssl, which is a directory, with what is no dir",
         ),
-        (
-            lambda tree: os.setxattr(tree / "etc/ssl", "user.overlay.opaque", b"y"),
-            "hides all that the host has in etc/ssl/ (an opaque directory)",
-        ),
     ],
 )
 def test_it_is_told(host: Path, tree: Path, change: Callable[[Path], object], line: str) -> None:
@@ -102,6 +104,52 @@ def test_a_whiteout(host: Path, tree: Path) -> None:
         (tree / name).unlink(missing_ok=True)
         os.mknod(tree / name, stat.S_IFCHR, os.makedev(0, 0))
     assert told(host, tree) == ("removes the host's etc/hostname (a whiteout)",)
+
+
+Marks = list[tuple[str, str, bytes]]
+"""Path, the end of the attribute's name, value."""
+
+
+@root
+@of_the_machine
+@pytest.mark.parametrize(
+    ("marks", "lines"),
+    [
+        ([("etc/ssl", "opaque", b"y")], ("hides all that the host has in etc/ssl/ (an opaque directory)",)),
+        ([("etc", "opaque", b"y")], ()),
+        ([("etc/ssl", "opaque", b"x")], ()),
+        ([("etc/ssl", "opaque", b"yes")], ()),
+        ([("etc/ssl", "opaque", b"n")], ()),
+        ([("etc", "opaque", b"x"), WHITEOUT], ("removes the host's etc/hostname (a whiteout)",)),
+        ([WHITEOUT], ("removes the host's etc/hostname (a whiteout)",)),
+        ([("etc/web.d", "whiteout", b"")], ()),
+    ],
+    ids=str,
+)
+def test_what_overlayfs_hides_is_told_and_nothing_else(
+    host: Path, tree: Path, tmp_path: Path, marks: Marks, lines: tuple[str, ...]
+) -> None:
+    (host / "etc/ssl/openssl.cnf").touch()
+    (tree / "etc/hostname").write_text("")
+    for path, mark, value in marks:
+        os.setxattr(tree / path, f"trusted.overlay.{mark}", value)
+    assert told(host, tree) == lines
+    with mounted(tree / "etc", host / "etc", tmp_path / "seen") as seen:
+        hidden = {name for name in ("hostname", "ssl/openssl.cnf") if not (seen / name).exists()}
+    assert bool(hidden) == bool(lines)
+    assert all(any(f"etc/{name.split('/')[0]}" in line for line in lines) for name in hidden)
+
+
+@contextlib.contextmanager
+def mounted(upper: Path, lower: Path, place: Path) -> Iterator[Path]:
+    """What overlayfs itself makes of a layer on the host's `/etc`."""
+    place.mkdir()
+    options = f"ro,lowerdir={upper}:{lower}"
+    subprocess.run(["mount", "-t", "overlay", "overlay", place, "-o", options], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", place], check=True)
 
 
 def test_of_many_the_first_are_told(host: Path, tree: Path) -> None:

@@ -200,6 +200,10 @@ BAD: dict[str, tuple[Make, str]] = {
         built(lambda root: os.setxattr(root / "etc/web.conf", "trusted.overlay.metacopy", b"")),
         "refused: etc/web.conf in it has the extended attribute trusted.overlay.metacopy",
     ),
+    "what hides for some only": (
+        built(lambda root: os.setxattr(root / "etc/web.conf", "user.overlay.whiteout", b"")),
+        "refused: etc/web.conf in it has the extended attribute user.overlay.whiteout",
+    ),
     "a directory": (lambda path: path.mkdir(), "passed over: not a regular file"),
     "a FIFO": (os.mkfifo, "passed over: not a regular file"),
     "a device": (lambda path: os.mknod(path, 0o20600, os.makedev(1, 5)), "passed over: not a regular file"),
@@ -334,6 +338,10 @@ TREES: dict[str, tuple[Make, str]] = {
         "has extension-release.a, extension-release.b, but must have",
     ),
     "a FIFO": (lambda root: os.mkfifo(root / "etc/pipe"), "refused: etc/pipe in it is a FIFO: remove it"),
+    "what hides for some only": (
+        lambda root: os.setxattr(root / "etc/extension-release.d", "user.overlay.opaque", b"y"),
+        "etc/extension-release.d in it has the extended attribute user.overlay.opaque, which hides something in",
+    ),
     "etc is a link": (
         lambda root: ((root / "etc").rename(root / "real"), (root / "etc").symlink_to("real")),
         "refused: not a confext: etc in it is a link",

@@ -21,8 +21,12 @@ _XATTR_REFUSED = frozenset({errno.EPERM, errno.EACCES, errno.EOPNOTSUPP, errno.E
 # chown(2): no privilege, or an owner that this user namespace does not know.
 _CHOWN_REFUSED = frozenset({errno.EPERM, errno.EINVAL})
 
-# fs/overlayfs/overlayfs.h. A directory in which attributes are whiteouts has opaque=x.
-_HIDING = frozenset({"opaque", "whiteout"})
+# fs/overlayfs/overlayfs.h.
+OPAQUE = "trusted.overlay.opaque"
+"""Of a directory: "y" hides all that the layers beneath have in it; "x" says that files in it may have WHITEOUT."""
+WHITEOUT = "trusted.overlay.whiteout"
+"""Of an empty file: it is a whiteout."""
+_HIDING = frozenset({OPAQUE, WHITEOUT})
 
 # Of one file: ext4 always has room for so much, and for what the copy of a release file gets besides.
 _BYTES_MAX = 3584
@@ -62,8 +66,9 @@ def read(node: int | str, where: str) -> Xattrs:
 def require_unmarked(names: Iterable[str], where: str) -> None:
     """Refuse attributes by which overlayfs shows something else than what is there.
 
-    `opaque` and `whiteout` only hide. All others (redirect, metacopy, origin, and those that are yet to come) are for
-    overlayfs itself to write.
+    OPAQUE and WHITEOUT only hide. All others (redirect, metacopy, origin, and those that are yet to come) are for
+    overlayfs itself to write. `user.overlay.opaque` and `user.overlay.whiteout` count where root of a user namespace
+    has mounted the overlay, and nowhere else; what hides something here must not show it there.
 
     Args:
         where: what has them, in words.
@@ -73,11 +78,12 @@ def require_unmarked(names: Iterable[str], where: str) -> None:
     """
     for name in names:
         space, _, mark = name.partition(".overlay.")
-        if space in ("trusted", "user") and mark and mark not in _HIDING:
-            raise Refused(
-                f"{where} has the extended attribute {shown(name)},"
-                " by which overlayfs shows something else: remove that"
-            )
+        if space not in ("trusted", "user") or not mark or name in _HIDING:
+            continue
+        why = "by which overlayfs shows something else: remove that"
+        if f"trusted.overlay.{mark}" in _HIDING:
+            why = f"which hides something in a user namespace alone: remove it, or have root set trusted.overlay.{mark}"
+        raise Refused(f"{where} has the extended attribute {shown(name)}, {why}")
 
 
 def names(node: int | str) -> list[str]:

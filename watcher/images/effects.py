@@ -10,12 +10,12 @@ from __future__ import annotations
 import os
 import stat
 
+from watcher.images.attributes import OPAQUE, WHITEOUT
 from watcher.images.walk import DIRECTORY, Path, Walk
 from watcher.model import Refused, shown
 from watcher.mounts.descriptors import Descriptors
 
 _TOLD_MAX = 5
-_OPAQUE = ("trusted.overlay.opaque", "user.overlay.opaque")
 _READ = 0o055
 _PLACE = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -51,7 +51,7 @@ class _Comparing(Walk):
         except OSError:
             return  # the host does not have it
         ours = os.stat(name, dir_fd=parent, follow_symlinks=False)
-        if stat.S_ISCHR(ours.st_mode) and ours.st_rdev == 0:
+        if _is_whiteout(parent, name, ours):
             self.found.append(f"removes the host's {where} (a whiteout)")
         elif stat.S_ISDIR(ours.st_mode) != stat.S_ISDIR(theirs.st_mode):
             what = "a directory" if stat.S_ISDIR(ours.st_mode) else "what is no directory"
@@ -60,7 +60,8 @@ class _Comparing(Walk):
             self._attributes(where, ours, theirs)
             with Descriptors() as fds:
                 directory = fds.add(os.open(name, DIRECTORY, dir_fd=parent))
-                if _is_opaque(directory):
+                # Overlayfs joins the roots of layers, whatever they say.
+                if len(path) > 1 and _xattr(directory, OPAQUE) == b"y":
                     self.found.append(f"hides all that the host has in {where}/ (an opaque directory)")
                     return
                 place = fds.add(os.open(name, _PLACE, dir_fd=host_parent))
@@ -87,12 +88,16 @@ def _type(found: os.stat_result) -> str:
     )
 
 
-def _is_opaque(directory: int) -> bool:
-    return any(name in _OPAQUE for name in _xattrs(directory))
+def _is_whiteout(parent: int, name: str, found: os.stat_result) -> bool:
+    """Whether overlayfs takes a file for a whiteout, in either of the two forms that it knows."""
+    if stat.S_ISCHR(found.st_mode):
+        return found.st_rdev == 0
+    is_empty = stat.S_ISREG(found.st_mode) and not found.st_size
+    return is_empty and _xattr(f"/proc/self/fd/{parent}/{name}", WHITEOUT) is not None
 
 
-def _xattrs(directory: int) -> list[str]:
+def _xattr(node: int | str, name: str) -> bytes | None:
     try:
-        return os.listxattr(directory)
-    except OSError:  # an image that was made without any
-        return []
+        return os.getxattr(node, name, follow_symlinks=isinstance(node, int))
+    except OSError:  # there is none, or no attributes at all
+        return None
