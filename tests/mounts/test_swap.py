@@ -193,11 +193,22 @@ def test_a_layer_cannot_show_another_directory_of_the_base(
 # ---- what /etc itself is
 
 
-def test_etc_keeps_its_own_mode(service: Service, swaps: Swaps, layers: Layers, tmp_path: Path) -> None:
+def test_etc_is_like_that_of_the_topmost_layer(
+    service: Service, swaps: Swaps, layers: Layers, tmp_path: Path
+) -> None:
+    """As systemd mounts it at a start; without layers it is the base's again."""
     os.chmod(tmp_path / "root-0/etc", 0o2751)
+    lower, upper = layers.tree({"web.conf": "1"}), layers.tree({"web.conf": "1"})
+    for layer, mode in ((lower, 0o1777), (upper, 0o1500)):
+        os.chmod(f"{layers.copies[layer.digest].path}/etc", mode)
     before = os.umask(0o077)
     try:
-        swaps(service, layers.tree({"web.conf": "1"}))
+        swaps(service, lower, upper)
+        assert service("mode('/etc')") == 0o1500
+        for stack, same in ((Stack((lower, upper)), True), (Stack((upper, lower)), False)):
+            known = swaps.workers, service.namespace, stack, layers.copies
+            assert swaps.workers.submit(shows, *known).result() is same
+        swaps(service)
     finally:
         os.umask(before)
     assert service("mode('/etc')") == 0o2751

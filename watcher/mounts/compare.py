@@ -48,7 +48,8 @@ def shows(workers: MountWorkers, namespace: int, stack: Stack, copies: Mapping[s
             shown = fds.add(os.open(".", _DIRECTORY, dir_fd=fds.add(look_up())))
         wanted = fds.add(os.open(".", _DIRECTORY, dir_fd=tree))
         try:
-            return _Comparison().same_directory(shown, wanted)
+            alike = _visible(os.fstat(shown)) == _visible(os.fstat(wanted))
+            return alike and _Comparison().same_directory(shown, wanted)
         except OSError as error:
             if error.errno in _CHANGED:  # it is being edited
                 return False

@@ -211,7 +211,8 @@ class Cover:
         self._lower, self._privileged = lower, privileged
         self._made = {""}
         os.mkdir(COVER, 0o755)
-        self._copy_attributes(lower.directories[-1], COVER)  # /etc itself is always like the base
+        # As at a start, where systemd mounts no cover: /etc itself is like that of the topmost layer.
+        self._copy_attributes(lower.directories[0], COVER)
 
     def fill(self, mounts: Iterable[Sandbox]) -> None:
         """Make an empty place for each mount that stands on the stack."""
