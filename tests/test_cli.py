@@ -139,10 +139,13 @@ def test_lines_fit_the_terminal_and_are_left_alone_elsewhere(monkeypatch: pytest
 def test_check_tells_what_an_image_does_to_the_hosts_etc(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tree = confext(tmp_path / "web", "web")
+    tree = confext(tmp_path / "web", "web", release="ID=_any\nEXTENSION_RESTART_UNITS=web.*\n")
     (tree / "etc/os-release").mkdir()
     assert cli.main(["check", str(tree)]) == 0
-    good, warning = capsys.readouterr().out.splitlines()
+    good, warning, passed_over = capsys.readouterr().out.splitlines()
+    assert passed_over.startswith(
+        f"{tree}: warning: EXTENSION_RESTART_UNITS= in it has web.*, which is no unit"
+    )
     assert f"{tree}: good: web" in good
     assert warning.startswith(f"{tree}: warning: hides the host's etc/os-release, which is a ")
     assert cli.main(["check", "--json", str(tree)]) == 0

@@ -22,7 +22,7 @@ from watcher.settings import config, signals
 from watcher.settings.config import Settings
 
 if TYPE_CHECKING:
-    from watcher.images.admission import Host
+    from watcher.images.made_for import Host
 
 T = TypeVar("T")
 
@@ -275,7 +275,7 @@ def _rollback(settings: Settings, options: argparse.Namespace) -> ExitStatus:
 
 
 def _check(settings: Settings, options: argparse.Namespace) -> ExitStatus:
-    from watcher.images.admission import host
+    from watcher.images.made_for import host
 
     made_for = host()
     results = [_checked(path, made_for, settings.image_max) for path in options.images]

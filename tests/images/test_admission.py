@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A candidate becomes a copy, or one clear line; nothing is read twice. (images/opened.py, too)"""
+"""A candidate becomes a copy, or one clear line; nothing is read twice. (images/opened.py and images/made_for.py, too)"""
 
 from __future__ import annotations
 
+import codecs
 import os
 import resource
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,9 +23,10 @@ from support.needs import loop, root, tool, userns
 from watcher.images import admission as module
 from watcher.images import opened as opening
 from watcher.images import tree
-from watcher.images.admission import Admission, copied, host
+from watcher.images.admission import Admission, copied
 from watcher.images.extension import Release, read_release
 from watcher.images.formats.squashfs import Squashfs
+from watcher.images.made_for import host
 from watcher.images.store import Store
 from watcher.model import Busy, Candidate, Copy, Incomplete, Kind, Later, Layer, Refused
 from watcher.mounts import workers as workers_module
@@ -587,16 +590,40 @@ def test_an_image_that_the_kernel_gives_no_answer_about_is_later_and_keeps_no_ot
     ("release", "said"),
     [
         (
-            "\ufeffID=_any\n",
+            b"\xef\xbb\xbfID=_any\n",
             "its extension-release has no ID=, .* byte order mark, which hides the first line: save it without one",
         ),
-        ("ID=other\n", "made for ID=other, and here it is ID=[a-z]+$"),
+        (
+            codecs.BOM_UTF16_LE + "ID=_any\r\n".encode("utf-16-le"),
+            r"no ID=, .*\(it is UTF-16: save it as UTF-8, ",
+        ),
+        (
+            codecs.BOM_UTF16_BE + "ID=_any\n".encode("utf-16-be"),
+            r"no ID=, .*\(it is UTF-16: save it as UTF-8, ",
+        ),
+        (b"ID=other\n", "made for ID=other, and here it is ID=[a-z]+$"),
     ],
 )
-def test_a_release_file_with_a_byte_order_mark(store: Store, source: Path, release: str, said: str) -> None:
-    (source / "etc/extension-release.d/extension-release.web").write_text(release)
+def test_a_release_file_with_a_byte_order_mark(store: Store, source: Path, release: bytes, said: str) -> None:
+    (source / "etc/extension-release.d/extension-release.web").write_bytes(release)
     with MountWorkers(1, privileged=may_mount()) as workers, pytest.raises(Refused, match=said):
         Admission(store, workers).admit(candidate(source, Kind.DIRECTORY), host(), set(), None)
+
+
+def test_what_an_image_asks_for_is_read_from_the_copy(store: Store, source: Path) -> None:
+    """Also by an admission that has not seen it before; and not if the copy is gone."""
+    asked = "ID=_any\nEXTENSION_RESTART_UNITS='a.service web.*'\n"
+    (source / "etc/extension-release.d/extension-release.web").write_text(asked)
+    with MountWorkers(1, privileged=may_mount()) as workers:
+        first = Admission(store, workers)
+        copy = first.admit(candidate(source, Kind.DIRECTORY), host(), set(), None)
+        assert "has web.*, which is no unit's name" in first.effects(copy.digest)[-1]
+        layer = Layer("web", "web", "", copy.digest, Kind.DIRECTORY, str(source))
+        again = Admission(store, workers)
+        assert again.asks_for(layer, ["a.service"]) == "restart"
+        assert again.asks_for(layer, ["b.service"]) == ""
+        assert again.asks_for(replace(layer, source="/other"), ["a.service"]) == ""
+        assert again.asks_for(replace(layer, digest="0" * 64), ["a.service"]) == ""
 
 
 def test_a_release_file_by_the_name_in_early_proposals(source: Path) -> None:

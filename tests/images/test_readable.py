@@ -14,8 +14,9 @@ import pytest
 from support.images import confext, image
 from support.needs import loop, root, tool
 from watcher.images import readable as module
-from watcher.images.admission import Admission, host
+from watcher.images.admission import Admission
 from watcher.images.image_check import examine
+from watcher.images.made_for import host
 from watcher.images.readable import require_readable
 from watcher.images.store import Store
 from watcher.model import Candidate, Kind, Refused

@@ -169,3 +169,39 @@ def test_made_for_this_host(extension: dict[str, str], host: dict[str, str]) -> 
 def test_made_for_something_else(extension: dict[str, str], host: dict[str, str], reason: str) -> None:
     with pytest.raises(Refused, match=reason):
         release.match(extension, host, "x86-64")
+
+
+WEB = ("web@a.service", "alias.service")
+
+
+@pytest.mark.parametrize(
+    ("restart", "reload", "asked"),
+    [
+        ("web@a.service", "", "restart"),
+        ("other.service\tweb@a.service\n", "", "restart"),
+        ("alias.service", "", "restart"),
+        ("", " other.service  web@a.service ", "reload-or-restart"),
+        ("web@a.service", "web@a.service", "restart"),
+        ("other.service", "web@a.service", "reload-or-restart"),
+        ("web@.service web@*.service web@b.service web web@a web.service *", "web@A.service", ""),
+        ("web@a.service,other.service", "", ""),
+        ("", "", ""),
+    ],
+)
+def test_what_an_extension_asks_for(restart: str, reload: str, asked: str) -> None:
+    keys = {"EXTENSION_RESTART_UNITS": restart, "EXTENSION_RELOAD_OR_RESTART_UNITS": reload}
+    assert release.asks_for(keys, WEB) == asked
+    assert release.asks_for(keys, ()) == release.asks_for({}, WEB) == ""
+
+
+def test_words_that_are_no_units_are_told() -> None:
+    keys = {
+        "EXTENSION_RESTART_UNITS": "a.service web@*.service x/y",
+        "EXTENSION_RELOAD_OR_RESTART_UNITS": "web@.service",
+    }
+    assert release.no_units(keys) == [
+        "EXTENSION_RESTART_UNITS= in it has web@*.service, which is no unit's name: it is passed over",
+        "EXTENSION_RESTART_UNITS= in it has x/y, which is no unit's name: it is passed over",
+        "EXTENSION_RELOAD_OR_RESTART_UNITS= in it has web@.service, which is no unit's name: it is passed over",
+    ]
+    assert release.no_units({"ID": "a b/c"}) == []

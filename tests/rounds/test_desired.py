@@ -20,10 +20,11 @@ import pytest
 from support.images import confext
 from support.needs import root
 from watcher.images import startable
-from watcher.images.admission import Admission, host
+from watcher.images.admission import Admission
 from watcher.images.complete import Rule
 from watcher.images.formats.image import Image
 from watcher.images.formats.squashfs import SQUASHFS
+from watcher.images.made_for import host
 from watcher.images.store import Store
 from watcher.model import Candidate, Copy, Declared, KeptOut, Kind, Refused, Sysext, Unsafe
 from watcher.mounts.workers import MountWorkers

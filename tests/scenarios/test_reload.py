@@ -11,6 +11,7 @@ import shlex
 import pytest
 
 from scenarios.place import PYTHON, Place, Service, until
+from support.images import confext, image
 
 trees_only = pytest.mark.parametrize("shared", ["trees"], indirect=True)
 images_only = pytest.mark.parametrize("shared", ["images"], indirect=True)
@@ -146,3 +147,22 @@ def test_any_signal_by_any_of_its_names(shared: Place, name: str) -> None:
     service.put("1.3")
     service.reloaded("1.3")
     service.logged("SIGUSR1 sent")
+
+
+@images_only
+def test_an_image_that_asks_for_a_restart_is_told_of_and_the_service_reloaded(shared: Place) -> None:
+    """Nobody but who started it could restart it."""
+    service = shared.start()
+    service.put("1")
+    service.reloaded("1")
+    release = f"ID=_any\nEXTENSION_RESTART_UNITS={service.name}\n"
+    made = confext(shared.path / "asks", "web", {"etc/web.conf": b"2"}, release)
+    image(made, service.versions / "web_2.raw")
+    service.logged("is not restarted, as EXTENSION_RESTART_UNITS= asks for.*it is told to reload")
+    service.logged("web 1 -> 2 applied in .*, SIGHUP sent")
+    service.put("3")
+    service.logged("is not restarted")  # the one that asked goes
+    service.logged("web 2 -> 3 applied in .*, SIGHUP sent")
+    service.put("4")
+    service.logged("web 3 -> 4 applied in .*, SIGHUP sent")
+    assert len([line for line in service.log_lines() if "is not restarted" in line]) == 2

@@ -137,8 +137,8 @@ def test_an_unknown_section_is_told() -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("Reload=maybe", "not auto, unit, signal:SIGNAL, restart or none: maybe"),
-        ("Reload=signal:", "not auto, unit, signal:SIGNAL, restart or none: signal:"),
+        ("Reload=maybe", "not auto, unit, signal:SIGNAL, restart, reload-or-restart or none: maybe"),
+        ("Reload=signal:", "not auto, unit, signal:SIGNAL, restart, reload-or-restart or none: signal:"),
         ("Reload=signal:NOPE", "not a signal: NOPE"),
         ("Reload=signal:99", "not a signal: 99"),
         ("Rollout=slow", "not parallel or rolling: slow"),

@@ -417,7 +417,9 @@ class World:
 
         return SimpleNamespace(
             store=self.store,
-            admission=SimpleNamespace(admit=self._admit, effects=lambda digest: ()),
+            admission=SimpleNamespace(
+                admit=self._admit, effects=lambda digest: (), asks_for=lambda layer, names: ""
+            ),
             workers=SimpleNamespace(call=call, check_foreign=self._check_foreign),
             manager=Manager(),
             watcher=SimpleNamespace(watch=nothing, renaming=nothing, drop=lambda name: None),

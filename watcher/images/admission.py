@@ -12,12 +12,8 @@ that costs microseconds.
 from __future__ import annotations
 
 import errno
-import functools
 import os
-import stat
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from collections.abc import Callable, Collection, Hashable, Iterable
 
 from watcher.images import tree
 from watcher.images.complete import Complete, Rule, Seen
@@ -25,25 +21,20 @@ from watcher.images.effects import effects
 from watcher.images.extension import NoRelease, Release, read_release
 from watcher.images.files import stat_key
 from watcher.images.formats.probe import probe
-from watcher.images.opened import READ, opened
+from watcher.images.made_for import Host, parsed, passed_over, require_match
+from watcher.images.opened import opened
 from watcher.images.readable import require_readable
 from watcher.images.store import Store
 from watcher.images.verdicts import Key
 from watcher.images.walk import DIRECTORY
-from watcher.model import Busy, Candidate, Copy, Incomplete, Kind, Later, Refused, Sysext, problem
-from watcher.mounts import syscalls
+from watcher.model import Busy, Candidate, Copy, Incomplete, Kind, Later, Layer, Refused, Sysext, problem
 from watcher.mounts.descriptors import Descriptors
 from watcher.mounts.workers import Hung, MountWorkers
 from watcher.resolve import release
 from watcher.resolve.strict_modes import Guard, StrictModes, Way
-from watcher.settings import architectures
-from watcher.settings.os_release import parse_os_release
 from watcher.watch.lease import Lease, coarse_now_ns
 
 _SECOND_NS = 1_000_000_000
-
-_IN_ROOT = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
-_OS_RELEASE_MAX = 64 * 1024
 
 # Errors that say what this machine lacks, and nothing about the image.
 _SHORT = {
@@ -56,58 +47,6 @@ _SHORT = {
     errno.EPERM: "images need root of the host, a user namespace has directories only",
     errno.ENODEV: "no file system for it in this kernel (or its module is not loaded)",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Host:
-    """What an image must be made for: the os-release of the service's root, and the architecture (systemd's name).
-
-    Attributes:
-        root: that root; no image is made for one root alone.
-    """
-
-    os_release: Mapping[str, str]
-    architecture: str
-    root: str = field(default="/", compare=False)
-
-    @property
-    def terms(self) -> tuple[object, ...]:
-        """All of that in a form that can be compared and hashed."""
-        return (*sorted(self.os_release.items()), self.architecture)
-
-
-def host(root: str = "/") -> Host:
-    """The host of a service, os-release(5): `/etc/os-release` of its root, else `/usr/lib/os-release`.
-
-    No link leads out of that root.
-
-    Raises:
-        FileNotFoundError: there is neither.
-        OSError: it cannot be read.
-    """
-    with Descriptors() as fds:
-        directory = fds.add(os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
-        for name in ("etc/os-release", "usr/lib/os-release"):
-            try:
-                found = fds.add(syscalls.openat2(directory, name, os.O_PATH, _IN_ROOT))
-            except FileNotFoundError:
-                continue
-            return Host(_parsed(_text(found)), architectures.native(), root)
-    raise FileNotFoundError(errno.ENOENT, "no os-release in it", root)
-
-
-@functools.lru_cache(maxsize=64)
-def _parsed(text: str) -> Mapping[str, str]:
-    """Of an os-release or extension-release file; most files have one of the same few texts."""
-    return MappingProxyType(parse_os_release(text))
-
-
-def _text(place: int) -> str:
-    """The content of a regular file (O_PATH), "" for anything else: opening that may have effects of its own."""
-    if not stat.S_ISREG(os.fstat(place).st_mode):
-        return ""
-    with open(os.open(f"/proc/self/fd/{place}", READ), encoding="utf-8", errors="replace") as file:
-        return file.read(_OS_RELEASE_MAX)
 
 
 class Admission:
@@ -175,8 +114,22 @@ class Admission:
             self._were_read.discard(digest)
             self._effects.pop(digest, None)
 
+    def asks_for(self, layer: Layer, names: Collection[str]) -> str:
+        """What a layer says that a unit of these names is to be told, see `release.asks_for()`.
+
+        Blocks, as `admit()`; "" also of one whose copy cannot be read any more.
+        """
+        try:
+            found, strict_false = self._release(self._store.copy(layer))
+            filename = os.path.basename(layer.source)
+            chosen = release.choose_release_file(filename, found, strict_false, layer.kind)
+        except (Refused, Later, OSError):
+            return ""
+        return release.asks_for(parsed(found[chosen]), names)
+
     def effects(self, digest: str) -> tuple[str, ...]:
-        """What an admitted content does to `/etc` besides bringing files, and what is not verified, one line each.
+        """What an admitted content does to `/etc` besides bringing files, what is not verified, and what in it is passed
+        over; a line each.
 
         That is to the `/etc` of the first service that it was looked at for: others may have a root of their own.
         """
@@ -199,6 +152,7 @@ class Admission:
                         self._were_read.add(copy.digest)
 
             found = self._releases[copy.digest] = release_of(copy, self._workers, read)
+            self._effects[copy.digest] = (*self.effects(copy.digest), *passed_over(found))
         return found
 
 
@@ -256,19 +210,6 @@ def _read(root: str) -> Release:
     with Descriptors() as fds:
         fd = fds.add(os.open(root, DIRECTORY))
         return read_release(fd)
-
-
-def require_match(candidate: Candidate, found: Release, made_for: Host) -> None:
-    """Raise Refused where the release files do not make it a confext of that name, made for that host."""
-    names, strict_false = found
-    name = release.choose_release_file(candidate.filename, names, strict_false, candidate.kind)
-    try:
-        release.match(_parsed(names[name]), made_for.os_release, made_for.architecture)
-    except Refused as refused:
-        if names[name].startswith("\ufeff"):
-            hint = "it begins with a byte order mark, which hides the first line: save it without one"
-            raise Refused(f"{refused} ({hint})") from None
-        raise
 
 
 def copied(

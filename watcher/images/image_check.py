@@ -10,13 +10,14 @@ import subprocess
 import tempfile
 
 from watcher.images import tree
-from watcher.images.admission import Host, release_of, require_match
+from watcher.images.admission import release_of
 from watcher.images.effects import effects
 from watcher.images.errors import require_size
 from watcher.images.extension import RELEASE_DIRECTORY, Release, read_release
 from watcher.images.files import digest_of
 from watcher.images.formats.image import Image
 from watcher.images.formats.probe import probe
+from watcher.images.made_for import Host, passed_over, require_match
 from watcher.images.opened import opened
 from watcher.images.readable import require_readable
 from watcher.images.startable import require_startable
@@ -36,7 +37,8 @@ _DIRENTS: dict[Kind, vpick.Type] = {Kind.IMAGE: "file", Kind.DIRECTORY: "directo
 def examine(path: str, made_for: Host, image_max: int) -> tuple[Candidate, Copy, tuple[str, ...]]:
     """What the daemon would make of one image or directory tree; the copy's path is that of the original.
 
-    The third is what it does to the host's `/etc` besides bringing files, see effects.py; not known without root.
+    The third is what it does to the host's `/etc` besides bringing files, see effects.py (not known without root), and
+    what in it is passed over.
 
     Args:
         image_max: bytes (`ImageMax=`).
@@ -54,7 +56,7 @@ def examine(path: str, made_for: Host, image_max: int) -> tuple[Candidate, Copy,
     with opened(candidate) as (fd, _):
         copy, found, done = (_image if kind is Kind.IMAGE else _tree)(fd, os.path.realpath(path), image_max)
     require_match(candidate, found, made_for)
-    return candidate, copy, done
+    return candidate, copy, (*done, *passed_over(found))
 
 
 def _require_name(directory: str, filename: str, kind: Kind) -> None:

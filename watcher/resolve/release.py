@@ -12,8 +12,12 @@ from collections.abc import Collection, Iterable, Mapping
 
 from watcher.model import Kind, Refused, shown
 from watcher.settings import architectures
+from watcher.settings.unit_names import is_unit
 
 PREFIX = "extension-release."
+
+RESTART, RELOAD_OR_RESTART = "restart", "reload-or-restart"
+_ASKING = {"EXTENSION_RESTART_UNITS": RESTART, "EXTENSION_RELOAD_OR_RESTART_UNITS": RELOAD_OR_RESTART}
 
 _IMAGE_SUFFIX = re.compile(
     r"(?:\.raw|\.confext\.raw|\.sysext\.raw|\.img|\.bin|\.qcow2|\.xz|\.gz|\.bz2|\.zst)+\Z"
@@ -87,6 +91,34 @@ def match(extension: Mapping[str, str], host: Mapping[str, str], architecture: s
     if identity != ours and identity not in host.get("ID_LIKE", "").split():
         raise _differs("ID", identity, ours)
     _match_version(extension, host)
+
+
+def asks_for(extension: Mapping[str, str], names: Collection[str]) -> str:
+    """What a unit is to be told when an extension comes or goes (os-release(5) of systemd 262, systemd-confext(8)).
+
+    The lists have whole names of units, also of instances: a pattern or a template is none, and means no unit. One that
+    is in both is restarted.
+
+    Args:
+        names: of the unit, and its aliases.
+
+    Returns:
+        RESTART; RELOAD_OR_RESTART: a restart if it has no way to reload; "" if the extension does not say.
+    """
+    for key, action in _ASKING.items():
+        if not set(names).isdisjoint(extension.get(key, "").split()):
+            return action
+    return ""
+
+
+def no_units(extension: Mapping[str, str]) -> list[str]:
+    """One line for each word of these lists that is no name of a unit."""
+    return [
+        f"{key}= in it has {shown(word)}, which is no unit's name: it is passed over"
+        for key in _ASKING
+        for word in extension.get(key, "").split()
+        if not is_unit(word)
+    ]
 
 
 def _match_version(extension: Mapping[str, str], host: Mapping[str, str]) -> None:

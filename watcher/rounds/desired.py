@@ -11,8 +11,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from watcher.images import unmounted
-from watcher.images.admission import Admission, Host
+from watcher.images.admission import Admission
 from watcher.images.complete import Rule
+from watcher.images.made_for import Host
 from watcher.images.startable import require_startable
 from watcher.images.store import Store
 from watcher.managers.base import starts_by_systemd

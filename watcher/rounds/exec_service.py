@@ -19,7 +19,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 
 from watcher.images import tries
-from watcher.images.admission import Admission, host
+from watcher.images.admission import Admission
+from watcher.images.made_for import host
 from watcher.images.store import Store
 from watcher.images.upgrade import upgrade
 from watcher.managers.base import slots_of, trust_of

@@ -70,6 +70,7 @@ class Round:
         waits: why it is not the service's turn (`Rollout=rolling`), "" if it is; None: nobody has asked since the last
             step.
         asked: the service was asked to reload, and is to be judged.
+        asks: what the images that came or went say that it is to be told, see `release.asks_for()`.
         base_changed: the service is told because the host's own `/etc` has changed.
     """
 
@@ -93,4 +94,5 @@ class Round:
     over: bool = False
     waits: str | None = None
     asked: Asked | None = None
+    asks: str = ""
     base_changed: bool = False

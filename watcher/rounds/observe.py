@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import trio
 
-from watcher.images.admission import host
+from watcher.images.made_for import host
 from watcher.managers.base import Service
 from watcher.model import Busy, Interest, Later
 from watcher.mounts.process import Elsewhere, Gone, Process, namespace_id

@@ -12,6 +12,7 @@ from watcher.managers.base import Service
 from watcher.model import Copy, Later, Stack, Verdict
 from watcher.mounts.converge import converge
 from watcher.mounts.process import Gone, Process
+from watcher.resolve.release import RELOAD_OR_RESTART, RESTART
 from watcher.rounds import changes, decide, messages
 from watcher.rounds.facts import Facts, Judged
 from watcher.rounds.judge import Asked, judge_start, reload_and_judge
@@ -108,10 +109,34 @@ class Steps:
 
     def tell(self, service: Service, this: Round) -> None:
         """Ask the service to reload, if that takes nothing but a signal."""
+        this.asks = self._asks(service, this.facts)
+        if this.asks == RESTART and service.manager == "standalone":
+            words = "is not restarted, as EXTENSION_RESTART_UNITS= asks for: only who started it can do that"
+            say("warning", service.name, f"{words}; it is told to reload")
+        service = _as_asked(service, this.asks)
         since, begun = messages.now(), time.monotonic()
         with suppress(Gone), _held(service) as main:  # `reload()` meets that, too
             if (reloaded := self._tools.manager.tell(service, main)) is not None:
                 this.asked = Asked(reloaded, since, round((time.monotonic() - begun) * 1_000_000))
+
+    def _asks(self, service: Service, facts: Facts) -> str:
+        """What the images that came, or went, with the accepted stack say that the service is to be told."""
+        if service.settings.reload != "auto":
+            return ""
+        state, new = facts.state, facts.accepted
+        before = state.undoing.stack if state.undoing else None
+        if before is None and state.replaced is not None:
+            kept = self._tools.store.stacks(service.slots)
+            before = next((one for one in kept if one.id == state.replaced), Stack())
+        if before is None:
+            return ""  # another reason than new images: the host's /etc has changed
+        either = {layer.digest: layer for layer in (*before.layers, *new.layers)}
+        names = (service.name, *service.aliases)
+        asked = {
+            self._tools.admission.asks_for(either[digest], names)
+            for digest in {*before.digests} ^ {*new.digests}
+        }
+        return next((one for one in (RESTART, RELOAD_OR_RESTART) if one in asked), "")
 
     # --- what waits for the service ---
 
@@ -133,6 +158,7 @@ class Steps:
         """Have the service reload, and judge it. False: an operator has stopped it or started it anew meanwhile."""
         with _held(service) as main:
             manager, asked, this.asked = self._tools.manager, this.asked, None
+            service = _as_asked(service, this.asks)
             judged = await reload_and_judge(
                 manager, service, main, facts.accepted, asked, undoing=facts.undoing
             )
@@ -158,6 +184,10 @@ class Steps:
 
     def _copies(self, stack: Stack) -> dict[str, Copy]:
         return {layer.digest: self._tools.store.copy(layer) for layer in stack.layers}
+
+
+def _as_asked(service: Service, asks: str) -> Service:
+    return replace(service, settings=replace(service.settings, reload=asks)) if asks else service
 
 
 def _judged(service: Service, judged: Judged | None, this: Round) -> bool:

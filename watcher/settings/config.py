@@ -74,7 +74,7 @@ class ServiceSettings:
     """`[X-Confext]` of a unit; *_usec are microseconds.
 
     Attributes:
-        reload: `Reload=`, "auto", "unit", "restart", "none" or "signal:SIGHUP".
+        reload: `Reload=`, "auto", "unit", "restart", "reload-or-restart", "none" or "signal:SIGHUP".
         reload_usec: `ReloadSec=`, within which a reload must end.
         reload_errors: `ReloadErrors=`, "show", or "fail": what the service logs as an error then is a failure.
         check: `Check=`, command lines for `values.split()`, all of which must succeed, in order.
@@ -212,14 +212,14 @@ def reload_kind(text: str) -> str:
     """`Reload=`: checked, with the signal's full name ("signal:hup" is "signal:SIGHUP").
 
     Raises:
-        ValueError: none of auto, unit, restart, none, signal:NAME.
+        ValueError: none of auto, unit, restart, reload-or-restart, none, signal:NAME.
     """
-    if text in ("auto", "unit", "restart", "none"):
+    if text in ("auto", "unit", "restart", "reload-or-restart", "none"):
         return text
     kind, _, name = text.partition(":")
     if kind == "signal" and name:
         return f"signal:{signal_name(signal_number(name))}"
-    raise ValueError(f"not auto, unit, signal:SIGNAL, restart or none: {shown(text)}")
+    raise ValueError(f"not auto, unit, signal:SIGNAL, restart, reload-or-restart or none: {shown(text)}")
 
 
 def _read(

@@ -33,6 +33,9 @@ UNIT_PATHS = (
 _NAME = re.compile(
     r"(?P<prefix>[A-Za-z0-9:_.\\-]+)(?P<at>@(?P<instance>[A-Za-z0-9:_.\\@-]*))?\.(?P<type>[a-z]+)"
 )
+_TYPES = frozenset(
+    "service socket target device mount automount swap timer path slice scope".split()  # systemd.unit(5)
+)
 # The generator takes the same name apart several times.
 _match = functools.lru_cache(maxsize=2048)(_NAME.fullmatch)
 _ESCAPED = re.compile(rb"\\x([0-9a-fA-F]{2})")
@@ -64,6 +67,15 @@ class UnitName:
     def template(self) -> str | None:
         """ "foo-bar@.service" for an instance, None for anything else."""
         return f"{self.prefix}@.{self.type}" if self.instance else None
+
+
+def is_unit(text: str) -> bool:
+    """Whether a text names a unit, an instance included, and no template."""
+    try:
+        name = UnitName(text)
+    except ValueError:
+        return False
+    return name.instance != "" and name.type in _TYPES
 
 
 def unescape(text: str) -> str:

@@ -179,7 +179,9 @@ class Systemd:
                 return await self._signal(service, service.main, number)
             if kind == "restart":
                 return await self._unit_jobs.restart(service.name)
-            reloaded = await self._by_its_unit(service, service.main, may_signal=kind == "auto")
+            reloaded = await self._by_its_unit(service, service.main, may_signal=kind != "unit")
+            if reloaded is None and kind == "reload-or-restart":
+                return await self._unit_jobs.restart(service.name)
         except (dbus.Error, dbus.BusLost) as error:
             reason = f"reload could not be followed: {error}"
             return Reloaded(ok=False, told="reload", reason=reason, interrupted=True)
