@@ -20,6 +20,7 @@ from watcher.model import Busy, Event, Later, Outcome, Refused, Unsupported, pri
 from watcher.records.schema import CallError, ExitStatus, Failed, ServiceNotFound, ServiceStatus, to_dict
 from watcher.settings import config, signals
 from watcher.settings.config import Settings
+from watcher.settings.kernel_command_line import why_nothing_new
 
 if TYPE_CHECKING:
     from watcher.images.made_for import Host
@@ -144,8 +145,10 @@ def _status(settings: Settings, options: argparse.Namespace) -> ExitStatus:
         settings, lambda client: _chosen(options.services, client.status, unknown), without_daemon
     )
     if services or not options.services:
-        lines = show.services(services, settings=bool(options.services) and not redacted)
-        _answer(options, {"services": services, "redacted": redacted}, lines)
+        nothing_new = why_nothing_new()
+        lines = [*show.services(services, settings=bool(options.services) and not redacted)]
+        lines += [f"services get nothing new: {nothing_new}"] if nothing_new else []
+        _answer(options, {"services": services, "redacted": redacted, "nothing_new": nothing_new}, lines)
     for error in unknown:
         _fail(str(error), ExitStatus.FAILED)
     return ExitStatus.FAILED if unknown else ExitStatus.DONE

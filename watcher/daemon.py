@@ -41,6 +41,7 @@ from watcher.rounds.round import Rounds
 from watcher.rounds.tools import Tools
 from watcher.settings import config
 from watcher.settings.config import Settings
+from watcher.settings.kernel_command_line import why_nothing_new
 from watcher.watch.offload import Offload
 from watcher.watch.patient import PatientWatcher
 from watcher.watch.settle import Settle
@@ -277,6 +278,8 @@ class Daemon:
                 await self._all_seen.wait()
         count = len(self._tools.manager.services)
         journal.log.info(f"watching for {count} {'service' if count == 1 else 'services'}")
+        if why := why_nothing_new():
+            journal.log.warning(f"services keep what they have, and get nothing new: {why}")
         sd_notify.ready()
 
     async def _when_idle(self) -> None:

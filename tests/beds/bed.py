@@ -61,16 +61,18 @@ class Bed:
         pid: PID of its systemd as the host sees it, 0 when not booted.
     """
 
-    def __init__(self, version: str, *, project: bool = True) -> None:
+    def __init__(self, version: str, *, project: bool = True, arguments: Sequence[str] = ()) -> None:
         """Prepare a bed; nothing happens before `boot()` or `with`.
 
         Args:
             project: also put the checkout's program into it (`payload.install`).
+            arguments: of its systemd: in a container they are the kernel command line.
         """
         self.version = version
         self.name = f"bed{version}-{uuid.uuid4().hex[:6]}"
         self.pid = 0
         self._project = project
+        self._arguments = arguments
         self._run = roots.cache_directory() / "run" / self.name
         self._cgroup = cgroup2() / f"confext-{self.name}"
         self.root = self._run / "root"
@@ -131,7 +133,7 @@ class Bed:
                     *("sh", "-c", 'echo 0 >"$0/cgroup.procs" && exec "$@"', str(self._cgroup)),
                     *("unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child"),
                     *("--uts", "--ipc", "--net", "--cgroup"),
-                    *(str(Path(__file__).with_name("inside")), str(self.root), self.name),
+                    *(str(Path(__file__).with_name("inside")), str(self.root), self.name, *self._arguments),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=console,

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A candidate becomes a copy, or one clear line; nothing is read twice. (images/opened.py and images/made_for.py, too)"""
+"""A candidate becomes a copy, or one clear line; nothing is read twice. (Covers
+images/opened.py and images/made_for.py, too.)"""
 
 from __future__ import annotations
 

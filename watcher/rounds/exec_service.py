@@ -49,6 +49,7 @@ from watcher.rounds.desired import Desired, Given, find, newest_whole
 from watcher.rounds.facts import Facts
 from watcher.rounds.patience import limits
 from watcher.settings.config import Settings
+from watcher.settings.kernel_command_line import why_nothing_new
 from watcher.watch.offload import comes_back
 
 # Outcomes that are read to make a lost record anew.
@@ -214,6 +215,8 @@ def _admit(
         with store.using():
             return newest_whole(store, slots, store.state(slots))
     _mention_absent(options)
+    if why := why_nothing_new():
+        journal.log.warning(f"{options.name}: starts on what it had, and gets nothing new: {why}")
     with store.using():
         desired = _find_complete(settings, Admission(store, workers), store, options)
         _say(options, desired)
@@ -260,6 +263,7 @@ def _accept(store: Store, options: ExecOptions, desired: Desired) -> Stack:
             damaged=desired.damaged,
             entries=desired.entries,
             mounted=desired.mounted,
+            waits=why_nothing_new(),
         )
         if facts.rolling and facts.accepted.layers:
             facts = replace(facts, waits="the daemon decides when it is its turn (Rollout=rolling)")

@@ -30,6 +30,7 @@ from watcher.rounds.outcomes import Outcomes, say, signatures
 from watcher.rounds.patience import limits
 from watcher.rounds.rollout import Rollout, rolling
 from watcher.rounds.tools import Tools
+from watcher.settings.kernel_command_line import why_nothing_new
 
 # What the host merges lies on that, in the services' namespaces too.
 _HOST_ETC = Interest("/", pattern="etc")
@@ -98,7 +99,7 @@ class Observer:
             blameless=self._blameless(service, memory),
             shown=this.shown[1] if this.shown and this.shown[0] == service.invocation else None,
             judged=this.judged,
-            waits=this.waits or "",
+            waits=this.waits or why_nothing_new(),
         )
         if this.unsaid:
             self._say(service, facts, this.desired)
@@ -136,7 +137,11 @@ class Observer:
             state, desired = self._find(service, siblings, thorough=thorough)
             blameless = self._blameless(service, memory)
             now, first = messages.now(), not memory.seen
-            return self._facts(service, state, desired, now=now, first=first, blameless=blameless), desired
+            waits = why_nothing_new()
+            facts = self._facts(
+                service, state, desired, now=now, first=first, blameless=blameless, waits=waits
+            )
+            return facts, desired
 
         facts, desired = await self._tools.in_turn(service, look)
         if facts.bids:
@@ -153,7 +158,7 @@ class Observer:
         now: int,
         first: bool,
         blameless: bool,
-        waits: str = "",
+        waits: str,
         shown: str | None = None,
         judged: Judged | None = None,
     ) -> Facts:
