@@ -14,7 +14,7 @@ import pytest
 
 from beds import site
 from beds.bed import Bed
-from beds.host import SLEEP, UNITS, Host
+from beds.host import SECONDS, SLEEP, UNITS, Host
 from support import nasty, needs
 from support.images import image
 from watcher.managers.systemd import drop_ins
@@ -107,32 +107,58 @@ def test_nobody_gets_a_line_of_his_own_into_a_unit(host: Host) -> None:
     assert "ExecStartPre" in entry["MESSAGE"] and entry["MESSAGE"].isprintable()
 
 
-ENTRIES = (
-    "100%.raw.v",
-    "a b.raw.v",
-    "c:d.raw.v",
-    "%n.raw.v",
-    'q"q.raw.v',
-    "back\\slash.raw.v",
-    "two\nlines.raw.v",
+STACKED = (
+    "100%",
+    "a b",
+    "c:d",
+    "%n",
+    "%%n%",
+    "%",
+    'q"q',
+    "it's",
+    "'both\" ",
+    "back\\slash",
+    "back\\x20slash\\",
+    "$HOME",
+    "-dash",
+    "{a,b}",
+    "a*?[b]",
+    ";#",
+    "prénom",
+    "日本語",
+    " ",
 )
+# No release file may have such a name: these are named, once.
+NAMED = ("two\nlines", "tab\tulator", "invalid\udcff", "escape\x1b[31m")
 
 
-def test_entries_are_stacked_or_named_and_the_unit_always_loads(host: Host) -> None:
-    for entry in ENTRIES:
-        host.confext_dir("odd.service").mkdir(exist_ok=True)
-        name = entry.removesuffix(".raw.v")
-        scratch = host.tree("web", {f"{name}.txt": name}) / "etc/extension-release.d"
-        (scratch / "extension-release.web").rename(scratch / f"extension-release.{name}_1")
-        host.drop(
-            image(scratch.parents[1], scratch.parents[2] / "odd.raw"), "odd.service", f"{entry}/{name}_1.raw"
-        )
-    host.unit("odd.service", SLEEP, takes_part=False)
+def test_entries_are_stacked_or_named_once_and_the_unit_always_loads(host: Host) -> None:
+    host.unit("odd.service", f"{SLEEP}[X-Confext]\nReload=none\n")
     host.watch()
-    host.systemctl("restart", "odd.service")
-    for entry in ENTRIES:
-        name = entry.removesuffix(".raw.v")
-        if host.see("odd.service", f"/etc/{name}.txt") != name:
-            assert name.split("\n")[0] in host.bed.journal("--unit=odd.service"), entry
-            assert "\n" in name, entry
+    journal = host.journal()
+    host.systemctl("start", "odd.service")
+    for number, name in enumerate((*NAMED, *STACKED), -len(NAMED)):
+        tree = host.tree("web", {f"file-{number}": name if number >= 0 else ""}) / "etc/extension-release.d"
+        (tree / "extension-release.web").rename(tree / f"extension-release.{name}_1")
+        made = image(tree.parents[1], tree.parents[2] / "odd.raw")
+        host.drop(made, "odd.service", f"{name}.raw.v/{name}_1.raw")
+    all_there = 'until [ $(ls /etc | grep -c ^file-) = "$0" ]; do sleep 0.1; done'
+    pid = str(host.started("odd.service"))
+    host.bed.run(["nsenter", "-t", pid, "-m", "sh", "-c", all_there, str(len(STACKED))], timeout=SECONDS)
+    for start in (False, True):
+        if start:
+            host.systemctl("daemon-reload")
+            host.systemctl("restart", "odd.service")
+        seen = {name: host.see("odd.service", f"/etc/file-{n}") for n, name in enumerate(STACKED)}
+        assert seen == {name: name.strip() for name in STACKED}
+        assert host.see("odd.service", "/etc/file--1") == ""
     assert host.bed.property("odd.service", "LoadState") == "loaded"
+    messages = [entry["MESSAGE"] for entry in journal.said()]
+    for name in NAMED:
+        assert len([line for line in messages if f"/{name[:3]}" in line and "refused" in line]) == 1, (
+            name,
+            messages,
+        )
+    assert all(isinstance(line, str) and line.isprintable() for line in messages)
+    verified = host.bed.run(["systemd-analyze", "verify", "odd.service"], check=False)
+    assert "odd.service" not in verified.stdout + verified.stderr
