@@ -39,7 +39,15 @@ class Incomplete(Refused):
 
 
 class KeptOut(Refused):
-    """This content is in quarantine for the service: it was refused or rolled back before."""
+    """This content is in quarantine for the service: it was refused or rolled back before.
+
+    Attributes:
+        digest: of that content.
+    """
+
+    def __init__(self, text: str, digest: str = "") -> None:
+        super().__init__(text)
+        self.digest = digest
 
 
 class Sysext(Refused):

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from watcher.model import Scope, Verdict
+from watcher.model import Candidate, KeptOut, Kind, Scope, Verdict
 from watcher.records.state import Quarantine, State
 from watcher.rounds import retry
+from watcher.rounds.choose import Passed
 from watcher.settings.config import ServiceSettings
 
 
@@ -99,3 +100,31 @@ def test_the_hosts_files_are_watched_only_while_something_was_refused(host: Host
     assert [one.path for one in found if one.scope is Scope.TREE] == [str(host.etc)]
     assert [one.path for one in found if one.pattern == "check"] == [str(host.script.parent)]
     assert retry.interests(State(), host.settings, str(host.etc)) == ()
+
+
+def test_a_copy_under_another_name_is_a_reason_and_one_that_was_there_is_not(host: Host) -> None:
+    """The same content, as a look finds it beside the file that was refused."""
+    state = State(
+        quarantine=(
+            Quarantine(
+                "d",
+                "no",
+                1,
+                str(host.image),
+                judge=retry.judge(host.settings, Verdict.CHECK_FAILED),
+                since=host.since,
+            ),
+        )
+    )
+
+    def again(path: Path, digest: str) -> bool:
+        candidate = Candidate(str(path), path.name, "web", "5", Kind.IMAGE)
+        passed = [Passed("web", candidate, KeptOut("kept out", digest))]
+        return bool(retry.again(state, host.settings, str(host.etc), passed))
+
+    assert not again(host.script, "d")
+    copied = host.image.with_name("web_5.raw")
+    copied.touch()
+    assert again(copied, "d")
+    assert not again(copied, "other")
+    assert not again(host.image.with_name("gone"), "d")

@@ -211,7 +211,7 @@ class _Admitting:
         copy = self.read(candidate, self._modes)
         self.digests[candidate.path] = copy.digest
         if copy.digest in self._reasons:
-            raise KeptOut(f"kept out: {self._reasons[copy.digest]}")
+            raise KeptOut(f"kept out: {self._reasons[copy.digest]}", copy.digest)
         if self._policy not in ("", "*"):
             raise Refused(f"nothing is verified yet, as ImagePolicy={shown(self._policy)} asks for")
         if self._by_systemd:

@@ -259,7 +259,7 @@ class Observer:
         return state, replace(
             desired,
             look=replace(desired.look, interests=(*desired.look.interests, *more)),
-            again=retry.again(state, service.settings, etc),
+            again=retry.again(state, service.settings, etc, desired.passed),
             signatures=signatures(desired.passed),
         )
 

@@ -2,7 +2,7 @@
 """What a check has refused is tried again once there is a reason to think that it says something else now.
 
 - The check is another: `Check=`, `CheckSec=`, or a script that it names.
-- Somebody has acted on the file: written it again, touched it, moved or removed it.
+- Somebody has acted on the file: written it again, touched it, moved or removed it, or copied it under another name.
 - The host's `/etc` has changed, which the check reads beside the image.
 
 The kernel has the time of the last change of each file (ctime), which no program can set: all that is younger than the
@@ -19,10 +19,11 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from watcher.model import Interest, Scope, Verdict
+from watcher.model import Interest, KeptOut, Scope, Verdict
 from watcher.records.state import INNOCENT, Quarantine, State
+from watcher.rounds.choose import Passed
 from watcher.settings import values
 from watcher.settings.config import ServiceSettings
 
@@ -40,21 +41,27 @@ def judge(settings: ServiceSettings, verdict: Verdict) -> str:
     return ""
 
 
-def again(state: State, settings: ServiceSettings, etc: str) -> tuple[str, ...]:
+def again(
+    state: State, settings: ServiceSettings, etc: str, passed: Iterable[Passed] = ()
+) -> tuple[str, ...]:
     """Digests of what may be tried again. Blocks, for a walk through `etc` if a check has refused anything.
 
     Args:
+        passed: what a look has passed over, that which is kept out among it.
         etc: the `/etc` beneath its stack; "" if that is not known now.
     """
     if state.undoing is not None:
         return ()
     judged = [one for one in state.quarantine if one.judge]
     judges = [INNOCENT, *(judge(settings, verdict) for verdict in Verdict)]
-    found = [one.digest for one in judged if one.judge not in judges or _acted_on(one)]
+    newest = _newest(passed)
+    found = [
+        one.digest for one in judged if one.judge not in judges or _acted_on(one, newest.get(one.digest, 0))
+    ]
     left = [one for one in judged if _by_check(one) and one.digest not in found]
     if left:
-        newest = max((*map(_changed, _programs(settings)), *_changes(etc)), default=0)
-        found += [one.digest for one in left if newest > one.since]
+        changed = max((*map(_changed, _programs(settings)), *_changes(etc)), default=0)
+        found += [one.digest for one in left if changed > one.since]
     return tuple(found)
 
 
@@ -81,12 +88,22 @@ def _by_check(one: Quarantine) -> bool:
     return one.judge.startswith(f"{_CHECK} ")
 
 
-def _acted_on(one: Quarantine) -> bool:
-    """Whether the file was changed or removed since the check."""
+def _acted_on(one: Quarantine, newest: int) -> bool:
+    """Whether the file was changed or removed since the check, or copied; `newest` is when the newest copy was."""
     if not (_by_check(one) or one.judge == INNOCENT) or not one.source:
         return False
     when = touched(one.source)
-    return when is None or when > one.since
+    return when is None or max(when, newest) > one.since
+
+
+def _newest(passed: Iterable[Passed]) -> dict[str, int]:
+    """When the newest file of each content that is kept out was changed, by digest."""
+    found: dict[str, int] = {}
+    for one in passed:
+        if isinstance(one.reason, KeptOut):
+            when = touched(one.candidate.path) or 0
+            found[one.reason.digest] = max(when, found.get(one.reason.digest, 0))
+    return found
 
 
 def _programs(settings: ServiceSettings) -> list[str]:
