@@ -11,7 +11,7 @@ import os
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
@@ -21,6 +21,7 @@ from jeepney import DBusAddress, new_signal
 from watcher.managers.systemd import dbus, tracker
 from watcher.managers.systemd.systemd1 import Systemd1, unit_path
 from watcher.managers.systemd.tracker import Tracker
+from watcher.managers.systemd.unit_ends import has_failed
 from watcher.managers.systemd.wire import Received
 
 
@@ -327,3 +328,29 @@ async def test_files_that_change_while_all_units_are_being_asked_about(host: Hos
         await host.update()
     await host.update()
     assert list(host.tracker.services) == ["a.service", "c.service"]
+
+
+@pytest.mark.parametrize(
+    ("state", "detail", "result", "failed"),
+    [
+        ("failed", "failed", "exit-code", True),
+        ("activating", "auto-restart", "signal", True),
+        ("activating", "auto-restart-queued", "signal", True),
+        (
+            "deactivating",
+            "stop-sigterm",
+            "signal",
+            True,
+        ),  # its main process died, and systemd ends the others
+        ("deactivating", "stop-post", "exit-code", True),
+        ("deactivating", "stop-sigterm", "success", False),  # it is being stopped
+        ("inactive", "dead", "success", False),
+        ("activating", "start-pre", "success", False),
+    ],
+)
+async def test_a_unit_went_down_by_itself(state: str, detail: str, result: str, failed: bool) -> None:
+    class Asked:
+        async def get(self, unit: str, name: str) -> str:
+            return {"SubState": detail, "Result": result}[name]
+
+    assert await has_failed(cast(Systemd1, Asked()), "web.service", state) is failed

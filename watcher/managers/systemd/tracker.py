@@ -21,7 +21,7 @@ from watcher.managers.base import Service
 from watcher.managers.systemd import dbus, unit_files, unit_watch
 from watcher.managers.systemd.executor import is_executor
 from watcher.managers.systemd.systemd1 import Systemd1, unit_path
-from watcher.managers.systemd.unit_ends import UnitEnds
+from watcher.managers.systemd.unit_ends import UnitEnds, has_failed
 from watcher.managers.systemd.unit_facts import UnitFacts, all_facts, units_with_slots
 from watcher.managers.systemd.unit_files import Index, Unit
 from watcher.managers.systemd.wire import Received
@@ -305,9 +305,8 @@ class Tracker:
         start = await self._main(systemd, name)
         failed, headless, failed_start = False, False, ""
         if start.process is None:
-            state, detail = await systemd.get(name, "ActiveState"), await systemd.get(name, "SubState")
-            # Between its failure and its automatic restart it is not "failed".
-            failed = state == "failed" or detail.startswith("auto-restart")
+            state = await systemd.get(name, "ActiveState")
+            failed = await has_failed(systemd, name, state)
             if failed:
                 failed_start = await systemd.invocation(name)
                 await self._ends.look(systemd, name)

@@ -47,3 +47,13 @@ class UnitEnds:
     def forget(self, name: str) -> None:
         """The unit takes no part any more."""
         self._ends.pop(name, None)
+
+
+async def has_failed(systemd: Systemd1, name: str, state: str) -> bool:
+    """Whether a unit without a main process went down by itself; `state` is its ActiveState.
+
+    It is not "failed" between its failure and its automatic restart, nor while systemd still ends its other processes.
+    """
+    if state == "deactivating":
+        return bool(await systemd.get(name, "Result") != "success")
+    return state == "failed" or str(await systemd.get(name, "SubState")).startswith("auto-restart")
