@@ -341,16 +341,16 @@ def _remove_cgroup(cgroup: Path) -> None:
 def _detach_loops(root: Path) -> list[str]:
     """Detach the loop devices over files below `root`, and name them. Those that go by themselves get a moment."""
     deadline = time.monotonic() + 5
-    found = _loops_over(root)
+    found = loops_over(root)
     while any(passing for _, passing in found) and time.monotonic() < deadline:
         time.sleep(0.02)  # nothing announces it
-        found = _loops_over(root)
+        found = loops_over(root)
     for device, _ in found:
         subprocess.run(["losetup", "--detach", device], check=True)
     return [device for device, _ in found]
 
 
-def _loops_over(root: Path) -> list[tuple[str, bool]]:
+def loops_over(root: Path) -> list[tuple[str, bool]]:
     """Loop devices over files below `root`, and whether each goes by itself (LO_FLAGS_AUTOCLEAR)."""
     columns = "--output=NAME,AUTOCLEAR,BACK-MAJ:MIN,BACK-INO,BACK-FILE"
     listed = subprocess.run(

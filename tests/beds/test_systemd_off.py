@@ -21,7 +21,9 @@ def test_nothing_new_is_applied_and_what_there_is_stays(version: str) -> None:
     with Bed(version, arguments=["quiet", "systemd.confext=no"]) as bed, site.host(bed) as host:
         if version == "262":
             said = bed.run(["systemd-run", "--wait", "--pipe", "--quiet", "systemd-confext", "refresh"])
-            assert "Disabled by the kernel command line option 'systemd.confext='" in said.stdout + said.stderr
+            assert (
+                "Disabled by the kernel command line option 'systemd.confext='" in said.stdout + said.stderr
+            )
         host.unit(site.WEB, SLEEP)
         override = bed.path(f"{UNITS}/confext-watcher.service.d/on.conf")
         override.parent.mkdir()
