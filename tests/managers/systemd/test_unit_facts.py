@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import functools
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +15,8 @@ from watcher import generator
 from watcher.images.stacks import Stacks
 from watcher.managers.systemd import unit_facts
 from watcher.managers.systemd.unit_files import Index
-from watcher.model import Entry, Kind, Layer, Stack
+from watcher.model import Entry, Kind, Layer, Stack, Verdict
+from watcher.records.state import Undoing
 
 WEB = "[Service]\nExecStart=/bin/true\nRootDirectory=/srv/root/.\n[X-Confext]\nReload=signal:HUP\nCheckSec=soon\n"
 
@@ -157,6 +162,24 @@ def test_a_service_whose_directory_was_removed_stays_until_its_stack_is_empty(ho
     known = unit_facts.units_with_slots(str(host.state))
     assert known == {"web.service": False}
     assert unit_facts.all_facts(host.index, known) == {}
+
+
+@pytest.mark.parametrize(
+    "change", [{"replaced": "0" * 16}, {"undoing": Undoing(Stack(), Verdict.WENT_DOWN, "")}]
+)
+def test_and_until_an_outcome_says_so(host: Host, change: dict[str, Any]) -> None:
+    """Else the service would be dropped in the middle of the round that takes its stack away."""
+    host.accept("web.service", ["web.raw"])
+    shutil.rmtree(host.units / "web.service.confext.d")
+    host.accept("web.service", [])
+    stacks = Stacks(str(host.state))
+    for changed, takes_part in ((change, True), (dict.fromkeys(change), False)):
+        stacks.change("web.service", functools.partial(replace, **changed))
+        known = unit_facts.units_with_slots(str(host.state))
+        assert known == {"web.service": takes_part}
+        assert list(unit_facts.all_facts(host.index, known)) == ["web.service"] * takes_part
+    (host.state / "units/web.service/.state.json").write_text("damaged")
+    assert unit_facts.units_with_slots(str(host.state)) == {"web.service": False}
 
 
 def test_a_sandboxed_unit_is_stale_while_it_lists_what_is_not_there(host: Host) -> None:

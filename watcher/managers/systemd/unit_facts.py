@@ -15,6 +15,7 @@ from watcher.managers.systemd import drop_ins, sandbox_settings, unit_drop_in, u
 from watcher.managers.systemd.unit_files import DROPIN, Index, Unit
 from watcher.model import Declared, Kind, Remark
 from watcher.mounts.process import Process
+from watcher.records.state import Damaged, decoded
 from watcher.settings import config, syntax, unit_names
 from watcher.settings.config import ServiceSettings
 
@@ -59,13 +60,16 @@ class UnitFacts:
 
 
 def units_with_slots(state_directory: str) -> dict[str, bool]:
-    """Names of the units that have slots, and whether a slot leads to a layer."""
+    """Names of the units that have slots, and whether a slot leads to a layer, or there is still to be said that none
+    does any more: from its acceptance on, the empty stack is put in place, and the service is told."""
     try:
         names = os.listdir(f"{state_directory}/units")
     except FileNotFoundError:
         return {}
     return {
-        name: _has_layers(f"{state_directory}/units/{name}") for name in names if unit_files.is_service(name)
+        name: _has_layers(path) or _is_unsaid(path)
+        for name, path in ((name, f"{state_directory}/units/{name}") for name in names)
+        if unit_files.is_service(name)
     }
 
 
@@ -74,6 +78,16 @@ def _has_layers(path: str) -> bool:
         return any(not name.startswith(".") for name in os.listdir(path))
     except FileNotFoundError:
         return False
+
+
+def _is_unsaid(path: str) -> bool:
+    """Whether no outcome says yet what became of the accepted stack."""
+    try:
+        with open(f"{path}/.state.json", "rb") as file:
+            state = decoded(file.read(), path)
+    except (OSError, Damaged):
+        return False  # the next round of it says so
+    return state.replaced is not None or state.undoing is not None
 
 
 def all_facts(index: Index, known: Mapping[str, bool]) -> dict[str, UnitFacts]:
