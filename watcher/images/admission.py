@@ -128,8 +128,8 @@ class Admission:
         return release.asks_for(parsed(found[chosen]), names)
 
     def effects(self, digest: str) -> tuple[str, ...]:
-        """What an admitted content does to `/etc` besides bringing files, what is not verified, and what in it is passed
-        over; a line each.
+        """What an admitted content does to `/etc` besides bringing files, what is not verified, and what in it is
+        passed over; a line each.
 
         That is to the `/etc` of the first service that it was looked at for: others may have a root of their own.
         """

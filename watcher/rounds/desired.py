@@ -58,6 +58,7 @@ class Desired:
         digests: of each candidate that was read in this look, by path, whatever became of it.
         look_again: seconds after which to look again, where no event tells; None: there is no need.
         signatures: of the files that were passed over, by path (`outcomes.signatures`).
+        is_common: all find the same who are given the same, and of whom nothing is kept out (`looks.common_key`).
     """
 
     look: Look
@@ -72,6 +73,7 @@ class Desired:
     digests: Mapping[str, str] = field(default_factory=dict)
     look_again: float | None = None
     signatures: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    is_common: bool = False
 
     @property
     def busy(self) -> bool:
@@ -172,6 +174,7 @@ def _find(store: Store, admission: Admission, given: Given, modes: StrictModes) 
         at_hand=frozenset(admitting.at_hand),
         digests=admitting.digests,
         look_again=_look_again(choice, staying),
+        is_common=not (choice.passed or damaged or staying.gone),
     )
 
 
@@ -235,6 +238,7 @@ class _Staying:
     """What is gone, and stays for now.
 
     Attributes:
+        gone: the layers.
         remarks: what there is to say about that.
         seconds: for how long each of it stays.
     """
@@ -244,12 +248,12 @@ class _Staying:
         self.seconds: list[float] = []
         self._given = given
         there = {candidate.path for pick in look.picks for candidate in pick.candidates}
-        self._gone = [layer for layer in accepted.layers if layer.source not in there]
-        given.removals.seen(given.slots, (layer.source for layer in self._gone))
+        self.gone = [layer for layer in accepted.layers if layer.source not in there]
+        given.removals.seen(given.slots, (layer.source for layer in self.gone))
 
     def with_entries(self, look: Look, recorded: Sequence[Entry]) -> Look:
         """With the entries of which nothing is left, and whose layers stay."""
-        gone = {layer.slot: layer for layer in self._gone}
+        gone = {layer.slot: layer for layer in self.gone}
 
         def missing(entry: Entry) -> Picks | None:
             layer = gone.get(entry.slot) if not entry.declared else None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from watcher.model import Interest, Stack
 from watcher.mounts.converge import Compared, Converged
 from watcher.records.state import State
+from watcher.rounds import looks
 from watcher.rounds.desired import Desired
 from watcher.rounds.facts import Facts, Judged
 from watcher.rounds.judge import Asked
@@ -57,6 +58,7 @@ class Round:
         state: as it was read or written last.
         facts: what was known when the last step was decided on.
         desired: the last look; None: look again.
+        looks_from: a look that began after this, `looks.now()`, is new enough: another service may have made it.
         looked_with: what that look depended on.
         before: what was accepted before.
         accepted: a new stack was accepted.
@@ -82,6 +84,7 @@ class Round:
         default_factory=lambda: Facts(now=0, state=State(), running=False, wanted=Stack(), fallback=Stack())
     )
     desired: Desired | None = None
+    looks_from: float = field(default_factory=looks.now)
     looked_with: object = None
     before: Stack | None = None
     accepted: bool = False
@@ -96,3 +99,7 @@ class Round:
     asked: Asked | None = None
     asks: str = ""
     base_changed: bool = False
+
+    def look_anew(self) -> None:
+        """What the last look has found is not so any more."""
+        self.desired, self.looks_from = None, looks.now()

@@ -6,6 +6,7 @@ It changes what is watched, and the store: what it finds is copied there. It cla
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from watcher.mounts.workers import HostNamespace
 from watcher.records.state import State
 from watcher.resolve import scan
 from watcher.resolve.strict_modes import StrictModes
-from watcher.rounds import messages, retry
+from watcher.rounds import looks, messages, retry
 from watcher.rounds.desired import Desired, Given, find
 from watcher.rounds.facts import Facts, Judged
 from watcher.rounds.memory import Memory, Round
@@ -51,6 +52,7 @@ class Observer:
         self._outcomes = outcomes
         self._rollout = rollout
         self._memories = memories
+        self._looks = looks.Looks()
 
     @asynccontextmanager
     async def using_store(self) -> AsyncIterator[None]:
@@ -73,11 +75,12 @@ class Observer:
         """
         if memory.interests is None:
             # Nearly all that is to be watched can be known before the look that counts.
-            with StrictModes(service.trust) as modes:
-                this.unwatched = scan.look(service.declared, modes=modes).interests
+            this.unwatched = self._looks.shared(
+                (service.declared, service.trust), this.looks_from, functools.partial(_interests, service)
+            )
             return False
         if this.desired is None or this.looked_with != of_look(this.state):
-            this.state, this.desired = self._find(service, others)
+            this.state, this.desired = self._find(service, others, this.looks_from)
             this.looked_with, this.unsaid = of_look(this.state), True
         if this.desired.look.interests != memory.interests:
             this.unwatched = this.desired.look.interests
@@ -110,7 +113,7 @@ class Observer:
         """Watch what a look has looked at. What is new has to be looked at again."""
         assert this.unwatched is not None
         if await self._tools.watcher.watch(service.name, (*this.unwatched, _HOST_ETC)):
-            this.desired = None
+            this.look_anew()
         memory.interests, this.unwatched = this.unwatched, None
 
     def siblings(self, service: Service) -> list[Service]:
@@ -131,10 +134,10 @@ class Observer:
             thorough: see `Given`.
         """
         memory = replace(self._memories.get(service.name, Memory()))  # a copy: nobody remembers a glance
-        siblings = self.siblings(service)
+        siblings, since = self.siblings(service), looks.now()
 
         def look(service: Service) -> tuple[Facts, Desired]:
-            state, desired = self._find(service, siblings, thorough=thorough)
+            state, desired = self._find(service, siblings, since, thorough=thorough)
             blameless = self._blameless(service, memory)
             now, first = messages.now(), not memory.seen
             waits = why_nothing_new()
@@ -222,12 +225,13 @@ class Observer:
         return bool(memory.blameless)
 
     def _find(
-        self, service: Service, others: Sequence[Service], *, thorough: bool = False
+        self, service: Service, others: Sequence[Service], since: float, *, thorough: bool = False
     ) -> tuple[State, Desired]:
         """Blocks, also on the service's root and on where its images come from, which may be dead network mounts.
 
         Args:
             others: what proved bad for these does not get into this one either.
+            since: see `Round.looks_from`.
         """
         tools = self._tools
         state = tools.store.state(service.slots)
@@ -236,10 +240,11 @@ class Observer:
             for other in others
             for key, why in self._kept_out(other).items()
         }
+        root = service.root
         given = Given(
             service.slots,
             service.declared,
-            None if service.root is None else host(service.root),
+            None if root is None else self._looks.shared(("host", root), since, lambda: host(root)),
             state,
             elsewhere,
             service.settings.image_policy,
@@ -248,8 +253,16 @@ class Observer:
             tools.removals,
             thorough,
         )
-        with tools.store.using():  # the round may give this up, while a copy goes on
-            desired = find(tools.store, tools.admission, given)
+
+        def look() -> Desired:
+            with tools.store.using():  # the round may give this up, while a copy goes on
+                return find(tools.store, tools.admission, given)
+
+        desired = self._looks.shared(
+            looks.common_key(root, given), since, look, lambda found: found.is_common
+        )
+        if desired.is_common:  # nothing is gone, whoever has looked
+            tools.removals.seen(service.slots, ())
         memory = self._memories.get(service.name)
         if memory is not None:
             memory.at_hand = desired.at_hand
@@ -268,6 +281,11 @@ class Observer:
             return self._tools.store.state(other.slots).kept_out
         except Later:
             return {}  # its own round says why
+
+
+def _interests(service: Service) -> tuple[Interest, ...]:
+    with StrictModes(service.trust) as modes:
+        return scan.look(service.declared, modes=modes).interests
 
 
 def of_look(state: State) -> object:

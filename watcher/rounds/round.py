@@ -194,12 +194,12 @@ class Rounds:
 
     async def _steps(self, service: Service, memory: Memory, since: float) -> bool:
         """Observe, decide, take the step, until nothing is left to do. True: a file is still being written."""
-        this = Round(since, messages.now(), first=not memory.seen)
         looked_at = _nothing if memory.seen else self._looked_at(service)
         rolling = service.settings.rollout == "rolling"
         self._rollout.begin(service.name)
         try:
             async with self._observer.using_store():
+                this = Round(since, messages.now(), first=not memory.seen)
                 for _ in range(_STEPS_MAX):
                     # The manager lets go of a process that it sees end: what becomes of it is still to be judged.
                     with holding(service) as held:

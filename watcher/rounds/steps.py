@@ -44,7 +44,7 @@ class Steps:
         try:
             desired = changes.count(store, desired, facts, slots, service.name, renaming, service.trust)
         except FileNotFoundError:  # another service's attempt has just renamed a file
-            this.desired = None
+            this.look_anew()
             return
         this.desired, this.state = desired, store.state(slots)
         say("debug", service.name, f"tries counted: {messages.files(desired.wanted)}")

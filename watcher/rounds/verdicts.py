@@ -178,7 +178,7 @@ class Verdicts:
         if stack == facts.accepted:
             await self._change(service, this, change)
             return
-        this.desired = None  # its files have other names now
+        this.look_anew()  # its files have other names now
         accept = tools.store.accept
         this.state = await tools.offload.run(service.name, accept, service.slots, stack, facts.listed, change)
 
