@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 from watcher.model import Event, Verdict
 
+_Text = Callable[[str], str]
+
 _NOT_UTF8 = re.compile("[\0\ud800-\udfff]")
 
 
@@ -36,24 +38,30 @@ def _escaped(code: int) -> str:
     return f"\\u{code:04x}" if code else "\\x00"
 
 
-def to_dict(value: Any, text: Callable[[str], str] = utf8) -> Any:
+def to_dict(value: Any, text: _Text = utf8) -> Any:
     """The JSON value of an answer: data classes become objects, tuples arrays, enumerations their values.
 
     Args:
         text: what becomes of each string. A record that only we read keeps names exactly: `str`.
     """
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, str):
-        return text(value)
-    if isinstance(value, list | tuple):
-        return [to_dict(item, text) for item in value]
-    names = _names(value.__class__)
-    if names is not None:
-        return {camel: to_dict(getattr(value, name), text) for name, camel in names}
-    if isinstance(value, Mapping):
-        return {text(key): to_dict(item, text) for key, item in value.items()}
-    return value
+    return _writer(value.__class__)(value, text)
+
+
+@functools.cache
+def _writer(cls: type) -> Callable[[Any, _Text], Any]:
+    """What makes the JSON value of each value of a class."""
+    if issubclass(cls, enum.Enum):
+        return lambda value, text: value.value
+    if issubclass(cls, str):
+        return lambda value, text: text(value)
+    if issubclass(cls, list | tuple):
+        return lambda value, text: [_writer(item.__class__)(item, text) for item in value]
+    if dataclasses.is_dataclass(cls):
+        names = [(field.name, _camel(field.name)) for field in dataclasses.fields(cls)]
+        return lambda value, text: {camel: to_dict(getattr(value, name), text) for name, camel in names}
+    if issubclass(cls, Mapping):
+        return lambda value, text: {text(key): to_dict(item, text) for key, item in value.items()}
+    return lambda value, text: value
 
 
 T = TypeVar("T")
@@ -122,14 +130,6 @@ def types_of(cls: type) -> dict[str, Any]:
     """The types of the fields of a data class."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-@functools.cache
-def _names(cls: type) -> tuple[tuple[str, str], ...] | None:
-    """The fields of a data class, with their names in JSON; None: it is another class."""
-    if not dataclasses.is_dataclass(cls):
-        return None
-    return tuple((field.name, _camel(field.name)) for field in dataclasses.fields(cls))
 
 
 @functools.cache

@@ -118,12 +118,12 @@ class Facts:
     shown: str | None = None
     judged: Judged | None = None
 
-    @cached_property
+    @property
     def accepted(self) -> Stack:
         """What its next start gets."""
         return self.state.accepted.stack
 
-    @cached_property
+    @property
     def reachable(self) -> bool:
         """Whether it runs where a stack can be put in place."""
         return self.running and not self.out_of_reach
@@ -142,7 +142,7 @@ class Facts:
             return undoing is not None
         return bool(self.state.why_bad(accepted)) if self.pinned is None else self.pinned.id != accepted.id
 
-    @cached_property
+    @property
     def kept_by_hand(self) -> bool:
         """Whether an operator has put it on the bad stack that was being taken out: there is an outcome to come."""
         undoing = self.state.undoing
@@ -164,12 +164,12 @@ class Facts:
         reloaded = self.state.untried.get(self.accepted.id)
         return reloaded is not None and (self.invocation or self.failed_start) not in ("", reloaded)
 
-    @cached_property
+    @property
     def is_owed(self) -> bool:
         """Whether this start of the service has still to be told of the accepted stack. A later one has read it."""
         return self.running and self.state.owed == self.invocation
 
-    @cached_property
+    @property
     def was_told(self) -> bool:
         """Whether the verdict of this round is on a reload. After `Reload=restart` this is another start already."""
         return self.is_owed or (self.judged is not None and bool(self.judged.told))
@@ -181,7 +181,7 @@ class Facts:
             return False
         return self.wanted.id != self.accepted.id and self.wanted.id not in self.damaged
 
-    @cached_property
+    @property
     def bids(self) -> bool:
         """Whether it has to ask for its turn (`Rollout=rolling`)."""
         return self.rolling and self.offered and not self.stays
@@ -206,7 +206,7 @@ class Facts:
         chosen = self.wanted if self.pinned is None else self.pinned
         return self.fallback if chosen.id in self.damaged else chosen
 
-    @cached_property
+    @property
     def new(self) -> bool:
         """Whether `target` has to prove itself."""
         return self.offered and not self.stays
@@ -241,12 +241,12 @@ class Facts:
         """Whether a new file has counters, and this try was not counted yet (systemd.v(7))."""
         return self.new and bool(tries.uncounted(self.target, self.accepted, self.state.counted))
 
-    @cached_property
+    @property
     def check(self) -> str:
         """What `State.checked` says if `target` has passed the check: for another start, it is checked again."""
         return f"{self.invocation} {self.target.id}"
 
-    @cached_property
+    @property
     def held(self) -> bool:
         """Whether something is kept out for the moment."""
         return any(one.for_now for one in self.state.quarantine)
