@@ -8,7 +8,7 @@ moment: a new stack is fresh, and what has changed since is made good when it is
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 
 import trio
@@ -156,11 +156,14 @@ class Fresh:
         tools = self._tools
         if service.main is None:
             return []
+
+        def pids() -> Iterator[int]:  # asked for by the worker: it may block
+            yield from tools.manager.processes(service)
+
         with service.main.hold() as main:
-            pids = await aside(tools.manager.processes, service)
             kept = functools.partial(tools.store.stacks, service.slots)
             others = functools.partial(tools.other_mains, service)
-            return await tools.workers.run(views_of, tools.workers, main, pids, kept, others)
+            return await tools.workers.run(views_of, tools.workers, main, pids(), kept, others)
 
     def _tell(self, name: str) -> None:
         """`BaseChanged=reload`: the next round tells the service."""
