@@ -108,6 +108,39 @@ async def test_what_cannot_be_tidied_up_is_said_once(said: list[str], error: Exc
     assert len(said) == 2
 
 
+async def test_it_tidies_up_once_for_what_is_dropped_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch, said: list[str], autojump_clock: trio.testing.MockClock
+) -> None:
+    tidied: list[bool] = []
+
+    def collect(mounted: frozenset[str]) -> tuple[str, ...]:
+        tidied.append(bool(daemon._running))
+        return ()
+
+    async def at_once(function: Callable[..., object], *arguments: object, **_: object) -> object:
+        return function(*arguments)
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", at_once)  # that clock knows nothing of threads
+    daemon = made(collect)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(daemon._when_idle)
+        for _ in range(5):  # rounds that follow one another
+            daemon._running.add("web")
+            await trio.sleep(0.04)
+            daemon._running.clear()
+            daemon._idle.set()
+            await trio.sleep(0.01)
+        assert tidied == []
+        daemon._running.add("web")  # it has waited long enough, but a round runs
+        await trio.sleep(1)
+        assert tidied == []
+        daemon._running.clear()
+        daemon._idle.set()
+        await trio.sleep(1)
+        assert tidied == [False]
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_start_of_a_service_puts_tidying_up_off_in_silence(said: list[str]) -> None:
     def collect(mounted: frozenset[str]) -> NoReturn:
         raise Busy("copies are being made")

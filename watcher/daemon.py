@@ -49,6 +49,9 @@ from watcher.watch.settle import Settle
 # Outcomes of a service that are read to make its lost record anew.
 _HISTORY_READ = 1000
 
+# So long what no service needs is left for the next drop to go first.
+_TIDY_SEC = 0.25
+
 # Well below the unit's TimeoutStartSec=.
 _LOOKED_AT_SEC = 30.0
 
@@ -283,9 +286,13 @@ class Daemon:
         sd_notify.ready()
 
     async def _when_idle(self) -> None:
-        """Tidy up whenever no round runs or is due."""
+        """Tidy up soon after no round runs or is due: what is dropped one after the other leaves much to tidy up."""
         while True:
             await self._idle.wait()
+            await trio.sleep(_TIDY_SEC)
+            if self._running or self._since:
+                self._idle = trio.Event()
+                await self._idle.wait()
             # Before tidying up: a round that begins and ends meanwhile leaves something to tidy up, too.
             self._idle = trio.Event()
             mounted = self._rounds.mounted
