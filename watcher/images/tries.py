@@ -52,7 +52,7 @@ class Counted:
 
     def next(self) -> str:
         """Its name while the next try is made."""
-        return f"{self.stem}+{max(self.left - 1, 0)}-{self.done + 1}{self.suffix}"
+        return f"{self.stem}+{self.left - 1}-{self.done + 1}{self.suffix}"
 
     def good(self) -> str:
         """Its name after a try that went well."""
@@ -133,7 +133,9 @@ def succeed(stack: Stack, service: str, renaming: Renaming = unseen, trust: Trus
 
 def _counted_once(layer: Layer, service: str, renaming: Renaming, trust: Trust) -> Layer:
     counters = counted(layer.source)
-    if counters is None:
+    if counters is None or not counters.left:
+        # With none left it keeps its name. Else services that refuse it would take each other's renames for somebody
+        # who acts on the file, and try it again for ever.
         return layer
     try:
         with _directory(layer.source, trust) as directory:
