@@ -73,6 +73,7 @@ FULL = Facts(
     mounted={ODD: "/srv"},
     busy=True,
     waits="it waits for its turn (Rollout=rolling)",
+    no_shadow="its unit is masked",
     shown="",
     judged=Judged(STACK, Verdict.RELOAD_FAILED, "reload", "it failed", f"no\n{ODD}\n", usec=9),
 )

@@ -10,7 +10,7 @@ import pytest
 
 from support.facts import NOW, entries, facts, kept_out, layer, stack
 from watcher.model import Entry, Kind, Stack, Verdict
-from watcher.records.state import INNOCENT, STACK, Accepted, Quarantine, Trial, Undoing
+from watcher.records.state import BEFORE_START, INNOCENT, STACK, Accepted, Quarantine, Trial, Undoing
 from watcher.rounds.decide import (
     Accept,
     Check,
@@ -40,10 +40,9 @@ FAILED = DOWN | {"failed": True}
 STARTING = DOWN | {"starting": True}
 HOST = {"out_of_reach": "is in the host's mount namespace", "shown": None}
 TURN = "it waits for its turn"
-NEEDS_CHECK = "it is not running, and Check= needs that: it is tried once it runs"
-ELSEWHERE = (
-    "it is not running in a mount namespace of its own, and Check= needs that: it is tried once it runs"
-)
+NO_SHADOW = {"no_shadow": "its unit is masked"}
+NEEDS_CHECK = "it is not running, and Check= needs that (its unit is masked): it is tried once it runs"
+BEING_STARTED = "it is being started, and all processes of one start see one /etc: it is tried once it runs"
 BEFORE_GOOD = Reject(NEW, Verdict.WENT_DOWN, "the service failed on it before it had proved good")
 SOON = Reject(NEW, Verdict.WENT_DOWN, "its main process ended soon after the reload")
 
@@ -77,6 +76,7 @@ REJECTED = Reject(NEW, Verdict.RELOAD_FAILED, "why", "line")
 NEVER: dict[str, Any] = {"state": {"accepted": Accepted()}}
 RENAMED = Stack((layer("web1", "+1"),))
 MOUNTED = {OLD.layers[0].source: "/srv"}
+EARLY = f"Check 1\n/bin/true{BEFORE_START}"
 MORE = Entry("more.raw", "/srv/more.raw", Kind.IMAGE)
 KEY = NEW.digests[0][:16]
 SECOND = {"invocation": "second"}
@@ -137,17 +137,61 @@ TABLE: dict[str, dict[str, tuple[Facts, Step]]] = {
             facts(OLD, wanted=NEW, has_check=True, state={"checked": f"before {NEW.id}"}),
             Check(NEW),
         ),
-        "has nothing to run in": (facts(OLD, wanted=NEW, has_check=True, **DOWN), Done(NEEDS_CHECK)),
         "is not for what it has": (facts(OLD, has_check=True), Done()),
-        "in the host's namespace": (facts(OLD, wanted=NEW, has_check=True, **HOST), NeedsRestart()),
-        "is passed over where nothing can be lost": (
-            facts(EMPTY, wanted=NEW, has_check=True, **DOWN),
+        "before a start": (facts(OLD, wanted=NEW, has_check=True, **DOWN), Check(NEW)),
+        "before the first start": (facts(EMPTY, wanted=NEW, has_check=True, **NEVER | DOWN), Check(NEW)),
+        "has passed before a start": (
+            facts(OLD, wanted=NEW, has_check=True, state={"checked": f" {NEW.id}"}, **DOWN),
             Accept(NEW, new=True),
         ),
-        "... in the host's namespace": (
-            facts(EMPTY, wanted=NEW, has_check=True, **HOST),
+        "has passed before a start that has come since": (
+            facts(OLD, wanted=NEW, has_check=True, state={"checked": f" {NEW.id}"}),
+            Check(NEW),
+        ),
+        "in the host's namespace": (facts(OLD, wanted=NEW, has_check=True, **HOST), Check(NEW)),
+        "... and nothing was accepted yet": (facts(EMPTY, wanted=NEW, has_check=True, **HOST), Check(NEW)),
+        "... and has passed": (
+            facts(EMPTY, wanted=NEW, has_check=True, state={"checked": f"first {NEW.id}"}, **HOST),
             Accept(NEW, new=True),
         ),
+        "... and has failed": (facts(EMPTY, wanted=NEW, has_check=True, **HOST, **judged(NEW)), REJECTED),
+        "cannot be run before a start": (
+            facts(OLD, wanted=NEW, has_check=True, **DOWN, **NO_SHADOW),
+            Done(NEEDS_CHECK),
+        ),
+        "cannot be run before the first, which is on trial": (
+            facts(EMPTY, wanted=NEW, has_check=True, **DOWN, **NO_SHADOW),
+            Accept(NEW, new=True),
+        ),
+        "cannot be run beside one in the host's namespace": (
+            facts(OLD, wanted=NEW, has_check=True, **HOST, **NO_SHADOW),
+            NeedsRestart(),
+        ),
+        "cannot be run before a start, and it runs": (
+            facts(OLD, wanted=NEW, has_check=True, **NO_SHADOW),
+            Check(NEW),
+        ),
+        "refused before a start, and it runs": (
+            facts(OLD, state=bad(NEW, judge=EARLY, since=NOW - 1)),
+            LetIn(anything=False, digests=NEW.digests),
+        ),
+        "refused before a start, and it runs in the host's namespace": (
+            facts(EMPTY, state=bad(NEW, judge=EARLY, since=NOW - 1), **HOST),
+            Done(),
+        ),
+        "refused before a start, and it does not run": (
+            facts(OLD, state=bad(NEW, judge=EARLY, since=NOW - 1), **DOWN),
+            Done(),
+        ),
+    },
+    "being started": {
+        "a new one": (facts(OLD, wanted=NEW, **STARTING), Done(BEING_STARTED)),
+        "a new one, with Check=": (facts(OLD, wanted=NEW, has_check=True, **STARTING), Done(BEING_STARTED)),
+        "the first": (facts(EMPTY, wanted=NEW, **NEVER | STARTING), Done(BEING_STARTED)),
+        "a removal": (facts(OLD, wanted=EMPTY, **STARTING), Done(BEING_STARTED)),
+        "what has counters": (facts(OLD, wanted=COUNTED, **STARTING), Done(BEING_STARTED)),
+        "by hand": (facts(OLD, pinned=NEW, **STARTING), Accept(NEW)),
+        "the way back": (facts(NEW, fallback=OLD, state=trial(NEW) | bad(NEW), **STARTING), Accept(OLD)),
     },
     "the record": {
         "of a file's name": (facts(OLD, wanted=RENAMED), Accept(RENAMED)),
@@ -225,7 +269,15 @@ TABLE: dict[str, dict[str, tuple[Facts, Step]]] = {
         ),
         "in the host's namespace, and the images were removed": (
             facts(EMPTY, state={"replaced": OLD.id}, **HOST),
-            NeedsRestart(),
+            SayAccepted(),
+        ),
+        "in the host's namespace, and undone": (
+            facts(EMPTY, wanted=OTHER, entries=(), state=trial(NEW) | undoing(NEW) | bad(NEW), **HOST),
+            Undone(),
+        ),
+        "in the host's namespace, undone, and another came": (
+            facts(EMPTY, wanted=OTHER, state=trial(NEW) | bad(NEW), **HOST),
+            Accept(OTHER, new=True),
         ),
     },
     "judged": {

@@ -182,8 +182,8 @@ class World:
             if layer.digest not in state.accepted.stack.digests and tries.counted(layer.source):
                 assert layer.digest[:16] in state.counted
         (unit,) = (one for one in self.units.values() if one.service.slots == slots)
-        to_lose = unit.service.main is not None and not unit.host and bool(state.accepted.stack.layers)
-        if unit.settings.check and to_lose:
+        runs = unit.service.main is not None and not unit.host
+        if unit.settings.check and (runs or unit.manager == "systemd"):
             assert state.checked.endswith(f" {stack.id}") and not self._has(stack, "check fails")
 
     def _kept_out(self, slots: str, before: State, after: State) -> None:
@@ -231,7 +231,9 @@ class World:
 
     def _begin(self, stack: Stack, keys: Sequence[str], *_: object) -> Stack:
         return self._renamed(
-            stack, keys, lambda file: replace(file, left=max(file.left - 1, 0), done=file.done + 1)
+            stack,
+            keys,
+            lambda file: replace(file, left=file.left - 1, done=file.done + 1) if file.left else file,
         )
 
     def _succeed(self, stack: Stack, *_: object) -> Stack:
@@ -264,6 +266,12 @@ class World:
         self.tick()
         if not main.alive():
             raise Gone("it has ended")
+        self.tick()
+        return Ended("check failed", "") if self._has(stack, "check fails") else Ended("", "")
+
+    async def _check_at_start(self, manager: Any, service: Service, stack: Stack, *_: Any) -> Ended:
+        unit = self.units[service.name]
+        assert unit.manager == "systemd" and (unit.host or service.main is None)
         self.tick()
         return Ended("check failed", "") if self._has(stack, "check fails") else Ended("", "")
 
@@ -456,6 +464,7 @@ class World:
             (tries, "begin", self._begin),
             (tries, "succeed", self._succeed),
             (steps, "check", self._check),
+            (steps, "check_at_start", self._check_at_start),
             (steps, "converge", self._converge),
             (steps, "reload_and_judge", self._reload),
             (steps, "judge_start", self._watch),

@@ -132,7 +132,8 @@ def of_service(
         return status
     try:
         if shares_host(main.pid) or not main.at_home():
-            return replace(status, state="needs-restart", pid=main.pid)
+            waits = bool(stacks and stacks[0].layers)  # a restart brings something
+            return replace(status, state="needs-restart" if waits else "running", pid=main.pid)
         mounted = Table(main.read("mountinfo")).mounted()
     except (Gone, FileNotFoundError):
         return status

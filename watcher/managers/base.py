@@ -9,7 +9,7 @@ from typing import Protocol
 
 import trio
 
-from watcher.model import Declared
+from watcher.model import Copy, Declared
 from watcher.mounts.process import Process
 from watcher.resolve.trust import BY_EXEC, IN_UNIT, Trust
 from watcher.settings.config import ServiceSettings
@@ -26,7 +26,8 @@ class Service:
         main: its main process, which the manager closes; None: it does not run, or is `headless`.
         invocation: changes with every start (InvocationID, or a registration's PID and start time); "" if it does not
             run.
-        starting: it has a process, which is still systemd's executor on its way to becoming the service.
+        starting: it is being started: `ExecStartPre=` runs, or a process that is still systemd's executor, on its way
+            to becoming the service.
         failed: it went down by itself rather than being stopped. The standalone manager cannot tell these apart: it
             sets this at every end.
         failed_start: of one that failed, the start that did (as `invocation`); "" where that is not known.
@@ -130,6 +131,10 @@ class Ended:
     output: str
 
 
+class NoShadow(Exception):
+    """What the next start of a service would see cannot be made: `str()` says why. That is no verdict on a stack."""
+
+
 class Manager(Protocol):
     """Knows services, starts them, and asks them to reload."""
 
@@ -193,6 +198,21 @@ class Manager(Protocol):
 
         Raises:
             Gone: the service has ended.
+            Later: the command could not be run now.
+        """
+
+    async def execute_at_start(
+        self, service: Service, copies: Sequence[Copy], words: Sequence[str], timeout_sec: float
+    ) -> Ended:
+        """Run a command as the next start of a service would run it, with these layers on its `/etc`.
+
+        The service itself need not run, and does not see anything of that.
+
+        Args:
+            copies: of the layers, bottom to top.
+
+        Raises:
+            NoShadow: what that start would see cannot be made here.
             Later: the command could not be run now.
         """
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import trio
 
 from watcher.managers.base import Ended, Manager, Reloaded, Service
+from watcher.model import Copy
 from watcher.mounts.process import Process
 
 
@@ -55,6 +56,11 @@ class Combined:
         self, service: Service, namespace: int, words: Sequence[str], timeout_sec: float
     ) -> Ended:
         return await self._of(service).execute(service, namespace, words, timeout_sec)
+
+    async def execute_at_start(
+        self, service: Service, copies: Sequence[Copy], words: Sequence[str], timeout_sec: float
+    ) -> Ended:
+        return await self._of(service).execute_at_start(service, copies, words, timeout_sec)
 
     def processes(self, service: Service) -> list[int]:
         return self._of(service).processes(service)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import trio
 
 from watcher.managers import command
-from watcher.managers.base import Ended, Reloaded, Service
+from watcher.managers.base import Ended, NoShadow, Reloaded, Service
 from watcher.managers.exec_context import ExecContext, context_of
 from watcher.managers.registration import (
     Registration,
@@ -22,7 +22,7 @@ from watcher.managers.registration import (
     services_directory,
     services_path,
 )
-from watcher.model import Interest, Later, Remark, shown
+from watcher.model import Copy, Interest, Later, Remark, shown
 from watcher.mounts.process import Gone, Process, descendants, namespace_id
 from watcher.mounts.workers import MountWorkers
 from watcher.records import journal
@@ -149,6 +149,11 @@ class Standalone:
         if service.main is None or registration is None:
             raise Gone(f"{service.name} is not running")
         return await self._execute(service.main, registration, namespace, words, timeout_sec)
+
+    async def execute_at_start(
+        self, service: Service, copies: Sequence[Copy], words: Sequence[str], timeout_sec: float
+    ) -> Ended:
+        raise NoShadow("what it is started with is known to `confext-watcher exec` alone")
 
     async def _execute(
         self,

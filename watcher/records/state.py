@@ -24,6 +24,9 @@ STACK = "stack:"
 INNOCENT = "none: the service failed without it, too"
 """As `Quarantine.judge`: so it is kept out for now alone."""
 
+BEFORE_START = "\nbefore a start"
+"""At the end of `Quarantine.judge`: the check ran while the service did not. It is run again once the service does."""
+
 _SAID_MAX = 300
 
 

@@ -169,7 +169,7 @@ def decide(f: Facts) -> Step:
         return Done(f.stays)
     if f.uncounted:
         return Count()
-    if f.new and f.has_check and f.reachable and state.checked != f.check:
+    if f.new and f.has_check and f.can_check and state.checked != f.check:
         return Check(target)
     if not f.recorded:
         return Accept(target, new=f.new)
@@ -212,7 +212,7 @@ def _unreachable(f: Facts) -> Step:
         return Revive() if down else Undone()
     if f.kept_by_hand:
         return Keep()
-    if f.running and (f.accepted.layers or f.state.replaced is not None):
+    if f.running and f.accepted.layers:
         return NeedsRestart()
     if f.state.replaced is not None:
         return SayAccepted()

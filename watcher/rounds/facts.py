@@ -10,7 +10,7 @@ from functools import cached_property
 from watcher.images import tries
 from watcher.images.rebuild import entry_of
 from watcher.model import Entry, Stack, Verdict
-from watcher.records.state import INNOCENT, State
+from watcher.records.state import BEFORE_START, INNOCENT, State
 
 AFTERGLOW_USEC = 1_000_000
 """If the main process ends so soon after a good verdict, the stack is to blame. No round waits for that."""
@@ -80,6 +80,7 @@ class Facts:
         mounted: where the file systems of the files are mounted that they came from, by path (`unmounted.noted()`).
         busy: a file is still being written that may change the answer.
         waits: why it is not its turn, "" if it is.
+        no_shadow: why its `Check=` cannot be run while it is not `reachable`, "" if it can.
 
         shown: identity of the stack that its namespaces were brought to in this round; None: not yet.
         judged: the verdict of this round, which is not written down yet.
@@ -114,6 +115,7 @@ class Facts:
     mounted: Mapping[str, str] = field(default_factory=dict)
     busy: bool = False
     waits: str = ""
+    no_shadow: str = ""
 
     shown: str | None = None
     judged: Judged | None = None
@@ -127,6 +129,11 @@ class Facts:
     def reachable(self) -> bool:
         """Whether it runs where a stack can be put in place."""
         return self.running and not self.out_of_reach
+
+    @cached_property
+    def can_check(self) -> bool:
+        """Whether its `Check=` can be run against a stack that it does not have."""
+        return self.reachable or not self.no_shadow
 
     @cached_property
     def proved_bad(self) -> bool:
@@ -191,10 +198,15 @@ class Facts:
         """Why it stays for now on what it has, though another stack is offered; "" if it does not."""
         if not self.offered:
             return ""
-        if self.has_check and not self.reachable and self.accepted.layers:
+        if self.starting:
+            return (
+                "it is being started, and all processes of one start see one /etc: it is tried once it runs"
+            )
+        if self.has_check and not self.can_check and self.accepted.layers:
             where = "in a mount namespace of its own" if self.running else ""
             return (
-                f"it is not running{where and ' ' + where}, and Check= needs that: it is tried once it runs"
+                f"it is not running{where and ' ' + where}, and Check= needs that ({self.no_shadow}): it is tried"
+                " once it runs"
             )
         return self.waits
 
@@ -253,9 +265,17 @@ class Facts:
 
     @cached_property
     def retry(self) -> tuple[str, ...]:
-        """Digests of what may be tried again now: once in a round, however often something changes."""
-        judged = {one.digest for one in self.state.quarantine if one.since < self.now}
-        return tuple(digest for digest in self.again if digest in judged)
+        """Digests of what may be tried again now: once in a round, however often something changes.
+
+        What a check refused before a start may do now that the service runs, with all that it needs beside.
+        """
+        judged = [one for one in self.state.quarantine if one.since < self.now]
+        runs = self.reachable and self.state.undoing is None
+        return tuple(
+            one.digest
+            for one in judged
+            if one.digest in self.again or (runs and one.judge.endswith(BEFORE_START))
+        )
 
     @cached_property
     def innocent(self) -> bool:

@@ -127,7 +127,9 @@ def rolled_back(
 def accepted(service: str, before: Stack, facts: Facts) -> Event:
     """Its slots were set, and nothing else: it does not run, or not yet, or not with a main process."""
     when = gets_it(service, facts)
-    if facts.running:
+    if facts.running and facts.out_of_reach:
+        when = "it has had no other since its start"
+    elif facts.running:
         when = "it was started on it"
     elif facts.starting:
         when = "it is being started, and gets it"

@@ -103,6 +103,7 @@ class Observer:
             shown=this.shown[1] if this.shown and this.shown[0] == service.invocation else None,
             judged=this.judged,
             waits=this.waits or why_nothing_new(),
+            no_shadow=this.no_shadow,
         )
         if this.unsaid:
             self._say(service, facts, this.desired)
@@ -162,6 +163,7 @@ class Observer:
         first: bool,
         blameless: bool,
         waits: str,
+        no_shadow: str = "",
         shown: str | None = None,
         judged: Judged | None = None,
     ) -> Facts:
@@ -174,6 +176,7 @@ class Observer:
             first=first,
             blameless=blameless,
             waits=waits,
+            no_shadow=no_shadow or ("" if service.manager == "systemd" else "exec alone can start it"),
             shown=shown,
             judged=judged,
             running=main is not None and not ended,

@@ -69,7 +69,7 @@ class Outcomes:
             journal.log.error(f"history: {error}")
 
     def placed(self, service: str) -> None:
-        """Its stack was put in place."""
+        """Its stack was put in place, or its next start gets it: what was said of a restart before is over."""
         self._needs_restart.pop(service, None)
 
     def came_through(self, service: str) -> None:

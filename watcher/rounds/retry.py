@@ -4,6 +4,7 @@
 - The check is another: `Check=`, `CheckSec=`, or a script that it names.
 - Somebody has acted on the file: written it again, touched it, moved or removed it, or copied it under another name.
 - The host's `/etc` has changed, which the check reads beside the image.
+- The check ran before a start of the service, which runs now (`Facts.retry`): what else it needs may be there now.
 
 The kernel has the time of the last change of each file (ctime), which no program can set: all that is younger than the
 round in which the check ran was not judged by it. So nothing but that time has to be recorded.
@@ -22,7 +23,7 @@ import time
 from collections.abc import Iterable, Iterator
 
 from watcher.model import Interest, KeptOut, Scope, Verdict
-from watcher.records.state import INNOCENT, Quarantine, State
+from watcher.records.state import BEFORE_START, INNOCENT, Quarantine, State
 from watcher.rounds.choose import Passed
 from watcher.settings import values
 from watcher.settings.config import ServiceSettings
@@ -32,8 +33,14 @@ _DROPPED = ".confext.d"
 _CHECK = "Check"
 
 
-def judge(settings: ServiceSettings, verdict: Verdict) -> str:
-    """What comes to such a verdict: a check, with its time limit; "" if no check does."""
+def judge(settings: ServiceSettings, verdict: Verdict, *, at_start: bool = False) -> str:
+    """What comes to such a verdict: a check, with its time limit; "" if no check does.
+
+    Args:
+        at_start: it ran before a start of the service.
+    """
+    if verdict is Verdict.CHECK_FAILED and at_start:
+        return judge(settings, verdict) + BEFORE_START
     if verdict is Verdict.CHECK_FAILED:
         return "\n".join((f"{_CHECK} {settings.check_usec}", *settings.check))
     if verdict is Verdict.HEALTH_CHECK_FAILED:
@@ -53,7 +60,7 @@ def again(
     if state.undoing is not None:
         return ()
     judged = [one for one in state.quarantine if one.judge]
-    judges = [INNOCENT, *(judge(settings, verdict) for verdict in Verdict)]
+    judges = [INNOCENT, *(judge(settings, one, at_start=early) for one in Verdict for early in (False, True))]
     newest = _newest(passed)
     found = [
         one.digest for one in judged if one.judge not in judges or _acted_on(one, newest.get(one.digest, 0))

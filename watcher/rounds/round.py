@@ -315,6 +315,7 @@ class Rounds:
                 await steps.check(step, service, facts, this)
             case decide.SayAccepted():
                 await verdicts.say_accepted(service, facts, this)
+                self._outcomes.placed(service.name)
             case decide.NeedsRestart():
                 await verdicts.needs_restart(service, facts)
                 return False

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Before the swap: the service's own test of the new `/etc` (`Check=`), where the service cannot see it.
+"""Before a stack is accepted: the service's own test of the new `/etc` (`Check=`), where the service cannot see it.
 
 The test runs in a shadow of the service's mount namespace that has the new stack on `/etc`. So `nginx -t` reads what
 nginx would read, with the same sandbox mounts and root directory. What the test does to mounts goes with the shadow.
-The service's manager ends what the test leaves running.
+Where the service does not run, or in the host's namespace, its manager makes what its next start would see, with the
+new stack. The service's manager ends what the test leaves running.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from watcher.managers.base import Ended, Manager, Service
 from watcher.managers.command import last_line
@@ -35,8 +36,6 @@ async def check(
         Later: a test could not be run.
         HostNamespace, Refused, OSError, ...: as `swap()`.
     """
-    if not service.settings.check:
-        return Ended("", "")
     namespace = main.namespace()
     try:
         shadowed = await workers.run(shadow, workers, namespace, stack, copies)
@@ -48,6 +47,23 @@ async def check(
         )
     finally:
         os.close(shadowed)
+
+
+async def check_at_start(
+    manager: Manager, service: Service, stack: Stack, copies: Mapping[str, Copy]
+) -> Ended:
+    """`check()` of a service that does not run where a stack can be put in place: as its next start would see it.
+
+    Raises:
+        NoShadow: that cannot be made.
+        Later: a test could not be run.
+    """
+    layers = [copies[layer.digest] for layer in stack.layers]
+
+    async def run(words: Sequence[str], seconds: float) -> Ended:
+        return await manager.execute_at_start(service, layers, words, seconds)
+
+    return await _run_each(run, service.settings.check, service.settings.check_usec, "check")
 
 
 async def run_all(
@@ -65,10 +81,20 @@ async def run_all(
         Gone: the service has ended.
         Later: one could not be run, which says nothing about the stack.
     """
+
+    async def run(words: Sequence[str], seconds: float) -> Ended:
+        return await manager.execute(service, namespace, words, seconds)
+
+    return await _run_each(run, commands, usec, what)
+
+
+async def _run_each(
+    run: Callable[[Sequence[str], float], Awaitable[Ended]], commands: Sequence[str], usec: int, what: str
+) -> Ended:
     output = ""
     for command in commands:
         try:
-            ended = await manager.execute(service, namespace, values.split(command), usec / 1_000_000)
+            ended = await run(values.split(command), usec / 1_000_000)
         except Later as error:
             raise Later(f"{what} {shown(command)!r} {error}") from error
         output += ended.output

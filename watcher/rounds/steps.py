@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 
-from watcher.managers.base import Service
+from watcher.managers.base import NoShadow, Service
 from watcher.model import Copy, Later, Stack, Verdict
 from watcher.mounts.converge import converge
 from watcher.mounts.process import Gone, Process
@@ -19,7 +19,7 @@ from watcher.rounds.judge import Asked, judge_start, reload_and_judge
 from watcher.rounds.memory import Memory, Round
 from watcher.rounds.observe import of_look
 from watcher.rounds.outcomes import say
-from watcher.rounds.service_check import check
+from watcher.rounds.service_check import check, check_at_start
 from watcher.rounds.tools import Tools
 
 
@@ -142,10 +142,17 @@ class Steps:
 
     async def check(self, step: decide.Check, service: Service, facts: Facts, this: Round) -> None:
         """Run `Check=` against a stack that the service cannot see."""
-        tools = self._tools
-        with _held(service) as main:
-            copies, begun = self._copies(step.stack), messages.now()
-            ended = await check(tools.workers, tools.manager, service, main, step.stack, copies)
+        tools, begun = self._tools, messages.now()
+        copies = self._copies(step.stack)
+        if facts.reachable:
+            with _held(service) as main:
+                ended = await check(tools.workers, tools.manager, service, main, step.stack, copies)
+        else:
+            try:
+                ended = await check_at_start(tools.manager, service, step.stack, copies)
+            except NoShadow as error:
+                this.no_shadow = str(error)
+                return
         say("debug", service.name, f"check failed: {ended.reason}" if ended.reason else "check passed")
         if ended.reason:
             failed = Verdict.CHECK_FAILED

@@ -69,7 +69,7 @@ class Verdicts:
         if step.verdict is Verdict.WENT_DOWN and not step.logged:  # it ended while nobody was judging it
             since = max(facts.state.accepted.when, messages.now() - _LAST_WORDS_USEC)
             step = replace(step, logged=await self._tools.manager.logged(service, since))
-        entries = await self._entries(service, facts.state, step)
+        entries = await self._entries(service, facts, step)
         if step.stack.id != facts.accepted.id:
             event = messages.check_failed(service.name, facts.accepted, step)
             await self._outcomes.check_failed(event, await self._touched(service, step.stack))
@@ -182,14 +182,15 @@ class Verdicts:
         accept = tools.store.accept
         this.state = await tools.offload.run(service.name, accept, service.slots, stack, facts.listed, change)
 
-    async def _entries(self, service: Service, state: State, step: decide.Reject) -> list[Quarantine]:
+    async def _entries(self, service: Service, facts: Facts, step: decide.Reject) -> list[Quarantine]:
         """What is to be kept out: what is new in a stack; the stack itself where nothing in it is new."""
+        state = facts.state
         bad, reason = step.stack, step.reason
         stacks = await self._tools.offload.run_alone(self._tools.store.stacks, service.slots)
         good = (one for one in (state.accepted.stack, *stacks) if one.id != bad.id and not state.why_bad(one))
         known = next(good, Stack()).digests
         new = {layer.digest: layer.source for layer in bad.layers if layer.digest not in known}
-        when, by = messages.now(), judge(service.settings, step.verdict)
+        when, by = messages.now(), judge(service.settings, step.verdict, at_start=not facts.reachable)
         entries = []
         for digest, source in (new or {STACK + bad.id: ""}).items():
             counters = tries.counted(source)

@@ -20,16 +20,17 @@ from watcher.managers.base import Ended, Reloaded, Service
 from watcher.managers.exec_context import context_of
 from watcher.managers.systemd import dbus
 from watcher.managers.systemd.daemon_reload import DaemonReload, ReloadRefused
+from watcher.managers.systemd.exec_settings import of_next_start
 from watcher.managers.systemd.jobs import UnitJobs, patiently
 from watcher.managers.systemd.kill_reload import KillReloads
 from watcher.managers.systemd.systemd1 import DAEMON_RELOAD_SEC, JobResults, Systemd1, is_known
 from watcher.managers.systemd.tracker import Tracker
 from watcher.managers.systemd.transient import Transient
-from watcher.managers.systemd.unit_facts import Listed, listed, stale
+from watcher.managers.systemd.unit_facts import Listed, listed, said_again, stale
 from watcher.managers.systemd.unit_files import Index
 from watcher.managers.systemd.unit_log import UnitLog
 from watcher.managers.systemd.wire import Received
-from watcher.model import Later, Unsupported
+from watcher.model import Copy, Later, Unsupported
 from watcher.mounts.process import Gone, Process
 from watcher.records import journal
 from watcher.settings import signals
@@ -241,6 +242,18 @@ class Systemd:
             except Later:
                 self._cut_off.add(service.name)
                 raise
+
+    async def execute_at_start(
+        self, service: Service, copies: Sequence[Copy], words: Sequence[str], timeout_sec: float
+    ) -> Ended:
+        again = await trio.to_thread.run_sync(said_again, self._tracker.index, service.name)
+        slots = f"{self._state_directory}/units/{service.name}"
+        settings = partial(of_next_start, copies=copies, slots=slots, again=again)
+        try:
+            return await self.transient.run_at_start(service.name, words, timeout_sec, settings)
+        except Later:
+            self._cut_off.add(service.name)
+            raise
 
     def processes(self, service: Service) -> list[int]:
         return [] if service.main is None else cgroup.processes(service.main.pid, service.name)

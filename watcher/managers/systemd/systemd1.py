@@ -57,6 +57,7 @@ _PROPERTIES: Final = {
         "FreezerState": "s",
         "InvocationID": "ay",
         "Job": "(uo)",
+        "LoadState": "s",
         "PropagatesReloadTo": "as",
         "RequiredBy": "as",
         "ReloadPropagatedFrom": "as",
@@ -278,12 +279,17 @@ class Systemd1:
 
     async def service_properties(self, unit: str) -> dict[str, Any]:
         """All properties that only services have, by name."""
+        return {name: value for name, (_, value) in (await self.signed_properties(unit)).items()}
+
+    async def signed_properties(self, unit: str) -> dict[str, tuple[str, Any]]:
+        """All properties that only services have, by name, each with its signature."""
         reply = await self._bus.call(
             NAME, unit_path(unit), PROPERTIES, "GetAll", "s", SERVICE, answer="a{sv}"
         )
-        for name, (signature, _) in reply[0].items():
+        found: dict[str, tuple[str, Any]] = reply[0]
+        for name, (signature, _) in found.items():
             require(name, signature, _PROPERTIES[SERVICE].get(name))
-        return {name: value for name, (_, value) in reply[0].items()}
+        return found
 
     async def serves_one_connection(self, instance: str) -> bool:
         """Whether an instance serves one connection (`Accept=yes`). Such instances end soon and have a new name each

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import trio
 from jeepney import HeaderFields
@@ -303,19 +304,20 @@ class Tracker:
         if name not in self._facts:
             return
         start = await self._main(systemd, name)
-        failed, headless, failed_start = False, False, ""
+        failed, headless, preparing, failed_start = False, False, False, ""
         if start.process is None:
             state = await systemd.get(name, "ActiveState")
             failed = await has_failed(systemd, name, state)
             if failed:
                 failed_start = await systemd.invocation(name)
                 await self._ends.look(systemd, name)
-            headless = not failed and state in _ACTIVE and detail != "exited"
+            headless = not failed and state in _ACTIVE and await systemd.get(name, "SubState") != "exited"
+            preparing = state == "activating" and not failed  # ExecStartPre=
         if headless:
             # It may have been started since.
             start = await self._main(systemd, name)
             headless = start.process is None
-        self._put(name, start, failed=failed, failed_start=failed_start, headless=headless)
+        self._put(name, start, preparing, failed=failed, failed_start=failed_start, headless=headless)
 
     async def _main(self, systemd: Systemd1, name: str) -> _Start:
         """The main process that a unit has now, and its start."""
@@ -349,31 +351,29 @@ class Tracker:
         self,
         name: str,
         start: _Start = _NOT_RUNNING,
+        preparing: bool = False,
         *,
         failed: bool = False,
-        failed_start: str = "",
-        headless: bool = False,
+        **more: Any,
     ) -> None:
         """Enter what is known of a service now. From here on the tracker owns the process of its start."""
-        process = start.process
-        facts = self._facts[name]
-        starting = process is not None and is_executor(process.pid)
-        main = None if starting else process
+        process, facts = start.process, self._facts[name]
+        unfinished = process is not None and is_executor(process.pid)
+        main = None if unfinished else process
         service = Service(
             name=name,
             main=main,
             invocation=start.invocation,
             restarts=start.restarts,
             blameless=self._ends.blameless(name, start.restarts, failed=failed),
-            starting=starting,
+            starting=unfinished or preparing,
             failed=failed,
-            failed_start=failed_start,
-            headless=headless,
+            **more,
             **facts.fields(main),
         )
         before = self.services.get(name)
         self._close(name, but=process)
-        if starting:
+        if unfinished:
             self._starting[name] = start
         self.services[name] = service
         if before != service:

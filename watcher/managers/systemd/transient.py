@@ -5,7 +5,8 @@ A child of the watcher would have the watcher's system call filter and private n
 would fail for reasons that have nothing to do with the configuration. And the watcher would need the right to become
 any user. A transient unit has what systemd gives every unit, and systemd kills all of its processes at its end.
 
-A command is a check, a health check, or the reload command of a service that `exec` has started.
+A command is a check, a health check, or the reload command of a service that `exec` has started. It enters the
+namespaces of a service that runs. For one that does not, systemd makes them anew, as for its next start.
 """
 
 from __future__ import annotations
@@ -13,37 +14,44 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
 
 import trio
 
 from watcher.managers import enter
-from watcher.managers.base import Ended
+from watcher.managers.base import Ended, NoShadow
 from watcher.managers.command import PROGRAM, file_of, gather, namespaces, path_of, too_long
 from watcher.managers.exec_context import ExecContext, ExecOrder
-from watcher.managers.systemd import dbus
+from watcher.managers.systemd import dbus, ends
+from watcher.managers.systemd.exec_settings import Property, Value, limits
 from watcher.managers.systemd.systemd1 import JobResults, Systemd1
+from watcher.managers.systemd.unit_files import CHECKS
 from watcher.model import Later
 from watcher.mounts.process import Process
 from watcher.settings.signals import reason_of
 
-# What the service's control group and processes may use: the command's unit gets the same.
-_LIMITS: Final = {
-    "Slice": "s",
-    "MemoryHigh": "t",
-    "MemoryMax": "t",
-    "MemorySwapMax": "t",
-    "TasksMax": "t",
-    "CPUQuotaPerSecUSec": "t",
-    "CPUWeight": "t",
-    "LimitNOFILE": "t",
-    "LimitNPROC": "t",
-    "LimitAS": "t",
-    "LimitMEMLOCK": "t",
-}
 # Seconds for systemd to start and to end the command, besides what the command may take.
 _GRACE_SEC: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Command:
+    """What is run in a transient unit.
+
+    Attributes:
+        service: what it is run for.
+        begin: a row of ExecStart, `(sasb)`.
+        properties: of the unit, beside those of each.
+        at_start: systemd itself makes what the command sees. If that fails, it is no verdict of the command.
+    """
+
+    service: str
+    begin: tuple[str, list[str], bool]
+    timeout_sec: float
+    properties: Callable[[Systemd1], Awaitable[list[Property]]]
+    at_start: bool = False
 
 
 class Transient:
@@ -73,62 +81,97 @@ class Transient:
         Args:
             unit: the unit whose limits the command gets; "": none but those of any unit.
         """
+        with namespaces(main, namespace) as paths, file_of(ExecOrder(paths, context, words)) as path:
+            begin = (PROGRAM[0], [*PROGRAM, path], False)
+
+            async def properties(systemd: Systemd1) -> list[Property]:
+                return limits(await systemd.signed_properties(unit)) if unit else []
+
+            return await self._gathered(_Command(service, begin, timeout_sec, properties))
+
+    async def run_at_start(
+        self,
+        unit: str,
+        words: Sequence[str],
+        timeout_sec: float,
+        layers: Callable[[Mapping[str, Value]], list[Property]],
+    ) -> Ended:
+        """Run a command as a process of the unit's next start would be run, see `exec_settings.of_next_start()`.
+
+        Args:
+            layers: that function, with all but its first argument.
+
+        Raises:
+            NoShadow: what systemd does before the command begins has failed.
+            Later: as `run()`.
+        """
+
+        async def properties(systemd: Systemd1) -> list[Property]:
+            if (state := await systemd.get(unit, "LoadState")) != "loaded":
+                raise NoShadow(f"its unit is {state}")
+            return layers(await systemd.signed_properties(unit))
+
+        begin = (words[0], list(words), False)
+        return await self._gathered(_Command(unit, begin, timeout_sec, properties, at_start=True))
+
+    async def _gathered(self, command: _Command) -> Ended:
+        """Run it, with what it prints."""
         output = bytearray()
-        later: Later | None = None
+        failure: Exception | None = None
         reason = ""
         reading, writing = os.pipe2(os.O_CLOEXEC)
         stream = trio.lowlevel.FdStream(reading)
-        with (
-            contextlib.closing(stream),
-            open(writing, "wb", buffering=0) as printed,
-            namespaces(main, namespace) as paths,
-            file_of(ExecOrder(paths, context, words)) as path,
-        ):
+        with contextlib.closing(stream), open(writing, "wb", buffering=0) as printed:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(gather, stream, output)
                 try:
-                    reason = await self._attempt(service, path, path_of(writing), timeout_sec, unit)
-                except Later as error:
-                    later = error
+                    reason = await self._attempt(command, path_of(writing))
+                except (Later, NoShadow) as error:
+                    failure = error
                 printed.close()
                 # A process that the command has left running may hold the pipe open.
                 nursery.cancel_scope.deadline = trio.current_time() + 0.1
-        if later is not None:
-            raise later
+        if failure is not None:
+            raise failure
         return Ended(reason, output.decode(errors="replace"))
 
-    async def _attempt(self, service: str, path: str, output: str, timeout_sec: float, unit: str) -> str:
+    async def _attempt(self, command: _Command, output: str) -> str:
         try:
-            return await self._follow(service, path, output, timeout_sec, unit)
+            return await self._follow(command, output)
         except (dbus.Error, dbus.BusLost) as error:
             raise Later(f"could not be run: {error}") from error
         except trio.TooSlowError as error:
             raise Later("could not be run: systemd did not start or end it in time") from error
 
-    async def _follow(self, service: str, path: str, output: str, timeout_sec: float, unit: str) -> str:
+    async def _follow(self, command: _Command, output: str) -> str:
         systemd = self._systemd()
-        name = f"confext-watcher-check-{secrets.token_hex(8)}.service"
+        name = f"{CHECKS}{secrets.token_hex(8)}.service"
         properties = [
-            ("Description", ("s", f"Command of confext-watcher for {service}")),
+            *await command.properties(systemd),
+            ("Description", ("s", f"Command of confext-watcher for {command.service}")),
             ("Type", ("s", "oneshot")),
-            ("ExecStart", ("a(sasb)", [(PROGRAM[0], [*PROGRAM, path], False)])),
+            ("ExecStart", ("a(sasb)", [command.begin])),
             ("StandardInput", ("s", "null")),
             ("StandardOutputFile", ("s", output)),
             ("StandardError", ("s", "inherit")),
-            ("TimeoutStartUSec", ("t", round(timeout_sec * 1_000_000))),
+            ("TimeoutStartUSec", ("t", round(command.timeout_sec * 1_000_000))),
             ("TimeoutStopUSec", ("t", 1_000_000)),
             ("CollectMode", ("s", "inactive-or-failed")),
             # systemd keeps the unit until we have asked how it ended, or are gone.
             ("AddRef", ("b", True)),
-            *(await _limits(systemd, unit) if unit else ()),
         ]
-        with self._results.listening() as listener, trio.fail_after(timeout_sec + _GRACE_SEC):
-            job = await systemd.manager(
-                "StartTransientUnit", "ssa(sv)a(sa(sv))", name, "fail", properties, []
-            )
+        with self._results.listening() as listener, trio.fail_after(command.timeout_sec + _GRACE_SEC):
+            try:
+                job = await systemd.manager(
+                    "StartTransientUnit", "ssa(sv)a(sa(sv))", name, "fail", properties, []
+                )
+            except dbus.Error as error:
+                if command.at_start and error.name != dbus.FAILED:
+                    raise NoShadow(f"systemd does not take its settings: {error}") from error
+                raise
             result = await listener.result(job)
             try:
-                return await _reason(systemd, name, result, timeout_sec)
+                return await _reason(systemd, name, result, command)
             finally:
                 with (
                     contextlib.suppress(dbus.Error, dbus.BusLost),
@@ -137,23 +180,20 @@ class Transient:
                     await systemd.manager("UnrefUnit", "s", name)
 
 
-async def _limits(systemd: Systemd1, unit: str) -> list[tuple[str, tuple[str, Any]]]:
-    values = await systemd.service_properties(unit)
-    return [(key, (kind, values[key])) for key, kind in _LIMITS.items() if values.get(key) not in (None, "")]
-
-
-async def _reason(systemd: Systemd1, name: str, result: str, timeout_sec: float) -> str:
+async def _reason(systemd: Systemd1, name: str, result: str, command: _Command) -> str:
     if result == "done":
         return ""
     if result == "timeout":
-        return too_long(timeout_sec)
+        return too_long(command.timeout_sec)
     if result == "failed":
         values = await systemd.service_properties(name)
         if values["Result"] == "timeout":
-            return too_long(timeout_sec)
+            return too_long(command.timeout_sec)
         if values["Result"] == "oom-kill":
             return "was killed: it took more memory than the service may have"
         status = int(values["ExecMainStatus"])
+        if command.at_start and status != enter.EXIT_EXEC and (why := ends.blameless(values)):
+            raise NoShadow(why)
         if values["Result"] == "exit-code":
             return "cannot be started" if status == enter.EXIT_EXEC else reason_of(status)
         if values["Result"] in ("signal", "core-dump"):

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from watcher.managers.base import NoShadow
 from watcher.managers.systemd import drop_ins, sandbox_settings, unit_drop_in, unit_files, unit_watch
 from watcher.managers.systemd.unit_files import DROPIN, Index, Unit
-from watcher.model import Declared, Kind, Remark
+from watcher.model import Declared, Kind, Remark, shown
 from watcher.mounts.process import Process
 from watcher.records.state import Damaged, decoded
 from watcher.settings import config, syntax, unit_names
@@ -186,6 +187,21 @@ def stale(
         if loaded is None or not _equivalent(loaded, wanted, state_directory):
             found[name] = wanted
     return found
+
+
+def said_again(index: Index, name: str) -> tuple[sandbox_settings.Again, ...]:
+    """What a drop-in with images says again of a unit's sandbox.
+
+    Raises:
+        NoShadow: with images it would lose some of that.
+    """
+    unit = index.unit(name)
+    if unit is None:
+        raise NoShadow("it has no unit file")
+    kept = sandbox_settings.repair(index.relevant(unit).assignments, index.children)
+    if kept.lost:
+        raise NoShadow(f"with images systemd would forget {shown(kept.lost[0])}")
+    return kept.again
 
 
 class Listed(NamedTuple):

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 DROPIN = "zzzz-confext-watcher.conf"
 """File name of our own drop-in: it sorts last."""
 
+CHECKS = "confext-watcher-check-"
+"""How the names of our own transient units begin. They never take part, though they may have images."""
+
 SUFFIX = ".confext.d"
 _SERVICE = ".service"
 _DECLARING = (b"ExtensionImages", b"ExtensionDirectories")
@@ -371,8 +374,8 @@ class Index:
         return self._listings[directory]
 
     def takes_part(self, unit: Unit) -> bool:
-        """Whether a unit's files or directories say that it takes part; portable services never do."""
-        if is_portable(unit.fragment):
+        """Whether a unit's files or directories say that it takes part; portable services and our own never do."""
+        if is_portable(unit.fragment) or unit.name.startswith(CHECKS):
             return False
         return bool(self.confext_dirs(unit)) or (self._mentions_sources(unit) and any(self.sources(unit)))
 

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The first image of a service on real systemd: `Check=` sees it before any start does, as that start would see it; and
+all processes of one start see one `/etc`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from beds import site
+from beds.bed import Bed
+from beds.host import SECONDS, Host
+from beds.site import WEB, drop, kept, sees
+from support import needs
+
+pytestmark = [needs.bed, needs.tool("mksquashfs")]
+
+
+@pytest.fixture
+def host(bed: Bed) -> Iterator[Host]:
+    with site.host(bed) as made:
+        made.stack.callback(bed.run, ["sh", "-c", "rm -rf /run/seen /srv/jail /run/probe*"])
+        yield made
+
+
+CONF = "cat /etc/web.conf 2>/dev/null || echo none"
+# What each process of a start sees, one line each; a broken image is one that says so.
+SEEING = f"""[Service]
+Type=notify
+NotifyAccess=all
+ExecStartPre=/bin/sh -c 'echo pre $({CONF}) >>/run/seen; ! grep -qs broken /etc/web.conf'
+ExecStart=/bin/sh -c 'echo main $({CONF}) >>/run/seen; systemd-notify --ready; exec sleep infinity'
+ExecStartPost=/bin/sh -c 'echo post $({CONF}) >>/run/seen'
+[X-Confext]
+SettleSec=0
+Reload=none
+"""
+CHECK = "Check=/bin/sh -c '! grep broken /etc/web.conf'\n"
+
+
+def seen(host: Host) -> list[str]:
+    """What the processes of the last start saw."""
+    path = host.bed.path("/run/seen")
+    lines = path.read_text().splitlines() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return lines
+
+
+@pytest.mark.parametrize("running", [False, True], ids=["stopped", "in-the-hosts-namespace"])
+def test_a_broken_first_image_is_refused_before_any_start(host: Host, *, running: bool) -> None:
+    host.unit(WEB, SEEING + CHECK, takes_part=False)
+    host.watch()
+    if running:
+        host.systemctl("start", WEB)
+        assert seen(host) == ["pre none", "main none", "post none"]
+    journal = host.journal()
+    host.confext_dir(WEB).mkdir()
+    drop(host, 1, {"web.conf": "broken"})
+    entry = journal.outcome(WEB, "refused")
+    assert "check" in entry["MESSAGE"] and entry["CONFEXT_OUTPUT"] == "broken\n"
+    assert not kept(host)
+    host.systemctl("restart", WEB)
+    assert seen(host) == ["pre none", "main none", "post none"]
+    drop(host, 2, {"web.conf": "2"})
+    sees(host, "2")
+    assert not [one for one in journal.said() if "restart it once" in one["MESSAGE"]]
+    host.systemctl("restart", WEB)
+    assert seen(host) == ["pre 2", "main 2", "post 2"]
+
+
+def test_one_in_the_hosts_namespace_is_told_to_restart_once_the_check_let_it_in(host: Host) -> None:
+    host.unit(WEB, SEEING + CHECK, takes_part=False)
+    host.watch()
+    host.systemctl("start", WEB)
+    journal = host.journal()
+    host.confext_dir(WEB).mkdir()
+    drop(host, 1, {"web.conf": "1"})
+    journal.outcome(WEB, "needs-restart")
+    seen(host)
+    host.systemctl("restart", WEB)
+    assert seen(host) == ["pre 1", "main 1", "post 1"]
+
+
+def test_what_is_dropped_for_a_stopped_service_is_checked_at_once(host: Host) -> None:
+    host.unit(WEB, SEEING + CHECK)
+    host.watch()
+    journal = host.journal()
+    drop(host, 1, {"web.conf": "1"})
+    assert "its next start gets it" in journal.applied(WEB)["MESSAGE"]
+    drop(host, 2, {"web.conf": "broken 2"})
+    assert "site 1 -> 2, refused: check" in journal.outcome(WEB, "refused")["MESSAGE"]
+    drop(host, 3, {"web.conf": "3"})
+    assert "its next start gets it" in journal.applied(WEB)["MESSAGE"]
+    host.systemctl("start", WEB)
+    assert seen(host) == ["pre 3", "main 3", "post 3"]
+
+
+def test_a_first_start_that_fails_on_what_was_not_checked_is_undone(host: Host) -> None:
+    host.unit(WEB, SEEING)
+    host.watch()
+    journal = host.journal()
+    drop(host, 1, {"web.conf": "broken"})
+    journal.applied(WEB)  # accepted
+    assert host.bed.run(["systemctl", "restart", WEB], check=False).returncode != 0
+    entry = journal.outcome(WEB, "rolled-back")
+    assert "back on its own /etc" in entry["MESSAGE"] and entry["CONFEXT_VERDICT"] == "went-down"
+    assert host.bed.property(WEB, "ActiveState") == "active"
+    assert seen(host) == ["pre broken", "pre none", "main none", "post none"]
+
+
+def test_what_is_dropped_during_a_start_waits_for_its_end(host: Host) -> None:
+    waiting = (
+        "ExecStartPre=/bin/sh -c 'touch /run/seen.pre; until [ -e /run/seen.go ]; do sleep 0.02; done'\n"
+    )
+    host.unit(WEB, SEEING.replace("ExecStart=", f"{waiting}ExecStart="))
+    host.stack.callback(host.bed.run, ["sh", "-c", "rm -f /run/seen.*"])
+    host.watch()
+    journal = host.journal()
+    host.systemctl("start", "--no-block", WEB)
+    host.bed.run(["sh", "-c", "until [ -e /run/seen.pre ]; do sleep 0.02; done"], timeout=SECONDS)
+    drop(host, 1, {"web.conf": "1"})
+    host.confext_dir(WEB).joinpath("site.raw.v/site_0.raw").write_text("no image")
+    host.confext_dir(WEB).joinpath("other.raw").write_text("no image")
+    journal.outcome(WEB, "refused")  # it has looked
+    assert not kept(host)
+    host.bed.path("/run/seen.go").touch()
+    journal.applied(WEB)
+    sees(host, "1")
+    assert seen(host) == ["pre none", "main none", "post none"]
+
+
+# --- as the start will see it ---
+
+# Everything of a process that a check before the start has to have, too.
+PROBE = """
+grep -E '^(Uid|Gid|Groups|Cap...|NoNewPrivs|Seccomp|Umask):' /proc/self/status
+env | grep -vE '^(INVOCATION_ID|JOURNAL_STREAM|SYSTEMD_EXEC_PID|MEMORY_PRESSURE_.*|_|PWD|OLDPWD|SHLVL)=' | sort
+cat "$CREDENTIALS_DIRECTORY/secret"
+awk '{split($6, flags, ","); print $5, flags[1]}' /proc/self/mountinfo | sort -u
+cat /srv/hidden /etc/hidden /etc/web.conf
+for at in /usr /etc /srv /srv/rw /run/webrun /var/lib/webstate; do (: >$at/trying) && rm $at/trying && echo $at; done
+ls -d /dev/* /home/* /tmp/* | sort
+exit $1
+"""
+SANDBOX = """[Service]
+Type=oneshot
+RemainAfterExit=yes
+StandardOutput=truncate:/run/probe
+StandardError=inherit
+Environment=COLOUR=blue "UNIT=%n"
+SetCredential=secret:geheim
+UMask=0027
+RuntimeDirectory=webrun
+StateDirectory=webstate
+StateDirectoryMode=0750
+ProtectSystem=full
+ProtectHome=yes
+ProtectProc=invisible
+PrivateTmp=yes
+PrivateDevices=yes
+PrivateNetwork=yes
+ProtectKernelTunables=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+NoNewPrivileges=yes
+RestrictNamespaces=yes
+RestrictAddressFamilies=none
+SystemCallFilter=@system-service
+SystemCallFilter=~@resources
+SystemCallErrorNumber=EPERM
+CapabilityBoundingSet=CAP_CHOWN CAP_KILL
+ReadOnlyPaths=/srv
+ReadWritePaths=/srv/rw
+InaccessiblePaths=-/etc/hidden /srv/hidden
+TemporaryFileSystem=/mnt:ro
+BindReadOnlyPaths=/srv:/opt/with
+{unit}
+ExecStart=/bin/sh /etc/probe 0
+[X-Confext]
+SettleSec=0
+Check=/bin/sh -c 'exec 2>&1; . /etc/check'
+"""
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "",
+        "User=nobody\nGroup=games\nSupplementaryGroups=lp\nAmbientCapabilities=CAP_KILL",
+        "DynamicUser=yes\nPrivateUsers=yes",
+        "RootDirectory=/srv/jail\nBindReadOnlyPaths=/usr\nMountAPIVFS=yes",
+    ],
+    ids=["root", "user", "dynamic-user", "root-directory"],
+)
+@pytest.mark.parametrize("kind", ["image", "tree"])
+def test_a_check_before_the_start_sees_what_the_start_will_see(host: Host, unit: str, kind: str) -> None:
+    jail = """
+        mkdir -p /srv/rw /srv/jail/etc /srv/jail/usr /srv/jail/proc /srv/jail/dev /srv/jail/run /srv/jail/sys
+        mkdir -p /srv/jail/tmp /srv/jail/srv/rw /srv/jail/srv/hidden /srv/jail/home /srv/jail/mnt /srv/jail/opt
+        mkdir -p /srv/jail/var /srv/jail/root; chmod 1777 /srv/rw
+        cd /srv/jail; for name in bin lib lib64; do ln -sf usr/$name $name; done; cp /etc/os-release etc
+        echo hidden >/srv/hidden
+    """
+    host.bed.run(["sh", "-ec", jail])
+    host.stack.callback(host.bed.run, ["sh", "-c", "rm -rf /srv/jail /srv/rw /srv/hidden /var/lib/*webstate"])
+    host.unit(WEB, SANDBOX.format(unit=unit))
+    host.watch()
+    journal = host.journal()
+    files = {"probe": PROBE, "web.conf": "1"}
+    for number, check in ((1, "set -- 1; . /etc/probe"), (2, "exit 0")):
+        name = f"site_{number}"
+        more = {**files, "check": check}
+        if kind == "image":
+            host.drop(host.image(name, more), WEB, f"site.raw.v/{name}.raw")
+        else:
+            host.confext_dir(WEB).joinpath("site.v").mkdir(exist_ok=True)
+            host.drop_tree(host.tree(name, more), str(f"/etc/systemd/system/{WEB}.confext.d/site.v/{name}"))
+        if number == 1:
+            found = journal.outcome(WEB, "refused")["CONFEXT_OUTPUT"]
+    journal.applied(WEB)
+    host.bed.run(["systemctl", "start", WEB], timeout=SECONDS)
+    found = re.sub(r"confext-watcher-check-[0-9a-f]+\.service", WEB, found)  # in the path of its credentials
+    assert sorted(found.splitlines()) == sorted(host.bed.path("/run/probe").read_text().splitlines())
+    assert "geheim" in found and "/etc" not in found.splitlines() and "/usr" not in found.splitlines()
+    left = ["systemctl", "list-units", "--all", "--plain", "--quiet", "confext-watcher-check-*"]
+    assert not host.bed.run(left).stdout
