@@ -223,6 +223,10 @@ TABLE: dict[str, dict[str, tuple[Facts, Step]]] = {
             Accept(OLD),
         ),
         "not its turn for what has counters": (facts(OLD, wanted=COUNTED, waits=TURN), Done(TURN)),
+        "not its turn, after its images were removed": (
+            facts(EMPTY, wanted=NEW, entries=(), waits=TURN, state={"replaced": OLD.id}),
+            SayAccepted(),
+        ),
         "nothing to wait for": (facts(OLD, waits=TURN), Done()),
     },
     "tries": {

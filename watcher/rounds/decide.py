@@ -164,7 +164,7 @@ def decide(f: Facts) -> Step:
         return LetIn(anything=False, digests=f.retry)
     if f.blame:
         return Reject(f.accepted, Verdict.WENT_DOWN, f.blame)
-    if f.stays and not f.accepted.layers and state.undoing is None:
+    if f.stays and not state.accepted.when and state.undoing is None:
         # An instance that shows the stack of its template has none of its own to stay on.
         return Done(f.stays)
     if f.uncounted:
