@@ -277,6 +277,14 @@ def _rollback(settings: Settings, options: argparse.Namespace) -> ExitStatus:
     return ExitStatus.FAILED if failed else ExitStatus.DONE
 
 
+def _enable(settings: Settings, options: argparse.Namespace) -> ExitStatus:
+    from watcher.control import enable
+
+    found = enable.enable(options.service, options.entry, settings.state_directory)
+    _answer(options, to_dict(found), enable.lines(found))
+    return ExitStatus.DONE
+
+
 def _check(settings: Settings, options: argparse.Namespace) -> ExitStatus:
     from watcher.images.made_for import host
 
@@ -348,5 +356,6 @@ _COMMANDS = {
     "history": _history,
     "wait": _wait,
     "rollback": _rollback,
+    "enable": _enable,
     "check": _check,
 }

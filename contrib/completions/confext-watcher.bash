@@ -10,7 +10,7 @@ _confext_watcher_services() {
 
 _confext_watcher() {
     local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]}
-    local commands="run exec status plan history wait rollback check" command= word options= i
+    local commands="run exec status plan history wait rollback enable check" command= word options= i
     COMPREPLY=()
     for ((i = 1; i < COMP_CWORD; i++)); do
         word=${COMP_WORDS[i]}
@@ -38,13 +38,14 @@ _confext_watcher() {
         history) options="--verbose --lines --json" ;;
         wait) options="--timeout --json" ;;
         rollback) options="--to --forget --json" ;;
+        enable) options="--json" ;;
         check) options="--json" ;;
     esac
     if [[ $cur = -* ]]; then
         mapfile -t COMPREPLY < <(compgen -W "$options --help" -- "$cur")
     elif [[ $command = check || ($command = wait && $prev != wait) ]]; then
         compopt -o default
-    elif [[ $command != run && $command != exec ]]; then
+    elif [[ $command != run && $command != exec && $command != enable ]]; then
         mapfile -t COMPREPLY < <(compgen -W "$(_confext_watcher_services)" -- "$cur")
     fi
 }

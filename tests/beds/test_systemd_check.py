@@ -46,7 +46,7 @@ StandardOutput=truncate:/run/probe
 {unit}
 ExecStart=/bin/sh -c '. /etc/probe; exec sleep infinity'
 [X-Confext]
-Check=/bin/sh -c '. /etc/probe; exit 1'
+Check=/bin/sh -c '. /etc/probe; [ ! -e /etc/more ]'
 """
 ROOTED = "RootDirectory=/srv/jail\nBindReadOnlyPaths=/usr\nMountAPIVFS=yes"
 AS_ROOT = "User=\nGroup=\nSupplementaryGroups=\nAmbientCapabilities="

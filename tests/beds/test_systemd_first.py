@@ -135,6 +135,7 @@ def test_what_is_dropped_during_a_start_waits_for_its_end(host: Host) -> None:
 
 # Everything of a process that a check before the start has to have, too.
 PROBE = """
+exec 2>/dev/null
 grep -E '^(Uid|Gid|Groups|Cap...|NoNewPrivs|Seccomp|Umask):' /proc/self/status
 env | grep -vE '^(INVOCATION_ID|JOURNAL_STREAM|SYSTEMD_EXEC_PID|MEMORY_PRESSURE_.*|_|PWD|OLDPWD|SHLVL)=' | sort
 cat "$CREDENTIALS_DIRECTORY/secret"
@@ -180,7 +181,7 @@ BindReadOnlyPaths=/srv:/opt/with
 ExecStart=/bin/sh /etc/probe 0
 [X-Confext]
 SettleSec=0
-Check=/bin/sh -c 'exec 2>&1; . /etc/check'
+Check=/bin/sh -c '. /etc/check'
 """
 
 

@@ -40,6 +40,15 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("run", help="the daemon, in the foreground")
     _add_exec(commands.add_parser("exec", help="start a program on its stack, without systemd"))
     _add_asking(commands)
+    enable = commands.add_parser("enable", help="have a unit of systemd take part, and say when that is so")
+    enable.add_argument("service", metavar="UNIT", help="`nginx` is nginx.service")
+    enable.add_argument(
+        "entry",
+        nargs="?",
+        default="",
+        metavar="ENTRY",
+        help="directory of versions to make, such as web.raw.v",
+    )
     check = commands.add_parser("check", help="would this image be admitted here?")
     check.add_argument("images", nargs="+", metavar="IMAGE", help="image file (*.raw) or directory tree")
     for name, command in commands.choices.items():

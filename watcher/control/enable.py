@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Have a unit take part: make its drop directory, and have systemd know of it before anything else is done.
+
+A restart that overtakes systemd's next look at its unit files starts the service as before: without a mount namespace
+of its own, so that it has to be restarted once more. Whoever waits for this command does not meet that.
+
+It is done by who calls it, root, and not by the daemon: so it works while that is down, and gives nobody a right.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from watcher.managers.systemd import sandbox_settings
+from watcher.managers.systemd.unit_facts import settings_of, stale
+from watcher.managers.systemd.unit_files import SUFFIX, Index, Unit, is_portable, is_service, is_template
+from watcher.model import shown
+from watcher.mounts.process import shares_host
+from watcher.records.schema import Failed
+from watcher.settings.unit_names import UNIT_PATHS
+
+_PLACE = "/etc/systemd/system"
+
+
+@dataclass(frozen=True, slots=True)
+class Enabled:
+    """A unit that takes part.
+
+    Attributes:
+        service: its own name.
+        directory: where to drop things.
+        needs_restart: it was started before, and gets its stack only after a restart.
+        watched: the daemon runs.
+    """
+
+    service: str
+    directory: str
+    needs_restart: bool
+    watched: bool
+
+
+def enable(name: str, entry: str, state_directory: str, place: str = _PLACE) -> Enabled:
+    """Make the drop directory of a unit and one for an entry's versions; the drop-in is in force when it returns.
+
+    Args:
+        name: of the unit, with or without ".service".
+        entry: name of a directory to make in it, such as "web.raw.v"; "": none.
+        place: the directory of the unit search path to make it in.
+
+    Raises:
+        Failed: it cannot take part: the reason, and what to do.
+        OSError: a directory cannot be made.
+    """
+    if os.geteuid() != 0:
+        raise Failed("only root may have a unit take part: use sudo")
+    if not os.path.isdir("/run/systemd/system"):
+        raise Failed("systemd does not run here: start the program with `confext-watcher exec`")
+    unit = _unit(Index(UNIT_PATHS), name)
+    if entry and (entry != os.path.basename(entry) or not entry.endswith(".v") or entry.startswith(".")):
+        raise Failed(
+            f"{shown(entry)}: no directory of versions: they are called NAME.raw.v, or NAME.v for trees"
+        )
+    top = f"{place}/{unit.name}{SUFFIX}"
+    directory = f"{top}/{entry}" if entry else top
+    for path in dict.fromkeys((top, directory)):
+        _make(path)
+    index = Index(UNIT_PATHS)
+    if stale(index, [unit.name], state_directory):
+        _systemctl("daemon-reload")
+        _require_drop_in(index, unit, state_directory)
+    restart = not is_template(unit.name) and _in_hosts_namespace(unit.name)
+    watched = _systemctl("is-active", "confext-watcher.service", check=False) in ("active", "reloading")
+    return Enabled(unit.name, directory, restart, watched)
+
+
+def _unit(index: Index, name: str) -> Unit:
+    """The unit of that name, which may take part. Raises Failed."""
+    name = name if "." in name else f"{name}.service"
+    if not is_service(name):
+        raise Failed(f"{shown(name)} is no service unit")
+    unit = index.unit(name)
+    if unit is None:
+        raise Failed(f"{shown(name)}: there is no such unit, or it is masked")
+    if is_portable(unit.fragment):
+        raise Failed(f"{shown(name)} is a portable service: portablectl says what is on its /etc")
+    settings, _ = settings_of(index, unit)
+    if not settings.enabled:
+        raise Failed(f"{shown(name)}: Enabled=no in its [X-Confext] keeps it from taking part: remove that")
+    kept = sandbox_settings.repair(index.relevant(unit).assignments, index.children)
+    if kept.lost:
+        what = f"with images on its /etc systemd would forget {shown(kept.lost[0])} at its start"
+        raise Failed(f"{shown(name)}: {what}: drop images, they are put there once it runs")
+    return unit
+
+
+def _make(path: str) -> None:
+    try:
+        os.mkdir(path, 0o755)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise Failed(f"{shown(path)} is there, and no directory: remove it") from None
+
+
+def _require_drop_in(index: Index, unit: Unit, state_directory: str) -> None:
+    if stale(index, [unit.name], state_directory):
+        raise Failed(
+            f"{shown(unit.name)}: daemon-reload did not give it its drop-in: is confext-watcher-generator installed?"
+        )
+
+
+def _in_hosts_namespace(name: str) -> bool:
+    pid = _systemctl("show", "--property=MainPID", "--value", "--", name)
+    try:
+        return pid not in ("", "0") and shares_host(pid)
+    except FileNotFoundError:
+        return False  # it has just ended: its next start has its drop-in
+
+
+def _systemctl(*words: str, check: bool = True) -> str:
+    done = subprocess.run(["systemctl", *words], capture_output=True, text=True, check=False)
+    if check and done.returncode != 0:
+        raise Failed(f"systemctl {words[0]}: {shown(done.stderr.strip() or 'failed')}")
+    return done.stdout.strip()
+
+
+def lines(found: Enabled) -> Sequence[str]:
+    """What people are told."""
+    said = [f"{shown(found.service)} takes part: drop images into {shown(found.directory)}/"]
+    if found.needs_restart:
+        said.append(f"It was started before that. Restart it once: systemctl restart {shown(found.service)}")
+    if not found.watched:
+        said.append("Nobody watches: systemctl enable --now confext-watcher")
+    return said
