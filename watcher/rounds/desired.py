@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -23,7 +21,6 @@ from watcher.model import (
     Copy,
     Declared,
     Entry,
-    Interest,
     KeptOut,
     Layer,
     Look,
@@ -42,6 +39,7 @@ from watcher.resolve import scan
 from watcher.resolve.strict_modes import StrictModes
 from watcher.resolve.trust import ROOT_ALONE, Trust
 from watcher.rounds.choose import Choice, Passed, choose
+from watcher.rounds.kept_entries import nothing_removed, with_entries
 from watcher.rounds.patience import Limits, Removals, marked
 
 
@@ -137,7 +135,7 @@ def _find(store: Store, admission: Admission, given: Given, modes: StrictModes) 
     stacks = _stacks(store, given)
     good = next((stack for stack in stacks if not state.why_bad(stack)), Stack())
     look = _look(given.declared, modes, known=given.made_for is not None)
-    look = _nothing_removed(look, record.entries, unmounted.unmounted(good, record.mounted))
+    look = nothing_removed(look, record.entries, unmounted.unmounted(good, record.mounted))
     staying = _Staying(given, good, look)
     look = staying.with_entries(look, record.entries)
     admitting = _Admitting(
@@ -259,7 +257,7 @@ class _Staying:
             layer = gone.get(entry.slot) if not entry.declared else None
             return Picks(entry, ()) if layer and self._left(layer, last=True) > 0 else None
 
-        return _with_entries(look, recorded, missing)
+        return with_entries(look, recorded, missing)
 
     def stays(self, layer: Layer, last: bool) -> bool:
         """Whether a layer whose file is gone stays for now."""
@@ -357,50 +355,6 @@ def _damaged(store: Store, stack: Stack, instead: Stack) -> Remark:
         f"the copy of {lost.label} in the store is damaged, and no whole file is there to take it from again"
     )
     return Remark("warning", lost.source, f"{what}: {then} is used instead; drop it again")
-
-
-def _nothing_removed(look: Look, recorded: Sequence[Entry], unmounted: Mapping[str, str]) -> Look:
-    """With the entries that the look could not see, though they were not removed.
-
-    Their directory cannot be read, strangers can write to it, or their file system is not mounted.
-
-    Args:
-        recorded: the entries that the accepted stack had.
-        unmounted: slots of its layers that were on such file systems, with where these were mounted.
-    """
-
-    def hidden(entry: Entry) -> Picks | None:
-        # What a unit declares is known without reading a directory.
-        is_hidden = not entry.declared and (look.unknown or look.unsafe or entry.slot in unmounted)
-        return Picks(entry, (), unknown=look.unsafe) if is_hidden else None
-
-    picks = list(_with_entries(look, recorded, hidden).picks)
-    remarks, interests = list(look.remarks), list(look.interests)
-    for number, pick in enumerate(picks):
-        if not pick.candidates and pick.entry.slot in unmounted:
-            picks[number] = replace(pick, unknown=True)
-            words = "its file system is gone, what was accepted from it stays"
-            where = unmounted[pick.entry.slot]
-            remarks.append(Remark("warning", where, words))
-            interests.append(Interest(os.path.dirname(where), pattern=re.escape(os.path.basename(where))))
-    return replace(look, picks=tuple(picks), interests=tuple(interests), remarks=tuple(remarks))
-
-
-def _with_entries(look: Look, recorded: Sequence[Entry], missing: Callable[[Entry], Picks | None]) -> Look:
-    """With more entries, each above those that it was above.
-
-    Args:
-        recorded: the entries that the accepted stack had.
-        missing: what to have for one that the look has not; None: nothing.
-    """
-    picks = list(look.picks)
-    for number, entry in enumerate(recorded):
-        slots = [pick.entry.slot for pick in picks]
-        pick = missing(entry) if entry.slot not in slots else None
-        if pick is not None:
-            below = (slots.index(one.slot) for one in recorded[:number] if one.slot in slots)
-            picks.insert(max(below, default=-1) + 1, pick)
-    return replace(look, picks=tuple(picks))
 
 
 def _too_many(stack: Stack) -> Remark:

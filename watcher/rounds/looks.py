@@ -32,7 +32,16 @@ def common_key(root: str | None, given: Given) -> Hashable | None:
         return None
     accepted = (record.stack, record.entries, tuple(sorted(record.mounted.items())))
     by_systemd = starts_by_systemd(given.slots)
-    return (root, given.declared, accepted, by_systemd, given.policy, given.trust, given.limits, given.thorough)
+    return (
+        root,
+        given.declared,
+        accepted,
+        by_systemd,
+        given.policy,
+        given.trust,
+        given.limits,
+        given.thorough,
+    )
 
 
 class Looks:
