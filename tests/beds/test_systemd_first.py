@@ -190,7 +190,9 @@ Check=/bin/sh -c '. /etc/check'
     [
         "",
         "User=nobody\nGroup=games\nSupplementaryGroups=lp\nAmbientCapabilities=CAP_KILL",
-        "DynamicUser=yes\nPrivateUsers=yes",
+        # The check must not take the directory of a service that is started meanwhile away: it keeps it. With
+        # DynamicUser= what is kept lies below /run/private, and is moved back by a start that does not keep it.
+        "DynamicUser=yes\nPrivateUsers=yes\nRuntimeDirectoryPreserve=yes",
         "RootDirectory=/srv/jail\nBindReadOnlyPaths=/usr\nMountAPIVFS=yes",
     ],
     ids=["root", "user", "dynamic-user", "root-directory"],

@@ -82,7 +82,7 @@ def of_next_start(
     """
     found = dict(filter(None, (_setting(values, key) for key in _SETTINGS)))
     layers = list(copies)
-    # Its directory is there already if the service runs, and must outlive the command.
+    # Its directory is there already if the service runs, or is started meanwhile, and must outlive the command.
     found["RuntimeDirectoryPreserve"] = "s", "yes"
     images = [one for one in _list(found, "ExtensionImages") if not one[0].startswith(f"{slots}/")]
     images += [(one.path, False, [("root", RELAX)]) for one in layers if one.kind is Kind.IMAGE]
