@@ -20,6 +20,7 @@ WEB = "web.service"
 OLD, NEW, NEWEST, OTHER, EMPTY = stack("web1"), stack("web2"), stack("web3"), stack("db1"), Stack()
 DOWN: dict[str, Any] = {"running": False, "invocation": "", "shown": None}
 FAILED = DOWN | {"failed": True}
+UNCHECKED = {"has_check": True, "no_shadow": "its unit is masked"}
 HOST = {"out_of_reach": "is in the host's mount namespace", "shown": None}
 ON_TRIAL = {"trial": Trial(NEW.id), "replaced": OLD.id}
 BAD = {"quarantine": (kept_out(NEW),)}
@@ -102,10 +103,10 @@ TABLE: dict[str, Row] = {
         facts(NEW, headless=True, **DOWN), file(NEW), (), Kind.NEEDS_RESTART, "no main process of it: restart it once",
     ),
     "Check= needs it to run": (
-        facts(OLD, wanted=NEW, has_check=True, **DOWN), file(NEW), (), Kind.NEEDS_START, "systemctl start web.service",
+        facts(OLD, wanted=NEW, **UNCHECKED, **DOWN), file(NEW), (), Kind.NEEDS_START, "systemctl start web.service",
     ),
     "... where Check= can run": (
-        facts(OLD, wanted=NEW, has_check=True, **HOST), file(NEW), (), Kind.NEEDS_START, "systemctl restart web",
+        facts(OLD, wanted=NEW, **UNCHECKED, **HOST), file(NEW), (), Kind.NEEDS_START, "systemctl restart web",
     ),
     "it cannot be used": (
         facts(OLD), file(NEW, OLD, digest="", passed=Refused("not an image")), (), Kind.REFUSED, "not an image",
@@ -168,6 +169,12 @@ TABLE: dict[str, Row] = {
     ),
     "it is not its turn": (
         facts(OLD, wanted=NEW, rolling=True, waits="it waits for its turn"), file(NEW), (), Kind.WAITING, "its turn",
+    ),
+    "new, while the service is being started": (
+        facts(OLD, wanted=NEW, **DOWN | {"starting": True}), file(NEW), (), Kind.WAITING, "it is being started",
+    ),
+    "confexts are off": (
+        facts(OLD, wanted=NEW, nothing_new="systemd.confext=no"), file(NEW), (), Kind.STUCK, "systemd.confext=no",
     ),
     "it is to be checked": (facts(OLD, wanted=NEW, has_check=True), file(NEW), (), Kind.CHECKING, "is checked"),
     "it was checked": (facts(OLD, wanted=NEW), file(NEW), (), Kind.PLACING, "is put in place"),

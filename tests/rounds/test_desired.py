@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What a service should have: what cannot be seen is not what was removed.
 
-Of rounds/desired.py and images/startable.py.
+Of rounds/desired.py, rounds/kept_entries.py and images/startable.py.
 """
 
 from __future__ import annotations

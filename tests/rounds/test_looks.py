@@ -12,7 +12,8 @@ from typing import cast
 import pytest
 
 from support.images import confext
-from watcher.images.admission import Admission, host
+from watcher.images.admission import Admission
+from watcher.images.made_for import host
 from watcher.images.store import Store
 from watcher.model import Declared, Stack
 from watcher.mounts.workers import MountWorkers

@@ -163,8 +163,10 @@ def answer(service: str, f: Facts, d: Dropped, history: Sequence[Event] = ()) ->
         return say(Kind.PINNED, "the service was put on another stack by hand, and stays on it", say.let_in)
     if d.digest not in f.wanted.digests or f.wanted.id in f.damaged:
         return _not_wanted(say)
-    if f.waits:
-        return say(Kind.WAITING, f.waits)
+    if f.nothing_new:
+        return say(Kind.STUCK, f"no service gets anything new: {f.nothing_new}")
+    if f.starting or f.waits:
+        return say(Kind.WAITING, f.stays)
     if f.stays:
         return say(Kind.NEEDS_START, f.stays, say.systemctl("restart" if f.running else "start"))
     match decide.decide(f):

@@ -263,7 +263,7 @@ def _accept(store: Store, options: ExecOptions, desired: Desired) -> Stack:
             damaged=desired.damaged,
             entries=desired.entries,
             mounted=desired.mounted,
-            waits=why_nothing_new(),
+            nothing_new=why_nothing_new(),
         )
         if facts.rolling and facts.accepted.layers:
             facts = replace(facts, waits="the daemon decides when it is its turn (Rollout=rolling)")

@@ -80,6 +80,7 @@ class Facts:
         mounted: where the file systems of the files are mounted that they came from, by path (`unmounted.noted()`).
         busy: a file is still being written that may change the answer.
         waits: why it is not its turn, "" if it is.
+        nothing_new: why no service gets anything new, "" if they do.
         no_shadow: why its `Check=` cannot be run while it is not `reachable`, "" if it can.
 
         shown: identity of the stack that its namespaces were brought to in this round; None: not yet.
@@ -115,6 +116,7 @@ class Facts:
     mounted: Mapping[str, str] = field(default_factory=dict)
     busy: bool = False
     waits: str = ""
+    nothing_new: str = ""
     no_shadow: str = ""
 
     shown: str | None = None
@@ -208,7 +210,7 @@ class Facts:
                 f"it is not running{where and ' ' + where}, and Check= needs that ({self.no_shadow}): it is tried"
                 " once it runs"
             )
-        return self.waits
+        return self.nothing_new or self.waits
 
     @cached_property
     def target(self) -> Stack:

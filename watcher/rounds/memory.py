@@ -31,6 +31,7 @@ class Memory:
         unlearned: its manager has to be told of the accepted stack.
         swaps: how often it got a stack.
         base_changed: the host's own `/etc` has changed, and it is to be told (`BaseChanged=reload`).
+        no_shadow: why what its next start would see could not be made for its check when that was tried last.
     """
 
     interests: tuple[Interest, ...] | None = None
@@ -45,6 +46,7 @@ class Memory:
     unlearned: bool = False
     swaps: int = 0
     base_changed: bool = False
+    no_shadow: str = ""
 
 
 @dataclass(slots=True)
@@ -66,7 +68,6 @@ class Round:
         shown: the start of the service, and the identity of the stack, that its namespaces were brought to.
         converged: what that found and did.
         judged: a verdict that is not written down yet.
-        no_shadow: why what its next start would see cannot be made for its check; "": it can, or nobody has tried.
         unsaid: nothing was said of that look yet.
         unwatched: what the last look has looked at, and nobody watches yet: it has to be looked at again after that.
         over: nobody waits for it any more; a thread may still be at it.
@@ -93,7 +94,6 @@ class Round:
     shown: tuple[str, str] | None = None
     converged: Converged | None = None
     judged: Judged | None = None
-    no_shadow: str = ""
     unsaid: bool = False
     unwatched: tuple[Interest, ...] | None = None
     over: bool = False

@@ -102,8 +102,8 @@ class Observer:
             blameless=self._blameless(service, memory),
             shown=this.shown[1] if this.shown and this.shown[0] == service.invocation else None,
             judged=this.judged,
-            waits=this.waits or why_nothing_new(),
-            no_shadow=this.no_shadow,
+            waits=this.waits or "",
+            no_shadow=memory.no_shadow,
         )
         if this.unsaid:
             self._say(service, facts, this.desired)
@@ -141,9 +141,9 @@ class Observer:
             state, desired = self._find(service, siblings, since, thorough=thorough)
             blameless = self._blameless(service, memory)
             now, first = messages.now(), not memory.seen
-            waits = why_nothing_new()
+            no_shadow = memory.no_shadow
             facts = self._facts(
-                service, state, desired, now=now, first=first, blameless=blameless, waits=waits
+                service, state, desired, now=now, first=first, blameless=blameless, no_shadow=no_shadow
             )
             return facts, desired
 
@@ -162,8 +162,8 @@ class Observer:
         now: int,
         first: bool,
         blameless: bool,
-        waits: str,
-        no_shadow: str = "",
+        no_shadow: str,
+        waits: str = "",
         shown: str | None = None,
         judged: Judged | None = None,
     ) -> Facts:
@@ -176,6 +176,7 @@ class Observer:
             first=first,
             blameless=blameless,
             waits=waits,
+            nothing_new=why_nothing_new(),
             no_shadow=no_shadow or ("" if service.manager == "systemd" else "exec alone can start it"),
             shown=shown,
             judged=judged,

@@ -199,7 +199,7 @@ class Rounds:
         self._rollout.begin(service.name)
         try:
             async with self._observer.using_store():
-                this = Round(since, messages.now(), first=not memory.seen)
+                this, memory.no_shadow = Round(since, messages.now(), first=not memory.seen), ""
                 for _ in range(_STEPS_MAX):
                     # The manager lets go of a process that it sees end: what becomes of it is still to be judged.
                     with holding(service) as held:
@@ -233,7 +233,7 @@ class Rounds:
             case Need.JOB:
                 pass
             case _:
-                return await self._take(found, service, this)
+                return await self._take(found, service, memory, this)
         return True
 
     def _work(
@@ -300,7 +300,7 @@ class Rounds:
 
         return looked_at
 
-    async def _take(self, step: Step, service: Service, this: Round) -> bool:
+    async def _take(self, step: Step, service: Service, memory: Memory, this: Round) -> bool:
         """Take a step that waits for the service, or writes down an outcome. False: the round is over."""
         steps, verdicts, facts = self._steps_of, self._verdicts, this.facts
         this.first, this.waits = False, None
@@ -312,7 +312,7 @@ class Rounds:
                     say("debug", service.name, f"waits: {done.why}")
                 return False
             case decide.Check():
-                await steps.check(step, service, facts, this)
+                await steps.check(step, service, facts, memory, this)
             case decide.SayAccepted():
                 await verdicts.say_accepted(service, facts, this)
                 self._outcomes.placed(service.name)

@@ -140,7 +140,9 @@ class Steps:
 
     # --- what waits for the service ---
 
-    async def check(self, step: decide.Check, service: Service, facts: Facts, this: Round) -> None:
+    async def check(
+        self, step: decide.Check, service: Service, facts: Facts, memory: Memory, this: Round
+    ) -> None:
         """Run `Check=` against a stack that the service cannot see."""
         tools, begun = self._tools, messages.now()
         copies = self._copies(step.stack)
@@ -151,7 +153,7 @@ class Steps:
             try:
                 ended = await check_at_start(tools.manager, service, step.stack, copies)
             except NoShadow as error:
-                this.no_shadow = str(error)
+                memory.no_shadow = str(error)
                 return
         say("debug", service.name, f"check failed: {ended.reason}" if ended.reason else "check passed")
         if ended.reason:
