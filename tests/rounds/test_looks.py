@@ -107,6 +107,8 @@ def test_instances_that_have_the_same_find_the_same() -> None:
         replace(GIVEN, trust=Trust(users=("deploy",))),
         replace(GIVEN, policy="signed"),
         replace(GIVEN, limits=Limits(remove_usec=5)),
+        replace(GIVEN, thorough=True),
+        replace(GIVEN, slots="web@1.exec"),  # systemd does not start it
         replace(GIVEN, state=State(accepted=replace(State().accepted, mounted={"/srv/web.raw": "/srv"}))),
     ],
 )
@@ -151,6 +153,13 @@ def test_what_is_gone_or_passed_over_is_for_each_to_find(store: Store, tmp_path:
     (drops / "b").mkdir()  # a tree that is not complete
     assert not found().is_common
     (drops / "b").rmdir()
+    new = confext(drops / "c", "c", {"etc/c": b""})
+    assert found().is_common
+    whole = store.is_whole
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(store, "is_whole", lambda stack: stack != first.wanted and whole(stack))
+        assert not found().is_common  # what the service falls back on is what this one had
+    new.rename(drops / ".c")
     tree.rename(drops / ".a")
     gone = found()
     assert not gone.wanted.layers

@@ -172,7 +172,7 @@ def _find(store: Store, admission: Admission, given: Given, modes: StrictModes) 
         at_hand=frozenset(admitting.at_hand),
         digests=admitting.digests,
         look_again=_look_again(choice, staying),
-        is_common=not (choice.passed or damaged or staying.gone),
+        is_common=fallback == record.stack and not (choice.passed or damaged or staying.gone),
     )
 
 
