@@ -36,7 +36,7 @@ class Kind(enum.Enum):
 
         failed            the service did not take it well, and stays on it
         needs-restart     accepted; it runs where nothing can be mounted, or without a main process
-        needs-start       its check needs the service running
+        needs-start       its check cannot be run before the service runs
         refused           it can be used for no service, or not for this one
         kept-out          it proved bad before, or was refused by the check
         kept-out-for-now  the same; its next try is at the next start of the service
@@ -54,7 +54,7 @@ class Kind(enum.Enum):
         looking           nothing is known yet
         uploading         it is there under a temporary name
         incomplete        it is not whole; an upload that broke off may be resumed
-        waiting           something is missing that comes by itself: its writer ends, space, its turn
+        waiting           something is missing that comes by itself: its writer or a start ends, space, its turn
         checking          about to be checked, or being checked
         placing           accepted, or about to be, and not on the service yet
         reloading         on the service, which is asked to reload
