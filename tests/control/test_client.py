@@ -94,23 +94,28 @@ def waited(kind: str, status: int) -> Waited:
     return Waited(Event("web.service", Outcome.UNCHANGED, kind, when=1), Answer(kind, status, kind))
 
 
-def serve(directory: Path, *answers: Waited) -> None:
+def listen(directory: Path) -> socket.socket:
+    """A daemon's socket."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(directory / schema.SOCKET))
+    listener.listen()
+    return listener
+
+
+def serve(listener: socket.socket, *answers: Waited) -> None:
     """One daemon: it takes one call, gives these answers, and ends."""
-    path = directory / schema.SOCKET
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))
-        listener.listen()
+    with listener:
         server, _ = listener.accept()
         with server:
             received = server.recv(1 << 16)
             assert received.endswith(b"\0") and b"Wait" in received
+            Path(listener.getsockname()).unlink()
             for one in answers:
                 reply = {
                     "parameters": to_dict(one) | {"redacted": False},
                     "continues": one.answer.status == 4,
                 }
                 server.sendall(json.dumps(reply).encode() + b"\0")
-        path.unlink()
 
 
 @pytest.mark.parametrize("timeout", [60, None])
@@ -119,17 +124,16 @@ def test_a_daemon_that_ends_during_a_wait_has_time_to_come_back(
 ) -> None:
     started, before, after = threading.Event(), waited("checking", 4), waited("applied", 0)
 
-    def restarted() -> None:
-        serve(directory, before)
-        serve(directory, after)
+    def restarted(listener: socket.socket | None = None) -> None:
+        serve(listener or listen(directory), before)
+        serve(listen(directory), after)
 
-    daemon = threading.Thread(target=restarted)
     if timeout is None:  # it must run then
+        daemon = threading.Thread(target=restarted, args=(listen(directory),))
         daemon.start()
-        while not (directory / schema.SOCKET).exists():
-            started.wait(0.01)
         found = list(calls.wait(str(directory), "web.service", "web_1.raw", None, lambda _: None))
     else:
+        daemon = threading.Thread(target=restarted)
         slept: list[float] = []
         monkeypatch.setattr(
             calls.time, "sleep", lambda seconds: slept.append(seconds) or started.wait(seconds)
@@ -161,10 +165,8 @@ def test_a_daemon_that_does_not_run_is_waited_for_no_longer_than_said(
 
 def test_a_daemon_that_ended_for_good_is_given_up(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "RESTART_SEC", 0.2)
-    daemon = threading.Thread(target=serve, args=(directory, waited("checking", 4)))
+    daemon = threading.Thread(target=serve, args=(listen(directory), waited("checking", 4)))
     daemon.start()
-    while not (directory / schema.SOCKET).exists():
-        threading.Event().wait(0.01)
     found: list[Waited] = []
     with pytest.raises((NotRunning, Closed)):
         found.extend(calls.wait(str(directory), "web.service", "web_1.raw", None, lambda _: None))

@@ -93,6 +93,7 @@ def test_one_that_waits_for_its_turn(place: Place) -> None:
     first.logged("accepted web 1.3, on trial")
     assert round_after(second, "1.3") == [
         "looked: 1 candidate, desired web 1.3 (new)",
+        "shows its stack already",
         "waits: it waits for its turn (Rollout=rolling)",
         OVER,
     ]
