@@ -37,7 +37,8 @@ ExecStartPost=/bin/sh -c 'echo post $({CONF}) >>/run/seen'
 SettleSec=0
 Reload=none
 """
-CHECK = "Check=/bin/sh -c '! grep broken /etc/web.conf'\n"
+# systemd would put in a variable of its own.
+CHECK = """Check=/bin/sh -c 'f=/etc/web.conf; ! grep broken "${f}"'\n"""
 
 
 def seen(host: Host) -> list[str]:
@@ -95,6 +96,17 @@ def test_what_is_dropped_for_a_stopped_service_is_checked_at_once(host: Host) ->
     assert "its next start gets it" in journal.applied(WEB)["MESSAGE"]
     host.systemctl("start", WEB)
     assert seen(host) == ["pre 3", "main 3", "post 3"]
+
+
+def test_a_template_has_no_start_to_be_checked_for_and_its_instances_get_the_image(host: Host) -> None:
+    template, instance = "web@.service", "web@a.service"
+    host.unit(template, SEEING + CHECK)
+    host.watch()
+    journal = host.journal()
+    drop(host, 1, {"web.conf": "1"}, template)
+    assert "its next instance gets it" in journal.applied(template)["MESSAGE"]
+    host.systemctl("start", instance)
+    assert seen(host) == ["pre 1", "main 1", "post 1"]
 
 
 def test_a_first_start_that_fails_on_what_was_not_checked_is_undone(host: Host) -> None:

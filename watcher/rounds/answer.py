@@ -203,7 +203,9 @@ class _Sayer:
 
     def systemctl(self, verb: str) -> str:
         """The command that starts it again; a service without systemd is started in its own way."""
-        return f"systemctl {verb} {shown(self.service)}" if self.f.explained else ""
+        return (
+            f"systemctl {verb} {shown(self.service)}" if self.f.explained and "@." not in self.service else ""
+        )
 
     def about(self, *outcomes: Outcome) -> list[Event]:
         """Outcomes of files by this path."""

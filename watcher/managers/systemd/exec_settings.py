@@ -48,7 +48,7 @@ _NAMESPACES: Final = (
     *("PrivatePIDs", "BindLogSockets", "NetworkNamespacePath", "IPCNamespacePath", "UserNamespacePath"),
     *("ReadWritePaths", "ReadOnlyPaths", "InaccessiblePaths", "ExecPaths", "NoExecPaths", "BindPaths"),
     *("BindReadOnlyPaths", "TemporaryFileSystem", "MountImages", "MountFlags", "ExtensionImages"),
-    "ExtensionDirectories",
+    *("ExtensionDirectories", "RootImagePolicy", "MountImagePolicy", "ExtensionImagePolicy"),
 )
 _DIRECTORIES: Final = tuple(
     f"{kind}Directory{what}"

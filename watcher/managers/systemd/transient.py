@@ -102,16 +102,19 @@ class Transient:
             layers: that function, with all but its first argument.
 
         Raises:
-            NoShadow: what systemd does before the command begins has failed.
+            NoShadow: what systemd does before the command begins has failed, or a template has no start of its own.
             Later: as `run()`.
         """
+        if "@." in unit:
+            raise NoShadow("it is a template")
 
         async def properties(systemd: Systemd1) -> list[Property]:
             if (state := await systemd.get(unit, "LoadState")) != "loaded":
                 raise NoShadow(f"its unit is {state}")
             return layers(await systemd.signed_properties(unit))
 
-        begin = (words[0], list(words), False)
+        # systemd would put variables in; whoever wrote the check means the words as they are.
+        begin = (words[0], [word.replace("$", "$$") for word in words], False)
         return await self._gathered(_Command(unit, begin, timeout_sec, properties, at_start=True))
 
     async def _gathered(self, command: _Command) -> Ended:
@@ -146,8 +149,7 @@ class Transient:
     async def _follow(self, command: _Command, output: str) -> str:
         systemd = self._systemd()
         name = f"{CHECKS}{secrets.token_hex(8)}.service"
-        properties = [
-            *await command.properties(systemd),
+        own: list[Property] = [
             ("Description", ("s", f"Command of confext-watcher for {command.service}")),
             ("Type", ("s", "oneshot")),
             ("ExecStart", ("a(sasb)", [command.begin])),
@@ -162,6 +164,7 @@ class Transient:
         ]
         with self._results.listening() as listener, trio.fail_after(command.timeout_sec + _GRACE_SEC):
             try:
+                properties = [*await command.properties(systemd), *own]
                 job = await systemd.manager(
                     "StartTransientUnit", "ssa(sv)a(sa(sv))", name, "fail", properties, []
                 )
