@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What we could mount, and systemd could not: a unit would run on it, and fail at its next start."""
+"""What we can mount, and systemd may not: a unit would run on it, and fail at its next start."""
 
 from __future__ import annotations
 
 from watcher.model import Copy, Refused
-from watcher.mounts.process import has_device_mapper
 
 
 def require_startable(copy: Copy) -> None:
-    """Raise Refused for a copy on which systemd could start no unit here.
+    """Raise Refused for a copy on which systemd may not be able to start a unit.
 
     With verity data in an image it sets up dm-verity (from 258 on, and before where there is a signature). Without a
-    device mapper that fails with 226/NAMESPACE, whatever ExtensionImagePolicy= says; so does each ExecReload=.
+    device mapper, or where the data is wrong, that fails with 226/NAMESPACE, whatever ExtensionImagePolicy= says; so
+    does each ExecReload=. We do not verify the data, and so do not know that before.
     """
-    if copy.format is not None and copy.format.protection and not has_device_mapper():
+    if copy.format is not None and copy.format.protection:
         raise Refused(
-            "it has verity data, and this machine no device mapper (dm_mod): systemd could not start the service on it;"
-            " build it without"
+            "it has verity data, which this version does not verify: systemd does at the start of a unit, and it may"
+            " fail then; build it without"
         )

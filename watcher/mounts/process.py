@@ -209,11 +209,6 @@ def may_mount() -> bool:
         return os.geteuid() == 0 and file.read().split() == ["0", "0", "4294967295"]
 
 
-def has_device_mapper() -> bool:
-    """Whether systemd can set up dm-verity here."""
-    return os.path.exists("/dev/mapper/control")
-
-
 def namespace_id(fd_or_path: int | str) -> tuple[int, int]:
     """Identity of a namespace: device and inode of its file in nsfs (namespaces(7))."""
     status = os.stat(fd_or_path)
