@@ -76,7 +76,7 @@ class Host:
         state = "/var/lib/confext-watcher"
         remove = (
             f"systemctl stop '{pattern}'; systemctl reset-failed '{pattern}';"
-            f"rm -rf {UNITS}/{name}* {state}/units/{pattern} {state}/stacks/{pattern}"
+            f"rm -rf {UNITS}/{pattern}* {state}/units/{pattern} {state}/stacks/{pattern}"
         )
         self.bed.run(["sh", "-c", remove])
 

@@ -90,6 +90,9 @@ def test_plan_says_what_a_look_would_change_and_status_what_there_is(host: Host)
     host.systemctl("start", "plain.service")
     host.confext_dir("plain.service").mkdir()
     host.systemctl("restart", "confext-watcher")
+    assert only(host, "plain.service")["state"] == "running"  # a restart would bring nothing
+    drop(host, 1, {"web.conf": "one"}, "plain.service")
+    journal.until(lambda entry: "plain.service" in entry["MESSAGE"] and "restart it once" in entry["MESSAGE"])
     assert only(host, "plain.service")["state"] == "needs-restart"
     # All of that is known without the daemon too.
     services = told(host, "status")

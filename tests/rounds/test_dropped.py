@@ -127,5 +127,15 @@ def test_only_directories_of_the_service_are_looked_into(drops: Path, tmp_path: 
     (drops / "web.raw.v/.web_1.raw.Xa81b").touch()
     problem = found(drops, "web_1.raw", look(drops)).problem
     assert problem is not None and problem[0] is answer.Kind.UPLOADING
+    for part in (
+        "",
+        ".",
+        "w",
+        "web_1",
+        ".web_1.r",
+        "b_1.raw",
+    ):  # names of others cannot be found out bit by bit
+        problem = found(drops, part, look(drops)).problem
+        assert problem is not None and problem[0] is not answer.Kind.UPLOADING
     problem = found(drops, ".web_1.raw.Xa81b", look(drops)).problem
     assert problem is not None and problem[0] is answer.Kind.MISNAMED

@@ -20,6 +20,7 @@ import trio
 
 from support.world_things import ENTRIES, File, Main, Records, Unit
 from watcher.images import tries
+from watcher.images.made_for import Host
 from watcher.managers.base import Ended, Reloaded, Service
 from watcher.model import Busy, Candidate, Copy, Declared, Entry, Event, Kind, Look, Picks, Stack, Verdict
 from watcher.mounts.converge import Converged
@@ -36,7 +37,7 @@ from watcher.rounds.judge import Asked
 from watcher.rounds.patience import Removals
 from watcher.settings.config import Settings
 
-_ANY: Any = object()
+_ANY = Host({}, "x86-64")
 _HOST = namespace_id("/dev/null")
 _STEPS_MAX = 60
 _ROUNDS_MAX = 300

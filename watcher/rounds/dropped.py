@@ -93,8 +93,10 @@ def _problem(asked: str, desired: Desired, declared: Declared) -> tuple[Kind, st
     for names in map(_names, places):
         if name in names:
             return Kind.MISNAMED, "a hidden, backup or temporary name, which does not count"
-        for other in names:
-            if name in other and not re.fullmatch(vpick.NO_LEFTOVER, other):
+        # The whole name: letter by letter, strangers could spell out what lies in a private directory.
+        upload = re.compile(rf"[.#]*{re.escape(name)}([.~#][^.]*)?")
+        for other in names if name else ():
+            if upload.fullmatch(other) and not re.fullmatch(vpick.NO_LEFTOVER, other):
                 return Kind.UPLOADING, f"not there yet; {shown(other)} is, which looks like its upload"
     return Kind.NOT_THERE, f"nothing is called so in {', '.join(map(shown, places))}"
 

@@ -37,6 +37,7 @@ def common_key(root: str | None, given: Given) -> Hashable | None:
         given.declared,
         accepted,
         by_systemd,
+        given.made_for and given.made_for.terms,
         given.policy,
         given.trust,
         given.limits,

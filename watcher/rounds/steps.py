@@ -126,10 +126,10 @@ class Steps:
         state, new = facts.state, facts.accepted
         before = state.undoing.stack if state.undoing else None
         if before is None and state.replaced is not None:
-            kept = self._tools.store.stacks(service.slots)
-            before = next((one for one in kept if one.id == state.replaced), Stack())
+            kept = (Stack(), *self._tools.store.stacks(service.slots))
+            before = next((one for one in kept if one.id == state.replaced), None)
         if before is None:
-            return ""  # another reason than new images: the host's /etc has changed
+            return ""  # another reason than new images (the host's /etc has changed), or it is not known what is new
         either = {layer.digest: layer for layer in (*before.layers, *new.layers)}
         names = (service.name, *service.aliases)
         asked = {

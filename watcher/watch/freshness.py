@@ -274,7 +274,7 @@ class Freshness:
                 self._refresh(name, view)
                 if replaced:
                     self._again.setdefault(view, _Again(name))
-            for again in filter(None, map(self._again.get, views)):
+            for again in filter(None, map(self._again.get, views if replaced else ())):
                 again.tries |= replaced
                 again.at = 0.0
             if concerned:

@@ -18,7 +18,7 @@ import pytest
 from support.images import confext, image, noise
 from support.needs import tool
 from watcher.images.formats.probe import probe
-from watcher.model import Incomplete, Refused
+from watcher.model import Busy, Incomplete, Refused
 
 both = [
     pytest.param("squashfs", marks=tool("mksquashfs")),
@@ -143,6 +143,17 @@ def test_no_prefix_of_an_image_passes(tree: Path, fstype: str) -> None:
 def test_what_follows_an_image_does_not_matter(tree: Path, fstype: str) -> None:
     content = made(tree, fstype)
     assert probed(content + noise(10_000)) == probed(content)
+
+
+@squashfs
+@pytest.mark.parametrize("left", [1, 100, 2000])
+def test_one_that_becomes_shorter_is_still_being_written(tree: Path, left: int) -> None:
+    content = made(tree, "squashfs")
+    with tempfile.TemporaryFile() as file:
+        file.write(content[:left])
+        file.flush()
+        with pytest.raises(Busy):
+            probe(file.fileno(), len(content))
 
 
 def test_empty() -> None:

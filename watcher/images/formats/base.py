@@ -11,7 +11,7 @@ import errno
 import os
 from abc import ABC, abstractmethod
 
-from watcher.model import Incomplete, Later, Refused
+from watcher.model import Busy, Incomplete, Later, Refused
 from watcher.mounts import syscalls
 
 _MOUNT_ATTRIBUTES = (
@@ -38,6 +38,19 @@ HEAD = (1 << 16) + 4096
 
 There is the largest block of an erofs, which a checksum covers, and where the superblock of a btrfs would be.
 """
+
+
+def read_all(fd: int, size: int, offset: int) -> bytes:
+    """All of these bytes of a file.
+
+    Raises:
+        Busy: it has become shorter since its size was looked at.
+        OSError: it could not be read.
+    """
+    found = os.pread(fd, size, offset)
+    if len(found) < size:
+        raise Busy("it is shorter than a moment ago")
+    return found
 
 
 class Format(ABC):

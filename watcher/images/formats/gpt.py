@@ -9,12 +9,12 @@ and what is wrong in it was damaged, or is meant to look different to different 
 from __future__ import annotations
 
 import itertools
-import os
 import struct
 import uuid
 import zlib
 from typing import NamedTuple
 
+from watcher.images.formats.base import read_all
 from watcher.model import Incomplete, Refused
 
 _MAGIC = b"EFI PART"
@@ -123,7 +123,7 @@ def read(fd: int, head: bytes, size: int) -> Table:
     if size < end:
         raise Incomplete(f"incomplete: {size} of {end} bytes are here")
     backup = _backup(fd, primary, sector)
-    array = os.pread(fd, primary.array_size, primary.array * sector)
+    array = read_all(fd, primary.array_size, primary.array * sector)
     for copy, what in ((array, "its partition table"), (_array(fd, backup, sector), "its backup")):
         if zlib.crc32(copy) != primary.array_checksum:
             raise Refused(f"a broken disk image: the checksum of the partitions in {what} is wrong")
@@ -176,7 +176,7 @@ def _require_places(primary: _Header, sector: int) -> None:
 
 def _backup(fd: int, primary: _Header, sector: int) -> _Header:
     """The header at the end, which is the same as the one at the beginning."""
-    block = os.pread(fd, sector, primary.other * sector)
+    block = read_all(fd, sector, primary.other * sector)
     if not any(block):
         # Space set aside by `rsync --preallocate` or fallocate(1) before the bytes come.
         raise Incomplete("incomplete: nothing but zeros where the backup of its partition table belongs")
@@ -190,7 +190,7 @@ def _backup(fd: int, primary: _Header, sector: int) -> _Header:
 
 
 def _array(fd: int, header: _Header, sector: int) -> bytes:
-    return os.pread(fd, header.array_size, header.array * sector)
+    return read_all(fd, header.array_size, header.array * sector)
 
 
 def _partitions(array: bytes, header: _Header, sector: int) -> tuple[Partition, ...]:

@@ -7,10 +7,8 @@ within a partition is not looked into.
 
 from __future__ import annotations
 
-import os
-
 from watcher.images.formats import disk, gpt
-from watcher.images.formats.base import HEAD, Format
+from watcher.images.formats.base import HEAD, Format, read_all
 from watcher.images.formats.erofs import EROFS
 from watcher.images.formats.image import Image
 from watcher.images.formats.squashfs import SQUASHFS
@@ -65,11 +63,12 @@ def probe(fd: int, size: int) -> Image:
         Incomplete: bytes are missing; says how many there are and how many it takes.
         Sysext: a disk image with a usr partition alone.
         Refused: empty, of an unknown kind, of two kinds at once, or contradicting itself.
+        Busy: it became shorter meanwhile.
         OSError: it could not be read.
     """
     if size == 0:
         raise Refused("empty")
-    head = os.pread(fd, min(size, HEAD), 0)
+    head = read_all(fd, min(size, HEAD), 0)
     if gpt.recognises(head):
         return _in_partition(fd, head, size)
     found = _recognised(head, size)
@@ -88,8 +87,8 @@ def _in_partition(fd: int, head: bytes, size: int) -> Image:
     protection = "verity" if root.verity else ""
     if root.signature is not None:
         protection = "signature"
-        disk.require_signature(os.pread(fd, min(root.signature.size, SIGNATURE_READ), root.signature.start))
-    inner = os.pread(fd, min(partition.size, HEAD), partition.start)
+        disk.require_signature(read_all(fd, min(root.signature.size, SIGNATURE_READ), root.signature.start))
+    inner = read_all(fd, min(partition.size, HEAD), partition.start)
     try:
         found = _recognised(inner, partition.size)
         found.complete(inner, partition.size)
