@@ -29,7 +29,9 @@ class UnitEnds:
         """Find out how a unit went down that has failed."""
         values = await systemd.service_properties(name)
         end = _End(await systemd.invocation(name), str(values["Result"]), int(values["NRestarts"]))
-        if replace(self._ends.get(name, _End()), blameless="") != end:
+        known = self._ends.get(name, _End())
+        # NRestarts may have been counted up since, for the start that comes next.
+        if (known.invocation, known.result) != (end.invocation, end.result):
             sent = await journal_entries.sent_by_clients(name, end.invocation, int(values["ExecMainPID"]))
             self._ends[name] = replace(end, blameless=ends.blameless(values, sent))
 
