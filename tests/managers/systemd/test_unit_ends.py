@@ -27,6 +27,7 @@ class Systemd:
 
     def __init__(self) -> None:
         self.invocation_id = "1"
+        self.state = "failed"
         self.values: dict[str, Any] = dict(KILLED)
 
     async def service_properties(self, name: str) -> dict[str, Any]:
@@ -34,6 +35,9 @@ class Systemd:
 
     async def invocation(self, name: str) -> str:
         return self.invocation_id
+
+    async def get(self, name: str, key: str) -> str:
+        return {"ActiveState": self.state, "SubState": self.state}[key]
 
 
 async def test_a_kill_from_outside_is_remembered_while_the_next_start_is_counted(
@@ -45,13 +49,18 @@ async def test_a_kill_from_outside_is_remembered_while_the_next_start_is_counted
     monkeypatch.setattr(journal_entries, "sent_by_clients", sent)
     systemd, ends = Systemd(), UnitEnds()
     asked = cast(Systemd1, systemd)
-    await ends.look(asked, WEB)
+    assert await ends.look(asked, WEB) == "1"
     why = "systemd was asked to send it SIGKILL"
     assert ends.blameless(WEB, 0, failed=True) == why
     systemd.values |= {"NRestarts": 1, "ExecMainPID": 0}  # auto-restart-queued
     await ends.look(asked, WEB)
     assert ends.blameless(WEB, 1, failed=True) == ends.blameless(WEB, 1, failed=False) == why
     systemd.invocation_id = "2"
+    systemd.state = "active"  # started again, before anybody has seen that it was down
+    systemd.values |= {"Result": "success", "ExecMainPID": 43}
+    assert await ends.look(asked, WEB) is None
+    assert ends.blameless(WEB, 1, failed=False) == why
+    systemd.state = "failed"
     systemd.values |= KILLED | {"NRestarts": 1, "ExecMainPID": 43}
     await ends.look(asked, WEB)
     assert not ends.blameless(WEB, 1, failed=True)

@@ -304,13 +304,14 @@ class Tracker:
         if name not in self._facts:
             return
         start = await self._main(systemd, name)
-        failed, headless, preparing, failed_start = False, False, False, ""
+        failed, headless, preparing = False, False, False
+        failed_start: str | None = ""
         if start.process is None:
             state = await systemd.get(name, "ActiveState")
             failed = await has_failed(systemd, name, state)
-            if failed:
-                failed_start = await systemd.invocation(name)
-                await self._ends.look(systemd, name)
+            if failed and (failed_start := await self._ends.look(systemd, name)) is None:
+                await self._look_at_unit(systemd, name)
+                return
             headless = not failed and state in _ACTIVE and await systemd.get(name, "SubState") != "exited"
             preparing = state == "activating" and not failed  # ExecStartPre=
         if headless:

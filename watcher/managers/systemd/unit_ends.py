@@ -25,15 +25,24 @@ class UnitEnds:
     def __init__(self) -> None:
         self._ends: dict[str, _End] = {}
 
-    async def look(self, systemd: Systemd1, name: str) -> None:
-        """Find out how a unit went down that has failed."""
+    async def look(self, systemd: Systemd1, name: str) -> str | None:
+        """Find out how a unit went down that has failed.
+
+        Returns:
+            The InvocationID of the start that failed; None if another has begun meanwhile: ask anew.
+        """
+        invocation = await systemd.invocation(name)
         values = await systemd.service_properties(name)
-        end = _End(await systemd.invocation(name), str(values["Result"]), int(values["NRestarts"]))
+        failed = await has_failed(systemd, name, await systemd.get(name, "ActiveState"))
+        if not failed or invocation != await systemd.invocation(name):
+            return None
+        end = _End(invocation, str(values["Result"]), int(values["NRestarts"]))
         known = self._ends.get(name, _End())
         # NRestarts may have been counted up since, for the start that comes next.
         if (known.invocation, known.result) != (end.invocation, end.result):
             sent = await journal_entries.sent_by_clients(name, end.invocation, int(values["ExecMainPID"]))
             self._ends[name] = replace(end, blameless=ends.blameless(values, sent))
+        return invocation
 
     def blameless(self, name: str, restarts: int, *, failed: bool) -> str:
         """Why its last end says nothing about its configuration; also while that runs which systemd started then.
