@@ -299,7 +299,7 @@ def _checked(path: str, made_for: Host, image_max: int) -> dict[str, object]:
 
     result: dict[str, object] = {"image": path, "admitted": False, "reason": ""}
     try:
-        candidate, copy, effects = examine(path, made_for, image_max)
+        candidate, copy, trust, effects = examine(path, made_for, image_max)
     except (Refused, Busy) as error:
         return result | {"reason": str(error)}
     except OSError as error:
@@ -311,6 +311,7 @@ def _checked(path: str, made_for: Host, image_max: int) -> dict[str, object]:
         "format": copy.format.name if copy.format else "directory",
         "size": copy.size,
         "digest": copy.digest,
+        "trust": to_dict(trust),
         "effects": effects,
     }
 

@@ -219,12 +219,6 @@ class Mountable(Protocol):
     @property
     def name(self) -> str: ...
 
-    @property
-    def protection(self) -> str: ...
-
-    @property
-    def remarks(self) -> tuple[str, ...]: ...
-
     def fsmount(self, backing: int, label: str) -> int: ...
 
 
@@ -297,6 +291,36 @@ class Setting:
     key: str
     value: str
     source: str
+
+
+class Protection(enum.Enum):
+    """How an image is protected, by systemd.image-policy(7): the values of CONFEXT_TRUST= in the journal."""
+
+    UNPROTECTED = "unprotected"
+    VERITY = "verity"
+    SIGNED = "signed"
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """What was proved of a content, not what it claims.
+
+    Attributes:
+        protection: the verdict.
+        signer: subject of the certificate whose key has signed it, for people; "" unless it is signed.
+        fingerprint: SHA-256 of that certificate (DER), 64 hexadecimal digits; "" unless it is signed.
+        root_hash: of its hash tree, hexadecimal digits; "" where there is none.
+        how: in which way that was proved, for people: "its hash tree was verified over the store's copy".
+        remark: why it is not more, one line for the administrator: "signed by an unknown key"; "" if there is nothing
+            to say.
+    """
+
+    protection: Protection = Protection.UNPROTECTED
+    signer: str = ""
+    fingerprint: str = ""
+    root_hash: str = ""
+    how: str = ""
+    remark: str = ""
 
 
 class Outcome(enum.Enum):

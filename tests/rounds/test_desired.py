@@ -21,7 +21,7 @@ from support.images import confext
 from support.needs import root
 from watcher.images.admission import Admission
 from watcher.images.complete import Rule
-from watcher.images.formats.image import Image
+from watcher.images.formats.image import Brought, Image
 from watcher.images.formats.squashfs import SQUASHFS
 from watcher.images.made_for import host
 from watcher.images.store import Store
@@ -215,7 +215,7 @@ def test_a_sysext_that_a_unit_declares_is_left_to_systemd_whoever_owns_it(
 
 @pytest.mark.parametrize(("unit", "kept_out"), [("web.service", True), ("web.service.exec", False)])
 def test_what_systemd_may_fail_to_start_on_is_for_no_unit(unit: str, kept_out: bool) -> None:
-    signed = Image(SQUASHFS, 1 << 20, 4096, 4096, "signature")
+    signed = Image(SQUASHFS, 1 << 20, 4096, 4096, Brought(40960, 8192, bytes(32), "its signature"))
     copy = Copy("a" * 64, "/store/a", 1 << 20, Kind.IMAGE, signed)
     admission = SimpleNamespace(admit=lambda *_: copy)
     candidate = Candidate("/drop/web.raw", "web.raw", "web", "", Kind.IMAGE)

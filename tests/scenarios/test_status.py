@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from scenarios.place import Place, image, tree
-from support.disks import SIGNATURE, SIGNED, VERITY, Part, disk
 from support.needs import filesystem, root, tool
+from support.signed import make_key, protected, trusted
 
 images_only = pytest.mark.parametrize("place", ["images"], indirect=True)
 
@@ -159,21 +159,33 @@ def test_check_says_that_an_image_is_good(place: Place, fstype: str) -> None:
 
 @root
 @tool("mksquashfs")
+@tool("veritysetup")
 @pytest.mark.parametrize("trees", [False, True], ids=["as-root", "in-a-user-namespace"])
-def test_check_of_a_disk_image_says_what_of_it_is_not_verified(tmp_path: Path, trees: bool) -> None:
-    with Place(tmp_path, trees=trees) as place:
+def test_check_of_a_disk_image_says_what_of_it_is_proved(tmp_path: Path, trees: bool) -> None:
+    maker, stranger = make_key(tmp_path, "maker"), make_key(tmp_path, "stranger")
+    with Place(tmp_path, trees=trees) as place, trusted(maker):
         path = tmp_path / "web_1.4.raw"
-        verity, signature = Part(bytes(4096), VERITY, "v"), Part(SIGNED, SIGNATURE, "s")
-        path.write_bytes(disk(image("web_1.4", "1.4").read_bytes(), verity, signature))
+        content = image("web_1.4", "1.4").read_bytes()
+        path.write_bytes(protected(content, maker))
         place.bring(path, path)
-        good, warning, *more = place.run("check", str(path)).stdout.splitlines()
+        good, signed, *more = place.run("check", str(path)).stdout.splitlines()
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         size = path.stat().st_size
         assert good == f"{path}: good: web 1.4, disk image with squashfs, {size} bytes, sha256 {digest}"
-        unverified = "it is signed (verity data and signature), which this version does not verify"
-        assert warning == f"{path}: warning: {unverified}"
+        by = f"signed by CN=maker (certificate sha256 {maker.fingerprint})"
+        assert signed.startswith(
+            f"{path}: {by}: its hash tree was verified over the file, by the root hash of its"
+        )
         (kept_out,) = more
         assert kept_out.startswith(f"{path}: warning: kept out of systemd's services: it has verity data")
+        path.write_bytes(protected(content, stranger))
+        _, verity, warning, _ = place.run("check", str(path)).stdout.splitlines()
+        assert verity.startswith(
+            f"{path}: verity: its hash tree was verified over the file, by the root hash of its"
+        )
+        assert warning.startswith(f"{path}: warning: signed by an unknown key")
+        (found,) = json.loads(place.run("check", "--json", str(path)).stdout)["images"]
+        assert (found["trust"]["protection"], found["trust"]["signer"]) == ("verity", "")
 
 
 def test_check_of_a_tree(place: Place) -> None:

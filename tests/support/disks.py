@@ -22,6 +22,7 @@ USR = next(id for id, known in partition_types.KNOWN.items() if known == ("usr",
 GENERIC = uuid.UUID("0fc63daf-8483-4772-8e79-3d69d8477de4")
 SIGNED = b'{"rootHash": "00112233445566778899aabbccddeeff", "signature": "MAA="}'
 """What a signature partition has in it, padded with NUL: `rootHash` and `signature`, of nothing."""
+SIGNED_HASH = bytes.fromhex("00112233445566778899aabbccddeeff")
 _DISK, _PARTITION = uuid.UUID(int=0x1234), uuid.UUID(int=0x5678)
 
 

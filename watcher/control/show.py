@@ -130,11 +130,24 @@ def checked(results: Iterable[Mapping[str, object]]) -> Iterator[str]:
             label = shown(f"{result['name']} {result['version']}".rstrip())
             content = f"{result['format']}, {result['size']} bytes, sha256 {result['digest']}"
             yield f"{image}: good: {label}, {content}"
+            trust = result["trust"]
+            assert isinstance(trust, dict)
+            yield from (f"{image}: {line}" for line in _proved(trust))
             effects = result["effects"]
             assert isinstance(effects, tuple)
             yield from (f"{image}: warning: {printable(effect)}" for effect in effects)
         else:
             yield f"{image}: would be refused: {printable(str(result['reason']))}"
+
+
+def _proved(trust: Mapping[str, str]) -> Iterator[str]:
+    """What is proved of an image, nothing where it brings nothing to prove it by."""
+    if not trust["how"]:
+        return
+    by = f" by {trust['signer']} (certificate sha256 {trust['fingerprint']})" if trust["signer"] else ""
+    yield f"{trust['protection']}{by}: {trust['how']}, root hash {trust['rootHash']}"
+    if trust["remark"]:
+        yield f"warning: {trust['remark']}"
 
 
 def fit(lines: Iterable[str]) -> Iterator[str]:

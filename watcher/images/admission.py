@@ -18,16 +18,31 @@ from collections.abc import Callable, Collection, Hashable, Iterable
 from watcher.images import tree
 from watcher.images.complete import Complete, Rule, Seen
 from watcher.images.effects import effects
+from watcher.images.errors import translated
 from watcher.images.extension import NoRelease, Release, read_release
 from watcher.images.files import stat_key
+from watcher.images.formats.image import Image
 from watcher.images.formats.probe import probe
 from watcher.images.made_for import Host, parsed, passed_over, require_match
 from watcher.images.opened import opened
 from watcher.images.readable import require_readable
 from watcher.images.store import Store
 from watcher.images.verdicts import Key
+from watcher.images.verification import Proofs
 from watcher.images.walk import DIRECTORY
-from watcher.model import Busy, Candidate, Copy, Incomplete, Kind, Later, Layer, Refused, Sysext, problem
+from watcher.model import (
+    Busy,
+    Candidate,
+    Copy,
+    Incomplete,
+    Kind,
+    Later,
+    Layer,
+    Refused,
+    Sysext,
+    Trust,
+    problem,
+)
 from watcher.mounts.descriptors import Descriptors
 from watcher.mounts.workers import Hung, MountWorkers
 from watcher.resolve import release
@@ -54,15 +69,23 @@ class Admission:
 
     Args:
         complete: judges whether trees are.
+        proofs: what was proved of images.
     """
 
-    def __init__(self, store: Store, workers: MountWorkers, complete: Complete | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        workers: MountWorkers,
+        complete: Complete | None = None,
+        proofs: Proofs | None = None,
+    ) -> None:
         self._store = store
         self._workers = workers
         self._complete = complete or Complete()
         self._releases: dict[str, Release] = {}
         self._were_read: set[str] = set()
         self._effects: dict[str, tuple[str, ...]] = {}
+        self._proofs = proofs or Proofs()
 
     def admit(
         self,
@@ -90,6 +113,7 @@ class Admission:
 
         def judge(copy: Copy) -> None:
             try:
+                self.trust(copy)  # nothing of it is mounted before
                 found = self._release(copy, made_for.root)
                 # A directory comes file by file: the release file may be still to come.
                 if not found[0] and candidate.kind is Kind.DIRECTORY:
@@ -113,6 +137,26 @@ class Admission:
             self._releases.pop(digest, None)
             self._were_read.discard(digest)
             self._effects.pop(digest, None)
+            self._proofs.forget((digest,))
+
+    def trust(self, copy: Copy) -> Trust:
+        """What is proved of a copy in the store, remembered by its digest and the certificates that there are.
+
+        Blocks: of an image with verity data, all of it is read the first time.
+
+        Raises:
+            Refused: its hash tree says that it is damaged; its signature is not one.
+            Later: the copy is gone; openssl is missing.
+        """
+        if not isinstance(copy.format, Image) or copy.format.brought is None:
+            return Trust()
+        with translated(f"the copy {copy.digest} in the store"):
+            fd = os.open(copy.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                verity = copy.format.verity(fd)
+                return self._proofs.trust(copy.digest, verity) if verity else Trust()
+            finally:
+                os.close(fd)
 
     def asks_for(self, layer: Layer, names: Collection[str]) -> str:
         """What a layer says that a unit of these names is to be told, see `release.asks_for()`.
@@ -128,8 +172,7 @@ class Admission:
         return release.asks_for(parsed(found[chosen]), names)
 
     def effects(self, digest: str) -> tuple[str, ...]:
-        """What an admitted content does to `/etc` besides bringing files, what is not verified, and what in it is
-        passed over; a line each.
+        """What an admitted content does to `/etc` besides bringing files, and what in it is passed over; a line each.
 
         That is to the `/etc` of the first service that it was looked at for: others may have a root of their own.
         """
@@ -147,8 +190,7 @@ class Admission:
                 with self._store.verdicts.turn(("read", copy.digest)):
                     if copy.digest not in self._were_read:
                         require_readable(root, self._store.image_max)
-                        remarks = copy.format.remarks if copy.format is not None else ()
-                        self._effects[copy.digest] = (*remarks, *effects(root, host_root))
+                        self._effects[copy.digest] = effects(root, host_root)
                         self._were_read.add(copy.digest)
 
             found = self._releases[copy.digest] = release_of(copy, self._workers, read)

@@ -8,9 +8,11 @@ import re
 import stat
 import subprocess
 import tempfile
+from typing import NamedTuple
 
 from watcher.images import tree
 from watcher.images.admission import release_of
+from watcher.images.certificates import Keys
 from watcher.images.effects import effects
 from watcher.images.errors import require_size
 from watcher.images.extension import RELEASE_DIRECTORY, Release, read_release
@@ -21,7 +23,8 @@ from watcher.images.made_for import Host, passed_over, require_match
 from watcher.images.opened import opened
 from watcher.images.readable import require_readable
 from watcher.images.startable import require_startable
-from watcher.model import Busy, Candidate, Copy, Kind, Later, Refused, shown
+from watcher.images.verification import KEYS, verify
+from watcher.model import Busy, Candidate, Copy, Kind, Later, Refused, Trust, shown
 from watcher.mounts.descriptors import Descriptors
 from watcher.mounts.process import may_mount
 from watcher.mounts.workers import MountWorkers
@@ -34,14 +37,27 @@ _TOOL_SEC = 60
 _DIRENTS: dict[Kind, vpick.Type] = {Kind.IMAGE: "file", Kind.DIRECTORY: "directory"}
 
 
-def examine(path: str, made_for: Host, image_max: int) -> tuple[Candidate, Copy, tuple[str, ...]]:
-    """What the daemon would make of one image or directory tree; the copy's path is that of the original.
+class Examined(NamedTuple):
+    """
+    Attributes:
+        copy: its path is that of the original.
+        trust: what is proved of it.
+        effects: what it does to the host's `/etc` besides bringing files, see effects.py (not known without root), and
+            what in it is passed over.
+    """
 
-    The third is what it does to the host's `/etc` besides bringing files, see effects.py (not known without root), and
-    what in it is passed over.
+    candidate: Candidate
+    copy: Copy
+    trust: Trust
+    effects: tuple[str, ...]
+
+
+def examine(path: str, made_for: Host, image_max: int, keys: Keys = KEYS) -> Examined:
+    """What the daemon would make of one image or directory tree.
 
     Args:
         image_max: bytes (`ImageMax=`).
+        keys: whose signatures count.
 
     Raises:
         Refused, Incomplete: it would not be admitted; `str()` says why.
@@ -54,9 +70,12 @@ def examine(path: str, made_for: Host, image_max: int) -> tuple[Candidate, Copy,
     _require_name(directory, filename, kind)
     candidate = Candidate(path, filename, *vpick.split(filename, kind), kind)
     with opened(candidate) as (fd, _):
-        copy, found, done = (_image if kind is Kind.IMAGE else _tree)(fd, os.path.realpath(path), image_max)
+        if kind is Kind.IMAGE:
+            copy, trust, found, done = _image(fd, os.path.realpath(path), image_max, keys)
+        else:
+            copy, trust, found, done = _tree(fd, os.path.realpath(path), image_max)
     require_match(candidate, found, made_for)
-    return candidate, copy, (*done, *passed_over(found))
+    return Examined(candidate, copy, trust, (*done, *passed_over(found)))
 
 
 def _require_name(directory: str, filename: str, kind: Kind) -> None:
@@ -73,14 +92,14 @@ def _require_name(directory: str, filename: str, kind: Kind) -> None:
             raise Refused(f"it would not be looked at: {passed.reason}")
 
 
-def _tree(root: int, path: str, image_max: int) -> tuple[Copy, Release, tuple[str, ...]]:
+def _tree(root: int, path: str, image_max: int) -> tuple[Copy, Trust, Release, tuple[str, ...]]:
     size = tree.signature(root).size
     require_size(size, image_max, "ImageMax=")
     found = read_release(root)
-    return Copy(tree.digest(root), path, size, Kind.DIRECTORY), found, effects(root, "/")
+    return Copy(tree.digest(root), path, size, Kind.DIRECTORY), Trust(), found, effects(root, "/")
 
 
-def _image(fd: int, path: str, image_max: int) -> tuple[Copy, Release, tuple[str, ...]]:
+def _image(fd: int, path: str, image_max: int, keys: Keys) -> tuple[Copy, Trust, Release, tuple[str, ...]]:
     done: tuple[str, ...] = ()
 
     def read(root: int) -> None:
@@ -93,6 +112,8 @@ def _image(fd: int, path: str, image_max: int) -> tuple[Copy, Release, tuple[str
         require_size(size, image_max, "ImageMax=")
         image = probe(fd, size)
         copy = Copy(digest_of(fd, size), path, size, Kind.IMAGE, image)
+        verity = image.verity(fd)
+        trust = verify(verity, keys, "the file") if verity else Trust()
         if may_mount():
             with MountWorkers(1) as workers:
                 found = release_of(copy, workers, read)
@@ -102,7 +123,7 @@ def _image(fd: int, path: str, image_max: int) -> tuple[Copy, Release, tuple[str
         # It was mounted, or unpacked, by its path.
         if not os.path.samestat(os.fstat(fd), os.stat(path)):
             raise Busy("it was replaced meanwhile")
-    return copy, found, (*image.remarks, *_not_for_units(copy), *done)
+    return copy, trust, found, (*_not_for_units(copy), *done)
 
 
 def _not_for_units(copy: Copy) -> tuple[str, ...]:

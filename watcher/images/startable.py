@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from watcher.images.formats.image import Image
 from watcher.model import Copy, Refused
 
 
@@ -13,7 +14,7 @@ def require_startable(copy: Copy) -> None:
     device mapper, or where the data is wrong, that fails with 226/NAMESPACE, whatever ExtensionImagePolicy= says; so
     does each ExecReload=. We do not verify the data, and so do not know that before.
     """
-    if copy.format is not None and copy.format.protection:
+    if isinstance(copy.format, Image) and copy.format.brought is not None:
         raise Refused(
             "it has verity data, which this version does not verify: systemd does at the start of a unit, and it may"
             " fail then; build it without"

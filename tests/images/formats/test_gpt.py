@@ -22,9 +22,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from support.disks import GENERIC, NO_AUTO, ROOT, SIGNATURE, SIGNED, USR, VERITY, Disk, Part, build, disk
+from support.disks import (
+    GENERIC,
+    NO_AUTO,
+    ROOT,
+    SIGNATURE,
+    SIGNED,
+    SIGNED_HASH,
+    USR,
+    VERITY,
+    Disk,
+    Part,
+    build,
+    disk,
+)
 from support.images import confext, image, noise
 from support.needs import tool
+from support.signed import make_tree, padded
 from watcher.images.formats import partition_types
 from watcher.images.formats.gpt import read
 from watcher.images.formats.image import Image
@@ -60,10 +74,9 @@ def erofs(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def test_a_file_system_in_a_partition(squashfs: bytes, sector: int) -> None:
     content = disk(squashfs, PAD, sector=sector)
     found = probed(content)
-    assert (found.name, found.end, found.protection) == ("disk image with squashfs", len(content), "")
+    assert (found.name, found.end, found.brought) == ("disk image with squashfs", len(content), None)
     assert content[found.offset : found.offset + len(squashfs)] == squashfs
     assert found.size == -(-len(squashfs) // sector) * sector
-    assert found.remarks == ()
 
 
 @tool("mkfs.erofs")
@@ -99,41 +112,21 @@ def test_space_set_aside_and_filled_in_part_is_incomplete(squashfs: bytes) -> No
 # --- which partition ---
 
 
-def test_verity_and_signature_are_told_and_said_not_to_be_verified(squashfs: bytes) -> None:
-    verity, signature = Part(bytes(4096), VERITY, "v"), Part(SIGNED, SIGNATURE, "s")
-    assert probed(disk(squashfs, verity)).protection == "verity"
-    signed = probed(disk(squashfs, verity, signature))
-    assert signed.protection == "signature"
-    assert signed.remarks == ("it is signed (verity data and signature), which this version does not verify",)
+@tool("veritysetup")
+def test_what_it_can_be_verified_by_is_told(squashfs: bytes) -> None:
+    data = padded(squashfs)
+    tree = make_tree(data)
+    verity = Part(tree.content, VERITY, "v", id=uuid.UUID(bytes=tree.root_hash[16:]))
+    root = Part(data, id=uuid.UUID(bytes=tree.root_hash[:16]))
+    brought = probed(disk(root, verity)).brought
+    assert brought is not None and (brought.root_hash, brought.signature) == (tree.root_hash, None)
+    signed = probed(disk(root, verity, Part(SIGNED, SIGNATURE, "s"))).brought
+    assert signed is not None and (signed.root_hash, signed.signature) == (SIGNED_HASH, b"0\x00")
     with pytest.raises(Refused, match="a signature, and without the verity data"):
-        probed(disk(squashfs, signature))
-    assert not probed(disk(squashfs, replace(verity, flags=NO_AUTO))).protection
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (b"", "is empty"),
-        (bytes(5000), "is empty"),
-        (b"{}", "is no JSON object with rootHash and signature"),
-        (b"[1]", "is no JSON object"),
-        (b"\xff", "is no JSON object"),
-        (SIGNED + b"\0x", "is no JSON object"),
-        (SIGNED[:-1], "is no JSON object"),
-        (SIGNED.replace(b"0011", b"x011"), "is no JSON object"),
-        (SIGNED.replace(b"MAA=", b"MA"), "is no JSON object"),
-        (SIGNED.replace(b"MAA=", b""), "has an empty rootHash or signature"),
-        (b'{"rootHash": 1, "signature": "MAA="}', "is no JSON object"),
-        (b"[" * 60_000, "is no JSON object"),
-        (b"9" * 60_000, "is no JSON object"),
-        (SIGNED + b" " * (5 << 20), r"has \d+ bytes, 65536 is the limit"),
-    ],
-)
-def test_a_signature_with_which_systemd_would_not_start_is_refused(
-    squashfs: bytes, content: bytes, reason: str
-) -> None:
-    with pytest.raises(Refused, match=f"^its signature partition {reason}"):
-        probed(disk(squashfs, Part(bytes(4096), VERITY, "v"), Part(content, SIGNATURE, "s")))
+        probed(disk(root, Part(SIGNED, SIGNATURE, "s")))
+    assert probed(disk(root, replace(verity, flags=NO_AUTO))).brought is None
+    with pytest.raises(Refused, match="its verity data has no superblock"):
+        probed(disk(root, Part(b"verity" * 1000, VERITY, "v")))
 
 
 ARM, X86 = partition_types.root("arm64"), partition_types.root("x86")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 from watcher.model import Busy, Incomplete, Later, Refused
 from watcher.mounts import syscalls
@@ -51,6 +52,22 @@ def read_all(fd: int, size: int, offset: int) -> bytes:
     if len(found) < size:
         raise Busy("it is shorter than a moment ago")
     return found
+
+
+class Extent(NamedTuple):
+    """A part of an open file.
+
+    Attributes:
+        offset, size: bytes.
+    """
+
+    fd: int
+    offset: int
+    size: int
+
+    def read(self, size: int, offset: int = 0) -> bytes:
+        """All of these bytes of the part, which has so many. Raises as `read_all()`."""
+        return read_all(self.fd, size, self.offset + offset)
 
 
 class Format(ABC):

@@ -7,8 +7,6 @@ of systemd would take differently is refused.
 
 from __future__ import annotations
 
-import base64
-import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,19 +20,15 @@ _EMPTY = "_empty"
 """Label of a partition that systemd-sysupdate has yet to fill. systemd 257 looks at it all the same."""
 
 
-_SIGNATURE_MAX = 64 * 1024
-"""Bytes. systemd-repart writes 3 KiB; systemd reads 4 MiB."""
-
-
 class Root(NamedTuple):
     """
     Attributes:
-        verity: whether there is verity data.
+        verity: the partition with the verity data, None without one.
         signature: the partition with the signature of that, None without one.
     """
 
     partition: Partition
-    verity: bool
+    verity: Partition | None
     signature: Partition | None
 
 
@@ -76,27 +70,7 @@ def root(table: Table, architecture: str = "") -> Root:
             f"a disk image whose root partition {chosen.number} is called {_EMPTY}: systemd 257 takes it, later ones"
             " do not; remove it, or give it the flag no-auto"
         )
-    return Root(chosen, bool(verity), _newest(signatures, native) if signatures else None)
-
-
-def require_signature(content: bytes) -> None:
-    """Refuse the content of a signature partition with which systemd would not start a service.
-
-    It is not verified here. Only its form is looked at, by the rules of dissected_image_load_verity_sig_partition().
-    """
-    text = content.rstrip(b"\0")
-    if len(text) > _SIGNATURE_MAX:
-        raise Refused(f"its signature partition has {len(text)} bytes, {_SIGNATURE_MAX} is the limit")
-    try:
-        found = json.loads(text.decode())
-        hash, signature = found["rootHash"], found["signature"]
-        bytes.fromhex(hash)
-        base64.b64decode(signature, validate=True)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = "is empty" if not text else "is no JSON object with rootHash and signature"
-        raise Refused(f"its signature partition {reason}") from error
-    if not (hash and signature):
-        raise Refused("its signature partition has an empty rootHash or signature")
+    return Root(chosen, *(_newest(found, native) if found else None for found in (verity, signatures)))
 
 
 def _no_root(table: Table) -> str:

@@ -1,16 +1,30 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a file turned out to be: a file system, and where in the file it lies."""
+"""What a file turned out to be: a file system, where in the file it lies, and what it can be verified by."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from watcher.images.formats.base import Format
+from watcher.images.formats.base import Extent, Format
+from watcher.images.verification import Verity
 
-_UNVERIFIED = {
-    "verity": "it has verity data, which this version does not verify",
-    "signature": "it is signed (verity data and signature), which this version does not verify",
-}
+
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """What a disk image brings to be verified by.
+
+    Attributes:
+        offset, size: of the partition with its verity data, bytes.
+        root_hash: of the signature; without one, of the UUIDs of the two partitions (UAPI.2).
+        root_hash_from: which of the two, for people.
+        signature: PKCS#7, DER; None without one.
+    """
+
+    offset: int
+    size: int
+    root_hash: bytes
+    root_hash_from: str
+    signature: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,25 +35,28 @@ class Image:
         format: of its file system.
         end: bytes of the file that belong to the image; what follows is padding.
         offset: where in the file the file system begins, bytes.
-        size: of the partition, bytes; 0 without a partition table.
-        protection: of a disk image: "", "verity" (it has verity data), "signature" (and a signature of these).
+        size: of the partition, bytes, or of what of it the verity data covers; 0 without a partition table.
+        brought: of a disk image with verity data.
     """
 
     format: Format
     end: int
     offset: int = 0
     size: int = 0
-    protection: str = ""
+    brought: Brought | None = None
 
     @property
     def name(self) -> str:
         """For people."""
         return f"disk image with {self.format.name}" if self.size else self.format.name
 
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        """What the administrator should know, one line each."""
-        return (_UNVERIFIED[self.protection],) if self.protection else ()
+    def verity(self, fd: int) -> Verity | None:
+        """What the image is to be verified by, `fd` being its file; None where it brings nothing."""
+        brought = self.brought
+        if brought is None:
+            return None
+        data, tree = Extent(fd, self.offset, self.size), Extent(fd, brought.offset, brought.size)
+        return Verity(data, tree, brought.root_hash, brought.signature, brought.root_hash_from)
 
     def fsmount(self, backing: int, label: str) -> int:
         """As `Format.fsmount()`."""

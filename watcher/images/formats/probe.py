@@ -7,10 +7,11 @@ within a partition is not looked into.
 
 from __future__ import annotations
 
-from watcher.images.formats import disk, gpt
-from watcher.images.formats.base import HEAD, Format, read_all
+from watcher.images import signature
+from watcher.images.formats import disk, gpt, verity
+from watcher.images.formats.base import HEAD, Extent, Format, read_all
 from watcher.images.formats.erofs import EROFS
-from watcher.images.formats.image import Image
+from watcher.images.formats.image import Brought, Image
 from watcher.images.formats.squashfs import SQUASHFS
 from watcher.model import Incomplete, Refused
 
@@ -47,8 +48,9 @@ _HINTS = (
 )
 
 
-SIGNATURE_READ = 4 << 20
-"""Bytes of a signature partition that systemd reads."""
+_FROM_UUIDS = (
+    "the UUIDs of its partitions (where systemd 257 and older look for none, and see it as unprotected)"
+)
 _NO_IMAGE = "neither a squashfs nor an erofs image"
 _TEXT = 1024
 
@@ -84,18 +86,35 @@ def _in_partition(fd: int, head: bytes, size: int) -> Image:
     table = gpt.read(fd, head, size)
     root = disk.root(table)
     partition = root.partition
-    protection = "verity" if root.verity else ""
-    if root.signature is not None:
-        protection = "signature"
-        disk.require_signature(read_all(fd, min(root.signature.size, SIGNATURE_READ), root.signature.start))
-    inner = read_all(fd, min(partition.size, HEAD), partition.start)
+    brought, end = _brought(fd, root)
+    inner = read_all(fd, min(end, HEAD), partition.start)
     try:
-        found = _recognised(inner, partition.size)
-        found.complete(inner, partition.size)
+        found = _recognised(inner, end)
+        found.complete(inner, end)
         found.verify(inner)
     except Refused as refused:
         raise Refused(f"its root partition (number {partition.number}): {refused}") from None
-    return Image(found, table.end, partition.start, partition.size, protection)
+    return Image(found, table.end, partition.start, end, brought)
+
+
+def _brought(fd: int, root: disk.Root) -> tuple[Brought | None, int]:
+    """What a disk image brings to be verified by, and how many bytes of its root partition that covers.
+
+    Without verity data that is all of it. Nothing is verified here.
+    """
+    if root.verity is None:
+        return None, root.partition.size
+    tree = Extent(fd, root.verity.start, root.verity.size)
+    data_size = verity.read(tree, root.partition.size).data_size
+    if root.signature is None:
+        root_hash = root.partition.id.bytes + root.verity.id.bytes
+        return Brought(tree.offset, tree.size, root_hash, _FROM_UUIDS), data_size
+    if root.signature.size > signature.PARTITION_MAX:
+        raise Refused(
+            f"its signature partition has {root.signature.size} bytes, {signature.PARTITION_MAX} is the limit"
+        )
+    signed = signature.parse(read_all(fd, root.signature.size, root.signature.start))
+    return Brought(tree.offset, tree.size, signed.root_hash, "its signature", signed.signature), data_size
 
 
 def _recognised(head: bytes, size: int) -> Format:

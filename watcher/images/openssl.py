@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Runs openssl(1). What it is to read it gets by descriptor, so no file can be another one meanwhile.
+
+Python's `cryptography` cannot verify PKCS#7 up to 50.0.2, and M2Crypto binds all of OpenSSL to this process, which
+hostile bytes would then be parsed in. The program makes the same calls as systemd, and a crash of it is a message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from typing import NamedTuple
+
+from watcher.model import Later
+
+_TIMEOUT_SEC = 20
+"""It takes 5 ms. What it reads is small, so only a machine that stands still needs longer."""
+_PACKAGE = "openssl"
+
+
+class Done(NamedTuple):
+    """
+    Attributes:
+        status: its exit status, negative for a signal.
+        output, errors: what it printed.
+    """
+
+    status: int
+    output: bytes
+    errors: str
+
+
+def run(*words: str, **contents: bytes) -> Done:
+    """Run `openssl WORDS`. A word "{NAME}" becomes the path of a file with the content of that name. Blocks.
+
+    Raises:
+        Later: it is not installed, gave no answer in time, or the machine has no memory for it.
+    """
+    files: dict[str, int] = {}
+    try:
+        with contextlib.ExitStack() as stack:
+            for name, content in contents.items():
+                files[name] = os.memfd_create(name, os.MFD_CLOEXEC)
+                stack.callback(os.close, files[name])
+                _write(files[name], content)
+            paths = {f"{{{name}}}": f"/proc/self/fd/{fd}" for name, fd in files.items()}
+            done = subprocess.run(
+                ["openssl", *(paths.get(word, word) for word in words)],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                check=False,
+                timeout=_TIMEOUT_SEC,
+                pass_fds=tuple(files.values()),
+                env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"},
+            )
+    except FileNotFoundError:
+        raise Later(
+            f"signed, and the program openssl is not installed (package {_PACKAGE}): its signature cannot be verified"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise Later(f"openssl has not read its signature in {_TIMEOUT_SEC} s") from None
+    except (OSError, MemoryError) as error:
+        raise Later(f"openssl cannot be run to verify its signature: {error}") from error
+    return Done(done.returncode, done.stdout, done.stderr.decode(errors="replace"))
+
+
+def _write(fd: int, content: bytes) -> None:
+    with open(fd, "wb", closefd=False) as file:
+        file.write(content)
