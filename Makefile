@@ -86,7 +86,7 @@ bench-compare: venv tools ## what is slower than in a result of `make bench`: FI
 	@PYTHONPATH=tests $(VENV)/bin/python -m bench --compare "$(FILE)" $(if $(NEW),--new "$(NEW)") $(PART)
 
 .PHONY: oracle
-oracle: venv tools ## ask systemd 262 again for the answers kept in tests/
+oracle: venv tools ## ask systemd again for the answers kept in tests/
 	@PYTHONPATH=tests $(VENV)/bin/python -m oracle
 
 SYSTEMD := 262

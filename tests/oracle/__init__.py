@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What systemd 262 itself says: thousands of generated questions with the answers of the real tools.
+"""What systemd itself says (262, of policies also 257): thousands of generated questions with the real tools' answers.
 
-`make oracle` asks again (root and a network, or a root file system with systemd 262, needed), the tests only read.
+`make oracle` asks again (root and a network, or root file systems with systemd needed), the tests only read.
 Each file is JSON, one value a line, compressed: first who answered, then the cases. Names that are not UTF-8 are there
 as Python has them, with surrogates.
 """
@@ -20,7 +20,7 @@ LEAST = 10_000
 
 
 def path(name: str) -> Path:
-    """ "versions" or "vpick"."""
+    """ "versions", "vpick", "policies" or "policies-257"."""
     return HERE / f"{name}.jsonl.xz"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Asks systemd 262 again: `make oracle`, or `python -m oracle --root DIRECTORY` with a root that has it."""
+"""Asks systemd again: `make oracle`, or `python -m oracle --root DIRECTORY` with a root that has systemd 262."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from oracle import cases
 
 WANTED = 12_000
 VERSION = "262"
+OLD = "257"
 
 
 def ask(root: Path, questions: Sequence[Any]) -> tuple[str, list[Any]]:
@@ -45,18 +46,30 @@ def _feed(pipe: Any, questions: Sequence[Any]) -> None:
             pipe.write(json.dumps(question) + "\n")
 
 
+def _root(version: str) -> Path:
+    from beds import roots
+
+    return roots.build(roots.SUITES[version])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", type=Path, help=f"a root file system with systemd {VERSION} and python3")
-    root = parser.parse_args().root
-    if root is None:
-        from beds import roots
-
-        root = roots.build(roots.SUITES[VERSION])
-    for name, strategy in (("versions", cases.version_pairs()), ("vpick", cases.picks())):
-        called, answers = ask(root, cases.generate(strategy, WANTED))
-        if not called.startswith(f"systemd {VERSION} "):
-            raise SystemExit(f"oracle: systemd {VERSION} is asked for, {root} has {called}")
+    parser.add_argument("--old-root", type=Path, help=f"the same with systemd {OLD}")
+    parser.add_argument("names", nargs="*", help="versions, vpick, policies (none: all)")
+    options = parser.parse_args()
+    asked = {
+        "versions": (VERSION, options.root, cases.version_pairs()),
+        "vpick": (VERSION, options.root, cases.picks()),
+        "policies": (VERSION, options.root, cases.policies()),
+        "policies-257": (OLD, options.old_root, cases.policies()),
+    }
+    for name, (version, root, strategy) in asked.items():
+        if options.names and name.partition("-")[0] not in options.names:
+            continue
+        called, answers = ask(root or _root(version), cases.generate(strategy, WANTED))
+        if not called.startswith(f"systemd {version} "):
+            raise SystemExit(f"oracle: systemd {version} is asked for, {root} has {called}")
         oracle.save(name, {"tool": called, "architecture": "x86-64", "cases": len(answers)}, answers)
         print(
             f"{oracle.path(name)}: {len(answers)} answers of {called}, {oracle.path(name).stat().st_size} bytes"

@@ -121,6 +121,54 @@ def picks(draw: st.DrawFn) -> dict[str, Any]:
     return {"path": path, "kind": kind, "entries": sorted(map(list, names.items()))}
 
 
+# Policies (systemd.image-policy(7)): mostly valid ones, with all words, and now and then something that is not.
+_designators = st.sampled_from(
+    [
+        *["root"] * 12,
+        *["", ""],
+        *["usr", "home", "srv", "esp", "xbootldr", "swap", "tmp", "var"],
+        *["root-verity", "root-verity", "root-verity-sig", "usr-verity", "usr-verity-sig"],
+        *["Root", "root-sig", " root", "root\t", "ro\\ot", "\\", "é", "default", "*"],
+    ]
+)
+_use = ["verity", "signed", "encrypted", "unprotected", "unused", "absent", "open", "ignore"]
+_more = ["read-only-on", "read-only-off", "growfs-on", "growfs-off"]
+_new = ["encryptedwithintegrity", "btrfs", "erofs", "ext4", "f2fs", "squashfs", "vfat", "xfs"]
+_wrong = [
+    "",
+    "-",
+    "Verity",
+    "ext3",
+    "read-only",
+    " signed",
+    "verity ",
+    "si\\gned",
+    "signed\\",
+    "'signed'",
+    "any",
+    "*",
+]
+_policy_words = st.one_of(
+    *[st.sampled_from(_use)] * 6,
+    *[st.sampled_from(_more)] * 2,
+    st.sampled_from(_new),
+    st.sampled_from(_wrong),
+)
+_rules = st.tuples(_designators, st.lists(_policy_words, max_size=4).map("+".join)).map("=".join)
+_odd = st.sampled_from(["", "-", "*", "~", "=", "==", ":", "root", "root=verity=signed", "\\", "=:=", "%i"])
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> str:
+    """A policy."""
+    if draw(st.integers(0, 39)) == 0:
+        return draw(_odd)
+    rules = draw(st.lists(_rules, min_size=1, max_size=4))
+    if draw(st.integers(0, 9)):  # twice the same is a mistake that would hide all others
+        rules = list({rule.partition("=")[0]: rule for rule in rules}.values())
+    return ":".join(rules)
+
+
 def generate(strategy: st.SearchStrategy[Any], wanted: int, key: Callable[[Any], str] = repr) -> list[Any]:
     """`wanted` different examples, the same ones each time for the same hypothesis."""
     found: dict[str, Any] = {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Runs inside the root file system with systemd 262: takes cases from standard input, prints what the tools say.
+"""Runs inside a root file system with systemd: takes cases from standard input, prints what the tools say.
 
 One JSON value a line, each way. Standard library only, and nothing of this project.
 """
@@ -16,6 +16,7 @@ import tempfile
 from typing import Any
 
 TYPES = {"image": ["--suffix=.raw", "--type=reg", "--type=blk"], "directory": ["--type=dir"]}
+PARTITIONS = ("root", "usr", "home", "root-verity", "root-verity-sig", "default")
 LINKS = {"link-file": "../REG", "link-directory": "../DIR", "link-fifo": "../FIFO", "dangling": "../nothing"}
 
 
@@ -27,6 +28,15 @@ def run(*command: str) -> subprocess.CompletedProcess[bytes]:
 def compare(case: list[str]) -> list[Any]:
     done = run("systemd-analyze", "compare-versions", "--", *case)
     return [*case, {0: 0, 11: 1, 12: -1}[done.returncode]]
+
+
+def policy(text: str) -> list[Any]:
+    """The text, and what holds for some partitions, each as the tool's table has it; None: it is no policy."""
+    done = run("systemd-analyze", "image-policy", "--", text)
+    if done.returncode:
+        return [text, None]
+    table = done.stdout.decode().rpartition("\n\n")[2].splitlines()[1:]
+    return [text, {name: cells for name, *cells in map(str.split, table) if name in PARTITIONS}]
 
 
 def make(directory: str, name: str, kind: str) -> None:
@@ -88,7 +98,8 @@ def main() -> None:
     print(json.dumps(run("systemd-vpick", "--version").stdout.decode().splitlines()[0]), flush=True)
     for line in sys.stdin:
         case = json.loads(line)
-        print(json.dumps(pick(case) if isinstance(case, dict) else compare(case)), flush=True)
+        ask = policy if isinstance(case, str) else pick if isinstance(case, dict) else compare
+        print(json.dumps(ask(case)), flush=True)
 
 
 if __name__ == "__main__":

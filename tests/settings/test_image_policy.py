@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Policies mean what systemd 257 and 262 say they mean; and what a policy says of an image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import oracle
+from watcher.model import Protection, Trust
+from watcher.settings.image_policy import FILE_SYSTEMS, IGNORE, USE, Policy, in_unit, parse, systemds
+
+UNPROTECTED, VERITY, SIGNED = (Trust(one) for one in Protection)
+
+
+def cells(policy: Policy, designator: str, *, old: bool) -> list[str]:
+    """A line of the table of `systemd-analyze image-policy`."""
+    known = USE - {"encryptedwithintegrity"} if old else USE
+    # It does not spell out there what a default without words means.
+    plain = designator == "default"
+    words = policy.default if plain else policy.effective(designator)
+    use = words & known
+    modes = {known: "open", IGNORE: "ignore"}
+    order = ("verity", "signed", "encrypted", "encryptedwithintegrity", "unprotected", "unused", "absent")
+    found = [modes.get(use) or "+".join(word for word in order if word in use) or "-"]
+    for on, off in (("read-only-on", "read-only-off"), ("growfs-on", "growfs-off")):
+        found.append("-" if (on in words) == (off in words) else "yes" if on in words else "no")
+    return found if old else [*found, "+".join(sorted(words & FILE_SYSTEMS)) or "-"]
+
+
+def disagrees(case: Any, *, old: bool) -> bool:
+    text, wanted = case
+    try:
+        policy = systemds(text, old=old)
+    except ValueError:
+        return wanted is not None
+    return wanted is None or {name: cells(policy, name, old=old) for name in wanted} != wanted
+
+
+@pytest.mark.parametrize(("name", "old"), [("policies", False), ("policies-257", True)])
+def test_policies_are_systemds(name: str, old: bool) -> None:
+    header, cases = oracle.load(name)
+    assert header["tool"].startswith("systemd 257 " if old else "systemd 262 ")
+    found = list(cases)
+    assert header["cases"] >= oracle.LEAST
+    assert sum(case[1] is not None for case in found) > 1000
+    assert [case for case in found if disagrees(case, old=old)] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "allowed"),
+    [
+        ("any", (UNPROTECTED, VERITY, SIGNED)),
+        ("verity", (VERITY, SIGNED)),
+        ("signed", (SIGNED,)),
+        ("*", (UNPROTECTED, VERITY, SIGNED)),
+        ("-", ()),
+        ("~", ()),
+        ("root=signed", (SIGNED,)),
+        ("root=signed+absent:=absent", (SIGNED,)),
+        ("root=verity", (VERITY, SIGNED)),
+        ("root=unprotected", (UNPROTECTED, VERITY, SIGNED)),
+        ("root=verity+signed+encrypted+unprotected+absent:usr=signed:=unused+absent", (UNPROTECTED, VERITY, SIGNED)),
+        ("root=encrypted", ()),
+        ("root=ignore", ()),
+        ("root=absent", ()),
+        ("root=", (UNPROTECTED, VERITY, SIGNED)),
+        ("=signed", (SIGNED,)),
+        ("usr=signed", ()),
+        ("usr=signed:=open", (UNPROTECTED, VERITY, SIGNED)),
+    ],
+)  # fmt: skip
+def test_what_a_policy_lets_in(text: str, allowed: tuple[Trust, ...]) -> None:
+    policy = parse(text)
+    assert tuple(trust for trust in (UNPROTECTED, VERITY, SIGNED) if policy.allows(trust, "erofs")) == allowed
+    assert policy.asks_for_signature == (allowed == (SIGNED,))
+
+
+@pytest.mark.parametrize(
+    ("text", "trust", "file_system", "why"),
+    [
+        ("signed", UNPROTECTED, "", "it is unprotected, and signed is asked for"),
+        ("root=signed+verity+absent", UNPROTECTED, "erofs", "it is unprotected, and signed or verity is asked for"),
+        ("root=squashfs+erofs", UNPROTECTED, "ext4", "it is ext4, and erofs or squashfs is asked for"),
+        ("root=signed+squashfs", SIGNED, "erofs", "it is erofs, and squashfs is asked for"),
+        ("root=signed+squashfs", SIGNED, "squashfs", ""),
+        ("=squashfs:root=signed", SIGNED, "erofs", ""),
+        ("*", UNPROTECTED, "minix", "it is minix, and btrfs, erofs, ext4, f2fs, squashfs, vfat or xfs is asked for"),
+        ("root=erofs", UNPROTECTED, "", ""),
+        ("-", SIGNED, "erofs", "no image may be used at all"),
+    ],
+)  # fmt: skip
+def test_why_an_image_is_refused(text: str, trust: Trust, file_system: str, why: str) -> None:
+    assert parse(text).refusal(trust, file_system) == why
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("singed", "no policy: singed has no = (systemd.image-policy(7))"),
+        ("Signed", "no policy: Signed has no = (systemd.image-policy(7))"),
+        ("root=singed", "no policy: singed is no word of it (systemd.image-policy(7))"),
+        ("roof=signed", "no policy: there is no partition roof"),
+        ("root=signed:root=verity", "no policy: two rules for root"),
+        ("=signed:=verity", "no policy: two rules for all others"),
+        ("root=signed\\", "no policy: root=signed\\\\ ends with a backslash"),
+    ],
+)
+def test_what_is_no_policy_is_named(text: str, words: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse(text)
+    assert str(caught.value) == words
+
+
+def test_in_unit_files_unknown_words_are_passed_over_unless_nothing_would_be_left() -> None:
+    assert in_unit("root=signed+ntfs:roof=verity") == parse("root=signed")
+    assert in_unit("root=") == parse("root=")
+    with pytest.raises(ValueError, match="has no word that is known, and would allow everything"):
+        in_unit("root=singed")
+    for text in ("root=signed+erofs", "root=encryptedwithintegrity", "roof=verity:root=signed"):
+        assert in_unit(text)
+        with pytest.raises(ValueError):
+            in_unit(text, old=True)
+    for word in ("any", "verity", "signed"):  # of ours
+        with pytest.raises(ValueError, match="has no ="):
+            in_unit(word)
+
+
+@given(st.text("rotus=:+-*~\\ \t%") | st.text())
+def test_any_text_is_a_policy_or_is_refused_in_one_line(text: str) -> None:
+    for read in (parse, in_unit):
+        try:
+            policy = read(text)
+        except ValueError as error:
+            assert str(error).isprintable()
+        else:
+            assert policy.effective("root")
