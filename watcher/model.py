@@ -219,6 +219,9 @@ class Mountable(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def file_system(self) -> str: ...
+
     def fsmount(self, backing: int, label: str) -> int: ...
 
 

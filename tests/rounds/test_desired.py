@@ -25,7 +25,7 @@ from watcher.images.formats.image import Brought, Image
 from watcher.images.formats.squashfs import SQUASHFS
 from watcher.images.made_for import host
 from watcher.images.store import Store
-from watcher.model import Candidate, Copy, Declared, KeptOut, Kind, Refused, Sysext, Unsafe
+from watcher.model import Candidate, Copy, Declared, KeptOut, Kind, Refused, Sysext, Trust, Unsafe
 from watcher.mounts.workers import MountWorkers
 from watcher.records.state import STACK, Quarantine, State
 from watcher.resolve import scan, sources
@@ -217,7 +217,7 @@ def test_a_sysext_that_a_unit_declares_is_left_to_systemd_whoever_owns_it(
 def test_what_systemd_may_fail_to_start_on_is_for_no_unit(unit: str, kept_out: bool) -> None:
     signed = Image(SQUASHFS, 1 << 20, 4096, 4096, Brought(40960, 8192, bytes(32), "its signature"))
     copy = Copy("a" * 64, "/store/a", 1 << 20, Kind.IMAGE, signed)
-    admission = SimpleNamespace(admit=lambda *_: copy)
+    admission = SimpleNamespace(admit=lambda *_: copy, trust=lambda _: Trust())
     candidate = Candidate("/drop/web.raw", "web.raw", "web", "", Kind.IMAGE)
     given = Given(unit, Declared(), host())
     with StrictModes(ROOT_ALONE) as modes:

@@ -15,7 +15,7 @@ from support.images import confext
 from watcher.images.admission import Admission
 from watcher.images.made_for import host
 from watcher.images.store import Store
-from watcher.model import Declared, Stack
+from watcher.model import Declared, Setting, Stack
 from watcher.mounts.workers import MountWorkers
 from watcher.records.state import Quarantine, State
 from watcher.resolve.trust import Trust
@@ -23,6 +23,7 @@ from watcher.rounds import looks
 from watcher.rounds.desired import Desired, Given, find
 from watcher.rounds.looks import Looks, common_key
 from watcher.rounds.patience import Limits
+from watcher.settings.image_policy import demand
 
 MIB = 1 << 20
 
@@ -105,7 +106,7 @@ def test_instances_that_have_the_same_find_the_same() -> None:
     [
         replace(GIVEN, declared=Declared(confext_dirs=("/srv/db.service.confext.d",))),
         replace(GIVEN, trust=Trust(users=("deploy",))),
-        replace(GIVEN, policy="signed"),
+        replace(GIVEN, policies=(demand(Setting("ImagePolicy", "signed", "/f:1")),)),
         replace(GIVEN, limits=Limits(remove_usec=5)),
         replace(GIVEN, thorough=True),
         replace(GIVEN, slots="web@1.exec"),  # systemd does not start it

@@ -320,7 +320,8 @@ def test_an_image_policy_that_cannot_be_met_lets_nothing_in(place: Place) -> Non
     service = place.start(*options)
     service.put("1.3")
     place.start_daemon(wait=False)
-    service.logged("refused: nothing is verified yet, as ImagePolicy=signed asks for")
+    why = r"a directory tree is unprotected, and ImagePolicy=signed \(--set\) asks for signed: sign it with a key "
+    service.logged(f"refused: {why}")
     service.kill()
     service = place.start(*options, name=service.name)
     assert service.heard == ["nothing"]

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracle
-from watcher.model import Protection, Trust
-from watcher.settings.image_policy import FILE_SYSTEMS, IGNORE, USE, Policy, in_unit, parse, systemds
+from watcher.model import Protection, Setting, Trust
+from watcher.settings.image_policy import FILE_SYSTEMS, IGNORE, USE, Policy, demand, in_unit, parse, systemds
 
 UNPROTECTED, VERITY, SIGNED = (Trust(one) for one in Protection)
 
@@ -80,21 +80,80 @@ def test_what_a_policy_lets_in(text: str, allowed: tuple[Trust, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "trust", "file_system", "why"),
+    ("text", "trust", "file_system", "lacks"),
     [
-        ("signed", UNPROTECTED, "", "it is unprotected, and signed is asked for"),
-        ("root=signed+verity+absent", UNPROTECTED, "erofs", "it is unprotected, and signed or verity is asked for"),
-        ("root=squashfs+erofs", UNPROTECTED, "ext4", "it is ext4, and erofs or squashfs is asked for"),
-        ("root=signed+squashfs", SIGNED, "erofs", "it is erofs, and squashfs is asked for"),
-        ("root=signed+squashfs", SIGNED, "squashfs", ""),
-        ("=squashfs:root=signed", SIGNED, "erofs", ""),
-        ("*", UNPROTECTED, "minix", "it is minix, and btrfs, erofs, ext4, f2fs, squashfs, vfat or xfs is asked for"),
-        ("root=erofs", UNPROTECTED, "", ""),
-        ("-", SIGNED, "erofs", "no image may be used at all"),
+        ("signed", UNPROTECTED, "", "signed"),
+        ("root=signed+verity+absent", UNPROTECTED, "erofs", "signed verity"),
+        ("root=squashfs+erofs", UNPROTECTED, "ext4", "erofs squashfs"),
+        ("root=signed+squashfs", SIGNED, "erofs", "squashfs"),
+        ("root=signed+squashfs", SIGNED, "squashfs", None),
+        ("=squashfs:root=signed", SIGNED, "erofs", None),
+        ("*", UNPROTECTED, "minix", "btrfs erofs ext4 f2fs squashfs vfat xfs"),
+        ("root=erofs", UNPROTECTED, "", None),
+        ("-", SIGNED, "erofs", ""),
     ],
-)  # fmt: skip
-def test_why_an_image_is_refused(text: str, trust: Trust, file_system: str, why: str) -> None:
-    assert parse(text).refusal(trust, file_system) == why
+)
+def test_what_an_image_lacks(text: str, trust: Trust, file_system: str, lacks: str | None) -> None:
+    found = parse(text).lacks(trust, file_system)
+    assert found == (None if lacks is None else frozenset(lacks.split()))
+
+
+UNKNOWN = Trust(Protection.VERITY, remark="signed by an unknown key")
+SIGN = (
+    "sign it with a key whose certificate is in /etc/verity.d (systemd-repart --make-ddi=confext --private-key="
+    " --certificate=)"
+)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "trust", "file_system", "words"),
+    [
+        ("ImagePolicy", "any", UNPROTECTED, "", ""),
+        (
+            *("ImagePolicy", "signed", UNPROTECTED, "erofs"),
+            f"it is unprotected, and ImagePolicy=signed (/u:7) asks for signed: {SIGN}, or change the policy",
+        ),
+        (
+            *("ImagePolicy", "signed", UNPROTECTED, ""),
+            f"a directory tree is unprotected, and ImagePolicy=signed (/u:7) asks for signed: {SIGN}, or change the"
+            " policy",
+        ),
+        (
+            *("ExtensionImagePolicy", "root=signed", UNKNOWN, "erofs"),
+            "it is verity (signed by an unknown key), and ExtensionImagePolicy=root=signed (/u:7) asks for signed:"
+            f" {SIGN}, or change the policy",
+        ),
+        (
+            *("ImagePolicy", "verity", UNPROTECTED, "squashfs"),
+            "it is unprotected, and ImagePolicy=verity (/u:7) asks for signed or verity: build it with a hash tree"
+            " (systemd-repart --make-ddi=confext), or change the policy",
+        ),
+        (
+            *("ImagePolicy", "root=encrypted", SIGNED, "squashfs"),
+            "it is signed, and ImagePolicy=root=encrypted (/u:7) asks for encrypted: confexts are none of these, or"
+            " change the policy",
+        ),
+        (
+            *("ImagePolicy", "root=erofs", SIGNED, "squashfs"),
+            "it is squashfs, and ImagePolicy=root=erofs (/u:7) asks for erofs: build it so, or change the policy",
+        ),
+        ("ImagePolicy", "~", SIGNED, "erofs", "ImagePolicy=~ (/u:7) lets no image in at all: change that"),
+        (
+            *("ImagePolicy", "singed", SIGNED, "erofs"),
+            "nothing new gets in, ImagePolicy= (/u:7) is no policy: singed has no = (systemd.image-policy(7)): mend"
+            " that line",
+        ),
+        (
+            *("ExtensionImagePolicy", "signed", SIGNED, "erofs"),
+            "nothing new gets in, ExtensionImagePolicy= (/u:7) is no policy: signed has no = (systemd.image-policy(7)):"
+            " mend that line",
+        ),
+    ],
+)
+def test_a_refusal_says_which_policy_where_and_what_to_do(
+    key: str, text: str, trust: Trust, file_system: str, words: str
+) -> None:
+    assert demand(Setting(key, text, "/u:7")).refusal(trust, file_system) == words
 
 
 @pytest.mark.parametrize(
@@ -123,7 +182,7 @@ def test_in_unit_files_unknown_words_are_passed_over_unless_nothing_would_be_lef
     for text in ("root=signed+erofs", "root=encryptedwithintegrity", "roof=verity:root=signed"):
         assert in_unit(text)
         with pytest.raises(ValueError):
-            in_unit(text, old=True)
+            systemds(text, old=True)
     for word in ("any", "verity", "signed"):  # of ours
         with pytest.raises(ValueError, match="has no ="):
             in_unit(word)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import trio
 
-from watcher.model import Copy, Declared
+from watcher.model import Copy, Declared, Setting
 from watcher.mounts.process import Process
 from watcher.resolve.trust import BY_EXEC, IN_UNIT, Trust
 from watcher.settings.config import ServiceSettings
@@ -38,6 +38,7 @@ class Service:
         root: path of the root directory whose os-release decides which images match (`RootDirectory=`, else "/"); None:
             only its own processes have that mounted (`RootImage=`), and it has none.
         aliases: its other names.
+        unit_policy: the unit's `ExtensionImagePolicy=`, None without one.
         manager: "systemd" or "standalone".
     """
 
@@ -54,6 +55,7 @@ class Service:
     headless: bool = False
     root: str | None = "/"
     aliases: tuple[str, ...] = ()
+    unit_policy: Setting | None = None
     manager: str = "systemd"
 
     def went_down_since(self, restarts: int) -> bool:

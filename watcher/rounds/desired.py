@@ -31,7 +31,6 @@ from watcher.model import (
     Stack,
     Sysext,
     Unsafe,
-    shown,
 )
 from watcher.mounts.table import LAYERS_MAX
 from watcher.records.state import STACK, Accepted, State
@@ -39,8 +38,10 @@ from watcher.resolve import scan
 from watcher.resolve.strict_modes import StrictModes
 from watcher.resolve.trust import ROOT_ALONE, Trust
 from watcher.rounds.choose import Choice, Passed, choose
+from watcher.rounds.image_policies import require_allowed
 from watcher.rounds.kept_entries import nothing_removed, with_entries
 from watcher.rounds.patience import Limits, Removals, marked
+from watcher.settings.image_policy import Demand
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,7 @@ class Given:
         made_for: what its images must be made for; None: that is not known now, and it keeps what it has.
         state: what was decided before.
         elsewhere: digests that it must not get unless it has them already, with the reason.
-        policy: `ImagePolicy=`, systemd.image-policy(7). Nothing is verified yet: unless it is "*", nothing new gets in.
+        policies: which images may get in.
         trust: whom it lets drop things. Names are looked up, which may take as long as LDAP does.
         limits: how long it waits.
         removals: since when what it has is gone.
@@ -116,7 +117,7 @@ class Given:
     made_for: Host | None
     state: State = field(default_factory=State)
     elsewhere: Mapping[str, str] = field(default_factory=dict)
-    policy: str = ""
+    policies: tuple[Demand, ...] = ()
     trust: Trust = ROOT_ALONE
     limits: Limits = Limits()  # noqa: RUF009 -- frozen
     removals: Removals = field(default_factory=Removals)
@@ -202,7 +203,8 @@ class _Admitting:
         self._made_for = given.made_for
         self._modes = modes
         self._reasons = reasons
-        self._policy = given.policy
+        self._policies = given.policies
+        self._has = given.state.accepted.stack.digests
         self._by_systemd = starts_by_systemd(given.slots)
         self.at_hand: set[str] = set()
         self.digests: dict[str, str] = {}
@@ -213,8 +215,8 @@ class _Admitting:
         self.digests[candidate.path] = copy.digest
         if copy.digest in self._reasons:
             raise KeptOut(f"kept out: {self._reasons[copy.digest]}", copy.digest)
-        if self._policy not in ("", "*"):
-            raise Refused(f"nothing is verified yet, as ImagePolicy={shown(self._policy)} asks for")
+        if copy.digest not in self._has:  # what it has, stays
+            require_allowed(self._policies, copy, self._admission.trust(copy))
         if self._by_systemd:
             require_startable(copy)
         return copy

@@ -47,6 +47,7 @@ from watcher.resolve.strict_modes import StrictModes
 from watcher.rounds import changes, decide, messages
 from watcher.rounds.desired import Desired, Given, find, newest_whole
 from watcher.rounds.facts import Facts
+from watcher.rounds.image_policies import demands
 from watcher.rounds.patience import limits
 from watcher.settings.config import Settings
 from watcher.settings.kernel_command_line import why_nothing_new
@@ -347,7 +348,7 @@ def _find(settings: Settings, admission: Admission, store: Store, options: ExecO
         host(),
         state,
         _kept_out_elsewhere(settings, store, options),
-        own.image_policy,
+        demands(settings, own),
         trust_of(own, "standalone"),
         limits(settings, own),
     )

@@ -38,7 +38,7 @@ def common_key(root: str | None, given: Given) -> Hashable | None:
         accepted,
         by_systemd,
         given.made_for and given.made_for.terms,
-        given.policy,
+        given.policies,
         given.trust,
         given.limits,
         given.thorough,

@@ -26,6 +26,7 @@ from watcher.resolve.strict_modes import StrictModes
 from watcher.rounds import looks, messages, retry
 from watcher.rounds.desired import Desired, Given, find
 from watcher.rounds.facts import Facts, Judged
+from watcher.rounds.image_policies import demands_of
 from watcher.rounds.memory import Memory, Round
 from watcher.rounds.outcomes import Outcomes, say, signatures
 from watcher.rounds.patience import limits
@@ -251,7 +252,7 @@ class Observer:
             None if root is None else self._looks.shared(("host", root), since, lambda: host(root)),
             state,
             elsewhere,
-            service.settings.image_policy,
+            demands_of(tools.settings, service),
             service.trust,
             limits(tools.settings, service.settings),
             tools.removals,

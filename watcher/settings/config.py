@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from watcher.model import Remark, Setting, shown
-from watcher.settings import syntax, unit_names
+from watcher.settings import image_policy, syntax, unit_names
 from watcher.settings.signals import signal_name, signal_number
 from watcher.settings.syntax import Assignment
 from watcher.settings.values import boolean, number, size, split, time_span
@@ -48,7 +48,9 @@ class Settings:
         reload_limit_interval_usec: `ReloadLimitIntervalSec=`.
         mount_workers: `MountWorkers=`, swaps at the same time.
         log_level: `LogLevel=`, "debug", "info", "warning" or "error".
+        image_policy: `ImagePolicy=` of all services, as written, see `image_policy.py`; "" when not set.
         state_directory: $STATE_DIRECTORY, runtime_directory and configuration_directory likewise; absolute.
+        written: as in `ServiceSettings`.
     """
 
     settle_usec: int = 100_000
@@ -64,9 +66,11 @@ class Settings:
     reload_limit_interval_usec: int = 10_000_000
     mount_workers: int = 4
     log_level: str = "info"
+    image_policy: str = ""
     runtime_directory: str = f"/run/{_NAME}"
     state_directory: str = f"/var/lib/{_NAME}"
     configuration_directory: str = f"/etc/{_NAME}"
+    written: tuple[Setting, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +96,7 @@ class ServiceSettings:
         remove_usec: `RemoveSec=`, likewise.
         trusted_users: `TrustedUsers=`, names or numbers.
         trusted_groups: `TrustedGroups=`.
-        image_policy: `ImagePolicy=`, as written (systemd.image-policy(7), or "signed"); "" when not set.
+        image_policy: `ImagePolicy=`, as written, see `image_policy.py`; "" when not set.
         enabled: `Enabled=`.
         written: those that do not have their defaults, as they are written.
     """
@@ -186,14 +190,14 @@ def watcher_settings(
         paths: the three directories, see `directories()`.
     """
     assignments = tuple(assignments)
-    values, remarks, _ = _read(assignments, WATCHER_SECTION, _WATCHER_KEYS)
+    values, remarks, written = _read(assignments, WATCHER_SECTION, _WATCHER_KEYS)
     remarks += [
         assignment.remark(f"ignored: the section [{shown(assignment.section)}] is not known")
         for assignment in assignments
         if assignment.section != WATCHER_SECTION and not assignment.section.startswith("X-")
     ]
     values.update(paths or {})
-    return Settings(**values), tuple(remarks)
+    return Settings(**values, written=written), tuple(remarks)
 
 
 def service_settings(
@@ -246,21 +250,31 @@ def _read(
             written.pop(attribute, None)
         else:
             try:
-                value = read(expand(assignment.value))
+                value = read(assignment.value if read is _policy else expand(assignment.value))
             except ValueError as error:
                 remarks.append(assignment.remark(f"ignored: {assignment.key}= is {error}"))
             else:
+                remarks += policy_remarks(assignment if read is _policy else None)
                 adds_up = isinstance(value, tuple)
                 values[attribute] = values.get(attribute, ()) + value if adds_up else value
                 before = written.get(attribute, []) if adds_up else []
-                written[attribute] = [*before, _as_written(assignment)]
+                written[attribute] = [*before, as_written(assignment)]
     return values, remarks, tuple(setting for each in written.values() for setting in each)
 
 
-def _as_written(assignment: Assignment) -> Setting:
+def as_written(assignment: Assignment) -> Setting:
+    """A setting, and where it is written."""
     is_file = assignment.path.startswith("/")
     source = f"{assignment.path}:{assignment.line}" if is_file else assignment.path
     return Setting(assignment.key, assignment.value, source)
+
+
+def policy_remarks(assignment: Assignment | None) -> tuple[Remark, ...]:
+    """What is wrong with a policy: it counts all the same."""
+    problem = image_policy.demand(as_written(assignment)).problem if assignment is not None else ""
+    if assignment is None or not problem:
+        return ()
+    return (assignment.remark(f"nothing new gets in: {assignment.key}= is {problem}"),)
 
 
 def _choice(*words: str) -> Callable[[str], str]:
@@ -292,6 +306,11 @@ def _names(text: str) -> tuple[str, ...]:
     return names
 
 
+def _policy(text: str) -> str:
+    """A policy, as written: one that is none is no reason to let everything in."""
+    return text
+
+
 def _command(text: str) -> tuple[str]:
     """A command line, if it is one."""
     if not split(text):
@@ -313,6 +332,7 @@ _WATCHER_KEYS: _Keys = {
     "ReloadLimitIntervalSec": ("reload_limit_interval_usec", time_span),
     "MountWorkers": ("mount_workers", _at_least(1)),
     "LogLevel": ("log_level", _choice("debug", "info", "warning", "error")),
+    image_policy.KEY: ("image_policy", _policy),
 }
 _SERVICE_KEYS: _Keys = {
     "Reload": ("reload", reload_kind),
@@ -333,6 +353,6 @@ _SERVICE_KEYS: _Keys = {
     "RemoveSec": ("remove_usec", time_span),
     "TrustedUsers": ("trusted_users", _names),
     "TrustedGroups": ("trusted_groups", _names),
-    "ImagePolicy": ("image_policy", str),
+    image_policy.KEY: ("image_policy", _policy),
     "Enabled": ("enabled", boolean),
 }

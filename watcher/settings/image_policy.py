@@ -15,7 +15,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from watcher.model import Protection, Trust, shown
+from watcher.model import Protection, Setting, Trust, shown
+
+KEY: Final = "ImagePolicy"
+UNIT_KEY: Final = "ExtensionImagePolicy"
 
 ROOT: Final = "root"
 _DATA: Final = ("root", "usr", "home", "srv", "esp", "xbootldr", "swap", "tmp", "var")
@@ -95,20 +98,20 @@ class Policy:
         Args:
             file_system: by the kernel's name; "" for a tree, of which the kernel mounts none.
         """
-        return not self.refusal(trust, file_system)
+        return self.lacks(trust, file_system) is None
 
-    def refusal(self, trust: Trust, file_system: str = "") -> str:
-        """Why an image must not be used: "it is unprotected, and signed is asked for"; "" if it may be."""
+    def lacks(self, trust: Trust, file_system: str = "") -> Words | None:
+        """Words of which one would have to be true of an image, and none is; none at all if no image may be used.
+
+        Returns:
+            None: it may be used.
+        """
         words = self.effective(ROOT)
         asked = words & USE - IGNORE
-        if not asked:
-            return "no image may be used at all"
         if not asked.intersection(_SUFFICES[trust.protection]):
-            return f"it is {trust.protection.value}, and {_either(asked)} is asked for"
+            return asked
         systems = words & FILE_SYSTEMS or FILE_SYSTEMS
-        if file_system and file_system not in systems:
-            return f"it is {file_system}, and {_either(systems)} is asked for"
-        return ""
+        return systems if file_system and file_system not in systems else None
 
     @property
     def asks_for_signature(self) -> bool:
@@ -125,18 +128,15 @@ def parse(text: str) -> Policy:
     return systemds(OURS.get(text, text))
 
 
-def in_unit(text: str, *, old: bool = False) -> Policy:
-    """`ExtensionImagePolicy=` as systemd reads it in a unit file: 262 passes over words that it does not know.
+def in_unit(text: str) -> Policy:
+    """`ExtensionImagePolicy=`: systemd 262 passes over words that it does not know, 257 fails to load such a unit.
 
     A rule of which nothing is left would then allow everything. We refuse that.
-
-    Args:
-        old: systemd 257 fails to load the unit.
 
     Raises:
         ValueError: it is none.
     """
-    return systemds(text, old=old, lenient=not old)
+    return systemds(text, lenient=True)
 
 
 @functools.lru_cache(maxsize=256)
@@ -224,3 +224,58 @@ def _either(words: Iterable[str]) -> str:
     """ "verity or signed"."""
     *others, last = sorted(words)
     return f"{', '.join(others)} or {last}" if others else last
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """A policy that counts for a service. An image has to pass all of them: so the stricter wins.
+
+    Attributes:
+        setting: `ImagePolicy=` or `ExtensionImagePolicy=`, and where it is written.
+        policy: None: it is none.
+        problem: why it is none.
+    """
+
+    setting: Setting
+    policy: Policy | None
+    problem: str = ""
+
+    def refusal(self, trust: Trust, file_system: str = "") -> str:
+        """Why an image does not get in, and what to do; one line, "" if it does. Arguments as `Policy.allows()`."""
+        setting = self.setting
+        if self.policy is None:
+            return f"nothing new gets in, {setting.key}= ({shown(setting.source)}) is {self.problem}: mend that line"
+        asked = self.policy.lacks(trust, file_system)
+        if asked is None:
+            return ""
+        who = f"{setting.key}={shown(setting.value)} ({shown(setting.source)})"
+        if not asked:
+            return f"{who} lets no image in at all: change that"
+        if asked <= FILE_SYSTEMS:
+            return (
+                f"it is {file_system}, and {who} asks for {_either(asked)}: build it so, or change the policy"
+            )
+        what = "it is" if file_system else "a directory tree is"
+        why = f" ({trust.remark})" if trust.remark else ""
+        words = f"{what} {trust.protection.value}{why}, and {who} asks for {_either(asked)}"
+        return f"{words}: {_help(asked)}, or change the policy"
+
+
+def demand(setting: Setting) -> Demand:
+    """What a setting asks for: `ImagePolicy=`, or else that of a unit."""
+    try:
+        policy = parse(setting.value) if setting.key == KEY else in_unit(setting.value)
+    except ValueError as error:
+        return Demand(setting, None, str(error))
+    return Demand(setting, policy)
+
+
+def _help(asked: Words) -> str:
+    if "signed" in asked and not asked & {"verity", "unprotected"}:
+        return (
+            "sign it with a key whose certificate is in /etc/verity.d (systemd-repart --make-ddi=confext"
+            " --private-key= --certificate=)"
+        )
+    if asked & {"verity", "signed"}:
+        return "build it with a hash tree (systemd-repart --make-ddi=confext)"
+    return "confexts are none of these"

@@ -15,7 +15,7 @@ from watcher import generator
 from watcher.images.stacks import Stacks
 from watcher.managers.systemd import unit_facts
 from watcher.managers.systemd.unit_files import Index
-from watcher.model import Entry, Kind, Layer, Stack, Verdict
+from watcher.model import Entry, Kind, Layer, Setting, Stack, Verdict
 from watcher.records.state import Undoing
 
 WEB = "[Service]\nExecStart=/bin/true\nRootDirectory=/srv/root/.\n[X-Confext]\nReload=signal:HUP\nCheckSec=soon\n"
@@ -143,6 +143,24 @@ def test_a_service_is_described_by_its_files(host: Host) -> None:
     assert (found.name, found.root, found.settings.reload) == ("web.service", "/srv/root", "signal:SIGHUP")
     assert found.declared.confext_dirs == (f"{host.units}/web.service.confext.d",)
     assert [remark.path for remark in found.remarks] == [f"{host.units}/web.service:6"]
+
+
+def test_the_image_policy_of_a_unit_is_the_last_one_with_its_line(host: Host) -> None:
+    def policy(*lines: str) -> tuple[Setting | None, list[str]]:
+        (host.units / "web.service").write_text("\n".join(["[Service]", "ExecStart=/bin/true", *lines]))
+        (found,) = unit_facts.all_facts(host.index, {}).values()
+        assert found.fields(None)["unit_policy"] == found.policy
+        return found.policy, [remark.text for remark in found.remarks]
+
+    key = "ExtensionImagePolicy"
+    assert policy() == (None, [])
+    last = Setting(key, "root=signed", f"{host.units}/web.service:4")
+    assert policy(f"{key}=root=verity", f"{key}=root=signed") == (last, [])
+    assert policy(f"{key}=root=verity", f"{key}=") == (None, [])
+    bad = policy(f"{key}=signed")
+    assert bad[0] is not None
+    said = f"nothing new gets in: {key}= is no policy: signed has no = (systemd.image-policy(7))"
+    assert bad[1] == [said]
 
 
 def test_a_service_that_is_not_enabled_is_known_to_be_so(host: Host) -> None:

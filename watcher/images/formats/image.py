@@ -50,6 +50,11 @@ class Image:
         """For people."""
         return f"disk image with {self.format.name}" if self.size else self.format.name
 
+    @property
+    def file_system(self) -> str:
+        """By the kernel's name."""
+        return self.format.name
+
     def verity(self, fd: int) -> Verity | None:
         """What the image is to be verified by, `fd` being its file; None where it brings nothing."""
         brought = self.brought

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 from watcher.managers.base import NoShadow
 from watcher.managers.systemd import drop_ins, sandbox_settings, unit_drop_in, unit_files, unit_watch
 from watcher.managers.systemd.unit_files import DROPIN, Index, Unit
-from watcher.model import Declared, Kind, Remark, shown
+from watcher.model import Declared, Kind, Remark, Setting, shown
 from watcher.mounts.process import Process
 from watcher.records.state import Damaged, decoded
-from watcher.settings import config, syntax, unit_names
+from watcher.settings import config, image_policy, syntax, unit_names
 from watcher.settings.config import ServiceSettings
 
 GENERATED = "/run/systemd/generator"
@@ -33,6 +33,7 @@ class UnitFacts:
         state: what they were when they were read, see `unit_watch.state()`.
         root: `RootDirectory=`, "/" without one.
         root_image: its root is an image (`RootImage=`), which only its own processes have mounted.
+        policy: `ExtensionImagePolicy=`, None without one.
     """
 
     unit: Unit
@@ -41,6 +42,7 @@ class UnitFacts:
     settings: ServiceSettings
     root: str = "/"
     root_image: bool = False
+    policy: Setting | None = None
     remarks: tuple[Remark, ...] = ()
 
     @property
@@ -57,7 +59,8 @@ class UnitFacts:
         if self.root_image:
             root = f"/proc/{main.pid}/root" if main else None
         aliases = self.unit.names[1:]
-        return {"declared": self.declared, "settings": self.settings, "root": root, "aliases": aliases}
+        of_files = {"declared": self.declared, "settings": self.settings, "unit_policy": self.policy}
+        return {**of_files, "root": root, "aliases": aliases}
 
 
 def units_with_slots(state_directory: str) -> dict[str, bool]:
@@ -113,6 +116,7 @@ def _facts_of(index: Index, unit: Unit) -> UnitFacts:
     expand = unit_names.Specifiers(unit.name, unit.fragment).expand
     settings, more = settings_of(index, unit)
     image = syntax.last(parsed.assignments, "Service", "RootImage")
+    policy = syntax.last(parsed.assignments, "Service", image_policy.UNIT_KEY)
     return UnitFacts(
         unit=unit,
         state=state,
@@ -120,7 +124,8 @@ def _facts_of(index: Index, unit: Unit) -> UnitFacts:
         settings=settings,
         root=_root(parsed.assignments, expand),
         root_image=image is not None,
-        remarks=(*remarks, *more, *_unknown_in_time(index, unit)),
+        policy=config.as_written(policy) if policy is not None else None,
+        remarks=(*remarks, *more, *_unknown_in_time(index, unit), *config.policy_remarks(policy)),
     )
 
 
