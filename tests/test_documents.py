@@ -18,7 +18,7 @@ from structlog.testing import capture_logs
 
 from support.needs import tool, which
 from watcher.images import tries
-from watcher.model import Event, Outcome, Verdict
+from watcher.model import Event, Kind, Layer, Outcome, Protection, Trust, Verdict
 from watcher.records import journal
 from watcher.settings import config
 
@@ -111,7 +111,8 @@ def test_counted_tries_are_in_the_man_page_as_they_are_made() -> None:
 
 def test_the_fields_of_the_journal_are_in_the_man_page() -> None:
     values: dict[str, Any] = {field.name: field.name for field in dataclasses.fields(Event)}
-    event = Event(**values | {"outcome": Outcome.APPLIED, "layers": ()})
+    layer = Layer("", "", "", "digest", Kind.IMAGE, "", Trust(Protection.SIGNED, "CN=ops"))
+    event = Event(**values | {"outcome": Outcome.APPLIED, "layers": (layer,)})
     with capture_logs() as entries:
         journal.record(event)
     fields = set(entries[0]) - {"event", "log_level", "message_id", "notice"}

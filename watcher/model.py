@@ -213,6 +213,36 @@ class Look:
     unsafe: bool = False
 
 
+class Protection(enum.Enum):
+    """How an image is protected, by systemd.image-policy(7): the values of CONFEXT_TRUST= in the journal."""
+
+    UNPROTECTED = "unprotected"
+    VERITY = "verity"
+    SIGNED = "signed"
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """What was proved of a content, not what it claims.
+
+    Attributes:
+        protection: the verdict.
+        signer: subject of the certificate whose key has signed it, for people; "" unless it is signed.
+        fingerprint: SHA-256 of that certificate (DER), 64 hexadecimal digits; "" unless it is signed.
+        root_hash: of its hash tree, hexadecimal digits; "" where there is none.
+        how: in which way that was proved, for people: "its hash tree was verified over the store's copy".
+        remark: why it is not more, one line for the administrator: "signed by an unknown key"; "" if there is nothing
+            to say.
+    """
+
+    protection: Protection = Protection.UNPROTECTED
+    signer: str = ""
+    fingerprint: str = ""
+    root_hash: str = ""
+    how: str = ""
+    remark: str = ""
+
+
 class Mountable(Protocol):
     """What an image turned out to be, as far as others need it: see `images/formats/image.py`."""
 
@@ -234,6 +264,7 @@ class Copy:
         path: absolute path in the store; a regular file of mode 0400 or a directory.
         size: bytes.
         format: of an image, None for a tree.
+        trust: what was proved of it, once it is let in.
     """
 
     digest: str
@@ -241,11 +272,16 @@ class Copy:
     size: int
     kind: Kind
     format: Mountable | None = None
+    trust: Trust = Trust()
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One admitted image or tree in a stack."""
+    """One admitted image or tree in a stack.
+
+    Attributes:
+        trust: what was proved of it when it was looked at last; nothing in what an older version has recorded.
+    """
 
     slot: str
     name: str
@@ -253,6 +289,7 @@ class Layer:
     digest: str
     kind: Kind
     source: str
+    trust: Trust = Trust()
 
     @property
     def label(self) -> str:
@@ -294,36 +331,6 @@ class Setting:
     key: str
     value: str
     source: str
-
-
-class Protection(enum.Enum):
-    """How an image is protected, by systemd.image-policy(7): the values of CONFEXT_TRUST= in the journal."""
-
-    UNPROTECTED = "unprotected"
-    VERITY = "verity"
-    SIGNED = "signed"
-
-
-@dataclass(frozen=True, slots=True)
-class Trust:
-    """What was proved of a content, not what it claims.
-
-    Attributes:
-        protection: the verdict.
-        signer: subject of the certificate whose key has signed it, for people; "" unless it is signed.
-        fingerprint: SHA-256 of that certificate (DER), 64 hexadecimal digits; "" unless it is signed.
-        root_hash: of its hash tree, hexadecimal digits; "" where there is none.
-        how: in which way that was proved, for people: "its hash tree was verified over the store's copy".
-        remark: why it is not more, one line for the administrator: "signed by an unknown key"; "" if there is nothing
-            to say.
-    """
-
-    protection: Protection = Protection.UNPROTECTED
-    signer: str = ""
-    fingerprint: str = ""
-    root_hash: str = ""
-    how: str = ""
-    remark: str = ""
 
 
 class Outcome(enum.Enum):
@@ -369,6 +376,11 @@ class Event:
     total_usec: int | None = None
     layers: tuple[Layer, ...] = field(default=())
     verdict: Verdict | None = None
+
+    @property
+    def trust(self) -> Trust | None:
+        """What was proved of the image that it is about; None if it is about none of the stack."""
+        return next((layer.trust for layer in self.layers if layer.digest == self.digest), None)
 
     @property
     def result(self) -> str:

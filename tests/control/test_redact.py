@@ -14,13 +14,24 @@ import pytest
 from varlink import scanner
 
 from watcher.control import redact
-from watcher.model import Event, Layer, Outcome, Remark, Setting, Verdict
+from watcher.model import Event, Layer, Outcome, Remark, Setting, Trust, Verdict
 from watcher.records import schema
 from watcher.records.schema import Answer, PlannedChange, Quarantined, ServiceStatus, to_dict
 
-ANSWERS: list[type[Any]] = [Layer, Event, Quarantined, Remark, Setting, ServiceStatus, PlannedChange, Answer]
+ANSWERS: list[type[Any]] = [
+    Layer,
+    Trust,
+    Event,
+    Quarantined,
+    Remark,
+    Setting,
+    ServiceStatus,
+    PlannedChange,
+    Answer,
+]
 PRIVATE = {
     Layer: {"source"},
+    Trust: {"signer", "fingerprint", "root_hash", "how", "remark"},
     Event: {"message", "source", "reason", "output"},
     Quarantined: {"reason", "source"},
     Remark: {"level", "path", "text"},

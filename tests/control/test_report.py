@@ -19,7 +19,7 @@ import pytest
 
 from support import CHECKOUT, from_report
 from watcher.control.report import report
-from watcher.model import Entry, Kind, Layer, Stack, Verdict
+from watcher.model import Entry, Kind, Layer, Protection, Stack, Trust, Verdict
 from watcher.records.schema import to_dict
 from watcher.records.state import Accepted, Quarantine, State, Trial, Undoing
 from watcher.rounds import decide
@@ -27,7 +27,8 @@ from watcher.rounds.decide import Done, Reject, Step, Swap
 from watcher.rounds.facts import Facts, Judged
 
 ODD = os.fsdecode(b"/srv/\xff\n\x1b\x9b'\"\\ \xc3\xa4.raw")
-LAYER = Layer("web.raw", "web", "1.4", "a" * 64, Kind.IMAGE, ODD)
+TRUST = Trust(Protection.SIGNED, "CN=a", "f" * 9, "e" * 9, "its hash tree", "said")
+LAYER = Layer("web.raw", "web", "1.4", "a" * 64, Kind.IMAGE, ODD, TRUST)
 STACK = Stack((LAYER, dataclasses.replace(LAYER, slot="tree", kind=Kind.DIRECTORY)))
 ENTRY = Entry("web.raw", ODD, Kind.IMAGE, optional=True, declared=True, options="x")
 STATE = State(
@@ -92,7 +93,8 @@ def evaluated(code: str) -> Any:
     """The value of the code of a table's row, by the names that a test imports."""
     names = {name: globals()[name] for name in ("Accepted", "Entry", "Facts", "Judged", "Kind", "Layer")}
     names |= {
-        name: globals()[name] for name in ("Quarantine", "Stack", "State", "Trial", "Undoing", "Verdict")
+        name: globals()[name]
+        for name in ("Protection", "Quarantine", "Stack", "State", "Trial", "Trust", "Undoing", "Verdict")
     }
     return eval(code, names | vars(decide) | {"pytest": pytest})
 

@@ -19,7 +19,7 @@ import pytest
 import structlog
 
 from support import CHECKOUT
-from watcher.model import Event, Outcome, Verdict, printable
+from watcher.model import Event, Kind, Layer, Outcome, Protection, Trust, Verdict, printable
 from watcher.records import backlog, journal
 
 APPLIED = Event(
@@ -98,6 +98,20 @@ def test_where_no_stack_was_judged_there_is_no_verdict(journald: socket.socket) 
     journal.configure("journal")
     journal.record(dataclasses.replace(APPLIED, verdict=None))
     assert "CONFEXT_VERDICT" not in parse(journald.recv(65536))
+
+
+def test_what_was_proved_of_the_image_is_told_and_by_whom_it_is_signed(journald: socket.socket) -> None:
+    journal.configure("journal")
+    trust = Trust(Protection.SIGNED, "CN=ops", "f" * 64, "e" * 64, "verified")
+    other = Layer("a.raw", "a", "1", "a" * 64, Kind.IMAGE, "/a.raw")
+    image = Layer("web.raw", "web", "1.4", APPLIED.digest, Kind.IMAGE, "/web.raw", trust)
+    journal.record(dataclasses.replace(APPLIED, layers=(other, image)))
+    fields = parse(journald.recv(65536))
+    told = [fields[f"CONFEXT_{key}"] for key in ("TRUST", "SIGNER", "SIGNER_FINGERPRINT")]
+    assert told == ["signed", "CN=ops", "f" * 64]
+    journal.record(dataclasses.replace(APPLIED, layers=(other, dataclasses.replace(image, trust=Trust()))))
+    fields = parse(journald.recv(65536))
+    assert fields["CONFEXT_TRUST"] == "unprotected" and "CONFEXT_SIGNER" not in fields
 
 
 def test_a_verdict_is_one_word_in_every_mode(capsys: pytest.CaptureFixture[str]) -> None:

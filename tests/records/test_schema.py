@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 from varlink import scanner
 
-from watcher.model import Event, Kind, Layer, Outcome, Remark, Setting, Verdict
+from watcher.model import Event, Kind, Layer, Outcome, Remark, Setting, Trust, Verdict
 from watcher.records import codec, schema
 from watcher.records.schema import PlannedChange, Quarantined, ServiceStatus, from_dict, to_dict, utf8
 from watcher.records.state import Trial
 
-ANSWERS: list[type[Any]] = [Layer, Event, Quarantined, Remark, Setting, ServiceStatus, PlannedChange]
+ANSWERS: list[type[Any]] = [Layer, Trust, Event, Quarantined, Remark, Setting, ServiceStatus, PlannedChange]
 
 LAYER = Layer("web.raw", "web", "1.4", "a" * 64, Kind.IMAGE, "/srv/web_1.4.raw")
 EVENT = Event("web.service", Outcome.ROLLED_BACK, "said", when=5, swap_usec=7, layers=(LAYER, LAYER))

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from watcher.model import Entry, Kind, Layer, Stack, Verdict
+from watcher.model import Entry, Kind, Layer, Protection, Stack, Trust, Verdict
 from watcher.records.state import Accepted, Damaged, Quarantine, State, Trial, Undoing, decoded, encoded
 
 ODD = os.fsdecode(b"/srv/\xff\n.raw")
-STACK = Stack((Layer("web.raw", "web", "1.4", "a" * 64, Kind.IMAGE, ODD),))
+TRUST = Trust(Protection.SIGNED, "CN=a", "f" * 64, "e" * 64, "its hash tree", "said")
+STACK = Stack((Layer("web.raw", "web", "1.4", "a" * 64, Kind.IMAGE, ODD, TRUST),))
 FULL = State(
     accepted=Accepted(STACK, (Entry("web.raw", ODD, Kind.IMAGE, True, True, "x"),), 5, {ODD: "/srv"}),
     trial=Trial(STACK.id, was_down=True, verdict=Verdict.GOOD, judged=7, restarts=2),
@@ -44,6 +45,12 @@ def test_every_field_is_in_the_test_above() -> None:
     given = json.loads(encoded(FULL))
     missing = json.loads(encoded(State()))
     assert [key for key in given if key != "version" and given[key] == missing[key]] == []
+
+
+def test_a_layer_of_an_earlier_program_has_no_proof() -> None:
+    record = json.loads(encoded(FULL))
+    del record["accepted"]["stack"]["layers"][0]["trust"]
+    assert decoded(json.dumps(record).encode(), "/a").accepted.stack.layers[0].trust == Trust()
 
 
 def test_a_key_of_a_later_program_is_passed_over() -> None:

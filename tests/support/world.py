@@ -22,7 +22,20 @@ from support.world_things import ENTRIES, File, Main, Records, Unit
 from watcher.images import tries
 from watcher.images.made_for import Host
 from watcher.managers.base import Ended, Reloaded, Service
-from watcher.model import Busy, Candidate, Copy, Declared, Entry, Event, Kind, Look, Picks, Stack, Verdict
+from watcher.model import (
+    Busy,
+    Candidate,
+    Copy,
+    Declared,
+    Entry,
+    Event,
+    Kind,
+    Look,
+    Picks,
+    Stack,
+    Trust,
+    Verdict,
+)
 from watcher.mounts.converge import Converged
 from watcher.mounts.process import Gone, namespace_id
 from watcher.mounts.workers import HostNamespace
@@ -427,7 +440,10 @@ class World:
         return SimpleNamespace(
             store=self.store,
             admission=SimpleNamespace(
-                admit=self._admit, effects=lambda digest: (), asks_for=lambda layer, names: ""
+                admit=self._admit,
+                trust=lambda copy: Trust(),
+                effects=lambda digest: (),
+                asks_for=lambda layer, names: "",
             ),
             workers=SimpleNamespace(call=call, check_foreign=self._check_foreign),
             manager=Manager(),

@@ -21,7 +21,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from watcher.model import Event, Layer, shown
+from watcher.model import Event, Layer, Trust, shown
 from watcher.records.schema import (
     Answer,
     ErrorReply,
@@ -38,7 +38,9 @@ from watcher.records.schema import (
 PUBLIC: dict[type, frozenset[str]] = {
     cls: frozenset(fields.split())
     for cls, fields in {
-        Layer: "slot name version digest kind",
+        Layer: "slot name version digest kind trust",
+        # How it was proved names files.
+        Trust: "protection",
         Event: "service outcome verdict message when stack previous image version digest swap_usec total_usec layers",
         # Its kind would tell which names there are in a directory.
         Answer: "status",

@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 
-from watcher.model import Event, Outcome, Stack, printable, shown
+from watcher.model import Event, Layer, Outcome, Protection, Stack, printable, shown
 from watcher.records.schema import PlannedChange, Quarantined, ServiceStatus, to_dict
 
 REDACTED = "you see outcomes only: to see reasons, paths and outputs join the group confext-watcher"
@@ -47,7 +47,15 @@ def services(services: Sequence[ServiceStatus], *, settings: bool = False) -> It
         for note in _notes(service):
             yield f"{shown(service.service)}: {note}"
         if settings:
+            yield from _trusts(service.service, service.layers)
             yield from _settings(service)
+
+
+def _trusts(service: str, layers: Sequence[Layer]) -> Iterator[str]:
+    """What was proved of the layers, topmost first."""
+    for layer in reversed(layers):
+        for line in _proved(to_dict(layer.trust)) if layer.trust.how else (layer.trust.protection.value,):
+            yield f"{shown(service)}: {layer.label}: {printable(line)}"
 
 
 def _settings(service: ServiceStatus) -> Iterator[str]:
@@ -60,7 +68,7 @@ def _settings(service: ServiceStatus) -> Iterator[str]:
 
 
 def _row(service: ServiceStatus) -> tuple[str, ...]:
-    layers = [f"{layer.label} ({layer.digest[:12]})" for layer in reversed(service.layers)]
+    layers = [_layer(layer) for layer in reversed(service.layers)]
     return (
         shown(service.service),
         str(service.pid or "-"),
@@ -70,6 +78,12 @@ def _row(service: ServiceStatus) -> tuple[str, ...]:
         if service.on_trial
         else _outcome(service.last),
     )
+
+
+def _layer(layer: Layer) -> str:
+    protection = layer.trust.protection
+    proved = "" if protection is Protection.UNPROTECTED else f", {protection.value}"
+    return f"{layer.label} ({layer.digest[:12]}{proved})"
 
 
 def _outcome(last: Event | None) -> str:
@@ -94,6 +108,8 @@ def changes(changes: Sequence[PlannedChange]) -> Iterator[str]:
     for change in changes:
         said = describe(Stack(change.layers), Stack(change.wanted_layers)) if change.changes else "no change"
         yield f"{shown(change.service)}: {said}"
+        has = {layer.digest for layer in change.layers}
+        yield from _trusts(change.service, [one for one in change.wanted_layers if one.digest not in has])
         for remark in change.remarks:
             yield f"  {shown(remark.path)}: {printable(remark.text)}"
         if change.report is not None:

@@ -139,6 +139,11 @@ def record(event: Event, level: Level | None = None) -> None:
         for name, value in fields.items()
         if name not in _NO_FIELDS and value not in ("", None)
     }
+    if event.trust is not None:
+        present["trust"] = event.trust.protection.value
+        if event.trust.signer:
+            present["signer"] = event.trust.signer
+            present["signer_fingerprint"] = event.trust.fingerprint
     chosen = level or _LEVELS[event.outcome]
     # structlog has no "notice": the processor `_level` puts it back.
     write = log.info if chosen == "notice" else getattr(log, chosen)

@@ -41,6 +41,20 @@ DESCRIPTION = """\
 # file name.
 interface io.confext.Watcher
 
+# What was proved of an image.
+# protection: "signed", "verity" (it is what its root hash stands for), or "unprotected", as directory trees are.
+# signer: subject of the certificate whose key has signed it, and its fingerprint (SHA-256 of DER).
+# how: in which way that was proved; "" where nothing was to be proved, or by an older version.
+# remark: why it is not more, such as "signed by an unknown key".
+type Trust (
+  protection: string,
+  signer: string,
+  fingerprint: string,
+  rootHash: string,
+  how: string,
+  remark: string
+)
+
 # One admitted image or directory tree in a stack.
 # slot: its name under units/SERVICE/ in the state directory.
 # digest: SHA-256 of its content.
@@ -52,7 +66,8 @@ type Layer (
   version: string,
   digest: string,
   kind: string,
-  source: string
+  source: string,
+  trust: Trust
 )
 
 # One outcome.

@@ -97,7 +97,13 @@ def _pick(
             if kept_out and accepted is not None and _is_gone(accepted, pick):
                 return accepted
             return Layer(
-                pick.entry.slot, candidate.name, candidate.version, copy.digest, copy.kind, candidate.path
+                pick.entry.slot,
+                candidate.name,
+                candidate.version,
+                copy.digest,
+                copy.kind,
+                candidate.path,
+                copy.trust,
             )
     return accepted if kept_out else None
 

@@ -215,8 +215,9 @@ class _Admitting:
         self.digests[candidate.path] = copy.digest
         if copy.digest in self._reasons:
             raise KeptOut(f"kept out: {self._reasons[copy.digest]}", copy.digest)
+        copy = replace(copy, trust=self._admission.trust(copy))
         if copy.digest not in self._has:  # what it has, stays
-            require_allowed(self._policies, copy, self._admission.trust(copy))
+            require_allowed(self._policies, copy)
         if self._by_systemd:
             require_startable(copy)
         return copy

@@ -32,9 +32,9 @@ def demands_of(watcher: Settings, service: Service) -> tuple[Demand, ...]:
     return demands(watcher, service.settings, service.unit_policy)
 
 
-def require_allowed(policies: Iterable[Demand], copy: Copy, trust: Trust) -> None:
+def require_allowed(policies: Iterable[Demand], copy: Copy) -> None:
     """Raise Refused for a copy that one of the policies does not allow."""
-    why = refusal(policies, trust, copy.format.file_system if copy.format is not None else "")
+    why = refusal(policies, copy.trust, copy.format.file_system if copy.format is not None else "")
     if why:
         raise Refused(why)
 
