@@ -11,7 +11,7 @@ import pytest
 
 from beds import site
 from beds.bed import Bed
-from beds.host import SECONDS, Host
+from beds.host import SECONDS, UNITS, Host
 from beds.site import WEB, drop, kept, sees
 from support import needs
 
@@ -120,6 +120,55 @@ def test_a_first_start_that_fails_on_what_was_not_checked_is_undone(host: Host) 
     assert "back on its own /etc" in entry["MESSAGE"] and entry["CONFEXT_VERDICT"] == "went-down"
     assert host.bed.property(WEB, "ActiveState") == "active"
     assert seen(host) == ["pre broken", "pre none", "main none", "post none"]
+
+
+# The unit's own word: systemd mounts nothing for it that is not signed, and exits with 226.
+SIGNED_ONLY = SEEING.replace("[Service]\n", "[Service]\nExtensionImagePolicy=root=signed:=absent\n")
+
+
+def test_what_systemd_itself_cannot_start_the_service_on_is_refused_before_any_start(host: Host) -> None:
+    host.unit(WEB, SIGNED_ONLY + CHECK)
+    host.watch()
+    journal = host.journal()
+    drop(host, 1, {"web.conf": "1"})
+    entry = journal.outcome(WEB, "refused")
+    assert "systemd cannot start the service on it: exit status 226" in entry["MESSAGE"]
+    assert not kept(host)
+    host.systemctl("start", WEB)
+    assert seen(host) == ["pre none", "main none", "post none"]
+
+
+def test_a_start_that_systemd_itself_cannot_make_on_what_was_not_checked_is_undone(host: Host) -> None:
+    host.unit(WEB, SIGNED_ONLY)
+    host.watch()
+    journal = host.journal()
+    drop(host, 1, {"web.conf": "1"})
+    journal.applied(WEB)  # accepted
+    host.bed.run(["systemctl", "restart", WEB], check=False)
+    entry = journal.outcome(WEB, "rolled-back")
+    assert "systemd cannot start the service on it: exit status 226" in entry["CONFEXT_REASON"]
+    assert host.bed.property(WEB, "ActiveState") == "active"
+    assert seen(host) == ["pre none", "main none", "post none"]
+
+
+def test_what_no_start_can_be_made_for_is_accepted_without_its_check_and_on_trial(host: Host) -> None:
+    """That is no verdict of the check."""
+    host.unit(WEB, SEEING.replace("[Service]\n", "[Service]\nBindPaths=/missing\n") + CHECK)
+    host.watch()
+    journal = host.journal()
+    drop(host, 1, {"web.conf": "broken"})
+    assert "its next start gets it" in journal.applied(WEB)["MESSAGE"]
+    host.bed.run(["systemctl", "start", WEB], check=False)
+    journal.until(lambda entry: "not by its stack: exit status 226" in entry["MESSAGE"])
+    path = f"{UNITS}/{WEB}.confext.d/site.raw.v/{drop(host, 2, {'web.conf': '2'}).name}"
+    waited = host.bed.run(["confext-watcher", "wait", "--timeout=20", WEB, path], check=False)
+    assert "Check= needs that (exit status 226 is systemd's own" in waited.stdout + waited.stderr, waited
+    host.bed.path("/missing").mkdir()
+    host.stack.callback(host.bed.path("/missing").rmdir)
+    assert host.bed.run(["systemctl", "restart", WEB], check=False).returncode in (0, 1)
+    journal.outcome(WEB, "rolled-back")
+    journal.applied(WEB)
+    sees(host, "2")
 
 
 def test_what_is_dropped_during_a_start_waits_for_its_end(host: Host) -> None:

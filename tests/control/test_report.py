@@ -75,6 +75,7 @@ FULL = Facts(
     busy=True,
     waits="it waits for its turn (Rollout=rolling)",
     no_shadow="its unit is masked",
+    unstartable="systemd cannot start the service on it: exit status 226 is systemd's own",
     nothing_new="systemd.confext=no is on the kernel command line",
     shown="",
     judged=Judged(STACK, Verdict.RELOAD_FAILED, "reload", "it failed", f"no\n{ODD}\n", usec=9),

@@ -26,6 +26,7 @@ from watcher.rounds.decide import (
     SayAccepted,
     Step,
     Swap,
+    TryStart,
     Undone,
     Watch,
     decide,
@@ -60,8 +61,8 @@ def bad(one: Stack, **changes: Any) -> dict[str, Any]:
     return {"quarantine": (kept_out(one, **changes),)}
 
 
-def undoing(one: Stack) -> dict[str, Any]:
-    return {"undoing": Undoing(one, Verdict.RELOAD_FAILED, "reload failed")}
+def undoing(one: Stack, verdict: Verdict = Verdict.RELOAD_FAILED) -> dict[str, Any]:
+    return {"undoing": Undoing(one, verdict, "reload failed")}
 
 
 def judged(one: Stack, verdict: Verdict = Verdict.RELOAD_FAILED, **changes: Any) -> dict[str, Any]:
@@ -320,7 +321,28 @@ TABLE: dict[str, dict[str, tuple[Facts, Step]]] = {
         "it runs again": (facts(NEW, state=trial(NEW), failed=True), Watch()),
         "it had failed before": (facts(NEW, state=trial(NEW, was_down=True), **FAILED), Done()),
         "it failed on a damaged copy": (facts(NEW, state=trial(NEW), blameless=True, **FAILED), Done()),
-        "it was killed from outside": (facts(NEW, state=trial(NEW), excused="SIGKILL", **FAILED), Done()),
+        "its manager has another reason, and no start on this was seen": (
+            facts(NEW, state=trial(NEW), excused="226", **FAILED),
+            TryStart(),
+        ),
+        "... nor with this, after a reload": (
+            facts(NEW, state=UNTRIED, failed_start="second", excused="226", **FAILED),
+            TryStart(),
+        ),
+        "... which makes no difference": (
+            facts(NEW, state=trial(NEW), excused="226", unstartable="", **FAILED),
+            Done(),
+        ),
+        "... which it is": (
+            facts(NEW, state=trial(NEW), excused="226", unstartable="226 on it", **FAILED),
+            Reject(NEW, Verdict.WENT_DOWN, "226 on it"),
+        ),
+        "... but had failed before": (
+            facts(NEW, state=trial(NEW, was_down=True), excused="226", **FAILED),
+            Done(),
+        ),
+        "... and has no image": (facts(EMPTY, state=trial(EMPTY), excused="226", **FAILED), Done()),
+        "... and a start on this was seen": (facts(NEW, excused="226", **FAILED), Done()),
         "nobody knows why it ended": (facts(NEW, state=trial(NEW), explained=False, **FAILED), Done()),
         "Rollback=no": (facts(NEW, state=trial(NEW), rollback=False, **FAILED), Done()),
         "it proved good": (facts(NEW, **FAILED), Done()),
@@ -370,6 +392,10 @@ TABLE: dict[str, dict[str, tuple[Facts, Step]]] = {
         "without one where it was killed from outside": (
             facts(OLD, state=undoing(NEW) | bad(NEW), excused="SIGKILL", **FAILED),
             Undone(),
+        ),
+        "by a start, though its manager puts that down to something else": (
+            facts(OLD, state=undoing(NEW, Verdict.WENT_DOWN) | bad(NEW), excused="226", **FAILED),
+            Revive(),
         ),
         "without one where it is being started": (
             facts(OLD, state=undoing(NEW) | bad(NEW), **FAILED | {"starting": True}),

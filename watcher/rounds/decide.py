@@ -50,6 +50,11 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
+class TryStart:
+    """Find out whether the accepted stack keeps systemd from starting the service, where the one before does not."""
+
+
+@dataclass(frozen=True, slots=True)
 class Accept:
     """From now on every start of the service gets this stack.
 
@@ -136,6 +141,7 @@ Step = (
     | LetIn
     | Count
     | Check
+    | TryStart
     | Accept
     | SayAccepted
     | NeedsRestart
@@ -162,6 +168,8 @@ def decide(f: Facts) -> Step:
         return LetIn(anything=f.first or not state.fell or f.innocent)
     if f.retry:
         return LetIn(anything=False, digests=f.retry)
+    if f.doubtful and f.unstartable is None:
+        return TryStart()
     if f.blame:
         return Reject(f.accepted, Verdict.WENT_DOWN, f.blame)
     if f.stays and not state.accepted.when and state.undoing is None:
@@ -208,7 +216,9 @@ def _rejected(judged: Judged) -> Reject:
 def _unreachable(f: Facts) -> Step:
     """The service does not run, or where no stack can be put in place: its next start gets the accepted one."""
     if f.undoing:
-        down = f.failed and not f.running and not f.starting and not f.excused
+        # What took it down, or kept it from being started, may be what its manager puts that down to.
+        excused = f.excused and f.state.undoing and f.state.undoing.verdict is not Verdict.WENT_DOWN
+        down = f.failed and not f.running and not f.starting and not excused
         return Revive() if down else Undone()
     if f.kept_by_hand:
         return Keep()

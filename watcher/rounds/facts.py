@@ -82,6 +82,8 @@ class Facts:
         waits: why it is not its turn, "" if it is.
         nothing_new: why no service gets anything new, "" if they do.
         no_shadow: why its `Check=` cannot be run while it is not `reachable`, "" if it can.
+        unstartable: why its manager cannot start it on the accepted stack, where it could on the one before; "" if that
+            makes no difference; None: not tried in this round.
 
         shown: identity of the stack that its namespaces were brought to in this round; None: not yet.
         judged: the verdict of this round, which is not written down yet.
@@ -118,6 +120,7 @@ class Facts:
     waits: str = ""
     nothing_new: str = ""
     no_shadow: str = ""
+    unstartable: str | None = None
 
     shown: str | None = None
     judged: Judged | None = None
@@ -298,7 +301,19 @@ class Facts:
     @cached_property
     def blame(self) -> str:
         """Why its last stack is to blame for its end, "" if it is not."""
-        return "" if self.excused else self.suspicion
+        if not self.excused:
+            return self.suspicion
+        return self.unstartable or "" if self.doubtful else ""
+
+    @cached_property
+    def doubtful(self) -> bool:
+        """Whether its manager puts its end down to something else, but no start on the accepted stack was ever seen.
+
+        An image may keep systemd itself from starting the service, which no other image does.
+        """
+        is_down = self.failed and not self.running and not self.starting
+        is_first = self.on_trial and bool(self.accepted.layers)
+        return is_down and is_first and bool(self.excused and self.suspicion)
 
     @cached_property
     def suspicion(self) -> str:

@@ -76,6 +76,7 @@ class Round:
         asked: the service was asked to reload, and is to be judged.
         asks: what the images that came or went say that it is to be told, see `release.asks_for()`.
         base_changed: the service is told because the host's own `/etc` has changed.
+        unstartable: see `Facts`.
     """
 
     since: float
@@ -101,6 +102,7 @@ class Round:
     asked: Asked | None = None
     asks: str = ""
     base_changed: bool = False
+    unstartable: str | None = None
 
     def look_anew(self) -> None:
         """What the last look has found is not so any more."""

@@ -105,6 +105,7 @@ class Observer:
             judged=this.judged,
             waits=this.waits or "",
             no_shadow=memory.no_shadow,
+            unstartable=this.unstartable,
         )
         if this.unsaid:
             self._say(service, facts, this.desired)
@@ -164,6 +165,7 @@ class Observer:
         first: bool,
         blameless: bool,
         no_shadow: str,
+        unstartable: str | None = None,
         waits: str = "",
         shown: str | None = None,
         judged: Judged | None = None,
@@ -179,6 +181,7 @@ class Observer:
             waits=waits,
             nothing_new=why_nothing_new(),
             no_shadow=no_shadow or ("" if service.manager == "systemd" else "exec alone can start it"),
+            unstartable=unstartable,
             shown=shown,
             judged=judged,
             running=main is not None and not ended,

@@ -139,7 +139,7 @@ class Outcomes:
             if key not in before:
                 self._passed(service, passed, facts, desired)
             said.add(key)
-        if facts.excused and facts.suspicion:
+        if facts.excused and facts.suspicion and not (facts.doubtful and facts.unstartable != ""):
             key = ("excused", facts.excused)
             if key not in before:
                 say("warning", service, f"went down, not by its stack: {facts.excused}")

@@ -313,6 +313,8 @@ class Rounds:
                 return False
             case decide.Check():
                 await steps.check(step, service, facts, memory, this)
+            case decide.TryStart():
+                await steps.try_start(service, facts, this)
             case decide.SayAccepted():
                 await verdicts.say_accepted(service, facts, this)
                 self._outcomes.placed(service.name)

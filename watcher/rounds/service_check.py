@@ -12,13 +12,19 @@ from __future__ import annotations
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-from watcher.managers.base import Ended, Manager, Service
+from watcher.managers.base import Ended, Manager, NoShadow, Service
 from watcher.managers.command import last_line
-from watcher.model import Copy, Later, Stack, shown
+from watcher.model import Copy, Later, Layer, Stack, shown
 from watcher.mounts.process import Process
 from watcher.mounts.swap import shadow
 from watcher.mounts.workers import MountWorkers
 from watcher.settings import values
+
+CopyOf = Callable[[Layer], Copy]
+
+# A command that does nothing: what is asked is whether systemd comes so far.
+_NOTHING = ("/bin/true",)
+_BEGIN_SEC = 10.0
 
 
 async def check(
@@ -64,6 +70,27 @@ async def check_at_start(
         return await manager.execute_at_start(service, layers, words, seconds)
 
     return await _run_each(run, service.settings.check, service.settings.check_usec, "check")
+
+
+async def unstartable(manager: Manager, service: Service, stack: Stack, before: Stack, copy: CopyOf) -> str:
+    """Why the manager cannot start a service on a stack, where it can on the one before; "" if that is not so.
+
+    Raises:
+        Later: it could not be found out.
+    """
+
+    async def why(one: Stack) -> str:
+        layers = [copy(layer) for layer in one.layers]
+        try:
+            await manager.execute_at_start(service, layers, _NOTHING, _BEGIN_SEC)
+        except NoShadow as error:
+            return str(error)
+        return ""  # a process has begun, or would have if the command were there
+
+    reason = await why(stack)
+    if not reason or await why(before):
+        return ""
+    return f"systemd cannot start the service on it: {reason}"
 
 
 async def run_all(

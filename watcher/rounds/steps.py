@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 
-from watcher.managers.base import NoShadow, Service
+from watcher.managers.base import Ended, NoShadow, Service
 from watcher.model import Copy, Later, Stack, Verdict
 from watcher.mounts.converge import converge
 from watcher.mounts.process import Gone, Process
@@ -19,7 +19,7 @@ from watcher.rounds.judge import Asked, judge_start, reload_and_judge
 from watcher.rounds.memory import Memory, Round
 from watcher.rounds.observe import of_look
 from watcher.rounds.outcomes import say
-from watcher.rounds.service_check import check, check_at_start
+from watcher.rounds.service_check import check, check_at_start, unstartable
 from watcher.rounds.tools import Tools
 
 
@@ -153,8 +153,13 @@ class Steps:
             try:
                 ended = await check_at_start(tools.manager, service, step.stack, copies)
             except NoShadow as error:
-                memory.no_shadow = str(error)
-                return
+                why = await unstartable(
+                    tools.manager, service, step.stack, facts.fallback, tools.store.copy
+                )
+                if not why:
+                    memory.no_shadow = str(error)
+                    return
+                ended = Ended(why, "")
         say("debug", service.name, f"check failed: {ended.reason}" if ended.reason else "check passed")
         if ended.reason:
             failed = Verdict.CHECK_FAILED
@@ -162,6 +167,17 @@ class Steps:
         else:
             passed = functools.partial(replace, checked=facts.check)
             this.state = await tools.offload.run(service.name, tools.store.change, service.slots, passed)
+
+    async def try_start(self, service: Service, facts: Facts, this: Round) -> None:
+        """Find out whether the accepted stack keeps systemd from starting it, where the one before does not."""
+        tools, state = self._tools, facts.state
+        stacks = await tools.offload.run_alone(tools.store.stacks, service.slots)
+        good = (one for one in stacks if one.id != facts.accepted.id and not state.why_bad(one))
+        before = next(good, Stack())
+        copy = tools.store.copy
+        this.unstartable = await unstartable(tools.manager, service, facts.accepted, before, copy)
+        this.unsaid = True
+        say("debug", service.name, this.unstartable or "its stack is not what keeps it from being started")
 
     async def reload(self, service: Service, facts: Facts, this: Round) -> bool:
         """Have the service reload, and judge it. False: an operator has stopped it or started it anew meanwhile."""
