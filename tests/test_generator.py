@@ -13,9 +13,10 @@ import pytest
 
 from watcher import generator
 from watcher.images.stacks import Stacks
-from watcher.managers.systemd import unit_drop_in
+from watcher.managers.systemd import held_starts, unit_drop_in
 from watcher.managers.systemd.unit_files import DROPIN, Index, Unit
-from watcher.model import Entry, Kind, Layer, Stack
+from watcher.model import Entry, Kind, Layer, Stack, Verdict
+from watcher.records.state import Trial
 from watcher.settings import syntax
 
 PLAIN = "[Service]\nExecStart=/bin/true\n"
@@ -91,6 +92,7 @@ def test_the_drop_in_is_the_one_of_the_design(host: Host) -> None:
         "ExtensionImages=\n"
         f"ExtensionImages=-{host.state}/units/nginx.service/web.raw:x-systemd.relax-extension-release-check\n"
         "ExtensionDirectories=\n"
+        f"ExecStopPost={held_starts.COMMAND}\n"
     )
 
 
@@ -293,14 +295,49 @@ def test_a_declared_sysext_image_passes_through_as_the_pick_of_the_moment(host: 
     assert host.listed("web.service")[0] == images
 
 
+@pytest.mark.parametrize(
+    ("trial", "holds"),
+    [
+        (Trial("a"), True),
+        (Trial("a", verdict=Verdict.GOOD, judged=1), False),
+        (None, False),
+    ],
+)
+def test_a_start_that_is_on_trial_is_held_if_it_fails(host: Host, trial: Trial | None, holds: bool) -> None:
+    host.unit("web.service", PLAIN, "web.raw")
+    assert "ExecStopPost=" in host.dropin("web.service")  # the first image may come at any time
+    host.accept("web.service", "web.raw")
+    Stacks(str(host.state)).change("web.service", lambda state: replace(state, trial=trial))
+    assert ("ExecStopPost=" in host.dropin("web.service")) is holds
+
+
+@pytest.mark.parametrize(
+    ("unit", "text"),
+    [
+        ("many@.service", PLAIN),
+        ("web.service", PLAIN + "RootDirectory=/srv/jail\n"),
+        ("web.service", PLAIN + "RootImage=/srv/jail.raw\n"),
+    ],
+)
+def test_no_start_is_held_for_which_the_hosts_shell_is_not_there_or_nothing_on_trial(
+    host: Host, unit: str, text: str
+) -> None:
+    host.unit(unit, text, "web.raw")
+    assert "ExecStopPost=" not in host.dropin(unit)
+
+
 def test_names_that_are_not_utf8_survive_in_the_list_of_sysexts(host: Host) -> None:
     host.pass_through("web.service", "/srv/\udcff\n.raw", "/srv/a")
-    assert unit_drop_in.read(str(host.state), "web.service") == (None, {"/srv/\udcff\n.raw", "/srv/a"})
+    assert unit_drop_in.read(str(host.state), "web.service") == (None, {"/srv/\udcff\n.raw", "/srv/a"}, True)
     host.accept("web.service", "web.raw")
     slots = [("web.raw", Kind.IMAGE)]
-    assert unit_drop_in.read(str(host.state), "web.service") == (slots, {"/srv/\udcff\n.raw", "/srv/a"})
+    assert unit_drop_in.read(str(host.state), "web.service") == (
+        slots,
+        {"/srv/\udcff\n.raw", "/srv/a"},
+        False,
+    )
     host.pass_through("web.service")
-    assert unit_drop_in.read(str(host.state), "web.service") == (slots, frozenset())
+    assert unit_drop_in.read(str(host.state), "web.service") == (slots, frozenset(), False)
 
 
 def test_a_record_without_slots_is_no_reason_for_slots_of_its_own(host: Host) -> None:

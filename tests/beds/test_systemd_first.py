@@ -5,6 +5,7 @@ all processes of one start see one `/etc`."""
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,7 @@ from beds.bed import Bed
 from beds.host import SECONDS, UNITS, Host
 from beds.site import WEB, drop, kept, sees
 from support import needs
+from watcher.rounds.facts import AFTERGLOW_USEC
 
 pytestmark = [needs.bed, needs.tool("mksquashfs")]
 
@@ -21,7 +23,7 @@ pytestmark = [needs.bed, needs.tool("mksquashfs")]
 @pytest.fixture
 def host(bed: Bed) -> Iterator[Host]:
     with site.host(bed) as made:
-        made.stack.callback(bed.run, ["sh", "-c", "rm -rf /run/seen /srv/jail /run/probe*"])
+        made.stack.callback(bed.run, ["sh", "-c", "rm -rf /run/see* /srv/jail /run/probe*"])
         yield made
 
 
@@ -109,17 +111,106 @@ def test_a_template_has_no_start_to_be_checked_for_and_its_instances_get_the_ima
     assert seen(host) == ["pre 1", "main 1", "post 1"]
 
 
-def test_a_first_start_that_fails_on_what_was_not_checked_is_undone(host: Host) -> None:
-    host.unit(WEB, SEEING)
+ENDS = SEEING.replace("; ! grep -qs broken /etc/web.conf'", "'").replace(
+    "systemd-notify --ready;", "! grep -qs broken /etc/web.conf || exit 1; systemd-notify --ready;"
+)
+
+
+@pytest.mark.parametrize("verb", ["start", "restart"])
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [(SEEING, ["pre broken"]), (ENDS, ["pre broken", "main broken"])],
+    ids=["prepares", "runs"],
+)
+def test_a_first_start_that_fails_on_what_was_not_checked_is_undone_before_it_ends(
+    host: Host, verb: str, text: str, first: list[str]
+) -> None:
+    host.unit(WEB, text)
     host.watch()
     journal = host.journal()
     drop(host, 1, {"web.conf": "broken"})
     journal.applied(WEB)  # accepted
-    assert host.bed.run(["systemctl", "restart", WEB], check=False).returncode != 0
+    host.systemctl(verb, WEB)  # it comes up
+    assert host.bed.property(WEB, "ActiveState") == "active"
+    assert seen(host) == [*first, "pre none", "main none", "post none"]
     entry = journal.outcome(WEB, "rolled-back")
     assert "back on its own /etc" in entry["MESSAGE"] and entry["CONFEXT_VERDICT"] == "went-down"
-    assert host.bed.property(WEB, "ActiveState") == "active"
+    assert host.bed.property(WEB, "Restart") == "no" and host.bed.property(WEB, "NRestarts") == "0"
+
+
+# Its main process ends ill when it is stopped.
+ENDS_ILL = """[Service]
+Type=notify
+NotifyAccess=all
+ExecStartPre=/bin/sh /run/see pre
+ExecStart=/bin/sh /run/see main
+ExecStartPost=/bin/sh /run/see post
+[X-Confext]
+SettleSec=0
+Reload=none
+"""
+SEE = f"""echo $1 $({CONF}) >>/run/seen
+grep -qs broken /etc/web.conf && exit 1
+[ $1 = main ] || exit 0
+trap 'exit 3' TERM
+systemd-notify --ready
+while :; do sleep 0.05; done
+"""
+
+
+def test_the_one_restart_that_a_service_needs_is_undone_before_it_ends(host: Host) -> None:
+    """What became of the process that was there before is not put down to the image."""
+    host.bed.path("/run/see").write_text(SEE)
+    host.unit(WEB, ENDS_ILL, takes_part=False)
+    host.watch()
+    host.systemctl("start", WEB)
+    seen(host)
+    journal = host.journal()
+    host.confext_dir(WEB).mkdir()
+    drop(host, 1, {"web.conf": "broken"})
+    journal.outcome(WEB, "needs-restart")
+    host.systemctl("restart", WEB)
     assert seen(host) == ["pre broken", "pre none", "main none", "post none"]
+    back = journal.until(lambda entry: entry.get("CONFEXT_OUTCOME") == "rolled-back")
+    assert "back on its own /etc" in back["MESSAGE"]
+    drop(host, 2, {"web.conf": "2"})
+    journal.applied(WEB)
+    sees(host, "2")
+    time.sleep(AFTERGLOW_USEC / 1e6)
+    host.systemctl("restart", WEB)
+    assert seen(host) == ["pre 2", "main 2", "post 2"]
+
+
+def test_the_one_restart_goes_well_though_the_process_before_ends_ill(host: Host) -> None:
+    host.bed.path("/run/see").write_text(SEE)
+    host.unit(WEB, ENDS_ILL, takes_part=False)
+    host.watch()
+    host.systemctl("start", WEB)
+    seen(host)
+    journal = host.journal()
+    host.confext_dir(WEB).mkdir()
+    drop(host, 1, {"web.conf": "1"})
+    journal.outcome(WEB, "needs-restart")
+    host.systemctl("restart", WEB)
+    assert seen(host) == ["pre 1", "main 1", "post 1"]
+    journal.until(lambda entry: f"{WEB}: started well on site 1" in entry["MESSAGE"])
+    # Nothing is on trial any more: from the next daemon-reload on nothing is run for that.
+    host.systemctl("daemon-reload")
+    assert "ExecStopPost" not in host.bed.run(["systemctl", "cat", WEB]).stdout
+
+
+def test_without_a_watcher_a_failed_start_is_not_waited_for(host: Host) -> None:
+    host.unit(WEB, SEEING)
+    host.watch()
+    journal = host.journal()
+    drop(host, 1, {"web.conf": "broken"})
+    journal.applied(WEB)
+    host.systemctl("stop", "confext-watcher")
+    host.systemctl("mask", "--runtime", "confext-watcher")
+    host.stack.callback(host.bed.run, ["systemctl", "unmask", "--runtime", "confext-watcher"])
+    assert not list(host.bed.path("/run/confext-watcher/starts").iterdir())
+    assert host.bed.run(["systemctl", "restart", WEB], check=False).returncode == 1
+    assert seen(host) == ["pre broken"]
 
 
 # The unit's own word: systemd mounts nothing for it that is not signed, and exits with 226.
@@ -144,7 +235,8 @@ def test_a_start_that_systemd_itself_cannot_make_on_what_was_not_checked_is_undo
     journal = host.journal()
     drop(host, 1, {"web.conf": "1"})
     journal.applied(WEB)  # accepted
-    host.bed.run(["systemctl", "restart", WEB], check=False)
+    # The image keeps systemd from running anything in the unit, also what would wait.
+    assert host.bed.run(["systemctl", "restart", WEB], check=False).returncode == 1
     entry = journal.outcome(WEB, "rolled-back")
     assert "systemd cannot start the service on it: exit status 226" in entry["CONFEXT_REASON"]
     assert host.bed.property(WEB, "ActiveState") == "active"

@@ -33,7 +33,7 @@ STACK = Stack((LAYER, dataclasses.replace(LAYER, slot="tree", kind=Kind.DIRECTOR
 ENTRY = Entry("web.raw", ODD, Kind.IMAGE, optional=True, declared=True, options="x")
 STATE = State(
     accepted=Accepted(STACK, (ENTRY,), 5, {ODD: "/srv"}),
-    trial=Trial(STACK.id, was_down=True, verdict=Verdict.GOOD, judged=7, restarts=2),
+    trial=Trial(STACK.id, was_down=True, verdict=Verdict.GOOD, judged=7, restarts=2, other="9"),
     checked=STACK.id,
     owed="9f",
     replaced="",

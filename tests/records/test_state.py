@@ -17,7 +17,7 @@ TRUST = Trust(Protection.SIGNED, "CN=a", "f" * 64, "e" * 64, "its hash tree", "s
 STACK = Stack((Layer("web.raw", "web", "1.4", "a" * 64, Kind.IMAGE, ODD, TRUST),))
 FULL = State(
     accepted=Accepted(STACK, (Entry("web.raw", ODD, Kind.IMAGE, True, True, "x"),), 5, {ODD: "/srv"}),
-    trial=Trial(STACK.id, was_down=True, verdict=Verdict.GOOD, judged=7, restarts=2),
+    trial=Trial(STACK.id, was_down=True, verdict=Verdict.GOOD, judged=7, restarts=2, other="9"),
     checked=STACK.id,
     replaced="b" * 16,
     owed="9f",

@@ -316,6 +316,14 @@ TABLE: dict[str, dict[str, tuple[Facts, Step]]] = {
     },
     "to blame": {
         "it failed on trial": (facts(NEW, state=trial(NEW), **FAILED), BEFORE_GOOD),
+        "the start before failed": (
+            facts(NEW, state=trial(NEW, other="zero"), failed_start="zero", **FAILED),
+            Done(),
+        ),
+        "another start than the one before failed": (
+            facts(NEW, state=trial(NEW, other="zero"), failed_start="first", **FAILED),
+            BEFORE_GOOD,
+        ),
         "it was stopped": (facts(NEW, state=trial(NEW), **DOWN), Done()),
         "it is being started again": (facts(NEW, state=trial(NEW), **FAILED | {"starting": True}), Done()),
         "it runs again": (facts(NEW, state=trial(NEW), failed=True), Watch()),
@@ -545,3 +553,24 @@ def test_a_start_finds_each_layer_of_the_stack_that_stays() -> None:
     # An older one comes back of which no entry is known any more.
     pinned = facts(both, pinned=stack("old1", "web1"), entries=entries(both))
     assert [entry.slot for entry in pinned.listed] == ["old.raw", "base.raw", "web.raw"]
+
+
+@pytest.mark.parametrize(
+    ("known", "other"),
+    [
+        (facts(OLD), None),
+        (facts(NEW, state=trial(NEW)), ""),
+        (facts(NEW, state=trial(NEW), **DOWN), ""),
+        (facts(NEW, state=trial(NEW, other="zero"), **HOST), "zero"),
+        (facts(NEW, state=trial(NEW, other="zero"), **STARTING), "zero"),
+        # It may well end: nothing is made of that.
+        (facts(NEW, state=trial(NEW, was_down=True), failed_start="first", **FAILED), "first"),
+        (facts(NEW, state=trial(OLD)), None),
+        (facts(NEW, state=glow(NEW)), None),
+        (facts(NEW, state=trial(NEW) | bad(NEW)), None),
+        (facts(NEW, pinned=NEW, state=trial(NEW)), None),
+        (facts(NEW, rollback=False, state=trial(NEW)), None),
+    ],
+)
+def test_whose_next_start_is_on_trial(known: Facts, other: str | None) -> None:
+    assert known.start_on_trial == other

@@ -432,6 +432,7 @@ class World:
             learned = staticmethod(lambda service: True)
             tell = staticmethod(self._tell)
             logged = staticmethod(silent_service)
+            hold_start = staticmethod(lambda service, other: None)
 
             @property
             def services(self) -> dict[str, Service]:

@@ -190,6 +190,14 @@ class Manager(Protocol):
     async def revive(self, service: Service) -> Reloaded:
         """Start a service again whose main process has ended by itself, if the manager starts services at all."""
 
+    def hold_start(self, service: Service, other: str | None) -> None:
+        """Whether the next start of a service is on trial: if it fails, that ends for who waits for it only after
+        `revive()` has asked for another, if the manager can do that.
+
+        Args:
+            other: the start (`Service.invocation`) that is not meant, "" if there is none; None: none is on trial.
+        """
+
     async def execute(
         self, service: Service, namespace: int, words: Sequence[str], timeout_sec: float
     ) -> Ended:

@@ -52,6 +52,9 @@ class Combined:
     async def revive(self, service: Service) -> Reloaded:
         return await self._of(service).revive(service)
 
+    def hold_start(self, service: Service, other: str | None) -> None:
+        self._of(service).hold_start(service, other)
+
     async def execute(
         self, service: Service, namespace: int, words: Sequence[str], timeout_sec: float
     ) -> Ended:

@@ -142,6 +142,9 @@ class Standalone:
         """Nothing to do: who ran `exec` may run it again."""
         return Reloaded(ok=True)
 
+    def hold_start(self, service: Service, other: str | None) -> None:
+        """Nothing to do: we start nothing again."""
+
     async def execute(
         self, service: Service, namespace: int, words: Sequence[str], timeout_sec: float
     ) -> Ended:

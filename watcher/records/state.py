@@ -70,6 +70,8 @@ class Trial:
             Any other: it stays all the same (`Rollback=no`), and with `Rollout=rolling` no other service follows.
         judged: when, microseconds since the epoch.
         restarts: how often its manager had started the service again by then (`Service.went_down_since`).
+        other: the start of the service when it was accepted, which was not on it and got no other stack: it may end as
+            it will.
     """
 
     stack: str
@@ -77,6 +79,7 @@ class Trial:
     verdict: Verdict | None = None
     judged: int = 0
     restarts: int = 0
+    other: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,10 +89,15 @@ def accept(
     return replace(
         state,
         undoing=undoing,
-        trial=Trial(step.stack.id, was_down=facts.failed and not facts.running) if step.new else None,
+        trial=_trial(step.stack, facts) if step.new else None,
         owed=invocation if facts.reachable else state.owed,
         replaced=old.id,
     )
+
+
+def _trial(stack: Stack, facts: Facts) -> Trial:
+    other = "" if facts.reachable else facts.invocation or facts.failed_start
+    return Trial(stack.id, was_down=facts.failed and not facts.running, other=other)
 
 
 def good(facts: Facts, now: int, state: State) -> State:

@@ -177,6 +177,16 @@ class Facts:
         return reloaded is not None and (self.invocation or self.failed_start) not in ("", reloaded)
 
     @property
+    def start_on_trial(self) -> str | None:
+        """The last start that is not on trial, where the stack before comes back if another fails; else None."""
+        if not self.rollback or self.pinned is not None or self.state.why_bad(self.accepted):
+            return None
+        trial = self.state.trial
+        if trial is None or trial.stack != self.accepted.id or trial.verdict is not None:
+            return None
+        return self.failed_start or trial.other
+
+    @property
     def is_owed(self) -> bool:
         """Whether this start of the service has still to be told of the accepted stack. A later one has read it."""
         return self.running and self.state.owed == self.invocation
@@ -335,6 +345,7 @@ class Facts:
             down = self.failed or self.restarts not in (0, trial.restarts)
             soon = 0 <= self.now - trial.judged < AFTERGLOW_USEC
             return "its main process ended soon after the reload" if down and soon else ""
-        if is_down and self.explained and self.on_trial and not trial.was_down:
+        is_another = self.failed_start != "" and self.failed_start == trial.other
+        if is_down and self.explained and self.on_trial and not trial.was_down and not is_another:
             return "the service failed on it before it had proved good"
         return ""

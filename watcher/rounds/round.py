@@ -204,6 +204,7 @@ class Rounds:
                     # The manager lets go of a process that it sees end: what becomes of it is still to be judged.
                     with holding(service) as held:
                         if not await self._turn(held, memory, this, looked_at):
+                            self._tools.manager.hold_start(service, this.facts.start_on_trial)
                             return this.facts.busy
                     service = self._tools.manager.services.get(service.name, service)
         finally:

@@ -153,9 +153,7 @@ class Steps:
             try:
                 ended = await check_at_start(tools.manager, service, step.stack, copies)
             except NoShadow as error:
-                why = await unstartable(
-                    tools.manager, service, step.stack, facts.fallback, tools.store.copy
-                )
+                why = await unstartable(tools.manager, service, step.stack, facts.fallback, tools.store.copy)
                 if not why:
                     memory.no_shadow = str(error)
                     return

@@ -171,7 +171,8 @@ class Starting(Answers):
         sockets: ActiveState of each that triggers it.
         wanted: something else than these starts it, too.
         started: whether a start comes as far as to have an InvocationID.
-        up: what is found of it after the start: ActiveState and SubState.
+        up: what is found of it: ActiveState and SubState.
+        job: of the start that is on its way to fail.
     """
 
     def __init__(
@@ -182,6 +183,7 @@ class Starting(Answers):
         wanted: bool = False,
         started: bool = False,
         up: tuple[str, str] = ("active", "running"),
+        job: int = 0,
     ) -> None:
         super().__init__(jobs, "done")
         self._results = list(results)
@@ -189,10 +191,11 @@ class Starting(Answers):
         self._wanted = wanted
         self._started = started
         self._up = up
+        self._job = job
 
     async def manager(self, member: str, signature: str = "", *arguments: Any, timeout: float = 30.0) -> Any:
         self.asked.append(f"{member} {arguments[0]}")
-        if member == "StartUnit":
+        if member in ("StartUnit", "RestartUnit"):
             self._jobs.ended(JOB, self._results.pop(0))
         return JOB
 
@@ -202,6 +205,7 @@ class Starting(Answers):
             "ActiveState": self._sockets.get(unit, self._up[0]),
             "SubState": self._up[1],
             "MainPID": 0,
+            "Job": (self._job, "/"),
             "WantedBy": ["multi-user.target"] if self._wanted else [],
             "RequiredBy": [],
         }
@@ -244,6 +248,21 @@ async def test_a_start_is_done_when_the_service_is_there() -> None:
     for state in (("failed", "failed"), ("activating", "auto-restart")):
         found, _ = await start("done", up=state)
         assert found == Reloaded(False, "start", "its start failed: exit status 226")
+
+
+async def test_a_start_that_is_about_to_fail_is_made_anew_by_a_restart() -> None:
+    """Another start would be merged with it."""
+    restart = f"RestartUnit {WEB}"
+    assert await start("done", up=("deactivating", "dead"), job=7) == (STARTED, [restart])
+    assert await start("done", up=("deactivating", "dead")) == (STARTED, [START])
+    assert await start("done", up=("active", "dead"), job=7) == (STARTED, [START])
+
+
+async def test_it_is_told_of_each_job_when_that_is_queued() -> None:
+    jobs, queued = JobResults(), list[str]()
+    systemd = Starting(jobs, "done")
+    await UnitJobs(lambda: systemd, jobs, queued.append).start(WEB)
+    assert queued == [WEB]
 
 
 async def test_what_its_sockets_start_comes_back_with_them() -> None:

@@ -77,6 +77,16 @@ def token(text: str) -> Word:
     return Word(text)
 
 
+def own(text: str) -> Word:
+    """A value that is written in this program, as it stands: nothing in it comes from elsewhere.
+
+    Raises:
+        Unwritable
+    """
+    _require_line(text)
+    return Word(text)
+
+
 def path(*paths: str, options: str = "", optional: bool = False) -> Word:
     """`[-]PATH[:PATH][:OPTIONS]` for settings that list paths: `ReadOnlyPaths=`, `BindPaths=`, `ExtensionDirectories=`.
 

@@ -76,11 +76,18 @@ class UnitJobs:
     Args:
         systemd: gives the connection. Raises BusLost: there is none now.
         results: is told of the end of every job.
+        queued: called with a unit when it has a job of ours.
     """
 
-    def __init__(self, systemd: Callable[[], Systemd1], results: JobResults) -> None:
+    def __init__(
+        self,
+        systemd: Callable[[], Systemd1],
+        results: JobResults,
+        queued: Callable[[str], None] = lambda unit: None,
+    ) -> None:
         self._systemd = systemd
         self._results = results
+        self._queued = queued
         # The invocation of each unit whose start is known to be complete.
         self._up: dict[str, str] = {}
 
@@ -138,7 +145,9 @@ class UnitJobs:
     async def _start(self, unit: str) -> Reloaded:
         """Start a unit; only if that runs into its start limit, it gets over that."""
         before = await self._ask(lambda systemd: systemd.invocation(unit))
-        started = await self._run(unit, "StartUnit", "start")
+        # A start that is on its way to fail would take in another one, and fail all the same (`held_starts.py`).
+        fails = await self._get(unit, "ActiveState") == "deactivating" and (await self._get(unit, "Job"))[0]
+        started = await self._run(unit, "RestartUnit" if fails else "StartUnit", "start")
         refused = not started.ok and not started.interrupted
         if refused and before == await self._ask(lambda systemd: systemd.invocation(unit)):
             # No start was made: unit_test_start_limit() in src/core/unit.c is the first thing that refuses one.
@@ -194,6 +203,7 @@ class UnitJobs:
         with self._results.listening() as listener:
             # If it is not known whether systemd heard it: to reload twice does no harm.
             job = await self._ask(begun)
+            self._queued(unit)
             with trio.move_on_after(limit):
                 return await listener.result(job) or await self._afterwards(unit, member)
         state = await self._systemd().cancel_job(job)

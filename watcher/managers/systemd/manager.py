@@ -21,6 +21,7 @@ from watcher.managers.exec_context import context_of
 from watcher.managers.systemd import dbus
 from watcher.managers.systemd.daemon_reload import DaemonReload, ReloadRefused
 from watcher.managers.systemd.exec_settings import of_next_start
+from watcher.managers.systemd.held_starts import HeldStarts
 from watcher.managers.systemd.jobs import UnitJobs, patiently
 from watcher.managers.systemd.kill_reload import KillReloads
 from watcher.managers.systemd.systemd1 import DAEMON_RELOAD_SEC, JobResults, Systemd1, is_known
@@ -80,7 +81,8 @@ class Systemd:
         # Of the files of units.
         self._watcher: PatientWatcher | None = None
         self._job_results = JobResults()
-        self._unit_jobs = UnitJobs(self._connection, self._job_results)
+        self._held_starts = HeldStarts(settings.runtime_directory)
+        self._unit_jobs = UnitJobs(self._connection, self._job_results, self._held_starts.let_go)
         self._kill_reloads = KillReloads(self._connection, self._unit_jobs, settings.state_directory)
         self._log = UnitLog()
         self.transient = Transient(self._connection, self._job_results)
@@ -99,7 +101,8 @@ class Systemd:
         return self._tracker.services
 
     def close(self) -> None:
-        """Let go of all processes."""
+        """Let go of all processes, and of what waits for us."""
+        self._held_starts.close()
         self._tracker.close()
 
     async def run(
@@ -107,6 +110,7 @@ class Systemd:
     ) -> None:
         """See `Manager.run`; call `check()` before."""
         self._tracker.changed = changed
+        self._held_starts.begin()
         with PatientWatcher() as self._watcher:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._reloads.run)
@@ -226,7 +230,22 @@ class Systemd:
             raise Later(f"whether its start is complete could not be found out: {error}") from error
 
     async def revive(self, service: Service) -> Reloaded:
-        return await self._after_learning(service, lambda one: self._unit_jobs.start(one.name), "start")
+        try:
+            return await self._after_learning(service, lambda one: self._unit_jobs.start(one.name), "start")
+        finally:
+            self._held_starts.let_go(service.name)
+
+    def hold_start(self, service: Service, other: str | None) -> None:
+        if other is None:
+            self._held_starts.let_go(service.name)
+            return
+        try:
+            self._held_starts.hold(service.name, other)
+        except OSError as error:
+            what = (
+                "if its next start fails on its new stack, the service is put right only after that has ended"
+            )
+            journal.log.warning(f"{service.name}: {what}: {error}", service=service.name)
 
     async def execute(
         self, service: Service, namespace: int, words: Sequence[str], timeout_sec: float

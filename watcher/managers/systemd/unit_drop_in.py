@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from watcher.managers.systemd import drop_ins, sandbox_settings, unit_files
+from watcher.managers.systemd import drop_ins, held_starts, sandbox_settings, unit_files
 from watcher.managers.systemd.unit_files import Index, Unit
 from watcher.settings import syntax, values
 from watcher.text import Kind, shown
@@ -55,6 +55,20 @@ class Listed(NamedTuple):
     optional: bool = True
 
 
+class Recorded(NamedTuple):
+    """What the drop-in needs of a unit's record (`records/state.py`).
+
+    Attributes:
+        slots: of the last accepted stack, bottom to top, with or without a layer; None if no stack was ever accepted.
+        sysexts: paths that the unit declares, and in which the daemon has found sysexts.
+        on_trial: the next start may be on a stack that has to prove itself.
+    """
+
+    slots: list[tuple[str, Kind]] | None = None
+    sysexts: frozenset[str] = frozenset()
+    on_trial: bool = True
+
+
 def text(
     index: Index, unit: Unit, state_directory: str, complain: Callable[[str], None] = lambda text: None
 ) -> str:
@@ -68,7 +82,8 @@ def text(
     kept = sandbox_settings.repair(parsed.assignments, index.children)
     if kept.lost and not _declares(parsed):
         raise Forgotten(f"systemd would forget {shown(kept.lost[0])}")
-    listed = _listed(index, unit, parsed, state_directory, complain)
+    record = read(state_directory, unit.name, complain)
+    listed = _listed(index, unit, parsed, record)
     if kept.needed and _is_known_empty(state_directory, unit.name):
         # Its sandbox gives it a namespace anyway, and stays whole until there is a layer to mount.
         listed = [item for item in listed if not item.slot]
@@ -83,9 +98,17 @@ def text(
     if any(item.kind is Kind.IMAGE for item in listed) and _restricts_devices(parsed):
         for device in ("/dev/loop-control", "block-loop"):
             drop_in.assign("Service", "DeviceAllow", drop_ins.token(device), drop_ins.token("rw"))
+    if record.on_trial and _may_hold_starts(unit, parsed):
+        drop_in.assign("Service", "ExecStopPost", drop_ins.own(held_starts.COMMAND))
     for what in left_out:
         complain(f"{shown(unit.name)}: left out: {what}")
     return str(drop_in)
+
+
+def _may_hold_starts(unit: Unit, parsed: syntax.Parsed) -> bool:
+    """Whether it has a stack of its own, and the host's shell is there for what waits (`held_starts.py`)."""
+    roots = (syntax.last(parsed.assignments, "Service", key) for key in ("RootDirectory", "RootImage"))
+    return not unit_files.is_template(unit.name) and not any(root and root.value for root in roots)
 
 
 def _declares(parsed: syntax.Parsed) -> bool:
@@ -155,12 +178,11 @@ def _listed(
     index: Index,
     unit: Unit,
     parsed: syntax.Parsed,
-    state_directory: str,
-    complain: Callable[[str], None],
+    record: Recorded,
 ) -> list[Listed]:
     """The slots of the last accepted stack, and the sysexts that the unit declares."""
-    slots, sysexts = read(state_directory, unit.name, complain)
-    known = sysexts if _declares(parsed) else frozenset()
+    slots = record.slots
+    known = record.sysexts if _declares(parsed) else frozenset()
     trees = (path for path, _ in index.sources(unit).directories)
     if slots is not None and not known and not any(map(_is_sysext_tree, trees)):
         return [Listed(kind, slot) for slot, kind in slots]
@@ -183,40 +205,37 @@ def _listed(
     return [*(Listed(kind, slot) for slot, kind in slots), *passed]
 
 
-def read(
-    state_directory: str, unit: str, complain: Callable[[str], None] = lambda text: None
-) -> tuple[list[tuple[str, Kind]] | None, frozenset[str]]:
-    """What the drop-in needs of a unit's record (`records/state.py`). To import that would take longer than all here.
-
-    Returns:
-        Slots of the last accepted stack, bottom to top, with or without a layer; None if no stack was ever accepted.
-        And the paths that the unit declares, and in which the daemon has found sysexts.
-    """
+def read(state_directory: str, unit: str, complain: Callable[[str], None] = lambda text: None) -> Recorded:
+    """A unit's record. To import what knows all of it would take longer than all here."""
     path = f"{state_directory}/units/{unit}/.state.json"
     try:
         content = syntax.read(path)
     except FileNotFoundError:
-        return None, frozenset()
+        return Recorded()
     except OSError as error:
         complain(f"{path}: cannot be read, what lies in the directories is listed: {error.strerror}")
-        return None, frozenset()
+        return Recorded()
     import json
 
     try:
         record = json.loads(content)
-        accepted = record["accepted"]
+        accepted, trial = record["accepted"], record.get("trial")
         slots = [(entry["slot"], Kind(entry["kind"])) for entry in accepted["entries"]]
-        return slots if accepted["when"] else None, frozenset(record["sysexts"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        return Recorded(
+            slots if accepted["when"] else None,
+            frozenset(record["sysexts"]),
+            not accepted["when"] or (trial is not None and trial.get("verdict") is None),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         complain(f"{path}: not a record of a service, what lies in the directories is listed: {error!r}")
-        return None, frozenset()
+        return Recorded()
 
 
 def only_holds_a_record(state_directory: str, unit: str) -> bool:
     """Whether a unit never had a stack: what is below `units/` holds nothing but its record."""
     try:
         return os.readlink(f"{state_directory}/units/{unit}").endswith("-empty") and (
-            read(state_directory, unit)[0] is None
+            read(state_directory, unit).slots is None
         )
     except OSError:
         return False

@@ -231,12 +231,12 @@ class Listed(NamedTuple):
 
 def listed(state_directory: str, unit: str) -> Listed:
     """What the drop-in of a unit lists now. Quick: two small looks at the state directory."""
-    slots, sysexts = unit_drop_in.read(state_directory, unit)
+    record = unit_drop_in.read(state_directory, unit)
     try:
         there = frozenset(os.listdir(f"{state_directory}/units/{unit}"))
     except OSError:
         there = frozenset()
-    return Listed(None if slots is None else tuple(slots), there, sysexts)
+    return Listed(None if record.slots is None else tuple(record.slots), there, record.sysexts)
 
 
 def _equivalent(loaded: str, wanted: str, state_directory: str) -> bool:

@@ -35,7 +35,7 @@ _DECLARING = (b"ExtensionImages", b"ExtensionDirectories")
 RELEVANT = (
     *("ExtensionImages", "ExtensionDirectories", "Enabled"),
     *("DefaultDependencies", "Before", "PrivateDevices", "DevicePolicy", "DeviceAllow"),
-    *("RootDirectory", "ProtectSystem", "ReadOnlyPaths", "BindPaths", "BindReadOnlyPaths"),
+    *("RootDirectory", "RootImage", "ProtectSystem", "ReadOnlyPaths", "BindPaths", "BindReadOnlyPaths"),
     *("TemporaryFileSystem", "MountImages"),
 )
 """The settings that decide whether a unit takes part and what its drop-in says."""
