@@ -141,6 +141,30 @@ def test_a_kill_from_outside_just_after_an_outcome_is_not_the_images(
     assert kept(host) != slot and "rolled-back" not in outcomes(journal)
 
 
+def test_what_came_while_it_ran_on_another_is_not_put_down_to_what_its_next_start_gets(host: Host) -> None:
+    """It has no main process that systemd knows of, so it runs on version 1 to its end."""
+    host.unit(
+        WEB,
+        "[Service]\nType=forking\nGuessMainPID=no\nExecStart=/bin/sh -c 'sleep infinity & exit 0'\n"
+        "ExecStopPost=/bin/test ! -e /run/ill\n[X-Confext]\nSettleSec=0\n",
+    )
+    host.stack.callback(host.bed.run, ["rm", "-f", "/run/ill"])
+    drop(host, 1, {"web.conf": "1"})
+    host.watch()
+    journal = host.journal()
+    host.systemctl("start", WEB)
+    drop(host, 2, {"web.conf": "2"})
+    journal.until(lambda entry: "1 -> 2, accepted" in entry["MESSAGE"])
+    slot = kept(host)
+    host.bed.path("/run/ill").touch()
+    host.systemctl("stop", WEB)
+    assert host.bed.property(WEB, "ActiveState") == "failed"
+    host.bed.path("/run/ill").unlink()
+    drop(host, 3, {"web.conf": "3"})
+    entry = journal.until(lambda entry: entry.get("CONFEXT_OUTCOME") is not None)
+    assert "2 -> 3, accepted" in entry["MESSAGE"] and kept(host) != slot
+
+
 def test_one_that_is_not_to_be_started_now_has_nothing_against_it(host: Host) -> None:
     journal = stopped_with_another(
         host, SERVES.replace("ExecReload", "ExecCondition=/bin/test ! -e /run/no\nExecReload")

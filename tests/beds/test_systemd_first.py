@@ -15,6 +15,7 @@ from beds.bed import Bed
 from beds.host import SECONDS, UNITS, Host
 from beds.site import WEB, drop, kept, sees
 from support import needs
+from support.place import eventually
 from watcher.rounds.facts import AFTERGLOW_USEC
 
 pytestmark = [needs.bed, needs.tool("mksquashfs")]
@@ -100,15 +101,30 @@ def test_what_is_dropped_for_a_stopped_service_is_checked_at_once(host: Host) ->
     assert seen(host) == ["pre 3", "main 3", "post 3"]
 
 
-def test_a_template_has_no_start_to_be_checked_for_and_its_instances_get_the_image(host: Host) -> None:
+def test_a_template_has_no_start_to_be_checked_for_until_an_instance_of_it_runs(host: Host) -> None:
     template, instance = "web@.service", "web@a.service"
     host.unit(template, SEEING + CHECK)
     host.watch()
     journal = host.journal()
-    drop(host, 1, {"web.conf": "1"}, template)
-    assert "its next instance gets it" in journal.applied(template)["MESSAGE"]
+    for version in ("1", "2"):
+        drop(host, version, {"web.conf": version}, template)
+        assert "its next instance gets it" in journal.applied(template)["MESSAGE"]
     host.systemctl("start", instance)
-    assert seen(host) == ["pre 1", "main 1", "post 1"]
+    assert seen(host) == ["pre 2", "main 2", "post 2"]
+    # Its own settings are the ones that count now.
+    drop(host, 3, {"web.conf": "broken"}, template)
+    said = {template, instance}
+    while said:
+        entry = journal.until(lambda entry: entry.get("CONFEXT_OUTCOME") == "refused")
+        assert "check" in entry["MESSAGE"] and entry["CONFEXT_OUTPUT"] == "broken\n"
+        said.remove(entry["CONFEXT_SERVICE"])
+    host.systemctl("start", "web@b.service")
+    assert seen(host) == ["pre 2", "main 2", "post 2"]
+    drop(host, 4, {"web.conf": "4"}, template)
+    sees(host, "4", instance)
+    eventually(lambda: "4" in kept(host, template))
+    host.systemctl("start", "web@c.service")
+    assert seen(host) == ["pre 4", "main 4", "post 4"]
 
 
 ENDS = SEEING.replace("; ! grep -qs broken /etc/web.conf'", "'").replace(

@@ -58,6 +58,7 @@ FULL = Facts(
     restarts=3,
     headless=True,
     invocation="9f",
+    template=True,
     explained=False,
     out_of_reach="it is in the host's mount namespace",
     blameless=True,

@@ -164,6 +164,10 @@ TABLE: dict[str, dict[str, tuple[Facts, Step]]] = {
             facts(EMPTY, wanted=NEW, has_check=True, **DOWN, **NO_SHADOW),
             Accept(NEW, new=True),
         ),
+        "cannot be run for a template, whose instances run it": (
+            facts(OLD, wanted=NEW, has_check=True, template=True, **DOWN, **NO_SHADOW),
+            Accept(NEW, new=True),
+        ),
         "cannot be run beside one in the host's namespace": (
             facts(OLD, wanted=NEW, has_check=True, **HOST, **NO_SHADOW),
             NeedsRestart(),

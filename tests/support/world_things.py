@@ -90,6 +90,7 @@ class Unit:
             starting=self.starting,
             headless=self.alive and self.headless,
             failed=self.failed,
+            failed_start=str(self.starts) if self.failed and self.manager == "systemd" else "",
             restarts=self.restarts,
             manager=self.manager,
         )

@@ -25,7 +25,7 @@ class Service:
         settings: its `[X-Confext]`.
         main: its main process, which the manager closes; None: it does not run, or is `headless`.
         invocation: changes with every start (InvocationID, or a registration's PID and start time); "" if it does not
-            run.
+            run. One that is `headless` has one, too, and one that is on its way down.
         starting: it is being started: `ExecStartPre=` runs, or a process that is still systemd's executor, on its way
             to becoming the service.
         failed: it went down by itself rather than being stopped. The standalone manager cannot tell these apart: it

@@ -65,6 +65,7 @@ class Facts:
         running: it has a main process.
         starting, failed, failed_start, restarts, headless, invocation: see `Service`.
         excused: `Service.blameless`.
+        template: it is not started itself, its instances are.
         explained: its manager knows why it ended. (The kernel tells only its parent: not so of a standalone service.)
         out_of_reach: why its main process must not be touched: it is in the host's mount namespace; "" if it may be.
         blameless: it went down, and a copy that it ran on was damaged.
@@ -100,6 +101,7 @@ class Facts:
     restarts: int = 0
     excused: str = ""
     headless: bool = False
+    template: bool = False
     invocation: str = ""
     explained: bool = True
     out_of_reach: str = ""
@@ -217,7 +219,7 @@ class Facts:
             return (
                 "it is being started, and all processes of one start see one /etc: it is tried once it runs"
             )
-        if self.has_check and not self.can_check and self.accepted.layers:
+        if self.has_check and not self.can_check and self.accepted.layers and not self.template:
             where = "in a mount namespace of its own" if self.running else ""
             return (
                 f"it is not running{where and ' ' + where}, and Check= needs that ({self.no_shadow}): it is tried"

@@ -139,7 +139,7 @@ def accepted(service: str, before: Stack, facts: Facts) -> Event:
 
 def gets_it(service: str, facts: Facts) -> str:
     """When a service that does not run gets its accepted stack."""
-    if "@." in service:
+    if facts.template:
         return "a template, its next instance gets it"
     if facts.headless:
         return "systemd knows no main process of it, its next start gets it: restart it"

@@ -191,6 +191,7 @@ class Observer:
             restarts=service.restarts,
             excused=service.blameless,
             headless=service.headless,
+            template=service.manager == "systemd" and "@." in service.name,
             invocation=service.invocation,
             explained=service.manager != "standalone",
             out_of_reach="" if main is None or ended else self._out_of_reach(main),

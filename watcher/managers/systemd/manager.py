@@ -27,7 +27,7 @@ from watcher.managers.systemd.kill_reload import KillReloads
 from watcher.managers.systemd.systemd1 import DAEMON_RELOAD_SEC, JobResults, Systemd1, is_known
 from watcher.managers.systemd.tracker import Tracker
 from watcher.managers.systemd.transient import Transient
-from watcher.managers.systemd.unit_facts import Listed, listed, said_again, stale
+from watcher.managers.systemd.unit_facts import Listed, listed, said_again, stale, started_as
 from watcher.managers.systemd.unit_files import Index
 from watcher.managers.systemd.unit_log import UnitLog
 from watcher.managers.systemd.wire import Received
@@ -265,11 +265,12 @@ class Systemd:
     async def execute_at_start(
         self, service: Service, copies: Sequence[Copy], words: Sequence[str], timeout_sec: float
     ) -> Ended:
-        again = await trio.to_thread.run_sync(said_again, self._tracker.index, service.name)
-        slots = f"{self._state_directory}/units/{service.name}"
+        unit = started_as(service.name, self.services.values())
+        again = await trio.to_thread.run_sync(said_again, self._tracker.index, unit)
+        slots = f"{self._state_directory}/units"  # an instance may have those of its template
         settings = partial(of_next_start, copies=copies, slots=slots, again=again)
         try:
-            return await self.transient.run_at_start(service.name, words, timeout_sec, settings)
+            return await self.transient.run_at_start(unit, words, timeout_sec, settings)
         except Later:
             self._cut_off.add(service.name)
             raise

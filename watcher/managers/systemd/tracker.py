@@ -314,10 +314,10 @@ class Tracker:
                 return
             headless = not failed and state in _ACTIVE and await systemd.get(name, "SubState") != "exited"
             preparing = state == "activating" and not failed  # ExecStartPre=
-        if headless:
-            # It may have been started since.
-            start = await self._main(systemd, name)
-            headless = start.process is None
+            if headless or state == "deactivating":
+                start = await self._main(systemd, name)
+                headless = headless and start.process is None  # else it was started since
+                start = start if start.process else _Start(None, await systemd.invocation(name))
         self._put(name, start, preparing, failed=failed, failed_start=failed_start, headless=headless)
 
     async def _main(self, systemd: Systemd1, name: str) -> _Start:

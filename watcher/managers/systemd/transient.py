@@ -102,11 +102,9 @@ class Transient:
             layers: that function, with all but its first argument.
 
         Raises:
-            NoShadow: what systemd does before the command begins has failed, or a template has no start of its own.
+            NoShadow: what systemd does before the command begins has failed.
             Later: as `run()`.
         """
-        if "@." in unit:
-            raise NoShadow("it is a template")
 
         async def properties(systemd: Systemd1) -> list[Property]:
             if (state := await systemd.get(unit, "LoadState")) != "loaded":

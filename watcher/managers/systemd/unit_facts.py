@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from watcher.managers.base import NoShadow
+from watcher.managers.base import NoShadow, Service
 from watcher.managers.systemd import drop_ins, sandbox_settings, unit_drop_in, unit_files, unit_watch
 from watcher.managers.systemd.unit_files import DROPIN, Index, Unit
 from watcher.model import Declared, Kind, Remark, Setting, shown
@@ -207,6 +207,20 @@ def said_again(index: Index, name: str) -> tuple[sandbox_settings.Again, ...]:
     if kept.lost:
         raise NoShadow(f"with images systemd would forget {shown(kept.lost[0])}")
     return kept.again
+
+
+def started_as(name: str, services: Iterable[Service]) -> str:
+    """Which unit's next start is meant by a unit's name: of a template, that of an instance which runs.
+
+    Raises:
+        NoShadow: there is none.
+    """
+    if not unit_files.is_template(name):
+        return name
+    for one in services:
+        if one.main is not None and unit_names.UnitName(one.name).template == name:
+            return one.name
+    raise NoShadow("it is a template, and no instance of it runs")
 
 
 class Listed(NamedTuple):
