@@ -13,6 +13,7 @@ from support.world import World
 from support.world_things import File, Unit
 from watcher.managers.base import Service
 from watcher.model import Later, Stack
+from watcher.records.together import alone
 from watcher.rounds import decide
 from watcher.rounds.memory import Memory, Round
 from watcher.rounds.round import Rounds
@@ -28,8 +29,8 @@ def test_a_look_that_comes_back_when_nobody_waits_for_it_any_more_changes_nothin
         world.work()
         hung: list[Callable[[], Any]] = []
 
-        async def hangs(service: Service, function: Callable[[Service], Any]) -> Any:
-            hung.append(lambda: function(service))
+        async def hangs(service: Service, function: Callable[[Service], Any], finishes: Any) -> Any:
+            hung.append(lambda: alone(function(service)))
             raise Unanswered
 
         in_turn, world._tools.in_turn = world._tools.in_turn, hangs
@@ -64,7 +65,7 @@ def test_the_manager_is_told_of_a_stack_whose_acceptance_came_back_late() -> Non
         manager.learn, manager.learned = staticmethod(learn), staticmethod(lambda service: False)
         in_turn = world._tools.in_turn
 
-        async def late(service: Service, function: Callable[[Service], Any]) -> Any:
+        async def late(service: Service, function: Callable[[Service], Any], finishes: Any) -> Any:
             found = await in_turn(service, function)
             if world.accepted(unit).layers:
                 raise Unanswered
@@ -87,8 +88,8 @@ def test_steps_without_an_end_are_a_mistake_that_says_what_was_known(monkeypatch
     rounds = object.__new__(Rounds)
     known = SimpleNamespace(bids=False, reachable=True)
     rounds._observer = cast(Any, SimpleNamespace(look=lambda *_: True, observe=lambda *_: known))
-    rounds._steps_of = cast(Any, SimpleNamespace(accept=lambda *_: None))
+    rounds._steps_of = cast(Any, SimpleNamespace(accept=lambda *_: iter(())))
     monkeypatch.setattr(decide, "decide", lambda facts: decide.Accept(Stack()))
     service = cast(Any, SimpleNamespace(name="web.service"))
     with pytest.raises(AssertionError, match=r"web\.service: its round does not come to an end: namespace"):
-        rounds._work([], Memory(), Round(0.0, 0), lambda: None, service)
+        alone(rounds._work([], Memory(), Round(0.0, 0), lambda: None, service))

@@ -11,6 +11,7 @@ from support.facts import entries, facts, record, stack
 from watcher.managers.base import Service
 from watcher.model import Declared, Look, Picks, Stack
 from watcher.records.state import Accepted, State
+from watcher.records.together import Gathering, alone
 from watcher.rounds import exec_service
 from watcher.rounds.decide import Accept
 from watcher.rounds.desired import Desired
@@ -32,6 +33,10 @@ class Unmounting:
     def state(self, slots: str) -> State:
         return self.kept
 
+    def accepting(self, slots: str, one: Stack, all_entries: Any, change: Any) -> Gathering[State]:
+        yield from ()
+        return self.accept(slots, one, all_entries, change)
+
     def accept(self, slots: str, one: Stack, all_entries: Any, change: Any) -> State:
         self.accepted += 1
         place = {one.layers[0].source: f"/srv{self.accepted}"}
@@ -47,7 +52,9 @@ def test_what_was_recorded_otherwise_than_it_was_seen_counts_as_it_was_recorded(
     store = Unmounting()
     tools = SimpleNamespace(store=store, manager=SimpleNamespace(learned=lambda service: True))
     this = Round(0.0, 0, state=record(OLD), desired=look(NEW))
-    Steps(cast(Any, tools)).accept(Accept(NEW, new=True), SERVICE, facts(OLD, wanted=NEW), Memory(), this)
+    alone(
+        Steps(cast(Any, tools)).accept(Accept(NEW, new=True), SERVICE, facts(OLD, wanted=NEW), Memory(), this)
+    )
     assert this.desired is not None
     assert this.desired.mounted == this.state.accepted.mounted == {NEW.layers[0].source: "/srv1"}
 

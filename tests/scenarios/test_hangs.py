@@ -2,7 +2,7 @@
 """A file system that does not answer keeps nobody waiting but the services whose configuration is on it.
 
 Each test hangs one step of a round, or of what is done between rounds, on a real FUSE file system, and has a healthy
-service get its drop meanwhile. The starting program finds out with watch/offload.py.
+service get its drop meanwhile. The starting program finds out with watch/comes_back.py.
 """
 
 from __future__ import annotations

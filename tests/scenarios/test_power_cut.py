@@ -235,6 +235,71 @@ def test_the_power_is_cut_after_any_call(scratch: Path, tmp_path: Path) -> None:
     print(f"{cuts} power cuts, {len(stores)} states, {len(ledgers)} ledgers")
 
 
+# What services that share an image do together.
+TOGETHER = """
+import os, sys
+from dataclasses import replace
+sys.path[:0] = {path!r}
+from watcher.images.stacks import Stacks
+from watcher.model import Kind, Layer, Stack
+from watcher.records import durable
+durable._PATHS_MAX, durable._dirty = {paths_max}, lambda: 0
+stacks = Stacks(sys.argv[1])
+os.mkdir(sys.argv[1] + "/store")
+UNITS = ["a.service", "b.service", "c.service"]
+
+def together(jobs):
+    jobs = list(jobs)
+    while jobs:
+        needs = []
+        for job in list(jobs):
+            try:
+                needs.append(next(job))
+            except StopIteration:
+                jobs.remove(job)
+        if needs:
+            needs[0].function([need.item for need in needs])
+
+for number in "12":
+    stack = Stack((Layer("web.raw", "web", number, number * 64, Kind.IMAGE, ""),))
+    together(stacks.accepting(unit, stack, ()) for unit in UNITS)
+    os.write(1, b"accepted " + stack.id.encode())
+    together(stacks.changing(unit, lambda state: replace(state, owed=stack.id)) for unit in UNITS)
+    os.write(1, b"told " + stack.id.encode())
+"""
+
+
+@root
+@tool("strace")
+@pytest.mark.limit(300)
+@pytest.mark.parametrize("paths_max", [0, 100], ids=["syncfs", "fsync"])
+def test_the_power_is_cut_while_several_accept_a_stack(scratch: Path, tmp_path: Path, paths_max: int) -> None:
+    state = scratch / "state"
+    state.mkdir()
+    code = TOGETHER.format(path=sys.path, paths_max=paths_max)
+    seen = dict[str, list[State | None]]()
+    for disk in powercut.replayed(code, [state], state, tmp_path / "trace"):
+        done = dict[str, str](mark.split(" ") for mark in disk.marks)
+        for chosen, data in disk.cuts():
+            entries = disk.after(chosen, data)
+            key = json.dumps(list(entries.items()), default=repr)
+            if key not in seen:
+                made = scratch / f"cut{len(seen)}"
+                powercut.make(entries, made)
+                stacks = Stacks(str(made))
+                seen[key] = [stacks.read(f"{unit}.service") for unit in "abc"]
+            for found in seen[key]:
+                where = f"after {disk.marks}, {len(chosen)} of {len(disk.pending)}, {data}"
+                assert found is not None or not done, where
+                accepted = found.accepted.stack.id if found is not None else ""
+                if found is not None and "accepted" in done and accepted != done["accepted"]:
+                    assert disk.marks.count(f"accepted {accepted}") == 0, f"an older stack {where}"
+                if found is not None and "told" in done and accepted == done["told"]:
+                    assert found.owed == done["told"], where
+    assert len(disk.marks) == 4
+    assert len(seen) > 50
+
+
 def without_temporary(store: powercut.Tree | None) -> powercut.Tree:
     """Nobody looks at what has no digest for its name; it would be another state for each step of a copy."""
     if store is None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 CALLS = (
     "open openat close dup fcntl creat mkdir mkdirat rename renameat renameat2 unlink unlinkat rmdir symlink symlinkat "
-    "link linkat write pwrite64 ftruncate chmod fchmod fchmodat fsync fdatasync"
+    "link linkat write pwrite64 ftruncate chmod fchmod fchmodat fsync fdatasync syncfs"
 )
 # Which arguments are paths, of the calls without a directory in front of each.
 _PATHS = {
@@ -336,6 +336,21 @@ class _Replay:
         for op in self._disk.pending[: began.pending]:
             op[:] = [effect for effect in op if effect[0] is not began.node]
         return True
+
+    def _syncfs(self, *_: object) -> bool:
+        """Of a program with one thread: it keeps all."""
+        for effects in self._disk.pending:
+            for directory, _name, node in effects:
+                self._keep(directory)
+                if node is not None:
+                    self._keep(node)
+        for node, _offset in self._disk.files.values():
+            self._keep(node)
+        self._disk.pending.clear()
+        return True
+
+    def _keep(self, node: Node) -> None:
+        node.kept_data, node.kept_mode, node.kept_entries = node.data, node.mode, dict(node.entries)
 
     def _fdatasync(self, values: list[str], result: int, began: _Began | None) -> bool:
         fd = int(values[0])

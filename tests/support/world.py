@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +41,7 @@ from watcher.mounts.process import Gone, namespace_id
 from watcher.mounts.workers import HostNamespace
 from watcher.records import journal
 from watcher.records.state import State
+from watcher.records.together import alone
 from watcher.resolve import scan
 from watcher.rounds import exec_service, messages, observe, retry, rollout, steps, verdicts
 from watcher.rounds import round as rounds
@@ -405,10 +406,10 @@ class World:
         async def run_within(seconds: float, name: str, function: Any) -> Any:
             return function()
 
-        async def in_turn(service: Service, function: Any) -> Any:
+        async def in_turn(service: Service, function: Any, finishes: Any = None) -> Any:
             self._in_thread = True
             try:
-                return function(service)
+                return alone(function(service))
             finally:
                 self._in_thread = False
 
@@ -416,7 +417,8 @@ class World:
             return function(*args, **more)
 
         async def run_alone(function: Any, *args: Any) -> Any:
-            return function(*args)
+            found = function(*args)
+            return alone(found) if isinstance(found, Generator) else found
 
         async def nothing(*_: Any) -> list[int]:
             return []
@@ -485,6 +487,7 @@ class World:
             (steps, "check_at_start", self._check_at_start),
             (steps, "converge", self._converge),
             (steps, "reload_and_judge", self._reload),
+            (steps, "judged_at_once", lambda *_: None),
             (steps, "judge_start", self._watch),
             (verdicts.Verdicts, "_is_there", is_there),
             (rounds, "_STEPS_MAX", _STEPS_MAX),

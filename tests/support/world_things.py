@@ -13,6 +13,7 @@ from typing import Any
 from watcher.managers.base import Service
 from watcher.model import Candidate, Declared, Entry, Kind, Stack
 from watcher.records.state import Accepted, State
+from watcher.records.together import Gathering
 from watcher.settings.config import ServiceSettings
 
 FATES = ("good", "check fails", "reload fails", "unhealthy", "dies", "dies later")
@@ -167,6 +168,16 @@ class Records:
         self.ever.setdefault(slots, {"": Stack()})[stack.id] = stack
         self.tick()
         return self.state(slots)
+
+    def changing(self, slots: str, change: Callable[[State], State]) -> Gathering[State]:
+        yield from ()
+        return self.change(slots, change)
+
+    def accepting(
+        self, slots: str, stack: Stack, entries: Sequence[Entry], change: Callable[[State], State]
+    ) -> Gathering[State]:
+        yield from ()
+        return self.accept(slots, stack, entries, change)
 
     def verify(self, digest: str) -> bool:
         return digest not in self.damaged

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Work that may hang: one thread for each key, and nobody waits for another's."""
+"""Work that may hang: one thread for each key, and nobody waits for another's.
+
+With `records/together.py`: what is done for several jobs at once.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,13 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import pytest
 import trio
 import trio.testing
 
+from watcher.records.together import Gathering, Together
 from watcher.watch import offload
 from watcher.watch.offload import Offload, Unanswered
 
@@ -128,15 +132,19 @@ async def test_without_a_thread_a_job_waits_for_one(monkeypatch: pytest.MonkeyPa
     assert len(refused) == 3
 
 
-async def test_what_never_begins_is_dropped(free: threading.Event) -> None:
-    work, dropped = Offload(), []
+async def test_what_never_begins_is_dropped(free: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    work, dropped = Offload(), list[str]()
+
+    def begun() -> Gathering[None]:
+        yield from ()
+        dropped.append("begun")
+
     async with trio.open_nursery() as nursery:
         nursery.start_soon(work.run, "web", free.wait)
         await trio.testing.wait_all_tasks_blocked()
-        with pytest.raises(Unanswered):
-            await work.run_within(
-                0.05, "web", lambda: dropped.append("begun"), lambda: dropped.append("dropped")
-            )
+        with pytest.raises(Unanswered), monkeypatch.context() as patch:
+            patch.setattr(offload, "HANGS_SEC", 0.05)
+            await work.run_gathering("web", begun, lambda: dropped.append("dropped"))
         free.set()
     await work.run("web", divmod, 7, 2)
     assert dropped == ["dropped"]
@@ -190,3 +198,106 @@ async def test_whatever_hangs_fails_and_is_cancelled_nothing_is_lost_or_mixed_up
     finally:
         sys.setswitchinterval(interval)
     assert not overlaps and not work._queue and not work._ended
+
+
+class Disk:
+    """What jobs need: it counts for how many at once."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.groups: list[list[int]] = []
+        self.fails = fails
+
+    def sync(self, numbers: Sequence[int]) -> None:
+        self.groups.append(list(numbers))
+        if self.fails:
+            raise OSError("no room")
+
+    def job(self, number: int, *, last: bool = False) -> Gathering[int]:
+        for _ in range(2):
+            yield Together(self.sync, number, last)
+        return number
+
+
+async def all_of(work: Offload, jobs: Iterable[Gathering[int]]) -> list[int]:
+    done = []
+
+    async def run(number: int, job: Gathering[int]) -> None:
+        done.append(await work.run_gathering(str(number), lambda: job))
+
+    async with trio.open_nursery() as nursery:
+        for number, job in enumerate(jobs):
+            nursery.start_soon(run, number, job)
+    return sorted(done)
+
+
+async def test_what_several_need_is_done_for_them_together_and_for_the_first_at_once() -> None:
+    work, disk = Offload(), Disk()
+    assert await all_of(work, map(disk.job, range(300))) == list(range(300))
+    assert len(disk.groups[0]) == 1
+    assert len(disk.groups) < 40, "hardly together"
+    assert sorted(number for group in disk.groups for number in group) == sorted([*range(300)] * 2)
+    assert max(map(len, disk.groups)) <= 2 * offload._GATHERED_MAX
+
+
+async def test_what_nobody_waits_for_is_done_when_nothing_else_is_left() -> None:
+    work, disk, order = Offload(), Disk(), list[int]()
+
+    def plain(number: int) -> Gathering[int]:
+        yield from ()
+        order.append(len(disk.groups))
+        return number
+
+    jobs = [disk.job(0, last=True), *(plain(number) for number in range(1, 20)), disk.job(20, last=True)]
+    assert await all_of(work, jobs) == list(range(21))
+    assert set(order) == {0}
+    assert [len(group) for group in disk.groups] == [2, 2]
+
+
+async def test_an_error_of_what_is_needed_is_raised_in_each_that_needs_it() -> None:
+    work, disk, caught = Offload(), Disk(fails=True), list[int]()
+
+    def job(number: int) -> Gathering[int]:
+        try:
+            yield Together(disk.sync, number)
+        except OSError:
+            caught.append(number)
+        return number
+
+    assert await all_of(work, map(job, range(10))) == list(range(10))
+    assert sorted(caught) == list(range(10))
+    with pytest.raises(OSError, match="no room"):
+        await work.run_gathering("web", lambda: disk.job(1))
+
+
+async def test_one_that_hangs_keeps_nobody_from_what_he_needs(free: threading.Event) -> None:
+    work, disk = Offload(), Disk()
+
+    def hangs() -> Gathering[int]:
+        yield Together(disk.sync, -1)
+        free.wait()
+        yield Together(disk.sync, -2)
+        return -1
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(work.run_gathering, "web", hangs)
+        with trio.fail_after(PATIENCE):
+            assert await all_of(work, map(disk.job, range(20))) == list(range(20))
+            free.set()
+    assert [-2] in disk.groups
+
+
+async def test_what_is_just_being_written_down_comes_to_its_end_when_it_is_cancelled(
+    free: threading.Event,
+) -> None:
+    work, done = Offload(), list[str]()
+
+    def job(name: str) -> Gathering[None]:
+        yield Together(lambda _: free.wait(), None)
+        done.append(name)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(work.run_gathering, "web", lambda: job("web"), lambda: None, lambda: True)
+        await trio.testing.wait_all_tasks_blocked()
+        threading.Timer(0.1, free.set).start()
+        nursery.cancel_scope.cancel()
+    assert done == ["web"]

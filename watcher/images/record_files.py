@@ -11,6 +11,7 @@ from typing import NamedTuple
 from watcher.model import shown
 from watcher.records import durable
 from watcher.records.state import Damaged, State, decoded, encoded
+from watcher.records.together import Gathering, Together
 
 # No slot has that name: scan.py ignores hidden entries.
 RECORD = ".state.json"
@@ -81,7 +82,7 @@ class RecordFiles:
         self._known[stack] = key, state
         return state
 
-    def replace(self, stack: str, state: State, directory: int, temporary: str) -> None:
+    def replacing(self, stack: str, state: State, directory: int, temporary: str) -> Gathering[None]:
         """Put another record in the place of the one of a stack. On the disk when it returns. Raises OSError.
 
         Args:
@@ -89,10 +90,11 @@ class RecordFiles:
             temporary: a name in there.
         """
         path = f"{stack}/{RECORD}"
-        key = create(temporary, state, directory, sync=True)
+        key = create(temporary, state, directory)
+        yield Together(durable.fsync_all, (f"{os.path.dirname(stack)}/{temporary}",))
         os.rename(temporary, path, src_dir_fd=directory)
         self._known[stack] = key, state
-        durable.fsync(stack)
+        yield Together(durable.fsync_all, (stack,))
 
     def create(self, stack: str, state: State, directory: int) -> None:
         """Write the first record of a stack, which is put together in a directory. Raises OSError.
@@ -108,13 +110,11 @@ class RecordFiles:
         self._known.pop(stack, None)
 
 
-def create(name: str, state: State, directory: int, *, sync: bool = False) -> _Key:
+def create(name: str, state: State, directory: int) -> _Key:
     """Make a new file with a record. Raises OSError."""
     with open(os.open(name, _WRITE, 0o600, dir_fd=directory), "wb") as file:
         file.write(encoded(state))
         file.flush()
-        if sync:
-            os.fsync(file.fileno())
         return _key(os.fstat(file.fileno()))
 
 

@@ -39,6 +39,7 @@ from watcher.images.unit_locks import UnitLocks
 from watcher.model import Entry, Stack, shown
 from watcher.records import durable
 from watcher.records.state import Accepted, Damaged, State
+from watcher.records.together import Gathering, Together, alone, done_alone
 
 TEMPORARY = ".tmp-"
 LOCKS = ".locks"
@@ -113,7 +114,7 @@ class Stacks:
                 found.setdefault(accepted.stack.id, accepted)
         return tuple(found.values())
 
-    def change(self, unit: str, change: Callable[[State], State]) -> State:
+    def changing(self, unit: str, change: Callable[[State], State]) -> Gathering[State]:
         """Replace the record of a unit, if `change` makes another of it; the new one, which is on the disk.
 
         Raises:
@@ -123,19 +124,21 @@ class Stacks:
             old = self._mended(unit, directory)
             new = change(old)
             if new != old:
-                self._write(unit, directory, new)
+                yield from self._write(unit, directory, new)
             elif not self._pointed(unit):
                 self._remove(unit)
             return new
 
-    def accept(
+    change = done_alone(changing)
+
+    def accepting(
         self,
         unit: str,
         stack: Stack,
         entries: Sequence[Entry],
         mounted: Mapping[str, str] | None = None,
         change: Callable[[State], State] = lambda state: state,
-    ) -> State:
+    ) -> Gathering[State]:
         """Make `stack` the accepted one, and with it what `change` makes of the record; the new record.
 
         What is accepted already, with the same names, entries and places, keeps its slots and its `when`.
@@ -153,12 +156,14 @@ class Stacks:
             same = bool(old.accepted.when) and replace(accepted, when=old.accepted.when) == old.accepted
             new = change(old if same else replace(old, accepted=accepted))
             if not same:
-                self._place(unit, directory, new)
+                yield from self._place(unit, directory, new)
             elif new != old:
-                self._write(unit, directory, new)
+                yield from self._write(unit, directory, new)
             else:
-                self._sync_link(unit)
+                yield from self._sync_link(unit)
             return new
+
+    accept = done_alone(accepting)
 
     def write_missing(self, unit: str, record: Callable[[str, bool], State | None]) -> None:
         """Give each kept stack that has no record, oldest first, the one that `record` makes of its path.
@@ -170,11 +175,10 @@ class Stacks:
             current = self._pointed(unit)
             for name in reversed(self._numbered(unit)):
                 path = f"{self.directory}/{unit}/{name}"
-                if not os.path.lexists(f"{path}/{RECORD}"):
-                    state = record(path, name == current)
-                    if state is not None:
-                        self._records.replace(path, state, directory, _NEW_RECORD)
-            self._sync_link(unit)
+                is_there = os.path.lexists(f"{path}/{RECORD}")
+                if not is_there and (state := record(path, name == current)) is not None:
+                    alone(self._records.replacing(path, state, directory, _NEW_RECORD))
+            alone(self._sync_link(unit))
 
     def without_layers(self) -> tuple[str, ...]:
         """The units whose accepted stack is the empty one, in no order."""
@@ -298,7 +302,7 @@ class Stacks:
             state, source = self._rebuild(remains)
             path = f"{self._path}/units/{unit}/{RECORD}"
             aside = record_files.set_aside(path, self._path, unit, error.suffix)
-            self._write(unit, directory, state)
+            alone(self._write(unit, directory, state))
             self._rebuilt(remains, source, aside)
             return state
 
@@ -314,25 +318,24 @@ class Stacks:
                 raise
             links, when, of_stack = {}, 0, EMPTY
         first = number.isdigit() and int(number) == 1
-        kept = self.history(unit)
-        return Remains(unit, error, "" if of_stack == EMPTY else of_stack, links, when, first, kept)
+        of_stack = "" if of_stack == EMPTY else of_stack
+        return Remains(unit, error, of_stack, links, when, first, self.history(unit))
 
-    def _write(self, unit: str, directory: int, state: State) -> None:
+    def _write(self, unit: str, directory: int, state: State) -> Gathering[None]:
         """Put a record in the place of the one of the accepted stack."""
         name = self._pointed(unit)
         path = f"{self.directory}/{unit}/{name}"
         if name.partition("-")[2] == identity(state) and os.path.isdir(path):
-            self._records.replace(path, state, directory, _NEW_RECORD)
-            self._sync_link(unit)
+            yield from self._records.replacing(path, state, directory, _NEW_RECORD)
+            yield from self._sync_link(unit)
         else:
-            self._place(unit, directory, state)
+            yield from self._place(unit, directory, state)
 
-    def _place(self, unit: str, directory: int, state: State) -> None:
+    def _place(self, unit: str, directory: int, state: State) -> Gathering[None]:
         """Make the stack of a record the accepted one."""
-        name = self._build(unit, directory, state)
-        self._fsync(unit, name)
+        yield Together(durable.fsync_all, self._made_of(unit, name := self._build(unit, directory, state)))
         self._point(unit, name)
-        self._sync_link(unit, anew=True)
+        yield from self._sync_link(unit, anew=True)
 
     def _build(self, unit: str, directory: int, state: State) -> str:
         numbers = [int(name[:_DIGITS]) for name in self._numbered(unit)]
@@ -349,8 +352,8 @@ class Stacks:
         os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
         return name
 
-    def _fsync(self, unit: str, name: str) -> None:
-        """Bring all that a stack is made of to the disk."""
+    def _made_of(self, unit: str, name: str) -> list[str]:
+        """The paths of all that a stack is made of."""
         path, store = f"{self.directory}/{unit}", f"{self._path}/store"
         paths = [f"{path}/{name}/{RECORD}", f"{path}/{name}", path]
         if os.path.isdir(store):
@@ -358,7 +361,7 @@ class Stacks:
             paths.append(store)
         if not self._pointed(unit):
             paths += [self.directory, self._path]  # perhaps these are new, too
-        durable.fsync(*paths)
+        return paths
 
     def _point(self, unit: str, name: str) -> None:
         # In the unit's directory, which is locked: if this process is killed here, `_clear()` of the next removes it.
@@ -366,11 +369,11 @@ class Stacks:
         os.symlink(f"../stacks/{unit}/{name}", temporary)
         os.rename(temporary, f"{self._path}/units/{unit}")
 
-    def _sync_link(self, unit: str, *, anew: bool = False) -> None:
+    def _sync_link(self, unit: str, *, anew: bool = False) -> Gathering[None]:
         """Bring `units/UNIT` to the disk: a process may have been killed before it did that itself."""
         name = self._pointed(unit)
         if anew or self._durable.get(unit) != name:
-            durable.fsync(f"{self._path}/units")
+            yield Together(durable.fsync_all, (f"{self._path}/units",))
             self._durable[unit] = name
 
     def _remove_stack(self, path: str) -> None:

@@ -21,6 +21,7 @@ from watcher.model import Entry, Event, Kind, Stack, shown
 from watcher.records import journal
 from watcher.records.ledger import LedgerError
 from watcher.records.state import Damaged, State
+from watcher.records.together import Gathering, done_alone
 
 Change = Callable[[State], State]
 History = Callable[[str], Sequence[Event]]
@@ -86,8 +87,8 @@ class States:
                 journal.log.warning(said, service=unit)
             return state
 
-    def change(self, unit: str, change: Change) -> State:
-        """See `Store.change()`. Raises OSError: it holds in memory."""
+    def changing(self, unit: str, change: Change) -> Gathering[State]:
+        """See `Store.changing()`. Raises OSError: it holds in memory."""
         made: list[_Unwritten] = []
 
         def changed(disk: State) -> State:
@@ -97,7 +98,7 @@ class States:
         with self._turn(unit):
             unwritten = self._unwritten.get(unit)
             try:
-                self._seen[unit] = self.stacks.change(unit, changed)
+                self._seen[unit] = yield from self.stacks.changing(unit, changed)
             except OSError:
                 if not made:
                     changed(self._seen.get(unit) or State())
@@ -106,13 +107,15 @@ class States:
             self._unwritten.pop(unit, None)
             return self._seen[unit]
 
-    def accept(
+    change = done_alone(changing)
+
+    def accepting(
         self, unit: str, stack: Stack, entries: Sequence[Entry], mounted: Mapping[str, str], change: Change
-    ) -> State:
-        """See `Store.accept()`. Raises OSError: nothing of it holds, not in memory either."""
+    ) -> Gathering[State]:
+        """See `Store.accepting()`. Raises OSError: nothing of it holds, not in memory either."""
         with self._turn(unit):
             unwritten = self._unwritten.get(unit)
-            self._seen[unit] = self.stacks.accept(
+            self._seen[unit] = yield from self.stacks.accepting(
                 unit,
                 stack,
                 entries,
@@ -121,6 +124,8 @@ class States:
             )
             self._unwritten.pop(unit, None)
             return self._seen[unit]
+
+    accept = done_alone(accepting)
 
     def forget(self, unit: str) -> None:
         """See `Store.forget()`. Raises OSError."""

@@ -34,6 +34,7 @@ from watcher.images.verdicts import Verdicts
 from watcher.model import Busy, Copy, Entry, Kind, Later, Layer, Mountable, Refused, Stack, shown
 from watcher.records import durable
 from watcher.records.state import State
+from watcher.records.together import Gathering, done_alone
 from watcher.watch.lease import Lease
 
 
@@ -205,37 +206,33 @@ class Store:
         with translated("the records cannot be looked at"):
             return [(unit, self._states.state(unit)) for unit in self._states.stacks.units()]
 
-    def change(self, unit: str, change: Change) -> State:
-        """Read the record of a service, change it, write it: one step for all other threads and processes.
+    def changing(self, unit: str, change: Change) -> Gathering[State]:
+        """Read the record of a service, change, write and return it: one step for all other threads and processes.
 
         Nothing is written where nothing changes. When this returns, a power cut does not undo it.
 
         Args:
             change: pure; makes the new record. To change the accepted stack is for `accept()`.
 
-        Returns:
-            The new record.
-
         Raises:
             Later: it could not be written. It holds all the same, in memory: `state()` has it, and the next `change()`
                 or `accept()` of the service that can be written writes it.
         """
         with translated(f"the record of {shown(unit)} cannot be written, it is kept in memory only"):
-            return self._states.change(unit, change)
+            return (yield from self._states.changing(unit, change))
 
-    def accept(
+    change = done_alone(changing)
+
+    def accepting(
         self, unit: str, stack: Stack, entries: Sequence[Entry], change: Change = lambda state: state
-    ) -> State:
+    ) -> Gathering[State]:
         """Make `stack` the accepted stack of `unit`, its slots and the record in one atomic step. Hold `using()`.
 
         When this returns, a power cut does not undo it. With the same stack, names and entries, from the same places,
         the slots stay as they are.
 
         Args:
-            change: makes the new record of the one that has the new stack already.
-
-        Returns:
-            The new record.
+            change: makes the new record, which is returned, of the one that has the new stack already.
 
         Raises:
             Later: a copy is not in the store (any more), or the record cannot be written; the old stack stays, and of
@@ -247,7 +244,9 @@ class Store:
                 for layer in stack.layers:
                     if not self._names.holds(layer.digest, None):
                         raise Later(f"the copy {layer.digest} of {layer.label} is gone from the store")
-                return self._states.accept(unit, stack, entries, mounted, change)
+                return (yield from self._states.accepting(unit, stack, entries, mounted, change))
+
+    accept = done_alone(accepting)
 
     def accepted(self, unit: str) -> Stack | None:
         """The accepted stack, None if there never was one. Raises as `state()`."""

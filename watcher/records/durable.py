@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import stat
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
+from itertools import chain
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -16,6 +18,13 @@ _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 # Of threads, and of entries for each thread.
 _THREADS = 16
 _ENTRIES = 8
+
+# So many paths cost more than a file system does.
+_PATHS_MAX = 16
+# KiB that may wait for the disks of the machine, so that a file system is on its own in a moment.
+_DIRTY_MAX = 64 << 10
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def make(path: str, mode: int = 0o755) -> None:
@@ -47,6 +56,32 @@ def fsync(*paths: str) -> None:
     """
     # For half a dozen paths no other thread: the flush that the first one waits for takes the others along.
     _fsync((os.open(path, _FILE) for path in paths), min(_THREADS, len(paths) // _ENTRIES))
+
+
+def fsync_all(groups: Sequence[Sequence[str]]) -> None:
+    """`fsync()` for several who wait for that.
+
+    For many paths syncfs(2) is faster: one commit, one flush. But it waits for what others have written there, too. So
+    it is for a machine that has written little: `fsync()` waits for our own files, however much that is.
+    """
+    paths = tuple(dict.fromkeys(chain.from_iterable(groups)))
+    if len(paths) <= _PATHS_MAX or _dirty() > _DIRTY_MAX:
+        fsync(*paths)
+        return
+    for path in {os.stat(path, follow_symlinks=False).st_dev: path for path in paths}.values():
+        fd = os.open(path, _FILE)
+        try:
+            if _libc.syncfs(fd):
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), path)
+        finally:
+            os.close(fd)
+
+
+def _dirty() -> int:
+    """KiB that are to be written, or are just being written, to all disks (proc_meminfo(5))."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        rows = (line.split() for line in file)
+        return sum(int(row[1]) for row in rows if row[0] in ("Dirty:", "Writeback:"))
 
 
 def _fsync(descriptors: Generator[int, None, None], helpers: int) -> None:

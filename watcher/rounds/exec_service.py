@@ -51,7 +51,7 @@ from watcher.rounds.image_policies import demands
 from watcher.rounds.patience import limits
 from watcher.settings.config import Settings
 from watcher.settings.kernel_command_line import why_nothing_new
-from watcher.watch.offload import comes_back
+from watcher.watch.comes_back import comes_back
 
 # Outcomes that are read to make a lost record anew.
 _HISTORY_READ = 1000

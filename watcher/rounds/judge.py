@@ -82,6 +82,26 @@ async def reload_and_judge(
     return await _with_log(manager, service, judged, asked.since)
 
 
+def judged_at_once(
+    manager: Manager, service: Service, main: Process, stack: Stack, asked: Asked
+) -> Judged | None:
+    """The verdict of `reload_and_judge()` on a service that took a signal, if nobody has to wait for it; else None."""
+    settings, reloaded = service.settings, asked.reloaded
+    if not reloaded.ok or reloaded.interrupted or reloaded.told in ("reload", "restart"):
+        return None
+    waits = settings.health_check or settings.health_watch_usec or settings.rollout == "rolling"
+    if waits or settings.reload_errors == "fail" or messages.now() - asked.since >= _DEAF_USEC:
+        return None
+    if not main.alive():
+        return None
+    told = Judged(stack, Verdict.GOOD, reloaded.told, reloaded.reason, reloaded.output, asked.usec)
+    judged = _Judge(manager, service, main)._as_before(told)
+    if not judged.good:
+        return None
+    say("debug", service.name, messages.told(reloaded))
+    return judged
+
+
 async def _ask(manager: Manager, service: Service) -> Asked:
     since, begun = messages.now(), trio.current_time()
     reloaded = await manager.reload(service)

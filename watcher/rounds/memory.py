@@ -54,7 +54,7 @@ class Round:
     """What one round has found and done so far. It belongs to the thread of a job, or to the event loop, in turn.
 
     Attributes:
-        since: when the change was noticed that it is for, `trio.current_time()`.
+        since: when the change was noticed that it is for, `time.monotonic()`.
         begun: microseconds since the epoch. What was before is judged by that, however long a look takes.
         first: nothing was done yet, in the first round of this watcher.
         state: as it was read or written last.
@@ -74,6 +74,7 @@ class Round:
         waits: why it is not the service's turn (`Rollout=rolling`), "" if it is; None: nobody has asked since the last
             step.
         asked: the service was asked to reload, and is to be judged.
+        recording: what has happened is just being written down.
         asks: what the images that came or went say that it is to be told, see `release.asks_for()`.
         base_changed: the service is told because the host's own `/etc` has changed.
         unstartable: see `Facts`.
@@ -101,6 +102,7 @@ class Round:
     waits: str | None = None
     asked: Asked | None = None
     asks: str = ""
+    recording: bool = False
     base_changed: bool = False
     unstartable: str | None = None
 

@@ -21,6 +21,7 @@ from watcher.model import Busy, Interest, Later
 from watcher.mounts.process import Elsewhere, Gone, Process, namespace_id
 from watcher.mounts.workers import HostNamespace
 from watcher.records.state import State
+from watcher.records.together import Gathering
 from watcher.resolve import scan
 from watcher.resolve.strict_modes import StrictModes
 from watcher.rounds import looks, messages, retry
@@ -139,7 +140,8 @@ class Observer:
         memory = replace(self._memories.get(service.name, Memory()))  # a copy: nobody remembers a glance
         siblings, since = self.siblings(service), looks.now()
 
-        def look(service: Service) -> tuple[Facts, Desired]:
+        def look(service: Service) -> Gathering[tuple[Facts, Desired]]:
+            yield from ()
             state, desired = self._find(service, siblings, since, thorough=thorough)
             blameless = self._blameless(service, memory)
             now, first = messages.now(), not memory.seen

@@ -14,6 +14,7 @@ import trio
 from watcher.model import Event, KeptOut, Later, Refused, Unsafe, printable, problem, shown
 from watcher.records import journal
 from watcher.records.ledger import Ledger, LedgerError
+from watcher.records.together import Gathering, Together
 from watcher.rounds import messages
 from watcher.rounds.choose import Passed
 from watcher.rounds.desired import Desired
@@ -38,6 +39,7 @@ class Outcomes:
         self._said: dict[str, frozenset[_Key]] = {}
         # Outcomes of looks, which threads have made: the next `record_found()` takes them.
         self._found: dict[str, list[Event]] = {}
+        self._recorded: dict[str, list[Event]] = {}
         self._not_placed: dict[str, str] = {}
         self._needs_restart: dict[str, tuple[str, str]] = {}
         self._refused: dict[str, object] = {}
@@ -63,10 +65,19 @@ class Outcomes:
         events, self._unwritten = self._unwritten, []
         if not events:
             return  # another service's outcome has taken this one along
+        await trio.to_thread.run_sync(self._append, events)
+
+    def _append(self, events: Sequence[Event]) -> None:
         try:
-            await trio.to_thread.run_sync(self._ledger.append, *events)
+            self._ledger.append(*events)
         except LedgerError as error:
             journal.log.error(f"history: {error}")
+
+    def recording(self, event: Event) -> Gathering[None]:
+        """`outcome()` in a thread: the next `record_found()` tells of it. Of a burst, all are in one commit."""
+        journal.record(event, None)
+        yield Together(self._append, event, last=True)
+        self._recorded.setdefault(event.service, []).append(event)
 
     def placed(self, service: str) -> None:
         """Its stack was put in place, or its next start gets it: what was said of a restart before is over."""
@@ -112,7 +123,9 @@ class Outcomes:
         await self.outcome(event)
 
     async def record_found(self, service: str) -> None:
-        """Record what the looks have found."""
+        """Record what the looks have found, and tell what was recorded."""
+        for event in self._recorded.pop(service, ()):
+            self._told(event)
         for event in self._found.pop(service, ()):
             await self.outcome(event)
 

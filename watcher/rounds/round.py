@@ -21,6 +21,7 @@ from watcher.model import Event, Later, Refused
 from watcher.mounts.etc import Moved
 from watcher.mounts.process import Elsewhere, Gone
 from watcher.mounts.workers import Hung, WorkerLost
+from watcher.records.together import Gathering
 from watcher.rounds import decide, messages
 from watcher.rounds.decide import Step
 from watcher.rounds.desired import Desired
@@ -199,7 +200,8 @@ class Rounds:
         self._rollout.begin(service.name)
         try:
             async with self._observer.using_store():
-                this, memory.no_shadow = Round(since, messages.now(), first=not memory.seen), ""
+                noticed = time.monotonic() - (trio.current_time() - since)
+                this, memory.no_shadow = Round(noticed, messages.now(), first=not memory.seen), ""
                 for _ in range(_STEPS_MAX):
                     # The manager lets go of a process that it sees end: what becomes of it is still to be judged.
                     with holding(service) as held:
@@ -217,7 +219,7 @@ class Rounds:
         """All that a thread can do, then one step that waits. False: the round is over."""
         work = functools.partial(self._work, self._observer.siblings(service), memory, this, looked_at)
         try:
-            found = await self._tools.in_turn(service, work)
+            found = await self._tools.in_turn(service, work, lambda: this.recording)
         except BaseException:
             this.over = True
             raise
@@ -244,7 +246,7 @@ class Rounds:
         this: Round,
         looked_at: Callable[[], None],
         service: Service,
-    ) -> Step | Need:
+    ) -> Gathering[Step | Need]:
         """In a thread: take all steps that need nothing but disk and kernel; then the one that waits for more."""
         begun = time.monotonic()
         for _ in range(_STEPS_MAX):
@@ -266,12 +268,12 @@ class Rounds:
                 looked_at()
             if isinstance(step, decide.Swap) and time.monotonic() - begun > _LONG_SEC:
                 return Need.JOB
-            if not self._do(step, service, memory, this):
+            if not (yield from self._do(step, service, memory, this)):
                 return step
             this.first, this.waits = False, None
         raise _endless(service, this)
 
-    def _do(self, step: Step, service: Service, memory: Memory, this: Round) -> bool:
+    def _do(self, step: Step, service: Service, memory: Memory, this: Round) -> Gathering[bool]:
         """Take a step that needs nothing but disk and kernel. False: it is none, or not all of it is done."""
         steps, facts = self._steps_of, this.facts
         match step:
@@ -280,13 +282,15 @@ class Rounds:
             case decide.Count():
                 steps.count(service, facts, this)
             case decide.Accept():
-                steps.accept(step, service, facts, memory, this)
+                yield from steps.accept(step, service, facts, memory, this)
             case decide.Swap():
                 steps.swap(service, facts, memory, this)
                 self._outcomes.placed(service.name)
             case decide.Reload():
                 steps.tell(service, this)
-                return False
+                return steps.judge(service, facts, this)
+            case decide.Good():
+                yield from self._verdicts.good(service, facts, this)
             case _:
                 return False
         return True
@@ -328,8 +332,6 @@ class Rounds:
                 return await steps.watch(service, facts, this)
             case decide.Revive():
                 await steps.revive(service, facts, this)
-            case decide.Good():
-                await verdicts.good(service, facts, this)
             case decide.Keep():
                 await verdicts.keep(service, facts, this)
             case decide.Reject():

@@ -12,10 +12,11 @@ from watcher.managers.base import Ended, NoShadow, Service
 from watcher.model import Copy, Later, Stack, Verdict
 from watcher.mounts.converge import converge
 from watcher.mounts.process import Gone, Process
+from watcher.records.together import Gathering
 from watcher.resolve.release import RELOAD_OR_RESTART, RESTART
 from watcher.rounds import changes, decide, messages
 from watcher.rounds.facts import Facts, Judged
-from watcher.rounds.judge import Asked, judge_start, reload_and_judge
+from watcher.rounds.judge import Asked, judge_start, judged_at_once, reload_and_judge
 from watcher.rounds.memory import Memory, Round
 from watcher.rounds.observe import of_look
 from watcher.rounds.outcomes import say
@@ -51,13 +52,13 @@ class Steps:
 
     def accept(
         self, step: decide.Accept, service: Service, facts: Facts, memory: Memory, this: Round
-    ) -> None:
+    ) -> Gathering[None]:
         """From now on every start of the service gets the stack. If the service runs, it is owed a reload for that."""
         assert this.desired is not None
         tools, desired = self._tools, this.desired
         sysexts = tuple(entry.path for entry in desired.sysexts)
         change = functools.partial(changes.accept, step, facts, service.invocation, sysexts)
-        this.state = tools.store.accept(service.slots, step.stack, facts.listed, change)
+        this.state = yield from tools.store.accepting(service.slots, step.stack, facts.listed, change)
         this.desired, this.looked_with = desired.recorded(this.state.accepted), of_look(this.state)
         this.before = facts.accepted
         this.accepted |= step.new
@@ -109,7 +110,7 @@ class Steps:
 
     def tell(self, service: Service, this: Round) -> None:
         """Ask the service to reload, if that takes nothing but a signal."""
-        this.asks = self._asks(service, this.facts)
+        this.asks = self._asks(service, this.facts, this)
         if this.asks == RESTART and service.manager == "standalone":
             words = "is not restarted, as EXTENSION_RESTART_UNITS= asks for: only who started it can do that"
             say("warning", service.name, f"{words}; it is told to reload")
@@ -119,12 +120,14 @@ class Steps:
             if (reloaded := self._tools.manager.tell(service, main)) is not None:
                 this.asked = Asked(reloaded, since, round((time.monotonic() - begun) * 1_000_000))
 
-    def _asks(self, service: Service, facts: Facts) -> str:
+    def _asks(self, service: Service, facts: Facts, this: Round) -> str:
         """What the images that came, or went, with the accepted stack say that the service is to be told."""
         if service.settings.reload != "auto":
             return ""
         state, new = facts.state, facts.accepted
         before = state.undoing.stack if state.undoing else None
+        if before is None and this.before is not None and this.before.id == state.replaced:
+            before = this.before
         if before is None and state.replaced is not None:
             kept = (Stack(), *self._tools.store.stacks(service.slots))
             before = next((one for one in kept if one.id == state.replaced), None)
@@ -137,6 +140,17 @@ class Steps:
             for digest in {*before.digests} ^ {*new.digests}
         }
         return next((one for one in (RESTART, RELOAD_OR_RESTART) if one in asked), "")
+
+    def judge(self, service: Service, facts: Facts, this: Round) -> bool:
+        """Judge a service that was told with a signal, if that is all there is to it. Whether it is judged."""
+        asked = this.asked
+        if asked is None or service.main is None:
+            return False
+        judged = judged_at_once(self._tools.manager, service, service.main, facts.accepted, asked)
+        if judged is None:
+            return False
+        this.asked = None
+        return _judged(service, judged, this)
 
     # --- what waits for the service ---
 

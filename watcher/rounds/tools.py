@@ -14,9 +14,10 @@ from watcher.managers.base import Manager, Service
 from watcher.mounts.process import Gone
 from watcher.mounts.workers import MountWorkers
 from watcher.records.ledger import Ledger
+from watcher.records.together import Gathering
 from watcher.rounds.patience import Removals
 from watcher.settings.config import Settings
-from watcher.watch.offload import HANGS_SEC, Offload
+from watcher.watch.offload import Offload
 from watcher.watch.patient import PatientWatcher
 
 T = TypeVar("T")
@@ -36,21 +37,29 @@ class Tools:
     removals: Removals
     settings: Settings
 
-    async def in_turn(self, service: Service, function: Callable[[Service], T]) -> T:
+    async def in_turn(
+        self,
+        service: Service,
+        function: Callable[[Service], Gathering[T]],
+        finishes: Callable[[], bool] = lambda: False,
+    ) -> T:
         """Run a function that may block, in the turn of a service, with a hold on its main process.
 
         The service that it is called with has that hold: the manager may let go of the process meanwhile.
+
+        Args:
+            finishes: see `Offload.run_within()`.
 
         Raises: as `Offload.run()`.
         """
         hold = ExitStack()
         held = hold.enter_context(holding(service))
 
-        def job() -> T:
+        def job() -> Gathering[T]:
             with hold:
-                return function(held)
+                return (yield from function(held))
 
-        return await self.offload.run_within(HANGS_SEC, service.name, job, hold.close)
+        return await self.offload.run_gathering(service.name, job, hold.close, finishes)
 
     def other_mains(self, service: Service) -> list[int]:
         """The main processes of all other services. A thread may ask."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from watcher.model import Event, Later, Stack, Verdict
 from watcher.mounts.converge import Converged, as_stack
 from watcher.records import journal
 from watcher.records.state import STACK, Quarantine, State
+from watcher.records.together import Gathering
 from watcher.rounds import changes, decide, messages
 from watcher.rounds.facts import Facts, Judged
 from watcher.rounds.memory import Round
@@ -40,14 +42,17 @@ class Verdicts:
         self._tools = tools
         self._outcomes = outcomes
 
-    async def good(self, service: Service, facts: Facts, this: Round) -> None:
-        """The accepted stack proved good: its files lose their counters."""
-        judged = _taken(this)
+    def good(self, service: Service, facts: Facts, this: Round) -> Gathering[None]:
+        """The accepted stack proved good: its files lose their counters. Blocks."""
+        judged, this.recording = _taken(this), True
         if facts.was_told:
-            await self._outcomes.outcome(await self._applied(service, facts, this, judged))
+            yield from self._outcomes.recording(self._applied(service, facts, this, judged))
         else:
             say("info", service.name, f"started well on {messages.labels(facts.accepted)}")
-        await self._proved_good(service, facts, this, functools.partial(changes.good, facts, messages.now()))
+        yield from self._proved_good(
+            service, facts, this, functools.partial(changes.good, facts, messages.now())
+        )
+        this.recording = False
 
     async def keep(self, service: Service, facts: Facts, this: Round) -> None:
         """The accepted stack proved bad, and stays."""
@@ -55,7 +60,7 @@ class Verdicts:
         if this.judged is None and undoing is not None:
             this.judged = Judged(facts.accepted, undoing.verdict, reason=undoing.why, output=undoing.output)
         judged = _taken(this)
-        before, rebased = await self._before(service, facts, this)
+        before, rebased = await self._tools.offload.run_alone(self._before, service, facts, this)
         times = _times(this, judged)
         event = messages.failed(service.name, before, facts.accepted, judged, times, rebased=rebased)
         await self._outcomes.outcome(event)
@@ -103,7 +108,8 @@ class Verdicts:
         if facts.state.replaced == facts.accepted.id:
             event = messages.unchanged(service.name, facts.accepted)
         else:
-            event = messages.accepted(service.name, await self._replaced(service, facts, this), facts)
+            replaced = await self._tools.offload.run_alone(self._replaced, service, facts, this)
+            event = messages.accepted(service.name, replaced, facts)
         await self._outcomes.outcome(event)
         await self._change(service, this, changes.said)
 
@@ -117,35 +123,38 @@ class Verdicts:
 
     async def _change(self, service: Service, this: Round, change: Callable[[State], State]) -> None:
         """A change that cannot be written down holds in memory, and is written with the next one."""
-        store = self._tools.store
         with trio.CancelScope(shield=True):  # it has happened, even if the watcher is about to end
-            try:
-                this.state = await self._tools.offload.run_alone(store.change, service.slots, change)
-            except Later as error:
-                this.state = await trio.to_thread.run_sync(store.state, service.slots)
-                undoing = this.state.undoing
-                what = "what became of its stack is known until the watcher ends"
-                if undoing is not None:
-                    what = f"{messages.labels(undoing.stack)} is to be taken out again: {undoing.why}"
-                text = f"{service.name}: {what}; it could not be written down: {error}"
-                journal.log.error(text, service=service.name)
+            await self._tools.offload.run_alone(self._changing, service, this, change)
 
-    async def _applied(self, service: Service, facts: Facts, this: Round, judged: Judged) -> Event:
-        before, rebased = await self._before(service, facts, this)
+    def _changing(self, service: Service, this: Round, change: Callable[[State], State]) -> Gathering[None]:
+        store = self._tools.store
+        try:
+            this.state = yield from store.changing(service.slots, change)
+        except Later as error:
+            this.state = store.state(service.slots)
+            undoing = this.state.undoing
+            what = "what became of its stack is known until the watcher ends"
+            if undoing is not None:
+                what = f"{messages.labels(undoing.stack)} is to be taken out again: {undoing.why}"
+            text = f"{service.name}: {what}; it could not be written down: {error}"
+            journal.log.error(text, service=service.name)
+
+    def _applied(self, service: Service, facts: Facts, this: Round, judged: Judged) -> Event:
+        before, rebased = self._before(service, facts, this)
         swapped = this.converged is not None and this.converged.swaps > 0
         times = _times(this, judged)
         return messages.applied(
             service.name, before, facts.accepted, judged, times, swapped=swapped, rebased=rebased
         )
 
-    async def _before(self, service: Service, facts: Facts, this: Round) -> tuple[Stack, bool]:
+    def _before(self, service: Service, facts: Facts, this: Round) -> tuple[Stack, bool]:
         """What the service showed before, and whether that was the accepted stack, made on another `/etc`."""
         converged = this.converged
         if converged is not None and (
             _is_rebased(converged, facts) or _is_told_of_base(this, converged, facts)
         ):
             return facts.accepted, True
-        before = await self._replaced(service, facts, this)
+        before = self._replaced(service, facts, this)
         if converged is None or converged.before.layers is None:  # systemd started it on its slots
             return before, False
         if not converged.swaps and facts.state.replaced is not None:  # a round before has put it there
@@ -153,34 +162,32 @@ class Verdicts:
         known = (one for one in (facts.accepted, before) if one.id == converged.before.stack)
         return next(known, None) or as_stack(converged.before), False
 
-    async def _replaced(self, service: Service, facts: Facts, this: Round) -> Stack:
+    def _replaced(self, service: Service, facts: Facts, this: Round) -> Stack:
         """The stack that the accepted one has replaced."""
         if this.before is not None and this.before.id == facts.state.replaced:
             return this.before
-        stacks = await self._tools.offload.run_alone(self._tools.store.stacks, service.slots)
+        stacks = self._tools.store.stacks(service.slots)
         others = [one for one in stacks if one.id != facts.accepted.id]
         if facts.state.replaced is not None:
             others = [one for one in others if one.id == facts.state.replaced]
         return next(iter(others), Stack())
 
-    async def _proved_good(
+    def _proved_good(
         self, service: Service, facts: Facts, this: Round, change: Callable[[State], State]
-    ) -> None:
+    ) -> Gathering[None]:
         stack, tools = facts.accepted, self._tools
         if tries.are_counted(stack):
             # Where they lie may not answer. The service must not be told twice for that.
             if facts.was_told:
-                await self._change(service, this, changes.told)
+                yield from self._changing(service, this, changes.told)
+                this.recording = False
             renaming = functools.partial(tools.watcher.renaming, service.name)
-            stack = await tools.offload.run(
-                service.name, tries.succeed, stack, service.name, renaming, service.trust
-            )
+            stack = tries.succeed(stack, service.name, renaming, service.trust)
         if stack == facts.accepted:
-            await self._change(service, this, change)
+            yield from self._changing(service, this, change)
             return
         this.look_anew()  # its files have other names now
-        accept = tools.store.accept
-        this.state = await tools.offload.run(service.name, accept, service.slots, stack, facts.listed, change)
+        this.state = yield from tools.store.accepting(service.slots, stack, facts.listed, change)
 
     async def _entries(self, service: Service, facts: Facts, step: decide.Reject) -> list[Quarantine]:
         """What is to be kept out: what is new in a stack; the stack itself where nothing in it is new."""
@@ -226,7 +233,7 @@ def _taken(this: Round) -> Judged:
 
 def _times(this: Round, judged: Judged) -> Times:
     swap = this.converged.usec if this.converged is not None else 0
-    return Times(swap, judged.usec, round((trio.current_time() - this.since) * 1_000_000))
+    return Times(swap, judged.usec, round((time.monotonic() - this.since) * 1_000_000))
 
 
 def _is_rebased(converged: Converged, facts: Facts) -> bool:

@@ -17,24 +17,26 @@ more than the work (a hundred services with eight threads: four times the proces
 SLOW_SEC costs its worker that place: another one goes on with the queue, and the first one ends after its job. So many
 services that hang, or a large copy, keep nobody waiting for longer than that.
 
-Before a program is started by execve(2), a process tries the paths instead: see `comes_back()`.
+**What costs the same for many as for one is done for many** (`records/together.py`): a job that is a generator gives up
+its worker where it needs such a thing. The first job gets it at once, so that the first service is not kept waiting for
+the last one; then four of them together, then sixteen, or as many as there are.
+
+Before a program is started by execve(2), a process tries the paths instead: see `watch/comes_back.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
-import os
-import select
-import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from typing import Any, ParamSpec, TypeVar
 
 import trio
+
+from watcher.records.together import Gathering, Together
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -49,6 +51,16 @@ HANGS_SEC = 30.0
 
 SLOW_SEC = 0.01
 """Seconds after which another worker takes over the queue."""
+
+# So many times as many jobs as the last time are gathered, in a burst of jobs; up to the second figure: each of them
+# holds a few descriptors meanwhile.
+_MORE = 4
+_GATHERED_MAX = 64
+# Of what nobody waits for.
+_LAST_MAX = 256
+
+# For what has happened, and is just being written down, when the program ends.
+_GRACE_SEC = 5.0
 
 
 class Unanswered(Exception):
@@ -76,7 +88,10 @@ class _Job:
 
     Attributes:
         key: whose turn it needs; None: nobody's.
-        begun: when a worker began it, `time.monotonic()`; None: none has.
+        begun: a worker has begun it.
+        need: what it waits for, which is done for several jobs together.
+        error: what was raised by that.
+        has_got: it got such a thing before.
         done: the event loop knows the result.
     """
 
@@ -84,14 +99,29 @@ class _Job:
         self.key = key
         self.result: Future[Any] = Future()
         self.done = trio.Event()
-        self.begun: float | None = None
+        self.begun = False
+        self.need: Together | None = None
+        self.error: Exception | None = None
+        self.has_got = False
         self._function = function
+        self._steps: Gathering[Any] | None = None
 
-    def run(self) -> None:
+    def run(self) -> bool:
+        """Go on with it. True: it is over; else there is a `need`."""
+        error, self.need, self.error = self.error, None, None
         try:
-            self.result.set_result(self._function())
-        except BaseException as error:  # noqa: BLE001 -- raised again where it is waited for
-            self.result.set_exception(error)
+            if self._steps is None:
+                found = self._function()
+                if not isinstance(found, Generator):
+                    self.result.set_result(found)
+                    return True
+                self._steps = found
+            self.need = next(self._steps) if error is None else self._steps.throw(error)
+        except StopIteration as end:
+            self.result.set_result(end.value)
+        except BaseException as raised:  # noqa: BLE001 -- raised again where it is waited for
+            self.result.set_exception(raised)
+        return self.need is None
 
 
 class Offload:
@@ -108,6 +138,11 @@ class Offload:
         self._lock = threading.Lock()
         self._queue: deque[_Job] = deque()
         self._ended: deque[_Job] = deque()
+        # Jobs that need something, those whose need nobody waits for, and those that have got it.
+        self._gathered: list[_Job] = []
+        self._last: list[_Job] = []
+        self._resumed: deque[_Job] = deque()
+        self._most = 1
         self._active: _Worker | None = None
         self._supervised = False
 
@@ -121,14 +156,35 @@ class Offload:
         """
         return await self.run_within(HANGS_SEC, key, lambda: function(*args, **kwargs))
 
-    async def run_within(
-        self, seconds: float, key: str, function: Callable[[], T], dropped: Callable[[], None] = lambda: None
+    async def run_within(self, seconds: float, key: str, function: Callable[[], T]) -> T:
+        """`run()` for a caller that waits so many seconds at most."""
+        result: T = await self._run(seconds, key, function)
+        return result
+
+    async def run_gathering(
+        self,
+        key: str,
+        function: Callable[[], Gathering[T]],
+        dropped: Callable[[], None] = lambda: None,
+        finishes: Callable[[], bool] = lambda: False,
     ) -> T:
-        """`run()` for a caller that waits so many seconds at most.
+        """`run()` for a function for which something is done together with others (`records/together.py`).
 
         Args:
             dropped: called if the function never begins.
+            finishes: whether a caller that is cancelled waits a moment for its end, all the same.
         """
+        result: T = await self._run(HANGS_SEC, key, function, dropped, finishes)
+        return result
+
+    async def _run(
+        self,
+        seconds: float,
+        key: str,
+        function: Callable[[], Any],
+        dropped: Callable[[], None] = lambda: None,
+        finishes: Callable[[], bool] = lambda: False,
+    ) -> Any:
         job = _Job(key, function)
         state = self._keys.setdefault(key, _Key())
         try:
@@ -139,18 +195,25 @@ class Offload:
                 self._submit(job)
             with trio.move_on_after(min(seconds, HANGS_SEC)):
                 await job.done.wait()
+        except trio.Cancelled:
+            if finishes():
+                with trio.move_on_after(_GRACE_SEC, shield=True):
+                    await job.done.wait()
+            raise
         finally:
             if not job.done.is_set() and self._withdraw(job):
                 dropped()
         if job.done.is_set():
-            result: T = job.result.result()
-            return result
+            return job.result.result()
         if seconds >= HANGS_SEC and state.jobs:
-            state.given_up = state.jobs[0].begun is not None
+            state.given_up = state.jobs[0].begun
         raise Unanswered(returns=state.given_up)
 
     async def run_alone(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a function that works on our own files alone, however long that takes: in nobody's turn."""
+        """Run a function that works on our own files alone, however long that takes: in nobody's turn.
+
+        It may be a generator, see `run_gathering()`.
+        """
         job = _Job(None, lambda: function(*args, **kwargs))
         try:
             self._submit(job)
@@ -166,14 +229,12 @@ class Offload:
             self._queue.append(job)
             if self._active is None:
                 self._start_worker()
-        if not self._supervised:
-            self._supervised = True
-            trio.lowlevel.spawn_system_task(self._supervise)
+        self._watch_over()
 
     def _withdraw(self, job: _Job) -> bool:
         """Nobody waits for a job any more: if it has not begun, it never will. Whether that is so."""
         with self._lock:
-            if job.begun is not None:
+            if job.begun:
                 return False
             if job in self._queue:
                 self._queue.remove(job)
@@ -200,6 +261,56 @@ class Offload:
             trio.lowlevel.start_thread_soon(worker.work, lambda _: None, "confext-worker")
             self._active = worker
 
+    def _is_work_left(self) -> bool:
+        return bool(self._queue or self._gathered or self._last or self._resumed)
+
+    def _next(self, worker: _Worker) -> list[_Job]:
+        """What a worker goes on with: one job, or several with a need. None: another is active, or nothing is left."""
+        with self._lock:
+            if self._active is not worker:
+                return []
+            if self._resumed:
+                jobs = [self._resumed.popleft()]
+            elif self._gathered and (self._is_enough() or not self._queue):
+                jobs, self._gathered = self._gathered, []
+            elif self._queue and len(self._last) < _LAST_MAX:
+                jobs = [self._queue.popleft()]
+            elif self._last:
+                jobs, self._last = self._last, []
+            else:
+                self._active, self._most = None, 1
+                return []
+            worker.begun = time.monotonic()
+            for job in jobs:
+                job.begun = True
+            return jobs
+
+    def _is_enough(self) -> bool:
+        """Whether so many jobs need something that the others in the queue have to wait. Hold the lock."""
+        if any(job.has_got for job in self._gathered):
+            return True  # it is half-way through: a service waits
+        enough = len(self._gathered) >= self._most
+        if enough:
+            self._most = min(self._most * _MORE, _GATHERED_MAX)
+        return enough
+
+    def _go_on(self, worker: _Worker, jobs: Sequence[_Job]) -> None:
+        """Jobs of a worker that are not over go on when it is their turn, and what they need is done."""
+        with self._lock:
+            for job in jobs:
+                if job.need is None:
+                    self._resumed.append(job)
+                else:
+                    (self._last if job.need.last else self._gathered).append(job)
+            if self._active is None:  # it took so long that nobody is active any more
+                self._active = worker
+                worker.tell(self._watch_over)
+
+    def _watch_over(self) -> None:
+        if not self._supervised:
+            self._supervised = True
+            trio.lowlevel.spawn_system_task(self._supervise)
+
     async def _supervise(self) -> None:
         """While there are jobs: tell what has ended, and let nobody wait behind a job that takes long."""
         while True:
@@ -208,18 +319,16 @@ class Offload:
             with self._lock:
                 if self._active is not None and self._until_slow() <= 0:
                     self._active = None
-                if self._active is None and self._queue:
+                if self._active is None and self._is_work_left():
                     self._start_worker()
-                if self._active is None and not self._queue:
+                if self._active is None and not self._is_work_left():
                     self._supervised = False
                     return
 
     def _until_slow(self) -> float:
         """Seconds until the active worker has been at its job for too long."""
-        job = self._active.job if self._active is not None else None
-        if job is None or job.begun is None:
-            return SLOW_SEC
-        return max(0.0, job.begun + SLOW_SEC - time.monotonic())
+        begun = self._active.begun if self._active is not None else None
+        return SLOW_SEC if begun is None else max(0.0, begun + SLOW_SEC - time.monotonic())
 
     def _deliver(self) -> None:
         """Tell those who wait that their jobs have ended."""
@@ -238,78 +347,51 @@ class _Worker:
     """A thread that takes jobs for as long as it is the active one.
 
     Attributes:
-        job: what it is at.
+        begun: when it began what it is at, `time.monotonic()`.
     """
 
     def __init__(self, offload: Offload, token: trio.lowlevel.TrioToken) -> None:
-        self.job: _Job | None = None
+        self.begun: float | None = None
         self._offload = offload
         self._token = token
 
     def work(self) -> None:
         offload = self._offload
-        while self._next():
-            assert self.job is not None
-            self.job.run()
-            offload._ended.append(self.job)
-            if not offload._queue:
-                self._tell()
-            # Else the event loop would take the interpreter away from the jobs that wait. `_supervise()` tells it of
-            # many at once.
-        self._tell()
+        while jobs := offload._next(self):
+            if jobs[0].need is not None:
+                _get_needs(jobs)
+                offload._go_on(self, jobs)
+            elif not jobs[0].run():
+                offload._go_on(self, jobs)
+            else:
+                offload._ended.append(jobs[0])
+                if not offload._is_work_left():
+                    self._tell_ended()
+                # Else the event loop would take the interpreter away from the jobs that wait. `_supervise()` tells it
+                # of many at once.
+        self._tell_ended()
 
-    def _next(self) -> bool:
-        offload = self._offload
-        with offload._lock:
-            if offload._active is not self:
-                return False
-            if not offload._queue:
-                offload._active = None
-                return False
-            self.job = offload._queue.popleft()
-            self.job.begun = time.monotonic()
-            return True
+    def _tell_ended(self) -> None:
+        if self._offload._ended:
+            self.tell(self._offload._deliver)
 
-    def _tell(self) -> None:
-        if not self._offload._ended:
-            return
+    def tell(self, what: Callable[[], None]) -> None:
+        """Have the event loop call a function."""
         with contextlib.suppress(trio.RunFinishedError):
-            self._token.run_sync_soon(self._offload._deliver, idempotent=True)
+            self._token.run_sync_soon(what, idempotent=True)
 
 
-def comes_back(look: Callable[[], object], seconds: float) -> bool:
-    """Whether a function that follows paths of others ends, well or not. For a program without threads.
-
-    A file system can keep a thread in the kernel so that nothing can kill it, and execve(2) waits for all threads of
-    its process. So a grandchild tries it, and the program that we execute later has no child to wait for. The
-    grandchild holds nothing of ours open, and ends as soon as the kernel lets it.
-    """
-    reading, writing = os.pipe2(os.O_CLOEXEC)
-    try:
-        child = os.fork()
-        if child == 0:
-            _try(look, writing, math.ceil(seconds))
-        os.close(writing)
-        os.waitpid(child, 0)
-        return bool(select.select([reading], [], [], seconds)[0])
-    finally:
-        os.close(reading)
-
-
-def _try(look: Callable[[], object], writing: int, seconds: int) -> None:
-    try:
-        if os.fork() == 0:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
-            signal.alarm(seconds)
-            null = os.open("/dev/null", os.O_RDWR)
-            os.dup2(writing, 3 + (kept := max(null, writing)))
-            for fd in range(3):
-                os.dup2(null, fd)
-            os.closerange(3, 3 + kept)
-            os.closerange(4 + kept, os.sysconf("SC_OPEN_MAX"))
-            os.chdir("/")
-            with contextlib.suppress(Exception):
-                look()
-    finally:
-        os._exit(0)  # which closes the last end of the pipe
+def _get_needs(jobs: Sequence[_Job]) -> None:
+    """Do what jobs need, for all of them together."""
+    needs: dict[Callable[[Sequence[Any]], None], list[_Job]] = {}
+    for job in jobs:
+        assert job.need is not None
+        needs.setdefault(job.need.function, []).append(job)
+    for function, some in needs.items():
+        try:
+            function([job.need.item for job in some if job.need is not None])
+        except Exception as error:  # noqa: BLE001 -- raised in each of the jobs
+            for job in some:
+                job.error = error
+    for job in jobs:
+        job.need, job.has_got = None, True
