@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The drop-ins by which units start on their slots (managers/systemd/unit_drop_in.py)."""
+"""The drop-ins by which units start on their slots: managers/systemd/unit_drop_in.py, settings/device_mapper.py."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,7 +18,7 @@ from watcher.managers.systemd import held_starts, unit_drop_in
 from watcher.managers.systemd.unit_files import DROPIN, Index, Unit
 from watcher.model import Entry, Kind, Layer, Stack, Verdict
 from watcher.records.state import Trial
-from watcher.settings import syntax
+from watcher.settings import device_mapper, syntax
 
 PLAIN = "[Service]\nExecStart=/bin/true\n"
 
@@ -76,7 +77,8 @@ class Host:
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Host:
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    monkeypatch.setattr(device_mapper, "CONTROL", os.devnull)  # there is a device mapper
     return Host(tmp_path)
 
 
@@ -189,6 +191,28 @@ def test_a_unit_without_devices_may_use_loop_devices_and_one_with_all_is_not_res
 ) -> None:
     host.unit("web.service", PLAIN + setting + "\n", "web.raw")
     assert ("DeviceAllow=block-loop rw\n" in host.dropin("web.service")) is allowed
+
+
+@pytest.mark.parametrize(
+    ("there", "setting", "said"),
+    [
+        (False, "", True),
+        (False, "ExtensionImagePolicy=", True),
+        (False, "ExtensionImagePolicy=root=signed\nExtensionImagePolicy=", True),
+        (False, "ExtensionImagePolicy=root=signed", False),
+        (True, "", False),
+    ],
+)
+def test_without_a_device_mapper_systemd_is_not_to_set_up_verity(
+    host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, there: bool, setting: str, said: bool
+) -> None:
+    """Unless the unit says itself which images it may have."""
+    monkeypatch.setattr(device_mapper, "CONTROL", str(tmp_path) if there else str(tmp_path / "missing"))
+    host.unit("web.service", f"{PLAIN}{setting}\n", "web.raw")
+    policy = "ExtensionImagePolicy=root=unprotected+absent:usr=unprotected+absent:=unused+absent\n"
+    assert (policy in host.dropin("web.service")) is said
+    host.unit("tree.service", PLAIN, "tree")
+    assert "ExtensionImagePolicy" not in host.dropin("tree.service")
 
 
 def test_trees_need_no_devices(host: Host) -> None:

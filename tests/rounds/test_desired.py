@@ -25,7 +25,19 @@ from watcher.images.formats.image import Brought, Image
 from watcher.images.formats.squashfs import SQUASHFS
 from watcher.images.made_for import host
 from watcher.images.store import Store
-from watcher.model import Candidate, Copy, Declared, KeptOut, Kind, Refused, Sysext, Trust, Unsafe
+from watcher.model import (
+    Candidate,
+    Copy,
+    Declared,
+    KeptOut,
+    Kind,
+    Protection,
+    Refused,
+    Setting,
+    Sysext,
+    Trust,
+    Unsafe,
+)
 from watcher.mounts.workers import MountWorkers
 from watcher.records.state import STACK, Quarantine, State
 from watcher.resolve import scan, sources
@@ -33,6 +45,8 @@ from watcher.resolve.strict_modes import StrictModes
 from watcher.resolve.trust import ROOT_ALONE
 from watcher.rounds import desired
 from watcher.rounds.desired import Desired, Given, find
+from watcher.settings import device_mapper
+from watcher.settings.image_policy import demand
 
 UNIT = "web.service"
 MIB = 1 << 20
@@ -213,17 +227,33 @@ def test_a_sysext_that_a_unit_declares_is_left_to_systemd_whoever_owns_it(
     assert [(one.slot, type(one.reason)) for one in found.passed] == [("prog", Sysext), ("conf", Unsafe)]
 
 
-@pytest.mark.parametrize(("unit", "kept_out"), [("web.service", True), ("web.service.exec", False)])
-def test_what_systemd_may_fail_to_start_on_is_for_no_unit(unit: str, kept_out: bool) -> None:
+@pytest.mark.parametrize(
+    ("unit", "there", "policy", "kept_out"),
+    [
+        ("web.service", False, "root=signed", True),
+        ("web.service", False, "root=signed+unprotected", True),
+        ("web.service", False, "root=unprotected", False),
+        ("web.service", False, "", False),
+        ("web.service", True, "root=signed", False),
+        ("web.service.exec", False, "root=signed", False),
+    ],
+)
+def test_what_systemd_would_fail_to_start_on_is_for_no_unit(
+    unit: str, there: bool, policy: str, kept_out: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(device_mapper, "CONTROL", str(tmp_path) if there else str(tmp_path / "missing"))
     signed = Image(SQUASHFS, 1 << 20, 4096, 4096, Brought(40960, 8192, bytes(32), "its signature"))
     copy = Copy("a" * 64, "/store/a", 1 << 20, Kind.IMAGE, signed)
-    admission = SimpleNamespace(admit=lambda *_: copy, trust=lambda _: Trust())
+    admission = SimpleNamespace(admit=lambda *_: copy, trust=lambda _: Trust(Protection.SIGNED))
     candidate = Candidate("/drop/web.raw", "web.raw", "web", "", Kind.IMAGE)
-    given = Given(unit, Declared(), host())
+    policies = (demand(Setting("ExtensionImagePolicy", policy, "web.service:3")),) if policy else ()
+    given = Given(unit, Declared(), host(), policies=policies)
     with StrictModes(ROOT_ALONE) as modes:
         admits = desired._Admitting(cast(Admission, admission), given, {}, modes, Rule())
         if kept_out:
-            with pytest.raises(Refused, match="it has verity data"):
+            with pytest.raises(
+                Refused, match=r"there is no device mapper here\. Say ImagePolicy= in .X-Confext"
+            ):
                 admits.admit(candidate)
         else:
             assert admits.admit(candidate) == copy

@@ -22,7 +22,6 @@ from watcher.images.formats.probe import probe
 from watcher.images.made_for import Host, passed_over, require_match
 from watcher.images.opened import opened
 from watcher.images.readable import require_readable
-from watcher.images.startable import require_startable
 from watcher.images.verification import KEYS, verify
 from watcher.model import Busy, Candidate, Copy, Kind, Later, Refused, Trust, shown
 from watcher.mounts.descriptors import Descriptors
@@ -123,15 +122,7 @@ def _image(fd: int, path: str, image_max: int, keys: Keys) -> tuple[Copy, Trust,
         # It was mounted, or unpacked, by its path.
         if not os.path.samestat(os.fstat(fd), os.stat(path)):
             raise Busy("it was replaced meanwhile")
-    return copy, trust, found, (*_not_for_units(copy), *done)
-
-
-def _not_for_units(copy: Copy) -> tuple[str, ...]:
-    try:
-        require_startable(copy)
-    except Refused as refused:
-        return (f"kept out of systemd's services: {refused}",)
-    return ()
+    return copy, trust, found, done
 
 
 def _unpacked_release(fd: int, path: str, image: Image) -> Release:

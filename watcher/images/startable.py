@@ -3,19 +3,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from watcher.images.formats.image import Image
-from watcher.model import Copy, Refused
+from watcher.model import Copy, Refused, shown
+from watcher.settings import device_mapper
+from watcher.settings.image_policy import ROOT, UNIT_KEY, Demand
 
 
-def require_startable(copy: Copy) -> None:
-    """Raise Refused for a copy on which systemd may not be able to start a unit.
+def require_startable(copy: Copy, policies: Iterable[Demand]) -> None:
+    """Raise Refused for a copy, verified as it is, on which systemd could not start a unit.
 
-    With verity data in an image it sets up dm-verity (from 258 on, and before where there is a signature). Without a
-    device mapper, or where the data is wrong, that fails with 226/NAMESPACE, whatever ExtensionImagePolicy= says; so
-    does each ExecReload=. We do not verify the data, and so do not know that before.
+    Of an image with verity data it sets up dm-verity (262 always, 257 where there is a signature), unless the unit's
+    policy does not allow that. Without a device mapper that fails with 226/NAMESPACE. Where a unit has no policy of its
+    own, its drop-in says so (`unit_drop_in.py`); to change the policy of a unit is not ours.
     """
-    if isinstance(copy.format, Image) and copy.format.brought is not None:
-        raise Refused(
-            "it has verity data, which this version does not verify: systemd does at the start of a unit, and it may"
-            " fail then; build it without"
-        )
+    if not isinstance(copy.format, Image) or copy.format.brought is None or device_mapper.is_there():
+        return
+    for one in policies:
+        setting = one.setting
+        if setting.key == UNIT_KEY and one.policy and one.policy.effective(ROOT) & {"verity", "signed"}:
+            raise Refused(
+                f"it has verity data, which systemd would set up at the start of the unit, as {UNIT_KEY}="
+                f"{shown(setting.value)} ({shown(setting.source)}) has it: there is no device mapper here. Say"
+                " ImagePolicy= in [X-Confext] instead, which is held against what the watcher has verified"
+            )

@@ -219,7 +219,7 @@ class _Admitting:
         if copy.digest not in self._has:  # what it has, stays
             require_allowed(self._policies, copy)
         if self._by_systemd:
-            require_startable(copy)
+            require_startable(copy, self._policies)
         return copy
 
     def read_accepted(self, look: Look, accepted: Stack) -> None:

@@ -257,6 +257,8 @@ def _equivalent(loaded: str, wanted: str, state_directory: str) -> bool:
     before, after = _layers(loaded), _layers(wanted)
     if before and not after:
         return False  # a missing slot, too, costs the unit some of its sandbox: see sandbox_settings.py
+    if unit_drop_in.AS_IT_IS in wanted and unit_drop_in.AS_IT_IS not in loaded:
+        return False  # it could not start on an image with verity data
     slots = f"{state_directory}/units/"
 
     def there(layer: tuple[str, str, bool]) -> bool:
