@@ -281,6 +281,7 @@ class Layer:
 
     Attributes:
         trust: what was proved of it when it was looked at last; nothing in what an older version has recorded.
+        file_system: of an image, by the kernel's name; "" of a tree, and in what an older version has recorded.
     """
 
     slot: str
@@ -290,6 +291,7 @@ class Layer:
     kind: Kind
     source: str
     trust: Trust = Trust()
+    file_system: str = ""
 
     @property
     def label(self) -> str:

@@ -36,7 +36,7 @@ PRIVATE = {
     Quarantined: {"reason", "source"},
     Remark: {"level", "path", "text"},
     Setting: {"key", "value", "source"},
-    ServiceStatus: {"settings"},
+    ServiceStatus: {"settings", "not_allowed"},
     PlannedChange: {"remarks", "report"},
     Answer: {"kind", "text", "command"},
 }

@@ -12,12 +12,14 @@ import pytest
 
 from support.images import confext
 from watcher.images.admission import Admission
+from watcher.images.formats.erofs import EROFS
+from watcher.images.formats.image import Image
 from watcher.images.made_for import host
 from watcher.images.store import Store
-from watcher.model import Copy, Declared, Protection, Setting, Trust
+from watcher.model import Copy, Declared, Kind, Layer, Protection, Refused, Setting, Stack, Trust
 from watcher.mounts.workers import MountWorkers
 from watcher.rounds.desired import Desired, Given, find
-from watcher.rounds.image_policies import demands, refusal
+from watcher.rounds.image_policies import demands, not_allowed, require_allowed
 from watcher.settings.config import ServiceSettings, Settings
 
 UNIT = "web.service"
@@ -61,9 +63,17 @@ def given(
 )
 def test_the_stricter_wins(own: str, watcher: str, unit: str, allowed: tuple[Trust, ...], said: str) -> None:
     policies = demands(*given(own, watcher, unit))
-    found = tuple(one for one in (UNPROTECTED, VERITY, SIGNED) if not refusal(policies, one, "erofs"))
-    assert found == allowed
-    assert said in refusal(policies, UNPROTECTED, "erofs")
+
+    def refused(trust: Trust) -> str:
+        copy = Copy("a" * 64, "/store/a", 1, Kind.IMAGE, Image(EROFS, 1), trust)
+        try:
+            require_allowed(policies, copy)
+        except Refused as why:
+            return str(why)
+        return ""
+
+    assert tuple(one for one in (UNPROTECTED, VERITY, SIGNED) if not refused(one)) == allowed
+    assert said in refused(UNPROTECTED)
 
 
 class Judging(Admission):
@@ -76,6 +86,53 @@ class Judging(Admission):
     def trust(self, copy: Copy) -> Trust:
         names = {path.name.removesuffix(".conf") for path in Path(copy.path, "etc").glob("*.conf")}
         return next((trust for name, trust in self._verdicts.items() if name in names), Trust())
+
+
+TREE = Layer("base", "base", "2", "b" * 64, Kind.DIRECTORY, "/srv/base_2")
+IMAGE = Layer("web.raw", "web", "1", "a" * 64, Kind.IMAGE, "/srv/web_1.raw", SIGNED, "erofs")
+OLD = replace(IMAGE, trust=Trust(), file_system="")
+
+
+@pytest.mark.parametrize(
+    ("own", "unit", "layers", "said"),
+    [
+        ("signed", "", (IMAGE,), []),
+        ("any", "", (TREE, OLD), []),
+        (
+            "signed",
+            "",
+            (TREE, IMAGE),
+            ["/srv/base_2 stays, but would not get in now: a directory tree is unprotected"],
+        ),
+        (
+            "root=squashfs",
+            "",
+            (TREE, IMAGE),
+            ["/srv/web_1.raw stays, but would not get in now: it is erofs, and"],
+        ),
+        ("root=squashfs", "", (OLD,), []),
+        (
+            *("", "root=verity", (TREE, OLD)),
+            [
+                "/srv/base_2 stays, but would not get in now: a directory tree is unprotected",
+                "/srv/web_1.raw stays, but would not get in now, and systemd will not start the unit on it: it is un",
+            ],
+        ),
+        (
+            "nonsense",
+            "",
+            (IMAGE,),
+            ["/srv/web_1.raw stays, but would not get in now: nothing new gets in, "],
+        ),
+    ],
+)
+def test_what_stays_and_would_not_get_in(
+    own: str, unit: str, layers: tuple[Layer, ...], said: list[str]
+) -> None:
+    found = not_allowed(demands(*given(own, unit=unit)), Stack(layers))
+    assert len(found) == len(said)
+    for remark, words in zip(found, said, strict=True):
+        assert f"{remark.path} {remark.text}".startswith(words)
 
 
 @pytest.fixture
@@ -135,4 +192,30 @@ def test_what_is_accepted_stays_under_a_stricter_policy_and_nothing_new_gets_in(
         found = look(given(policy))
         assert labels(found) == ["a 1"]
         assert {one.candidate.filename for one in found.passed} == {"a_2", "b_1"}
+        (stays,) = [
+            one for one in found.look.remarks if one.text.startswith("stays, but would not get in now: ")
+        ]
+        assert stays.path.endswith("a_1")
     assert labels(look(given("any"))) == ["a 2", "b 1"]
+
+
+def test_a_signature_that_nobody_asks_for_and_that_does_not_check_out_is_one_warning(
+    look: Callable[..., Desired], tmp_path: Path
+) -> None:
+    put(tmp_path, "a", "1")
+    unknown = replace(VERITY, remark="signed by an unknown key")
+    found = look(given("verity"), a1=unknown)
+    assert labels(found) == ["a 1"] and found.wanted.layers[0].trust == unknown
+    (said,) = [one for one in found.look.remarks if "unknown key" in one.text]
+    assert said.text == "signed by an unknown key; let in, since no policy asks for more (ImagePolicy=)"
+    assert not [one for one in look(given("verity"), a1=unknown).look.remarks if "unknown key" in one.text]
+
+
+def test_what_is_proved_later_of_the_same_content_is_recorded(
+    look: Callable[..., Desired], tmp_path: Path
+) -> None:
+    put(tmp_path, "a", "1")
+    before = look(given(), a1=VERITY).wanted
+    after = look(given("signed"), a1=SIGNED)
+    assert after.wanted.id == before.id and after.wanted.layers[0].trust == SIGNED
+    assert not [one for one in after.look.remarks if "stays" in one.text]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import signal
 
 from scenarios.place import Daemon, Place
@@ -12,6 +14,15 @@ def read_again(place: Place, daemon: Daemon, *lines: str) -> None:
     place.configure(*lines)
     daemon.send(signal.SIGHUP)
     daemon.log.wait_for("settings read again")
+
+
+def assert_status_tells(place: Place, service: str, stays: str) -> None:
+    said = place.run("status", service).stdout
+    assert re.search(stays, said)
+    assert "web 1: unprotected" in said
+    (told,) = json.loads(place.run("status", "--json", service).stdout)["services"]
+    assert [one["path"].endswith(f"/web_1{place.suffix}") for one in told["notAllowed"]] == [True]
+    assert told["layers"][0]["trust"]["protection"] == "unprotected"
 
 
 def test_what_a_policy_does_not_allow_is_refused_by_name_and_line_and_gets_in_once_it_may(
@@ -24,6 +35,10 @@ def test_what_a_policy_does_not_allow_is_refused_by_name_and_line_and_gets_in_on
     service.logged("web 1 added, applied")
 
     read_again(place, daemon, "ImagePolicy=verity")
+    stays = (
+        f"web_1{place.suffix}: stays, but would not get in now: (it|a directory tree) is unprotected, and Im"
+    )
+    service.logged(stays)
     service.put("2")
     said = service.logged("web_2.*refused: (it|a directory tree) is unprotected, and ImagePolicy=verity")
     assert f"({place.conf}/watcher.conf:2) asks for signed or verity: " in said
@@ -32,7 +47,11 @@ def test_what_a_policy_does_not_allow_is_refused_by_name_and_line_and_gets_in_on
     # No other program knows this reason: so `wait` and `plan` say it too.
     waited = place.run("wait", "--timeout", "5", service.name, f"web_2{place.suffix}", check=False)
     assert waited.returncode == 1 and "ImagePolicy=verity" in waited.stdout + waited.stderr
-    assert "ImagePolicy=verity" in place.run("plan", service.name).stdout
+    planned = place.run("plan", service.name).stdout
+    assert "no change" in planned and re.search(stays, planned)
+    assert "ImagePolicy=verity" in planned
+    assert_status_tells(place, service.name, stays)
+    assert len([line for line in service.log_lines() if re.search(stays, line)]) == 1
 
     place.configure("ImagePolicy=singed")
     daemon.send(signal.SIGHUP)
@@ -41,7 +60,12 @@ def test_what_a_policy_does_not_allow_is_refused_by_name_and_line_and_gets_in_on
     service.logged("web_3.*refused: nothing new gets in, ImagePolicy= .* is no policy: singed has no =")
     assert service.has("1")
 
-    read_again(place, daemon, "ImagePolicy=*")
+    daemon.stop()
+    place.configure("ImagePolicy=verity")
+    assert_status_tells(place, service.name, stays)  # it needs no daemon for that
+
+    place.configure("ImagePolicy=*")
+    place.start_daemon()
     service.logged("web 1 -> 3 applied")
     assert service.has("3")
 

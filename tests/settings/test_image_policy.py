@@ -153,7 +153,7 @@ SIGN = (
 def test_a_refusal_says_which_policy_where_and_what_to_do(
     key: str, text: str, trust: Trust, file_system: str, words: str
 ) -> None:
-    assert demand(Setting(key, text, "/u:7")).refusal(trust, file_system) == words
+    assert demand(Setting(key, text, "/u:7")).refusal(trust, file_system, tree=not file_system) == words
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from watcher.records.state import Quarantine, State
 from watcher.rounds import dropped, messages
 from watcher.rounds.answer import Answer, Kind, answer
 from watcher.rounds.decide import decide
+from watcher.rounds.image_policies import demands_of
 from watcher.rounds.rollout import rolling
 from watcher.rounds.round import Rounds
 from watcher.rounds.tools import Tools
@@ -253,6 +254,7 @@ class Commands:
                 tools.ledger.placed,
                 service.settings,
                 service.invocation,
+                demands_of(tools.settings, service),
             )
 
     async def _plan(self, service: Service, *, debug: bool) -> PlannedChange:

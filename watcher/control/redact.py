@@ -38,7 +38,7 @@ from watcher.records.schema import (
 PUBLIC: dict[type, frozenset[str]] = {
     cls: frozenset(fields.split())
     for cls, fields in {
-        Layer: "slot name version digest kind trust",
+        Layer: "slot name version digest kind trust file_system",
         # How it was proved names files.
         Trust: "protection",
         Event: "service outcome verdict message when stack previous image version digest swap_usec total_usec layers",

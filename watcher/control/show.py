@@ -95,6 +95,8 @@ def _notes(service: ServiceStatus) -> Iterator[str]:
         yield "is not in a mount namespace that was made for it; restart it once to have its stack"
     if service.pinned is not None:
         yield "stays on this stack, by hand, until `confext-watcher rollback --forget`"
+    for remark in service.not_allowed:
+        yield f"{shown(remark.path)}: {printable(remark.text)}"
     for content in service.quarantined:
         reason = f": {printable(content.reason)}" if content.reason else ""
         yield f"kept out: {shown(content.source or content.digest)}{reason}"

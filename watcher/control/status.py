@@ -13,16 +13,18 @@ from dataclasses import replace
 from watcher.images.stacks import Stacks
 from watcher.managers.base import slots_of
 from watcher.managers.registration import registered, registrations
-from watcher.managers.systemd.unit_facts import settings_of
+from watcher.managers.systemd.unit_facts import policy_of, settings_of
 from watcher.managers.systemd.unit_files import Index, is_service
-from watcher.model import Event, Kind, Layer, Outcome, Stack, problem
+from watcher.model import Event, Kind, Layer, Outcome, Setting, Stack, problem
 from watcher.mounts.process import Gone, Process, shares_host
 from watcher.mounts.table import Mounted, Table
 from watcher.records import journal
 from watcher.records.ledger import Reader
 from watcher.records.schema import Quarantined, ServiceNotFound, ServiceStatus, utf8
 from watcher.records.state import Accepted, Damaged, Quarantine, State
+from watcher.rounds.image_policies import demands, not_allowed
 from watcher.settings.config import ServiceSettings, Settings
+from watcher.settings.image_policy import Demand
 
 LOOKED_BACK = 50
 """So many outcomes are looked through for one that is not about a file that is gone."""
@@ -40,11 +42,12 @@ def without_daemon(settings: Settings, service: str | None = None) -> list[Servi
     newest = ledger.newest()
     found = []
     with contextlib.ExitStack() as held:
-        for name, manager, main, own in _known(settings, held):
+        for name, manager, main, own, policy in _known(settings, held):
             if service in (None, name, name.removesuffix(".service")):
                 state = _state(settings.state_directory, name, manager)
                 known = newest.get(utf8(name)), state, ledger.placed, own
-                one = of_service(settings.state_directory, name, manager, main, *known)
+                policies = demands(settings, own, policy)
+                one = of_service(settings.state_directory, name, manager, main, *known, policies=policies)
                 found.append(without_gone(one, functools.partial(ledger.history, name, LOOKED_BACK)))
     if service is not None and not found:
         raise ServiceNotFound(service)
@@ -53,8 +56,9 @@ def without_daemon(settings: Settings, service: str | None = None) -> list[Servi
 
 def _known(
     settings: Settings, held: contextlib.ExitStack
-) -> Iterator[tuple[str, str, Process | None, ServiceSettings]]:
-    """Name, manager, main process and settings of every service that is registered, and of units that have slots."""
+) -> Iterator[tuple[str, str, Process | None, ServiceSettings, Setting | None]]:
+    """Name, manager, main process, settings and `ExtensionImagePolicy=` of every service that is registered, and of
+    units that have slots."""
     standalone = set()
     for name in registrations(settings.runtime_directory):
         with contextlib.suppress(ValueError):
@@ -62,14 +66,15 @@ def _known(
             if registration is not None:
                 standalone.add(name)
                 main = _hold(held, registration.pid, registration.started, registration.namespace)
-                yield name, "standalone", main, registration.own_settings
+                yield name, "standalone", main, registration.own_settings, None
     if os.path.isdir("/run/systemd/system") and os.path.isdir(f"{settings.state_directory}/units"):
         units = sorted(filter(is_service, set(Stacks(settings.state_directory).units()) - standalone))
         index = Index()
         for name, pid in _main_pids(units).items():
             unit = index.unit(name)
             own = settings_of(index, unit)[0] if unit else ServiceSettings()
-            yield name, "systemd", _hold(held, pid) if pid else None, own
+            policy = policy_of(index, unit) if unit else None
+            yield name, "systemd", _hold(held, pid) if pid else None, own, policy
 
 
 def _hold(
@@ -105,6 +110,7 @@ def of_service(
     placed: Callable[[str, str], int | None],
     settings: ServiceSettings,
     invocation: str = "",
+    policies: Sequence[Demand] = (),
 ) -> ServiceStatus:
     """One service.
 
@@ -115,6 +121,7 @@ def of_service(
         state: what is decided about it.
         settings: its own.
         invocation: see `Service`; "" where that is not known.
+        policies: which images may get in.
     """
     kept = _kept(state_directory, slots_of(name, manager))
     stacks = [accepted.stack for accepted in kept]
@@ -127,6 +134,7 @@ def of_service(
         pinned=state.pin,
         quarantined=quarantined(name, state.quarantine),
         settings=settings.written,
+        not_allowed=not_allowed(policies, stacks[0]) if stacks else (),
     )
     if main is None:
         return status

@@ -60,6 +60,7 @@ type Trust (
 # digest: SHA-256 of its content.
 # kind: "image" or "directory".
 # source: the path that it was dropped at.
+# fileSystem: of an image, by the kernel's name.
 type Layer (
   slot: string,
   name: string,
@@ -67,7 +68,8 @@ type Layer (
   digest: string,
   kind: string,
   source: string,
-  trust: Trust
+  trust: Trust,
+  fileSystem: string
 )
 
 # One outcome.
@@ -143,6 +145,7 @@ type Setting (
 # onTrial: what it runs on was not judged yet; `last` is about something before.
 # pinned: the stack that it was rolled back to by hand, and stays on.
 # settings: those that do not have their defaults.
+# notAllowed: what of its stack would not get in now, since a policy is stricter than it was.
 type ServiceStatus (
   service: string,
   manager: string,
@@ -156,7 +159,8 @@ type ServiceStatus (
   pinned: ?string,
   quarantined: []Quarantined,
   settings: []Setting,
-  onTrial: bool
+  onTrial: bool,
+  notAllowed: []Remark
 )
 
 # What a look now would change.
@@ -266,6 +270,7 @@ class ServiceStatus:
     quarantined: tuple[Quarantined, ...] = ()
     settings: tuple[Setting, ...] = ()
     on_trial: bool = False
+    not_allowed: tuple[Remark, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

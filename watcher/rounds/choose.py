@@ -104,6 +104,7 @@ def _pick(
                 copy.kind,
                 candidate.path,
                 copy.trust,
+                copy.format.file_system if copy.format is not None else "",
             )
     return accepted if kept_out else None
 

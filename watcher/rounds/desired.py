@@ -38,7 +38,7 @@ from watcher.resolve import scan
 from watcher.resolve.strict_modes import StrictModes
 from watcher.resolve.trust import ROOT_ALONE, Trust
 from watcher.rounds.choose import Choice, Passed, choose
-from watcher.rounds.image_policies import require_allowed
+from watcher.rounds.image_policies import let_in_anyway, not_allowed, require_allowed
 from watcher.rounds.kept_entries import nothing_removed, with_entries
 from watcher.rounds.patience import Limits, Removals, marked
 from watcher.settings.image_policy import Demand
@@ -149,6 +149,11 @@ def _find(store: Store, admission: Admission, given: Given, modes: StrictModes) 
     look = replace(look, remarks=(*look.remarks, *staying.remarks))
     choice = _with_sysexts(choice, look, admitting.read)
     look = replace(look, remarks=(*look.remarks, *_effects(admission, choice.stack, good)))
+    remarks = (
+        *let_in_anyway(choice.stack, good),
+        *not_allowed(given.policies, _as_now(record.stack, choice.stack)),
+    )
+    look = replace(look, remarks=(*look.remarks, *remarks))
     wanted = choice.stack
     if len(wanted.layers) > LAYERS_MAX:
         look = replace(look, remarks=(*look.remarks, _too_many(wanted)))
@@ -275,6 +280,12 @@ class _Staying:
     def _left(self, layer: Layer, *, last: bool) -> float:
         given = self._given
         return given.removals.left(given.slots, layer, given.limits, last=last)
+
+
+def _as_now(accepted: Stack, wanted: Stack) -> Stack:
+    """The accepted stack, with what was proved of its layers in this look."""
+    new = {layer.digest: layer for layer in wanted.layers}
+    return Stack(tuple(new.get(layer.digest, layer) for layer in accepted.layers))
 
 
 def _effects(admission: Admission, wanted: Stack, before: Stack) -> list[Remark]:

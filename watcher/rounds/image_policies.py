@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from watcher.managers.base import Service
-from watcher.model import Copy, Refused, Setting, Trust
+from watcher.model import Copy, Kind, Layer, Refused, Remark, Setting, Stack
 from watcher.settings.config import ServiceSettings, Settings
-from watcher.settings.image_policy import KEY, Demand, demand
+from watcher.settings.image_policy import KEY, UNIT_KEY, Demand, demand
 
 
 def demands(
@@ -34,15 +34,39 @@ def demands_of(watcher: Settings, service: Service) -> tuple[Demand, ...]:
 
 def require_allowed(policies: Iterable[Demand], copy: Copy) -> None:
     """Raise Refused for a copy that one of the policies does not allow."""
-    why = refusal(policies, copy.trust, copy.format.file_system if copy.format is not None else "")
-    if why:
-        raise Refused(why)
+    file_system = copy.format.file_system if copy.format is not None else ""
+    for one in policies:
+        why = one.refusal(copy.trust, file_system, tree=copy.kind is Kind.DIRECTORY)
+        if why:
+            raise Refused(why)
 
 
-def refusal(policies: Iterable[Demand], trust: Trust, file_system: str) -> str:
-    """Why an image does not get in, one line; "" if it does.
+def not_allowed(policies: Iterable[Demand], stack: Stack) -> tuple[Remark, ...]:
+    """What of a stack that a service has would not get in now: a policy is stricter than it was. It stays."""
+    found = ((layer, _why_not(policies, layer)) for layer in stack.layers)
+    return tuple(Remark("warning", layer.source, why) for layer, why in found if why)
 
-    Args:
-        file_system: "" for a tree.
-    """
-    return next(filter(None, (one.refusal(trust, file_system) for one in policies)), "")
+
+def _why_not(policies: Iterable[Demand], layer: Layer) -> str:
+    tree = layer.kind is Kind.DIRECTORY
+    for one in policies:
+        why = one.refusal(layer.trust, layer.file_system, tree=tree)
+        if why:
+            # systemd asks nothing of trees.
+            fails = one.setting.key == UNIT_KEY and not tree
+            then = ", and systemd will not start the unit on it" if fails else ""
+            return f"stays, but would not get in now{then}: {why}"
+    return ""
+
+
+def let_in_anyway(wanted: Stack, before: Stack) -> list[Remark]:
+    """What there is to say of new layers that prove less than they claim: no policy asks for more."""
+    return [
+        Remark(
+            "warning",
+            layer.source,
+            f"{layer.trust.remark}; let in, since no policy asks for more (ImagePolicy=)",
+        )
+        for layer in wanted.layers
+        if layer.trust.remark and layer.digest not in before.digests
+    ]

@@ -240,8 +240,12 @@ class Demand:
     policy: Policy | None
     problem: str = ""
 
-    def refusal(self, trust: Trust, file_system: str = "") -> str:
-        """Why an image does not get in, and what to do; one line, "" if it does. Arguments as `Policy.allows()`."""
+    def refusal(self, trust: Trust, file_system: str = "", *, tree: bool = False) -> str:
+        """Why an image or tree does not get in, and what to do; one line, "" if it does.
+
+        Args:
+            file_system: see `Policy.allows()`; "" also where it is not known.
+        """
         setting = self.setting
         if self.policy is None:
             return f"nothing new gets in, {setting.key}= ({shown(setting.source)}) is {self.problem}: mend that line"
@@ -255,7 +259,7 @@ class Demand:
             return (
                 f"it is {file_system}, and {who} asks for {_either(asked)}: build it so, or change the policy"
             )
-        what = "it is" if file_system else "a directory tree is"
+        what = "a directory tree is" if tree else "it is"
         why = f" ({trust.remark})" if trust.remark else ""
         words = f"{what} {trust.protection.value}{why}, and {who} asks for {_either(asked)}"
         return f"{words}: {_help(asked)}, or change the policy"

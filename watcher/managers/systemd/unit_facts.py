@@ -116,7 +116,6 @@ def _facts_of(index: Index, unit: Unit) -> UnitFacts:
     expand = unit_names.Specifiers(unit.name, unit.fragment).expand
     settings, more = settings_of(index, unit)
     image = syntax.last(parsed.assignments, "Service", "RootImage")
-    policy = syntax.last(parsed.assignments, "Service", image_policy.UNIT_KEY)
     return UnitFacts(
         unit=unit,
         state=state,
@@ -124,8 +123,8 @@ def _facts_of(index: Index, unit: Unit) -> UnitFacts:
         settings=settings,
         root=_root(parsed.assignments, expand),
         root_image=image is not None,
-        policy=config.as_written(policy) if policy is not None else None,
-        remarks=(*remarks, *more, *_unknown_in_time(index, unit), *config.policy_remarks(policy)),
+        policy=policy_of(index, unit),
+        remarks=(*remarks, *more, *_unknown_in_time(index, unit), *_policy_remarks(parsed)),
     )
 
 
@@ -133,6 +132,16 @@ def settings_of(index: Index, unit: Unit) -> tuple[ServiceSettings, tuple[Remark
     """`[X-Confext]` of a unit, and what is wrong with it."""
     expand = unit_names.Specifiers(unit.name, unit.fragment).expand
     return config.service_settings(index.parse(unit).assignments, expand)
+
+
+def policy_of(index: Index, unit: Unit) -> Setting | None:
+    """`ExtensionImagePolicy=` of a unit, None without one."""
+    found = syntax.last(index.parse(unit).assignments, "Service", image_policy.UNIT_KEY)
+    return config.as_written(found) if found is not None else None
+
+
+def _policy_remarks(parsed: syntax.Parsed) -> tuple[Remark, ...]:
+    return config.policy_remarks(syntax.last(parsed.assignments, "Service", image_policy.UNIT_KEY))
 
 
 def _unknown_in_time(index: Index, unit: Unit) -> Iterator[Remark]:
