@@ -6,8 +6,15 @@ from __future__ import annotations
 import json
 import re
 import signal
+from pathlib import Path
+
+import pytest
 
 from scenarios.place import Daemon, Place
+from support.needs import tool
+from support.signed import Key, make_key, protected, trusted
+
+images_only = pytest.mark.parametrize("place", ["images"], indirect=True)
 
 
 def read_again(place: Place, daemon: Daemon, *lines: str) -> None:
@@ -93,3 +100,43 @@ def test_a_policy_may_name_file_systems(place: Place) -> None:
         service.logged("refused: it is squashfs, and ImagePolicy=.* asks for erofs or ext4: build it so")
         read_again(place, daemon, "ImagePolicy=root=erofs+squashfs")
     service.logged("web 1 added, applied")
+
+
+@images_only
+@tool("veritysetup")
+def test_of_several_images_only_one_by_an_unknown_key_is_kept_out_until_the_key_is_known(
+    place: Place, tmp_path: Path
+) -> None:
+    known, other = make_key(tmp_path, "known"), make_key(tmp_path, "other")
+
+    def signed(version: str, name: str, key: Key) -> bytes:
+        return protected(place.confext(version, f"{name} {version}", name).read_bytes(), key)
+
+    place.configure("ImagePolicy=signed")
+    daemon = place.start_daemon()
+    service = place.start(name="web.service")
+    more = service.drops / "more.raw.v"
+    more.mkdir()
+    with trusted(known):
+        (service.versions / "web_1.raw").write_bytes(signed("1", "web", known))
+        service.logged("web 1 added, applied")
+        (more / "more_1.raw").write_bytes(signed("1", "more", known))
+        service.logged("more 1 added, applied")
+        (service.versions / "web_2.raw").write_bytes(signed("2", "web", other))
+        (more / "more_2.raw").write_bytes(signed("2", "more", known))
+        said = service.logged("web_2.raw refused: it is verity .*, and ImagePolicy=signed")
+        assert "key" in said and "it keeps web 1" in said
+        service.logged("more 1 -> 2 applied")
+        assert service.has("web 1") and service.has("more 2", "more.conf")
+        told = place.run("status", service.name).stdout
+        assert f"web 1: signed by CN=known (certificate sha256 {known.fingerprint}): " in told
+        with trusted(other):
+            service.logged("web 1 -> 2 applied")  # the certificate has come, nothing else has
+            assert service.has("web 2")
+        event = json.loads(place.run("history", "--json", service.name).stdout)["events"][0]
+        assert [one["trust"]["signer"] for one in event["layers"] if one["name"] == "web"] == ["CN=other"]
+
+    read_again(place, daemon, "ImagePolicy=verity")
+    (service.versions / "web_3.raw").write_bytes(signed("3", "web", other))
+    service.logged("web_3.raw: .*; let in, since no policy asks for more")
+    service.logged("web 2 -> 3 applied")

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from watcher.images import certificates
 from watcher.managers.base import Service
-from watcher.model import Copy, Kind, Layer, Refused, Remark, Setting, Stack
+from watcher.model import Copy, Interest, Kind, Layer, Refused, Remark, Setting, Stack, Trust
 from watcher.settings.config import ServiceSettings, Settings
 from watcher.settings.image_policy import KEY, UNIT_KEY, Demand, demand
 
@@ -30,6 +31,13 @@ def demands(
 def demands_of(watcher: Settings, service: Service) -> tuple[Demand, ...]:
     """All policies that count for a service."""
     return demands(watcher, service.settings, service.unit_policy)
+
+
+def interests(policies: Iterable[Demand]) -> tuple[Interest, ...]:
+    """Where a change is a reason to look again: a certificate may have come, and what was refused gets in."""
+    if all(one.policy is not None and one.policy.allows(Trust()) for one in policies):
+        return ()
+    return tuple(Interest(directory, pattern=r".*\.crt") for directory in certificates.DIRECTORIES)
 
 
 def require_allowed(policies: Iterable[Demand], copy: Copy) -> None:

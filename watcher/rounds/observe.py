@@ -24,10 +24,9 @@ from watcher.records.state import State
 from watcher.records.together import Gathering
 from watcher.resolve import scan
 from watcher.resolve.strict_modes import StrictModes
-from watcher.rounds import looks, messages, retry
+from watcher.rounds import image_policies, looks, messages, retry
 from watcher.rounds.desired import Desired, Given, find
 from watcher.rounds.facts import Facts, Judged
-from watcher.rounds.image_policies import demands_of
 from watcher.rounds.memory import Memory, Round
 from watcher.rounds.outcomes import Outcomes, say, signatures
 from watcher.rounds.patience import limits
@@ -258,7 +257,7 @@ class Observer:
             None if root is None else self._looks.shared(("host", root), since, lambda: host(root)),
             state,
             elsewhere,
-            demands_of(tools.settings, service),
+            image_policies.demands_of(tools.settings, service),
             service.trust,
             limits(tools.settings, service.settings),
             tools.removals,
@@ -279,7 +278,7 @@ class Observer:
             memory.at_hand = desired.at_hand
             memory.look_again = desired.look_again
         etc = "" if service.root is None else f"{service.root.rstrip('/')}/etc"
-        more = retry.interests(state, service.settings, etc)
+        more = (*retry.interests(state, service.settings, etc), *image_policies.interests(given.policies))
         return state, replace(
             desired,
             look=replace(desired.look, interests=(*desired.look.interests, *more)),
