@@ -129,7 +129,8 @@ def parse(text: str) -> Policy:
 
 
 def in_unit(text: str) -> Policy:
-    """`ExtensionImagePolicy=`: systemd 262 passes over words that it does not know, 257 fails to load such a unit.
+    """`ExtensionImagePolicy=`: systemd 262 passes over words that it does not know. 257 fails to load such a unit file,
+    and passes over the whole line in a drop-in.
 
     A rule of which nothing is left would then allow everything. We refuse that.
 
