@@ -27,9 +27,9 @@ from jeepney.low_level import Endianness, Header, MessageType
 
 from watcher.control import server, show, transport
 from watcher.control.client import Client
-from watcher.images import tries
-from watcher.images.formats import disk, erofs, gpt
-from watcher.images.formats.base import HEAD
+from watcher.images import hash_tree, signature, tries
+from watcher.images.formats import disk, erofs, gpt, verity
+from watcher.images.formats.base import HEAD, Extent
 from watcher.images.formats.probe import probe
 from watcher.managers import cgroup
 from watcher.managers import registration as registrations
@@ -147,7 +147,7 @@ def _sealed(data: bytes) -> bytes:
     """
 )
 def partition_table(data: bytes) -> None:
-    """Partitions are within the file, in order and apart, whatever they are said to be."""
+    """Partitions, hash tree and signature are within the file, in order and apart, whatever is said of them."""
     for content in (data, *(_with_checksums(data, sector) for sector in (512, 4096))):
         fd = os.memfd_create("disk", os.MFD_CLOEXEC)
         try:
@@ -162,6 +162,12 @@ def partition_table(data: bytes) -> None:
                 assert all(2 * table.sector < one.start < one.end < table.end for one in in_order)
                 assert all(before.end <= after.start for before, after in itertools.pairwise(in_order))
                 assert disk.root(table, "x86-64").partition in table.partitions
+            with only(Refused, Sysext):
+                found = probe(fd, len(content))
+                assert found.offset + found.size <= found.end <= len(content)
+                if found.brought is not None:
+                    assert found.brought.offset + found.brought.size <= found.end
+                    assert len(found.brought.root_hash) >= 16
         finally:
             os.close(fd)
 
@@ -183,6 +189,48 @@ def _with_checksums(data: bytes, sector: int) -> bytes:
                 sealed[at + 16 : at + 20] = bytes(4)
                 sealed[at + 16 : at + 20] = zlib.crc32(sealed[at : at + size]).to_bytes(4, "little")
     return bytes(sealed)
+
+
+@target(
+    r"""
+    verity\x00\x00 \x01\x00\x00\x00 sha256 sha512 \x00\x02\x00\x00 \x00\x10\x00\x00 \x00\x00\x08\x00 \x20\x00
+    \xff\xff\xff\xff\xff\xff\xff\xff \x00\x00\x00\x00\x00\x00\x00\x80
+    """
+)
+def verity_superblock(data: bytes) -> None:
+    """A hash tree is read within the bytes that are there, whatever it claims, and no random one is right."""
+    fd = os.memfd_create("tree", os.MFD_CLOEXEC)
+    try:
+        os.write(fd, data)
+        tree, image = Extent(fd, 0, len(data)), Extent(fd, 0, len(data))
+        with only(Refused):
+            found = verity.read(tree, image.size)
+            assert 0 < found.data_size <= image.size and 512 <= found.end <= tree.size
+            below = [level.start + level.blocks for level in found.levels[1:]]
+            assert [
+                level.start for level in found.levels[:-1]
+            ] == below  # the highest level comes first, no gaps
+            hash_tree.verify(image, tree, data[: found.digest_size].ljust(found.digest_size, b"\0"))
+            raise AssertionError("a root hash that nobody has computed is right")
+    finally:
+        os.close(fd)
+
+
+@target(
+    r"""
+    {"rootHash":" ","signature":" "} 00112233445566778899aabbccddeeff MAA= null [ ] { \x00 \xff
+    \x30\x80 \x30\x82 \x30\xff \x30\x00
+    """
+)
+def signature_partition(data: bytes) -> None:
+    """The content of a signature partition, or a signature by itself: what is taken has the form that it should."""
+    with only(Refused):
+        made = signature.parse(data)
+        assert len(made.root_hash) >= 16 and made.signature
+        assert len(made.signature) <= signature.SIGNATURE_MAX
+    with only(Refused):
+        signature.require_form(data)
+        assert data[0] == 0x30 and len(data) <= signature.SIGNATURE_MAX
 
 
 # --- extension-release ---
