@@ -244,3 +244,26 @@ def test_all_of_this_in_a_user_namespace(tmp_path: Path, options: list[str]) -> 
     done = subprocess.run([*command, *own, *files], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
+
+
+def test_a_look_that_was_under_way_when_it_was_closed_does_nothing(
+    swaps: Swaps, service: Service, layers: Layers, tmp_path: Path
+) -> None:
+    """Its descriptors may be another's by then: so it was "may not be seen: Bad file descriptor" at a shutdown."""
+    bench = Bench(swaps, tmp_path)
+    bench.follow(service, layers.tree({"web.conf": "1"}))
+    workers = swaps.workers
+    views = workers.submit(views_of, workers, service.process, [service.pid], list, tuple).result()
+    fd = views[0].fd
+    bench.freshness.close()
+    other = os.eventfd(0)  # most likely the descriptor that was closed
+    try:
+        bench.freshness.follow("web.service", "2", views, tells=False)
+        bench.freshness.drop("web.service")
+        bench.freshness.retry()
+        os.eventfd_write(other, 1)
+        assert os.eventfd_read(other) == 1
+    finally:
+        os.close(other)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)

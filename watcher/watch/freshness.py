@@ -144,7 +144,9 @@ class Freshness:
             key: what a view that is not among `views` any more was of; while it is the same, that stays fresh too.
             tells: whether `changed` is called for this service.
         """
-        if not views and self._thread is None:
+        if self._stopped or (not views and self._thread is None):
+            for view in views:  # a look was under way when we were closed
+                view.close()
             return
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="confext-fresh", daemon=True)
@@ -157,7 +159,7 @@ class Freshness:
 
     def retry(self) -> None:
         """Try at once to watch what could not be watched: the limit may be higher now."""
-        if self._thread is not None:
+        if self._thread is not None and not self._stopped:
             self._order(self._look_by_time)
 
     def remarks(self) -> tuple[Remark, ...]:
