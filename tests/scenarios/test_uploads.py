@@ -35,6 +35,7 @@ FILES = {
     "rsync -a of a directory": "rsync -a {1}/ $(dirname {2})",
     "tar x": "tar c -C {1} . | tar x -C $(dirname {2})",
 }
+needs_rsync = tool("rsync")
 NEEDED = {"rsync": tool("rsync"), "tar": tool("tar")}
 TREES = {
     "cp": "cp -r {0} {2}",
@@ -162,6 +163,24 @@ def test_two_uploads_at_once_to_one_name(service: Service, tmp_path: Path) -> No
     shutil.copy(tmp_path / "two.raw", target)
     service.reloaded("two")
     assert service.heard == ["1.3", "again", "two"]
+
+
+@images_only
+@needs_rsync
+def test_two_uploads_at_once_that_rename_into_place_are_never_mixed(service: Service, tmp_path: Path) -> None:
+    service.put("1.3")
+    service.reloaded("1.3")
+    values = ("one", "two")
+    for value in values:
+        files = {"etc/web.conf": f"{value}\n".encode(), "etc/web.d/more": images.noise(2_000_000)}
+        images.image(images.confext(tmp_path / value, "web", files), tmp_path / f"{value}.raw")
+    target = service.versions / "web_1.4.raw"
+    uploads = " & ".join(f"rsync --bwlimit=20M {tmp_path}/{value}.raw {{0}}" for value in values)
+    shell(f"{uploads} & wait", target)
+    service.put("1.5", value="last")
+    service.reloaded("last")
+    assert set(service.heard) <= {"1.3", *values, "last"}
+    assert not [line for line in service.log_lines() if "refused" in line or "incomplete" in line]
 
 
 @images_only
