@@ -141,6 +141,21 @@ def test_a_kill_from_outside_just_after_an_outcome_is_not_the_images(
     assert kept(host) != slot and "rolled-back" not in outcomes(journal)
 
 
+def test_how_a_service_takes_a_restart_just_after_an_outcome_is_not_the_images(host: Host) -> None:
+    text = SERVES.replace("trap : HUP", 'trap : HUP; trap "exit 3" TERM')
+    journal = run(host, text, {"web.conf": "1"})
+    drop(host, 2, {"web.conf": "2"})
+    journal.applied(WEB)
+    slot, pid = kept(host), host.main_pid(WEB)
+    host.systemctl("restart", WEB)
+    assert host.main_pid(WEB) not in (0, pid)
+    sees(host, "2")
+    time.sleep(AFTERGLOW_USEC / 1e6)
+    drop(host, 3, {"web.conf": "3"})
+    journal.until(lambda entry: "2 -> 3" in entry["MESSAGE"])
+    assert kept(host) != slot and "rolled-back" not in outcomes(journal)
+
+
 def test_what_came_while_it_ran_on_another_is_not_put_down_to_what_its_next_start_gets(host: Host) -> None:
     """It has no main process that systemd knows of, so it runs on version 1 to its end."""
     host.unit(

@@ -29,12 +29,16 @@ class Systemd:
         self.invocation_id = "1"
         self.state = "failed"
         self.values: dict[str, Any] = dict(KILLED)
+        self.job = ""
 
     async def service_properties(self, name: str) -> dict[str, Any]:
         return self.values
 
     async def invocation(self, name: str) -> str:
         return self.invocation_id
+
+    async def job_type(self, name: str) -> str:
+        return self.job
 
     async def get(self, name: str, key: str) -> str:
         return {"ActiveState": self.state, "SubState": self.state}[key]
@@ -64,3 +68,23 @@ async def test_a_kill_from_outside_is_remembered_while_the_next_start_is_counted
     systemd.values |= KILLED | {"NRestarts": 1, "ExecMainPID": 43}
     await ends.look(asked, WEB)
     assert not ends.blameless(WEB, 1, failed=True)
+
+
+@pytest.mark.parametrize(
+    ("job", "blameless"), [("stop", True), ("restart", True), ("start", False), ("", False)]
+)
+async def test_how_it_takes_a_stop_is_not_its_own_doing(
+    monkeypatch: pytest.MonkeyPatch, job: str, blameless: bool
+) -> None:
+    async def sent(*_: object) -> frozenset[str]:
+        return frozenset()
+
+    monkeypatch.setattr(journal_entries, "sent_by_clients", sent)
+    systemd, ends = Systemd(), UnitEnds()
+    systemd.job = job
+    await ends.look(cast(Systemd1, systemd), WEB)
+    assert bool(ends.blameless(WEB, 0, failed=True)) is blameless
+    # We have asked for a restart ourselves since: that is another matter.
+    systemd.job = "restart"
+    await ends.look(cast(Systemd1, systemd), WEB)
+    assert bool(ends.blameless(WEB, 0, failed=True)) is blameless

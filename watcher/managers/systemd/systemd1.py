@@ -273,6 +273,16 @@ class Systemd1:
             return ""
         return state
 
+    async def job_type(self, unit: str) -> str:
+        """What the job of a unit is to do, "restart"; "" if it has none."""
+        number, path = await self.get(unit, "Job")
+        try:
+            return str(await self._bus.get(NAME, path, JOB, "JobType", "s")) if number else ""
+        except Error as error:
+            if error.name != UNKNOWN_OBJECT:
+                raise
+            return ""  # it has just ended
+
     async def get(self, unit: str, name: str) -> Any:
         """A property of a unit or a service. systemd loads the unit if it has to."""
         return await self._get(unit_path(unit), name)

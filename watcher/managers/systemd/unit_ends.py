@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 from watcher.managers.systemd import ends, journal_entries
 from watcher.managers.systemd.systemd1 import Systemd1
 
+# Jobs that end a unit. How it takes that says nothing about how it would have gone on.
+_STOPPING = frozenset({"stop", "restart", "try-restart"})
+
 
 @dataclass(frozen=True, slots=True)
 class _End:
@@ -32,6 +35,7 @@ class UnitEnds:
             The InvocationID of the start that failed; None if another has begun meanwhile: ask anew.
         """
         invocation = await systemd.invocation(name)
+        stopped = await systemd.job_type(name) in _STOPPING
         values = await systemd.service_properties(name)
         failed = await has_failed(systemd, name, await systemd.get(name, "ActiveState"))
         if not failed or invocation != await systemd.invocation(name):
@@ -41,7 +45,8 @@ class UnitEnds:
         # NRestarts may have been counted up since, for the start that comes next.
         if (known.invocation, known.result) != (end.invocation, end.result):
             sent = await journal_entries.sent_by_clients(name, end.invocation, int(values["ExecMainPID"]))
-            self._ends[name] = replace(end, blameless=ends.blameless(values, sent))
+            why = "it was asked to stop" if stopped else ends.blameless(values, sent)
+            self._ends[name] = replace(end, blameless=why)
         return invocation
 
     def blameless(self, name: str, restarts: int, *, failed: bool) -> str:
