@@ -255,7 +255,8 @@ class Play(RuleBasedStateMachine):
             world.act(functools.partial(world.started, unit))
         if not world.up:
             world.boot_watcher()
-        for _ in range(2):  # what one service refuses is no news for those that did not wait for it
+        # What one service refuses is no news for those that did not wait for it. It goes from one to the next.
+        for _ in range(max(2, len(world.units))):
             world.dirty |= world.units.keys()
             world.work()
             world.clock += 5_000_000

@@ -146,3 +146,17 @@ def test_what_never_ceases_to_change_is_applied_all_the_same(place: Place) -> No
     service = place.start()
     service.put("1.3")
     service.reloaded("1.3")
+
+
+def test_the_newest_of_three_hundred_versions(service: Service) -> None:
+    suffix = service.place.suffix
+    service.put("1")
+    service.reloaded("1")
+    for number in range(300):
+        (service.versions / f"web_2.{number}{suffix}").symlink_to(f"web_1{suffix}")
+    service.put("2.300")
+    service.reloaded("2.300")
+    service.put("2.299.1", value="older")
+    (service.versions / f"web_2.300{suffix}").rename(service.place.path / "gone")
+    service.reloaded("older")
+    assert service.heard[-2:] == ["2.300", "older"]
