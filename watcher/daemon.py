@@ -35,6 +35,7 @@ from watcher.mounts.process import may_mount
 from watcher.mounts.workers import Hung, MountWorkers
 from watcher.records import durable, journal
 from watcher.records.ledger import Ledger
+from watcher.rounds import looks
 from watcher.rounds.fresh import Fresh
 from watcher.rounds.patience import Removals
 from watcher.rounds.round import Rounds
@@ -157,12 +158,16 @@ class Daemon:
         self._control = Commands(tools, self.changed, self._in_round, self._reload_settings)
         self._rounds = Rounds(tools, self._control.tell, self.changed, self._looked_at, self._control.stepped)
         self._control.rounds = self._rounds
-        self._fresh = Fresh(tools, self._rounds.memories, self._settled_change, self._say_remarks)
+        self._fresh = Fresh(
+            tools, self._rounds.memories, self._settled_change, self._say_remarks, self._is_busy
+        )
         self._readers = Readers()
         tools.offload.returned = self.changed
         self._settle = Settle()
         # By service: when the first change was noticed that its next round is for.
         self._since: dict[str, float] = {}
+        # And the last: a look that began after it has seen all of them, `looks.now()`.
+        self._last_change: dict[str, float] = {}
         # Services of which a round runs, and those of them that get another one after it.
         self._running: set[str] = set()
         self._again: set[str] = set()
@@ -197,8 +202,12 @@ class Daemon:
         """Look at a service, after `quiet_usec` microseconds without another change of it."""
         now = trio.current_time()
         self._since.setdefault(name, now)
+        self._last_change[name] = looks.now()
         self._settle.touch(name, _usec(now), quiet_usec, self._settings.settle_max_usec)
         self._wake.set()
+
+    def _is_busy(self) -> bool:
+        return bool(self._running)
 
     def _in_round(self, name: str) -> bool:
         """Whether a round of a service goes on or is due."""
@@ -239,12 +248,13 @@ class Daemon:
         while True:
             self._again.discard(name)
             since = self._since.pop(name, trio.current_time())
+            looks_from = self._last_change.pop(name, looks.now())
             service = await self._tools.manager.current(name)
             if service is None:
                 self._rounds.forget(name)
                 again = None
             else:
-                again = await self._round(service, since)
+                again = await self._round(service, since, looks_from)
             self._looked_at(name)
             self._fresh.look(name)
             self._control.round_over(name)
@@ -256,9 +266,9 @@ class Daemon:
             self._settle.again(name, _usec(trio.current_time() + again))
         self._wake.set()
 
-    async def _round(self, service: Service, since: float) -> float | None:
+    async def _round(self, service: Service, since: float, looks_from: float) -> float | None:
         try:
-            return await self._rounds.round(service, since)
+            return await self._rounds.round(service, since, looks_from)
         except Exception:  # noqa: BLE001 -- a bug in a round of one service must not end the rounds of the others
             text = f"{service.name}: a bug in confext-watcher; it keeps what it has until its next change"
             journal.log.exception(text, service=service.name)

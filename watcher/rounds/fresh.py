@@ -27,8 +27,10 @@ from watcher.rounds.tools import Tools
 from watcher.watch.freshness import Freshness, Held
 from watcher.watch.watcher import RETRY_SEC
 
-# Seconds after the round of a service. The rounds of a burst are over then.
+# Seconds after the round of a service, and again for as long as rounds go on: they come first. But not for longer than
+# the second figure: one may wait for minutes.
 _LATER = 0.02
+_LATER_MAX = 1.0
 
 # Seconds that the others wait for one.
 _HANGS = 0.1
@@ -43,6 +45,7 @@ class Fresh:
         memories: what is remembered of each service.
         changed: asks for a round of a service, after its quiet time.
         remarked: called when there is something else to say about what cannot be watched.
+        busy: whether rounds go on.
     """
 
     def __init__(
@@ -51,7 +54,9 @@ class Fresh:
         memories: Mapping[str, Memory],
         changed: Callable[[str], None],
         remarked: Callable[[], None],
+        busy: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._busy = busy
         self._tools, self._memories, self._changed = tools, memories, changed
         self._remarked = remarked
         self._keys: dict[str, object] = {}
@@ -80,7 +85,7 @@ class Fresh:
             try:
                 while True:
                     await self._wake.wait()
-                    await trio.sleep(_LATER)
+                    await self._while_busy()
                     self._wake = trio.Event()
                     due, self._due = self._due, set()
                     for name in due:
@@ -90,6 +95,12 @@ class Fresh:
                             await followed.wait()
             finally:
                 self._freshness.close()
+
+    async def _while_busy(self) -> None:
+        await trio.sleep(_LATER)
+        with trio.move_on_after(_LATER_MAX):
+            while self._busy():
+                await trio.sleep(_LATER)
 
     def retry(self) -> None:
         """See `Freshness.retry()`."""

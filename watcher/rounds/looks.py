@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Looks that services share: a hundred instances of a template have one directory, and one look finds the same for all.
 
-A look is as good for a round as one of its own if it began after the round did: what changed before that, it has seen;
-of what changes later the watcher is told, and another round looks again.
+A look is as good for a round as one of its own if it began after the last change that the round is for: it has seen
+that; of what changes later the watcher is told, and another round looks again.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from watcher.mounts.etc import Moved
 from watcher.mounts.process import Elsewhere, Gone
 from watcher.mounts.workers import Hung, WorkerLost
 from watcher.records.together import Gathering
-from watcher.rounds import decide, messages
+from watcher.rounds import decide, looks, messages
 from watcher.rounds.decide import Step
 from watcher.rounds.desired import Desired
 from watcher.rounds.facts import Facts
@@ -145,18 +145,19 @@ class Rounds:
         async with self._observer.using_store():
             return await self._observer.glance(service, thorough=thorough)
 
-    async def round(self, service: Service, since: float) -> float | None:
+    async def round(self, service: Service, since: float, looks_from: float | None = None) -> float | None:
         """One round.
 
         Args:
             since: when the change was noticed, `trio.current_time()`.
+            looks_from: see `Round`; None: a look of its own, or of another that begins from now on.
 
         Returns:
             Seconds after which to look again even if nothing happens; None: there is no need.
         """
         awaited = self._awaited.pop(service.name, ())
         try:
-            again = await self._round(service, since)
+            again = await self._round(service, since, looks.now() if looks_from is None else looks_from)
             wait = "nothing left to wait for" if again is None else f"again in {again:g} s"
             say("debug", service.name, f"round over: {wait}")
             return again
@@ -164,11 +165,11 @@ class Rounds:
             for over in awaited:
                 over.set()
 
-    async def _round(self, service: Service, since: float) -> float | None:
+    async def _round(self, service: Service, since: float, looks_from: float) -> float | None:
         memory = self._memories.setdefault(service.name, Memory())
         busy = True
         try:
-            busy = await self._steps(service, memory, since)
+            busy = await self._steps(service, memory, since, looks_from)
             self._outcomes.came_through(service.name)
         except Gone as gone:
             say("debug", service.name, f"{gone}: its manager will say so")
@@ -193,7 +194,7 @@ class Rounds:
             return backoff
         return max(min(memory.look_again, backoff or memory.look_again), _AGAIN_MIN)
 
-    async def _steps(self, service: Service, memory: Memory, since: float) -> bool:
+    async def _steps(self, service: Service, memory: Memory, since: float, looks_from: float) -> bool:
         """Observe, decide, take the step, until nothing is left to do. True: a file is still being written."""
         looked_at = _nothing if memory.seen else self._looked_at(service)
         rolling = service.settings.rollout == "rolling"
@@ -201,7 +202,8 @@ class Rounds:
         try:
             async with self._observer.using_store():
                 noticed = time.monotonic() - (trio.current_time() - since)
-                this, memory.no_shadow = Round(noticed, messages.now(), first=not memory.seen), ""
+                this = Round(noticed, messages.now(), first=not memory.seen, looks_from=looks_from)
+                memory.no_shadow = ""
                 for _ in range(_STEPS_MAX):
                     # The manager lets go of a process that it sees end: what becomes of it is still to be judged.
                     with holding(service) as held:
