@@ -19,6 +19,7 @@ import re
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 from watcher.model import Candidate, Kind, shown
@@ -34,6 +35,8 @@ _COUNTER = re.compile(r"(.*)\+([0-9]+)(?:-([0-9]+))?", re.DOTALL)
 _UINT_MAX = 0xFFFFFFFF
 _REMEMBERED = 8
 """Directories whose answer is remembered, for the other services that share one. One of 10,000 names takes 5 MiB."""
+_NAMES_REMEMBERED = 4096
+"""Names of which is remembered what each asks for: where one is new among a thousand, the others are not taken apart."""
 _turn = threading.Lock()
 
 # systemd's hidden_or_backup_file(), and the names under which uploads grow.
@@ -149,19 +152,26 @@ def _sorted_out(
     spec: Spec, dirents: tuple[Dirent, ...], runnable: tuple[str, ...]
 ) -> tuple[tuple[Candidate, ...], tuple[NotPicked, ...]]:
     """What fits, best first, and the rest."""
-    wanted = "a directory" if spec.kind is Kind.DIRECTORY else "a regular file"
-    right = []
-    passed = []
-    for dirent in dirents:
-        match = _match(spec, dirent, runnable)
-        if isinstance(match, NotPicked):
-            passed.append(match)
-        elif dirent.type not in _TYPES[spec.kind]:
-            passed.append(NotPicked(dirent.name, dirent.problem or f"not {wanted}"))
-        else:
-            right.append(match)
-    right.sort(key=_Match.key, reverse=True)
-    return tuple(_candidate(spec, match) for match in right), tuple(passed)
+    considered = [_considered(spec, dirent, runnable) for dirent in dirents]
+    right = [one for one in considered if not isinstance(one, NotPicked)]
+    right.sort(key=itemgetter(0), reverse=True)
+    return tuple(candidate for _, candidate in right), tuple(
+        one for one in considered if isinstance(one, NotPicked)
+    )
+
+
+@functools.lru_cache(_NAMES_REMEMBERED)
+def _considered(
+    spec: Spec, dirent: Dirent, runnable: tuple[str, ...]
+) -> tuple[tuple[Any, ...], Candidate] | NotPicked:
+    """What fits, with its place in the order, or why it does not."""
+    match = _match(spec, dirent, runnable)
+    if isinstance(match, NotPicked):
+        return match
+    if dirent.type not in _TYPES[spec.kind]:
+        wanted = "a directory" if spec.kind is Kind.DIRECTORY else "a regular file"
+        return NotPicked(dirent.name, dirent.problem or f"not {wanted}")
+    return match.key(), _candidate(spec, match)
 
 
 def split(name: str, kind: Kind) -> tuple[str, str]:
