@@ -201,8 +201,10 @@ def test_the_way_back_runs_into_the_start_limit_itself_and_gets_over_it(host: Ho
     journal = falls(host, text)
     drop(host, 2, {"web.conf": "bad"})
     entry = journal.until(lambda entry: entry.get("CONFEXT_OUTCOME") == "rolled-back")
-    assert "start done" in entry["MESSAGE"]
+    # On a busy machine systemd's own restart comes first: what that has started gets its stack by a swap.
+    assert "back on site 1" in entry["MESSAGE"]
     sees(host, "good")
+    assert host.bed.property(WEB, "ActiveState") == "active"
 
 
 def test_a_way_back_that_does_not_come_up_is_not_said_to(host: Host) -> None:

@@ -378,7 +378,7 @@ class World:
         self.tick()
         unit = self.units[service.name]
         if unit.manager == "standalone" or unit.alive:
-            return Reloaded(ok=True)
+            return Reloaded(ok=True, interrupted=unit.manager != "standalone")
         self.start(unit)
         self.tick()
         return Reloaded(ok=unit.alive, told="start", reason="" if unit.alive else "it ended")

@@ -108,7 +108,8 @@ class Reloaded:
         told: what was done, for the log: "reload", "SIGHUP", "restart", "" when nothing was told.
         reason: why it failed, or why nothing was told; one line, "" where there is no way to tell it.
         output: what a reload command printed, at most 64 KiB.
-        interrupted: it was canceled, or did not get to its end: that is no verdict on the stack.
+        interrupted: it was canceled, or did not get to its end: that is no verdict on the stack. If `ok`, there was
+            nothing to do.
         blocked: it was interrupted because the reload before it has not ended.
     """
 

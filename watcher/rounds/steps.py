@@ -8,6 +8,8 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 
+import trio
+
 from watcher.managers.base import Ended, NoShadow, Service
 from watcher.model import Copy, Later, Stack, Verdict
 from watcher.mounts.converge import converge
@@ -22,6 +24,9 @@ from watcher.rounds.observe import of_look
 from watcher.rounds.outcomes import say
 from watcher.rounds.service_check import check, check_at_start, unstartable
 from watcher.rounds.tools import Tools
+
+# Seconds between two looks for what a manager has to notice.
+_POLL_SEC = 0.02
 
 
 class Steps:
@@ -214,6 +219,10 @@ class Steps:
             Later: it could not be started now.
         """
         revived = await self._tools.manager.revive(service)
+        if revived.interrupted and revived.ok:
+            say("debug", service.name, revived.reason)
+            await trio.sleep(_POLL_SEC)  # its manager is about to say so: it is told of its stack then
+            return
         if revived.interrupted:
             raise Later(f"it could not be started again on its old stack: {revived.reason}")
         verdict = Verdict.GOOD if revived.ok else Verdict.WENT_DOWN

@@ -192,11 +192,14 @@ class Starting(Answers):
         self._started = started
         self._up = up
         self._job = job
+        self._begun = 0
 
     async def manager(self, member: str, signature: str = "", *arguments: Any, timeout: float = 30.0) -> Any:
         self.asked.append(f"{member} {arguments[0]}")
         if member in ("StartUnit", "RestartUnit"):
-            self._jobs.ended(JOB, self._results.pop(0))
+            result = self._results.pop(0)
+            self._begun += result == "done" or self._started
+            self._jobs.ended(JOB, "done" if result == "nothing" else result)
         return JOB
 
     async def get(self, unit: str, name: str) -> Any:
@@ -212,7 +215,7 @@ class Starting(Answers):
         return found[name]
 
     async def invocation(self, unit: str) -> str:
-        return str(len(self.asked)) if self._started else INVOCATION
+        return f"{INVOCATION} {self._begun}"
 
     async def socket_result(self, unit: str) -> str:
         return "service-start-limit-hit"
@@ -256,6 +259,12 @@ async def test_a_start_that_is_about_to_fail_is_made_anew_by_a_restart() -> None
     assert await start("done", up=("deactivating", "dead"), job=7) == (STARTED, [restart])
     assert await start("done", up=("deactivating", "dead")) == (STARTED, [START])
     assert await start("done", up=("active", "dead"), job=7) == (STARTED, [START])
+
+
+async def test_what_systemd_has_started_already_was_not_started_by_us() -> None:
+    """By `Restart=`, a moment before its slots were others."""
+    found, asked = await start("nothing")
+    assert (found, asked) == (Reloaded(True, reason="it was started already", interrupted=True), [START])
 
 
 async def test_it_is_told_of_each_job_when_that_is_queued() -> None:

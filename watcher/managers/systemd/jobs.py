@@ -153,6 +153,13 @@ class UnitJobs:
             # No start was made: unit_test_start_limit() in src/core/unit.c is the first thing that refuses one.
             await self._reset(unit)
             return await self._run(unit, "StartUnit", "start")
+        if (
+            started.told
+            and started.ok
+            and before == await self._ask(lambda systemd: systemd.invocation(unit))
+        ):
+            # systemd had begun to start it again by itself, perhaps on the slots as they were before.
+            return Reloaded(ok=True, reason="it was started already", interrupted=True)
         return started
 
     async def _reset(self, unit: str) -> None:
