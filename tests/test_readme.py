@@ -114,14 +114,6 @@ def test_counted_tries_are_as_it_says() -> None:
     assert (counters.next(), counters.good()) == (then, good)
 
 
-def test_what_is_not_there_yet_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
-    missing = README.partition("**Not yet:**")[2].partition("\n- **")[0]
-    for command in ("diff", "origin"):
-        assert f"`{command}`" in missing
-        with pytest.raises(SystemExit, match="2"):
-            cli.main([command, "web.service"])
-
-
 def test_it_links_to_what_is_there() -> None:
     for path in re.findall(r"`(?:man )?(contrib/[^`, ]+)`", README):
         assert (CHECKOUT / path).exists(), path

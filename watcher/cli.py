@@ -34,6 +34,8 @@ _CAP_SYS_ADMIN = 21
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status, see `--help`."""
     options = arguments.parse(sys.argv[1:] if words is None else words)
+    # As of diff(1): 1 says that something differs.
+    trouble = ExitStatus.USAGE if options.command == "diff" else None
     starts = options.command in ("run", "exec")
     try:
         settings, remarks = config.load(root=_as_root(starts))
@@ -47,7 +49,7 @@ def main(words: Sequence[str] | None = None) -> int:
                 journal.say(remark)
         return _COMMANDS[options.command](settings, options)
     except CallError as error:
-        return _fail(str(error), error.exit_code)
+        return _fail(str(error), trouble or error.exit_code)
     except Unsupported as error:
         return _fail(str(error), ExitStatus.UNSUPPORTED)
     except BrokenPipeError:
@@ -55,7 +57,7 @@ def main(words: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitStatus.FAILED
     except OSError as error:
-        return _fail(problem(error), ExitStatus.FAILED)
+        return _fail(problem(error), trouble or ExitStatus.FAILED)
     except KeyboardInterrupt:
         return ExitStatus.INTERRUPTED
 
@@ -316,6 +318,18 @@ def _checked(path: str, made_for: Host, image_max: int) -> dict[str, object]:
     }
 
 
+def _origin(settings: Settings, options: argparse.Namespace) -> ExitStatus:
+    from watcher.control import tracing
+
+    return tracing.origin(settings, options)
+
+
+def _diff(settings: Settings, options: argparse.Namespace) -> ExitStatus:
+    from watcher.control import tracing
+
+    return tracing.diff(settings, options)
+
+
 def _answer(
     options: argparse.Namespace, results: dict[str, object], lines: Iterable[str], hint: str = show.REDACTED
 ) -> None:
@@ -359,4 +373,6 @@ _COMMANDS = {
     "rollback": _rollback,
     "enable": _enable,
     "check": _check,
+    "origin": _origin,
+    "diff": _diff,
 }

@@ -10,7 +10,7 @@ _confext_watcher_services() {
 
 _confext_watcher() {
     local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]}
-    local commands="run exec status plan history wait rollback enable check" command= word options= i
+    local commands="run exec status plan history wait rollback enable check origin diff" command= word options= i
     COMPREPLY=()
     for ((i = 1; i < COMP_CWORD; i++)); do
         word=${COMP_WORDS[i]}
@@ -27,7 +27,8 @@ _confext_watcher() {
         --extension-image) compopt -o default; return ;;
         --reload-signal) mapfile -t COMPREPLY < <(compgen -A signal -- "$cur"); return ;;
         --reload-command | --check | --health-check) compopt -o default; return ;;
-        --name | --set | --lines | -n | --timeout | --to) return ;;
+        --name | --set | --lines | -n | --timeout | --from) return ;;
+        --to) [[ $command = diff ]] && compopt -o default; return ;;
     esac
     case $command in
         exec)
@@ -40,10 +41,12 @@ _confext_watcher() {
         rollback) options="--to --forget --json" ;;
         enable) options="--json" ;;
         check) options="--json" ;;
+        origin) options="--json" ;;
+        diff) options="--from --to --stat --json" ;;
     esac
     if [[ $cur = -* ]]; then
         mapfile -t COMPREPLY < <(compgen -W "$options --help" -- "$cur")
-    elif [[ $command = check || ($command = wait && $prev != wait) ]]; then
+    elif [[ $command = check || ($command = wait && $prev != wait) || ($command = origin && $prev != origin) ]]; then
         compopt -o default
     elif [[ $command != run && $command != exec && $command != enable ]]; then
         mapfile -t COMPREPLY < <(compgen -W "$(_confext_watcher_services)" -- "$cur")

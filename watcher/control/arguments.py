@@ -51,6 +51,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     check = commands.add_parser("check", help="would this image be admitted here?")
     check.add_argument("images", nargs="+", metavar="IMAGE", help="image file (*.raw) or directory tree")
+    origin = commands.add_parser("origin", help="which image the files of a service's /etc come from")
+    origin.add_argument("service", metavar="SERVICE")
+    origin.add_argument(
+        "paths",
+        nargs="*",
+        metavar="PATH",
+        help="below /etc: what each layer has there, and what covers what; without: all that the host does not have so",
+    )
+    _add_diff(commands.add_parser("diff", help="what would change in a service's /etc, or did"))
     for name, command in commands.choices.items():
         if name not in ("run", "exec"):
             command.add_argument("--json", action="store_true", help="print one JSON object")
@@ -106,6 +115,30 @@ def _add_asking(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     which.add_argument("--to", metavar="STACK", help="to this stack (see `history`), or what it begins with")
     which.add_argument(
         "--forget", action="store_true", help="undo: let it have what is newest, and all that was kept out"
+    )
+
+
+def _add_diff(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "Exit status: 0 no difference, 1 there are some, 2 trouble."
+    parser.add_argument("service", metavar="SERVICE")
+    parser.add_argument(
+        "--from",
+        dest="before",
+        metavar="STACK",
+        help="this stack (see `history`), or what it begins with; a number: so many accepted stacks back; `none`: the"
+        " host's /etc; without: what the service sees now",
+    )
+    parser.add_argument(
+        "--to",
+        dest="after",
+        nargs="+",
+        default=[],
+        metavar="STACK|IMAGE",
+        help="this stack, or what it would be if these images or trees were dropped (with a / in it, or ending in"
+        " .raw); without: what the service should have now",
+    )
+    parser.add_argument(
+        "--stat", action="store_true", help="one line for each file, and how many lines differ"
     )
 
 

@@ -42,7 +42,7 @@ def without_daemon(settings: Settings, service: str | None = None) -> list[Servi
     newest = ledger.newest()
     found = []
     with contextlib.ExitStack() as held:
-        for name, manager, main, own, policy in _known(settings, held):
+        for name, manager, main, own, policy in known_services(settings, held):
             if service in (None, name, name.removesuffix(".service")):
                 state = _state(settings.state_directory, name, manager)
                 known = newest.get(utf8(name)), state, ledger.placed, own
@@ -54,7 +54,7 @@ def without_daemon(settings: Settings, service: str | None = None) -> list[Servi
     return sorted(found, key=lambda one: one.service)
 
 
-def _known(
+def known_services(
     settings: Settings, held: contextlib.ExitStack
 ) -> Iterator[tuple[str, str, Process | None, ServiceSettings, Setting | None]]:
     """Name, manager, main process, settings and `ExtensionImagePolicy=` of every service that is registered, and of
@@ -123,7 +123,7 @@ def of_service(
         invocation: see `Service`; "" where that is not known.
         policies: which images may get in.
     """
-    kept = _kept(state_directory, slots_of(name, manager))
+    kept = kept_stacks(state_directory, slots_of(name, manager))
     stacks = [accepted.stack for accepted in kept]
     status = ServiceStatus(
         service=name,
@@ -145,7 +145,7 @@ def of_service(
         mounted = Table(main.read("mountinfo")).mounted()
     except (Gone, FileNotFoundError):
         return status
-    layers = _shown_layers(mounted, stacks)
+    layers = shown_layers(mounted, stacks)
     stack = Stack(layers).id
     # `exec` writes no history when it starts a service on a stack: then the time of acceptance counts.
     accepted = (one.when for one in kept if one.stack.id == stack)
@@ -197,7 +197,7 @@ def quarantined(name: str, entries: Sequence[Quarantine]) -> tuple[Quarantined, 
     return tuple(Quarantined(name, one.digest, one.reason, one.when, one.source) for one in stays)
 
 
-def _shown_layers(mounted: Mounted, stacks: Sequence[Stack]) -> tuple[Layer, ...]:
+def shown_layers(mounted: Mounted, stacks: Sequence[Stack]) -> tuple[Layer, ...]:
     """The layers that a mount table shows, bottom to top.
 
     A stack that systemd mounted has no names in it. Then the service was started on its slots, which are the newest
@@ -226,7 +226,7 @@ def _state(state_directory: str, name: str, manager: str) -> State:
         return State()
 
 
-def _kept(state_directory: str, slots: str) -> tuple[Accepted, ...]:
+def kept_stacks(state_directory: str, slots: str) -> tuple[Accepted, ...]:
     """The accepted stacks kept under a name, newest first. They have the whole names, which the mount table cuts."""
     stacks = _stacks(state_directory)
     return stacks.history(slots) if stacks else ()

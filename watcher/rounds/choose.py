@@ -69,7 +69,7 @@ def choose(
             layer = accepted_layer if stays(accepted_layer, layer is None) else layer
         if layer is not None:
             layers.append(layer)
-    return Choice(Stack(_distinct(layers)), tuple(passed))
+    return Choice(Stack(distinct(layers)), tuple(passed))
 
 
 def _pick(
@@ -118,7 +118,7 @@ def _is_gone(layer: Layer, pick: Picks) -> bool:
     return all(candidate.path != layer.source for candidate in pick.candidates)
 
 
-def _distinct(layers: Iterable[Layer]) -> tuple[Layer, ...]:
+def distinct(layers: Iterable[Layer]) -> tuple[Layer, ...]:
     """Without lower layers whose content comes again further up.
 
     overlayfs takes no directory twice (ELOOP), and the upper twin hides all that the lower one has.
