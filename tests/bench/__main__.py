@@ -20,7 +20,7 @@ from beds.bed import BootFailed
 from beds.roots import BuildFailed
 from support.needs import which
 
-from . import base, compare, drops, filesystem, generator, idle, report, result, swap, systemd
+from . import base, compare, drops, filesystem, generator, idle, report, result, swap, systemd, trace
 from .report import Failed
 from .result import Figure, NoResult, Result
 from .rig import stand_apart
@@ -48,6 +48,7 @@ def parts(quick: bool) -> dict[str, Part]:
         "idle": idle.run,
         "base": few(base.run, *((2, 10) if quick else ())),
         "generator": few(generator.run, 3 if quick else 10),
+        "trace": few(trace.run, *((3,) if quick else ())),
         "systemd": few(systemd.run, *((10, 3) if quick else ())),
         "systemd-rate": few(systemd.run_rate, 3, 100 if quick else 1000),
     }

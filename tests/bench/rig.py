@@ -190,7 +190,7 @@ class Rig:
         self.state_directory = where / "state"
         (where / "conf").mkdir()
         (where / "conf/watcher.conf").write_text("[Watcher]\nSettleSec=0\n")
-        self._environment = os.environ | {
+        self.environment = os.environ | {
             "PYTHONPATH": str(CHECKOUT),
             "RUNTIME_DIRECTORY": str(self.runtime_directory),
             "STATE_DIRECTORY": str(self.state_directory),
@@ -216,7 +216,7 @@ class Rig:
             start = time.monotonic()
             process = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL", "--", sys.executable, "-m", "watcher", "run"],
-                env=self._environment | {"NOTIFY_SOCKET": "@" + address[1:]},
+                env=self.environment | {"NOTIFY_SOCKET": "@" + address[1:]},
                 stdout=log,
                 stderr=log,
                 cwd=CHECKOUT,
