@@ -75,6 +75,8 @@ def test_what_changed_between_two_stacks_of_the_history(place: Place) -> None:
         large = files["/etc/web.large"]
         assert large["diff"] is None and large["before"]["sha256"] != large["after"]["sha256"]
     assert diff(service, "--from", "0", "--to", "shown", status=0)["files"] == []
+    done = place.run("diff", service.name, "--to", "0", "1", check=False)
+    assert done.returncode == 2 and "--to: one stack, or images" in done.stderr
     for name in ("7", "nothing", stacks[0][:8] + "x"):
         done = place.run("diff", service.name, "--from", name, check=False)
         assert (done.returncode, done.stdout) == (2, "")

@@ -119,6 +119,8 @@ def _add_asking(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _add_diff(parser: argparse.ArgumentParser) -> None:
+    # The service first: `--to` takes all that follows it.
+    parser.usage = "confext-watcher diff SERVICE [--from STACK] [--to STACK|IMAGE...] [OPTION]..."
     parser.epilog = "Exit status: 0 no difference, 1 there are some, 2 trouble."
     parser.add_argument("service", metavar="SERVICE")
     parser.add_argument(

@@ -18,6 +18,7 @@ from watcher.control.traced import ETC, Subject, subject
 from watcher.images.changes import Change, Comparison, changes
 from watcher.images.contents import Contents, Reader, xattrs
 from watcher.images.layers import Type
+from watcher.records.schema import Failed
 from watcher.records.traces import Compared, Diff, Difference, Side
 from watcher.settings.config import Settings
 
@@ -39,6 +40,8 @@ def diff(settings: Settings, service: str, before: str | None = None, after: Seq
         Busy: what is not ours changed meanwhile.
     """
     images = [argument for argument in after if _is_image(argument)]
+    if len(after) > 1 and not images:
+        raise Failed("--to: one stack, or images, each with a / in its path or ending in .raw")
     with subject(settings, service) as one, contextlib.ExitStack() as held:
         if images:
             new = held.enter_context(compared.dropped(settings, one, after))
