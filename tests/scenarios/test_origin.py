@@ -160,6 +160,22 @@ def test_what_is_mounted_below_etc_hides_the_stack(place: Place) -> None:
     assert "hidden by a mount: tmpfs on /etc/app" in place.run("origin", service.name, "app/a.conf").stdout
 
 
+@tool("prlimit")
+def test_a_stack_of_many_layers_takes_more_descriptors_than_a_shell_gives(place: Place) -> None:
+    service = place.start()
+    for number in range(60):
+        made = place.confext(str(number), name=f"app{number}")
+        place.bring(made, service.drops / f"app{number}{place.suffix}")
+    service.kill()
+    place.start(name=service.name).kill()
+    few = ("prlimit", "--nofile=100:5000")
+    found = json.loads(place.run("origin", "--json", service.name, prefix=few).stdout)
+    assert len(found["layers"]) == 60
+    files = by_path(found)
+    assert all(files[f"/etc/app{number}.conf"]["change"] == "new" for number in range(60))
+    assert len(files["/etc/extension-release.d"]["covers"]) == 59
+
+
 def test_a_service_that_is_not_there(place: Place) -> None:
     done = place.run("origin", "nobody.service", check=False)
     assert (done.returncode, done.stdout) == (1, "")

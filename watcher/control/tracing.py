@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import resource
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -40,6 +41,9 @@ def diff(settings: Settings, options: argparse.Namespace) -> ExitStatus:
 
 
 def _looked(look: Callable[[], T]) -> T:
+    # A stack may have 498 layers, of which each has two descriptors, and some more on the way to a file.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         return look()
     except (Refused, Busy, LedgerError) as error:
