@@ -12,6 +12,7 @@ from mounts.conftest import BASE, Layers, Swaps
 
 from support.needs import userns
 from support.service import Service
+from watcher.control import traced
 from watcher.images.changes import Comparison, changes
 from watcher.images.layers import Layers as Stacked
 from watcher.model import Refused
@@ -59,6 +60,24 @@ def test_the_base_lies_beneath_the_stack_and_what_is_mounted_on_it(
             os.mkdir("x", dir_fd=found.etc)
     assert service("rows()") == rows
     assert service.read("/etc/new") == "1"
+
+
+def test_an_old_file_of_the_hosts_that_the_service_still_sees_is_not_what_the_base_has(
+    workers: MountWorkers, swaps: Swaps, layers: Layers, service: Service, tmp_path: Path
+) -> None:
+    (base,) = tmp_path.glob("root-*/etc")
+    swaps(service, layers.tree({"new": "1"}))
+    assert service.read("/etc/base.conf") == "base"
+    (base / "renewed").write_text("renewed by the host")
+    (base / "renewed").rename(base / "base.conf")
+    with Descriptors() as fds:
+        found = taken(fds, workers, service)
+        stacked = Stacked([found.base])
+        for name, same in (("base.conf", service.read("/etc/base.conf") != "base"), ("secret", True)):
+            node = stacked.look_up(0, found.base, name)
+            assert traced.same(traced.seen(found, (name,)), node) == same
+        assert traced.same(traced.seen(found, ("nothing", "x")), None)
+        assert not traced.same(traced.seen(found, ("secret",)), None)
 
 
 def test_the_base_of_a_service_without_a_stack_is_its_etc(workers: MountWorkers, service: Service) -> None:
