@@ -262,6 +262,8 @@ class Daemon:
             if name not in self._again:
                 break
         self._running.discard(name)
+        if not self._running:
+            self._fresh.rounds_over()
         if again is not None:
             self._settle.again(name, _usec(trio.current_time() + again))
         self._wake.set()

@@ -27,8 +27,8 @@ from watcher.rounds.tools import Tools
 from watcher.watch.freshness import Freshness, Held
 from watcher.watch.watcher import RETRY_SEC
 
-# Seconds after the round of a service, and again for as long as rounds go on: they come first. But not for longer than
-# the second figure: one may wait for minutes.
+# Seconds after the round of a service. The rounds of a burst come first; but they are waited for no longer than the
+# second figure: one may take minutes.
 _LATER = 0.02
 _LATER_MAX = 1.0
 
@@ -65,6 +65,7 @@ class Fresh:
         self._said: dict[str, str] = {}
         self._due: set[str] = set()
         self._wake = trio.Event()
+        self._over = trio.Event()
         self._freshness: Freshness | None = None
 
     async def run(self) -> None:
@@ -98,9 +99,14 @@ class Fresh:
 
     async def _while_busy(self) -> None:
         await trio.sleep(_LATER)
-        with trio.move_on_after(_LATER_MAX):
-            while self._busy():
-                await trio.sleep(_LATER)
+        if self._busy():
+            self._over = trio.Event()
+            with trio.move_on_after(_LATER_MAX):
+                await self._over.wait()
+
+    def rounds_over(self) -> None:
+        """No round goes on any more."""
+        self._over.set()
 
     def retry(self) -> None:
         """See `Freshness.retry()`."""
