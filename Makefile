@@ -32,7 +32,7 @@ tools: ## the Debian packages that tests use (installed when root, otherwise nam
 	@tests/setup-debian
 
 .PHONY: test
-test: venv tools ## lint, types, all tests; with root and mmdebstrap also on real systemd
+test: venv tools ## lint, types, all tests; as root also on real systemd, and in a virtual machine
 	@echo "== lint";  $(MAKE) --no-print-directory lint
 	@echo "== types"; $(MAKE) --no-print-directory types
 	@echo "== containers"; $(MAKE) --no-print-directory roots
@@ -40,8 +40,9 @@ test: venv tools ## lint, types, all tests; with root and mmdebstrap also on rea
 
 # One file, directory or test, `T=tests/test_cli.py`, or all of that half.
 T :=
-FAST = $(if $(T),$(T),-n $(JOBS) --dist load --maxschedchunk 1 --ignore=tests/beds tests)
+FAST = $(if $(T),$(T),-n $(JOBS) --dist load --maxschedchunk 1 --ignore=tests/beds --ignore=tests/vm tests)
 BEDS = $(if $(T),$(T),-n $(JOBS) --dist worksteal tests/beds)
+VM = $(if $(T),$(T),tests/vm)
 
 .PHONY: test-fast
 test-fast: venv ## the tests without the containers, or one `make test-fast T=tests/test_cli.py`
@@ -50,6 +51,10 @@ test-fast: venv ## the tests without the containers, or one `make test-fast T=te
 .PHONY: test-beds
 test-beds: venv tools ## the tests in the containers, or one `make test-beds T=tests/beds/test_bed.py`
 	@$(VENV)/bin/python -m pytest -q $(PYTEST_ARGS) $(BEDS)
+
+.PHONY: test-vm
+test-vm: venv tools ## the tests on Debian 13's kernel, in a virtual machine, or one of them by `T=`
+	@$(VENV)/bin/python -m pytest -q --durations=10 $(PYTEST_ARGS) $(VM)
 
 .PHONY: test-oldest
 test-oldest: $(OLDEST)/.installed tools ## the tests without the containers, on Debian 13's versions
@@ -94,9 +99,13 @@ SYSTEMD := 262
 bed: venv tools ## a shell in a container with real systemd, `make bed SYSTEMD=257`
 	@PYTHONPATH=tests $(VENV)/bin/python -m beds.shell $(SYSTEMD)
 
+.PHONY: vm
+vm: venv tools ## a shell in the virtual machine with Debian 13's own kernel
+	@PYTHONPATH=tests $(VENV)/bin/python -m vm.shell
+
 .PHONY: roots
-roots: venv tools ## build the root file systems of these containers
-	@PYTHONPATH=tests $(VENV)/bin/python -m beds.roots
+roots: venv tools ## build the root file systems of these containers, and the virtual machine
+	@PYTHONPATH=tests $(VENV)/bin/python -m beds.roots && PYTHONPATH=tests $(VENV)/bin/python -m vm.machine
 
 .PHONY: lock
 lock: venv ## pin the newest versions again (needs uv)

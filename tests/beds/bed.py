@@ -30,16 +30,12 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Self
 
 from beds import payload, roots
+from beds.systemd import ENVIRONMENT, Systemd
 
 BOOT_SECONDS = 150
-_ENVIRONMENT = {
-    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-    "LANG": "C.UTF-8",
-    "HOME": "/root",
-}
 _CREDENTIALS = struct.Struct("3i")
 
 
@@ -51,7 +47,7 @@ class LeftBehind(Exception):
     """The container is gone, something of it was not: `str()` names it."""
 
 
-class Bed:
+class Bed(Systemd):
     """A container with real systemd.
 
     Attributes:
@@ -164,7 +160,7 @@ class Bed:
 
     def command(self, argv: Sequence[str], env: Mapping[str, str] | None = None) -> list[str]:
         """The command line on the host that runs `argv` in the container, with nothing but `env` added to it."""
-        variables = [f"{key}={value}" for key, value in {**_ENVIRONMENT, **(env or {})}.items()]
+        variables = [f"{key}={value}" for key, value in {**ENVIRONMENT, **(env or {})}.items()]
         enter = [
             "nsenter",
             "--target",
@@ -178,43 +174,6 @@ class Bed:
         ]
         return [*enter, "--root", "--wd", "--", "/usr/bin/env", "--ignore-environment", *variables, *argv]
 
-    def run(
-        self,
-        argv: Sequence[str],
-        *,
-        check: bool = True,
-        timeout: float = 60,
-        input: str | None = None,
-        env: Mapping[str, str] | None = None,
-    ) -> subprocess.CompletedProcess[str]:
-        """Run a command in the container to its end, output captured.
-
-        Raises:
-            AssertionError: it failed and `check` is set; with all that it said.
-            subprocess.TimeoutExpired: after `timeout` seconds.
-        """
-        done = subprocess.run(
-            self.command(argv, env),
-            input=input,
-            stdin=subprocess.DEVNULL if input is None else None,
-            capture_output=True,
-            text=True,
-            errors="surrogateescape",
-            timeout=timeout,
-            check=False,
-        )
-        if check and done.returncode != 0:
-            raise AssertionError(
-                f"{self.name}: {list(argv)} exited {done.returncode}\n{done.stdout}{done.stderr}"
-            )
-        return done
-
-    def popen(
-        self, argv: Sequence[str], env: Mapping[str, str] | None = None, **more: Any
-    ) -> subprocess.Popen[Any]:
-        """Start a command in the container; `more` as for `subprocess.Popen`. It dies with the container."""
-        return subprocess.Popen(self.command(argv, env), **more)
-
     def path(self, inside: str) -> Path:
         """Path on the host of a file in the container, its mounts (/run, /tmp) included.
 
@@ -222,18 +181,6 @@ class Bed:
         """
         base = Path(f"/proc/{self.pid}/root") if self.pid else self.root
         return base / inside.lstrip("/")
-
-    def property(self, unit: str, name: str) -> str:
-        """A property of a unit as `systemctl show --value` prints it; `unit` "" for the manager's own."""
-        return self.run(
-            ["systemctl", "show", f"--property={name}", "--value", *([unit] if unit else [])]
-        ).stdout.strip()
-
-    def journal(self, *arguments: str) -> str:
-        """What `journalctl` prints with these arguments, without host name and date by default."""
-        return self.run(
-            ["journalctl", "--no-pager", "--quiet", "--output=short-precise", *arguments], check=False
-        ).stdout
 
     def console(self, lines: int = 30) -> str:
         """The last lines of what systemd and the shell before it printed."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from beds.bed import Bed
+from beds.systemd import Systemd
 from support.images import confext, image
 
 UNITS = "/etc/systemd/system"
@@ -174,30 +175,31 @@ class Host:
 
     def journal(self) -> Journal:
         """What the journal gets from now on."""
-        return Journal(self)
+        return Journal(self.bed, self.stack)
 
 
 class Journal:
     """New entries of the journal, read as they come."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, bed: Systemd, stack: contextlib.ExitStack) -> None:
         # From a known place on, so that nothing is missed until it follows.
-        last = host.bed.run(["journalctl", "--lines=1", "--output=json", "--output-fields=MESSAGE"]).stdout
+        last = bed.run(["journalctl", "--lines=1", "--output=json", "--output-fields=MESSAGE"]).stdout
         cursor = json.loads(last)["__CURSOR"]
         follow = f"journalctl --follow --no-tail --output=json --all --after-cursor='{cursor}'"
-        # nsenter does not pass signals on: it ends when its standard input does.
-        self._process = host.bed.popen(
+        # Neither nsenter nor ssh passes signals on: it ends when its standard input does.
+        self._process = bed.popen(
             ["sh", "-c", f"{follow} SYSLOG_IDENTIFIER=confext-watcher & cat; kill $!"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
         )
+        self._patience = bed.patience
         self._entries: queue.Queue[Entry] = queue.Queue()
         self.seen: list[Entry] = []
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
-        host.stack.callback(self._close)
+        stack.callback(self._close)
 
     def _read(self) -> None:
         assert self._process.stdout
@@ -207,7 +209,7 @@ class Journal:
     def _close(self) -> None:
         assert self._process.stdin and self._process.stdout
         self._process.stdin.close()
-        self._process.wait(timeout=SECONDS)
+        self._process.wait(timeout=self._patience)
         self._reader.join()
         self._process.stdout.close()
 
@@ -215,7 +217,7 @@ class Journal:
         """The next entry for which the condition holds."""
         while True:
             try:
-                entry = self._entries.get(timeout=SECONDS)
+                entry = self._entries.get(timeout=self._patience)
             except queue.Empty:
                 said = "\n".join(entry["MESSAGE"] for entry in self.seen[-10:])
                 raise AssertionError(f"the journal has nothing more; before:\n{said}") from None

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from support import needs
@@ -71,49 +71,73 @@ def build(suite: str) -> Path:
     Raises:
         BuildFailed: no mmdebstrap, no network, or anything else that mmdebstrap says.
     """
-    recipe = repr((suite, _PACKAGES[suite], _OPTIONS))
-    name = f"{suite}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    return cached(suite, recipe(suite), lambda root: bootstrap(suite, root))
+
+
+def recipe(suite: str, more: Sequence[str] = ()) -> str:
+    """All that decides what `bootstrap()` makes, but for what Debian has at that time."""
+    return repr((suite, [*_PACKAGES[suite], *more], _OPTIONS))
+
+
+def cached(kind: str, recipe: str, make: Callable[[Path], None]) -> Path:
+    """What is kept in the cache as `kind` by this recipe; it is made if it is not there, and outdated ones go.
+
+    Args:
+        make: called with the path at which it is to make it.
+    """
+    name = f"{kind}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     cache = cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
-    root = cache / name
-    with _locked(cache / f".{suite}.lock"):
-        if not root.exists():
-            _bootstrap(suite, root)
-            for outdated in cache.glob(f"{suite}-" + "[0-9a-f]" * 12):
-                if outdated != root:
+    found = cache / name
+    with _locked(cache / f".{kind}.lock"):
+        if not found.exists():
+            unfinished = found.with_name(f".{name}.new")
+            if unfinished.exists():
+                shutil.rmtree(unfinished)
+            make(unfinished)
+            unfinished.rename(found)
+            for outdated in cache.glob(f"{kind}-" + "[0-9a-f]" * 12):
+                if outdated != found:
                     shutil.rmtree(outdated)
-    return root
+    return found
 
 
-def _bootstrap(suite: str, root: Path) -> None:
+def bootstrap(suite: str, root: Path, more: Sequence[str] = (), env: Mapping[str, str] | None = None) -> None:
+    """Have mmdebstrap make a root file system.
+
+    Args:
+        root: a directory that is not there.
+        more: packages besides those of the suite's containers.
+        env: of mmdebstrap, and of the packages' scripts.
+
+    Raises:
+        BuildFailed: see `build()`.
+    """
     mmdebstrap = shutil.which("mmdebstrap")
     if mmdebstrap is None:
         raise BuildFailed("mmdebstrap is not installed")
     print(f"building a root file system of {suite} in {root.parent}", flush=True)
     started = time.monotonic()
-    unfinished = root.with_name(f".{root.name}.new")
-    if unfinished.exists():
-        shutil.rmtree(unfinished)
-    log = root.with_name(f".{suite}.log")
+    log = cache_directory() / f".{suite}{'-more' if more else ''}.log"
     with log.open("wb") as output:
         done = subprocess.run(
             [
                 mmdebstrap,
                 *_OPTIONS,
-                f"--include={','.join(_PACKAGES[suite])}",
+                f"--include={','.join([*_PACKAGES[suite], *more])}",
                 *_suite_options(suite),
-                str(unfinished),
+                str(root),
                 *_sources(suite),
             ],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            env=env,
             check=False,
         )
     if done.returncode != 0:
         said = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise BuildFailed(f"mmdebstrap could not build {suite} (all of it in {log}):\n{said}")
-    unfinished.rename(root)
     print(f"built {suite} in {time.monotonic() - started:.0f} s", flush=True)
 
 

@@ -100,6 +100,22 @@ def _no_bed() -> str | None:
     return f"real systemd in a container: {lack}" if lack else None
 
 
+@functools.cache
+def _no_vm() -> str | None:
+    # Elsewhere qemu would do too, but Debian's own programs would be foreign where its disk is built.
+    machine = os.uname().machine
+    reasons = (
+        _no_root(),
+        None if machine == "x86_64" else f"needs x86_64, not {machine}",
+        *map(
+            _no_tool,
+            ("qemu-system-x86_64", "mmdebstrap", "mke2fs", "ssh", "ssh-keygen", "setpriv", "unshare"),
+        ),
+    )
+    lack = next((reason for reason in reasons if reason), None)
+    return f"a virtual machine: {lack}" if lack else None
+
+
 _LACKING: dict[str, Callable[..., str | None]] = {
     "root": _no_root,
     "tool": _no_tool,
@@ -109,6 +125,7 @@ _LACKING: dict[str, Callable[..., str | None]] = {
     "kernel": _no_kernel,
     "cgroup2": _no_cgroup2,
     "bed": _no_bed,
+    "vm": _no_vm,
 }
 
 
@@ -132,6 +149,9 @@ cgroup2 = pytest.mark.needs("cgroup2")
 
 bed = pytest.mark.needs("bed")
 """Containers with real systemd can be made; the fixtures of `beds/conftest.py` ask for it by themselves."""
+
+vm = pytest.mark.needs("vm")
+"""A virtual machine can be emulated."""
 
 
 def tool(program: str) -> pytest.MarkDecorator:
