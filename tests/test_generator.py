@@ -92,7 +92,7 @@ def test_the_drop_in_is_the_one_of_the_design(host: Host) -> None:
         f"RequiresMountsFor={host.state}\n"
         "[Service]\n"
         "ExtensionImages=\n"
-        f"ExtensionImages=-{host.state}/units/nginx.service/web.raw:x-systemd.relax-extension-release-check\n"
+        f"ExtensionImages=-{host.state}/units/nginx.service/web.raw:ro,x-systemd.relax-extension-release-check\n"
         "ExtensionDirectories=\n"
         f"ExecStopPost={held_starts.COMMAND}\n"
     )
@@ -116,7 +116,7 @@ def test_what_was_accepted_last_counts_and_not_what_lies_there(host: Host) -> No
     host.unit("web.service", PLAIN, "new.raw")
     host.accept("web.service", "old.raw", "tree")
     images, directories = host.listed("web.service")
-    assert images == [f"-{host.state}/units/web.service/old.raw:x-systemd.relax-extension-release-check"]
+    assert images == [f"-{host.state}/units/web.service/old.raw:ro,x-systemd.relax-extension-release-check"]
     assert directories == [f"-{host.state}/units/web.service/tree"]
 
 
@@ -128,7 +128,7 @@ def test_a_record_that_cannot_be_read_is_said_and_costs_nothing_else(host: Host,
     record = host.state / "units/web.service/.state.json"
     record.unlink()
     record.symlink_to(record) if form == "loop" else record.write_text("{")
-    assert host.listed("web.service")[0][0].endswith("/web.raw:x-systemd.relax-extension-release-check")
+    assert host.listed("web.service")[0][0].endswith("/web.raw:ro,x-systemd.relax-extension-release-check")
     assert len(host.complaints) == 1 and "web.service/.state.json" in host.complaints[0]
     assert (host.output / "app.service.d" / DROPIN).exists()
 
@@ -143,7 +143,7 @@ def test_nothing_to_list_still_gives_the_service_a_namespace(host: Host) -> None
     host.unit("web.service")
     (host.units / "web.service.confext.d").mkdir()
     images, directories = host.listed("web.service")
-    assert images == [f"-{host.state}/units/web.service/.empty:x-systemd.relax-extension-release-check"]
+    assert images == [f"-{host.state}/units/web.service/.empty:ro,x-systemd.relax-extension-release-check"]
     assert directories == []
 
 
@@ -312,7 +312,7 @@ def test_a_declared_sysext_image_passes_through_as_the_pick_of_the_moment(host: 
     host.pass_through("web.service", str(versions))
     images, _ = host.listed("web.service")
     assert images == [
-        f"-{host.state}/units/web.service/web.raw:x-systemd.relax-extension-release-check",
+        f"-{host.state}/units/web.service/web.raw:ro,x-systemd.relax-extension-release-check",
         f"-{versions}/tools_2.raw:ro",
     ]
     host.accept("web.service", "web.raw")

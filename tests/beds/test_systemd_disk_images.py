@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,17 +13,20 @@ from beds import site
 from beds.bed import Bed
 from beds.host import Host
 from beds.site import WEB, run, sees
-from support import needs
+from support import images, needs
+from support.disks import disk
 
 pytestmark = [needs.bed, needs.tool("mksquashfs")]
 
 UNIT = "[Service]\nType=exec\nExecStart=/bin/sleep infinity\nExecReload=/bin/true\n"
 SCRATCH = "/var/tmp/ddi"
+STORE = "/var/lib/confext-watcher/store"
 
 ROOT = "[Partition]\nType=root\nFormat={}\nCopyFiles=/\nMinimize=best\n"
 DEFINITIONS = {
     "squashfs": (ROOT.format("squashfs"),),
     "erofs": (ROOT.format("erofs"),),
+    "ext4": (ROOT.format("ext4").replace("Minimize=best\n", ""),),
     "verity": (
         ROOT.format("erofs") + "Verity=data\nVerityMatchKey=root\n",
         "[Partition]\nType=root-verity\nVerity=hash\nVerityMatchKey=root\nMinimize=best\n",
@@ -70,6 +74,7 @@ def made(host: Host, kind: str, content: str, *options: str) -> Path:
         ("squashfs", ()),
         ("erofs", ()),
         ("erofs", ("--sector-size=4096",)),
+        ("ext4", ()),
     ],
 )
 def test_a_unit_has_the_same_by_a_swap_and_by_a_start(
@@ -81,6 +86,37 @@ def test_a_unit_has_the_same_by_a_swap_and_by_a_start(
     sees(host, "two")
     host.systemctl("restart", WEB)
     sees(host, "two")
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize(
+    "fstype",
+    [
+        pytest.param(one, marks=[needs.tool(f"mkfs.{one}"), needs.filesystem(one)])
+        for one in ("ext4", "btrfs")
+    ],
+)
+def test_versions_with_the_same_uuid_are_told_apart(
+    host: Host, tmp_path: Path, fstype: str, bare: bool
+) -> None:
+    """systemd mounts the slot beside the watcher's own mount of it, and of the version before; and writes nothing."""
+    made = []
+    same = ("-U", str(uuid.uuid4()))
+    for content in ("two", "three"):
+        tree = images.confext(tmp_path / content, "site", {"etc/web.conf": f"{content}\n".encode()})
+        made.append(images.image(tree, tmp_path / f"{content}.raw", fstype, *same))
+        if not bare:
+            made[-1].write_bytes(disk(made[-1].read_bytes()))
+    journal = run(host, UNIT, {"web.conf": "one"})
+    for version, content in enumerate(("two", "three"), 2):
+        host.drop(made[version - 2], WEB, f"site.raw.v/site_{version}.raw")
+        journal.applied(WEB)
+        sees(host, content)
+        host.systemctl("restart", WEB)
+        sees(host, content)
+    host.systemctl("stop", WEB)
+    for image in made:
+        assert images.digest(host.bed.path(f"{STORE}/{images.digest(image)}")) == images.digest(image)
 
 
 @pytest.mark.parametrize("kind", ["verity", "signed"])

@@ -28,8 +28,9 @@ from jeepney.low_level import Endianness, Header, MessageType
 from watcher.control import server, show, transport
 from watcher.control.client import Client
 from watcher.images import hash_tree, signature, tries
-from watcher.images.formats import disk, erofs, gpt, verity
+from watcher.images.formats import btrfs, disk, erofs, ext4, gpt, verity
 from watcher.images.formats.base import HEAD, Extent
+from watcher.images.formats.crc32c import crc32c
 from watcher.images.formats.probe import probe
 from watcher.managers import cgroup
 from watcher.managers import registration as registrations
@@ -112,18 +113,18 @@ def only(*kinds: type[Exception]) -> Iterator[None]:
 @target(
     r"""
     hsqs sqsh EFI\x20PART \xe2\xe1\xf5\xe0 \x00\x00\x02\x00 \x04\x00\x00\x00
-    \xff\xff\xff\xff\xff\xff\xff\xff \x1f\x8b \xfd7zXZ\x00 ustar \x53\xef
+    \xff\xff\xff\xff\xff\xff\xff\xff \x1f\x8b \xfd7zXZ\x00 ustar \x53\xef _BHRfS_M
     """
 )
 def superblock(data: bytes) -> None:
-    """squashfs and erofs: said to be whole only where all that it claims is there."""
+    """squashfs, erofs, ext4, btrfs: said to be whole only where all that it claims is there."""
     for content in (data, _sealed(data)):
         fd = os.memfd_create("image", os.MFD_CLOEXEC)
         try:
             os.write(fd, content)
             with only(Refused):
                 found = probe(fd, len(content))
-                assert found.format.name in ("squashfs", "erofs")
+                assert found.format.name in ("squashfs", "erofs", "ext4", "btrfs")
                 assert 96 <= found.end <= len(content)
                 assert found.offset + found.size <= found.end
         finally:
@@ -131,11 +132,16 @@ def superblock(data: bytes) -> None:
 
 
 def _sealed(data: bytes) -> bytes:
-    """With the checksum that an erofs superblock should have: what lies behind it is to be tried too."""
-    if len(data) < 1024 + 128:
-        return data
+    """With the checksum that a superblock should have: what lies behind it is to be tried too."""
     sealed = bytearray(data)
-    sealed[1024 + 4 : 1024 + 8] = erofs.checksum(data[:HEAD]).to_bytes(4, "little")
+    if len(data) >= 1024 + 1024 and ext4.EXT4.recognises(data):
+        sealed[1024 + 1020 : 1024 + 1024] = ext4.checksum(data).to_bytes(4, "little")
+    elif len(data) >= HEAD and btrfs.BTRFS.recognises(data):
+        sealed[(1 << 16) + 196 : (1 << 16) + 198] = bytes(2)
+        made = crc32c(bytes(sealed[(1 << 16) + 32 : HEAD])) ^ 0xFFFFFFFF
+        sealed[1 << 16 : (1 << 16) + 4] = made.to_bytes(4, "little")
+    elif len(data) >= 1024 + 128:
+        sealed[1024 + 4 : 1024 + 8] = erofs.checksum(data[:HEAD]).to_bytes(4, "little")
     return bytes(sealed)
 
 

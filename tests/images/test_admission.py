@@ -275,7 +275,7 @@ class TestRefused:
             (os.mkfifo, "a FIFO, not a file"),
             (lambda path: os.mknod(path, stat.S_IFSOCK | 0o600), "a socket, not a file"),
             (lambda path: path.touch(), "empty"),
-            (lambda path: path.write_bytes(b"\0no image"), "neither a squashfs nor an erofs image"),
+            (lambda path: path.write_bytes(b"\0no image"), "no squashfs, erofs, ext4 or btrfs image"),
             (lambda path: path.symlink_to("nowhere"), "a link that leads nowhere"),
             (lambda path: path.symlink_to("/etc/passwd/x"), "a link that leads nowhere"),
             (lambda path: path.symlink_to(path.name), "a link that leads in a circle"),

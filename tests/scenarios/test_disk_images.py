@@ -16,7 +16,9 @@ from support.signed import protected
 
 images_only = pytest.mark.parametrize("shared", ["images"], indirect=True)
 formats = pytest.mark.parametrize(
-    "fstype", ["squashfs", pytest.param("erofs", marks=[tool("mkfs.erofs"), filesystem("erofs")])]
+    "fstype",
+    ["squashfs"]
+    + [pytest.param(one, marks=[tool(f"mkfs.{one}"), filesystem(one)]) for one in ("erofs", "ext4", "btrfs")],
 )
 
 

@@ -11,13 +11,17 @@ from pathlib import Path
 
 from support import CHECKOUT
 from support.needs import which
+from watcher.images.formats.btrfs import BTRFS
 from watcher.images.formats.erofs import EROFS
+from watcher.images.formats.ext4 import EXT4
 from watcher.images.formats.image import Image
 from watcher.images.formats.squashfs import SQUASHFS
 
-FORMATS = {"squashfs": Image(SQUASHFS, 0), "erofs": Image(EROFS, 0)}
+FORMATS = {one.name: Image(one, 0) for one in (SQUASHFS, EROFS, EXT4, BTRFS)}
 """Of images without a partition table."""
-TOOLS = {"squashfs": "mksquashfs", "erofs": "mkfs.erofs"}
+TOOLS = {"squashfs": "mksquashfs", "erofs": "mkfs.erofs", "ext4": "mkfs.ext4", "btrfs": "mkfs.btrfs"}
+_BTRFS = "--quiet --mixed --metadata single --data single --nodesize 4096 --shrink --rootdir".split()
+"""As small as it gets: 8 MiB."""
 
 
 def confext(root: Path, name: str, files: dict[str, bytes] | None = None, release: str = "ID=_any\n") -> Path:
@@ -38,9 +42,13 @@ def image(tree: Path, path: Path, fstype: str = "squashfs", *options: str) -> Pa
     arguments: list[str | Path] = [tree, path, *options, "-quiet", "-no-progress", "-noappend"]
     if fstype == "erofs":
         arguments = ["--quiet", *options, path, tree]
-    subprocess.run(
-        [tool, *(os.fspath(argument) for argument in arguments)], check=True, stdout=subprocess.DEVNULL
-    )
+    elif fstype == "ext4":
+        arguments = ["-q", "-d", tree, *options, path, "4M"]
+    elif fstype == "btrfs":
+        with path.open("wb") as file:
+            file.truncate(16 << 20)
+        arguments = [*_BTRFS, tree, *options, path]
+    subprocess.run([tool, *(os.fspath(argument) for argument in arguments)], check=True, capture_output=True)
     return path
 
 

@@ -195,7 +195,7 @@ def test_a_usr_partition_alone_is_a_sysext_which_a_unit_may_declare(squashfs: by
 # --- what is in it ---
 
 
-def ext4(content: bytes) -> bytes:
+def ext2(content: bytes) -> bytes:
     return bytes(1080) + b"\x53\xef" + bytes(8000)
 
 
@@ -218,14 +218,14 @@ def ambiguous(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("made", "reason"),
     [
-        (ext4, "an ext2/3/4 file system: use squashfs or erofs"),
-        (btrfs, "a btrfs file system: use squashfs or erofs"),
+        (ext2, "an ext2 or ext3 file system: use squashfs, erofs or ext4"),
+        (btrfs, "lies about its size"),
         (nested, "a disk image within a disk image"),
         (cut, r"incomplete: \d+ of \d+ bytes are here"),
         (ambiguous, "ambiguous: it is squashfs and erofs"),
         (lambda content: b"LUKS\xba\xbe" + bytes(5000), "encrypted"),
         (lambda content: bytes(5000), "zeros"),
-        (lambda content: b"ID=_any\n" * 100, "neither a squashfs nor an erofs image"),
+        (lambda content: b"ID=_any\n" * 100, "no squashfs, erofs, ext4 or btrfs image"),
     ],
 )
 def test_what_else_is_in_its_root_partition_is_said(squashfs: bytes, made: Any, reason: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from watcher.managers.systemd.exec_settings import of_next_start
 from watcher.managers.systemd.sandbox_settings import Again
-from watcher.managers.systemd.unit_drop_in import RELAX
+from watcher.managers.systemd.unit_drop_in import MOUNT_OPTIONS
 from watcher.model import Copy, Kind
 
 SLOTS = "/var/lib/confext-watcher/units/web.service"
@@ -35,7 +35,7 @@ def start(unit: dict[str, tuple[str, Any]], *copies: Copy, again: tuple[Again, .
 
 def test_the_new_layers_take_the_place_of_those_in_the_slots() -> None:
     found = start(UNIT, IMAGE, TREE)
-    root = [("root", RELAX)]
+    root = [("root", MOUNT_OPTIONS)]
     assert found["ExtensionImages"] == [("/srv/sysext.raw", False, []), ("/store/image", False, root)]
     assert found["ExtensionDirectories"] == ["/store/tree"]
 

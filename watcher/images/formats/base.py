@@ -10,6 +10,8 @@ from __future__ import annotations
 import errno
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from watcher.model import Busy, Incomplete, Later, Refused
@@ -37,7 +39,7 @@ _BROKEN_IMAGE = {
 HEAD = (1 << 16) + 4096
 """Bytes at the start of a file system that a format gets to see.
 
-There is the largest block of an erofs, which a checksum covers, and where the superblock of a btrfs would be.
+There is the largest block of an erofs, which a checksum covers, and at the end of these the superblock of a btrfs.
 """
 
 
@@ -78,9 +80,11 @@ class Format(ABC):
 
     Attributes:
         name: for people, and for fsopen(2): "squashfs".
+        options: to mount it with, None for one without a value.
     """
 
     name: str
+    options: Mapping[str, str | None] = MappingProxyType({})
 
     @abstractmethod
     def recognises(self, head: bytes) -> bool:
@@ -106,12 +110,16 @@ class Format(ABC):
             Refused: it contradicts itself.
         """
 
-    @abstractmethod
     def unpack_command(self, image: str, target: str, path: str) -> list[str]:
         """A command that unpacks `path` of an image, and perhaps more, into the new directory `target`.
 
         Unlike mounting, that needs no privilege.
+
+        Raises:
+            Later: there is none.
         """
+        # What debugfs(8) and btrfs-restore(8) write, and where, is for the maker of the image to say.
+        raise Later(f"not root, and no tool unpacks {self.name} safely: check it as root")
 
     def fsmount(self, backing: int, label: str, offset: int = 0, size: int = 0) -> int:
         """A detached mount of a file system in the file `backing`: read-only, nosuid, nodev, noexec.
@@ -141,8 +149,11 @@ class Format(ABC):
         context = syscalls.fsopen(self.name)
         try:
             syscalls.fsconfig_set_string(context, "source", source)
-            for option, value in options.items():
-                syscalls.fsconfig_set_string(context, option, value)
+            for option, value in (*self.options.items(), *options.items()):
+                if value is None:
+                    syscalls.fsconfig_set_flag(context, option)
+                else:
+                    syscalls.fsconfig_set_string(context, option, value)
             syscalls.fsconfig_set_flag(context, "ro")
             syscalls.fsconfig_cmd_create(context, source)
             return syscalls.fsmount(context, _MOUNT_ATTRIBUTES)

@@ -8,6 +8,7 @@ import struct
 from typing import NamedTuple
 
 from watcher.images.formats.base import Format, require_claimed, require_superblock
+from watcher.images.formats.crc32c import crc32c
 from watcher.model import Refused
 
 # struct erofs_super_block, little endian: what of it decides. It has 128 bytes, from byte 1024 on.
@@ -94,19 +95,4 @@ def checksum(head: bytes) -> int:
     length = block - _OFFSET if block > _OFFSET else block
     area = bytearray(head[_OFFSET : _OFFSET + length])
     area[4:8] = bytes(4)
-    crc = 0xFFFFFFFF
-    for byte in area:
-        crc = crc >> 8 ^ _CRC32C[(crc ^ byte) & 0xFF]
-    return crc  # the kernel's crc32c() does not invert at the end
-
-
-def _crc32c_table() -> tuple[int, ...]:
-    table = []
-    for value in range(256):
-        for _ in range(8):
-            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
-        table.append(value)
-    return tuple(table)
-
-
-_CRC32C = _crc32c_table()
+    return crc32c(bytes(area))

@@ -10,12 +10,14 @@ from __future__ import annotations
 from watcher.images import signature
 from watcher.images.formats import disk, gpt, verity
 from watcher.images.formats.base import HEAD, Extent, Format, read_all
+from watcher.images.formats.btrfs import BTRFS
 from watcher.images.formats.erofs import EROFS
+from watcher.images.formats.ext4 import EXT4
 from watcher.images.formats.image import Brought, Image
 from watcher.images.formats.squashfs import SQUASHFS
 from watcher.model import Incomplete, Refused
 
-_FORMATS: tuple[Format, ...] = (SQUASHFS, EROFS)
+_FORMATS: tuple[Format, ...] = (SQUASHFS, EROFS, EXT4, BTRFS)
 
 # What people drop by mistake, for a better word than "unknown".
 _TEXTS = (
@@ -40,8 +42,6 @@ _HINTS = (
     (0, b"BZh", "bzip2 data: unpack it first"),
     (257, b"ustar", "a tar archive: build an image from its contents"),
     (0, b"PK\x03\x04", "a zip archive: build an image from its contents"),
-    (1080, b"\x53\xef", "an ext2/3/4 file system: use squashfs or erofs"),
-    (65600, b"_BHRfS_M", "a btrfs file system: use squashfs or erofs"),
     (0, b"XFSB", "an XFS file system: use squashfs or erofs"),
     (0x8001, b"CD001", "an ISO 9660 image: use squashfs or erofs"),
     (0, b"sqsh", "a big-endian squashfs: build it with mksquashfs 4 or later"),
@@ -51,7 +51,7 @@ _HINTS = (
 _FROM_UUIDS = (
     "the UUIDs of its partitions (where systemd 257 and older look for none, and see it as unprotected)"
 )
-_NO_IMAGE = "neither a squashfs nor an erofs image"
+_NO_IMAGE = "no squashfs, erofs, ext4 or btrfs image"
 _TEXT = 1024
 
 

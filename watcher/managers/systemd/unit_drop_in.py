@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from watcher.model import Entry
 
 WATCHER = "confext-watcher.service"
-RELAX = "x-systemd.relax-extension-release-check"
+MOUNT_OPTIONS = "ro,x-systemd.relax-extension-release-check"
+"""Of a slot. Its name is not the image's. Without "ro" systemd has the kernel write to an ext4 or btrfs that it mounts
+for a unit, read-only as the overlay is: to our copy, which another mount may read."""
 
 EMPTY_SLOT = ".empty"
 """Listed if there is nothing else to list, so that the unit gets a namespace. It never exists: no slot begins with a
@@ -158,7 +160,9 @@ def _assign_layer(drop_in: drop_ins.DropIn, key: str, slots: str, item: Listed) 
     for path in (f"{slots}/{item.slot}",) if item.slot else item.paths:
         try:
             if item.kind is Kind.IMAGE:
-                word = drop_ins.image(path, RELAX if item.slot else item.options, optional=item.optional)
+                word = drop_ins.image(
+                    path, MOUNT_OPTIONS if item.slot else item.options, optional=item.optional
+                )
             else:
                 word = drop_ins.path(path, optional=item.optional)
             drop_in.assign("Service", key, word)
