@@ -120,6 +120,7 @@ class Candidate:
         version: "1.4", or "" if the name has none.
         tries_left: counter of `+LEFT`, None without one.
         tries_done: counter of `-DONE`, None without one.
+        sidecars: names of the files beside an image that it is verified by (`resolve/sidecars.py`).
     """
 
     path: str
@@ -129,6 +130,7 @@ class Candidate:
     kind: Kind
     tries_left: int | None = None
     tries_done: int | None = None
+    sidecars: tuple[str, ...] = ()
 
 
 class Scope(enum.Enum):
@@ -265,6 +267,7 @@ class Copy:
         size: bytes.
         format: of an image, None for a tree.
         trust: what was proved of it, once it is let in.
+        protected: a path of the same image beside which systemd finds what it is verified by; "": there is none.
     """
 
     digest: str
@@ -273,6 +276,7 @@ class Copy:
     kind: Kind
     format: Mountable | None = None
     trust: Trust = Trust()
+    protected: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from support.images import FORMATS, confext, image, noise
 from support.needs import loop, root, tool, userns
 from watcher.images import admission as module
 from watcher.images import opened as opening
-from watcher.images import tree
+from watcher.images import originals, tree
 from watcher.images.admission import Admission, copied
 from watcher.images.extension import Release, read_release
 from watcher.images.formats.squashfs import Squashfs
@@ -73,8 +73,8 @@ def settled(path: Path) -> Path:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one for each time that content is looked into."""
     found: list[int] = []
-    probe, copy = module.probe, tree.copy
-    monkeypatch.setattr(module, "probe", lambda fd, size: (found.append(fd), probe(fd, size))[1])
+    probe, copy = originals.probe, tree.copy
+    monkeypatch.setattr(originals, "probe", lambda fd, size: (found.append(fd), probe(fd, size))[1])
     monkeypatch.setattr(tree, "copy", lambda *args: (found.append(args[0]), copy(*args))[1])
     return found
 
@@ -345,7 +345,7 @@ def test_a_refusal_of_what_somebody_began_to_change_does_not_count(
         raise Refused("half of the old and half of the new")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "probe", probe)
+        patch.setattr(originals, "probe", probe)
         with pytest.raises(Busy):
             copied(store, candidate(raw))
     copied(store, candidate(raw))

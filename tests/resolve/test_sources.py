@@ -182,4 +182,4 @@ def test_a_long_name_leaves_room_for_its_number() -> None:
     found = entries(
         listing("/a", **{f"{stem}.raw": "file", f"{stem[:-2]}é.raw": "file", f"{stem}.raw.v": "directory"})
     )
-    assert sorted(len(e.slot) for e in found) == [254, 255, 255]
+    assert [len(e.slot) for e in found] == [246, 246, 246]  # with what may lie beside them: 255

@@ -31,9 +31,11 @@ from watcher.model import (
     Declared,
     KeptOut,
     Kind,
+    Look,
     Protection,
     Refused,
     Setting,
+    Stack,
     Sysext,
     Trust,
     Unsafe,
@@ -45,6 +47,7 @@ from watcher.resolve.strict_modes import StrictModes
 from watcher.resolve.trust import ROOT_ALONE
 from watcher.rounds import desired
 from watcher.rounds.desired import Desired, Given, find
+from watcher.rounds.together import Together
 from watcher.settings import device_mapper
 from watcher.settings.image_policy import demand
 
@@ -249,7 +252,8 @@ def test_what_systemd_would_fail_to_start_on_is_for_no_unit(
     policies = (demand(Setting("ExtensionImagePolicy", policy, "web.service:3")),) if policy else ()
     given = Given(unit, Declared(), host(), policies=policies)
     with StrictModes(ROOT_ALONE) as modes:
-        admits = desired._Admitting(cast(Admission, admission), given, {}, modes, Rule())
+        together = Together(Look((), ()), Stack(), "", policies)
+        admits = desired._Admitting(cast(Admission, admission), given, {}, modes, Rule(), together)
         if kept_out:
             with pytest.raises(
                 Refused, match=r"there is no device mapper here\. Say ImagePolicy= in .X-Confext"

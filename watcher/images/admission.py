@@ -15,19 +15,17 @@ import errno
 import os
 from collections.abc import Callable, Collection, Hashable, Iterable
 
-from watcher.images import tree
+from watcher.images import bundles, originals
 from watcher.images.complete import Complete, Rule, Seen
 from watcher.images.effects import effects
 from watcher.images.errors import translated
 from watcher.images.extension import NoRelease, Release, read_release
-from watcher.images.files import stat_key
 from watcher.images.formats.image import Image
-from watcher.images.formats.probe import probe
 from watcher.images.made_for import Host, parsed, passed_over, require_match
 from watcher.images.opened import opened
 from watcher.images.readable import require_readable
+from watcher.images.sidecars import beside, explained
 from watcher.images.store import Store
-from watcher.images.verdicts import Key
 from watcher.images.verification import Proofs
 from watcher.images.walk import DIRECTORY
 from watcher.model import (
@@ -46,10 +44,7 @@ from watcher.model import (
 from watcher.mounts.descriptors import Descriptors
 from watcher.mounts.workers import Hung, MountWorkers
 from watcher.resolve import release
-from watcher.resolve.strict_modes import Guard, StrictModes, Way
-from watcher.watch.lease import Lease, coarse_now_ns
-
-_SECOND_NS = 1_000_000_000
+from watcher.resolve.strict_modes import StrictModes, Way
 
 # Errors that say what this machine lacks, and nothing about the image.
 _SHORT = {
@@ -150,13 +145,12 @@ class Admission:
         """
         if not isinstance(copy.format, Image) or copy.format.brought is None:
             return Trust()
-        with translated(f"the copy {copy.digest} in the store"):
-            fd = os.open(copy.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                verity = copy.format.verity(fd)
-                return self._proofs.trust(copy.digest, verity) if verity else Trust()
-            finally:
-                os.close(fd)
+        with (
+            translated(f"the copy {copy.digest} in the store"),
+            explained(bundles.is_in_bundle(copy)),
+            bundles.verity(copy) as verity,
+        ):
+            return self._proofs.trust(copy.digest, verity) if verity else Trust()
 
     def asks_for(self, layer: Layer, names: Collection[str]) -> str:
         """What a layer says that a unit of these names is to be told, see `release.asks_for()`.
@@ -275,14 +269,18 @@ def copied(
     Raises: as `Admission.admit()`, and what `judge` and `complete` raise.
     """
     way = Way()
-    with opened(candidate, modes, way) as (fd, guard):
-        content = _Image(fd) if candidate.kind is Kind.IMAGE else _Tree(fd, guard)
+    with opened(candidate, modes, way) as (fd, guard), beside(candidate, fd, modes) as files:
+        content = (
+            originals.Tree(fd, guard)
+            if candidate.kind is Kind.DIRECTORY
+            else originals.Image(fd, candidate, files)
+        )
         verdicts = store.verdicts
         verdicts.recall((content.key, terms))
         with verdicts.turn(content.key):
             copy = verdicts.recall(content.key)
             if copy is None or not store.verify(copy.digest):
-                if isinstance(content, _Tree):
+                if isinstance(content, originals.Tree):
                     require_no_sysext(fd)
                     complete(content.seen(candidate.path, way))
                 copy = _copy(store, content)
@@ -306,7 +304,7 @@ def require_no_sysext(root: int) -> None:
         pass  # admission says so, once the tree is complete
 
 
-def _copy(store: Store, content: _Image | _Tree) -> Copy:
+def _copy(store: Store, content: originals.Image | originals.Tree) -> Copy:
     verdict: Copy | Refused
     try:
         verdict = content.copy(store)
@@ -317,59 +315,3 @@ def _copy(store: Store, content: _Image | _Tree) -> Copy:
     if isinstance(verdict, Refused):
         raise verdict
     return verdict
-
-
-class _Image:
-    """An image, open.
-
-    Attributes:
-        key: what `stat` says of it.
-        lasting: set by `copy()`: no other content of the file can have this key.
-    """
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self.key: Key = ("image", *stat_key(os.fstat(fd)))
-        self.lasting = False
-
-    def copy(self, store: Store) -> Copy:
-        with Lease(self._fd) as lease:
-            found = os.fstat(self._fd)
-            self.key = ("image", *stat_key(found))
-            try:
-                return store.add_image(self._fd, probe(self._fd, found.st_size), lease)
-            except Refused:
-                lease.check()
-                raise
-            finally:
-                self.lasting = _is_past(found.st_ctime_ns, lease.proven_ns)
-
-
-class _Tree:
-    """The same for a directory tree."""
-
-    def __init__(self, root: int, guard: Guard | None) -> None:
-        self._root = root
-        self._signature = tree.signature(root, guard)
-        self.key: Key = ("tree", self._signature.key)
-        self.lasting = False
-
-    def seen(self, path: str, way: Way) -> Seen:
-        """As `complete.py` judges it; `path` is where the look found it, `way` how that leads to it."""
-        linked_ns = max((os.lstat(f"{parent}/{name}").st_ctime_ns for parent, name in way.links), default=0)
-        real_path = os.readlink(f"/proc/self/fd/{self._root}")
-        return Seen(path, os.fstat(self._root), real_path, linked_ns, self._signature)
-
-    def copy(self, store: Store) -> Copy:
-        try:
-            return store.add_tree(self._root, self._signature)
-        finally:
-            self.lasting = _is_past(self._signature.youngest_ns, coarse_now_ns())
-
-
-def _is_past(ctime_ns: int, proven_ns: int) -> bool:
-    """Whether a change after `proven_ns` must show in the ctime: timestamps are as coarse as the timer's tick.
-
-    A time far in the future (the clock was set back) will not come again by itself.
-    """
-    return ctime_ns < proven_ns or ctime_ns > proven_ns + _SECOND_NS

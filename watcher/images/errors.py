@@ -22,6 +22,13 @@ def require_size(size: int, limit: int, setting: str) -> None:
         raise Refused(f"too large: {size} bytes, {limit} are allowed ({setting})")
 
 
+def require_room(used: int, size: int, store_max: int) -> None:
+    """Raise StoreFull where a store has no room for `size` more bytes."""
+    if used + size > store_max:
+        room = f"{used} of {store_max} bytes (StoreMax=) are in use"
+        raise StoreFull(f"the store is full: {room}, {size} more are needed")
+
+
 @contextmanager
 def translated(what: str) -> Iterator[None]:
     """An error of the machine, in a line: StoreFull where there is no room, Later for anything else."""

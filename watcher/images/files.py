@@ -91,6 +91,13 @@ def digest_of(source: int, size: int) -> str:
     return hasher.hexdigest()
 
 
+def leased_digest(source: int, size: int, lease: Lease) -> str:
+    """`digest_of()` a file that `lease` protects."""
+    digest = digest_of(source, size)
+    lease.check()
+    return digest
+
+
 def hash_file(source: int, size: int, hasher: Hasher) -> None:
     """Bring the `size` bytes of `source` into `hasher` alone.
 

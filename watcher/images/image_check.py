@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from typing import NamedTuple
 
-from watcher.images import tree
+from watcher.images import sidecars, tree
 from watcher.images.admission import release_of
 from watcher.images.certificates import Keys
 from watcher.images.effects import effects
@@ -22,12 +22,14 @@ from watcher.images.formats.probe import probe
 from watcher.images.made_for import Host, passed_over, require_match
 from watcher.images.opened import opened
 from watcher.images.readable import require_readable
+from watcher.images.sidecars import Beside
 from watcher.images.verification import KEYS, verify
 from watcher.model import Busy, Candidate, Copy, Kind, Later, Refused, Trust, shown
 from watcher.mounts.descriptors import Descriptors
 from watcher.mounts.process import may_mount
 from watcher.mounts.workers import MountWorkers
 from watcher.resolve import sources, vpick
+from watcher.resolve.sidecars import VERITY
 from watcher.settings.signals import reason_of
 from watcher.watch.lease import Lease
 
@@ -67,10 +69,10 @@ def examine(path: str, made_for: Host, image_max: int, keys: Keys = KEYS) -> Exa
     path = os.path.abspath(path)
     directory, filename = os.path.split(path)
     _require_name(directory, filename, kind)
-    candidate = Candidate(path, filename, *vpick.split(filename, kind), kind)
-    with opened(candidate) as (fd, _):
+    candidate = Candidate(path, filename, *vpick.split(filename, kind), kind, sidecars=sidecars.found(path))
+    with opened(candidate) as (fd, _), sidecars.beside(candidate, fd, None) as files:
         if kind is Kind.IMAGE:
-            copy, trust, found, done = _image(fd, os.path.realpath(path), image_max, keys)
+            copy, trust, found, done = _image(fd, os.path.realpath(path), image_max, keys, files)
         else:
             copy, trust, found, done = _tree(fd, os.path.realpath(path), image_max)
     require_match(candidate, found, made_for)
@@ -98,7 +100,9 @@ def _tree(root: int, path: str, image_max: int) -> tuple[Copy, Trust, Release, t
     return Copy(tree.digest(root), path, size, Kind.DIRECTORY), Trust(), found, effects(root, "/")
 
 
-def _image(fd: int, path: str, image_max: int, keys: Keys) -> tuple[Copy, Trust, Release, tuple[str, ...]]:
+def _image(
+    fd: int, path: str, image_max: int, keys: Keys, files: Beside
+) -> tuple[Copy, Trust, Release, tuple[str, ...]]:
     done: tuple[str, ...] = ()
 
     def read(root: int) -> None:
@@ -110,9 +114,13 @@ def _image(fd: int, path: str, image_max: int, keys: Keys) -> tuple[Copy, Trust,
         size = os.fstat(fd).st_size
         require_size(size, image_max, "ImageMax=")
         image = probe(fd, size)
+        if files:
+            name = os.path.basename(path)
+            image = sidecars.with_parts(image, sidecars.read(files, name), size, name)
         copy = Copy(digest_of(fd, size), path, size, Kind.IMAGE, image)
-        verity = image.verity(fd)
-        trust = verify(verity, keys, "the file") if verity else Trust()
+        with sidecars.explained(bool(files)):
+            verity = image.verity(fd, files.fds.get(VERITY))
+            trust = verify(verity, keys, "the file") if verity else Trust()
         if may_mount():
             with MountWorkers(1) as workers:
                 found = release_of(copy, workers, read)

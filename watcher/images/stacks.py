@@ -2,7 +2,7 @@
 """The accepted stacks of each unit, and the slots that a start of the unit goes by.
 
     stacks/UNIT/00000007-STACKID/        one accepted stack; its links never change
-        SLOT -> ../../../store/DIGEST    one link per layer
+        SLOT -> ../../../store/DIGEST    one link per layer; for what lies beside an image see bundles.py
         .state.json                      what is decided about the unit (`records/state.py`); of an older stack only
                                          `accepted` matters
     stacks/.locks/UNIT                   held while the unit's stacks are changed; mode 0600
@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from watcher.images import record_files
+from watcher.images import bundles, record_files
 from watcher.images.rebuild import Remains
 from watcher.images.record_files import DAMAGE, EMPTY, RECORD, RecordFiles, identity
 from watcher.images.unit_locks import UnitLocks
@@ -345,7 +345,8 @@ class Stacks:
         fd = os.open(temporary, _DIRECTORY, dir_fd=directory)
         try:
             for layer in state.accepted.stack.layers:
-                os.symlink(f"../../../store/{layer.digest}", layer.slot, dir_fd=fd)
+                for slot, target in bundles.links(f"{self._path}/store", layer):
+                    os.symlink(target, slot, dir_fd=fd)
             self._records.create(f"{self.directory}/{unit}/{name}", state, fd)
         finally:
             os.close(fd)
@@ -397,4 +398,5 @@ def _checked(name: str) -> str:
 def _links(path: str) -> dict[str, str]:
     """Digest by slot, as the links of a stack have it: a start goes by these, not by the record."""
     names = (name for name in os.listdir(path) if not name.startswith("."))
-    return {name: os.path.basename(os.readlink(f"{path}/{name}")) for name in names}
+    found = {name: bundles.digest_in(os.readlink(f"{path}/{name}")) for name in names}
+    return {name: digest for name, digest in found.items() if digest}

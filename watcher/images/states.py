@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from watcher.images import rebuild
+from watcher.images import bundles, rebuild
 from watcher.images.rebuild import Remains
 from watcher.images.stacks import Stacks
 from watcher.model import Entry, Event, Kind, Stack, shown
@@ -145,7 +145,8 @@ class States:
         return rebuild.rebuilt(remains, history, self._kind)
 
     def _kind(self, digest: str) -> Kind:
-        return Kind.DIRECTORY if os.path.isdir(f"{self._store}/{digest}") else Kind.IMAGE
+        path = f"{self._store}/{digest}"
+        return Kind.DIRECTORY if os.path.isdir(path) and not bundles.is_at(path) else Kind.IMAGE
 
 
 def _rebuilt(remains: Remains, source: str, aside: str) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The store: a copy of every admitted image and tree, by its digest; and the accepted stacks made of them.
 
-    store/DIGEST        a file of mode 0400, or a directory tree: whole, and never changed
+    store/DIGEST        a file of mode 0400, a directory tree, or a bundle (bundles.py): whole, and never changed
     store/.tmp-SIZE-*   being written (and locked), or being removed, or damaged; SIZE bytes are set aside for it
     store/.lock         shared: copies are looked for, made and put into a stack; exclusive: copies are removed
     store/.names        shared: a stack gets its links, or a temporary file its name; exclusive: names are taken away
@@ -22,16 +22,17 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from watcher.images import tree, unmounted
-from watcher.images.errors import NO_SPACE, StoreFull, require_size, translated
-from watcher.images.files import copy_file, digest_of
+from watcher.images import bundles, tree, unmounted
+from watcher.images.errors import NO_SPACE, StoreFull, require_room, require_size, translated
+from watcher.images.files import copy_file, leased_digest
 from watcher.images.formats.probe import probe
 from watcher.images.integrity import Whole
+from watcher.images.sidecars import Parts
 from watcher.images.stacks import TEMPORARY
 from watcher.images.states import Change, History, States
 from watcher.images.store_names import DIGEST, Names
 from watcher.images.verdicts import Verdicts
-from watcher.model import Busy, Copy, Entry, Kind, Later, Layer, Mountable, Refused, Stack, shown
+from watcher.model import Copy, Entry, Kind, Later, Layer, Mountable, Refused, Stack, shown
 from watcher.records import durable
 from watcher.records.state import State
 from watcher.records.together import Gathering, done_alone
@@ -62,7 +63,7 @@ class Store:
         self.verdicts = Verdicts()
         self.configure(store_max, image_max, keep_stacks)
         self.state_directory = state_directory
-        self._path = f"{state_directory}/store"
+        self._path = self.copies = f"{state_directory}/store"
         durable.make(state_directory)
         durable.make(self._path, 0o700)
         self._states = States(state_directory, history)
@@ -98,17 +99,14 @@ class Store:
     def hold(self, wait: bool = True) -> io.FileIO:
         """Nothing is collected until what is returned is closed. Holders do not exclude each other; may be nested.
 
-        Args:
-            wait: while another thread or process removes copies; that takes milliseconds, where the disk answers.
-
         Raises:
-            Busy: one does, and `wait` is false.
+            Busy: another thread or process removes copies (that takes milliseconds), and `wait` is false.
             OSError: no descriptor is left.
         """
         return self._names.hold(wait)
 
-    def add_image(self, fd: int, format: Mountable, lease: Lease) -> Copy:
-        """Copy the image behind `fd`, which `lease` (entered) protects. Hold `using()`.
+    def add_image(self, fd: int, format: Mountable, lease: Lease, parts: Parts | None = None) -> Copy:
+        """Copy the image behind `fd`, which `lease` (entered) protects, and what lies beside it. Hold `using()`.
 
         Raises:
             Busy: another process has opened it for writing.
@@ -117,6 +115,8 @@ class Store:
             Later: reading or writing failed.
         """
         size = os.fstat(fd).st_size
+        if parts is not None:
+            return self._add_bundle(fd, bundles.room(size, parts), lease, parts)
         self._require_size(size)
         with translated("cannot be copied into the store"):
             try:
@@ -124,8 +124,17 @@ class Store:
             except (StoreFull, OSError) as error:
                 if not lease.held():
                     raise
-                digest = self._found_instead(error, lambda: _digest_of(fd, size, lease))
+                digest = self._found_instead(error, lambda: leased_digest(fd, size, lease))
         return self._made(digest, size, Kind.IMAGE, format)
+
+    def _add_bundle(self, fd: int, size: int, lease: Lease, parts: Parts) -> Copy:
+        self._require_size(size)
+        with translated("cannot be copied into the store"):
+            with self._set_aside(size, Kind.DIRECTORY) as (name, made):
+                digest, files = bundles.write(made, fd, lease, parts)
+                durable.fsync_tree(made, files)
+                self._place(name, digest)
+            return self._copy(digest)
 
     def add_tree(self, root: int, signature: tree.Signature) -> Copy:
         """Copy the directory tree `root`, whose signature was taken before. Hold `using()`.
@@ -138,7 +147,7 @@ class Store:
             try:
                 digest = self._write_tree(root, signature)
             except (StoreFull, OSError) as error:
-                digest = self._found_instead(error, lambda: _digest_of_tree(root, signature))
+                digest = self._found_instead(error, lambda: tree.digest_of(root, signature))
         return self._made(digest, signature.size, Kind.DIRECTORY)
 
     def verify(self, digest: str) -> bool:
@@ -152,7 +161,7 @@ class Store:
 
     def is_whole(self, stack: Stack) -> bool:
         """Whether all copies of a stack are there and whole. Blocks, raises as `verify()`."""
-        return all(self.verify(digest) for digest in stack.digests)
+        return all(map(self.verify, stack.digests))
 
     def doubt(self, unit: str) -> None:
         """Something went wrong with the accepted stack of a unit: its copies are read again before they are used."""
@@ -275,18 +284,16 @@ class Store:
             self._states.forget(unit)
 
     def collect(self, mounted: Iterable[str]) -> tuple[str, ...]:
-        """Remove the copies that no slot, no kept stack and none of the digests `mounted` refers to.
-
-        Returns:
-            The digests removed.
+        """Remove the copies that no slot, no kept stack and none of the digests `mounted` refers to; their digests.
 
         Raises:
             Busy: copies are being made; nothing was removed.
             Later: the file system does not let us.
         """
-        used = frozenset(mounted)
         with translated("copies that nobody needs cannot be removed"):
-            removed = self._names.collect(lambda: self._states.stacks.prune(self.keep_stacks), used)
+            removed = self._names.collect(
+                lambda: self._states.stacks.prune(self.keep_stacks), frozenset(mounted)
+            )
         for digest in removed:
             self._copies.pop(digest, None)
         return removed
@@ -311,20 +318,29 @@ class Store:
     def _copy(self, digest: str) -> Copy:
         """The copy under a digest; each is looked into once. Raises FileNotFoundError, or Refused if it is damaged."""
         known = self._copies.get(digest)
-        if known and self._names.holds(digest, known.size if known.kind is Kind.IMAGE else None):
+        if known and self._names.holds(
+            digest, known.size if known.path.endswith(digest) and known.format else None
+        ):
             return known
         # Without O_DIRECTORY: this opens a file and a directory alike.
         fd = os.open(digest, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
         try:
             found = os.fstat(fd)
+            if stat.S_ISDIR(found.st_mode) and bundles.is_bundle(fd):
+                size, image = bundles.size_of(fd), bundles.image_in(fd)
+                return self._made(digest, size, Kind.IMAGE, image, f"/{bundles.IMAGE}")
             if stat.S_ISDIR(found.st_mode):
                 return self._made(digest, tree.signature(fd, whole=True).size, Kind.DIRECTORY)
             return self._made(digest, found.st_size, Kind.IMAGE, probe(fd, found.st_size))
         finally:
             os.close(fd)
 
-    def _made(self, digest: str, size: int, kind: Kind, format: Mountable | None = None) -> Copy:
-        self._copies[digest] = Copy(digest, f"{self._path}/{digest}", size, kind, format)
+    def _made(
+        self, digest: str, size: int, kind: Kind, format: Mountable | None = None, inner: str = ""
+    ) -> Copy:
+        path = f"{self._path}/{digest}"
+        protected = f"{path}/{bundles.PROTECTED}" if inner else ""
+        self._copies[digest] = Copy(digest, path + inner, size, kind, format, protected=protected)
         return self._copies[digest]
 
     @contextmanager
@@ -336,9 +352,7 @@ class Store:
         """
         with self._room:
             used = self.usage()
-            if used + size > self.store_max:
-                room = f"{used} of {self.store_max} bytes (StoreMax=) are in use"
-                raise StoreFull(f"the store is full: {room}, {size} more are needed")
+            require_room(used, size, self.store_max)
             name, fd = self._names.begin(size, kind)
         try:
             yield name, fd
@@ -351,26 +365,29 @@ class Store:
             os.fchmod(made, 0o400)  # open(2) has applied the umask
             copy_file(fd, made, size, hasher, lease, sync=True)
             digest = hasher.hexdigest()
-            # Many services may get the same image at once. What is mounted already must not be replaced.
-            with self._placing:
-                if not self._whole.verify(digest):
-                    os.rename(name, digest, src_dir_fd=self._directory, dst_dir_fd=self._directory)
-                    self._whole.made(digest)
+            self._place(name, digest)
         return digest
 
     def _write_tree(self, root: int, signature: tree.Signature) -> str:
         with self._set_aside(signature.size, Kind.DIRECTORY) as (name, made):
             digest = tree.copy(root, made, signature.size)
-            _require_unchanged(root, signature)
+            tree.require_unchanged(root, signature)
             if not self._whole.verify(digest):
                 durable.fsync_tree(made, signature.entries)
-                try:
-                    os.rename(name, digest, src_dir_fd=self._directory, dst_dir_fd=self._directory)
-                except OSError as error:
-                    if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                        raise  # else another process was first with the same tree
-                self._whole.made(digest)
+                self._place(name, digest)
         return digest
+
+    def _place(self, name: str, digest: str) -> None:
+        """Give a copy its name. Many services may get the same at once: what is mounted must not be replaced."""
+        with self._placing:
+            if self._whole.verify(digest):
+                return
+            try:
+                os.rename(name, digest, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise  # else another process was first with the same tree
+            self._whole.made(digest)
 
     def _found_instead(self, error: Exception, digest: Callable[[], str]) -> str:
         """There is no room. But if the same content is in the store already, none is needed."""
@@ -380,20 +397,3 @@ class Store:
         if not self._whole.verify(found):
             raise error
         return found
-
-
-def _digest_of(fd: int, size: int, lease: Lease) -> str:
-    digest = digest_of(fd, size)
-    lease.check()
-    return digest
-
-
-def _digest_of_tree(root: int, signature: tree.Signature) -> str:
-    digest = tree.digest(root)
-    _require_unchanged(root, signature)
-    return digest
-
-
-def _require_unchanged(root: int, signature: tree.Signature) -> None:
-    if tree.signature(root).key != signature.key:
-        raise Busy("changed while it was read")

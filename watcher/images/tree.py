@@ -123,6 +123,19 @@ def digest(root: int, *, whole: bool = False) -> str:
     return _Reading(whole=whole).run(root)
 
 
+def digest_of(root: int, signature: Signature) -> str:
+    """`digest()` of a tree whose signature was taken before. Raises Busy if it is another one now."""
+    found = digest(root)
+    require_unchanged(root, signature)
+    return found
+
+
+def require_unchanged(root: int, before: Signature) -> None:
+    """Raise Busy if the signature of a tree is another one than before."""
+    if signature(root).key != before.key:
+        raise Busy("changed while it was read")
+
+
 def copy(root: int, target: int, size_max: int) -> str:
     """Copy the tree below `root` into the empty directory `target`, and give its digest.
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from watcher.model import Candidate, Declared, Entry, Interest, Kind, Look, Picks, Remark, Scope, Unsafe
-from watcher.resolve import content, sources, vpick
+from watcher.resolve import content, sidecars, sources, vpick
 from watcher.resolve.strict_modes import Found, StrictModes, Way
 from watcher.resolve.vpick import Dirent
 
@@ -196,9 +196,10 @@ def _out_of_sight(entry: Entry, name: str, unsafe: Unsafe) -> Picks:
 
 def _direct(entry: Entry, notes: _Notes) -> Picks:
     """An entry that names its one file or directory."""
-    name = entry.path.rpartition("/")[2]
+    directory, _, name = entry.path.rpartition("/")
+    beside = sidecars.names(name) if entry.kind is Kind.IMAGE else ()
     if entry.declared:
-        notes.watch_name(entry.path)
+        notes.watch(directory or "/", "|".join(map(re.escape, (name, *beside))))
     extension, version = vpick.split(name, entry.kind)
     try:
         with notes.followed(entry.path) as found:
@@ -216,7 +217,9 @@ def _direct(entry: Entry, notes: _Notes) -> Picks:
         version = vpick.split(path.rpartition("/")[2], entry.kind)[1]
     if entry.kind is Kind.DIRECTORY and unsafe is None:
         _watch_tree(path, notes)
-    return Picks(entry, (Candidate(entry.path, name, extension, version, entry.kind),), unsafe=unsafe)
+    there = tuple(one for one in beside if os.path.lexists(f"{directory}/{one}"))
+    candidate = Candidate(entry.path, name, extension, version, entry.kind, sidecars=there)
+    return Picks(entry, (candidate,), unsafe=unsafe)
 
 
 def _unread(entry: Entry, path: str, error: OSError, notes: _Notes) -> Picks:

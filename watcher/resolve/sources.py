@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from watcher.model import Declared, Entry, Kind, Remark, shown
-from watcher.resolve import vpick
+from watcher.resolve import sidecars, vpick
 from watcher.resolve.vpick import Dirent
 from watcher.settings.values import normalized
 
@@ -78,8 +78,15 @@ def slot_name(name: str, kind: Kind) -> str:
     (specifiers, quotes, white space, backslashes), what is not ASCII, and what would read as `.v/` form.
     """
     suffix = ".raw" if kind is Kind.IMAGE else ""
-    safe = re.sub(r"[^A-Za-z0-9._@~-]|\A\.", "_", name)[: _NAME_MAX - len(suffix)] or "_"
+    if kind is Kind.DIRECTORY and sidecars.suffix(name):
+        name = name.replace(".", "_")  # beside the slot of an image, systemd would take it for its sidecar
+    safe = re.sub(r"[^A-Za-z0-9._@~-]|\A\.", "_", name)[: _room(kind)] or "_"
     return re.sub(r"\.v\Z", "_v", safe).replace("___", "__-") + suffix
+
+
+def _room(kind: Kind) -> int:
+    """Characters for the name in a slot: systemd looks for the sidecars of an image beside it."""
+    return _NAME_MAX - (len(sidecars.SIGNATURE) if kind is Kind.IMAGE else 0)
 
 
 def resolve(declared: Declared, listings: Sequence[Listing]) -> Resolved:
@@ -148,6 +155,10 @@ def _form(filename: str) -> tuple[str, Kind, bool]:
 def _mismatch(path: str, dirent: Dirent, name: str, kind: Kind, versioned: bool) -> Remark | None:
     """What is wrong with an entry of this form being what it is."""
     directory = versioned or kind is Kind.DIRECTORY
+    if dirent.type != "directory" and (meant := sidecars.meant(dirent.name)):
+        return Remark(
+            "warning", path, f"ignored: a file beside an image is called without .raw: {shown(meant)}"
+        )
     if dirent.type == "missing" and kind is Kind.DIRECTORY and not versioned:
         return Remark("warning", path, f"ignored: {dirent.problem or 'a dangling link'}")
     if dirent.type == "missing" or (dirent.type == "other" and dirent.problem):
@@ -157,7 +168,8 @@ def _mismatch(path: str, dirent: Dirent, name: str, kind: Kind, versioned: bool)
     if versioned:
         return Remark("warning", path, "ignored: not a directory, as the name promises")
     if directory:
-        return Remark("debug", path, "ignored: neither NAME.raw nor a directory")
+        what = "beside an image" if sidecars.suffix(dirent.name) else "neither NAME.raw nor a directory"
+        return Remark("debug", path, f"ignored: {what}")
     if dirent.type == "directory":
         hint = f"versions go into {shown(name)}.raw.v/"
         return Remark("warning", path, f"ignored: a directory, no image ({hint})")
@@ -171,9 +183,9 @@ def _distinct(entries: Iterable[Entry]) -> tuple[Entry, ...]:
     for item in entries:
         slot, number = item.slot, 2
         while slot in taken:
-            suffix = f"~{number}" + (".raw" if item.kind is Kind.IMAGE else "")
-            stem = item.slot.removesuffix(".raw") if item.kind is Kind.IMAGE else item.slot
-            slot, number = stem[: _NAME_MAX - len(suffix)] + suffix, number + 1
+            mark, suffix = f"~{number}", ".raw" if item.kind is Kind.IMAGE else ""
+            stem = item.slot.removesuffix(suffix)
+            slot, number = stem[: _room(item.kind) - len(mark)] + mark + suffix, number + 1
         taken.add(slot)
         result.append(replace(item, slot=slot))
     return tuple(result)

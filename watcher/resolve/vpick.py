@@ -17,13 +17,13 @@ import functools
 import os
 import re
 import threading
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 from watcher.model import Candidate, Kind, shown
-from watcher.resolve import version
+from watcher.resolve import sidecars, version
 from watcher.settings import architectures
 
 Type = Literal["file", "directory", "block", "null", "other", "missing"]
@@ -36,7 +36,7 @@ _UINT_MAX = 0xFFFFFFFF
 _REMEMBERED = 8
 """Directories whose answer is remembered, for the other services that share one. One of 10,000 names takes 5 MiB."""
 _NAMES_REMEMBERED = 4096
-"""Names of which is remembered what each asks for: where one is new among a thousand, the others are not taken apart."""
+"""Names of which is remembered what each asks for: one that is new among a thousand is taken apart alone."""
 _turn = threading.Lock()
 
 # systemd's hidden_or_backup_file(), and the names under which uploads grow.
@@ -152,12 +152,14 @@ def _sorted_out(
     spec: Spec, dirents: tuple[Dirent, ...], runnable: tuple[str, ...]
 ) -> tuple[tuple[Candidate, ...], tuple[NotPicked, ...]]:
     """What fits, best first, and the rest."""
-    considered = [_considered(spec, dirent, runnable) for dirent in dirents]
+    beside = _Beside(spec, dirents)
+    considered = [
+        _considered(spec, dirent, runnable) for dirent in dirents if dirent.name not in beside.names
+    ]
     right = [one for one in considered if not isinstance(one, NotPicked)]
     right.sort(key=itemgetter(0), reverse=True)
-    return tuple(candidate for _, candidate in right), tuple(
-        one for one in considered if isinstance(one, NotPicked)
-    )
+    passed = (one for one in considered if isinstance(one, NotPicked))
+    return tuple(beside.added(candidate) for _, candidate in right), (*passed, *beside.passed_over())
 
 
 @functools.lru_cache(_NAMES_REMEMBERED)
@@ -172,6 +174,62 @@ def _considered(
         wanted = "a directory" if spec.kind is Kind.DIRECTORY else "a regular file"
         return NotPicked(dirent.name, dirent.problem or f"not {wanted}")
     return match.key(), _candidate(spec, match)
+
+
+class _Beside:
+    """The sidecars among the images of a directory.
+
+    Attributes:
+        names: theirs.
+    """
+
+    def __init__(self, spec: Spec, dirents: tuple[Dirent, ...]) -> None:
+        images = spec.kind is Kind.IMAGE and spec.suffix.endswith(_SUFFIX[Kind.IMAGE])
+        self.names = {one.name for one in dirents if sidecars.suffix(one.name)} if images else set[str]()
+        self._by_image: dict[str, list[str]] = {}
+        for name in sorted(self.names, key=lambda name: (len(name), name)):  # without counters first
+            self._by_image.setdefault(_plain(sidecars.image_of(name)), []).append(name)
+        self._images = (
+            {_plain(one.name) for one in dirents if one.name.endswith(spec.suffix)} if self.names else ()
+        )
+
+    def added(self, candidate: Candidate) -> Candidate:
+        """A candidate with its sidecars."""
+        found = self._of(candidate.filename) if self._by_image else ()
+        return replace(candidate, sidecars=found) if found else candidate
+
+    def _of(self, image: str) -> tuple[str, ...]:
+        """The sidecars of an image, of each kind one: the one whose counters are the same before all others."""
+        found: dict[str, str] = {}
+        exact = [name for name in sidecars.names(image) if name in self.names]
+        for name in (*exact, *self._by_image.get(_plain(image), ())):
+            found.setdefault(sidecars.suffix(name), name)
+        return tuple(found[one] for one in sidecars.SUFFIXES if one in found)
+
+    def passed_over(self) -> Iterator[NotPicked]:
+        """Those that belong to no image."""
+        for name in sorted(self.names):
+            if meant := sidecars.meant(name):
+                yield NotPicked(
+                    name,
+                    f"never looked at under that name: {_EACH[sidecars.suffix(name)]} is called"
+                    f" {shown(meant)}",
+                )
+            elif _plain(sidecars.image_of(name)) not in self._images:
+                yield NotPicked(name, f"there is no {shown(sidecars.image_of(name))}", "debug")
+
+
+_EACH = {
+    sidecars.VERITY: "the hash tree of an image",
+    sidecars.ROOT_HASH: "the root hash of an image",
+    sidecars.SIGNATURE: "the signature of an image",
+}
+
+
+def _plain(image: str) -> str:
+    """The name of an image without counters."""
+    found = counters(sidecars.stem(image))
+    return f"{found[0]}{_SUFFIX[Kind.IMAGE]}" if found else image
 
 
 def split(name: str, kind: Kind) -> tuple[str, str]:

@@ -38,9 +38,10 @@ from watcher.resolve import scan
 from watcher.resolve.strict_modes import StrictModes
 from watcher.resolve.trust import ROOT_ALONE, Trust
 from watcher.rounds.choose import Choice, Passed, choose
-from watcher.rounds.image_policies import let_in_anyway, not_allowed, require_allowed
+from watcher.rounds.image_policies import let_in_anyway, not_allowed
 from watcher.rounds.kept_entries import nothing_removed, with_entries
 from watcher.rounds.patience import Limits, Removals, marked
+from watcher.rounds.together import Together
 from watcher.settings.image_policy import Demand
 
 
@@ -139,9 +140,9 @@ def _find(store: Store, admission: Admission, given: Given, modes: StrictModes) 
     look = nothing_removed(look, record.entries, unmounted.unmounted(good, record.mounted))
     staying = _Staying(given, good, look)
     look = staying.with_entries(look, record.entries)
-    admitting = _Admitting(
-        admission, given, elsewhere | state.kept_out, modes, _rule(store, given, good, look)
-    )
+    together = Together(look, good, store.copies, given.policies)
+    rule = _rule(store, given, good, look)
+    admitting = _Admitting(admission, given, elsewhere | state.kept_out, modes, rule, together)
     lost = functools.partial(_is_lost, store, given.slots)
     choice = choose(look, admitting.admit, good, lost, staying.stays)
     if given.thorough and not look.unknown:
@@ -194,6 +195,7 @@ class _Admitting:
     Args:
         reasons: digests that are kept out, with the reason.
         rule: when a tree is complete.
+        together: when an image is.
 
     Attributes:
         at_hand: digests of what was not refused.
@@ -201,7 +203,13 @@ class _Admitting:
     """
 
     def __init__(
-        self, admission: Admission, given: Given, reasons: Mapping[str, str], modes: StrictModes, rule: Rule
+        self,
+        admission: Admission,
+        given: Given,
+        reasons: Mapping[str, str],
+        modes: StrictModes,
+        rule: Rule,
+        together: Together,
     ) -> None:
         self._admission = admission
         self._rule = rule
@@ -209,6 +217,7 @@ class _Admitting:
         self._modes = modes
         self._reasons = reasons
         self._policies = given.policies
+        self._together = together
         self._has = given.state.accepted.stack.digests
         self._by_systemd = starts_by_systemd(given.slots)
         self.at_hand: set[str] = set()
@@ -222,7 +231,7 @@ class _Admitting:
             raise KeptOut(f"kept out: {self._reasons[copy.digest]}", copy.digest)
         copy = replace(copy, trust=self._admission.trust(copy))
         if copy.digest not in self._has:  # what it has, stays
-            require_allowed(self._policies, copy)
+            self._together.require(candidate, copy)
         if self._by_systemd:
             require_startable(copy, self._policies)
         return copy
@@ -306,7 +315,7 @@ def _look_again(choice: Choice, staying: _Staying) -> float | None:
 def _rule(store: Store, given: Given, accepted: Stack, look: Look) -> Rule:
     """When a tree of the service is complete."""
     slots = {candidate.path: pick.entry.slot for pick in look.picks for candidate in pick.candidates}
-    before = marked(accepted.layers, slots, f"{store.state_directory}/store")
+    before = marked(accepted.layers, slots, store.copies)
     return Rule(given.limits.tree_usec, given.limits.tree_max_usec, before)
 
 

@@ -18,6 +18,7 @@ class Brought:
         root_hash: of the signature; without one, of the UUIDs of the two partitions (UAPI.2).
         root_hash_from: which of the two, for people.
         signature: PKCS#7, DER; None without one.
+        beside: the verity data is in a file beside the image.
     """
 
     offset: int
@@ -25,6 +26,7 @@ class Brought:
     root_hash: bytes
     root_hash_from: str
     signature: bytes | None = None
+    beside: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +37,8 @@ class Image:
         format: of its file system.
         end: bytes of the file that belong to the image; what follows is padding.
         offset: where in the file the file system begins, bytes.
-        size: of the partition, bytes, or of what of it the verity data covers; 0 without a partition table.
-        brought: of a disk image with verity data.
+        size: bytes of the partition, or of what the verity data covers; 0: all of the file.
+        brought: of an image with verity data.
     """
 
     format: Format
@@ -48,19 +50,26 @@ class Image:
     @property
     def name(self) -> str:
         """For people."""
-        return f"disk image with {self.format.name}" if self.size else self.format.name
+        return f"disk image with {self.format.name}" if self.offset else self.format.name
 
     @property
     def file_system(self) -> str:
         """By the kernel's name."""
         return self.format.name
 
-    def verity(self, fd: int) -> Verity | None:
-        """What the image is to be verified by, `fd` being its file; None where it brings nothing."""
+    def verity(self, fd: int, beside: int | None = None) -> Verity | None:
+        """What the image is to be verified by; None where it brings nothing.
+
+        Args:
+            fd: its file.
+            beside: the file with its verity data, where that is not in it.
+        """
         brought = self.brought
         if brought is None:
             return None
         data, tree = Extent(fd, self.offset, self.size), Extent(fd, brought.offset, brought.size)
+        if brought.beside and beside is not None:
+            tree = tree._replace(fd=beside)
         return Verity(data, tree, brought.root_hash, brought.signature, brought.root_hash_from)
 
     def fsmount(self, backing: int, label: str) -> int:

@@ -16,6 +16,7 @@ from typing import Any, Final
 from watcher.managers.systemd.sandbox_settings import Again
 from watcher.managers.systemd.unit_drop_in import MOUNT_OPTIONS
 from watcher.model import Copy, Kind
+from watcher.settings import device_mapper
 
 Value = tuple[str, Any]
 """A D-Bus signature, and what has that."""
@@ -85,7 +86,12 @@ def of_next_start(
     # Its directory is there already if the service runs, or is started meanwhile, and must outlive the command.
     found["RuntimeDirectoryPreserve"] = "s", "yes"
     images = [one for one in _list(found, "ExtensionImages") if not one[0].startswith(f"{slots}/")]
-    images += [(one.path, False, [("root", MOUNT_OPTIONS)]) for one in layers if one.kind is Kind.IMAGE]
+    verifies = device_mapper.is_there()
+    images += [
+        (one.protected if one.protected and verifies else one.path, False, [("root", MOUNT_OPTIONS)])
+        for one in layers
+        if one.kind is Kind.IMAGE
+    ]
     trees = [
         one for one in _list(found, "ExtensionDirectories") if not one.lstrip("-+").startswith(f"{slots}/")
     ]
