@@ -330,6 +330,8 @@ def test_a_declared_sysext_image_passes_through_as_the_pick_of_the_moment(host: 
 def test_a_start_that_is_on_trial_is_held_if_it_fails(host: Host, trial: Trial | None, holds: bool) -> None:
     host.unit("web.service", PLAIN, "web.raw")
     assert "ExecStopPost=" in host.dropin("web.service")  # the first image may come at any time
+    host.accept("web.service")  # the directory was seen, and nothing in it
+    assert "ExecStopPost=" in host.dropin("web.service")
     host.accept("web.service", "web.raw")
     Stacks(str(host.state)).change("web.service", lambda state: replace(state, trial=trial))
     assert ("ExecStopPost=" in host.dropin("web.service")) is holds

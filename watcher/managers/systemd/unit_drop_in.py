@@ -67,7 +67,7 @@ class Recorded(NamedTuple):
     Attributes:
         slots: of the last accepted stack, bottom to top, with or without a layer; None if no stack was ever accepted.
         sysexts: paths that the unit declares, and in which the daemon has found sysexts.
-        on_trial: the next start may be on a stack that has to prove itself.
+        on_trial: the next start may be on a stack that has to prove itself: it has none yet, or that one.
     """
 
     slots: list[tuple[str, Kind]] | None = None
@@ -234,7 +234,7 @@ def read(state_directory: str, unit: str, complain: Callable[[str], None] = lamb
         return Recorded(
             slots if accepted["when"] else None,
             frozenset(record["sysexts"]),
-            not accepted["when"] or (trial is not None and trial.get("verdict") is None),
+            not accepted["stack"]["layers"] or (trial is not None and trial.get("verdict") is None),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         complain(f"{path}: not a record of a service, what lies in the directories is listed: {error!r}")
