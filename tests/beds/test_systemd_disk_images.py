@@ -157,7 +157,7 @@ def test_one_flipped_bit_is_refused(host: Host) -> None:
     journal = run(host, UNIT, {"web.conf": "one"})
     path = made(host, "verity", "two")
     content = bytearray(path.read_bytes())
-    content[content.index(b"verity\0\0") + 90] ^= 1  # in its salt
+    content[content.index(b"verity\0\0\1\0\0\0\1") + 90] ^= 1  # in its salt
     path.write_bytes(content)
     host.drop(path, WEB, "site.raw.v/site_2.raw")
     journal.until(lambda entry: "by its hash tree: copy it again" in entry["MESSAGE"])

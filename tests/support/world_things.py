@@ -137,6 +137,7 @@ class Records:
     damaged: set[str] = field(default_factory=set)
     superseded: set[tuple[str, str]] = field(default_factory=set)
     state_directory = "/nowhere"
+    copies = "/nowhere/store"
 
     def state(self, slots: str) -> State:
         return self.states.get(slots, State())

@@ -138,7 +138,14 @@ def links(store: str, layer: Layer) -> Iterator[tuple[str, str]]:
             yield sidecars.stem(layer.slot) + name.removeprefix(STEM), f"{_STORE}/{layer.digest}/{name}"
 
 
-def digest_in(link: str) -> str:
+def slots(stack: str) -> dict[str, str]:
+    """Digest by slot, as the links of a stack at that path have it: a start goes by these, not by the record."""
+    names = (name for name in os.listdir(stack) if not name.startswith("."))
+    found = {name: _digest_in(os.readlink(f"{stack}/{name}")) for name in names}
+    return {name: digest for name, digest in found.items() if digest}
+
+
+def _digest_in(link: str) -> str:
     """The digest of the layer that a link of `links()` stands for, "" for one of what lies beside an image."""
     digest, _, name = link.removeprefix(f"{_STORE}/").partition("/")
     return digest if name in ("", IMAGE, PROTECTED) else ""

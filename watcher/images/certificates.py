@@ -5,8 +5,8 @@ As in systemd (conf_files_list() with CONF_FILES_REGULAR and CONF_FILES_FILTER_M
 certificate (PEM) in a file. A name in an earlier directory hides the same name in later ones; an empty file or a link
 to /dev/null masks it. A file that cannot be read counts for nothing, which is said once.
 
-That a certificate lies there is all that makes it trusted: neither chain nor purpose is looked at, and of the time that
-it is made for only where `VerityRequireValid=` asks for that.
+That a certificate lies there is all that makes it trusted, as for systemd: neither chain nor purpose is looked at, nor
+the time that it is made for.
 """
 
 from __future__ import annotations

@@ -220,7 +220,7 @@ class Stacks:
                 for name in surplus:
                     self._remove_stack(f"{self.directory}/{unit}/{name}")
                 for name in kept:
-                    used |= set(_links(f"{self.directory}/{unit}/{name}").values())
+                    used |= set(bundles.slots(f"{self.directory}/{unit}/{name}").values())
                 if not kept:
                     self._remove(unit)
                 elif surplus:
@@ -312,7 +312,7 @@ class Stacks:
         path = f"{self.directory}/{unit}/{name}"
         number, _, of_stack = name.partition("-")
         try:
-            links, when = _links(path), os.stat(path).st_mtime_ns // 1000
+            links, when = bundles.slots(path), os.stat(path).st_mtime_ns // 1000
         except OSError as gone:
             if gone.errno not in DAMAGE:
                 raise
@@ -393,10 +393,3 @@ def _checked(name: str) -> str:
     if not name or name.startswith(".") or "/" in name or "\0" in name:
         raise ValueError(f"{shown(name)!r} cannot be the name of a unit or slot")
     return name
-
-
-def _links(path: str) -> dict[str, str]:
-    """Digest by slot, as the links of a stack have it: a start goes by these, not by the record."""
-    names = (name for name in os.listdir(path) if not name.startswith("."))
-    found = {name: bundles.digest_in(os.readlink(f"{path}/{name}")) for name in names}
-    return {name: digest for name, digest in found.items() if digest}
