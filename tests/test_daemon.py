@@ -37,7 +37,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield lines
 
 
-def made(collect: Callable[..., object] = lambda mounted: ()) -> Daemon:
+def made(collect: Callable[..., object] = lambda mounted, worn: ()) -> Daemon:
     async def run(function: Callable[..., None], *arguments: object) -> None:
         function(*arguments)
 
@@ -79,7 +79,7 @@ async def test_it_is_ready_before_systemd_loses_patience(
     await daemon._when_looked()
     patience = re.search(r"^TimeoutStartSec=(\d+)$", UNIT.read_text(), re.MULTILINE)
     assert patience is not None
-    assert said[-1] == "ready"
+    assert said[-1] == "ready" and "not looked at within 30 s" in said[0] and said[0].endswith(": web")
     assert trio.current_time() - begun <= int(patience[1]) / 2
 
 
@@ -92,7 +92,7 @@ async def test_it_is_ready_at_once_without_services(said: list[str]) -> None:
 async def test_what_cannot_be_tidied_up_is_said_once(said: list[str], error: Exception) -> None:
     broken = True
 
-    def collect(mounted: frozenset[str]) -> tuple[str, ...]:
+    def collect(mounted: frozenset[str], worn: frozenset[str]) -> tuple[str, ...]:
         if broken:
             raise error
         return ()
@@ -113,7 +113,7 @@ async def test_it_tidies_up_once_for_what_is_dropped_one_after_the_other(
 ) -> None:
     tidied: list[bool] = []
 
-    def collect(mounted: frozenset[str]) -> tuple[str, ...]:
+    def collect(mounted: frozenset[str], worn: frozenset[str]) -> tuple[str, ...]:
         tidied.append(bool(daemon._running))
         return ()
 
@@ -142,7 +142,7 @@ async def test_it_tidies_up_once_for_what_is_dropped_one_after_the_other(
 
 
 async def test_a_start_of_a_service_puts_tidying_up_off_in_silence(said: list[str]) -> None:
-    def collect(mounted: frozenset[str]) -> NoReturn:
+    def collect(mounted: frozenset[str], worn: frozenset[str]) -> NoReturn:
         raise Busy("copies are being made")
 
     await made(collect)._tidy(frozenset())

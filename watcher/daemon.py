@@ -22,6 +22,7 @@ from watcher.control.peers import Readers
 from watcher.control.server import serve
 from watcher.images.admission import Admission
 from watcher.images.complete import Complete
+from watcher.images.scrub import Scrub
 from watcher.images.store import Store
 from watcher.images.upgrade import upgrade
 from watcher.managers.base import Manager, Service
@@ -161,6 +162,7 @@ class Daemon:
         self._fresh = Fresh(
             tools, self._rounds.memories, self._settled_change, self._say_remarks, self._is_busy
         )
+        self._scrub = Scrub(tools.store, lambda: self._settings.scrub_usec, self._look_at_everything)
         self._readers = Readers()
         tools.offload.returned = self.changed
         self._settle = Settle()
@@ -181,6 +183,7 @@ class Daemon:
 
     async def run(self) -> None:
         """Run until SIGTERM or SIGINT. Services keep their stacks."""
+        self._scrub.begin()
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._tools.manager.run, self.changed)
@@ -191,12 +194,13 @@ class Daemon:
                 nursery.start_soon(self._follow_directories)
                 nursery.start_soon(self._start_rounds, nursery)
                 nursery.start_soon(self._fresh.run)
-                nursery.start_soon(self._when_looked)
+                nursery.start_soon(self._ready_then_scrub)
                 nursery.start_soon(self._when_idle)
                 nursery.start_soon(sd_notify.keep_alive)
                 await self._follow_signals(signals)
                 sd_notify.stopping()
                 nursery.cancel_scope.cancel()
+        self._scrub.close()
 
     def changed(self, name: str, quiet_usec: int = 0) -> None:
         """Look at a service, after `quiet_usec` microseconds without another change of it."""
@@ -282,15 +286,26 @@ class Daemon:
         if not self._unseen:
             self._all_seen.set()
 
+    async def _ready_then_scrub(self) -> None:
+        """Reading what nobody waits for comes last."""
+        await self._when_looked()
+        await self._scrub.run()
+
     async def _when_looked(self) -> None:
         """Tell systemd that start-up is complete, once each service was looked at.
 
         Units start after the watcher, so that they get what was dropped while the host was down. Reloads and health
         watches that follow, and files that do not answer, must delay no unit, nor let systemd end the watcher.
+
+        A look reads all copies that a service would start on: that they are whole is known then.
         """
         if self._unseen:
             with trio.move_on_after(_LOOKED_AT_SEC):
                 await self._all_seen.wait()
+        if self._unseen:
+            names = ", ".join(shown(name) for name in sorted(self._unseen))
+            late = f"not looked at within {_LOOKED_AT_SEC:g} s, so their copies may not have been read again"
+            journal.log.warning(f"{late}; if they start now, it is on what was accepted last: {names}")
         count = len(self._tools.manager.services)
         journal.log.info(f"watching for {count} {'service' if count == 1 else 'services'}")
         if why := why_nothing_new():
@@ -317,7 +332,10 @@ class Daemon:
         untidy = ""
         try:
             await self._rounds.forget_gone(units=on_systemd(self._settings))
-            removed = await trio.to_thread.run_sync(tools.store.collect, mounted, abandon_on_cancel=True)
+            worn = self._rounds.worn
+            removed = await trio.to_thread.run_sync(
+                tools.store.collect, mounted, worn, abandon_on_cancel=True
+            )
             tools.admission.forget(removed)
             await tools.workers.run(tools.workers.images.retain, mounted)
         except (Later, Hung, OSError) as error:
@@ -350,6 +368,7 @@ class Daemon:
         self._tools.store.configure(settings.store_max, settings.image_max, settings.keep_stacks)
         self._tools.watcher.retry()
         self._fresh.retry()
+        self._scrub.wake()
         journal.log.info("settings read again")
         self._look_at_everything()
 

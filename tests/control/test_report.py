@@ -70,6 +70,7 @@ FULL = Facts(
     fallback=Stack((LAYER,)),
     pinned=Stack((LAYER,)),
     damaged=(STACK.id,),
+    worn=True,
     again=("b" * 64,),
     entries=(ENTRY, ENTRY),
     mounted={ODD: "/srv"},

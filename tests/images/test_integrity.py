@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Copies are what their names say, or they are not there."""
+"""Copies are what their names say, or they are not used."""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
@@ -15,6 +16,7 @@ from images.test_store import MIB, add, dropped
 from support.images import confext
 from watcher.images.store import Store
 from watcher.model import Kind, Layer, Stack
+from watcher.mounts import syscalls
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def test_whole_copies_are_left_alone(store: Store, later: Store, tmp_path: Path)
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_damaged_copy_is_gone_and_can_be_made_anew(
+def test_a_damaged_copy_is_not_used_and_can_be_made_anew(
     store: Store, later: Store, tmp_path: Path, known: bool
 ) -> None:
     path = dropped(tmp_path, b"the content")
@@ -57,10 +59,63 @@ def test_a_damaged_copy_is_gone_and_can_be_made_anew(
     damage(Path(copy.path))
     using = store if known else later
     assert not using.verify(copy.digest)
-    assert not Path(copy.path).exists()
     assert not using.is_whole(Stack((Layer("web.raw", "web", "1", copy.digest, Kind.IMAGE, ""),)))
+    assert Path(copy.path).exists()  # a slot leads to it: else a start would lack a layer
     assert add(using, path) == copy
     assert using.verify(copy.digest) and Path(copy.path).read_bytes() == b"the content"
+
+
+@pytest.mark.parametrize("kind", [Kind.IMAGE, Kind.DIRECTORY])
+def test_its_name_is_never_missing_while_it_is_made_anew(
+    store: Store, tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_image = kind is Kind.IMAGE
+    source = (
+        dropped(tmp_path, b"the content")
+        if is_image
+        else confext(tmp_path / "web", "web", {"etc/web.conf": b"x"})
+    )
+    copy = add(store, source)
+    inode = os.stat(copy.path).st_ino
+    damage(Path(copy.path) if is_image else Path(copy.path, "etc/web.conf"))
+    store.whole.doubt([copy.digest])
+    seen: list[bool] = []
+    rename = os.rename
+
+    def watched(*args: object, **kwargs: object) -> None:
+        rename(*args, **kwargs)  # type: ignore[arg-type]
+        seen.append(os.path.exists(copy.path))
+
+    monkeypatch.setattr(os, "rename", watched)
+    add(store, source)
+    monkeypatch.undo()
+    assert all(seen) and os.stat(copy.path).st_ino != inode
+    (away,) = (name for name in names(tmp_path) if name != copy.digest)
+    assert copy.digest in away and os.stat(tmp_path / "state/store" / away).st_ino == inode
+
+
+@pytest.mark.parametrize("kind", [Kind.IMAGE, Kind.DIRECTORY])
+def test_it_is_made_anew_where_names_cannot_be_exchanged(
+    store: Store, tmp_path: Path, kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_image = kind is Kind.IMAGE
+    source = (
+        dropped(tmp_path, b"the content")
+        if is_image
+        else confext(tmp_path / "web", "web", {"etc/web.conf": b"x"})
+    )
+    copy = add(store, source)
+    damage(Path(copy.path) if is_image else Path(copy.path, "etc/web.conf"))
+    store.whole.doubt([copy.digest])
+
+    def refused(one: str, other: str, dirfd: int) -> None:
+        raise OSError(errno.EINVAL, "", other)
+
+    monkeypatch.setattr(syscalls, "rename_exchange", refused)
+    add(store, source)
+    assert store.verify(copy.digest)
+    (away,) = (name for name in names(tmp_path) if name != copy.digest)
+    assert copy.digest in away
 
 
 def test_a_copy_that_is_added_again_is_read(store: Store, later: Store, tmp_path: Path) -> None:
@@ -87,8 +142,12 @@ def test_a_damaged_tree_stays_while_something_is_mounted_from_it(
     assert not later.verify(copy.digest)
     add(later, source)
     assert len(names(tmp_path)) == 2
-    later.collect([copy.digest])
+    store.collect([copy.digest])  # it does not know yet that a service may show the damaged one
+    assert store.whole.replaced_since([copy.digest], 0)
+    later.collect([copy.digest], worn=[copy.digest])
     assert len(names(tmp_path)) == 2
+    later.collect([copy.digest])
+    assert names(tmp_path) == [copy.digest]
     later.collect([])
     assert names(tmp_path) == []
 
@@ -103,5 +162,5 @@ def test_many_who_ask_at_once_get_the_same_answer(later: Store, store: Store, tm
     for thread in threads:
         thread.join()
     assert answers == [False] * 8
-    assert [name.split("-")[2] for name in names(tmp_path)] == [copy.digest]
+    assert names(tmp_path) == [copy.digest]
     shutil.rmtree(tmp_path / "state")

@@ -124,7 +124,7 @@ class TestImages:
         """A drop for many services: nothing takes the place of a copy that is mounted already."""
         paths = [dropped(tmp_path, b"same", name) for name in ("a.raw", "b.raw")]
         both_miss_it = threading.Barrier(2)
-        verify, made = Whole.verify, Whole.made
+        verify, place = Whole.verify, Whole.place
         inodes = []
 
         def verify_slowly(whole: Whole, digest: str) -> bool:
@@ -134,18 +134,18 @@ class TestImages:
                     both_miss_it.wait(1)
             return found
 
-        def note_inode(whole: Whole, digest: str) -> None:
-            made(whole, digest)
+        def note_inode(whole: Whole, made: str, digest: str) -> None:
+            place(whole, made, digest)
             inodes.append(os.stat(tmp_path / "state/store" / digest).st_ino)
 
         monkeypatch.setattr(Whole, "verify", verify_slowly)
-        monkeypatch.setattr(Whole, "made", note_inode)
+        monkeypatch.setattr(Whole, "place", note_inode)
         threads = [threading.Thread(target=add, args=(store, path)) for path in paths]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(30)
-        assert len(inodes) == 1
+        assert len(inodes) == 2 and len(set(inodes)) == 1
         assert inside(tmp_path) == {hashlib.sha256(b"same").hexdigest()}
 
     def test_a_damaged_copy_is_replaced(self, store: Store, tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ These tests are also those of mounts/namespaces.py.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +44,7 @@ def bring(workers: MountWorkers, layers: Layers) -> Callable[..., Converged]:
         others: tuple[Service, ...] = (),
         begin: Callable[[], None] = lambda: None,
         patient: bool = False,
+        anew: bool = False,
         other_mains: Sequence[Service] = (),
     ) -> Converged:
         """`other_mains`: services of their own."""
@@ -58,6 +61,7 @@ def bring(workers: MountWorkers, layers: Layers) -> Callable[..., Converged]:
             begin,
             compared,
             patient=patient,
+            anew=anew,
             kept=lambda: kept,
             other_mains=lambda: [other.pid for other in other_mains],
         ).result()
@@ -77,6 +81,25 @@ def test_a_service_that_shows_the_stack_is_left_as_it_is(
     assert bring(service, layer, begin=lambda: told.append(True)).swaps == 0
     assert service("read('/proc/self/mountinfo')") == before
     assert not told
+
+
+@pytest.mark.parametrize("propagation", ["shared", "slave", "private"])
+def test_a_stack_that_is_shown_is_mounted_anew_where_its_copy_was_damaged(
+    start: Start, service: Service, layers: Layers, bring: Bring, propagation: str
+) -> None:
+    layer = layers.tree({"web.conf": "damaged"})
+    nested = start(*([] if propagation == "shared" else [propagation]), inside=service)
+    bring(service, layer, others=(nested,))
+    copy = Path(layers.copies[layer.digest].path)
+    copy.rename(copy.with_name("damaged"))
+    shutil.copytree(copy.with_name("damaged"), copy)
+    (copy / "etc/web.conf").write_text("whole")
+    told: list[bool] = []
+    converged = bring(service, layer, others=(nested,), anew=True, begin=lambda: told.append(True))
+    assert converged.anew and not converged.left_out and converged.swaps in (1, 2) and told
+    for process in (service, nested):
+        assert process.read("/etc/web.conf") == "whole"
+    assert bring(service, layer, others=(nested,)).swaps == 0
 
 
 def test_what_it_showed_before_is_told(service: Service, layers: Layers, bring: Bring) -> None:

@@ -485,7 +485,18 @@ TABLE: dict[str, dict[str, tuple[Facts, Step]]] = {
             Accept(OLD),
         ),
         "what is offered": (facts(OLD, wanted=NEW, damaged=(NEW.id,)), Done()),
-        "everything": (facts(NEW, fallback=EMPTY, damaged=(NEW.id,)), Accept(EMPTY)),
+        "everything": (facts(NEW, fallback=EMPTY, damaged=(NEW.id,), shown=None), Done()),
+        "everything, put on it by hand": (facts(NEW, pinned=NEW, fallback=EMPTY, damaged=(NEW.id,)), Done()),
+        "everything, and it is stopped": (
+            facts(NEW, fallback=EMPTY, damaged=(NEW.id,), **DOWN),
+            Accept(EMPTY),
+        ),
+        "everything but what is offered": (
+            facts(NEW, wanted=OTHER, fallback=EMPTY),
+            Accept(OTHER, new=True),
+        ),
+        "what it shows, and there is a new copy": (facts(NEW, worn=True), Swap()),
+        "what it had shown, and it is stopped": (facts(NEW, worn=True, **DOWN), Done()),
     },
     "kept out for now": {
         "it is the same start": (facts(OLD, state=NOT_NOW), Done()),

@@ -86,7 +86,7 @@ def test_the_manager_is_told_of_a_stack_whose_acceptance_came_back_late() -> Non
 
 def test_steps_without_an_end_are_a_mistake_that_says_what_was_known(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = object.__new__(Rounds)
-    known = SimpleNamespace(bids=False, reachable=True)
+    known = SimpleNamespace(bids=False, reachable=True, has_nothing_whole=False)
     rounds._observer = cast(Any, SimpleNamespace(look=lambda *_: True, observe=lambda *_: known))
     rounds._steps_of = cast(Any, SimpleNamespace(accept=lambda *_: iter(())))
     monkeypatch.setattr(decide, "decide", lambda facts: decide.Accept(Stack()))

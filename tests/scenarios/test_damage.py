@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from scenarios.place import Place, Service, tree
+from scenarios.place import Daemon, Place, Service, tree, until
 from support.needs import root, tool
 
 pytestmark = [root, tool("mksquashfs"), pytest.mark.parametrize("place", ["images"], indirect=True)]
@@ -178,3 +178,91 @@ def test_what_a_running_service_sees_of_a_damaged_tree_stays(place: Place) -> No
     place.bring(tree("other", "1", name="other"), place.drops(NAME) / "other")
     service.reloaded("whole")
     assert service.has("1", "other.conf") and service.has("whole")
+
+
+# --- found in the background ---
+
+
+def scrubbing(place: Place) -> Daemon:
+    place.configure("SettleSec=20ms", "ScrubSec=1s")
+    return place.start_daemon()
+
+
+def store_of(place: Place) -> list[str]:
+    return [path.name for path in (place.state / "store").iterdir() if path.name not in (".lock", ".names")]
+
+
+@pytest.mark.parametrize("kind", ["image", "tree"])
+def test_a_running_service_gets_the_copy_that_was_made_anew(place: Place, kind: str) -> None:
+    daemon = scrubbing(place)
+    service = starts(place)
+    dropped = service.put("1.3")
+    service.reloaded("1.3")
+    copy = copy_of(place, dropped)
+    damaged = copy
+    if kind == "tree":
+        dropped.unlink()
+        service.reloaded("nothing")
+        place.bring(tree("web_1.3", "1.3"), place.drops(NAME) / "web")
+        service.reloaded("1.3")
+        (copy,) = (path for path in (place.state / "store").iterdir() if path.is_dir())
+        damaged = copy / "etc/web.large"
+    inode = copy.stat().st_ino
+    flipped(damaged, 100)
+    service.logged("its copy in the store was damaged and is whole again, same stack applied anew", "SIGHUP")
+    service.reloaded("1.3")
+    assert service.has("1.3") and copy.stat().st_ino != inode
+    assert service.etc("web.large").read_bytes() == (tree("web_1.3", "1.3") / "etc/web.large").read_bytes()
+    assert len([line for line in daemon.log.read() if "is damaged and not used any more" in line]) == 1
+    until(lambda: copy.name in store_of(place) and not [one for one in store_of(place) if one[0] == "."])
+    assert service.heard.count("1.3") == (2 if kind == "image" else 3)
+
+
+def test_one_damaged_copy_that_services_share_is_made_anew_once_for_all(place: Place) -> None:
+    daemon = scrubbing(place)
+    services = [place.start(name=f"web-{number}.service") for number in range(3)]
+    for service in services:
+        dropped = service.put("1.3")
+    for service in services:
+        service.reloaded("1.3")
+    flipped(copy_of(place, dropped), 100)
+    for service in services:
+        service.reloaded("1.3")
+    said = [line for line in daemon.log.read() if "was made anew, in the place of the damaged one" in line]
+    assert len(said) == 1
+
+
+def test_a_running_service_goes_back_where_its_file_is_damaged_too(place: Place) -> None:
+    scrubbing(place)
+    service = starts(place)
+    older = service.put("1.2")
+    service.reloaded("1.2")
+    dropped = service.put("1.3")
+    service.reloaded("1.3")
+    copy = copy_of(place, dropped)
+    older.unlink()
+    truncated(dropped)
+    flipped(copy, 100)
+    service.reloaded("1.2")
+    service.logged("1.3 -> 1.2", "is damaged")
+    service.put("1.3")
+    service.reloaded("1.3")
+    assert is_whole(copy)
+
+
+def test_a_running_service_keeps_what_it_has_where_nothing_is_whole(place: Place) -> None:
+    daemon = scrubbing(place)
+    service = starts(place)
+    dropped = service.put("1.3")
+    service.reloaded("1.3")
+    copy = copy_of(place, dropped)
+    truncated(dropped)
+    flipped(copy, 100)
+    service.logged("nothing else in the store is whole", "a service that runs keeps what it has")
+    place.bring(tree("other", "1", name="other"), place.drops(NAME) / "other")
+    said = [line for line in daemon.log.read() if "nothing else in the store is whole" in line]
+    assert len(said) == 1
+    service.put("1.4")
+    service.reloaded("1.4")
+    assert service.has("1", "other.conf")
+    assert service.heard == ["nothing", "1.3", "1.4"]

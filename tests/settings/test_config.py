@@ -36,6 +36,7 @@ def test_the_watchers_settings() -> None:
         SettleTreeSec=3s
         SettleTreeMaxSec=1h
         RemoveSec=0
+        ScrubSec=2w 1d
         StoreMax=2G
         ImageMax=64M
         KeepStacks=5
@@ -51,6 +52,7 @@ def test_the_watchers_settings() -> None:
         settle_tree_usec=3_000_000,
         settle_tree_max_usec=3_600_000_000,
         remove_usec=0,
+        scrub_usec=15 * 86_400_000_000,
         store_max=2 << 30,
         image_max=64 << 20,
         keep_stacks=5,

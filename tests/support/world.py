@@ -241,7 +241,7 @@ class World:
         if file is None:
             raise Busy("it has just been renamed")
         at_hand.add(file.digest)
-        self.store.damaged.discard(file.digest)  # it is copied anew
+        self.store.heal(file.digest)
         return Copy(file.digest, "/store", 1, Kind.IMAGE)
 
     def _begin(self, stack: Stack, keys: Sequence[str], *_: object) -> Stack:
@@ -291,14 +291,23 @@ class World:
         return Ended("check failed", "") if self._has(stack, "check fails") else Ended("", "")
 
     def _converge(
-        self, workers: Any, main: Main, pids: Any, stack: Stack, copies: Any, owe: Any, *_: Any, **__: Any
+        self,
+        workers: Any,
+        main: Main,
+        pids: Any,
+        stack: Stack,
+        copies: Any,
+        owe: Any,
+        *_: Any,
+        anew: bool,
+        **__: Any,
     ) -> Any:
         assert not main.unit.host and stack.id in self.store.ever[main.unit.service.slots]
         # The real one opens the namespace first, and so meets that even if there is nothing to swap
         # (tests/mounts/test_converge.py).
         if not main.alive():
             raise Gone("it has ended")
-        before, swaps = main.unit.shown, int(main.unit.shown.id != stack.id)
+        before, swaps = main.unit.shown, int(anew or main.unit.shown.id != stack.id)
         if swaps:
             owe()
             self.tick()
@@ -306,7 +315,7 @@ class World:
                 main.unit.shown = stack
         self.tick()
         mounted: Any = SimpleNamespace(stack=before.id, layers=())
-        return Converged(mounted, swaps)
+        return Converged(mounted, swaps, anew=anew)
 
     def _tell(self, service: Service, main: Main) -> Reloaded | None:
         """A standalone service is told by a signal."""

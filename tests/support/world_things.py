@@ -6,10 +6,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from watcher.images import integrity
 from watcher.managers.base import Service
 from watcher.model import Candidate, Declared, Entry, Kind, Stack
 from watcher.records.state import Accepted, State
@@ -102,6 +103,7 @@ class Main:
     unit: Unit
     start: int
     pid: int = 1
+    started: int = field(default_factory=lambda: int(integrity.now() * os.sysconf("SC_CLK_TCK")))
 
     def alive(self) -> bool:
         return self.unit.alive and self.unit.starts == self.start
@@ -135,6 +137,7 @@ class Records:
     kept: dict[str, list[Stack]] = field(default_factory=dict)
     ever: dict[str, dict[str, Stack]] = field(default_factory=dict)
     damaged: set[str] = field(default_factory=set)
+    replaced: dict[str, float] = field(default_factory=dict)
     superseded: set[tuple[str, str]] = field(default_factory=set)
     state_directory = "/nowhere"
     copies = "/nowhere/store"
@@ -179,6 +182,19 @@ class Records:
     ) -> Gathering[State]:
         yield from ()
         return self.accept(slots, stack, entries, change)
+
+    @property
+    def whole(self) -> Records:
+        return self
+
+    def replaced_since(self, digests: Iterable[str], since: float) -> bool:
+        return any(self.replaced.get(digest, -1.0) >= since for digest in digests)
+
+    def heal(self, digest: str) -> None:
+        """It is copied anew."""
+        if digest in self.damaged:
+            self.damaged.discard(digest)
+            self.replaced[digest] = integrity.now()
 
     def verify(self, digest: str) -> bool:
         return digest not in self.damaged

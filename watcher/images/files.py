@@ -6,9 +6,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import mmap
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from watcher.model import Busy
@@ -24,6 +25,8 @@ _NO_CLONE = frozenset(
     {errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM, errno.ETXTBSY}
 )
 
+_BLOCK = 4096
+
 _SHORTER = "became shorter while it was read"
 _ZEROS = memoryview(bytes(1 << 16))
 
@@ -35,10 +38,10 @@ class Hasher(Protocol):
 
 
 class _Buffer(threading.local):
-    """One for each thread: the page faults of fresh memory cost more than reading 1 MiB."""
+    """One for each thread: the page faults of fresh memory cost more than reading 1 MiB. O_DIRECT needs whole pages."""
 
     def __init__(self) -> None:
-        self.view = memoryview(bytearray(CHUNK))
+        self.view = memoryview(mmap.mmap(-1, CHUNK))
 
 
 _buffer = _Buffer()
@@ -109,6 +112,52 @@ def hash_file(source: int, size: int, hasher: Hasher) -> None:
         hasher.update(chunk)
 
 
+def hash_from_disk(source: int, size: int, hasher: Hasher, pace: Callable[[], object] = lambda: None) -> None:
+    """`hash_file()` of what is on the disk now, which is what the next boot will read.
+
+    What the kernel remembers of a file may be older, and good; and to fill its memory with what nobody uses would slow
+    everything down. So we read past it (open(2), O_DIRECT). A file system that cannot do that is asked to forget the
+    file before and after (posix_fadvise(2)); it keeps what is mapped, or not on the disk yet.
+
+    Args:
+        pace: called after each piece of at most `CHUNK` bytes. It may wait, or end the reading by an exception.
+
+    Raises:
+        Busy, OSError: as `hash_file()`.
+    """
+    if not _direct(source, wanted=True):
+        os.posix_fadvise(source, 0, 0, os.POSIX_FADV_DONTNEED)
+    for _, chunk, _ in _chunks(source, size):
+        hasher.update(chunk)
+        pace()
+    if not _direct(source, wanted=False):
+        os.posix_fadvise(source, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _direct(fd: int, *, wanted: bool) -> bool:
+    """Switch O_DIRECT on or off. Returns whether it was switched."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    if bool(flags & os.O_DIRECT) is wanted:
+        return False
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags ^ os.O_DIRECT)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False
+    return True
+
+
+def _read(source: int, view: memoryview, offset: int) -> int:
+    try:
+        return os.preadv(source, [view], offset)
+    except OSError as error:
+        # Pieces that this disk does not take. That says nothing of the file.
+        if error.errno != errno.EINVAL or not _direct(source, wanted=False):
+            raise
+        return os.preadv(source, [view], offset)
+
+
 def _clone(source: int, target: int) -> bool:
     """Make the empty file `target` share all blocks of `source`; False where the file systems cannot do that."""
     try:
@@ -128,8 +177,9 @@ def _chunks(source: int, size: int) -> Iterator[tuple[int, memoryview, bool]]:
             if hole:
                 chunk = _ZEROS[: end - offset]
             else:
-                view = _buffer.view[: end - offset]
-                chunk = view[: os.preadv(source, [view], offset)]
+                # Whole blocks, for O_DIRECT: what lies behind the end of the extent is left out.
+                view = _buffer.view[: -(-(end - offset) // _BLOCK) * _BLOCK]
+                chunk = view[: min(_read(source, view, offset), end - offset)]
                 if not chunk:
                     raise Busy(_SHORTER)
             yield offset, chunk, hole

@@ -13,7 +13,6 @@ owner of the store alone can read it: trees keep their modes, set-id bits includ
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import os
@@ -73,7 +72,6 @@ class Store:
         self._directory = self._names.directory
         self._whole = Whole(self._directory)
         self._room = threading.Lock()
-        self._placing = threading.Lock()
         self._copies: dict[str, Copy] = {}
 
     def configure(self, store_max: int, image_max: int, keep_stacks: int) -> None:
@@ -133,7 +131,7 @@ class Store:
             with self._set_aside(size, Kind.DIRECTORY) as (name, made):
                 digest, files = bundles.write(made, fd, lease, parts)
                 durable.fsync_tree(made, files)
-                self._place(name, digest)
+                self._whole.place(name, digest)
             return self._copy(digest)
 
     def add_tree(self, root: int, signature: tree.Signature) -> Copy:
@@ -151,13 +149,18 @@ class Store:
         return self._made(digest, signature.size, Kind.DIRECTORY)
 
     def verify(self, digest: str) -> bool:
-        """Whether there is a whole copy of that digest. A damaged one is put away. Blocks: see integrity.py.
+        """Whether there is a whole copy of that digest. Blocks: see integrity.py.
 
         Raises:
             Later: the store cannot be looked into.
         """
         with translated("the store cannot be looked into"):
             return self._whole.verify(digest)
+
+    @property
+    def whole(self) -> Whole:
+        """Which copies are whole, and which took the place of damaged ones."""
+        return self._whole
 
     def is_whole(self, stack: Stack) -> bool:
         """Whether all copies of a stack are there and whole. Blocks, raises as `verify()`."""
@@ -283,17 +286,23 @@ class Store:
         with translated(f"the stacks of {shown(unit)} cannot be removed"):
             self._states.forget(unit)
 
-    def collect(self, mounted: Iterable[str]) -> tuple[str, ...]:
-        """Remove the copies that no slot, no kept stack and none of the digests `mounted` refers to; their digests.
+    def collect(self, mounted: Iterable[str], worn: Iterable[str] = ()) -> tuple[str, ...]:
+        """Remove the copies that no slot, no kept stack and none of the digests `mounted` refers to.
+
+        Args:
+            worn: digests of which a service still shows the damaged copy, though there is a new one.
+
+        Returns:
+            The digests removed.
 
         Raises:
             Busy: copies are being made; nothing was removed.
             Later: the file system does not let us.
         """
         with translated("copies that nobody needs cannot be removed"):
-            removed = self._names.collect(
-                lambda: self._states.stacks.prune(self.keep_stacks), frozenset(mounted)
-            )
+            used = frozenset(mounted)
+            showing = self._whole.find_replaced() & used | frozenset(worn)
+            removed = self._names.collect(lambda: self._states.stacks.prune(self.keep_stacks), used, showing)
         for digest in removed:
             self._copies.pop(digest, None)
         return removed
@@ -365,7 +374,7 @@ class Store:
             os.fchmod(made, 0o400)  # open(2) has applied the umask
             copy_file(fd, made, size, hasher, lease, sync=True)
             digest = hasher.hexdigest()
-            self._place(name, digest)
+            self._whole.place(name, digest)
         return digest
 
     def _write_tree(self, root: int, signature: tree.Signature) -> str:
@@ -374,20 +383,8 @@ class Store:
             tree.require_unchanged(root, signature)
             if not self._whole.verify(digest):
                 durable.fsync_tree(made, signature.entries)
-                self._place(name, digest)
+                self._whole.place(name, digest)
         return digest
-
-    def _place(self, name: str, digest: str) -> None:
-        """Give a copy its name. Many services may get the same at once: what is mounted must not be replaced."""
-        with self._placing:
-            if self._whole.verify(digest):
-                return
-            try:
-                os.rename(name, digest, src_dir_fd=self._directory, dst_dir_fd=self._directory)
-            except OSError as error:
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                    raise  # else another process was first with the same tree
-            self._whole.made(digest)
 
     def _found_instead(self, error: Exception, digest: Callable[[], str]) -> str:
         """There is no room. But if the same content is in the store already, none is needed."""

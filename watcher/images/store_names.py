@@ -91,12 +91,15 @@ class Names:
         finally:
             os.close(fd)
 
-    def collect(self, needed: Callable[[], frozenset[str]], used: frozenset[str]) -> tuple[str, ...]:
+    def collect(
+        self, needed: Callable[[], frozenset[str]], used: frozenset[str], worn: frozenset[str]
+    ) -> tuple[str, ...]:
         """Remove copies that are neither needed nor used, and what killed processes left; see `Store.collect()`.
 
         Args:
             needed: called for the digests that stacks refer to, while no stack can get others.
             used: digests that are mounted.
+            worn: those of them of which the damaged copy is.
 
         Raises:
             Busy: copies are being made, and nothing else is to be removed.
@@ -113,9 +116,9 @@ class Names:
                 unneeded = tuple(name for name in names if DIGEST.fullmatch(name) and name not in keep)
                 if busy:
                     unneeded = tuple(filter(self._is_left, unneeded))
-                # A service may still run on a damaged copy of a tree: its digest is in the name.
+                # The digest of a damaged copy is in its name.
                 dead = [
-                    name for name in names if not used.intersection(name.split("-")) and self._is_dead(name)
+                    name for name in names if not worn.intersection(name.split("-")) and self._is_dead(name)
                 ]
                 if busy and not unneeded and not dead:
                     raise busy

@@ -21,14 +21,14 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from watcher.images import attributes
 from watcher.images.attributes import Xattrs
 from watcher.images.extension import RELEASE_DIRECTORY
-from watcher.images.files import copy_file, hash_file, stat_key
+from watcher.images.files import Hasher, copy_file, hash_file, stat_key
 from watcher.images.walk import DIRECTORY, Path, Walk, where
 from watcher.model import Busy, Refused
 from watcher.resolve import release
@@ -49,6 +49,9 @@ _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 # What open(2) says of a node that is no longer what stat(2) saw, or on which another process holds a write lease.
 _CHANGED = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EWOULDBLOCK})
+
+Read = Callable[[int, int, Hasher], None]
+"""Brings so many bytes of a file into a hash: `hash_file()`."""
 
 _SPECIAL = {
     stat.S_IFIFO: "a FIFO",
@@ -114,13 +117,14 @@ def wait_for_clock(signature: Signature) -> None:
         time.sleep(0.001)
 
 
-def digest(root: int, *, whole: bool = False) -> str:
+def digest(root: int, *, whole: bool = False, read: Read = hash_file) -> str:
     """Digest of the tree below `root` (64 hexadecimal digits), without copying it. Raises as `copy` does.
 
     Args:
         whole: as for `signature()`.
+        read: reads each file; the kernel's memory may have the names, and what `stat` says.
     """
-    return _Reading(whole=whole).run(root)
+    return _Reading(whole=whole, read=read).run(root)
 
 
 def digest_of(root: int, signature: Signature) -> str:
@@ -251,9 +255,15 @@ class _Reading(_Walk):
     """Reads a tree once: all content goes into the digest, and into the directory `target` if there is one."""
 
     def __init__(
-        self, target: int | None = None, size_max: int | None = None, *, whole: bool = False
+        self,
+        target: int | None = None,
+        size_max: int | None = None,
+        *,
+        whole: bool = False,
+        read: Read = hash_file,
     ) -> None:
         super().__init__(whole=whole)
+        self._read = read
         self._size_max = size_max
         self._target = target
         self._copies: dict[tuple[int, int], Path] = {}
@@ -328,7 +338,7 @@ class _Reading(_Walk):
         try:
             with Lease(fd) as lease:
                 if target is None or self._linked(st, target, path):
-                    hash_file(fd, st.st_size, self._hash)
+                    self._read(fd, st.st_size, self._hash)
                     lease.check()
                 else:
                     self._copy_file(fd, st, xattrs, lease, target, path)

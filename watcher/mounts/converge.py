@@ -7,12 +7,14 @@ the host merges or unmerges its own confexts later, the base becomes another one
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from watcher.model import Copy, Kind, Layer, Stack, problem
 from watcher.mounts.compare import shows
-from watcher.mounts.etc import Moved
+from watcher.mounts.descriptors import Descriptors
+from watcher.mounts.etc import Moved, look_up
 from watcher.mounts.namespaces import NESTED_MAX, of_service
 from watcher.mounts.process import Process
 from watcher.mounts.swap import Swapped, swap
@@ -38,6 +40,8 @@ class Converged:
         rebased: the main process showed the stack already, made from another base than there is now.
         usec: what that took, microseconds.
         remarks: about mounts below `/etc`, one line each.
+        anew: the stack was to be swapped also where it was shown.
+        left_out: a namespace keeps what it showed.
     """
 
     before: Mounted
@@ -45,6 +49,8 @@ class Converged:
     rebased: bool = False
     usec: int = 0
     remarks: tuple[str, ...] = ()
+    anew: bool = False
+    left_out: bool = False
 
 
 def converge(
@@ -59,6 +65,7 @@ def converge(
     kept: Callable[[], Iterable[Stack]],
     other_mains: Callable[[], Iterable[int]] = tuple,
     patient: bool = False,
+    anew: bool = False,
 ) -> Converged:
     """Swap wherever the wanted stack is not shown. Runs on a mount worker.
 
@@ -70,27 +77,30 @@ def converge(
         other_mains: see there.
         patient: a file is still being written that may change the stack. So what systemd mounted at the start of the
             service stays for now: it may turn out to be the right one.
+        anew: swap also where it is shown: what is shown was made of a copy that is damaged.
 
     Raises:
         Whatever `of_service()` and `swap()` do.
     """
-    work = _Work(workers, stack, copies, begin, compared, patient)
+    work = _Work(workers, stack, copies, begin, compared, patient, anew)
     with of_service(workers, main, pids, lambda: (stack, *kept()), other_mains) as found:
         work.bring_nested(found.apart)
         own = work.bring(found.main)
         rebased = own.done and work.made_on(own.before) is not None
-        work.bring_nested(found.following)
+        new = device_of(workers, found.main) if anew else None
+        work.bring_nested(one for one in found.following if new is None or device_of(workers, one) != new)
         if found.too_many:
             work.remarks.append(_TOO_MANY)
     made = [swapped for swapped in (*work.nested, own) if swapped.done]
     remarks = dict.fromkeys([*work.remarks, *(remark for swapped in made for remark in swapped.remarks)])
     usec = sum(swapped.usec for swapped in made)
-    return Converged(own.before, len(made), rebased, usec, tuple(remarks))
+    left_out = bool(work.remarks)
+    return Converged(own.before, len(made), rebased, usec, tuple(remarks), anew, left_out)
 
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What is done in each namespace; the first six are arguments of `converge()`.
+    """What is done in each namespace; the first seven are arguments of `converge()`.
 
     Attributes:
         nested: what came of nested namespaces.
@@ -103,6 +113,7 @@ class _Work:
     begin: Callable[[], None]
     compared: Compared
     patient: bool
+    anew: bool
     nested: list[Swapped] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
@@ -121,7 +132,8 @@ class _Work:
         before = swapped.before
         key = before.mount, self.stack.id
         if (
-            before.made_on is not None
+            self.anew
+            or before.made_on is not None
             or not self._may_be(before)
             or key in self.compared
             or self._waits(before)
@@ -145,7 +157,7 @@ class _Work:
         return swap(self.workers, namespace, self.stack, self.copies, self.begin, self._is_kept)
 
     def _is_kept(self, mounted: Mounted) -> bool:
-        return self._waits(mounted) or self.made_on(mounted) == mounted.base
+        return not self.anew and (self._waits(mounted) or self.made_on(mounted) == mounted.base)
 
     def _waits(self, mounted: Mounted) -> bool:
         return self.patient and mounted.layers is None
@@ -153,6 +165,12 @@ class _Work:
     def _may_be(self, mounted: Mounted) -> bool:
         """Whether it may be the wanted stack. What systemd has mounted does not say which stack it is."""
         return mounted.layers is None or (mounted.stack == self.stack.id and not mounted.doubled)
+
+
+def device_of(workers: MountWorkers, namespace: int) -> int:
+    """Of what `/etc` shows: each overlay is one of its own."""
+    with workers.entered(namespace), Descriptors() as fds:
+        return os.fstat(fds.add(look_up())).st_dev
 
 
 def as_stack(mounted: Mounted) -> Stack:

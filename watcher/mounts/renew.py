@@ -13,9 +13,8 @@ import stat
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from watcher.model import Copy, Stack
-from watcher.mounts.converge import Compared
+from watcher.mounts.converge import Compared, device_of
 from watcher.mounts.descriptors import Descriptors
-from watcher.mounts.etc import look_up
 from watcher.mounts.namespaces import of_service
 from watcher.mounts.process import Process
 from watcher.mounts.swap import open_layer, swap
@@ -65,14 +64,9 @@ def renew(
     with of_service(workers, main, pids, kept, other_mains) as found:
         for namespace in (*found.apart, found.main, *found.following):
             # Most of those that follow the main one have followed it by now.
-            if _device(workers, namespace) in devices:
+            if device_of(workers, namespace) in devices:
                 count += swap(workers, namespace, stack, copies, keep=is_other).done
     return count
-
-
-def _device(workers: MountWorkers, namespace: int) -> int:
-    with workers.entered(namespace), Descriptors() as fds:
-        return os.fstat(fds.add(look_up())).st_dev
 
 
 def _has_all(workers: MountWorkers, stack: Stack, copies: Mapping[str, Copy], paths: Iterable[str]) -> bool:

@@ -74,6 +74,7 @@ _FSPICK_CLOEXEC = 1
 _FSPICK_EMPTY_PATH = 8
 
 _RENAME_NOREPLACE = 1
+_RENAME_EXCHANGE = 2
 _NS_GET_USERNS = 0xB701
 
 _PR_SET_DUMPABLE = 4
@@ -273,6 +274,11 @@ def openat2_cached(dirfd: int, path: str, flags: int, resolve: int) -> int:
 def rename_noreplace(old: str, new: str) -> None:
     """Rename a file unless the new name is taken (renameat2(2), RENAME_NOREPLACE)."""
     _check(_libc.renameat2(AT_FDCWD, _bytes(old), AT_FDCWD, _bytes(new), _RENAME_NOREPLACE), new)
+
+
+def rename_exchange(one: str, other: str, dirfd: int) -> None:
+    """Have two names in a directory change places, in one step (renameat2(2), RENAME_EXCHANGE)."""
+    _check(_libc.renameat2(dirfd, _bytes(one), dirfd, _bytes(other), _RENAME_EXCHANGE), other)
 
 
 def mount_id(path: str, dirfd: int = AT_FDCWD) -> int:

@@ -78,7 +78,7 @@ class NeedsRestart:
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """Bring the accepted stack to each namespace of the service that does not show it."""
+    """Bring the accepted stack to each namespace of the service that does not show it, or shows a damaged copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +183,7 @@ def decide(f: Facts) -> Step:
         return Accept(target, new=f.new)
     if not f.reachable:
         return _unreachable(f)
-    if f.shown != f.accepted.id:
+    if (f.shown != f.accepted.id and not f.has_nothing_whole) or f.worn:
         return Swap()
     if f.is_owed:
         return Reload()

@@ -164,7 +164,7 @@ def _find(store: Store, admission: Admission, given: Given, modes: StrictModes) 
     pinned = next((one for one in stacks if one.id == state.pin), None) if state.pin is not None else None
     fallback = newest_whole(store, given.slots, state)
     chosen = pinned or (good if state.why_bad(record.stack) else wanted)
-    damaged = {one.id for one in (chosen, wanted) if not store.is_whole(one)}
+    damaged = {one.id for one in (chosen, wanted, record.stack) if not store.is_whole(one)}
     if chosen.id in damaged:
         look = replace(look, remarks=(*look.remarks, _damaged(store, chosen, fallback)))
     either = Stack((*chosen.layers, *fallback.layers))
@@ -373,10 +373,15 @@ def _is_lost(store: Store, slots: str, candidate: Candidate) -> bool:
 
 def _damaged(store: Store, stack: Stack, instead: Stack) -> Remark:
     lost = next(layer for layer in stack.layers if not store.verify(layer.digest))
-    then = ", ".join(layer.label for layer in instead.layers) or "the host's /etc alone"
+    then = ", ".join(layer.label for layer in instead.layers)
     what = (
         f"the copy of {lost.label} in the store is damaged, and no whole file is there to take it from again"
     )
+    if not then:
+        keeps = "a service that runs keeps what it has, a start gets the host's /etc alone"
+        return Remark(
+            "warning", lost.source, f"{what}, and nothing else in the store is whole: {keeps}; drop it again"
+        )
     return Remark("warning", lost.source, f"{what}: {then} is used instead; drop it again")
 
 

@@ -75,7 +75,8 @@ class Facts:
         wanted: the best stack that was dropped and admitted, and is not in quarantine.
         fallback: the newest accepted stack that is whole and not in quarantine; the empty one if there is none.
         pinned: the stack that an operator has put it on by hand.
-        damaged: identities of those of them that have a damaged copy.
+        damaged: identities of those of them, and of the accepted one, that have a damaged copy.
+        worn: what it shows was made of a damaged copy, and there is a new one.
         again: digests of what is kept out, and may be tried again (`retry.py`).
         entries: what lies there, with a layer or without.
         mounted: where the file systems of the files are mounted that they came from, by path (`unmounted.noted()`).
@@ -115,6 +116,7 @@ class Facts:
     fallback: Stack
     pinned: Stack | None = None
     damaged: tuple[str, ...] = ()
+    worn: bool = False
     again: tuple[str, ...] = ()
     entries: tuple[Entry, ...] = ()
     mounted: Mapping[str, str] = field(default_factory=dict)
@@ -206,6 +208,12 @@ class Facts:
         return self.wanted.id != self.accepted.id and self.wanted.id not in self.damaged
 
     @property
+    def has_nothing_whole(self) -> bool:
+        """Whether it runs on a damaged copy, and no other accepted stack has a layer: it keeps what it shows."""
+        damaged = self.accepted.id in self.damaged
+        return self.running and damaged and bool(self.accepted.layers) and not self.fallback.layers
+
+    @property
     def bids(self) -> bool:
         """Whether it has to ask for its turn (`Rollout=rolling`)."""
         return self.rolling and self.offered and not self.stays
@@ -233,7 +241,9 @@ class Facts:
         if self.proved_bad or self.stays or (self.undoing and self.pinned is None):
             return self.fallback
         chosen = self.wanted if self.pinned is None else self.pinned
-        return self.fallback if chosen.id in self.damaged else chosen
+        if chosen.id not in self.damaged:
+            return chosen
+        return self.accepted if self.has_nothing_whole else self.fallback
 
     @property
     def new(self) -> bool:

@@ -25,6 +25,10 @@ class Memory:
         mounted: digests of what it runs on, None while that is not known.
         at_hand: digests of what the last look found and did not refuse. What has to wait is not copied again.
         compared: see `converge()`.
+        started: the start of the service that a round has seen, and when its main process had begun
+            (`integrity.now()`).
+        placed: when it last got a stack of whole copies, likewise.
+        clings: digests of which a process of it may show a damaged copy for as long as it runs.
         ran: when a round last saw it running, `time.monotonic()`.
         blameless: of a service that went down, whether a copy was found damaged since it ran; None: not looked at.
         seen: a round has looked at it.
@@ -40,6 +44,9 @@ class Memory:
     mounted: frozenset[str] | None = None
     at_hand: frozenset[str] = frozenset()
     compared: Compared = field(default_factory=dict)
+    started: tuple[str, float] = ("", 0.0)
+    placed: float = 0.0
+    clings: frozenset[str] = frozenset()
     ran: float = 0.0
     blameless: bool | None = None
     seen: bool = False

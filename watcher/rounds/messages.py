@@ -16,7 +16,8 @@ from watcher.rounds.choose import Passed, describe
 from watcher.rounds.decide import Reject
 from watcher.rounds.facts import Facts, Judged, both
 
-_REBASED = "the host's /etc has changed, same stack"
+REBASED = "the host's /etc has changed, same stack"
+HEALED = "its copy in the store was damaged and is whole again, same stack"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +37,19 @@ def applied(
     times: Times,
     *,
     swapped: bool,
-    rebased: bool = False,
+    why_anew: str = "",
 ) -> Event:
     """A stack is in place, and the service was told.
 
     Args:
         swapped: it was put there now. Else it was there already: the watcher was killed before it told the service.
-        rebased: the service had this stack. It was made anew because the host has changed its own `/etc`.
+        why_anew: the service had this stack. Why it was made anew: `REBASED`, `HEALED`.
     """
     what = describe(before, stack)
-    if swapped and rebased:
-        sentence = f"{_REBASED} applied anew in {duration(times.swap)}"
-    elif rebased:
-        sentence = _REBASED
+    if swapped and why_anew:
+        sentence = f"{why_anew} applied anew in {duration(times.swap)}"
+    elif why_anew:
+        sentence = why_anew
     elif swapped:
         comma = "" if " -> " in what and "," not in what else ","
         sentence = f"{what}{comma} applied in {duration(times.swap)}"
@@ -61,6 +62,14 @@ def applied(
     return _of_stack(service, Outcome.APPLIED, sentence, before, stack, judged, times)
 
 
+def went_back(event: Event, before: Stack, stack: Stack) -> Event:
+    """An outcome with why: the stack before has a damaged copy. (It is among what the one that came does not have.)"""
+    lost = ", ".join(layer.label for layer in _new_layers(stack, before))
+    why = f"the copy of {lost} in the store is damaged"
+    reason = f"{event.reason}; {why}" if event.reason else why
+    return replace(event, message=f"{event.message}; {why}", reason=reason)
+
+
 def failed(
     service: str,
     before: Stack,
@@ -68,14 +77,14 @@ def failed(
     judged: Judged,
     times: Times,
     *,
-    rebased: bool = False,
+    why_anew: str = "",
 ) -> Event:
     """A stack was put in place, the service did not take it well, and it stays: `Rollback=no`, or the stack was good.
 
     Args:
-        rebased: see `applied()`.
+        why_anew: see `applied()`.
     """
-    what = f"{_REBASED} applied anew" if rebased else f"{describe(before, stack)} is in place"
+    what = f"{why_anew} applied anew" if why_anew else f"{describe(before, stack)} is in place"
     sentence = f"{what}, but {judged.reason}; it is not rolled back"
     return _of_stack(service, Outcome.FAILED, sentence, before, stack, judged, times)
 

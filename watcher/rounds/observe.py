@@ -106,6 +106,7 @@ class Observer:
             waits=this.waits or "",
             no_shadow=memory.no_shadow,
             unstartable=this.unstartable,
+            worn=this.shown is None and self._is_worn(service, memory, this.state),
         )
         if this.unsaid:
             self._say(service, facts, this.desired)
@@ -145,8 +146,16 @@ class Observer:
             blameless = self._blameless(service, memory)
             now, first = messages.now(), not memory.seen
             no_shadow = memory.no_shadow
+            worn = self._is_worn(service, memory, state)
             facts = self._facts(
-                service, state, desired, now=now, first=first, blameless=blameless, no_shadow=no_shadow
+                service,
+                state,
+                desired,
+                now=now,
+                first=first,
+                blameless=blameless,
+                no_shadow=no_shadow,
+                worn=worn,
             )
             return facts, desired
 
@@ -166,6 +175,7 @@ class Observer:
         first: bool,
         blameless: bool,
         no_shadow: str,
+        worn: bool,
         unstartable: str | None = None,
         waits: str = "",
         shown: str | None = None,
@@ -203,11 +213,22 @@ class Observer:
             fallback=desired.fallback,
             pinned=desired.pinned,
             damaged=desired.damaged,
+            worn=worn,
             again=desired.again,
             entries=desired.entries,
             mounted=desired.mounted,
             busy=desired.busy or bool(desired.again),
         )
+
+    def _is_worn(self, service: Service, memory: Memory, state: State) -> bool:
+        """Whether a copy was made anew since the service, or we, mounted it. Another process may have done that."""
+        if service.main is None:
+            return False
+        if memory.started[0] != service.invocation:
+            memory.started = service.invocation, service.main.started / os.sysconf("SC_CLK_TCK")
+            memory.clings = frozenset()
+        since = max(memory.placed, memory.started[1])
+        return self._tools.store.whole.replaced_since(state.accepted.stack.digests, since)
 
     def _out_of_reach(self, main: Process) -> str:
         try:

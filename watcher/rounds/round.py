@@ -103,6 +103,17 @@ class Rounds:
             known |= memory.mounted | memory.at_hand
         return frozenset(known)
 
+    @property
+    def worn(self) -> frozenset[str]:
+        """Digests of which a service may still show a damaged copy that there is a new one of."""
+        known: set[str] = set()
+        for memory in self._memories.values():
+            since = max(memory.placed, memory.started[1])
+            mounted = memory.mounted or frozenset()
+            known |= memory.clings
+            known |= {one for one in mounted if self._tools.store.whole.replaced_since([one], since)}
+        return frozenset(known)
+
     def forget(self, name: str) -> None:
         """The service takes no part any more; its slots stay."""
         self._memories.pop(name, None)
@@ -266,6 +277,8 @@ class Rounds:
             step = decide.decide(facts)
             if not facts.reachable:
                 memory.mounted = frozenset()
+            elif facts.has_nothing_whole:  # what is damaged is not mounted again, not even to compare it
+                memory.mounted = frozenset(facts.accepted.digests)
             if not isinstance(step, decide.UNSETTLED):
                 looked_at()
             if isinstance(step, decide.Swap) and time.monotonic() - begun > _LONG_SEC:

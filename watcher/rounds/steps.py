@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import trio
 
+from watcher.images import integrity
 from watcher.managers.base import Ended, NoShadow, Service
 from watcher.model import Copy, Later, Stack, Verdict
 from watcher.mounts.converge import converge
@@ -75,6 +76,7 @@ class Steps:
     def swap(self, service: Service, facts: Facts, memory: Memory, this: Round) -> None:
         """Swap the stack in, in each namespace of the service that does not show it. From then on a reload is owed."""
         tools, stack = self._tools, facts.accepted
+        begun = integrity.now()
         with _held(service) as main:
             copies = self._copies(stack)
             memory.mounted = None
@@ -89,9 +91,13 @@ class Steps:
                 memory.compared,
                 kept=lambda: (stack, *tools.store.stacks(service.slots)),
                 other_mains=lambda: tools.other_mains(service),
-                patient=facts.busy and not this.accepted,
+                patient=facts.busy and not this.accepted and not facts.worn,
+                anew=facts.worn,
             )
         memory.mounted = frozenset(stack.digests)
+        if facts.worn:
+            memory.placed = begun
+            memory.clings |= memory.mounted if converged.left_out else frozenset()
         memory.swaps += converged.swaps
         if memory.base_changed:
             memory.base_changed, this.base_changed = False, True

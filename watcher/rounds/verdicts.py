@@ -60,9 +60,9 @@ class Verdicts:
         if this.judged is None and undoing is not None:
             this.judged = Judged(facts.accepted, undoing.verdict, reason=undoing.why, output=undoing.output)
         judged = _taken(this)
-        before, rebased = await self._tools.offload.run_alone(self._before, service, facts, this)
+        before, why_anew = await self._tools.offload.run_alone(self._before, service, facts, this)
         times = _times(this, judged)
-        event = messages.failed(service.name, before, facts.accepted, judged, times, rebased=rebased)
+        event = messages.failed(service.name, before, facts.accepted, judged, times, why_anew=why_anew)
         await self._outcomes.outcome(event)
         change = functools.partial(changes.keep, facts, judged.verdict, messages.now())
         await self._change(service, this, change)
@@ -108,8 +108,10 @@ class Verdicts:
         if facts.state.replaced == facts.accepted.id:
             event = messages.unchanged(service.name, facts.accepted)
         else:
-            replaced = await self._tools.offload.run_alone(self._replaced, service, facts, this)
-            event = messages.accepted(service.name, replaced, facts)
+            before = await self._tools.offload.run_alone(self._replaced, service, facts, this)
+            event = messages.accepted(service.name, before, facts)
+            if before.id in facts.damaged:
+                event = messages.went_back(event, before, facts.accepted)
         await self._outcomes.outcome(event)
         await self._change(service, this, changes.said)
 
@@ -140,27 +142,31 @@ class Verdicts:
             journal.log.error(text, service=service.name)
 
     def _applied(self, service: Service, facts: Facts, this: Round, judged: Judged) -> Event:
-        before, rebased = self._before(service, facts, this)
+        before, why_anew = self._before(service, facts, this)
         swapped = this.converged is not None and this.converged.swaps > 0
         times = _times(this, judged)
-        return messages.applied(
-            service.name, before, facts.accepted, judged, times, swapped=swapped, rebased=rebased
+        event = messages.applied(
+            service.name, before, facts.accepted, judged, times, swapped=swapped, why_anew=why_anew
         )
+        went_back = before.id in facts.damaged and before.id != facts.accepted.id
+        return messages.went_back(event, before, facts.accepted) if went_back else event
 
-    def _before(self, service: Service, facts: Facts, this: Round) -> tuple[Stack, bool]:
-        """What the service showed before, and whether that was the accepted stack, made on another `/etc`."""
+    def _before(self, service: Service, facts: Facts, this: Round) -> tuple[Stack, str]:
+        """What the service showed before; and if that was the accepted stack, why it was made anew."""
         converged = this.converged
+        if converged is not None and converged.anew and facts.state.replaced is None and not facts.on_trial:
+            return facts.accepted, messages.HEALED
         if converged is not None and (
             _is_rebased(converged, facts) or _is_told_of_base(this, converged, facts)
         ):
-            return facts.accepted, True
+            return facts.accepted, messages.REBASED
         before = self._replaced(service, facts, this)
         if converged is None or converged.before.layers is None:  # systemd started it on its slots
-            return before, False
+            return before, ""
         if not converged.swaps and facts.state.replaced is not None:  # a round before has put it there
-            return before, False
+            return before, ""
         known = (one for one in (facts.accepted, before) if one.id == converged.before.stack)
-        return next(known, None) or as_stack(converged.before), False
+        return next(known, None) or as_stack(converged.before), ""
 
     def _replaced(self, service: Service, facts: Facts, this: Round) -> Stack:
         """The stack that the accepted one has replaced."""

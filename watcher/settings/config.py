@@ -40,6 +40,7 @@ class Settings:
         settle_tree_usec: `SettleTreeSec=`, time without a change after which a directory tree is complete.
         settle_tree_max_usec: `SettleTreeMaxSec=`, after which a tree that changes all the time is taken as it is.
         remove_usec: `RemoveSec=`, for which the last version of an entry stays after its file was removed.
+        scrub_usec: `ScrubSec=`, after which each copy in the store is read again; 0 or infinity: never.
         store_max: `StoreMax=`, bytes that all copies together may take.
         image_max: `ImageMax=`, bytes of one image or tree.
         keep_stacks: `KeepStacks=`, accepted stacks kept for each service.
@@ -58,6 +59,7 @@ class Settings:
     settle_tree_usec: int = 2_000_000
     settle_tree_max_usec: int = 600_000_000
     remove_usec: int = 5_000_000
+    scrub_usec: int = 604_800_000_000
     store_max: int = 4 * _GiB
     image_max: int = 1 * _GiB
     keep_stacks: int = 3
@@ -324,6 +326,7 @@ _WATCHER_KEYS: _Keys = {
     "SettleTreeSec": ("settle_tree_usec", time_span),
     "SettleTreeMaxSec": ("settle_tree_max_usec", time_span),
     "RemoveSec": ("remove_usec", time_span),
+    "ScrubSec": ("scrub_usec", time_span),
     "StoreMax": ("store_max", size),
     "ImageMax": ("image_max", size),
     "KeepStacks": ("keep_stacks", _at_least(1)),
