@@ -14,9 +14,12 @@ import pytest
 from images.test_store import MIB, add, dropped
 
 from support.images import confext
+from support.killing import killed_before
+from support.needs import root
 from watcher.images.store import Store
 from watcher.model import Kind, Layer, Stack
 from watcher.mounts import syscalls
+from watcher.records import durable
 
 
 @pytest.fixture
@@ -164,3 +167,41 @@ def test_many_who_ask_at_once_get_the_same_answer(later: Store, store: Store, tm
     assert answers == [False] * 8
     assert names(tmp_path) == [copy.digest]
     shutil.rmtree(tmp_path / "state")
+
+
+def make_anew(state: Path, source: Path) -> None:
+    with Store(str(state), 64 * MIB, 32 * MIB, 2) as store, store.using():
+        add(store, source)
+
+
+def make_anew_in_one_thread(state: Path, source: Path) -> None:
+    durable._THREADS = 0
+    make_anew(state, source)
+
+
+@root
+@pytest.mark.parametrize("kind", [Kind.IMAGE, Kind.DIRECTORY])
+def test_a_kill_at_any_step_leaves_a_copy_by_that_name_and_the_next_process_mends_it(
+    tmp_path: Path, kind: Kind
+) -> None:
+    is_image, store = kind is Kind.IMAGE, tmp_path / "state/store"
+    source = (
+        dropped(tmp_path, b"the content")
+        if is_image
+        else confext(tmp_path / "web", "web", {"etc/web.conf": b"x"})
+    )
+    make_anew(tmp_path / "state", source)
+    (digest,) = names(tmp_path)
+    number, killed = 1, True
+    while killed:
+        damage(store / digest if is_image else store / digest / "etc/web.conf")
+        killed = killed_before(number, lambda: make_anew_in_one_thread(tmp_path / "state", source))
+        assert digest in names(tmp_path)
+        make_anew(tmp_path / "state", source)
+        with Store(str(tmp_path / "state"), 64 * MIB, 32 * MIB, 2) as later:
+            assert later.verify(digest)
+            later.collect([digest])
+            later.collect([digest])
+        assert names(tmp_path) == [digest]
+        number += 1
+    assert number > 10

@@ -258,9 +258,10 @@ def test_a_running_service_keeps_what_it_has_where_nothing_is_whole(place: Place
     copy = copy_of(place, dropped)
     truncated(dropped)
     flipped(copy, 100)
-    service.logged("nothing else in the store is whole", "a service that runs keeps what it has")
+    service.logged("the copy of web 1.3 in the store is damaged", "it keeps what it has")
+    assert service.status()["last"]["outcome"] == "failed"
     place.bring(tree("other", "1", name="other"), place.drops(NAME) / "other")
-    said = [line for line in daemon.log.read() if "nothing else in the store is whole" in line]
+    said = [line for line in daemon.log.read() if "it keeps what it has" in line and "1.3" in line]
     assert len(said) == 1
     service.put("1.4")
     service.reloaded("1.4")

@@ -54,6 +54,7 @@ class Desired:
         passed: what was passed over on the way.
         wanted, fallback, pinned, damaged, mounted: see `Facts`.
         again: see `Facts`.
+        lost: digests of the accepted stack of which the copy is damaged.
         at_hand: digests of what the look found and did not refuse, whether it is wanted now or has to wait.
         digests: of each candidate that was read in this look, by path, whatever became of it.
         look_again: seconds after which to look again, where no event tells; None: there is no need.
@@ -69,6 +70,7 @@ class Desired:
     damaged: tuple[str, ...] = ()
     mounted: Mapping[str, str] = field(default_factory=dict)
     again: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
     at_hand: frozenset[str] = frozenset()
     digests: Mapping[str, str] = field(default_factory=dict)
     look_again: float | None = None
@@ -165,7 +167,7 @@ def _find(store: Store, admission: Admission, given: Given, modes: StrictModes) 
     fallback = newest_whole(store, given.slots, state)
     chosen = pinned or (good if state.why_bad(record.stack) else wanted)
     damaged = {one.id for one in (chosen, wanted, record.stack) if not store.is_whole(one)}
-    if chosen.id in damaged:
+    if chosen.id in damaged and fallback.layers:  # else what comes of that is an outcome
         look = replace(look, remarks=(*look.remarks, _damaged(store, chosen, fallback)))
     either = Stack((*chosen.layers, *fallback.layers))
     return Desired(
@@ -175,6 +177,7 @@ def _find(store: Store, admission: Admission, given: Given, modes: StrictModes) 
         fallback,
         pinned,
         damaged=tuple(sorted(damaged)),
+        lost=tuple(one for one in record.stack.digests if damaged and not store.verify(one)),
         mounted=unmounted.noted(either, record.mounted),
         at_hand=frozenset(admitting.at_hand),
         digests=admitting.digests,
@@ -377,11 +380,6 @@ def _damaged(store: Store, stack: Stack, instead: Stack) -> Remark:
     what = (
         f"the copy of {lost.label} in the store is damaged, and no whole file is there to take it from again"
     )
-    if not then:
-        keeps = "a service that runs keeps what it has, a start gets the host's /etc alone"
-        return Remark(
-            "warning", lost.source, f"{what}, and nothing else in the store is whole: {keeps}; drop it again"
-        )
     return Remark("warning", lost.source, f"{what}: {then} is used instead; drop it again")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -191,6 +192,22 @@ def needs_restart(service: str, reason: str) -> Event:
     """Its main process has no mount namespace that could be entered."""
     sentence = f"not touched, its main process {reason}: restart it once to have its stack"
     return event(service, Outcome.NEEDS_RESTART, sentence, reason=reason)
+
+
+def nothing_whole(service: str, stack: Stack, lost: Collection[str]) -> Event:
+    """It runs on damaged copies, and no other stack has a layer: it keeps what it shows.
+
+    Args:
+        lost: digests of these copies.
+    """
+    damaged = [layer for layer in stack.layers if layer.digest in lost]
+    labels = ", ".join(layer.label for layer in damaged)
+    why = f"the copy of {labels} in the store is damaged, and no whole file is there to take it from again"
+    sentence = f"{why}, nor is another stack; it keeps what it has, its next start may not: drop it again"
+    top = damaged[-1]
+    about = {"image": top.name, "version": top.version, "digest": top.digest, "source": top.source}
+    failed = event(service, Outcome.FAILED, sentence, stack=stack.id, reason=why, **about)
+    return replace(failed, layers=stack.layers)
 
 
 def rollback_requested(service: str, before: Stack, stack: Stack, by: str) -> Event:

@@ -152,6 +152,12 @@ class Outcomes:
             if key not in before:
                 self._passed(service, passed, facts, desired)
             said.add(key)
+        if facts.has_nothing_whole and desired.lost:
+            key = ("damaged", *desired.lost)
+            if key not in before:
+                event = messages.nothing_whole(service, facts.accepted, desired.lost)
+                self._found.setdefault(service, []).append(event)
+            said.add(key)
         if facts.excused and facts.suspicion and not (facts.doubtful and facts.unstartable != ""):
             key = ("excused", facts.excused)
             if key not in before:
