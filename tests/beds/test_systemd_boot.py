@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -161,6 +162,33 @@ def test_odd_files_and_names_cost_no_unit_its_stack(version: str) -> None:
         journal.applied("web.service")
         assert host.see("web.service", "/etc/web.txt") == "2"
         assert bed.property(WATCHER, "NRestarts") == "0"
+
+
+@pytest.mark.parametrize("version", ["262", "257"])
+def test_after_a_power_cut_a_unit_starts_on_a_copy_that_was_read_before(version: str) -> None:
+    with Prepared(version, True) as bed, contextlib.ExitStack() as stack:
+        host = hosts.Host(bed, stack)
+        assert host.see("web.service", "/etc/web.txt") == "accepted"
+        state = bed.path("/var/lib/confext-watcher")
+        found = json.loads((state / "checked").read_text())
+        assert found["boot"]
+        # A container has the boot ID of its host.
+        (state / "checked").write_text(json.dumps(found | {"boot": "of before"}))
+        digest = os.path.basename(os.readlink(state / "units/web.service/web.raw"))
+        content = (state / "store" / digest).read_bytes()
+        (state / "store" / digest).write_bytes(bytes(16) + content[16:])
+        bed.reboot()
+        state = bed.path("/var/lib/confext-watcher")
+        assert (state / "store" / digest).read_bytes() == content
+        assert host.see("web.service", "/etc/web.txt") == "accepted"
+        ready, started = (
+            int(bed.property(unit, f"{what}TimestampMonotonic"))
+            for unit, what in ((WATCHER, "ActiveEnter"), ("web.service", "ExecMainStart"))
+        )
+        assert 0 < ready <= started
+        said = bed.journal("--unit=confext-watcher")
+        after = said.partition("went down while the watcher ran")[2]
+        assert 0 < after.find("damaged and not used any more") < after.find("watching for")
 
 
 def add_a_generator(root: Path) -> None:

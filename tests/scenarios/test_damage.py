@@ -250,6 +250,21 @@ def test_a_running_service_goes_back_where_its_file_is_damaged_too(place: Place)
     assert is_whole(copy)
 
 
+def test_the_copy_that_a_service_may_go_back_to_is_made_anew_too(place: Place) -> None:
+    daemon = scrubbing(place)
+    service = starts(place)
+    older = copy_of(place, service.put("1.2"))
+    service.reloaded("1.2")
+    service.put("1.3")
+    service.reloaded("1.3")
+    flipped(older, 100)
+    daemon.log.wait_for("was made anew, in the place of the damaged one")
+    assert is_whole(older)
+    service.remove("1.3")
+    service.reloaded("1.2")
+    assert service.heard == ["nothing", "1.2", "1.3", "1.2"]
+
+
 def test_a_running_service_keeps_what_it_has_where_nothing_is_whole(place: Place) -> None:
     daemon = scrubbing(place)
     service = starts(place)

@@ -74,6 +74,11 @@ class Whole:
         """Whether one was found damaged after `since`, `time.monotonic()`. It may have been copied again by now."""
         return any(self._damaged.get(digest, -1.0) >= since for digest in digests)
 
+    @property
+    def damaged(self) -> frozenset[str]:
+        """Digests of those that were found damaged, and not made anew since."""
+        return frozenset(self._bad)
+
     def replaced_since(self, digests: Iterable[str], since: float) -> bool:
         """Whether one took the place of a damaged one after `since`, `now()`: what was mounted before shows that."""
         return any(self._replaced.get(digest, -1.0) >= since for digest in digests)
@@ -128,6 +133,7 @@ class Whole:
             with contextlib.suppress(FileNotFoundError):
                 found = os.stat(digest, dir_fd=self._directory, follow_symlinks=False)
                 self._seen[digest] = stat_key(found)
+                self._bad.pop(digest, None)
 
     def _exchange(self, made: str, digest: str) -> None:
         at = {"src_dir_fd": self._directory, "dst_dir_fd": self._directory}

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -149,6 +149,8 @@ def _find(store: Store, admission: Admission, given: Given, modes: StrictModes) 
     choice = choose(look, admitting.admit, good, lost, staying.stays)
     if given.thorough and not look.unknown:
         admitting.read_accepted(look, record.stack)
+    if damaged_copies := store.whole.damaged:
+        admitting.mend(look, store.stacks(given.slots), damaged_copies)
     look = replace(look, remarks=(*look.remarks, *staying.remarks))
     choice = _with_sysexts(choice, look, admitting.read)
     look = replace(look, remarks=(*look.remarks, *_effects(admission, choice.stack, good)))
@@ -245,6 +247,14 @@ class _Admitting:
         for candidate in (one for pick in look.picks for one in pick.candidates if one.path in sources):
             with suppress(Refused, Busy):
                 self.admit(candidate)
+
+    def mend(self, look: Look, stacks: Iterable[Stack], damaged: Collection[str]) -> None:
+        """Have damaged copies made anew that the choice did not depend on: the service may go back to them."""
+        layers = (layer for stack in stacks for layer in stack.layers)
+        sources = {layer.source for layer in layers if layer.digest in damaged}
+        for candidate in (one for pick in look.picks for one in pick.candidates if one.path in sources):
+            with suppress(Refused, Busy):
+                self.read(candidate, self._modes)
 
     def read(self, candidate: Candidate, modes: StrictModes | None = None) -> Copy:
         """`Admission.admit()`; without `modes`, whoever can write to it."""
