@@ -15,7 +15,7 @@ from beds.bed import Bed
 from beds.host import SECONDS, SLEEP, Host
 from beds.host import UNITS as UNIT_DIRECTORY
 from support import needs
-from support.images import image
+from support.images import image, noise
 from support.nobody import AS_NOBODY, NOBODY
 from watcher.images import attributes
 
@@ -48,6 +48,7 @@ def scenario(host: Host) -> Iterator[str]:
     host.systemctl("start", *UNITS)
     for version, fstype in (("1", "squashfs"), ("2", "erofs")):
         tree = host.tree(f"web_{version}", {"web.txt": version})
+        (tree / "etc/large").write_bytes(noise(9 << 20))  # so much is read with a low priority
         built = image(tree, tree.parent / f"{tree.name}.raw", fstype)
         for name in UNITS:
             # As a user who deploys leaves it: his own, and nobody else's to read.

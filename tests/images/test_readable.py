@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import threading
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from support.images import confext, image
+from support.images import confext, image, noise
 from support.needs import loop, root, tool
 from watcher.images import readable as module
 from watcher.images.admission import Admission
@@ -93,6 +94,18 @@ class TestAnImage:
         assert path.stat().st_size < MIB
         with pytest.raises(Refused, match=r"^too large: its files have more than 33554432 bytes.*ImageMax="):
             admitted(store, path)
+
+    @tool("mksquashfs")
+    def test_that_a_sandbox_does_not_let_us_read_at_a_low_priority(
+        self, store: Store, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (source / "etc/large").write_bytes(noise(9 * MIB))
+
+        def forbidden(which: int, who: int, priority: int) -> None:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(os, "setpriority", forbidden)
+        assert admitted(store, image(source, tmp_path / "web.raw"))
 
     @tool("mksquashfs")
     def test_is_read_once(
