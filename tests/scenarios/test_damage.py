@@ -250,6 +250,24 @@ def test_a_running_service_goes_back_where_its_file_is_damaged_too(place: Place)
     assert is_whole(copy)
 
 
+def test_a_service_gets_the_new_copy_though_the_watcher_was_away_when_that_was_made(place: Place) -> None:
+    daemon = place.start_daemon()
+    service = starts(place)
+    dropped = service.put("1.3")
+    service.reloaded("1.3")
+    daemon.kill()
+    flipped(copy_of(place, dropped), 100)
+    place.versions("other.service").mkdir(parents=True)
+    place.bring(place.confext("1.3"), place.versions("other.service") / "web_1.3.raw")
+    other = place.start(name="other.service")
+    assert other.heard == ["1.3"] and is_whole(copy_of(place, dropped))
+    assert len(store_of(place)) == 2  # what the service shows is still there
+    place.start_daemon()
+    service.logged("its copy in the store was damaged and is whole again")
+    service.reloaded("1.3")
+    until(lambda: store_of(place) == [copy_of(place, dropped).name])
+
+
 def test_the_copy_that_a_service_may_go_back_to_is_made_anew_too(place: Place) -> None:
     daemon = scrubbing(place)
     service = starts(place)

@@ -2,8 +2,8 @@
 """Reads the copies in the store from the disk again, each after `ScrubSec=`: no service is to start on one that rotted.
 
 It is in nobody's way: one copy at a time, in one thread, which sleeps three times as long as it reads; past the
-kernel's memory (`hash_from_disk()`); and nothing wakes up before the next copy is due. (A low priority would do that,
-too. The unit may not set any, and many disks know none.)
+kernel's memory (`hash_from_disk()`); and nothing wakes up before the next copy is due. (A low priority alone would not
+do: many disks know none.)
 
 When each copy was read last is in `checked`, a small file in the state directory. To lose it costs no more than reading
 a copy too early. It could be an extended attribute of the copy; but not every file system has these, and to set one

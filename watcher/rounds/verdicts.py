@@ -154,7 +154,7 @@ class Verdicts:
     def _before(self, service: Service, facts: Facts, this: Round) -> tuple[Stack, str]:
         """What the service showed before; and if that was the accepted stack, why it was made anew."""
         converged = this.converged
-        if converged is not None and converged.anew and facts.state.replaced is None and not facts.on_trial:
+        if converged is not None and _is_healed(converged, facts):
             return facts.accepted, messages.HEALED
         if converged is not None and (
             _is_rebased(converged, facts) or _is_told_of_base(this, converged, facts)
@@ -240,6 +240,13 @@ def _taken(this: Round) -> Judged:
 def _times(this: Round, judged: Judged) -> Times:
     swap = this.converged.usec if this.converged is not None else 0
     return Times(swap, judged.usec, round((time.monotonic() - this.since) * 1_000_000))
+
+
+def _is_healed(converged: Converged, facts: Facts) -> bool:
+    """Whether the service had this very stack, and got it anew because a copy that it was made of was damaged."""
+    shown = converged.before.stack
+    had_it = shown == facts.accepted.id or (shown is None and facts.state.replaced is None)
+    return converged.anew and had_it
 
 
 def _is_rebased(converged: Converged, facts: Facts) -> bool:
