@@ -233,6 +233,28 @@ def test_a_full_disk_is_said_once(
     assert capsys.readouterr().out.count("may be read again sooner") == 1
 
 
+@pytest.mark.usefixtures("inline")
+async def test_a_store_that_cannot_be_looked_into_ends_nothing(
+    store: Store,
+    tmp_path: Path,
+    autojump_clock: trio.testing.MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    add(store, dropped(tmp_path, b"content"))
+    (tmp_path / "state/store").rename(tmp_path / "state/away")
+    scrubbing = started(store, lambda: WEEK, lambda: None, Clock())
+    with trio.move_on_after(86400):
+        await scrubbing.run()
+    assert capsys.readouterr().out.count("cannot be read again now") == 1
+    (tmp_path / "state/away").rename(tmp_path / "state/store")
+    seen = read_again(store, monkeypatch)
+    monkeypatch.setattr(scrub, "plan", lambda made, *_: [(0, digest) for digest in made])
+    with trio.move_on_after(10):
+        await started(store, lambda: WEEK, lambda: None, Clock()).run()
+    assert seen
+
+
 def test_a_copy_that_is_gone_is_not_damaged(store: Store, tmp_path: Path) -> None:
     copy = add(store, dropped(tmp_path, b"content"))
     os.unlink(copy.path)

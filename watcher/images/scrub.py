@@ -42,6 +42,8 @@ _IDLE = 3.0
 # Seconds after which it is written down what was read, though there is more to read; and between two passes at least.
 _WRITE_SEC = 60.0
 _PASS_SEC = 1.0
+# After what was in the way of one.
+_AGAIN_SEC = 600.0
 
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _SIZE_MAX = 16 << 20
@@ -144,7 +146,15 @@ class Scrub:
         try:
             while True:
                 self._wake = trio.Event()
-                with trio.move_on_after(await self._pass()):
+                try:
+                    seconds = await self._pass()
+                except (
+                    OSError,
+                    RuntimeError,
+                ) as error:  # no descriptor, no thread: no reason to end the daemon
+                    seconds = _AGAIN_SEC
+                    self._say(f"copies in the store cannot be read again now: {problem(error)}")
+                with trio.move_on_after(seconds):
                     await self._wake.wait()
         finally:
             self._stop.set()
@@ -178,11 +188,7 @@ class Scrub:
         return _PASS_SEC
 
     async def _check(self, digest: str) -> None:
-        try:
-            whole = await self._in_thread(lambda: self._store.whole.scrub(digest, self._pace()))
-        except OSError as error:
-            journal.log.warning(f"a copy in the store could not be read again: {problem(error)}")
-            whole = True
+        whole = await self._in_thread(lambda: self._store.whole.scrub(digest, self._pace()))
         # One that is damaged is not read again and again either.
         self._times[digest] = self._now()
         if not whole:
@@ -211,7 +217,7 @@ class Scrub:
 
     def _write(self) -> None:
         """On the disk when it returns. What cannot be written holds until the daemon ends."""
-        temporary, error = f"{self._path}.new", ""
+        temporary = f"{self._path}.new"
         try:
             with open(os.open(temporary, _NEW, 0o600), "w", encoding="ascii") as file:
                 json.dump(to_dict(self._checked, str), file)
@@ -219,12 +225,15 @@ class Scrub:
                 os.fsync(file.fileno())
             os.rename(temporary, self._path)
             durable.fsync(self._store.state_directory)
-        except OSError as failed:
-            error = problem(failed)
-        if error and error != self._said:
+        except OSError as error:
             text = "after the next start, copies in the store may be read again sooner than they had to be"
-            journal.log.warning(f"{text}: {error}")
-        self._said = error
+            self._say(f"{text}: {problem(error)}")
+
+    def _say(self, text: str) -> None:
+        """The same once."""
+        if text != self._said:
+            self._said = text
+            journal.log.warning(text)
 
     def _made(self) -> dict[str, int]:
         made = {}
