@@ -55,9 +55,9 @@ SLOW_SEC = 0.01
 # So many times as many jobs as the last time are gathered, in a burst of jobs; up to the second figure: each of them
 # holds a few descriptors meanwhile.
 _MORE = 4
-_GATHERED_MAX = 64
+_GATHERED_MAX = 32
 # Of what nobody waits for.
-_LAST_MAX = 256
+_LAST_MAX = 64
 
 # For what has happened, and is just being written down, when the program ends.
 _GRACE_SEC = 5.0
