@@ -33,9 +33,16 @@ DEFINITIONS = {
     ),
 }
 TRUST = {"verity": ("verity", ""), "signed": ("signed", "CN=test")}
-SIGNED = f"""
+# What mkosi 25 gives to systemd-repart for Format=confext with Verity=yes.
+DEFINITIONS["mkosi"] = (
+    DEFINITIONS["verity"][0].replace("CopyFiles=/\n", "CopyFiles=/etc/\n"),
+    DEFINITIONS["verity"][1],
+    "[Partition]\nType=root-verity-sig\nVerity=signature\nVerityMatchKey=root\n",
+)
+KEY = f"""
 openssl req -new -x509 -newkey rsa:2048 -nodes -keyout {SCRATCH}/key -out {SCRATCH}/crt -subj /CN=test -days 9
-exec systemd-repart --make-ddi=confext --private-key={SCRATCH}/key --certificate={SCRATCH}/crt \
+"""
+SIGNED = f"""{KEY}exec systemd-repart --make-ddi=confext --private-key={SCRATCH}/key --certificate={SCRATCH}/crt \
     --copy-source={SCRATCH}/tree {SCRATCH}/made.raw
 """
 
@@ -61,6 +68,9 @@ def made(host: Host, kind: str, content: str, *options: str) -> Path:
     else:
         for number, text in enumerate(DEFINITIONS[kind]):
             host.bed.path(f"{SCRATCH}/definitions/{number}.conf").write_text(text)
+        if kind == "mkosi":
+            host.bed.run(["sh", "-ec", KEY])
+            options += (f"--private-key={SCRATCH}/key", f"--certificate={SCRATCH}/crt", "--seed=random")
         words = ("--empty=create", "--size=auto", "--offline=yes", f"--copy-source={SCRATCH}/tree", *options)
         host.bed.run(
             ["systemd-repart", f"--definitions={SCRATCH}/definitions", *words, f"{SCRATCH}/made.raw"]
@@ -119,7 +129,7 @@ def test_versions_with_the_same_uuid_are_told_apart(
         assert images.digest(host.bed.path(f"{STORE}/{images.digest(image)}")) == images.digest(image)
 
 
-@pytest.mark.parametrize("kind", ["verity", "signed"])
+@pytest.mark.parametrize("kind", ["verity", "signed", "mkosi"])
 def test_a_unit_starts_on_what_was_verified(host: Host, kind: str) -> None:
     """Without a device mapper, as here, 262 would fail to set up verity for the start, and for each reload."""
     journal = run(host, UNIT, {"web.conf": "one"})

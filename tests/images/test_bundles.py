@@ -6,6 +6,7 @@ Of images/bundles.py, images/sidecars.py and images/originals.py.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import pytest
 
 from support.disks import Part, disk
 from support.images import confext, digest, image, noise
+from support.killing import killed_before
 from support.needs import loop, root, tool
 from support.signed import Key, assembled, make_key, make_tree, padded, sign
 from watcher.images import bundles, originals, sidecars
@@ -39,6 +41,7 @@ from watcher.model import (
 )
 from watcher.mounts.process import may_mount
 from watcher.mounts.workers import MountWorkers
+from watcher.records import durable
 from watcher.resolve.strict_modes import StrictModes
 from watcher.settings import device_mapper
 
@@ -420,3 +423,49 @@ def test_a_link_says_of_which_layer_it_is(tmp_path: Path) -> None:
     for name, rest in links.items():
         (tmp_path / name).symlink_to(f"../../../store/{digest}{rest}")
     assert bundles.slots(str(tmp_path)) == dict.fromkeys(("plain.raw", "web.raw", "alone.raw"), digest)
+
+
+def copy_accept_and_collect(state: Path, raw: Path) -> None:
+    """All that a store does to the disk with a bundle, in one thread."""
+    durable._THREADS = 0
+    state.mkdir()
+    with Store(str(state), 64 * MIB, 32 * MIB, 2) as store:
+        with store.using():
+            copy = copied(store, candidate(raw))
+            layer = Layer("web.raw", "web", "1.4", copy.digest, Kind.IMAGE, str(raw))
+            store.accept("web.service", Stack((layer,)), ())
+            store.accept("web.service", Stack(), ())
+        store.keep_stacks = 1
+        store.collect(())
+
+
+@root
+@pytest.mark.limit(600)
+def test_killed_before_any_call_there_is_all_of_it_or_nothing(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_mapper, "CONTROL", str(tmp_path))
+    state, layers = tmp_path / "state", []
+    for number in itertools.count(1):
+        shutil.rmtree(state, ignore_errors=True)
+        if not killed_before(number, lambda: copy_accept_and_collect(state, raw)):
+            break
+        if not state.exists():
+            continue
+        with Store(str(state), 64 * MIB, 32 * MIB, 2) as store:
+            for _ in range(2):
+                for one in filter(lambda one: len(one.name) == 64, (state / "store").iterdir()):
+                    assert store.verify(one.name), number
+                slots = state / "units/web.service"
+                found = sorted(one.name for one in slots.iterdir()) if slots.exists() else []
+                if "web.raw" in found:
+                    assert [one for one in found if (slots / one).read_bytes()] == [
+                        ".state.json",
+                        *sorted(f"web{one}" for one in (".raw", *PARTS)),
+                    ]
+                stack = store.accepted("web.service")
+                store.collect(())
+                assert not [one for one in os.listdir(state / "store") if one.startswith(".tmp")], number
+            layers.append(None if stack is None else len(stack.layers))
+    assert len(layers) > 50
+    assert [count for count, _ in itertools.groupby(layers)] == [None, 1, 0]
