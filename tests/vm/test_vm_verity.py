@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Signed disk images on a kernel with device mapper: systemd verifies them by dm-verity when it starts a service."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from support import needs
+from support.images import confext, noise
+from support.signed import Key, make_key
+from vm import native
+from vm.machine import Machine
+from vm.web import DROPS, WEB, Web, web
+
+pytestmark = [needs.vm, pytest.mark.limit(900), needs.tool("openssl"), needs.tool("sfdisk")]
+
+UNIT = """
+[Service]
+Type=exec
+ExecStart=/bin/sleep infinity
+ExecReload=/bin/true
+ExtensionImagePolicy=root=signed+absent:=unused+absent
+"""
+
+SIGNED = b'"signature":"'
+
+REPART = """\
+exec systemd-repart --make-ddi=confext --offline=yes --private-key={work}/key --certificate={work}/crt \
+    --copy-source={work}/site {work}/made.raw
+"""
+
+
+class Parts(NamedTuple):
+    """Where the partitions of a disk image begin, bytes."""
+
+    data: int
+    tree: int
+    signature: int
+
+
+def signed(directory: Path, content: str, key: Key) -> Path:
+    """A disk image by systemd-repart, signed."""
+    directory.mkdir()
+    # With more than one block there are hashes of blocks between the data and the root hash.
+    files = {"etc/web.conf": content.encode(), "etc/noise": noise(20_000)}
+    confext(directory / "site", "site", files)
+    shutil.copy(key.private, directory / "key")
+    shutil.copy(key.certificate, directory / "crt")
+    native.run(directory, ["sh", "-ec", REPART.format(work=native.WORK)])
+    return directory / "made.raw"
+
+
+def parts(image: Path) -> Parts:
+    listed = subprocess.run(["sfdisk", "--json", str(image)], check=True, capture_output=True).stdout
+    found: dict[str, int] = {
+        row["name"]: row["start"] * 512 for row in json.loads(listed)["partitiontable"]["partitions"]
+    }
+
+    def start(suffix: str) -> int:
+        (begin,) = (begin for name, begin in found.items() if name.endswith(suffix))
+        return begin
+
+    tree, signature = start("-verity"), start("-verity-sig")
+    (data,) = set(found.values()) - {tree, signature}
+    return Parts(data, tree, signature)
+
+
+def damaged(image: Path, target: Path, at: int) -> Path:
+    """A copy with one bit flipped."""
+    content = bytearray(image.read_bytes())
+    content[at] ^= 1
+    target.write_bytes(content)
+    return target
+
+
+@pytest.fixture
+def site(machine: Machine) -> Iterator[Web]:
+    with web(machine) as made:
+        yield made
+
+
+def test_signed_goes_in_and_what_is_damaged_does_not(site: Web, machine: Machine, tmp_path: Path) -> None:
+    key = make_key(tmp_path, "ours")
+    (tmp_path / "certificate").mkdir()
+    shutil.copy(key.certificate, tmp_path / "certificate/ours.crt")
+    machine.run(["mkdir", "-p", "/etc/verity.d"])
+    machine.send(tmp_path / "certificate", to="/etc/verity.d")
+    good = {version: signed(tmp_path / str(version), str(version), key) for version in (1, 2)}
+    site.unit(UNIT)
+    site.drop(good[1].rename(tmp_path / "site_1.raw"))
+    journal = site.start()
+    assert sees(machine) == "1"
+
+    image, drops = good[2], tmp_path / "drops"
+    drops.mkdir()
+    where = parts(image)
+    content = image.read_bytes()
+    bits = {
+        "11": where.data + 1000,
+        "12": where.tree + 4096 + 3,
+        "13": where.tree + 64,
+        # The end of it is what the key has made; a bit of the certificate that comes along does not count.
+        "14": content.index(b'"', content.index(SIGNED, where.signature) + len(SIGNED)) - 40,
+        "15": 2 * 512 + 60,
+    }
+    for version, at in bits.items():
+        damaged(image, drops / f"site_{version}.raw", at)
+    other = signed(tmp_path / "other", "16", make_key(tmp_path, "other"))
+    other.rename(drops / "site_16.raw")
+    machine.send(drops, to=DROPS)
+    left = {f"site_{version}.raw" for version in (*bits, "16")}
+    while left:
+        entry = journal.until(lambda entry: "refused: " in entry["MESSAGE"])
+        left -= {name for name in left if name in entry["MESSAGE"]}
+    assert sees(machine) == "1"
+
+    at = where.data + 1000
+    site.drop(image.rename(tmp_path / "site_20.raw"))
+    journal.applied(WEB)
+    assert sees(machine) == "2"
+    # The service has the store's copy: what happens to the file is nothing to it, nor to its next start.
+    flip = f"printf X | dd conv=notrunc bs=1 seek={at} of={DROPS}/site_20.raw status=none"
+    machine.run(["sh", "-c", flip])
+    journal.until(lambda entry: "site_20.raw" in entry["MESSAGE"])
+    assert sees(machine) == "2"
+    machine.run(["systemctl", "restart", WEB])
+    assert sees(machine) == "2"
+    assert "verity" in machine.run(["dmsetup", "table"]).stdout, (
+        "systemd verifies what it starts a service on"
+    )
+    machine.run(["systemctl", "stop", WEB, "confext-watcher"])
+    left_behind = "udevadm settle; dmsetup ls; losetup --list --noheadings"
+    assert machine.run(["sh", "-c", left_behind]).stdout == "No devices found\n"
+
+
+def sees(machine: Machine) -> str:
+    """What the unit has in its configuration."""
+    pid = machine.property(WEB, "MainPID")
+    return machine.run(["nsenter", "--target", pid, "--mount", "--", "cat", "/etc/web.conf"]).stdout
