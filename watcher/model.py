@@ -254,6 +254,9 @@ class Mountable(Protocol):
     @property
     def file_system(self) -> str: ...
 
+    @property
+    def parts(self) -> tuple[tuple[str, int], ...]: ...
+
     def fsmount(self, backing: int, label: str) -> int: ...
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,11 @@ from beds.bed import Bed
 from beds.host import UNITS, Host
 from beds.site import WEB, drop, kept, run, sees
 from support import needs
+from support.disks import Part, disk
+from support.signed import make_key, padded, protected
+from watcher.images.formats.probe import probe
+from watcher.model import Protection, Trust
+from watcher.settings.image_policy import parse
 
 pytestmark = [needs.bed, needs.tool("mksquashfs")]
 
@@ -83,3 +89,70 @@ def test_words_that_only_newer_versions_know_count_all_the_same(host: Host) -> N
     drop(host, 2, {"web.conf": "2"})
     entry = journal.outcome(WEB, "refused")
     assert "it is squashfs, and ExtensionImagePolicy=root=unprotected+erofs (" in entry["MESSAGE"]
+
+
+# Of those that use no image at all, systemd says something else.
+POLICIES = (
+    *(
+        "*",
+        "~",
+        "root=verity",
+        "root=signed",
+        "root=unprotected",
+        "root=verity:=open",
+        "root=verity:=absent",
+    ),
+    *(
+        "root=unprotected:=absent",
+        "root=signed:=absent",
+        "root=verity+signed:=absent",
+        "root=open+read-only-on",
+    ),
+    *(
+        "root=open+read-only-off",
+        "root=open+growfs-on",
+        "root=open+growfs-off",
+        "=verity",
+        "=signed:root=verity",
+    ),
+    *(
+        "root=unprotected:root-verity=absent",
+        "root=verity:root-verity=unused",
+        "root=encrypted",
+    ),
+    *("root=open:root-verity=read-only-on", "root=open:root-verity=read-only-off"),
+    "root=signed:root-verity-sig=absent",
+)
+SCRATCH = "/var/tmp/policies"
+
+
+@needs.tool("veritysetup")
+def test_what_a_policy_says_of_partitions_is_what_systemd_says(host: Host, tmp_path: Path) -> None:
+    """Where the versions differ, what 257 says; they do in one case."""
+    content = host.image("bare", {"web.conf": "1"}).read_bytes()
+    disks = {
+        "bare": content,
+        "plain": disk(Part(padded(content))),
+        "flag": disk(Part(padded(content), flags=1 << 60)),
+        "verity": protected(content),
+        "signed": protected(content, make_key(tmp_path)),
+    }
+    host.bed.run(["mkdir", "-p", SCRATCH])
+    host.stack.callback(host.bed.run, ["rm", "-rf", SCRATCH])
+    found: dict[tuple[str, str], bool] = {}
+    for name, made in disks.items():
+        path = host.bed.path(f"{SCRATCH}/{name}.raw")
+        path.write_bytes(made)
+        with path.open("rb") as file:
+            parts = probe(file.fileno(), len(made)).parts
+        # There counts what is claimed, here what is proved.
+        claims = Trust(tuple(Protection)[max(len(parts) - 1, 0)])
+        for text in POLICIES:
+            found[name, text] = not parse(text).allows(claims, "squashfs") or bool(
+                parse(text).mismatch(parts)
+            )
+    ask = f"systemd-dissect --json=short '--image-policy={{1}}' {SCRATCH}/{{0}}.raw 2>&1 | grep -c 'image policy'"
+    asked = "; ".join(ask.format(*case) for case in found)
+    said = host.bed.run(["sh", "-c", asked], check=False).stdout.split()
+    wrong = [case for (case, one), other in zip(found.items(), said, strict=True) if one != (other == "1")]
+    assert wrong == ([] if host.bed.version == "257" else [("signed", "root=verity:=open")])

@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 
 import oracle
 from watcher.model import Protection, Setting, Trust
-from watcher.settings.image_policy import FILE_SYSTEMS, IGNORE, USE, Policy, demand, in_unit, parse, systemds
+from watcher.settings.image_policy import (
+    FILE_SYSTEMS,
+    IGNORE,
+    USE,
+    Policy,
+    demand,
+    in_unit,
+    parse,
+    systemds,
+    unit_refusal,
+)
 
 UNPROTECTED, VERITY, SIGNED = (Trust(one) for one in Protection)
 
@@ -96,6 +106,53 @@ def test_what_a_policy_lets_in(text: str, allowed: tuple[Trust, ...]) -> None:
 def test_what_an_image_lacks(text: str, trust: Trust, file_system: str, lacks: str | None) -> None:
     found = parse(text).lacks(trust, file_system)
     assert found == (None if lacks is None else frozenset(lacks.split()))
+
+
+READ_ONLY, GROWFS = 1 << 60, 1 << 59
+BARE: tuple[tuple[str, int], ...] = ()
+HASHED = (("root", READ_ONLY), ("root-verity", READ_ONLY))
+WITH_SIGNATURE = (*HASHED, ("root-verity-sig", READ_ONLY))
+
+
+@pytest.mark.parametrize(
+    ("text", "parts", "why"),
+    [
+        ("*", WITH_SIGNATURE, ""),
+        ("root=signed", WITH_SIGNATURE, ""),
+        ("root=verity", WITH_SIGNATURE, ""),
+        (
+            "root=verity:=open",
+            WITH_SIGNATURE,
+            "does not allow a partition that is signed, as systemd takes it",
+        ),
+        ("root=unprotected", WITH_SIGNATURE, ""),
+        ("root=unprotected:=absent", HASHED, "wants no partition root-verity"),
+        ("root=verity:=absent", WITH_SIGNATURE, "wants no partition root-verity-sig"),
+        ("root=signed:=absent", WITH_SIGNATURE, ""),
+        ("root=open+read-only-on", BARE, "does not allow a partition root with read-only-off"),
+        ("root=open+read-only-on", HASHED, ""),
+        ("root=open+growfs-on", HASHED, "does not allow a partition root with growfs-off"),
+        (
+            "root=open:root-verity=read-only-off",
+            HASHED,
+            "does not allow a partition root-verity with read-only-on",
+        ),
+        ("root=signed", BARE, ""),
+        ("=signed", BARE, ""),
+        ("=verity", HASHED, "wants a partition esp"),
+        ("root=verity+signed:=absent", HASHED, "wants a partition root-verity-sig"),
+        ("root=verity+signed", WITH_SIGNATURE, ""),
+        ("root=verity:root-verity=unused", HASHED, "does not allow a partition that is encrypted,"),
+    ],
+)
+def test_on_which_partitions_systemd_would_not_start_a_unit(
+    text: str, parts: tuple[tuple[str, int], ...], why: str
+) -> None:
+    found = parse(text).mismatch(parts)
+    assert found.startswith(why) and bool(found) == bool(why)
+    said = unit_refusal(demand(Setting("ExtensionImagePolicy", text, "/u:7")), parts)
+    assert bool(said) == bool(why)
+    assert unit_refusal(demand(Setting("ImagePolicy", text, "/u:7")), parts) == ""
 
 
 UNKNOWN = Trust(Protection.VERITY, remark="signed by an unknown key")

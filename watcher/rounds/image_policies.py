@@ -13,7 +13,7 @@ from watcher.images import certificates
 from watcher.managers.base import Service
 from watcher.model import Copy, Interest, Kind, Layer, Refused, Remark, Setting, Stack, Trust
 from watcher.settings.config import ServiceSettings, Settings
-from watcher.settings.image_policy import KEY, UNIT_KEY, Demand, demand
+from watcher.settings.image_policy import KEY, UNIT_KEY, Demand, demand, unit_refusal
 
 
 def demands(
@@ -45,6 +45,8 @@ def require_allowed(policies: Iterable[Demand], copy: Copy) -> None:
     file_system = copy.format.file_system if copy.format is not None else ""
     for one in policies:
         why = one.refusal(copy.trust, file_system, tree=copy.kind is Kind.DIRECTORY)
+        if not why and copy.format is not None:
+            why = unit_refusal(one, copy.format.parts)
         if why:
             raise Refused(why)
 

@@ -11,7 +11,7 @@ Three words of ours stand for whole policies: `any`, `verity` and `signed`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -44,6 +44,8 @@ _WORDS: Final = {
 _SINCE_258: Final = FILE_SYSTEMS | {"encryptedwithintegrity"}
 
 OURS: Final = {"any": "*", "verity": "root=verity+signed", "signed": "root=signed"}
+_FLAGS: Final = {1 << 60: "read-only", 1 << 59: "growfs"}
+"""Of partitions (Discoverable Partitions Specification)."""
 _WHOLE: Final = {"": IGNORE, "-": IGNORE, "*": USE, "~": frozenset({"absent"})}
 _WHITE: Final = " \t\n\r"
 _MANUAL: Final = "systemd.image-policy(7)"
@@ -112,6 +114,39 @@ class Policy:
             return asked
         systems = words & FILE_SYSTEMS or FILE_SYSTEMS
         return systems if file_system and file_system not in systems else None
+
+    def mismatch(self, parts: Sequence[tuple[str, int]]) -> str:
+        """Why systemd would not start a unit on an image, whatever is proved of it; "" if it would.
+
+        Where versions differ, what the stricter does: 257 takes what has a signature for `signed` and nothing else.
+        Source: dissect_image(); `systemd-dissect --image-policy=` says the same.
+
+        Args:
+            parts: partitions and their flags; none of a bare file system.
+        """
+        used: dict[str, int] = {}
+        for designator, flags in parts or ((ROOT, 0),):
+            use = self.effective(designator) & USE
+            if use == {"absent"}:
+                return f"wants no partition {designator}"
+            if use - {"absent"} != {"unused"}:
+                used[designator] = flags
+        for designator in sorted(DESIGNATORS - dict(parts).keys()) if parts else ():
+            if "absent" not in self.effective(designator):
+                return f"wants a partition {designator}"
+        allowed = self.effective(ROOT)
+        found = {"unprotected", "encrypted", "encryptedwithintegrity"}
+        if ROOT + _HASH in used:
+            found = {"signed"} if ROOT + _SIGNATURE in used else {"verity"}
+        # What lies beside a bare file system is linked beside the slot as far as the policy needs it.
+        if ROOT + _HASH in dict(parts) and not found & allowed:
+            return f"does not allow a partition that is {_either(found)}, as systemd takes it"
+        for designator, flags in used.items():
+            for bit, name in _FLAGS.items():
+                word = f"{name}-{'on' if flags & bit else 'off'}"
+                if word not in self.effective(designator):
+                    return f"does not allow a partition {designator} with {word}"
+        return ""
 
     @property
     def asks_for_signature(self) -> bool:
@@ -264,6 +299,16 @@ class Demand:
         why = f" ({trust.remark})" if trust.remark else ""
         words = f"{what} {trust.protection.value}{why}, and {who} asks for {_either(asked)}"
         return f"{words}: {_help(asked)}, or change the policy"
+
+
+def unit_refusal(one: Demand, parts: Sequence[tuple[str, int]]) -> str:
+    """Why systemd would not start a unit on an image by the unit's policy, one line; "" if it would."""
+    setting = one.setting
+    why = one.policy.mismatch(parts) if setting.key == UNIT_KEY and one.policy is not None else ""
+    if not why:
+        return ""
+    who = f"{setting.key}={shown(setting.value)} ({shown(setting.source)})"
+    return f"systemd would not start the unit on it, {who} {why}: build it otherwise, or change the policy"
 
 
 def demand(setting: Setting) -> Demand:

@@ -31,6 +31,12 @@ class Root(NamedTuple):
     verity: Partition | None
     signature: Partition | None
 
+    @property
+    def parts(self) -> tuple[tuple[str, int], ...]:
+        """By the names of systemd.image-policy(7): which there are, and their flags."""
+        named = (("root", self.partition), ("root-verity", self.verity), ("root-verity-sig", self.signature))
+        return tuple((name, part.flags) for name, part in named if part is not None)
+
 
 def root(table: Table, architecture: str = "") -> Root:
     """The root partition.

@@ -39,6 +39,7 @@ class Image:
         offset: where in the file the file system begins, bytes.
         size: bytes of the partition, or of what the verity data covers; 0: all of the file.
         brought: of an image with verity data.
+        parts: partitions and their flags, by the names of systemd.image-policy(7); none of a bare file system.
     """
 
     format: Format
@@ -46,6 +47,7 @@ class Image:
     offset: int = 0
     size: int = 0
     brought: Brought | None = None
+    parts: tuple[tuple[str, int], ...] = ()
 
     @property
     def name(self) -> str:

@@ -94,7 +94,7 @@ def _in_partition(fd: int, head: bytes, size: int) -> Image:
         found.verify(inner)
     except Refused as refused:
         raise Refused(f"its root partition (number {partition.number}): {refused}") from None
-    return Image(found, table.end, partition.start, end, brought)
+    return Image(found, table.end, partition.start, end, brought, parts=root.parts)
 
 
 def _brought(fd: int, root: disk.Root) -> tuple[Brought | None, int]:
