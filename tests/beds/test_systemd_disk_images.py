@@ -32,7 +32,7 @@ DEFINITIONS = {
         "[Partition]\nType=root-verity\nVerity=hash\nVerityMatchKey=root\nMinimize=best\n",
     ),
 }
-TRUST = {"verity": ("verity", ""), "signed": ("signed", "CN=test")}
+TRUST = {"verity": ("verity", ""), "signed": ("signed", "CN=test"), "mkosi": ("signed", "CN=test")}
 # What mkosi 25 gives to systemd-repart for Format=confext with Verity=yes.
 DEFINITIONS["mkosi"] = (
     DEFINITIONS["verity"][0].replace("CopyFiles=/\n", "CopyFiles=/etc/\n"),

@@ -229,15 +229,30 @@ def test_without_a_watcher_a_failed_start_is_not_waited_for(host: Host) -> None:
     assert seen(host) == ["pre broken"]
 
 
-# The unit's own word: systemd mounts nothing for it that is not signed, and exits with 226.
-SIGNED_ONLY = SEEING.replace("[Service]\n", "[Service]\nExtensionImagePolicy=root=signed:=absent\n")
+def test_no_check_passes_because_of_a_daemon_reload(host: Host) -> None:
+    """systemd forgets the images of a transient unit by that."""
+    host.unit(WEB, SEEING + CHECK)
+    host.watch()
+    journal = host.journal()
+    for number in range(1, 6):
+        reloads = "for i in 1 2 3 4 5; do systemctl daemon-reload; done"
+        with host.bed.popen(["sh", "-c", reloads]) as reloading:
+            drop(host, number, {"web.conf": f"broken {number}"})
+            reloading.wait()
+        assert journal.outcome(WEB, "refused")["CONFEXT_OUTPUT"] == f"broken {number}\n"
+    assert not kept(host)
+
+
+# With a file in the place of that directory systemd cannot bind anything on it, and exits with 226.
+BOUND = SEEING.replace("[Service]\n", "[Service]\nBindReadOnlyPaths=/etc/systemd:/etc/skel\n")
+IN_THE_WAY = {"web.conf": "1", "skel": "a file"}
 
 
 def test_what_systemd_itself_cannot_start_the_service_on_is_refused_before_any_start(host: Host) -> None:
-    host.unit(WEB, SIGNED_ONLY + CHECK)
+    host.unit(WEB, BOUND + CHECK)
     host.watch()
     journal = host.journal()
-    drop(host, 1, {"web.conf": "1"})
+    drop(host, 1, IN_THE_WAY)
     entry = journal.outcome(WEB, "refused")
     assert "systemd cannot start the service on it: exit status 226" in entry["MESSAGE"]
     assert not kept(host)
@@ -246,10 +261,10 @@ def test_what_systemd_itself_cannot_start_the_service_on_is_refused_before_any_s
 
 
 def test_a_start_that_systemd_itself_cannot_make_on_what_was_not_checked_is_undone(host: Host) -> None:
-    host.unit(WEB, SIGNED_ONLY)
+    host.unit(WEB, BOUND)
     host.watch()
     journal = host.journal()
-    drop(host, 1, {"web.conf": "1"})
+    drop(host, 1, IN_THE_WAY)
     journal.applied(WEB)  # accepted
     # The image keeps systemd from running anything in the unit, also what would wait.
     assert host.bed.run(["systemctl", "restart", WEB], check=False).returncode == 1

@@ -16,7 +16,7 @@ import os
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import trio
 
@@ -172,6 +172,8 @@ class Transient:
                 raise
             result = await listener.result(job)
             try:
+                if command.at_start:
+                    await _require_as_given(systemd, name, dict(properties))
                 return await _reason(systemd, name, result, command)
             finally:
                 with (
@@ -179,6 +181,24 @@ class Transient:
                     trio.move_on_after(_GRACE_SEC, shield=True),
                 ):
                     await systemd.manager("UnrefUnit", "s", name)
+
+
+async def _require_as_given(systemd: Systemd1, name: str, given: Mapping[str, Value]) -> None:
+    """Raise Later where the command may not have been run as its unit was given it, or without its layers.
+
+    A daemon-reload has systemd read the file of a transient unit, and that is not all as it was: 257 writes
+    `ExtensionImages=` without the paths (`systemctl cat` shows it), and 262 a "$$" of the command as four. Whether the
+    command had begun before is not known.
+    """
+    found = await systemd.service_properties(name)
+    for key in ("ExtensionImages", "ExtensionDirectories", "ExecStart"):
+        if _heads(found[key]) != _heads(given[key][1]):
+            raise Later("could not be run: systemd has read its units anew at the same time (daemon-reload)")
+
+
+def _heads(value: Any) -> list[Any]:
+    """What each row begins with: a path, or a command and its words."""
+    return [one if isinstance(one, str) else (one[0], one[1]) for one in value]
 
 
 async def _reason(systemd: Systemd1, name: str, result: str, command: _Command) -> str:
