@@ -101,6 +101,19 @@ def test_the_same_counters_come_first_and_none_second(there: tuple[str, ...], fi
     assert candidate.sidecars == (first,)
 
 
+def test_thousands_with_counters_cost_no_more_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All services wait while names are sorted out."""
+    asked = []
+    suffix = sidecars.suffix
+    monkeypatch.setattr(sidecars, "suffix", lambda name: asked.append(name) or suffix(name))
+    names = [f"web_1+{tries}.{what}" for tries in range(1, 501) for what in ("raw", "verity", "roothash")]
+    found = vpick.pick(SPEC, [Dirent(name, "file") for name in names])
+    assert {one.filename: one.sidecars for one in found} == {
+        f"web_1+{tries}.raw": (f"web_1+{tries}.verity", f"web_1+{tries}.roothash") for tries in range(1, 501)
+    }
+    assert len(asked) < 10 * len(names)
+
+
 def test_a_wrong_name_is_pointed_out(tmp_path: Path) -> None:
     found = look(tmp_path, "web.raw.v/web_1.raw", "web.raw.v/web_1.raw.roothash", "app.raw", "app.raw.verity")
     assert told(found) == [

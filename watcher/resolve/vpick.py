@@ -186,9 +186,11 @@ class _Beside:
     def __init__(self, spec: Spec, dirents: tuple[Dirent, ...]) -> None:
         images = spec.kind is Kind.IMAGE and spec.suffix.endswith(_SUFFIX[Kind.IMAGE])
         self.names = {one.name for one in dirents if sidecars.suffix(one.name)} if images else set[str]()
-        self._by_image: dict[str, list[str]] = {}
+        # By suffix the first of each image: whoever drops files may give one thousands, and all services would wait.
+        self._by_image: dict[str, dict[str, str]] = {}
         for name in sorted(self.names, key=lambda name: (len(name), name)):  # without counters first
-            self._by_image.setdefault(_plain(sidecars.image_of(name)), []).append(name)
+            of_image = self._by_image.setdefault(_plain(sidecars.image_of(name)), {})
+            of_image.setdefault(sidecars.suffix(name), name)
         self._images = (
             {_plain(one.name) for one in dirents if one.name.endswith(spec.suffix)} if self.names else ()
         )
@@ -200,10 +202,8 @@ class _Beside:
 
     def _of(self, image: str) -> tuple[str, ...]:
         """The sidecars of an image, of each kind one: the one whose counters are the same before all others."""
-        found: dict[str, str] = {}
-        exact = [name for name in sidecars.names(image) if name in self.names]
-        for name in (*exact, *self._by_image.get(_plain(image), ())):
-            found.setdefault(sidecars.suffix(name), name)
+        exact = {sidecars.suffix(name): name for name in sidecars.names(image) if name in self.names}
+        found = self._by_image.get(_plain(image), {}) | exact
         return tuple(found[one] for one in sidecars.SUFFIXES if one in found)
 
     def passed_over(self) -> Iterator[NotPicked]:
