@@ -25,6 +25,7 @@ from watcher.images.certificates import Keys
 from watcher.images.image_check import examine
 from watcher.images.made_for import host
 from watcher.images.store import Store
+from watcher.images.stored import stored
 from watcher.images.verification import Proofs
 from watcher.model import (
     Busy,
@@ -121,6 +122,11 @@ class TestTheCopy:
             again = later.copy(Layer("web.raw", "web", "1.4", copy.digest, Kind.IMAGE, str(raw)))
             assert (again.path, again.format) == (copy.path, copy.format)
             assert copy_of(later, raw) == again
+
+    def test_who_only_looks_finds_the_same(self, store: Store, raw: Path, tmp_path: Path) -> None:
+        """`origin` and `diff` (images/stored.py)."""
+        copy = copy_of(store, raw)
+        assert stored(str(tmp_path / "state"), copy.digest) == copy
 
     def test_a_changed_file_beside_it_is_another_content(
         self, store: Store, raw: Path, tmp_path: Path

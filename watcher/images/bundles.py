@@ -99,6 +99,12 @@ def image_in(directory: int) -> Image:
         return _image(fds)
 
 
+def copy(directory: int, digest: str, path: str) -> Copy:
+    """The copy that a bundle at that path is. Raises as `probe()`."""
+    size, image = size_of(directory), image_in(directory)
+    return Copy(digest, f"{path}/{IMAGE}", size, Kind.IMAGE, image, protected=f"{path}/{PROTECTED}")
+
+
 @contextmanager
 def verity(copy: Copy) -> Iterator[Verity | None]:
     """What the copy of an image is to be verified by. Raises OSError."""

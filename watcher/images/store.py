@@ -336,20 +336,16 @@ class Store:
         try:
             found = os.fstat(fd)
             if stat.S_ISDIR(found.st_mode) and bundles.is_bundle(fd):
-                size, image = bundles.size_of(fd), bundles.image_in(fd)
-                return self._made(digest, size, Kind.IMAGE, image, f"/{bundles.IMAGE}")
+                self._copies[digest] = bundles.copy(fd, digest, f"{self._path}/{digest}")
+                return self._copies[digest]
             if stat.S_ISDIR(found.st_mode):
                 return self._made(digest, tree.signature(fd, whole=True).size, Kind.DIRECTORY)
             return self._made(digest, found.st_size, Kind.IMAGE, probe(fd, found.st_size))
         finally:
             os.close(fd)
 
-    def _made(
-        self, digest: str, size: int, kind: Kind, format: Mountable | None = None, inner: str = ""
-    ) -> Copy:
-        path = f"{self._path}/{digest}"
-        protected = f"{path}/{bundles.PROTECTED}" if inner else ""
-        self._copies[digest] = Copy(digest, path + inner, size, kind, format, protected=protected)
+    def _made(self, digest: str, size: int, kind: Kind, format: Mountable | None = None) -> Copy:
+        self._copies[digest] = Copy(digest, f"{self._path}/{digest}", size, kind, format)
         return self._copies[digest]
 
     @contextmanager

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import stat
 
+from watcher.images import bundles
 from watcher.images.formats.probe import probe
 from watcher.images.store_names import DIGEST
 from watcher.model import Copy, Kind, Refused
@@ -25,6 +26,8 @@ def stored(state_directory: str, digest: str) -> Copy:
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         found = os.fstat(fd)
+        if stat.S_ISDIR(found.st_mode) and bundles.is_bundle(fd):
+            return bundles.copy(fd, digest, path)
         if stat.S_ISDIR(found.st_mode):
             return Copy(digest, path, 0, Kind.DIRECTORY)
         return Copy(digest, path, found.st_size, Kind.IMAGE, probe(fd, found.st_size))
