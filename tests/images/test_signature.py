@@ -205,6 +205,29 @@ def test_an_openssl_that_hangs_is_not_waited_for(
         judged(made, known)
 
 
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [("kill -KILL $$", "SIGKILL"), ("exit 127", "status 127"), ("exit 126", "status 126")],
+)
+def test_an_openssl_that_cannot_run_says_nothing_of_signatures_and_certificates(
+    known: Known, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, words: str
+) -> None:
+    """Killed for want of memory, or a library of it is just being replaced: what it would say is not made up."""
+    made = sign(ROOT_HASH, known.key)
+    program = tmp_path / "openssl"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    (tmp_path / "maker.crt").write_bytes(known.key.pem)
+    keys = Keys([str(tmp_path)])
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path))
+        with pytest.raises(Later, match=f"^openssl .*{words}: its signature cannot be verified$"):
+            judged(made, known)
+        with pytest.raises(Later, match=words):
+            keys.ring()
+    assert [one.subject for one in keys.ring().certificates] == ["CN=maker"]
+
+
 # --- the signature partition ---
 
 SIGNED = signature_json(ROOT_HASH, b"0\x00")

@@ -2,7 +2,8 @@
 """Runs openssl(1). What it is to read it gets by descriptor, so no file can be another one meanwhile.
 
 Python's `cryptography` cannot verify PKCS#7 up to 50.0.2, and M2Crypto binds all of OpenSSL to this process, which
-hostile bytes would then be parsed in. The program makes the same calls as systemd, and a crash of it is a message.
+hostile bytes would then be parsed in. The program makes the same calls as systemd, and a crash of it is a message: what
+it crashes on does not get in.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ import subprocess
 from typing import NamedTuple
 
 from watcher.model import Later
+from watcher.settings.signals import reason_of
 
 _TIMEOUT_SEC = 20
 """It takes 5 ms. What it reads is small, so only a machine that stands still needs longer."""
 _PACKAGE = "openssl"
+_NOT_RUN = (126, 127)
+"""Exit statuses of a program that the system cannot run, as where one of its libraries is just being replaced."""
 
 
 class Done(NamedTuple):
     """
     Attributes:
-        status: its exit status, negative for a signal.
+        status: its exit status.
         output, errors: what it printed.
     """
 
@@ -35,7 +39,8 @@ def run(*words: str, **contents: bytes) -> Done:
     """Run `openssl WORDS`. A word "{NAME}" becomes the path of a file with the content of that name. Blocks.
 
     Raises:
-        Later: it is not installed, gave no answer in time, or the machine has no memory for it.
+        Later: it is not installed, gave no answer in time, was killed, or cannot be run. That says nothing of what it
+            was to read, and is not to be remembered.
     """
     files: dict[str, int] = {}
     try:
@@ -62,6 +67,8 @@ def run(*words: str, **contents: bytes) -> Done:
         raise Later(f"openssl has not read its signature in {_TIMEOUT_SEC} s") from None
     except (OSError, MemoryError) as error:
         raise Later(f"openssl cannot be run to verify its signature: {error}") from error
+    if done.returncode < 0 or done.returncode in _NOT_RUN:
+        raise Later(f"openssl {reason_of(done.returncode)}: its signature cannot be verified")
     return Done(done.returncode, done.stdout, done.stderr.decode(errors="replace"))
 
 
