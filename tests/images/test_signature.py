@@ -260,6 +260,8 @@ def test_what_a_signature_partition_says(known: Known) -> None:
         (b'{"rootHash": null, "signature": "MAA="}', "is no JSON object"),
         (b"[" * 60_000, "is no JSON object"),
         (b"9" * 60_000, "is no JSON object"),
+        (SIGNED[:-1] + b', "rootHash": "' + b"00" * 32 + b'"}', "has rootHash twice"),
+        (b'{"signature": "MAA=", ' + SIGNED[1:], "has signature twice"),
         (SIGNED + b" " * (5 << 20), r"has \d+ bytes, 65536 is the limit"),
     ],
 )

@@ -62,7 +62,7 @@ def parse(content: bytes) -> Signed:
     if len(text) > SIGNATURE_MAX:
         raise Refused(f"its signature partition has {len(text)} bytes, {SIGNATURE_MAX} is the limit")
     try:
-        found = json.loads(text.decode())
+        found = json.loads(text.decode(), object_pairs_hook=_once)
         hash, signature = found["rootHash"], found["signature"]
         made = Signed(bytes.fromhex(hash), base64.b64decode(signature, validate=True))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -74,6 +74,15 @@ def parse(content: bytes) -> Signed:
         raise Refused(f"its signature partition has a rootHash of {len(made.root_hash)} bytes")
     require_form(made.signature)
     return made
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object, of which systemd takes the first of what is there twice, and Python the last. Raises Refused."""
+    names = [name for name, _ in pairs]
+    for name in ("rootHash", "signature"):
+        if names.count(name) > 1:
+            raise Refused(f"its signature partition has {name} twice")
+    return dict(pairs)
 
 
 def require_form(signature: bytes) -> None:
