@@ -79,6 +79,20 @@ def test_what_is_declared_is_watched_with_what_may_come_beside_it(tmp_path: Path
     assert not re.fullmatch(pattern, "webXverity")
 
 
+@pytest.mark.parametrize("name", ["web.raw", "web.raw.v/web_1.raw"])
+def test_what_a_link_beside_an_image_leads_to_is_watched(tmp_path: Path, name: str) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    look(tmp_path, name)
+    path = tmp_path / "web.service.confext.d" / name
+    path.with_suffix(".verity").symlink_to("middle")
+    path.with_name("middle").symlink_to(tmp_path / "elsewhere/tree")
+    found = look(tmp_path, name)
+    assert any(
+        one.path == str(tmp_path / "elsewhere") and re.fullmatch(one.pattern or "", "tree")
+        for one in found.interests
+    )
+
+
 def test_counters_do_not_count(tmp_path: Path) -> None:
     names = ("web_1+2-1.raw", "web_1.roothash", "web_1+3.verity", "web_2.raw", "web_2+3.roothash")
     found = look(tmp_path, *(f"web.raw.v/{name}" for name in names))

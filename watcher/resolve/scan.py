@@ -218,6 +218,8 @@ def _direct(entry: Entry, notes: _Notes) -> Picks:
     if entry.kind is Kind.DIRECTORY and unsafe is None:
         _watch_tree(path, notes)
     there = tuple(one for one in beside if os.path.lexists(f"{directory}/{one}"))
+    for link in (one for one in there if os.path.islink(f"{directory}/{one}")):
+        _linked(f"{directory}/{link}", notes, entry.kind)  # what it leads to may come last, or be replaced
     candidate = Candidate(entry.path, name, extension, version, entry.kind, sidecars=there)
     return Picks(entry, (candidate,), unsafe=unsafe)
 
