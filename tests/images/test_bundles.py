@@ -22,6 +22,8 @@ from support.signed import Key, assembled, make_key, make_tree, padded, sign
 from watcher.images import bundles, originals, sidecars
 from watcher.images.admission import Admission, copied
 from watcher.images.certificates import Keys
+from watcher.images.formats.image import Image
+from watcher.images.formats.probe import probe
 from watcher.images.image_check import examine
 from watcher.images.made_for import host
 from watcher.images.store import Store
@@ -45,6 +47,7 @@ from watcher.mounts.workers import MountWorkers
 from watcher.records import durable
 from watcher.resolve.strict_modes import StrictModes
 from watcher.settings import device_mapper
+from watcher.watch.lease import Lease
 
 pytestmark = [tool("mksquashfs"), tool("veritysetup"), tool("openssl")]
 MIB = 1 << 20
@@ -179,6 +182,30 @@ class TestTheCopy:
         store.configure(64 * MIB, raw.stat().st_size + 1, 2)
         with pytest.raises(Refused, match=r"^too large: \d+ bytes, \d+ are allowed .ImageMax=."):
             copy_of(store, raw)
+
+
+def test_a_server_that_says_one_thing_first_and_then_another_is_taken_by_what_was_copied(
+    store: Store, squashfs: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there are no leases (NFS, FUSE) only size and times are compared, and those are the server's word, too."""
+    monkeypatch.setattr(Lease, "__enter__", lambda self: self)
+    monkeypatch.setattr(Lease, "held", lambda self: True)
+    one, other = (
+        disk(Part(squashfs, label=label), Part(squashfs, label="root_2")) for label in ("root_1", "root_3")
+    )
+    path = tmp_path / "web_1.4.raw"
+    path.write_bytes(one)
+
+    def then_another(fd: int, size: int) -> Image:
+        found = probe(fd, size)
+        path.write_bytes(other)
+        return found
+
+    monkeypatch.setattr(originals, "probe", then_another)
+    copy = copy_of(store, path)
+    assert copy.digest == digest(path) and copy.format is not None
+    with open(copy.path, "rb") as file:
+        assert copy.format == probe(file.fileno(), len(other))
 
 
 class TestTheSlot:

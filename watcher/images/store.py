@@ -123,6 +123,10 @@ class Store:
                 if not lease.held():
                     raise
                 digest = self._found_instead(error, lambda: leased_digest(fd, size, lease))
+            if not lease.exact:
+                # A server may have said something else when the format was looked at.
+                self._copies.pop(digest, None)
+                return self._copy(digest)
         return self._made(digest, size, Kind.IMAGE, format)
 
     def _add_bundle(self, fd: int, size: int, lease: Lease, parts: Parts) -> Copy:
