@@ -45,6 +45,7 @@ from watcher.model import (
 from watcher.mounts.process import may_mount
 from watcher.mounts.workers import MountWorkers
 from watcher.records import durable
+from watcher.resolve import scan, sources
 from watcher.resolve.strict_modes import StrictModes
 from watcher.settings import device_mapper
 from watcher.watch.lease import Lease
@@ -206,6 +207,17 @@ def test_a_server_that_says_one_thing_first_and_then_another_is_taken_by_what_wa
     assert copy.digest == digest(path) and copy.format is not None
     with open(copy.path, "rb") as file:
         assert copy.format == probe(file.fileno(), len(other))
+
+
+def test_names_that_no_look_finds_are_not_waited_for(store: Store, squashfs: bytes, tmp_path: Path) -> None:
+    """As of `ExtensionImages=/srv/x.v/web___.img`."""
+    directory = tmp_path / "x.v"
+    directory.mkdir()
+    (directory / "web_1.img").write_bytes(squashfs)
+    (directory / "web_1.img.verity").touch()
+    declared = sources.declare([(f"{directory}/web___.img", "", False)], [])
+    ((found,),) = (picks.candidates for picks in scan.look(declared).picks)
+    copied(store, found)
 
 
 class TestTheSlot:

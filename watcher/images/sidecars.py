@@ -122,7 +122,12 @@ def found(path: str) -> tuple[str, ...]:
 
 
 def has_new(candidate: Candidate) -> bool:
-    """Whether something has come beside a candidate since the look that found it."""
+    """Whether something has come beside a candidate since the look that found it.
+
+    A look finds nothing beside an image that is not called so (`/srv/x.v/web___.img`).
+    """
+    if not candidate.filename.endswith(".raw"):
+        return False
     directory = os.path.dirname(candidate.path)
     had = {sidecars.suffix(name) for name in candidate.sidecars}
     names = (name for name in sidecars.names(candidate.filename) if sidecars.suffix(name) not in had)
