@@ -215,6 +215,18 @@ def test_without_a_device_mapper_systemd_is_not_to_set_up_verity(
     assert "ExtensionImagePolicy" not in host.dropin("tree.service")
 
 
+def test_systemd_verifies_a_slot_that_has_beside_it_what_that_takes(
+    host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """At boot the device mapper may come later. systemd refuses such a slot where it must not verify."""
+    monkeypatch.setattr(device_mapper, "CONTROL", str(tmp_path / "missing"))
+    host.unit("web.service", PLAIN, "web.raw")
+    host.accept("web.service", "web.raw")
+    assert "ExtensionImagePolicy" in host.dropin("web.service")
+    Path(host.state, "units/web.service/web.roothash").symlink_to("/store")
+    assert "ExtensionImagePolicy" not in host.dropin("web.service")
+
+
 def test_trees_need_no_devices(host: Host) -> None:
     host.unit("web.service", PLAIN + "PrivateDevices=yes\n", "tree")
     assert "DeviceAllow" not in host.dropin("web.service")

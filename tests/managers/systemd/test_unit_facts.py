@@ -17,6 +17,7 @@ from watcher.managers.systemd import unit_facts
 from watcher.managers.systemd.unit_files import Index
 from watcher.model import Entry, Kind, Layer, Setting, Stack, Verdict
 from watcher.records.state import Undoing
+from watcher.settings import device_mapper
 
 WEB = "[Service]\nExecStart=/bin/true\nRootDirectory=/srv/root/.\n[X-Confext]\nReload=signal:HUP\nCheckSec=soon\n"
 
@@ -101,6 +102,21 @@ def test_a_new_version_of_an_entry_makes_nothing_stale(host: Host) -> None:
     host.generate()
     host.drop("web.service", "other.raw")
     host.accept("web.service", ["web.raw"])
+    assert host.stale() == []
+
+
+def test_a_unit_that_must_not_verify_is_stale_once_a_slot_can_be_verified_alone(
+    host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The device mapper came after the generator ran."""
+    monkeypatch.setattr(device_mapper, "CONTROL", str(tmp_path / "control"))
+    host.accept("web.service", ["web.raw"])
+    host.generate()
+    (tmp_path / "control").touch()
+    assert host.stale() == []
+    (host.state / "units/web.service/web.verity").symlink_to("/store")
+    assert host.stale() == ["web.service"]
+    host.generate()
     assert host.stale() == []
 
 

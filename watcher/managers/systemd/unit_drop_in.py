@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from watcher.managers.systemd import drop_ins, held_starts, sandbox_settings, unit_files
 from watcher.managers.systemd.unit_files import Index, Unit
+from watcher.resolve import sidecars
 from watcher.settings import device_mapper, syntax, values
 from watcher.text import Kind, shown
 
@@ -98,13 +99,14 @@ def text(
     drop_in = drop_ins.DropIn(f"By {WATCHER}: this unit starts on its last accepted stack.")
     if not _starts_before_us(unit.names, parsed):
         _assign_order(drop_in, state_directory)
-    left_out = _assign_layers(drop_in, f"{state_directory}/units/{unit.name}", listed)
+    slots = f"{state_directory}/units/{unit.name}"
+    left_out = _assign_layers(drop_in, slots, listed)
     if listed:
         left_out += _assign_again(drop_in, kept.again)
     if any(item.kind is Kind.IMAGE for item in listed) and _restricts_devices(parsed):
         for device in ("/dev/loop-control", "block-loop"):
             drop_in.assign("Service", "DeviceAllow", drop_ins.token(device), drop_ins.token("rw"))
-    if any(item.kind is Kind.IMAGE for item in listed) and _cannot_verify(parsed):
+    if any(item.kind is Kind.IMAGE for item in listed) and _cannot_verify(parsed) and not has_sidecars(slots):
         drop_in.assign("Service", "ExtensionImagePolicy", drop_ins.policy(AS_IT_IS))
     if record.on_trial and _may_hold_starts(unit, parsed):
         drop_in.assign("Service", "ExecStopPost", drop_ins.own(held_starts.COMMAND))
@@ -289,6 +291,17 @@ def _cannot_verify(parsed: syntax.Parsed) -> bool:
     """
     own = syntax.last(parsed.assignments, "Service", "ExtensionImagePolicy")
     return (own is None or not own.value) and not device_mapper.is_there()
+
+
+def has_sidecars(slots: str) -> bool:
+    """Whether something lies beside a slot by which systemd verifies it: it must, and refuses the slot if it may not.
+
+    The daemon has put it there, so there was a device mapper. At boot that may come after the generator has run.
+    """
+    try:
+        return any(map(sidecars.suffix, os.listdir(slots)))
+    except OSError:
+        return False
 
 
 def _restricts_devices(parsed: syntax.Parsed) -> bool:

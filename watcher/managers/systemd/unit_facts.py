@@ -198,7 +198,7 @@ def stale(
         except (unit_drop_in.Forgotten, drop_ins.Unwritable):
             continue  # it has no drop-in
         loaded = _read(f"{generated}/{name}.d/{DROPIN}")
-        if loaded is None or not _equivalent(loaded, wanted, state_directory):
+        if loaded is None or not _equivalent(loaded, wanted, state_directory, name):
             found[name] = wanted
     return found
 
@@ -262,13 +262,16 @@ def listed(state_directory: str, unit: str) -> Listed:
     return Listed(None if record.slots is None else tuple(record.slots), there, record.sysexts)
 
 
-def _equivalent(loaded: str, wanted: str, state_directory: str) -> bool:
+def _equivalent(loaded: str, wanted: str, state_directory: str, name: str) -> bool:
     before, after = _layers(loaded), _layers(wanted)
     if before and not after:
         return False  # a missing slot, too, costs the unit some of its sandbox: see sandbox_settings.py
     if unit_drop_in.AS_IT_IS in wanted and unit_drop_in.AS_IT_IS not in loaded:
         return False  # it could not start on an image with verity data
     slots = f"{state_directory}/units/"
+    must_not_verify = unit_drop_in.AS_IT_IS in loaded and unit_drop_in.AS_IT_IS not in wanted
+    if must_not_verify and unit_drop_in.has_sidecars(f"{slots}{name}"):
+        return False  # what lies beside a slot is not passed over
 
     def there(layer: tuple[str, str, bool]) -> bool:
         return not layer[0].startswith(slots) or os.path.lexists(layer[0])
