@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from watcher.managers.systemd.exec_settings import of_next_start
 from watcher.managers.systemd.sandbox_settings import Again
-from watcher.managers.systemd.unit_drop_in import MOUNT_OPTIONS
+from watcher.managers.systemd.unit_drop_in import AS_IT_IS, MOUNT_OPTIONS
 from watcher.model import Copy, Kind
+from watcher.settings import device_mapper
 
 SLOTS = "/var/lib/confext-watcher/units/web.service"
 IMAGE = Copy("a" * 64, "/store/image", 1, Kind.IMAGE)
@@ -38,6 +43,24 @@ def test_the_new_layers_take_the_place_of_those_in_the_slots() -> None:
     root = [("root", MOUNT_OPTIONS)]
     assert found["ExtensionImages"] == [("/srv/sysext.raw", False, []), ("/store/image", False, root)]
     assert found["ExtensionDirectories"] == ["/store/tree"]
+
+
+@pytest.mark.parametrize(
+    ("there", "policy", "path"),
+    [
+        (True, "", "/store/protected"),
+        (True, "root=signed", "/store/protected"),
+        (True, AS_IT_IS, "/store/image"),
+        (False, "", "/store/image"),
+    ],
+)
+def test_an_image_is_verified_where_systemd_can_and_may_do_that(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, there: bool, policy: str, path: str
+) -> None:
+    """The device mapper may have come after the generator, which has forbidden it."""
+    monkeypatch.setattr(device_mapper, "CONTROL", str(tmp_path) if there else str(tmp_path / "missing"))
+    found = start({"ExtensionImagePolicy": ("s", policy)}, replace(IMAGE, protected="/store/protected"))
+    assert [one[0] for one in found["ExtensionImages"]] == [path]
 
 
 def test_what_is_set_is_taken_over_and_nothing_of_the_service_itself() -> None:

@@ -16,7 +16,7 @@ from typing import Any, Final
 from watcher.managers.systemd.sandbox_settings import Again
 from watcher.managers.systemd.unit_drop_in import MOUNT_OPTIONS
 from watcher.model import Copy, Kind
-from watcher.settings import device_mapper
+from watcher.settings import device_mapper, image_policy
 
 Value = tuple[str, Any]
 """A D-Bus signature, and what has that."""
@@ -86,7 +86,7 @@ def of_next_start(
     # Its directory is there already if the service runs, or is started meanwhile, and must outlive the command.
     found["RuntimeDirectoryPreserve"] = "s", "yes"
     images = [one for one in _list(found, "ExtensionImages") if not one[0].startswith(f"{slots}/")]
-    verifies = device_mapper.is_there()
+    verifies = device_mapper.is_there() and _may_verify(found)
     images += [
         (one.protected if one.protected and verifies else one.path, False, [("root", MOUNT_OPTIONS)])
         for one in layers
@@ -120,3 +120,12 @@ def _setting(values: Mapping[str, Value], key: str) -> Property | None:
 
 def _list(found: Mapping[str, Value], key: str) -> list[Any]:
     return list(found[key][1]) if key in found else []
+
+
+def _may_verify(found: Mapping[str, Value]) -> bool:
+    """Whether the policy of a unit lets systemd verify: not, where the generator found no device mapper yet."""
+    policy = found.get("ExtensionImagePolicy", ("s", ""))[1]
+    try:
+        return not policy or bool(image_policy.in_unit(policy).effective("root") & {"verity", "signed"})
+    except ValueError:
+        return True
