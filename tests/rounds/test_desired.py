@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,6 +25,7 @@ from watcher.images.complete import Rule
 from watcher.images.formats.image import Brought, Image
 from watcher.images.formats.squashfs import SQUASHFS
 from watcher.images.made_for import host
+from watcher.images.startable import require_startable
 from watcher.images.store import Store
 from watcher.model import (
     Candidate,
@@ -261,3 +263,30 @@ def test_what_systemd_would_fail_to_start_on_is_for_no_unit(
                 admits.admit(candidate)
         else:
             assert admits.admit(candidate).digest == copy.digest
+
+
+@pytest.mark.parametrize(
+    ("signature", "policy", "found"),
+    [
+        (b"0", "root=unprotected", "signed"),
+        (b"0", "root=verity+unprotected", "signed"),
+        (b"0", "root=signed", ""),
+        (b"0", "root=verity+signed", ""),
+        (b"0", "*", ""),
+        (None, "root=unprotected", "verity"),
+        (None, "root=verity", ""),
+    ],
+)
+def test_what_lies_beside_a_slot_is_what_systemd_takes_it_for(
+    signature: bytes | None, policy: str, found: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(device_mapper, "CONTROL", str(tmp_path))
+    image = Image(SQUASHFS, 4096, 0, 4096, Brought(0, 8192, bytes(32), "", signature, beside=True))
+    copy = Copy("a" * 64, "/store/a/image.raw", 4096, Kind.IMAGE, image)
+    policies = (demand(Setting("ExtensionImagePolicy", policy, "/web.service:3")),)
+    if not found:
+        require_startable(copy, policies)
+        return
+    said = f"systemd takes it for {found} by what lies beside it, which ExtensionImagePolicy={policy} (/web.service:3)"
+    with pytest.raises(Refused, match=re.escape(said)):
+        require_startable(copy, policies)
