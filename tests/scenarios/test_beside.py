@@ -143,3 +143,17 @@ def test_its_tries_are_counted_and_what_lies_beside_it_keeps_its_name(place: Pla
     second = drop(service, "2")
     put(service, "2", second, VERITY, ROOT_HASH, ".raw")
     service.reloaded("2")
+
+
+def test_origin_and_diff_look_into_the_image(place: Place) -> None:
+    place.start_daemon()
+    service = place.start(name="web.service")
+    first, second = (drop(service, version) for version in ("1", "2"))
+    put(service, "1", first, VERITY, ROOT_HASH, ".raw")
+    service.reloaded("1")
+    put(service, "2", second, VERITY, ROOT_HASH, ".raw")
+    service.reloaded("2")
+    said = place.run("origin", service.name).stdout
+    assert "web 2: image, verity, " in said and "web.conf" in said, said
+    changed = place.run("diff", service.name, "--from", "1", "--to", "0", check=False).stdout
+    assert "-1" in changed.splitlines() and "+2" in changed.splitlines(), changed
