@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import resource
 import shutil
 import threading
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ from support.images import confext
 from support.killing import killed_before
 from support.needs import root
 from watcher.images.store import Store
-from watcher.model import Kind, Layer, Stack
+from watcher.model import Kind, Later, Layer, Stack
 from watcher.mounts import syscalls
 from watcher.records import durable
 
@@ -128,6 +130,42 @@ def test_a_copy_that_is_added_again_is_read(store: Store, later: Store, tmp_path
     damage(Path(copy.path))
     add(later, path)
     assert Path(copy.path).read_bytes() == b"the content"
+
+
+@pytest.mark.parametrize("left", range(1, 4))
+@pytest.mark.parametrize("from_disk", [False, True], ids=["looked at", "scrubbed"])
+def test_a_copy_is_not_damaged_because_no_descriptor_is_left(
+    store: Store, tmp_path: Path, left: int, from_disk: bool
+) -> None:
+    copy = add(store, confext(tmp_path / "web", "web", {"etc/a/a.conf": b"x", "etc/b.conf": b"x"}))
+    store.whole.doubt([copy.digest])
+    with few_descriptors(left), pytest.raises((OSError, Later)) as raised:
+        if from_disk:
+            store.whole.scrub(copy.digest, lambda: None)
+        else:
+            store.verify(copy.digest)
+    assert "open files" in str(raised.value)
+    assert not store.whole.damaged
+    assert store.verify(copy.digest)
+
+
+@contextlib.contextmanager
+def few_descriptors(count: int) -> Iterator[None]:
+    """So many are left."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, before[0]), before[1]))
+    taken = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.open("/dev/null", os.O_RDONLY))
+        for _ in range(count):
+            os.close(taken.pop())
+        yield
+    finally:
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_a_missing_copy_is_not_whole(store: Store, tmp_path: Path) -> None:

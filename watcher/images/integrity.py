@@ -39,6 +39,9 @@ _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 # renameat2(2): a file system that cannot exchange two names.
 _NO_EXCHANGE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 
+# What this process lacks just now says nothing of a copy.
+_LACKS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN})
+
 
 def now() -> float:
     """Seconds since boot, as the kernel has it for the start of a process (`Process.started`)."""
@@ -95,7 +98,7 @@ class Whole:
         """Whether a copy is there and whole. Blocks while the copy is read, where that has to be.
 
         Raises:
-            OSError: the store cannot be looked into.
+            OSError: the store cannot be looked into, or the copy not now.
         """
         if (known := self._known(digest)) is not None:
             return known
@@ -189,7 +192,7 @@ class Whole:
         return not problem
 
     def _problem(self, fd: int, found: os.stat_result, digest: str, read: Read) -> str:
-        """What is wrong with it, "" if nothing is."""
+        """What is wrong with it, "" if nothing is. Raises OSError: that cannot be known now."""
         try:
             if stat.S_ISDIR(found.st_mode):
                 same = tree.digest(fd, whole=True, read=read) == digest or not self._owners_are_kept
@@ -198,6 +201,8 @@ class Whole:
                 read(fd, found.st_size, hasher)
                 same = hasher.hexdigest() == digest
         except OSError as error:
+            if error.errno in _LACKS:
+                raise
             return f"it cannot be read: {error.strerror}"
         except (Refused, Busy) as error:
             return str(error)
