@@ -335,5 +335,7 @@ def test_a_bit_that_flips_on_the_disk_is_found_though_the_kernel_remembers_the_f
         assert store.verify(copy.digest)
         assert not store.whole.scrub(copy.digest, lambda: None)
         assert not store.verify(copy.digest)
+        store.whole.doubt([copy.digest])
+        assert not store.verify(copy.digest), "what the kernel remembers is not what the next boot reads"
         add(store, source)
         assert store.verify(copy.digest) and store.whole.scrub(copy.digest, lambda: None)

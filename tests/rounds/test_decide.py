@@ -497,6 +497,10 @@ TABLE: dict[str, dict[str, tuple[Facts, Step]]] = {
         ),
         "what it shows, and there is a new copy": (facts(NEW, worn=True), Swap()),
         "what it had shown, and it is stopped": (facts(NEW, worn=True, **DOWN), Done()),
+        "what it shows, and the new copy, too": (
+            facts(NEW, worn=True, damaged=(NEW.id,), fallback=EMPTY, shown=None),
+            Done(),
+        ),
     },
     "kept out for now": {
         "it is the same start": (facts(OLD, state=NOT_NOW), Done()),

@@ -59,6 +59,8 @@ class Whole:
         self._directory = directory
         self._seen: dict[str, tuple[int, ...]] = {}
         self._bad: dict[str, tuple[int, ...]] = {}
+        # Those of them that the disk has so: the kernel may remember them whole.
+        self._rotten: set[str] = set()
         self._damaged: dict[str, float] = {}
         self._replaced: dict[str, float] = {}
         self._turns: dict[str, threading.Lock] = {}
@@ -68,10 +70,14 @@ class Whole:
         self.find_replaced()
 
     def doubt(self, digests: Iterable[str]) -> None:
-        """Something went wrong with these copies: they are read again before they are used."""
+        """Something went wrong with these copies: they are read again before they are used.
+
+        Not those that were read from the disk, and damaged: what the kernel remembers of them says nothing.
+        """
         for digest in digests:
             self._seen.pop(digest, None)
-            self._bad.pop(digest, None)
+            if digest not in self._rotten:
+                self._bad.pop(digest, None)
 
     def damaged_since(self, digests: Iterable[str], since: float) -> bool:
         """Whether one was found damaged after `since`, `time.monotonic()`. It may have been copied again by now."""
@@ -119,8 +125,13 @@ class Whole:
         Raises:
             OSError: the store cannot be looked into.
         """
-        whole = self._read(digest, functools.partial(hash_from_disk, pace=pace))
-        return whole or digest not in self._bad
+        if self._read(digest, functools.partial(hash_from_disk, pace=pace)):
+            self._rotten.discard(digest)
+            return True
+        if digest not in self._bad:
+            return True
+        self._rotten.add(digest)
+        return False
 
     def place(self, made: str, digest: str) -> None:
         """Give what was written under the temporary name `made` the name of its digest.
@@ -137,6 +148,7 @@ class Whole:
                 found = os.stat(digest, dir_fd=self._directory, follow_symlinks=False)
                 self._seen[digest] = stat_key(found)
                 self._bad.pop(digest, None)
+                self._rotten.discard(digest)
 
     def _exchange(self, made: str, digest: str) -> None:
         at = {"src_dir_fd": self._directory, "dst_dir_fd": self._directory}

@@ -183,7 +183,7 @@ def decide(f: Facts) -> Step:
         return Accept(target, new=f.new)
     if not f.reachable:
         return _unreachable(f)
-    if (f.shown != f.accepted.id and not f.has_nothing_whole) or f.worn:
+    if (f.shown != f.accepted.id or f.worn) and not f.has_nothing_whole:
         return Swap()
     if f.is_owed:
         return Reload()
