@@ -253,6 +253,30 @@ async def test_what_nobody_waits_for_is_done_when_nothing_else_is_left() -> None
     assert [len(group) for group in disk.groups] == [2, 2]
 
 
+async def test_what_nobody_waits_for_is_done_though_something_else_is_always_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(offload, "HANGS_SEC", 5.0)
+    jobs = Offload()
+    over = False
+
+    async def without_end(key: str) -> None:
+        while not over:
+            await jobs.run(key, time.sleep, 0.002)
+
+    def last() -> Gathering[str]:
+        yield Together(lambda items: None, None, last=True)
+        return "done"
+
+    async with trio.open_nursery() as nursery:
+        for number in range(30):
+            nursery.start_soon(without_end, f"busy{number}")
+        try:
+            assert await jobs.run_gathering("one", last) == "done"
+        finally:
+            over = True
+
+
 async def test_an_error_of_what_is_needed_is_raised_in_each_that_needs_it() -> None:
     work, disk, caught = Offload(), Disk(fails=True), list[int]()
 

@@ -27,6 +27,7 @@ Before a program is started by execve(2), a process tries the paths instead: see
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections import deque
@@ -52,13 +53,12 @@ HANGS_SEC = 30.0
 SLOW_SEC = 0.01
 """Seconds after which another worker takes over the queue."""
 
-# So many times as many jobs as the last time are gathered, in a burst of jobs; up to the second figure: each of them
-# holds a few descriptors meanwhile.
+# In a burst, so many times as many jobs as the last time are gathered, up to the second: each holds descriptors.
 _MORE = 4
 _GATHERED_MAX = 32
-# Of what nobody waits for.
+# Of what nobody waits for; and the seconds that it waits while there is always something else to do.
 _LAST_MAX = 64
-
+_LAST_SEC = 0.25
 # For what has happened, and is just being written down, when the program ends.
 _GRACE_SEC = 5.0
 
@@ -141,6 +141,7 @@ class Offload:
         # Jobs that need something, those whose need nobody waits for, and those that have got it.
         self._gathered: list[_Job] = []
         self._last: list[_Job] = []
+        self._last_by = math.inf
         self._resumed: deque[_Job] = deque()
         self._most = 1
         self._active: _Worker | None = None
@@ -273,10 +274,10 @@ class Offload:
                 jobs = [self._resumed.popleft()]
             elif self._gathered and (self._is_enough() or not self._queue):
                 jobs, self._gathered = self._gathered, []
-            elif self._queue and len(self._last) < _LAST_MAX:
+            elif self._queue and len(self._last) < _LAST_MAX and time.monotonic() < self._last_by:
                 jobs = [self._queue.popleft()]
             elif self._last:
-                jobs, self._last = self._last, []
+                jobs, self._last, self._last_by = self._last, [], math.inf
             else:
                 self._active, self._most = None, 1
                 return []
@@ -300,8 +301,11 @@ class Offload:
             for job in jobs:
                 if job.need is None:
                     self._resumed.append(job)
+                elif job.need.last:
+                    self._last_by = min(self._last_by, time.monotonic() + _LAST_SEC)
+                    self._last.append(job)
                 else:
-                    (self._last if job.need.last else self._gathered).append(job)
+                    self._gathered.append(job)
             if self._active is None:  # it took so long that nobody is active any more
                 self._active = worker
                 worker.tell(self._watch_over)
@@ -367,8 +371,7 @@ class _Worker:
                 offload._ended.append(jobs[0])
                 if not offload._is_work_left():
                     self._tell_ended()
-                # Else the event loop would take the interpreter away from the jobs that wait. `_supervise()` tells it
-                # of many at once.
+                # Else `_supervise()` tells it of many at once: it would take the interpreter from jobs that wait.
         self._tell_ended()
 
     def _tell_ended(self) -> None:
