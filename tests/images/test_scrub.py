@@ -9,6 +9,7 @@ import mmap
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,32 @@ def test_after_an_unclean_shutdown_all_is_due(
     (tmp_path / "state/checked").write_text("{")
     start("fifth").close()
     assert "cannot be read" in capsys.readouterr().out
+
+
+def test_what_a_thread_still_writes_when_the_daemon_ends_does_not_mix_with_the_end(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun_to_write, go_on = threading.Event(), threading.Event()
+    one = started(store, lambda: WEEK, lambda: None)
+
+    def dump(value: object, file: Any) -> None:
+        text = json.dumps(value)
+        file.write(text[:9])
+        if not begun_to_write.is_set():
+            begun_to_write.set()
+            go_on.wait()
+        file.write(text[9:])
+
+    monkeypatch.setattr("watcher.images.scrub.json.dump", dump)
+    threads = [threading.Thread(target=one._write), threading.Thread(target=one.close)]
+    threads[0].start()
+    begun_to_write.wait()
+    threads[1].start()
+    threads[1].join(0.5)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert scrub._read(one._path) == Checked()
 
 
 def test_a_full_disk_is_said_once(

@@ -118,6 +118,8 @@ class Scrub:
         self._wake = trio.Event()
         self._stop = threading.Event()
         self._threads = trio.CapacityLimiter(1)
+        # When the daemon ends, a thread may be at it that nobody waits for any more.
+        self._writing = threading.Lock()
         self._said = ""
         self._times: dict[str, int] = {}
         self._checked = Checked(times=self._times)
@@ -219,12 +221,13 @@ class Scrub:
         """On the disk when it returns. What cannot be written holds until the daemon ends."""
         temporary = f"{self._path}.new"
         try:
-            with open(os.open(temporary, _NEW, 0o600), "w", encoding="ascii") as file:
-                json.dump(to_dict(self._checked, str), file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.rename(temporary, self._path)
-            durable.fsync(self._store.state_directory)
+            with self._writing:
+                with open(os.open(temporary, _NEW, 0o600), "w", encoding="ascii") as file:
+                    json.dump(to_dict(self._checked, str), file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.rename(temporary, self._path)
+                durable.fsync(self._store.state_directory)
         except OSError as error:
             text = "after the next start, copies in the store may be read again sooner than they had to be"
             self._say(f"{text}: {problem(error)}")
