@@ -118,6 +118,10 @@ def test_what_makes_a_difference_makes_another_look(other: Given) -> None:
     assert common_key("/", GIVEN) != common_key("/srv/root", GIVEN)
 
 
+def test_what_only_one_may_go_back_to_is_made_anew_by_its_own_look() -> None:
+    assert common_key("/", GIVEN) != common_key("/", GIVEN, frozenset({"a" * 64}))
+
+
 @pytest.mark.parametrize(
     "one",
     [

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from scenarios.place import Daemon, Place, Service, tree, until
 from support.needs import root, tool
+from watcher.rounds.facts import AFTERGLOW_USEC
 
 pytestmark = [root, tool("mksquashfs"), pytest.mark.parametrize("place", ["images"], indirect=True)]
 
@@ -281,6 +283,34 @@ def test_the_copy_that_a_service_may_go_back_to_is_made_anew_too(place: Place) -
     service.remove("1.3")
     service.reloaded("1.2")
     assert service.heard == ["nothing", "1.2", "1.3", "1.2"]
+
+
+def test_what_one_of_many_may_go_back_to_is_made_anew_though_the_others_have_the_same_files(
+    place: Place,
+) -> None:
+    place.configure("SettleSec=20ms", "ScrubSec=4s")
+    daemon = place.start_daemon()
+    versions = place.path / "shared/web.raw.v"
+    versions.mkdir(parents=True)
+
+    def start(name: str) -> Service:
+        options = ("--confext-dir", str(versions.parent), "--reload-signal", "HUP")
+        return place.start(*options, name=name, declared=False)
+
+    service = start(NAME)
+    for version in ("1.2", "1.3"):
+        place.bring(place.confext(version), versions / f"web_{version}.raw")
+        service.reloaded(version)
+    time.sleep(AFTERGLOW_USEC / 1e6)
+    service.kill()
+    place.services.remove(service)
+    for number in range(8):  # which never had the first version, and are looked at first
+        start(f"a{number}.service")
+    start(NAME)
+    older = copy_of(place, versions / "web_1.2.raw")
+    flipped(older, 100)
+    daemon.log.wait_for("was made anew, in the place of the damaged one")
+    assert is_whole(older)
 
 
 def test_a_running_service_keeps_what_it_has_where_nothing_is_whole(place: Place) -> None:

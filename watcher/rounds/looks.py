@@ -25,8 +25,12 @@ def now() -> float:
     return time.monotonic()
 
 
-def common_key(root: str | None, given: Given) -> Hashable | None:
-    """All that what a service could have depends on, besides the disk; None: on what is kept out of that one alone."""
+def common_key(root: str | None, given: Given, to_mend: frozenset[str] = frozenset()) -> Hashable | None:
+    """All that what a service could have depends on, besides the disk; None: on what is kept out of that one alone.
+
+    Args:
+        to_mend: digests of damaged copies that it may go back to: a look has them made anew.
+    """
     state, record = given.state, given.state.accepted
     if given.elsewhere or state.quarantine or state.pin is not None:
         return None
@@ -42,6 +46,7 @@ def common_key(root: str | None, given: Given) -> Hashable | None:
         given.trust,
         given.limits,
         given.thorough,
+        to_mend,
     )
 
 

@@ -289,9 +289,8 @@ class Observer:
             with tools.store.using():  # the round may give this up, while a copy goes on
                 return find(tools.store, tools.admission, given)
 
-        desired = self._looks.shared(
-            looks.common_key(root, given), since, look, lambda found: found.is_common
-        )
+        key = looks.common_key(root, given, self._to_mend(service))
+        desired = self._looks.shared(key, since, look, lambda found: found.is_common)
         if desired.is_common:  # nothing is gone, whoever has looked
             tools.removals.seen(service.slots, ())
         memory = self._memories.get(service.name)
@@ -306,6 +305,13 @@ class Observer:
             again=retry.again(state, service.settings, etc, desired.passed),
             signatures=signatures(desired.passed),
         )
+
+    def _to_mend(self, service: Service) -> frozenset[str]:
+        """Digests of damaged copies that a service may go back to."""
+        store = self._tools.store
+        damaged = store.whole.damaged
+        stacks = store.stacks(service.slots) if damaged else ()
+        return damaged.intersection(digest for stack in stacks for digest in stack.digests)
 
     def _kept_out(self, other: Service) -> dict[str, str]:
         try:
