@@ -49,7 +49,7 @@ from watcher.resolve.strict_modes import StrictModes
 from watcher.resolve.trust import ROOT_ALONE
 from watcher.rounds import desired
 from watcher.rounds.desired import Desired, Given, find
-from watcher.rounds.together import Together
+from watcher.rounds.whole_drop import WholeDrop
 from watcher.settings import device_mapper
 from watcher.settings.image_policy import demand
 
@@ -254,8 +254,8 @@ def test_what_systemd_would_fail_to_start_on_is_for_no_unit(
     policies = (demand(Setting("ExtensionImagePolicy", policy, "web.service:3")),) if policy else ()
     given = Given(unit, Declared(), host(), policies=policies)
     with StrictModes(ROOT_ALONE) as modes:
-        together = Together(Look((), ()), Stack(), "", policies)
-        admits = desired._Admitting(cast(Admission, admission), given, {}, modes, Rule(), together)
+        whole_drop = WholeDrop(Look((), ()), Stack(), "", policies)
+        admits = desired._Admitting(cast(Admission, admission), given, {}, modes, Rule(), whole_drop)
         if kept_out:
             with pytest.raises(
                 Refused, match=r"there is no device mapper here\. Say ImagePolicy= in .X-Confext"

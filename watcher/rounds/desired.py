@@ -41,7 +41,7 @@ from watcher.rounds.choose import Choice, Passed, choose
 from watcher.rounds.image_policies import let_in_anyway, not_allowed
 from watcher.rounds.kept_entries import nothing_removed, with_entries
 from watcher.rounds.patience import Limits, Removals, marked
-from watcher.rounds.together import Together
+from watcher.rounds.whole_drop import WholeDrop
 from watcher.settings.image_policy import Demand
 
 
@@ -142,9 +142,9 @@ def _find(store: Store, admission: Admission, given: Given, modes: StrictModes) 
     look = nothing_removed(look, record.entries, unmounted.unmounted(good, record.mounted))
     staying = _Staying(given, good, look)
     look = staying.with_entries(look, record.entries)
-    together = Together(look, good, store.copies, given.policies)
+    whole_drop = WholeDrop(look, good, store.copies, given.policies)
     rule = _rule(store, given, good, look)
-    admitting = _Admitting(admission, given, elsewhere | state.kept_out, modes, rule, together)
+    admitting = _Admitting(admission, given, elsewhere | state.kept_out, modes, rule, whole_drop)
     lost = functools.partial(_is_lost, store, given.slots)
     choice = choose(look, admitting.admit, good, lost, staying.stays)
     if given.thorough and not look.unknown:
@@ -200,7 +200,7 @@ class _Admitting:
     Args:
         reasons: digests that are kept out, with the reason.
         rule: when a tree is complete.
-        together: when an image is.
+        whole_drop: when an image is.
 
     Attributes:
         at_hand: digests of what was not refused.
@@ -214,7 +214,7 @@ class _Admitting:
         reasons: Mapping[str, str],
         modes: StrictModes,
         rule: Rule,
-        together: Together,
+        whole_drop: WholeDrop,
     ) -> None:
         self._admission = admission
         self._rule = rule
@@ -222,7 +222,7 @@ class _Admitting:
         self._modes = modes
         self._reasons = reasons
         self._policies = given.policies
-        self._together = together
+        self._whole_drop = whole_drop
         self._has = given.state.accepted.stack.digests
         self._by_systemd = starts_by_systemd(given.slots)
         self.at_hand: set[str] = set()
@@ -236,7 +236,7 @@ class _Admitting:
             raise KeptOut(f"kept out: {self._reasons[copy.digest]}", copy.digest)
         copy = replace(copy, trust=self._admission.trust(copy))
         if copy.digest not in self._has:  # what it has, stays
-            self._together.require(candidate, copy)
+            self._whole_drop.require(candidate, copy)
         if self._by_systemd:
             require_startable(copy, self._policies)
         return copy

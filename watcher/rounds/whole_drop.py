@@ -19,7 +19,7 @@ from watcher.rounds.image_policies import require_allowed
 from watcher.settings.image_policy import Demand
 
 
-class Together:
+class WholeDrop:
     """Of one look at a service.
 
     Args:

@@ -26,7 +26,7 @@ from watcher.model import (
     Stack,
     Trust,
 )
-from watcher.rounds.together import Together
+from watcher.rounds.whole_drop import WholeDrop
 from watcher.settings.image_policy import demand
 
 DIGEST = "d" * 64
@@ -41,9 +41,9 @@ def candidate(version: str, *beside: str, kind: Kind = Kind.IMAGE) -> Candidate:
     return Candidate(f"/srv/web.raw.v/{name}", name, "web", version, kind, sidecars=beside)
 
 
-def together(
+def whole_drop(
     tmp_path: Path, *policies: str, before: str = "", protected: bool = True, there: bool = True
-) -> Together:
+) -> WholeDrop:
     """With an accepted version `before`."""
     (tmp_path / DIGEST).mkdir()
     (tmp_path / DIGEST / "image.raw").touch()
@@ -55,15 +55,15 @@ def together(
     candidates = [candidate("2"), *([candidate(before)] if before and there else [])]
     look = Look((Picks(entry, tuple(candidates)),), ())
     demands = [demand(Setting("ImagePolicy", one, "/f:1")) for one in policies]
-    return Together(look, accepted, str(tmp_path), demands)
+    return WholeDrop(look, accepted, str(tmp_path), demands)
 
 
 def test_with_an_open_policy_and_nothing_before_it_gets_in(tmp_path: Path) -> None:
-    together(tmp_path).require(candidate("2"), BARE)
+    whole_drop(tmp_path).require(candidate("2"), BARE)
 
 
 def test_it_waits_where_the_one_before_had_a_tree(tmp_path: Path) -> None:
-    judge = together(tmp_path, before="1")
+    judge = whole_drop(tmp_path, before="1")
     with pytest.raises(
         Incomplete, match=r"^incomplete: web_2\.verity, web_2\.roothash, .* since web_1\.raw before it"
     ):
@@ -79,7 +79,7 @@ def test_not_where_the_one_before_had_none_or_is_gone_or_was_replaced(tmp_path: 
         ({"before": "1", "protected": False}, {"before": "1", "there": False}, {"before": "2"})
     ):
         (tmp_path / str(number)).mkdir()
-        together(tmp_path / str(number), **options).require(candidate("2"), BARE)  # type: ignore[arg-type]
+        whole_drop(tmp_path / str(number), **options).require(candidate("2"), BARE)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -106,13 +106,13 @@ def test_it_waits_where_what_may_come_would_let_it_in(
     tmp_path: Path, policy: str, beside: tuple[str, ...], trust: Protection, said: str
 ) -> None:
     with pytest.raises(Refused) as refused:
-        together(tmp_path, policy).require(candidate("2", *beside), replace(BARE, trust=Trust(trust)))
+        whole_drop(tmp_path, policy).require(candidate("2", *beside), replace(BARE, trust=Trust(trust)))
     assert str(refused.value).startswith(said)
     assert isinstance(refused.value, Incomplete) == said.startswith("incomplete")
 
 
 def test_a_disk_image_and_a_tree_do_not_wait(tmp_path: Path) -> None:
-    judge = together(tmp_path, "signed")
+    judge = whole_drop(tmp_path, "signed")
     for one in (PARTITION, TREE):
         with pytest.raises(Refused) as refused:
             judge.require(candidate("2", kind=one.kind), one)
