@@ -265,8 +265,8 @@ class Copy:
     """An image or tree in the store.
 
     Attributes:
-        digest: SHA-256, 64 hexadecimal digits: of the file's bytes, or of a tree as `store.py` defines it.
-        path: absolute path in the store; a regular file of mode 0400 or a directory.
+        digest: SHA-256, 64 hexadecimal digits: of the file's bytes, or of a directory as `tree.py` has it.
+        path: absolute path in the store; a regular file of mode 0400, or a tree.
         size: bytes.
         format: of an image, None for a tree.
         trust: what was proved of it, once it is let in.

@@ -86,7 +86,6 @@ def test_policies_are_systemds(name: str, old: bool) -> None:
 def test_what_a_policy_lets_in(text: str, allowed: tuple[Trust, ...]) -> None:
     policy = parse(text)
     assert tuple(trust for trust in (UNPROTECTED, VERITY, SIGNED) if policy.allows(trust, "erofs")) == allowed
-    assert policy.asks_for_signature == (allowed == (SIGNED,))
 
 
 @pytest.mark.parametrize(

@@ -148,11 +148,6 @@ class Policy:
                     return f"does not allow a partition {designator} with {word}"
         return ""
 
-    @property
-    def asks_for_signature(self) -> bool:
-        """Whether nothing else will do."""
-        return self.effective(ROOT) & USE - IGNORE == {"signed"}
-
 
 def parse(text: str) -> Policy:
     """`ImagePolicy=`: one of our own words, or a policy as systemd 262 reads it.

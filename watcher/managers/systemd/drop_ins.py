@@ -20,7 +20,6 @@ from watcher.text import shown
 
 _KEY = re.compile(r"[A-Za-z]+")
 _TOKEN = re.compile(r"[A-Za-z0-9/_.@-]+")
-_POLICY = re.compile(r"[a-z:=+-]+")
 _PLAIN = re.compile(r"[A-Za-z0-9/._@~+=,-]+")  # these mean themselves in a path, for each kind of setting
 # No white space, no quotes, and after a backslash always a character.
 _OPTIONS = re.compile(r"(?:[!#$&(-\[\]-~]|\\[!-~])*")
@@ -85,17 +84,6 @@ def own(text: str) -> Word:
         Unwritable
     """
     _require_line(text)
-    return Word(text)
-
-
-def policy(text: str) -> Word:
-    """A value of systemd.image-policy(7).
-
-    Raises:
-        Unwritable
-    """
-    if not _POLICY.fullmatch(text):
-        raise Unwritable(f"{shown(text)} is no image policy")
     return Word(text)
 
 

@@ -43,7 +43,6 @@ _BEFORE_US = frozenset(
     }
 )
 
-
 AS_IT_IS = "root=unprotected+absent:usr=unprotected+absent:=unused+absent"
 """What systemd takes for a service's images if nothing is said, without verity, signatures and encryption."""
 
@@ -107,7 +106,7 @@ def text(
         for device in ("/dev/loop-control", "block-loop"):
             drop_in.assign("Service", "DeviceAllow", drop_ins.token(device), drop_ins.token("rw"))
     if any(item.kind is Kind.IMAGE for item in listed) and _cannot_verify(parsed) and not has_sidecars(slots):
-        drop_in.assign("Service", "ExtensionImagePolicy", drop_ins.policy(AS_IT_IS))
+        drop_in.assign("Service", "ExtensionImagePolicy", drop_ins.own(AS_IT_IS))
     if record.on_trial and _may_hold_starts(unit, parsed):
         drop_in.assign("Service", "ExecStopPost", drop_ins.own(held_starts.COMMAND))
     for what in left_out:
