@@ -142,11 +142,11 @@ def test_check_tells_what_an_image_does_to_the_hosts_etc(
     tree = confext(tmp_path / "web", "web", release="ID=_any\nEXTENSION_RESTART_UNITS=web.*\n")
     (tree / "etc/os-release").mkdir()
     assert cli.main(["check", str(tree)]) == 0
-    good, warning, passed_over = capsys.readouterr().out.splitlines()
+    good, trust, warning, passed_over = capsys.readouterr().out.splitlines()
     assert passed_over.startswith(
         f"{tree}: warning: EXTENSION_RESTART_UNITS= in it has web.*, which is no unit"
     )
-    assert f"{tree}: good: web" in good
+    assert f"{tree}: good: web" in good and trust == f"{tree}: unprotected"
     assert warning.startswith(f"{tree}: warning: hides the host's etc/os-release, which is a ")
     assert cli.main(["check", "--json", str(tree)]) == 0
     assert "hides the host's etc/os-release" in capsys.readouterr().out

@@ -154,7 +154,8 @@ def test_check_says_that_an_image_is_good(place: Place, fstype: str) -> None:
     place.bring(image("web_1.4", "1.4", fstype=fstype), path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     done = place.run("check", str(path))
-    assert done.stdout == f"{path}: good: web 1.4, {fstype}, {path.stat().st_size} bytes, sha256 {digest}\n"
+    good = f"{path}: good: web 1.4, {fstype}, {path.stat().st_size} bytes, sha256 {digest}"
+    assert done.stdout.splitlines() == [good, f"{path}: unprotected"]
 
 
 @root
@@ -213,11 +214,11 @@ def test_check_names_each_image_that_would_be_refused(place: Place, tmp_path: Pa
     done = place.run("check", *map(str, (good, foreign, empty, tmp_path / "none.raw")), check=False)
     assert done.returncode == 1
     lines = done.stdout.splitlines()
-    assert len(lines) == 4
-    assert "good: web 1.4" in lines[0]
-    assert "would be refused: made for ID=other" in lines[1]
-    assert "would be refused: empty" in lines[2]
-    assert "No such file" in lines[3]
+    assert len(lines) == 5
+    assert "good: web 1.4" in lines[0] and lines[1] == f"{good}: unprotected"
+    assert "would be refused: made for ID=other" in lines[2]
+    assert "would be refused: empty" in lines[3]
+    assert "No such file" in lines[4]
 
 
 @root

@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     origin.add_argument(
         "paths",
         nargs="*",
+        default=[],
         metavar="PATH",
         help="below /etc: what each layer has there, and what covers what; without: all that the host does not have so",
     )
@@ -127,8 +128,8 @@ def _add_diff(parser: argparse.ArgumentParser) -> None:
         "--from",
         dest="before",
         metavar="STACK",
-        help="this stack (see `history`), or what it begins with; a number: so many accepted stacks back; `none`: the"
-        " host's /etc; without: what the service sees now",
+        help="this stack (see `history`), or what it begins with; a number: so many accepted stacks back; `shown`, or"
+        " without: what the service sees now; `none`: the host's /etc",
     )
     parser.add_argument(
         "--to",

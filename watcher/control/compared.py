@@ -45,7 +45,7 @@ def named(settings: Settings, one: Subject, name: str) -> Choice:
         if int(name) < len(stacks):
             return Choice("kept", stacks[int(name)])
         raise Failed(
-            f"{shown(one.name)} has no stack {name} back: {len(stacks)} are kept, and the newest is 0"
+            f"{shown(one.name)} has no stack {name}: {len(stacks)} kept, counted back from the newest, 0"
         )
     found = {stack.id: stack for stack in stacks if name and stack.id.startswith(name)}
     for event in Reader(settings.state_directory).history(one.name, _LOOKED_BACK):
@@ -56,7 +56,8 @@ def named(settings: Settings, one: Subject, name: str) -> Choice:
         return Choice("kept", next(iter(found.values())))
     many = "more than one stack begins so" if found else "its history lists those it had"
     raise Failed(
-        f"{shown(one.name)} has no stack {shown(name)}: {many}. An image is named by a path with a /"
+        f"{shown(one.name)} has no stack '{shown(name)}': {many}. An image is named by a path with a /,"
+        " or by a name that ends in .raw"
     )
 
 

@@ -54,7 +54,7 @@ def services(services: Sequence[ServiceStatus], *, settings: bool = False) -> It
 def _trusts(service: str, layers: Sequence[Layer]) -> Iterator[str]:
     """What was proved of the layers, topmost first."""
     for layer in reversed(layers):
-        for line in _proved(to_dict(layer.trust)) if layer.trust.how else (layer.trust.protection.value,):
+        for line in _proved(to_dict(layer.trust)):
             yield f"{shown(service)}: {layer.label}: {printable(line)}"
 
 
@@ -159,8 +159,9 @@ def checked(results: Iterable[Mapping[str, object]]) -> Iterator[str]:
 
 
 def _proved(trust: Mapping[str, str]) -> Iterator[str]:
-    """What is proved of an image, nothing where it brings nothing to prove it by."""
+    """What is proved of an image or tree."""
     if not trust["how"]:
+        yield trust["protection"]
         return
     by = f" by {trust['signer']} (certificate sha256 {trust['fingerprint']})" if trust["signer"] else ""
     yield f"{trust['protection']}{by}: {trust['how']}, root hash {trust['rootHash']}"

@@ -133,8 +133,9 @@ def _statistics(found: Diff, colour: bool) -> Iterator[str]:
             what = "; ".join(_brief(file))
         yield f" {name:<{width}} | {what}"
     count = len(found.files)
-    lines = [sum(file.added for file in found.files), sum(file.removed for file in found.files)]
-    yield f" {count} {'path differs' if count == 1 else 'paths differ'}, {lines[0]} lines added, {lines[1]} removed"
+    more, fewer = sum(file.added for file in found.files), sum(file.removed for file in found.files)
+    paths, lines = "path differs" if count == 1 else "paths differ", "line" if more == 1 else "lines"
+    yield f" {count} {paths}, {more} {lines} added, {fewer} removed"
 
 
 def _brief(file: Difference) -> Iterator[str]:
