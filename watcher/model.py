@@ -35,7 +35,7 @@ class Refused(Exception):
 
 
 class Incomplete(Refused):
-    """By its own account it is not whole (a connection broke): it has to be uploaded again."""
+    """It is not whole: by its own account (a connection broke), or a file beside it has yet to come."""
 
 
 class KeptOut(Refused):

@@ -2,6 +2,7 @@
 """What a dropped file is: its format, whether it is complete, whether it may be a layer, and our own copy of it.
 
 In comes a candidate, a path that strangers can change at any moment. Out comes a copy in the store, whole and named by
-its digest, or one line that says why not. The accepted stacks, made of these copies, are kept here too, each with the
-record of its service. This room never enters a service and never decides which stack is wanted.
+its digest, with what is proved of it, or one line that says why not. The accepted stacks, made of these copies, are
+kept here too, each with the record of its service. For `origin` and `diff` it says which layer a file comes from. This
+room never enters a service and never decides which stack is wanted.
 """

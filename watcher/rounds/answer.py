@@ -53,7 +53,7 @@ class Kind(enum.Enum):
 
         looking           nothing is known yet
         uploading         it is there under a temporary name
-        incomplete        it is not whole; an upload that broke off may be resumed
+        incomplete        it, or what lies beside it, is not whole; an upload that broke off may be resumed
         waiting           something is missing that comes by itself: its writer or a start ends, space, its turn
         checking          about to be checked, or being checked
         placing           accepted, or about to be, and not on the service yet
