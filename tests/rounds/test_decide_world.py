@@ -202,7 +202,7 @@ class Play(RuleBasedStateMachine):
             layer for one in self.world.store.stacks(self.unit(number).service.slots) for layer in one.layers
         ]
         if layers:
-            self.world.store.damaged.add(layers[which % len(layers)].digest)
+            self.world.store.damaged |= {layers[which % len(layers)].digest}
 
     @rule(when=WHEN)
     def kill(self, when: int) -> None:

@@ -275,12 +275,12 @@ def test_its_good_successor_of_the_same_name_is_applied(service: Service, name: 
 @images_only
 def test_nothing_is_said_twice(service: Service) -> None:
     service.put("1.4").write_bytes(b"bad")
-    service.logged("web_1.4.raw refused: neither")
+    service.logged("web_1.4.raw refused: no squashfs, erofs, ext4 or btrfs image")
     for version in ("1.1", "1.2"):
         service.put(version)
         service.reloaded(version)
     (service.versions / "web_1.4.raw").write_bytes(b"worse")
-    service.logged("web_1.4.raw refused: neither")
+    service.logged("web_1.4.raw refused: no squashfs, erofs, ext4 or btrfs image")
     service.put("1.3")
     service.reloaded("1.3")
     assert len([line for line in service.log_lines() if "web_1.4.raw refused" in line]) == 2

@@ -157,7 +157,7 @@ def test_rollback_no_leaves_it_and_says_failed(place: Reloading) -> None:
 
 
 def test_a_health_check_that_never_succeeds_takes_it_back(place: Reloading) -> None:
-    health = ("--health-check", "grep -qv sick /etc/web.conf", "--set", "HealthCheckSec=300ms")
+    health = ("--health-check", "grep -qv sick /etc/web.conf", "--set", "HealthCheckSec=3s")
     service = place.run(*health)
     place.image("2", "sick")
     assert "health check" in place.outcome("rolled-back")

@@ -136,7 +136,7 @@ class Records:
     states: dict[str, State] = field(default_factory=dict)
     kept: dict[str, list[Stack]] = field(default_factory=dict)
     ever: dict[str, dict[str, Stack]] = field(default_factory=dict)
-    damaged: set[str] = field(default_factory=set)
+    damaged: frozenset[str] = frozenset()
     replaced: dict[str, float] = field(default_factory=dict)
     superseded: set[tuple[str, str]] = field(default_factory=set)
     state_directory = "/nowhere"
@@ -193,7 +193,7 @@ class Records:
     def heal(self, digest: str) -> None:
         """It is copied anew."""
         if digest in self.damaged:
-            self.damaged.discard(digest)
+            self.damaged -= {digest}
             self.replaced[digest] = integrity.now()
 
     def verify(self, digest: str) -> bool:

@@ -281,7 +281,6 @@ class Commands:
         service = self._tools.manager.services.get(name)
         if service is None:
             raise ServiceNotFound(name)
-        history = await _in_thread(self._tools.ledger.history, service.name, _LOOKED_BACK)
         try:
             facts, desired = await self.rounds.glance(service, thorough=True)
             find = functools.partial(dropped.dropped, desired=desired, declared=service.declared)
@@ -291,6 +290,8 @@ class Commands:
             return dict.fromkeys(images, Answer(Kind.WAITING, stuck))
         now = await _in_thread(self._status, service, {})
         facts = replace(facts, shown=now.stack if now.state == "running" else None)
+        # After the facts: an outcome is in the history before the state says that nothing is left to do.
+        history = await _in_thread(self._tools.ledger.history, service.name, _LOOKED_BACK)
         return {image: answer(name, facts, one, history) for image, one in zip(images, found, strict=True)}
 
 
