@@ -202,6 +202,23 @@ async def test_what_was_read_is_known_after_a_restart(
     assert seen == [copy.digest]
 
 
+@pytest.mark.usefixtures("inline")
+async def test_the_next_daemon_reads_what_was_damaged_at_once(
+    store: Store, tmp_path: Path, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = add(store, dropped(tmp_path, b"content"))
+    Path(copy.path).write_bytes(b"CONTENT")
+    made_at(copy.digest, monkeypatch, 0)
+    for _ in range(2):
+        with Store(str(tmp_path / "state"), 64 * MIB, 32 * MIB, 2) as again:
+            seen = read_again(again, monkeypatch)
+            scrubbing = started(again, lambda: WEEK, lambda: None, Clock())
+            with trio.move_on_after(3600):
+                await scrubbing.run()
+            scrubbing.close()
+        assert seen == [copy.digest]
+
+
 def test_after_an_unclean_shutdown_all_is_due(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

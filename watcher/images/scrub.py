@@ -220,10 +220,13 @@ class Scrub:
     def _write(self) -> None:
         """On the disk when it returns. What cannot be written holds until the daemon ends."""
         temporary = f"{self._path}.new"
+        # Only this process knows what is damaged: the next one reads it at once.
+        damaged = dict.fromkeys(self._times.keys() & self._store.whole.damaged, 0)
+        checked = replace(self._checked, times=self._times | damaged)
         try:
             with self._writing:
                 with open(os.open(temporary, _NEW, 0o600), "w", encoding="ascii") as file:
-                    json.dump(to_dict(self._checked, str), file)
+                    json.dump(to_dict(checked, str), file)
                     file.flush()
                     os.fsync(file.fileno())
                 os.rename(temporary, self._path)
