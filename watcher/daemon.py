@@ -159,9 +159,7 @@ class Daemon:
         self._control = Commands(tools, self.changed, self._in_round, self._reload_settings)
         self._rounds = Rounds(tools, self._control.tell, self.changed, self._looked_at, self._control.stepped)
         self._control.rounds = self._rounds
-        self._fresh = Fresh(
-            tools, self._rounds.memories, self._settled_change, self._say_remarks, self._is_busy
-        )
+        self._fresh = Fresh(tools, self._rounds.memories, self._settled_change, self._say_remarks)
         self._scrub = Scrub(tools.store, lambda: self._settings.scrub_usec, self._look_at_everything)
         self._readers = Readers()
         tools.offload.returned = self.changed
@@ -209,9 +207,6 @@ class Daemon:
         self._last_change[name] = looks.now()
         self._settle.touch(name, _usec(now), quiet_usec, self._settings.settle_max_usec)
         self._wake.set()
-
-    def _is_busy(self) -> bool:
-        return bool(self._running)
 
     def _in_round(self, name: str) -> bool:
         """Whether a round of a service goes on or is due."""
@@ -266,8 +261,6 @@ class Daemon:
             if name not in self._again:
                 break
         self._running.discard(name)
-        if not self._running:
-            self._fresh.rounds_over()
         if again is not None:
             self._settle.again(name, _usec(trio.current_time() + again))
         self._wake.set()

@@ -27,10 +27,8 @@ from watcher.rounds.tools import Tools
 from watcher.watch.freshness import Freshness, Held
 from watcher.watch.watcher import RETRY_SEC
 
-# Seconds after the round of a service. The rounds of a burst come first; but they are waited for no longer than the
-# second figure: one may take minutes.
+# Seconds after the round of a service. The rounds of a burst are over then.
 _LATER = 0.02
-_LATER_MAX = 1.0
 
 # Seconds that the others wait for one.
 _HANGS = 0.1
@@ -45,7 +43,6 @@ class Fresh:
         memories: what is remembered of each service.
         changed: asks for a round of a service, after its quiet time.
         remarked: called when there is something else to say about what cannot be watched.
-        busy: whether rounds go on.
     """
 
     def __init__(
@@ -54,9 +51,7 @@ class Fresh:
         memories: Mapping[str, Memory],
         changed: Callable[[str], None],
         remarked: Callable[[], None],
-        busy: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._busy = busy
         self._tools, self._memories, self._changed = tools, memories, changed
         self._remarked = remarked
         self._keys: dict[str, object] = {}
@@ -65,7 +60,6 @@ class Fresh:
         self._said: dict[str, str] = {}
         self._due: set[str] = set()
         self._wake = trio.Event()
-        self._over = trio.Event()
         self._freshness: Freshness | None = None
 
     async def run(self) -> None:
@@ -86,7 +80,7 @@ class Fresh:
             try:
                 while True:
                     await self._wake.wait()
-                    await self._while_busy()
+                    await trio.sleep(_LATER)
                     self._wake = trio.Event()
                     due, self._due = self._due, set()
                     for name in due:
@@ -96,17 +90,6 @@ class Fresh:
                             await followed.wait()
             finally:
                 self._freshness.close()
-
-    async def _while_busy(self) -> None:
-        await trio.sleep(_LATER)
-        if self._busy():
-            self._over = trio.Event()
-            with trio.move_on_after(_LATER_MAX):
-                await self._over.wait()
-
-    def rounds_over(self) -> None:
-        """No round goes on any more."""
-        self._over.set()
 
     def retry(self) -> None:
         """See `Freshness.retry()`."""

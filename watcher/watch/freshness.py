@@ -71,8 +71,7 @@ class Held:
 
 @dataclass(slots=True)
 class _Followed:
-    """A service.
-
+    """
     Attributes:
         key: changes with its start, and with its stack.
         views: what its namespaces show.
@@ -90,12 +89,7 @@ class _Followed:
 
 @dataclass(slots=True)
 class _Again:
-    """What is tried again: names that were held when their view was refreshed.
-
-    Attributes:
-        tries: of each name, since it changed.
-        at: when to try next.
-    """
+    """Names that were held when their view was refreshed: how often each was tried since it changed, and when next."""
 
     service: str
     tries: dict[str, int] = field(default_factory=dict)
@@ -131,6 +125,7 @@ class Freshness:
         self._read_at = 0.0
         self._reads = 0  # of this burst
         self._changes: dict[Base, Changes] = {}
+        self._burst: dict[Base, Changes] = {}  # all of it
         self._recheck_at = math.inf
         self._inotify: INotify | None = None
         self._watches: BaseWatches | None = None
@@ -172,8 +167,8 @@ class Freshness:
         if self._thread is not None:
             os.eventfd_write(self._wake, 1)
             self._thread.join(1.0)
-            if self._thread.is_alive():
-                return  # it ends with the program, and so do its descriptors
+            if self._thread.is_alive():  # it ends with the program, and so do its descriptors
+                return
         os.close(self._wake)
 
     def _order(self, what: Callable[[], None]) -> None:
@@ -252,12 +247,14 @@ class Freshness:
             return
         if time.monotonic() - self._read_at > QUIET_SEC:
             self._reads = 0
+            self._burst.clear()
         for base, changes in found.items():
             for name, followed in self._on(base):
                 if followed.tells:
                     self._changed(name)
             self._tell(base, changes)
             self._changes.setdefault(base, Changes()).merge(changes)
+            self._burst.setdefault(base, Changes()).merge(changes)
             self._recheck_at = min(self._recheck_at, time.monotonic() + _RECHECK_SEC)
         self._reads += 1
         spent = time.thread_time() - begun
@@ -367,8 +364,12 @@ class Freshness:
         for view in (*again, *gone[len(kept) :]):
             self._leave(name, view)
         for view in views:
-            # What changed before it was followed.
+            # What changed before it was followed; a process may hold that just now.
             self._refresh(name, view)
+            if burst := self._burst.get(self._bases[view.base_id]):
+                self._again[view] = _Again(
+                    name, dict.fromkeys((path for path, new in burst.paths() if new), 0)
+                )
 
     def _enter(self, name: str, view: View) -> None:
         base = self._bases.get(view.base_id)
@@ -387,13 +388,13 @@ class Freshness:
         followed = self._followed.get(name)
         if followed is not None and any(v.base_id == base_id for v in (*followed.views, *followed.older)):
             return
-        base = self._bases.get(base_id)
-        if base is None:
+        if (base := self._bases.get(base_id)) is None:
             return
         self._users[base].discard(name)
         if not self._users[base]:
             del self._users[base], self._bases[base_id]
             self._changes.pop(base, None)
+            self._burst.pop(base, None)
             if self._watches is not None:
                 self._watches.remove(base)
             os.close(base.fd)
