@@ -694,7 +694,8 @@ def write_record(bed: Bed, unit: str, slots: list[str]) -> None:
     directory.mkdir(parents=True)
     (directory / slots[-1]).symlink_to("/nowhere")
     entries = [{"slot": slot, "path": "/x", "kind": "image"} for slot in slots]
-    record = {"version": 1, "accepted": {"when": 1, "entries": entries}, "sysexts": []}
+    accepted = {"when": 1, "entries": entries, "stack": {"layers": entries}}
+    record = {"version": 1, "accepted": accepted, "sysexts": []}
     (directory / ".state.json").write_text(json.dumps(record))
     units = bed.path("/var/lib/confext-watcher/units")
     units.mkdir(exist_ok=True)
