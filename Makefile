@@ -38,14 +38,14 @@ test: venv tools ## lint, types, all tests; as root also on real systemd, and in
 	@echo "== containers"; $(MAKE) --no-print-directory roots
 	@echo "== tests"; tests/run-tests $(VENV)/bin/python $(PYTEST_ARGS)
 
-# One file, directory or test, `T=tests/test_cli.py`, or all of that half.
+# One file, directory or test, `T=tests/cli/test_cli.py`, or all of that half.
 T :=
 FAST = $(if $(T),$(T),-n $(JOBS) --dist load --maxschedchunk 1 --ignore=tests/beds --ignore=tests/vm tests)
 BEDS = $(if $(T),$(T),-n $(JOBS) --dist worksteal tests/beds)
 VM = $(if $(T),$(T),tests/vm)
 
 .PHONY: test-fast
-test-fast: venv ## the tests without the containers, or one `make test-fast T=tests/test_cli.py`
+test-fast: venv ## the tests without the containers, or one `make test-fast T=tests/cli/test_cli.py`
 	@$(VENV)/bin/python -m pytest -q $(PYTEST_ARGS) $(FAST)
 
 .PHONY: test-beds

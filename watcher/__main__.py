@@ -3,6 +3,6 @@
 
 import sys
 
-from watcher.cli import main
+from watcher.cli.main import main
 
 sys.exit(main())

@@ -26,7 +26,7 @@ WRAPPER = """\
 #!{python} -I
 import sys
 sys.path.insert(0, "{libdir}")
-from watcher.cli import main
+from watcher.cli.main import main
 sys.exit(main())
 """
 # Where below PREFIX/lib each file of units/ goes, and whether it is a program.

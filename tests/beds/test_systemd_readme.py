@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What the README has people type on a systemd host does what it says there, also pasted in one go.
 
-Covers control/enable.py.
+Covers setup/enable.py.
 """
 
 from __future__ import annotations

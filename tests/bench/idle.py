@@ -25,7 +25,7 @@ THREADS_END = 11.0
 """Seconds after which threads that did some work are gone (trio keeps them for ten)."""
 
 # All that the daemon loads, and nothing done with it.
-_INTERPRETER = "import watcher.daemon, watcher.cli, sys; print('ready', flush=True); sys.stdin.read()"
+_INTERPRETER = "import watcher.daemon, watcher.cli.main, sys; print('ready', flush=True); sys.stdin.read()"
 
 
 def run_events(count: int = 5) -> list[Figure]:

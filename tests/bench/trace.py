@@ -20,7 +20,8 @@ from pathlib import Path
 
 from support import CHECKOUT
 from support.images import confext, image
-from watcher.control import diff, origin, show, show_diff, show_origin
+from watcher.cli import show, show_diff, show_origin
+from watcher.control import diff, origin
 from watcher.settings.config import Settings
 
 from .report import Failed, figure

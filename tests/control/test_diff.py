@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """`diff`: which stacks it compares (control/compared.py), hunks (control/text_diff.py), and how people see it
-(control/show_diff.py). On real services: tests/scenarios/test_diff.py."""
+(cli/show_diff.py). On real services: tests/scenarios/test_diff.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.needs import tool
-from watcher.control import show_diff, text_diff
+from watcher.cli import show_diff
+from watcher.control import text_diff
 from watcher.control.compared import placed
 from watcher.model import Kind, Layer, Stack, Trust
 from watcher.records.schema import Failed, to_dict

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How `origin` is shown (control/show_origin.py), and since when a layer is there (control/traced.py).
+"""How `origin` is shown (cli/show_origin.py), and since when a layer is there (control/traced.py).
 
 On real services: tests/scenarios/test_origin.py.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import pytest
 
-from watcher.control import show_origin, traced
+from watcher.cli import show_origin
+from watcher.control import traced
 from watcher.model import Kind, Layer, Protection, Stack, Trust
 from watcher.records.schema import to_dict
 from watcher.records.traces import Origin, Piece, TracedFile, TracedLayer, TracedPath

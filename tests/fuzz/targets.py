@@ -25,7 +25,8 @@ import varlink
 from jeepney import HeaderFields, Message
 from jeepney.low_level import Endianness, Header, MessageType
 
-from watcher.control import server, show, transport
+from watcher.cli import show
+from watcher.control import server, transport
 from watcher.control.client import Client
 from watcher.images import hash_tree, signature, tries
 from watcher.images.formats import btrfs, disk, erofs, ext4, gpt, verity

@@ -308,7 +308,7 @@ def test_printable_text_is_left_alone_and_escapes_are_stable() -> None:
 
 def test_tables_and_their_like_are_not_loaded_by_the_daemon_and_can_be_by_others() -> None:
     program = (
-        "import sys, watcher.cli, watcher.daemon, watcher.rounds.exec_service; assert 'rich' not in sys.modules;"
+        "import sys, watcher.cli.main, watcher.cli.run, watcher.cli.exec; assert 'rich' not in sys.modules;"
         " import rich.table; print(rich.table.Table.__name__)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`confext-watcher diff` (control/diff.py, control/tracing.py) on real services, with and without a daemon."""
+"""`confext-watcher diff` (control/diff.py, cli/diff.py, cli/origin.py) on real services, with and without a daemon."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def before(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def main() -> int:
     global _place
     _place = os.open(os.path.dirname(os.environ["DYING_ARMED"]), os.O_PATH)
-    from watcher import cli
+    from watcher.cli.main import main as command_line
     from watcher.records import ledger
 
     for module, name in _STEPS:
@@ -81,7 +81,7 @@ def main() -> int:
             setattr(sys.modules[module], name, before(f"{module}.{name}", getattr(sys.modules[module], name)))
     subprocess.Popen.__init__ = before("Popen", subprocess.Popen.__init__)  # type: ignore[method-assign]
     ledger.Ledger._write = before("ledger", ledger.Ledger._write)  # type: ignore[method-assign]
-    return cli.main(["run"])
+    return command_line(["run"])
 
 
 if __name__ == "__main__":

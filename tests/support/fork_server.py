@@ -110,9 +110,9 @@ def _target(words: Sequence[str]) -> tuple[str, int] | None:
     if _SYS_CLONE is None:
         return None
     if words[0] == str(COMMAND):
-        return "watcher.cli", 1
+        return "watcher.cli.main", 1
     if words[:3] == [sys.executable, "-m", "watcher"]:
-        return "watcher.cli", 3
+        return "watcher.cli.main", 3
     if words[0] == sys.executable and len(words) > 1 and Path(words[1]).parent == _SUPPORT:
         return f"support.{Path(words[1]).stem}", 2
     return None

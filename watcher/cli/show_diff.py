@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-from watcher.control.show_origin import HOST, label
+from watcher.cli.show_origin import HOST, label
 from watcher.model import printable, shown
 from watcher.records.traces import Compared, Diff, Difference, Side
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The command line itself: what it refuses before anything is begun, and how (control/show.py).
+"""The command line itself: what it refuses before anything is begun, and how (cli/show.py).
 
-test_documents.py compares its words (control/arguments.py) with the man pages and the completions.
+test_documents.py compares its words (cli/arguments.py) with the man pages and the completions. What starts in cli/main.py,
+and answers by cli/answers.py, is done from end to end in tests/scenarios/: cli/run.py, cli/exec.py, cli/status.py,
+cli/plan.py, cli/history.py, cli/wait.py, cli/rollback.py, cli/enable.py (in tests/beds/), cli/check.py.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from support.images import confext
-from watcher import cli
-from watcher.control import show
+from watcher.cli import check, main, show
+from watcher.cli import status as status_command
 from watcher.control.client import NotRunning
 from watcher.model import Event, Outcome, Setting, Verdict
 from watcher.records.schema import ExitStatus, ServiceNotFound, ServiceStatus
@@ -31,8 +33,8 @@ def release(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("release", ["6.7.12", "5.15.0-91-generic", "6.7+", "4"], indirect=True)
 def test_an_old_kernel_is_refused_in_one_line(release: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["run"]) == ExitStatus.UNSUPPORTED
-    assert cli.main(["exec", "--name", "web.service", "--", "true"]) == ExitStatus.UNSUPPORTED
+    assert main.main(["run"]) == ExitStatus.UNSUPPORTED
+    assert main.main(["exec", "--name", "web.service", "--", "true"]) == ExitStatus.UNSUPPORTED
     line = f"confext-watcher: Linux {release} is too old: 6.8 or newer is needed (overlayfs lowerdir+)\n"
     assert capsys.readouterr().err == 2 * line
 
@@ -41,7 +43,7 @@ def test_an_old_kernel_is_refused_in_one_line(release: str, capsys: pytest.Captu
     "release", ["6.8.0", "6.8", "6.12+", "6.9rc1", "7.0-rc2", "6.12.43+deb13-amd64"], indirect=True
 )
 def test_a_new_kernel_is_taken_however_it_is_called(release: str) -> None:
-    cli._require_kernel()
+    main._require_kernel()
 
 
 def test_what_is_said_is_one_line(
@@ -50,8 +52,8 @@ def test_what_is_said_is_one_line(
     def broken(*_: object) -> int:
         raise NotRunning("two\nlines \x1b[31m")
 
-    monkeypatch.setitem(cli._COMMANDS, "check", broken)
-    assert cli.main(["check", "web.raw"]) == 3
+    monkeypatch.setattr(check, "run", broken)
+    assert main.main(["check", "web.raw"]) == 3
     assert capsys.readouterr().err == "confext-watcher: two\\nlines \\x1b[31m\n"
 
 
@@ -86,7 +88,7 @@ def test_status_says_with_the_outcome_what_was_wrong(verdict: Verdict | None) ->
 def test_json_names_a_file_as_every_answer_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A lone surrogate, which is what Python makes of such a byte, is not JSON (RFC 8259, section 8.2)."""
     path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.raw")
-    assert cli.main(["check", "--json", path]) == 1
+    assert main.main(["check", "--json", path]) == 1
     (image,) = json.loads(capsys.readouterr().out)["images"]
     assert image["image"] == f"{tmp_path}/\\xff.raw"
 
@@ -104,7 +106,7 @@ def test_services_are_chosen_as_systemctl_does() -> None:
 
     def chosen(*names: str) -> tuple[list[str], list[str]]:
         unknown: list[ServiceNotFound] = []
-        found = cli._chosen(names, status, unknown)
+        found = status_command._chosen(names, status, unknown)
         return [one.service for one in found], [error.service for error in unknown]
 
     assert chosen() == (["web-1.service", "web-2.service", "db.service"], [])
@@ -141,12 +143,12 @@ def test_check_tells_what_an_image_does_to_the_hosts_etc(
 ) -> None:
     tree = confext(tmp_path / "web", "web", release="ID=_any\nEXTENSION_RESTART_UNITS=web.*\n")
     (tree / "etc/os-release").mkdir()
-    assert cli.main(["check", str(tree)]) == 0
+    assert main.main(["check", str(tree)]) == 0
     good, trust, warning, passed_over = capsys.readouterr().out.splitlines()
     assert passed_over.startswith(
         f"{tree}: warning: EXTENSION_RESTART_UNITS= in it has web.*, which is no unit"
     )
     assert f"{tree}: good: web" in good and trust == f"{tree}: unprotected"
     assert warning.startswith(f"{tree}: warning: hides the host's etc/os-release, which is a ")
-    assert cli.main(["check", "--json", str(tree)]) == 0
+    assert main.main(["check", "--json", str(tree)]) == 0
     assert "hides the host's etc/os-release" in capsys.readouterr().out

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What was proved of images, as the command line prints it; the rest of control/show.py is seen in the scenarios."""
+"""What was proved of images, as the command line prints it; the rest of cli/show.py is seen in the scenarios."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from watcher.control import show
+from watcher.cli import show
 from watcher.model import Kind, Layer, Protection, Trust
 from watcher.records.schema import PlannedChange, ServiceStatus
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from watcher.control.show import when
+from watcher.cli.show import when
 from watcher.model import printable, shown
 from watcher.records.traces import Origin, Piece, TracedFile, TracedLayer, TracedPath
 

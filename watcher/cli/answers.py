@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""How each command answers: lines for people or one JSON object, and how it fails."""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from watcher.cli import show
+from watcher.control.client import Client, NotRunning
+from watcher.model import Busy, Refused, printable
+from watcher.records.schema import ExitStatus, Failed
+from watcher.settings.config import Settings
+
+T = TypeVar("T")
+
+
+def answer(
+    options: argparse.Namespace, results: dict[str, object], lines: Iterable[str], hint: str = show.REDACTED
+) -> None:
+    if options.json:
+        print(show.as_json(results))
+        return
+    for line in show.fit(lines):
+        print(line)
+    if results.get("redacted"):
+        print(f"confext-watcher: {hint}", file=sys.stderr)
+
+
+def read(settings: Settings, ask: Callable[[Client], T], without_daemon: Callable[[], T]) -> tuple[T, bool]:
+    """The daemon's answer, and whether it is redacted.
+
+    The daemon may read what this user may not, and knows who may be told what. So it is asked first.
+    """
+    try:
+        with Client(settings.runtime_directory, timeout=30) as client:
+            return ask(client), client.redacted
+    except NotRunning:
+        from watcher.records.ledger import LedgerError
+
+        try:
+            return without_daemon(), False
+        except LedgerError as error:
+            raise Failed(str(error))
+
+
+def fail(text: str, status: ExitStatus) -> ExitStatus:
+    print(f"confext-watcher: {printable(text)}", file=sys.stderr)
+    return status
+
+
+def looked(look: Callable[[], T]) -> T:
+    """What a look at kernel, store and disk finds. Raises CallError, OSError."""
+    from watcher.records.ledger import LedgerError
+
+    # A stack may have 498 layers, of which each has two descriptors, and some more on the way to a file.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    try:
+        return look()
+    except (Refused, Busy, LedgerError) as error:
+        raise Failed(str(error))

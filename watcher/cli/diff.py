@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`confext-watcher diff`: what would change in a service's /etc, or did."""
+
+from __future__ import annotations
+
+import argparse
+
+from watcher.cli import show, show_diff
+from watcher.cli.answers import looked
+from watcher.control import diff
+from watcher.records.schema import ExitStatus
+from watcher.settings.config import Settings
+
+
+def run(settings: Settings, options: argparse.Namespace) -> ExitStatus:
+    """As diff(1), 1 says that something differs. Raises CallError, OSError."""
+    found = looked(lambda: diff.diff(settings, options.service, options.before, options.after))
+    if options.json:
+        print(show.as_json(found, compact=True))
+    else:
+        # Not folded: lines of files are as long as they are.
+        for line in show_diff.diff(found, stat=options.stat, colour=show_diff.coloured()):
+            print(line)
+    return ExitStatus.FAILED if found.differs else ExitStatus.DONE
