@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The command line itself: what it refuses before anything is begun, and how (cli/show.py).
 
-test_documents.py compares its words (cli/arguments.py) with the man pages and the completions. What starts in cli/main.py,
-and answers by cli/answers.py, is done from end to end in tests/scenarios/: cli/run.py, cli/exec.py, cli/status.py,
-cli/plan.py, cli/history.py, cli/wait.py, cli/rollback.py, cli/enable.py (in tests/beds/), cli/check.py.
+test_documents.py compares its words (cli/arguments.py) with the man pages and the completions. What starts in
+cli/main.py, and answers by cli/answers.py, is done from end to end in tests/scenarios/: cli/run.py, cli/exec.py,
+cli/status.py, cli/plan.py, cli/history.py, cli/wait.py, cli/rollback.py, cli/enable.py (in tests/beds/), cli/check.py.
 """
 
 from __future__ import annotations
