@@ -48,9 +48,8 @@ def made(collect: Callable[..., object] = lambda mounted, worn: ()) -> Daemon:
         manager=SimpleNamespace(services={"web": None}),
         watcher=None,
         ledger=None,
-        pending=None,
-        trials=None,
         offload=Offload(),
+        run_aside=None,
     )
     return Daemon(Settings(), cast(Tools, tools))
 

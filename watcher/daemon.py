@@ -25,19 +25,22 @@ from watcher.images.complete import Complete
 from watcher.images.scrub import Scrub
 from watcher.images.store import Store
 from watcher.images.upgrade import upgrade
+from watcher.managers.aside import RunAside, run_as_child
 from watcher.managers.base import Manager, Service
 from watcher.managers.combined import Combined
 from watcher.managers.standalone import Standalone
 from watcher.managers.systemd import sd_notify
+from watcher.managers.systemd.aside import Aside
 from watcher.managers.systemd.manager import Systemd
 from watcher.managers.systemd.manager import check as systemd_check
-from watcher.model import Busy, Later, Remark, problem, shown
+from watcher.model import Busy, Event, Later, Remark, problem, shown
 from watcher.mounts.process import may_mount
 from watcher.mounts.workers import Hung, MountWorkers
 from watcher.records import durable, journal
 from watcher.records.ledger import Ledger
 from watcher.rounds import looks
 from watcher.rounds.fresh import Fresh
+from watcher.rounds.notify import Notifier
 from watcher.rounds.patience import Removals
 from watcher.rounds.round import Rounds
 from watcher.rounds.tools import Tools
@@ -113,11 +116,13 @@ def _tools(settings: Settings) -> Iterator[Tools]:
             )
         )
         manager: Manager
+        run_aside: RunAside = run_as_child
         if on_systemd(settings):
             systemd = Systemd(settings)
             stack.callback(systemd.close)
             standalone = Standalone(settings.runtime_directory, workers, systemd.transient.run)
             manager = Combined([systemd, standalone])
+            run_aside = Aside(systemd.transient, settings.runtime_directory).run
         else:
             manager = standalone = Standalone(settings.runtime_directory, workers)
         stack.callback(standalone.close)
@@ -132,6 +137,7 @@ def _tools(settings: Settings) -> Iterator[Tools]:
             offload=Offload(),
             removals=Removals(watcher.uploads),
             settings=settings,
+            run_aside=run_aside,
         )
 
 
@@ -157,7 +163,8 @@ class Daemon:
         self._settings = settings
         self._tools = tools
         self._control = Commands(tools, self.changed, self._in_round, self._reload_settings)
-        self._rounds = Rounds(tools, self._control.tell, self.changed, self._looked_at, self._control.stepped)
+        self._notifier = Notifier(lambda: tools.manager.services, lambda: self._settings, tools.run_aside)
+        self._rounds = Rounds(tools, self._recorded, self.changed, self._looked_at, self._control.stepped)
         self._control.rounds = self._rounds
         self._fresh = Fresh(tools, self._rounds.memories, self._settled_change, self._say_remarks)
         self._scrub = Scrub(tools.store, lambda: self._settings.scrub_usec, self._look_at_everything)
@@ -192,6 +199,7 @@ class Daemon:
                 nursery.start_soon(self._follow_directories)
                 nursery.start_soon(self._start_rounds, nursery)
                 nursery.start_soon(self._fresh.run)
+                nursery.start_soon(self._notifier.run)
                 nursery.start_soon(self._ready_then_scrub)
                 nursery.start_soon(self._when_idle)
                 nursery.start_soon(sd_notify.keep_alive)
@@ -207,6 +215,11 @@ class Daemon:
         self._last_change[name] = looks.now()
         self._settle.touch(name, _usec(now), quiet_usec, self._settings.settle_max_usec)
         self._wake.set()
+
+    def _recorded(self, event: Event) -> None:
+        """An outcome is in the history."""
+        self._control.tell(event)
+        self._notifier.tell(event)
 
     def _in_round(self, name: str) -> bool:
         """Whether a round of a service goes on or is due."""

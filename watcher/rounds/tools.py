@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from watcher.images.admission import Admission
 from watcher.images.store import Store
+from watcher.managers.aside import RunAside
 from watcher.managers.base import Manager, Service
 from watcher.mounts.process import Gone
 from watcher.mounts.workers import MountWorkers
@@ -36,6 +37,7 @@ class Tools:
     offload: Offload
     removals: Removals
     settings: Settings
+    run_aside: RunAside
 
     async def in_turn(
         self,

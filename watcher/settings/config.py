@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from watcher.model import Remark, Setting, shown
+from watcher.model import Outcome, Remark, Setting, shown
 from watcher.settings import image_policy, syntax, unit_names
 from watcher.settings.signals import signal_name, signal_number
 from watcher.settings.syntax import Assignment
@@ -50,6 +50,8 @@ class Settings:
         mount_workers: `MountWorkers=`, swaps at the same time.
         log_level: `LogLevel=`, "debug", "info", "warning" or "error".
         image_policy: `ImagePolicy=` of all services, as written, see `image_policy.py`; "" when not set.
+        notify: `Notify=`, command lines, or names of template units ("alert@.service").
+        notify_on: `NotifyOn=`, values of `model.Outcome`.
         state_directory: $STATE_DIRECTORY, runtime_directory and configuration_directory likewise; absolute.
         written: as in `ServiceSettings`.
     """
@@ -69,6 +71,8 @@ class Settings:
     mount_workers: int = 4
     log_level: str = "info"
     image_policy: str = ""
+    notify: tuple[str, ...] = ()
+    notify_on: tuple[str, ...] = (Outcome.REFUSED.value, Outcome.FAILED.value, Outcome.ROLLED_BACK.value)
     runtime_directory: str = f"/run/{_NAME}"
     state_directory: str = f"/var/lib/{_NAME}"
     configuration_directory: str = f"/etc/{_NAME}"
@@ -99,6 +103,8 @@ class ServiceSettings:
         trusted_users: `TrustedUsers=`, names or numbers.
         trusted_groups: `TrustedGroups=`.
         image_policy: `ImagePolicy=`, as written, see `image_policy.py`; "" when not set.
+        notify: `Notify=`; (): as the watcher's.
+        notify_on: `NotifyOn=`, likewise.
         enabled: `Enabled=`.
         written: those that do not have their defaults, as they are written.
     """
@@ -122,6 +128,8 @@ class ServiceSettings:
     trusted_users: tuple[str, ...] = ()
     trusted_groups: tuple[str, ...] = ()
     image_policy: str = ""
+    notify: tuple[str, ...] = ()
+    notify_on: tuple[str, ...] = ()
     enabled: bool = True
     written: tuple[Setting, ...] = field(default=(), compare=False)
 
@@ -320,6 +328,19 @@ def _command(text: str) -> tuple[str]:
     return (text,)
 
 
+def _notify(text: str) -> tuple[str]:
+    """A command line, or the name of a template unit."""
+    command = _command(text)
+    if text.endswith(".service") and "/" not in text and not unit_names.is_template(text):
+        raise ValueError(f"not a command, nor a template unit such as alert@.service: {shown(text)}")
+    return command
+
+
+def _outcomes(text: str) -> tuple[str, ...]:
+    known = [outcome.value for outcome in Outcome]
+    return tuple(_choice(*known)(word) for word in text.split())
+
+
 _WATCHER_KEYS: _Keys = {
     "SettleSec": ("settle_usec", time_span),
     "SettleMaxSec": ("settle_max_usec", time_span),
@@ -336,6 +357,8 @@ _WATCHER_KEYS: _Keys = {
     "MountWorkers": ("mount_workers", _at_least(1)),
     "LogLevel": ("log_level", _choice("debug", "info", "warning", "error")),
     image_policy.KEY: ("image_policy", _policy),
+    "Notify": ("notify", _notify),
+    "NotifyOn": ("notify_on", _outcomes),
 }
 _SERVICE_KEYS: _Keys = {
     "Reload": ("reload", reload_kind),
@@ -357,5 +380,7 @@ _SERVICE_KEYS: _Keys = {
     "TrustedUsers": ("trusted_users", _names),
     "TrustedGroups": ("trusted_groups", _names),
     image_policy.KEY: ("image_policy", _policy),
+    "Notify": ("notify", _notify),
+    "NotifyOn": ("notify_on", _outcomes),
     "Enabled": ("enabled", boolean),
 }

@@ -78,6 +78,15 @@ def is_unit(text: str) -> bool:
     return name.instance != "" and name.type in _TYPES
 
 
+def is_template(text: str) -> bool:
+    """Whether a text names a template of a service, as "alert@.service" does."""
+    try:
+        name = UnitName(text)
+    except ValueError:
+        return False
+    return name.instance == "" and name.type == "service"
+
+
 def unescape(text: str) -> str:
     """`systemd-escape --unescape`: "-" becomes "/", "\\x2d" the byte; at "\\x00" the text ends, as in C."""
     raw = _ESCAPED.sub(lambda m: bytes([int(m[1], 16)]), os.fsencode(text).replace(b"-", b"/"))

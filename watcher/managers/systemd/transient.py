@@ -44,6 +44,7 @@ class _Command:
         service: what it is run for.
         begin: a row of ExecStart, `(sasb)`.
         properties: of the unit, beside those of each.
+        input: path of what it reads on standard input; "": nothing.
         at_start: systemd itself makes what the command sees. If that fails, it is no verdict of the command.
     """
 
@@ -51,6 +52,7 @@ class _Command:
     begin: tuple[str, list[str], bool]
     timeout_sec: float
     properties: Callable[[Systemd1], Awaitable[list[Property]]]
+    input: str = ""
     at_start: bool = False
 
 
@@ -115,6 +117,46 @@ class Transient:
         begin = (words[0], [word.replace("$", "$$") for word in words], False)
         return await self._gathered(_Command(unit, begin, timeout_sec, properties, at_start=True))
 
+    async def run_aside(
+        self, service: str, words: Sequence[str], text: bytes, environment: Sequence[str], timeout_sec: float
+    ) -> Ended:
+        """Run a command that is about a service and not of it, as root.
+
+        Args:
+            text: what it reads on standard input.
+            environment: "NAME=VALUE", beside what systemd gives any unit.
+
+        Raises:
+            Later: as `run()`.
+        """
+        with open(os.memfd_create("confext-watcher-text", os.MFD_CLOEXEC), "wb", buffering=0) as file:
+            file.write(text)
+
+            async def properties(_: Systemd1) -> list[Property]:
+                return [("Environment", ("as", list(environment)))]
+
+            begin = (words[0], [word.replace("$", "$$") for word in words], False)
+            command = _Command(service, begin, timeout_sec, properties, path_of(file.fileno()))
+            return await self._gathered(command)
+
+    async def start(self, unit: str, timeout_sec: float) -> str:
+        """Start a unit, and wait until that is done; why not, in words that follow the unit's name, or "".
+
+        Raises:
+            Later: systemd does not tell.
+        """
+        try:
+            with self._results.listening() as listener, trio.fail_after(timeout_sec):
+                job = await self._systemd().manager("StartUnit", "ss", unit, "fail")
+                result = await listener.result(job)
+        except (dbus.Error, dbus.BusLost) as error:
+            raise Later(f"could not be started: {error}") from error
+        except trio.TooSlowError as error:
+            raise Later(f"was not started within {timeout_sec:g} s, as {unit}") from error
+        if not result:
+            raise Later("could not be followed to its end: systemd cannot be reached")
+        return "" if result == "done" else f"could not be started as {unit}: {result}"
+
     async def _gathered(self, command: _Command) -> Ended:
         """Run it, with what it prints."""
         output = bytearray()
@@ -151,7 +193,9 @@ class Transient:
             ("Description", ("s", f"Command of confext-watcher for {command.service}")),
             ("Type", ("s", "oneshot")),
             ("ExecStart", ("a(sasb)", [command.begin])),
-            ("StandardInput", ("s", "null")),
+            ("StandardInputFile", ("s", command.input))
+            if command.input
+            else ("StandardInput", ("s", "null")),
             ("StandardOutputFile", ("s", output)),
             ("StandardError", ("s", "inherit")),
             ("TimeoutStartUSec", ("t", round(command.timeout_sec * 1_000_000))),
