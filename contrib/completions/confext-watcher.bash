@@ -10,7 +10,7 @@ _confext_watcher_services() {
 
 _confext_watcher() {
     local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]}
-    local commands="run exec status plan history wait rollback enable check origin diff" command= word options= i
+    local commands="run exec status plan history wait rollback enable check build origin diff" command= word options= i
     COMPREPLY=()
     for ((i = 1; i < COMP_CWORD; i++)); do
         word=${COMP_WORDS[i]}
@@ -27,6 +27,11 @@ _confext_watcher() {
         --extension-image) compopt -o default; return ;;
         --reload-signal) mapfile -t COMPREPLY < <(compgen -A signal -- "$cur"); return ;;
         --reload-command | --check | --health-check) compopt -o default; return ;;
+        --output | -o | --sign | --certificate) compopt -o default; return ;;
+        --format) mapfile -t COMPREPLY < <(compgen -W "squashfs erofs ddi" -- "$cur"); return ;;
+        --for) mapfile -t COMPREPLY < <(compgen -W "any host" -- "$cur"); return ;;
+        --scope) mapfile -t COMPREPLY < <(compgen -W "system initrd portable" -- "$cur"); return ;;
+        --version) [[ $command = build ]] && return ;;
         --name | --set | --lines | -n | --timeout | --from) return ;;
         --to) [[ $command = diff ]] && compopt -o default; return ;;
     esac
@@ -41,12 +46,14 @@ _confext_watcher() {
         rollback) options="--to --forget --json" ;;
         enable) options="--json" ;;
         check) options="--json" ;;
+        build)
+            options="--output --name --version --for --scope --format --sign --certificate --json" ;;
         origin) options="--json" ;;
         diff) options="--from --to --stat --json" ;;
     esac
     if [[ $cur = -* ]]; then
         mapfile -t COMPREPLY < <(compgen -W "$options --help" -- "$cur")
-    elif [[ $command = check || ($command = wait && $prev != wait) || ($command = origin && $prev != origin) ]]; then
+    elif [[ $command = check || $command = build || ($command = wait && $prev != wait) || ($command = origin && $prev != origin) ]]; then
         compopt -o default
     elif [[ $command != run && $command != exec && $command != enable ]]; then
         mapfile -t COMPREPLY < <(compgen -W "$(_confext_watcher_services)" -- "$cur")

@@ -12,6 +12,7 @@ end
 set -l c complete -c confext-watcher
 set -l first __fish_use_subcommand
 set -l asks '__fish_seen_subcommand_from status plan history wait rollback origin diff'
+set -l builds '__fish_seen_subcommand_from build'
 set -l execs '__fish_seen_subcommand_from exec'
 
 $c -f
@@ -26,20 +27,29 @@ $c -n $first -a wait -d 'block until an image is applied or refused'
 $c -n $first -a rollback -d 'back to the stack before, and stay there'
 $c -n $first -a enable -d 'have a unit of systemd take part, and say when that is so'
 $c -n $first -a check -d 'would this image be admitted here?'
+$c -n $first -a build -d 'make an image from a directory, or from files'
 $c -n $first -a origin -d 'which image the files of a service\'s /etc come from'
 $c -n $first -a diff -d 'what would change in the /etc of a service, or did'
 $c -n $asks -a '(__confext_watcher_services)'
-$c -n '__fish_seen_subcommand_from status plan history wait rollback enable check origin diff' -l json -d 'print one JSON object'
+$c -n '__fish_seen_subcommand_from status plan history wait rollback enable check build origin diff' -l json -d 'print one JSON object'
 $c -n '__fish_seen_subcommand_from plan' -l debug -d 'with a report for whoever mends the watcher'
 $c -n '__fish_seen_subcommand_from history' -s v -l verbose -d 'with what was logged'
 $c -n '__fish_seen_subcommand_from history' -x -s n -l lines -d 'the newest N'
 $c -n '__fish_seen_subcommand_from wait' -x -l timeout -d 'give up after so many seconds'
-$c -n '__fish_seen_subcommand_from wait check origin' -F
+$c -n '__fish_seen_subcommand_from wait check build origin' -F
 $c -n '__fish_seen_subcommand_from rollback' -x -l to -d 'to this stack'
 $c -n '__fish_seen_subcommand_from rollback' -l forget -d undo
 $c -n '__fish_seen_subcommand_from diff' -x -l from -d 'from this stack'
 $c -n '__fish_seen_subcommand_from diff' -r -F -l to -d 'to this stack, or with these images'
 $c -n '__fish_seen_subcommand_from diff' -l stat -d 'one line for each file'
+$c -n $builds -r -F -s o -l output -d 'the image, or its directory'
+$c -n $builds -x -l name -d 'its name'
+$c -n $builds -x -l version -d 'its version'
+$c -n $builds -x -l for -a 'any host' -d 'systems that it is for'
+$c -n $builds -x -l scope -a 'system initrd portable' -d 'scopes that it is for'
+$c -n $builds -x -l format -a 'squashfs erofs ddi' -d 'what is made'
+$c -n $builds -r -F -l sign -d 'private key to sign it with'
+$c -n $builds -r -F -l certificate -d 'of that key'
 $c -n $execs -x -l name -d 'name of the service'
 $c -n $execs -r -F -l confext-dir -d 'directory that images are dropped into'
 $c -n $execs -r -F -l extension-image -d 'an image, or a directory PATH.raw.v/'

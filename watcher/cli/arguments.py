@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     check = commands.add_parser("check", help="would this image be admitted here?")
     check.add_argument("images", nargs="+", metavar="IMAGE", help="image file (*.raw) or directory tree")
+    _add_build(commands.add_parser("build", help="make an image from a directory, or from files"))
     origin = commands.add_parser("origin", help="which image the files of a service's /etc come from")
     origin.add_argument("service", metavar="SERVICE")
     origin.add_argument(
@@ -65,6 +66,33 @@ def _parser() -> argparse.ArgumentParser:
         if name not in ("run", "exec"):
             command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
+
+
+def _add_build(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="a directory with an etc/ in it; a file or directory whose path begins with etc/ or /etc/; or PLACE=PATH,"
+        " such as etc/nginx=./conf",
+    )
+
+    def add(*option: str, metavar: str, text: str) -> None:
+        parser.add_argument(*option, default="", metavar=metavar, help=text)
+
+    add("--output", "-o", metavar="FILE", text="NAME_VERSION.raw, or a directory, such as web.raw.v/")
+    add("--name", metavar="NAME", text="its name, where FILE has none")
+    add("--version", metavar="VERSION", text="its version, where FILE has none")
+    add("--for", metavar="SYSTEM", text="any (as without), host: systems as this one; or ID:VERSION_ID")
+    add("--scope", metavar="SCOPE", text="CONFEXT_SCOPE=, of system, initrd, portable; with commas between")
+    parser.add_argument(
+        "--format",
+        default="",
+        choices=("squashfs", "erofs", "ddi"),
+        help="squashfs; erofs; ddi: a disk image with verity data, made by systemd-repart",
+    )
+    add("--sign", metavar="KEY", text="sign it with this private key (PEM); it is a ddi then")
+    add("--certificate", metavar="CERTIFICATE", text="of that key (PEM)")
 
 
 def _add_asking(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -7,7 +7,7 @@ import argparse
 
 from watcher.cli import show
 from watcher.cli.answers import answer
-from watcher.images.image_check import examine
+from watcher.images.image_check import Examined, examine
 from watcher.images.made_for import Host, host
 from watcher.model import Busy, Refused
 from watcher.records.schema import ExitStatus, to_dict
@@ -24,12 +24,17 @@ def run(settings: Settings, options: argparse.Namespace) -> ExitStatus:
 def _checked(path: str, made_for: Host, image_max: int) -> dict[str, object]:
     result: dict[str, object] = {"image": path, "admitted": False, "reason": ""}
     try:
-        candidate, copy, trust, effects = examine(path, made_for, image_max)
+        return result | described(examine(path, made_for, image_max))
     except (Refused, Busy) as error:
         return result | {"reason": str(error)}
     except OSError as error:
         return result | {"reason": error.strerror or str(error)}
-    return result | {
+
+
+def described(examined: Examined) -> dict[str, object]:
+    """What is printed of an image that is good."""
+    candidate, copy, trust, effects = examined
+    return {
         "admitted": True,
         "name": candidate.name,
         "version": candidate.version,

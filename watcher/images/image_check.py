@@ -68,7 +68,7 @@ def examine(path: str, made_for: Host, image_max: int, keys: Keys = KEYS) -> Exa
     kind = Kind.DIRECTORY if stat.S_ISDIR(os.stat(path).st_mode) else Kind.IMAGE
     path = os.path.abspath(path)
     directory, filename = os.path.split(path)
-    _require_name(directory, filename, kind)
+    require_name(directory, filename, kind)
     candidate = Candidate(path, filename, *vpick.split(filename, kind), kind, sidecars=sidecars.found(path))
     with opened(candidate) as (fd, _), sidecars.beside(candidate, fd, None) as files:
         if kind is Kind.IMAGE:
@@ -79,7 +79,7 @@ def examine(path: str, made_for: Host, image_max: int, keys: Keys = KEYS) -> Exa
     return Examined(candidate, copy, trust, (*done, *passed_over(found)))
 
 
-def _require_name(directory: str, filename: str, kind: Kind) -> None:
+def require_name(directory: str, filename: str, kind: Kind) -> None:
     """Refuse what would not be looked at where it lies, or is not one image or tree."""
     if kind is Kind.DIRECTORY and filename.endswith(".v"):
         raise Refused("it is a directory for versions: name the versions in it")
