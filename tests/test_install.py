@@ -48,6 +48,8 @@ def test_installed_it_runs_and_uninstalled_it_is_gone(tmp_path: Path, prefix: st
     assert any(name.startswith("share/zsh/") for name in found)
     pages = {path.name for path in (CHECKOUT / "contrib/man").iterdir()}
     assert {name.rpartition("/")[2] for name in found if name.startswith("share/man/")} == pages
+    recipes = {path.name for path in (CHECKOUT / "contrib/recipes").iterdir()}
+    assert {name.rpartition("/")[2] for name in found if "/confext-watcher/recipes/" in name} == recipes
     wrapper = (tmp_path / prefix[1:] / "bin/confext-watcher").read_text()
     assert f'"{prefix}/lib/confext-watcher"' in wrapper
     run(tmp_path, prefix, "--uninstall")

@@ -81,6 +81,18 @@ def install(destdir: Path, prefix: str, python: str, vendor: Iterable[str]) -> N
         write(below(destdir, f"{prefix}/lib/{target}"), text, program)
     for document, place in documents(prefix).items():
         write(below(destdir, place), (SOURCE / "contrib" / document).read_text(), program=False)
+    remove_recipes(destdir, prefix)
+    for recipe in (SOURCE / "contrib/recipes").glob("*.conf"):
+        write(
+            below(destdir, f"{prefix}/share/{NAME}/recipes/{recipe.name}"), recipe.read_text(), program=False
+        )
+
+
+def remove_recipes(destdir: Path, prefix: str) -> None:
+    """Also those that are no longer ours; an administrator's own are in /etc."""
+    recipes = below(destdir, f"{prefix}/share/{NAME}")
+    if recipes.exists():
+        shutil.rmtree(recipes)
 
 
 def byte_compile(destdir: Path, prefix: str, python: str) -> None:
@@ -104,6 +116,7 @@ def uninstall(destdir: Path, prefix: str) -> None:
         below(destdir, f"{prefix}/lib/{target}").unlink(missing_ok=True)
     for place in documents(prefix).values():
         below(destdir, place).unlink(missing_ok=True)
+    remove_recipes(destdir, prefix)
 
 
 def below(destdir: Path, path: str) -> Path:
