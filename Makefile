@@ -52,6 +52,10 @@ test-fast: venv ## the tests without the containers, or one `make test-fast T=te
 test-beds: venv tools ## the tests in the containers, or one `make test-beds T=tests/beds/test_bed.py`
 	@$(VENV)/bin/python -m pytest -q $(PYTEST_ARGS) $(BEDS)
 
+.PHONY: screens
+screens: venv tools ## write the screens in tests/screens/ anew, for a diff to look at: what the commands print
+	@CONFEXT_WATCHER_REWRITE_SCREENS=1 $(VENV)/bin/python -m pytest -q $(PYTEST_ARGS) $$(grep -rl 'support.screens' tests --include='test_*.py')
+
 .PHONY: test-vm
 test-vm: venv tools ## the tests on Debian 13's kernel, in a virtual machine, or one of them by `T=`
 	@$(VENV)/bin/python -m pytest -q --durations=10 $(PYTEST_ARGS) $(VM)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a person sees of services in all states, in a real terminal: tests/screens/."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from scenarios.place import PYTHON, Place, Service, image, until
+from support.fork_server import COMMAND
+from support.needs import root, tool
+from support.screens import keep, look, place_path
+from watcher.rounds.facts import AFTERGLOW_USEC
+
+pytestmark = [root, tool("mksquashfs"), tool("unshare")]
+
+# Another namespace than the one that `exec` made.
+OUT_OF_REACH = ("unshare", "--mount", *PYTHON)
+
+
+@pytest.fixture(scope="module")
+def many() -> Iterator[Place]:
+    """A service in each state."""
+    with place_path() as path, Place(path) as place:
+        place.start_daemon()
+        stopped = start(place, "wiki.service", "1.3")
+        proved = time.monotonic() + AFTERGLOW_USEC / 1e6
+        start(place, "api.service", "1.4")
+        trial = start(
+            place, "cache.service", "2.0", "--health-check=false", "--set=HealthCheckSec=1h", wait=False
+        )
+        trial.said.wait_for("^reloaded 2.0")
+        refused = start(place, "db.service", "1.3")
+        place.bring(
+            image("web_1.4", "1.4", release="ID=other\n"), refused.versions / f"web_1.4{place.suffix}"
+        )
+        refused.logged("refused", "1.4")
+        checked = start(place, "front.service", "1.3", "--check=grep -qv bad /etc/web.conf")
+        checked.put("1.4", value="bad")
+        checked.logged("refused", "1.4")
+        partial = start(place, "mail.service", "1.3")
+        whole = place.confext("1.4").read_bytes()
+        (partial.versions / ".new").write_bytes(whole[:9000])
+        (partial.versions / ".new").rename(partial.versions / f"web_1.4{place.suffix}")
+        partial.logged("incomplete", "1.4")
+        apart = place.start(name="news.service", program=OUT_OF_REACH)
+        apart.put("1.3")
+        apart.logged("restart it once")
+        pinned = start(place, "proxy.service", "1.3")
+        pinned.put("1.4")
+        settled(pinned, "1.4")
+        place.run("rollback", pinned.name)
+        bad = start(
+            place,
+            "shop.service",
+            "1.3",
+            "--health-check=grep -qv bad /etc/web.conf",
+            "--set=HealthCheckSec=100ms",
+        )
+        bad.put("1.4", value="bad")
+        bad.logged("taken out again")
+        until(lambda: time.monotonic() > proved)  # else its stack were to blame for its end
+        stopped.kill()
+        until(lambda: stopped.status()["state"] == "stopped")
+        yield place
+
+
+def start(place: Place, name: str, version: str, *options: str, wait: bool = True) -> Service:
+    """A service that runs on a version."""
+    service = place.start("--reload-signal=SIGHUP", *options, name=name)
+    service.put(version)
+    if wait:
+        settled(service, version)
+    return service
+
+
+def settled(service: Service, version: str) -> None:
+    service.logged("applied in", f"version={version} ")
+
+
+def test_the_table_of_services_has_no_line_too_much(many: Place) -> None:
+    seen = look([COMMAND, "status", "nobody.service"], columns=80, environment=many.environment)
+    keep("status-unknown", seen, many.path)
