@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from watcher.text import printable, problem, shown
+from watcher.text import nearest, printable, problem, shown
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,18 @@ def test_an_error_begins_with_its_file(tmp_path: Path) -> None:
     assert problem(OSError(errno.EIO, "Input/output error")) == "Input/output error"
     assert problem(OSError("of no number")) == "of no number"
     assert problem(ValueError("another")) == "another"
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("nginx2.service", "nginx.service"),
+        ("ngnix", "nginx.service"),
+        ("postgres@16-main", "postgresql@16-main.service"),
+        ("haproxy.service", ""),
+        ("x" * 100_000, ""),
+        ("", ""),
+    ],
+)
+def test_what_was_probably_meant(asked: str, meant: str) -> None:
+    assert nearest(asked, ["nginx.service", "postgresql@16-main.service", "ssh.service"]) == meant

@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import enum
 import os
+from collections.abc import Iterable
+
+_ASKED_MAX = 255
+"""Characters: of a unit's name (systemd.unit(5)) as of a file's (NAME_MAX)."""
 
 
 class Kind(enum.Enum):
@@ -42,6 +46,20 @@ def problem(error: Exception) -> str:
         return str(error)
     name = f"{shown(os.fsdecode(error.filename))}: " if isinstance(error.filename, str | bytes) else ""
     return f"{name}{error.strerror or error}"
+
+
+def nearest(asked: str, names: Iterable[str]) -> str:
+    """The name that was probably meant where none is called as asked; "" if none is like it.
+
+    `.service` does not count: people leave it out.
+    """
+    import difflib  # only where a name was mistyped: the generator imports this module
+
+    if len(asked) > _ASKED_MAX:  # comparing takes the square of that
+        return ""
+    known = {name.removesuffix(".service"): name for name in names}
+    found = difflib.get_close_matches(asked.removesuffix(".service"), known, n=1)
+    return known[found[0]] if found else ""
 
 
 def _escape(char: str) -> str:

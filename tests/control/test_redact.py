@@ -117,7 +117,7 @@ def test_a_result_that_nobody_declared_is_told_to_nobody() -> None:
 
 def test_of_errors_strangers_get_back_what_they_asked() -> None:
     assert redact.redacted_error(schema.Failed("/secret")) == {"reason": ""}
-    assert redact.redacted_error(schema.ServiceNotFound("a")) == {"service": "a"}
+    assert redact.redacted_error(schema.ServiceNotFound("a")) == {"service": "a", "nearest": ""}
     assert {*redact.PUBLIC_ERRORS, schema.Failed} == set(schema.ERRORS.values())
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The interface description, the data classes and the errors agree, and all of them survive JSON (records/codec.py)."""
+"""The interface, the data classes and the errors (records/errors.py) agree, and survive JSON (records/codec.py)."""
 
 from __future__ import annotations
 

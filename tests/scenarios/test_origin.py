@@ -179,7 +179,8 @@ def test_a_stack_of_many_layers_takes_more_descriptors_than_a_shell_gives(place:
 def test_a_service_that_is_not_there(place: Place) -> None:
     done = place.run("origin", "nobody.service", check=False)
     assert (done.returncode, done.stdout) == (1, "")
-    assert "nobody.service: no service of this name takes part" in done.stderr
+    said = "no service nobody.service takes part; `confext-watcher status` lists those that do"
+    assert done.stderr == f"confext-watcher: {said}\n"
 
 
 @root

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import sys
 from collections.abc import Callable, Iterable
@@ -11,9 +12,10 @@ from typing import TypeVar
 
 from watcher.cli import show
 from watcher.control.client import Client, NotRunning
-from watcher.model import Busy, Refused, printable
+from watcher.model import Busy, Refused, printable, shown
 from watcher.records.schema import ExitStatus, Failed
 from watcher.settings.config import Settings
+from watcher.text import nearest
 
 T = TypeVar("T")
 
@@ -50,6 +52,17 @@ def read(settings: Settings, ask: Callable[[Client], T], without_daemon: Callabl
 def fail(text: str, status: ExitStatus) -> ExitStatus:
     print(f"confext-watcher: {printable(text)}", file=sys.stderr)
     return status
+
+
+def meant(path: str) -> str:
+    """What to say beside that a file is not there: "; did you mean web_1.4.raw?", or "" if none is called like it."""
+    directory, name = os.path.split(path)
+    try:
+        names = os.listdir(directory or ".")
+    except OSError:
+        return ""
+    like = nearest(name, names) if name and name not in names else ""
+    return f"; did you mean {shown(like)}?" if like else ""
 
 
 def looked(look: Callable[[], T]) -> T:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 
 from watcher.cli import show
-from watcher.cli.answers import answer
+from watcher.cli.answers import answer, meant
 from watcher.images.image_check import Examined, examine
 from watcher.images.made_for import Host, host
 from watcher.model import Busy, Refused
@@ -28,7 +28,7 @@ def _checked(path: str, made_for: Host, image_max: int) -> dict[str, object]:
     except (Refused, Busy) as error:
         return result | {"reason": str(error)}
     except OSError as error:
-        return result | {"reason": error.strerror or str(error)}
+        return result | {"reason": (error.strerror or str(error)) + meant(path)}
 
 
 def described(examined: Examined) -> dict[str, object]:

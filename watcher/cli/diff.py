@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 
 from watcher.cli import show, show_diff
-from watcher.cli.answers import looked
+from watcher.cli.answers import looked, meant
 from watcher.control import diff
 from watcher.records.schema import ExitStatus
 from watcher.settings.config import Settings
@@ -14,7 +14,12 @@ from watcher.settings.config import Settings
 
 def run(settings: Settings, options: argparse.Namespace) -> ExitStatus:
     """As diff(1), 1 says that something differs. Raises CallError, OSError."""
-    found = looked(lambda: diff.diff(settings, options.service, options.before, options.after))
+    try:
+        found = looked(lambda: diff.diff(settings, options.service, options.before, options.after))
+    except FileNotFoundError as error:
+        if error.filename in options.after:
+            error.strerror = f"{error.strerror}{meant(error.filename)}"
+        raise
     if options.json:
         print(show.as_json(found, compact=True))
     else:

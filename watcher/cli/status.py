@@ -58,13 +58,12 @@ def _chosen(
         try:
             if set(name) & set("*?["):
                 patterns = (name, f"{name}.service")
+                every = status(None)
                 chosen = [
-                    one
-                    for one in status(None)
-                    if any(fnmatch.fnmatchcase(one.service, each) for each in patterns)
+                    one for one in every if any(fnmatch.fnmatchcase(one.service, each) for each in patterns)
                 ]
                 if not chosen:
-                    raise ServiceNotFound(name)
+                    raise ServiceNotFound.among(name, (one.service for one in every))
             else:
                 chosen = status(name)
         except ServiceNotFound as error:

@@ -101,10 +101,16 @@ class Commands:
             return found  # it cannot be seen, which is not gone
 
     async def history(self, service: str | None, limit: int) -> Sequence[Event]:
+        unknown = None
         if service is not None:
-            with suppress(ServiceNotFound):  # it may have been one
+            try:
                 service = self._service(service).name
-        return await _in_thread(self._tools.ledger.history, service, limit)
+            except ServiceNotFound as error:
+                unknown = error  # it may have been one
+        events: Sequence[Event] = await _in_thread(self._tools.ledger.history, service, limit)
+        if unknown is not None and not events:
+            raise unknown
+        return events
 
     async def plan(self, service: str | None, *, debug: bool) -> Sequence[PlannedChange]:
         return [await self._plan(one, debug=debug) for one in self._services(service)]
@@ -236,7 +242,7 @@ class Commands:
         if "." not in name:  # as systemctl has it
             with suppress(ServiceNotFound):
                 return self._service(f"{name}.service")
-        raise ServiceNotFound(name)
+        raise ServiceNotFound.among(name, self._tools.manager.services)
 
     def _status(self, service: Service, newest: dict[str, Event]) -> ServiceStatus:
         tools = self._tools
@@ -280,7 +286,7 @@ class Commands:
         """The answers for images of a service, as things are now."""
         service = self._tools.manager.services.get(name)
         if service is None:
-            raise ServiceNotFound(name)
+            raise ServiceNotFound.among(name, self._tools.manager.services)
         try:
             facts, desired = await self.rounds.glance(service, thorough=True)
             find = functools.partial(dropped.dropped, desired=desired, declared=service.declared)

@@ -40,9 +40,10 @@ def without_daemon(settings: Settings, service: str | None = None) -> list[Servi
     """
     ledger = Reader(settings.state_directory)
     newest = ledger.newest()
-    found = []
+    found, names = [], []
     with contextlib.ExitStack() as held:
         for name, manager, main, own, policy in known_services(settings, held):
+            names.append(name)
             if service in (None, name, name.removesuffix(".service")):
                 state = _state(settings.state_directory, name, manager)
                 known = newest.get(utf8(name)), state, ledger.placed, own
@@ -50,7 +51,7 @@ def without_daemon(settings: Settings, service: str | None = None) -> list[Servi
                 one = of_service(settings.state_directory, name, manager, main, *known, policies=policies)
                 found.append(without_gone(one, functools.partial(ledger.history, name, LOOKED_BACK)))
     if service is not None and not found:
-        raise ServiceNotFound(service)
+        raise ServiceNotFound.among(service, names)
     return sorted(found, key=lambda one: one.service)
 
 

@@ -200,10 +200,12 @@ def same(status: os.stat_result | None, node: Node | None) -> bool:
 
 
 def _service(settings: Settings, service: str, held: contextlib.ExitStack) -> tuple[str, str, Process | None]:
+    names = []
     for name, manager, main, *_ in status.known_services(settings, held):
         if service in (name, name.removesuffix(".service")):
             return name, manager, main
-    raise ServiceNotFound(service)
+        names.append(name)
+    raise ServiceNotFound.among(service, names)
 
 
 def _look(fds: Descriptors, workers: MountWorkers, main: Process | None) -> tuple[str, Parts]:

@@ -2,18 +2,15 @@
 """What the control socket says and `--json` prints: one schema.
 
 Three things that must agree stand side by side here: the interface description that `varlinkctl introspect` shows, the
-data classes of the answers, and the errors. codec.py makes the JSON of any of them, and reads it. Standard library
-only: the command line starts with this.
+data classes of the answers, and the errors (errors.py). codec.py makes the JSON of any of them, and reads it. Standard
+library only: the command line starts with this.
 
 A new version may add fields and types. It never takes one away: a reader may rely on all that is here.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 from dataclasses import dataclass
-from typing import Any
 
 from watcher.model import Event, Layer, Remark, Setting
 from watcher.records.codec import T as T
@@ -21,8 +18,17 @@ from watcher.records.codec import from_dict as from_dict
 from watcher.records.codec import to_dict as to_dict
 from watcher.records.codec import types_of as types_of
 from watcher.records.codec import utf8 as utf8
+from watcher.records.errors import ERRORS as ERRORS
+from watcher.records.errors import INTERFACE as INTERFACE
+from watcher.records.errors import CallError as CallError
+from watcher.records.errors import ErrorReply as ErrorReply
+from watcher.records.errors import ExitStatus as ExitStatus
+from watcher.records.errors import Failed as Failed
+from watcher.records.errors import NoSuchStack as NoSuchStack
+from watcher.records.errors import NotPermitted as NotPermitted
+from watcher.records.errors import ServiceNotFound as ServiceNotFound
+from watcher.records.errors import TooManyCalls as TooManyCalls
 
-INTERFACE = "io.confext.Watcher"
 SOCKET = INTERFACE
 """Name of the socket in the runtime directory: a Varlink service's entry point is called by its interface."""
 
@@ -205,7 +211,8 @@ method Forget(service: string, digest: ?string) -> (forgotten: []Quarantined)
 method Reload() -> ()
 
 # No service of this name takes part.
-error ServiceNotFound (service: string)
+# nearest: the one that was probably meant, "" if none is called like it.
+error ServiceNotFound (service: string, nearest: string)
 
 # The service has never been on this stack, or its copy is gone. An empty `stack` means that there is none before.
 error NoSuchStack (service: string, stack: string)
@@ -286,87 +293,3 @@ class PlannedChange:
     reload: str = ""
     remarks: tuple[Remark, ...] = ()
     report: str | None = None
-
-
-class ExitStatus(enum.IntEnum):
-    """How the command line ends; the epilog of `--help` says the same."""
-
-    DONE = 0
-    FAILED = 1
-    USAGE = 2
-    NOT_RUNNING = 3
-    TIMED_OUT = 4
-    UNSUPPORTED = 5
-    TOO_MANY_CALLS = 6
-    INTERRUPTED = 130  # 128 + SIGINT, as a shell has it
-
-
-class CallError(Exception):
-    """A call that failed: `str()` is one line for a person."""
-
-    exit_code = ExitStatus.FAILED
-
-
-@dataclass(eq=False)
-class ErrorReply(CallError):
-    """An error of the interface: the backend raises it, the server sends it, the client raises it again."""
-
-    @property
-    def name(self) -> str:
-        return f"{INTERFACE}.{type(self).__name__}"
-
-    def parameters(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-
-@dataclass(eq=False)
-class ServiceNotFound(ErrorReply):
-    service: str
-
-    def __str__(self) -> str:
-        return f"{utf8(self.service)}: no service of this name takes part"
-
-
-@dataclass(eq=False)
-class NoSuchStack(ErrorReply):
-    """An empty `stack`: there is none to go back to."""
-
-    service: str
-    stack: str
-
-    def __str__(self) -> str:
-        what = f"has no stack {utf8(self.stack)}" if self.stack else "has no stack before the present one"
-        return f"{utf8(self.service)} {what}; its history lists those it had"
-
-
-@dataclass(eq=False)
-class NotPermitted(ErrorReply):
-    method: str
-
-    def __str__(self) -> str:
-        return f"{utf8(self.method)} is for root and the watcher's own user only"
-
-
-@dataclass(eq=False)
-class TooManyCalls(ErrorReply):
-    uid: int
-    limit: int
-    exit_code = ExitStatus.TOO_MANY_CALLS
-
-    def __str__(self) -> str:
-        return (
-            f"too many calls of uid {self.uid} wait already ({self.limit} may); try again when one has ended"
-        )
-
-
-@dataclass(eq=False)
-class Failed(ErrorReply):
-    """An empty `reason`: this client is not told reasons."""
-
-    reason: str
-
-    def __str__(self) -> str:
-        return utf8(self.reason) or "it did not work; the watcher's log says why"
-
-
-ERRORS = {f"{INTERFACE}.{error.__name__}": error for error in ErrorReply.__subclasses__()}

@@ -16,8 +16,10 @@ from watcher.images import tries
 from watcher.model import Candidate, Declared, Picks, shown
 from watcher.records.schema import utf8
 from watcher.resolve import vpick
+from watcher.resolve.sources import ENTRY_NAME
 from watcher.rounds.answer import Dropped, Kind
 from watcher.rounds.desired import Desired
+from watcher.text import nearest
 
 _NAMES_MAX = 10_000
 # How remarks begin on names that do not count (`scan.py`, `sources.py`).
@@ -90,7 +92,8 @@ def _problem(asked: str, desired: Desired, declared: Declared) -> tuple[Kind, st
         places = [place for place in places if directory in _ways(place)]
     if not places:
         return Kind.ELSEWHERE, "the service does not look into that directory"
-    for names in map(_names, places):
+    there = list(map(_names, places))
+    for names in there:
         if name in names:
             return Kind.MISNAMED, "a hidden, backup or temporary name, which does not count"
         # The whole name: letter by letter, strangers could spell out what lies in a private directory.
@@ -98,7 +101,10 @@ def _problem(asked: str, desired: Desired, declared: Declared) -> tuple[Kind, st
         for other in names if name else ():
             if upload.fullmatch(other) and not re.fullmatch(vpick.NO_LEFTOVER, other):
                 return Kind.UPLOADING, f"not there yet; {shown(other)} is, which looks like its upload"
-    return Kind.NOT_THERE, f"nothing is called so in {', '.join(map(shown, places))}"
+    words = f"nothing is called so in {', '.join(map(shown, places))}"
+    counted = (one for names in there for one in names if re.fullmatch(ENTRY_NAME, one))
+    like = nearest(name, counted)
+    return Kind.NOT_THERE, f"{words}; did you mean {shown(like)}?" if like else words
 
 
 def _ways(directory: str) -> tuple[str, str]:
