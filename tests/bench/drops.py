@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """From a rename in a directory to the new `/etc`, and to the service's reload handler.
 
-Drops go to the daemon's directory and to that of the bare loop in turn, so that both have the same machine, however
-busy it is. Between two drops there is a pause, in which either of them tidies up: nobody drops a thousand images a
-second. Only `run_rate()` drops a thousand in a minute.
+Drops go to the directories of the daemon, of the bare loop and of the least Python in turn, so that all have the same
+machine, however busy it is. Between two drops there is a pause, in which each of them tidies up: nobody drops a
+thousand images a second. Only `run_rate()` drops a thousand in a minute.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import floor
+from . import floor, needed
 from .report import Failed, figure
 from .result import Figure
 from .rig import Eye, Image, Rig, Service, cpu, drop, rig, service, stamp
@@ -29,6 +29,7 @@ PAUSE = 0.03
 PAUSE_MANY = 0.15
 SMALL = 128 << 10
 """Bytes of an image where there are very many."""
+SIDES = ("daemon", "bare", "python")
 VERSIONS = 1000
 SHARING = 30
 """Services."""
@@ -68,7 +69,7 @@ def run_versions(count: int = 20) -> list[Figure]:
     """A new version where there are a thousand, for services that share the directory."""
     with rig() as place, contextlib.ExitStack() as stack:
         image = Image(place.where, "squashfs", SMALL)
-        for side in ("daemon", "bare"):
+        for side in SIDES:
             directory = place.directory(side)
             for number in range(1, VERSIONS + 1):
                 (directory / f"web_{number}.raw").write_bytes(image.version(number))
@@ -89,9 +90,7 @@ def run_rate(runs: int = 3, count: int = 1000) -> list[Figure]:
         for run in range(1, runs + 1):
             numbers = range((run - 1) * count + 1, run * count + 1)
             delivered = _minute(image, sides, numbers)
-            print(
-                f"bench: run {run}: of {count} delivered {delivered[0]}, bare {delivered[1]}", file=sys.stderr
-            )
+            print(f"bench: run {run}: of {count} delivered {', '.join(map(str, delivered))}", file=sys.stderr)
             what = f"{count:,} drops, 1,000 in a minute, run {run} of {runs}: not delivered"
             lost = [[count - one] for one in delivered]
             figures.append(figure(f"rate.{run}.lost", what, "", lost, "0"))
@@ -100,26 +99,25 @@ def run_rate(runs: int = 3, count: int = 1000) -> list[Figure]:
 
 def _one_service(place: Rig, fstype: str, count: int) -> list[Figure]:
     image = Image(place.where, fstype)
-    ours: list[tuple[float, float]] = []
-    bare: list[tuple[float, float]] = []
+    times: list[list[tuple[float, float]]] = [[], [], []]
     before: list[float] = []
     with contextlib.ExitStack() as stack:
         sides, pids = _sides(stack, place, fstype, 1)
         eyes = [stack.enter_context(contextlib.closing(Eye(side[1][0].pid))) for side in sides]
         for number in range(1, WARM_UP + count + 1):
-            for (directory, services), eye, times in zip(sides, eyes, (ours, bare), strict=True):
+            for (directory, services), eye, pairs in zip(sides, eyes, times, strict=True):
                 pair = _drop_one(image, number, directory, services[0], eye)
                 if number > WARM_UP:
-                    times.append(pair)
+                    pairs.append(pair)
             if number == WARM_UP:
                 before = [cpu(pid) for pid in pids]
         used = [(cpu(pid) - begin) / count for pid, begin in zip(pids, before, strict=True)]
-    visible, handler = ([[pair[which] for pair in times] for times in (ours, bare)] for which in (0, 1))
+    visible, handler = ([[pair[which] for pair in pairs] for pairs in times] for which in (0, 1))
     key, what = f"drop.{fstype}", f"{fstype} 1 MiB"
     return [
         figure(f"{key}.visible", f"rename to new /etc visible, {what}", "ms", visible),
         figure(f"{key}.handler", f"rename to reload handler, {what}", "ms", handler, "3 ms median"),
-        figure(f"{key}.cpu", f"processor time for such a drop, {what}", "ms", (used[:1], used[1:])),
+        figure(f"{key}.cpu", f"processor time for such a drop, {what}", "ms", [[one] for one in used]),
     ]
 
 
@@ -144,41 +142,42 @@ def _handled(target: Service, number: int, *, older: bool = False) -> int:
 
 def _sides(
     stack: contextlib.ExitStack, place: Rig, fstype: str, number: int
-) -> tuple[list[Side], tuple[int, int]]:
-    """The daemon's side and the bare loop's, and the PIDs of these two."""
+) -> tuple[list[Side], tuple[int, int, int]]:
+    """The daemon's side, the bare loop's and the least Python's, and the PIDs of these."""
     sides = []
-    for side in ("daemon", "bare"):
+    for side in SIDES:
         directory = place.directory(side)
-        runtime_directory = place.runtime_directory if side == "daemon" else None
+        runtime_directory = place.runtime_directory if side == SIDES[0] else None
         make = functools.partial(service, runtime_directory=runtime_directory, confext_dir=directory.parent)
         services = [stack.enter_context(make(f"{side}{one}.service")) for one in range(number)]
         sides.append((directory, services))
-    store = place.where / "bare-store"
-    store.mkdir()
-    (_, _), (bare_directory, bare_services) = sides
-    bare = stack.enter_context(floor.loop(bare_directory, store, fstype, [one.pid for one in bare_services]))
+    pids = []
+    for loop, (directory, services) in zip((floor.loop, needed.loop), sides[1:], strict=True):
+        store = place.where / f"{directory.parent.name}-store"
+        store.mkdir()
+        pids.append(stack.enter_context(loop(directory, store, fstype, [one.pid for one in services])))
     daemon = stack.enter_context(place.daemon())
-    return sides, (daemon.pid, bare)
+    return sides, (daemon.pid, pids[0], pids[1])
 
 
 @dataclass(frozen=True, slots=True)
 class Several:
-    """Drops for several services, milliseconds, of the daemon's side and of the bare loop's.
+    """Drops for several services, milliseconds, of the sides in their order.
 
     Attributes:
         first, last: until the first handler ran, and the last.
         cpu: processor time of a drop and of the pause after it. A busy machine changes it least.
     """
 
-    first: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
-    last: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
-    cpu: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
+    first: list[list[float]] = field(default_factory=lambda: [[] for _ in SIDES])
+    last: list[list[float]] = field(default_factory=lambda: [[] for _ in SIDES])
+    cpu: list[list[float]] = field(default_factory=lambda: [[] for _ in SIDES])
 
 
 def _several(
     image: Image, sides: Sequence[Side], pids: Sequence[int], count: int, versions: int = 0
 ) -> Several:
-    """Drop to all services of both sides in turn; beside so many older versions."""
+    """Drop to all services of each side in turn; beside so many older versions."""
     found = Several()
     for turn in range(1, WARM_UP_MANY + count + 1):
         number = versions + turn
@@ -196,7 +195,7 @@ def _several(
 
 
 def _minute(image: Image, sides: Sequence[Side], numbers: Sequence[int]) -> list[int]:
-    """Drop these versions to each side, the one half-way between two of the other; how many each was told of."""
+    """Drop these versions to each side, evenly one after the other; how many each was told of."""
     start = time.monotonic()
     turns = ((number, directory) for number in numbers for directory, _ in sides)
     for turn, (number, directory) in enumerate(turns):

@@ -47,7 +47,7 @@ class Target:
 
 
 class Bare:
-    """The calls. Stands in a mount namespace of its own: use it in a process that does nothing else."""
+    """The calls. Stands in a mount namespace of its own: use it in a process, or a thread, that does nothing else."""
 
     def __init__(self, store: Path) -> None:
         self._store = os.open(store, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -59,7 +59,7 @@ class Bare:
         syscalls.unshare(syscalls.CLONE_NEWNS)
         syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_SLAVE)
         syscalls.mount("confext-bench", _PLACE, "tmpfs", 0, "mode=0700")
-        self._own = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        self._own = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         os.chdir(_PLACE)
         os.mkdir("images")
 
@@ -222,14 +222,14 @@ def give_all(data: Path, store: Path, fstype: str, pids: Sequence[int]) -> float
         signal.pause()
 
     start = time.monotonic()
-    with _forked(give):
+    with forked(give):
         return time.monotonic() - start
 
 
 @contextlib.contextmanager
 def loop(directory: Path, store: Path, fstype: str, pids: Sequence[int]) -> Iterator[int]:
     """`follow()` in a process of its own; its PID."""
-    with _forked(lambda ready: follow(directory, store, fstype, pids, ready)) as pid:
+    with forked(lambda ready: follow(directory, store, fstype, pids, ready)) as pid:
         yield pid
 
 
@@ -248,12 +248,17 @@ def _read_events(directory: Path, ready: int) -> None:
 @contextlib.contextmanager
 def reader(directory: Path) -> Iterator[int]:
     """A process that reads the events of a directory and does nothing with them; its PID."""
-    with _forked(lambda ready: _read_events(directory, ready)) as pid:
+    with forked(lambda ready: _read_events(directory, ready)) as pid:
         yield pid
 
 
 @contextlib.contextmanager
-def _forked(function: Callable[[int], None]) -> Iterator[int]:
+def forked(function: Callable[[int], None]) -> Iterator[int]:
+    """A function in a process of its own, which writes "r" when it is ready; its PID.
+
+    Raises:
+        Failed: it has ended.
+    """
     reading, writing = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid == 0:

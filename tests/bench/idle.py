@@ -49,10 +49,13 @@ def run_events(count: int = 5) -> list[Figure]:
 
 
 def run_start(count: int = 3) -> list[Figure]:
-    """Start with 500 services; the floor: a Python that has loaded as much, and the bare calls for what is new."""
-    cold: tuple[list[float], list[float]] = ([], [])
-    warm: tuple[list[float], list[float]] = ([], [])
-    used: tuple[list[float], list[float]] = ([], [])
+    """Start with 500 services; the floor: a Python that has loaded as much, and the bare calls for what is new.
+
+    Beside the start with stacks: a Python that does what is needed for that, and loads no more.
+    """
+    cold: list[list[float]] = [[], []]
+    warm: list[list[float]] = [[], [], []]
+    used: list[list[float]] = [[], [], []]
     for _ in range(count):
         with rig() as place, _services(place), contextlib.ExitStack() as stack:
             make = ("sleep", "infinity")
@@ -73,6 +76,9 @@ def run_start(count: int = 3) -> list[Figure]:
                 times[0].append(daemon.started)
                 times[1].append(seconds + more)
                 if times is warm:
+                    with _least(place) as (pid, seconds):
+                        used[2].append(cpu(pid))
+                    times[2].append(seconds)
                     used[0].append(needed)
                     used[1].append(needed_bare)
     return [
@@ -132,14 +138,31 @@ def _wait_until_quiet(daemon: Daemon) -> None:
         time.sleep(0.5)
 
 
+def _interpreter() -> contextlib.AbstractContextManager[tuple[int, float]]:
+    """The floor: a Python with the same modules loaded."""
+    return _started("-c", _INTERPRETER)
+
+
+def _least(place: Rig) -> contextlib.AbstractContextManager[tuple[int, float]]:
+    """What Python needs for the start with stacks."""
+    directories = (place.runtime_directory, place.state_directory, place.directory("all"))
+    return _started("-m", "bench.needed_start", *map(str, directories))
+
+
 @contextlib.contextmanager
-def _interpreter() -> Iterator[tuple[int, float]]:
-    """The floor: a Python with the same modules loaded; its PID, and how long it took to start, seconds."""
+def _started(*words: str) -> Iterator[tuple[int, float]]:
+    """A Python that says when it is ready; its PID, and how long that took, seconds."""
     start = time.monotonic()
-    words = [sys.executable, "-c", _INTERPRETER]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=CHECKOUT) as process:
+    with subprocess.Popen(
+        [sys.executable, *words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=CHECKOUT,
+        env=os.environ | {"PYTHONPATH": f"{CHECKOUT}:{CHECKOUT}/tests"},
+    ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdout.readline()
+        if process.stdout.readline() != b"ready\n":
+            raise Failed("what is measured beside the daemon did not start")
         yield process.pid, time.monotonic() - start
         process.stdin.close()

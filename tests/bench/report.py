@@ -21,10 +21,11 @@ def figure(key: str, what: str, unit: str, sides: Sequence[Iterable[float]], aim
     """A figure from what was measured; see `Figure`.
 
     Args:
-        sides: with confext-watcher, and the floor if there is one.
+        sides: with confext-watcher, and the floor if there is one, and what Python needs.
     """
-    samples = [_sample(values) for values in sides]
-    return Figure(key, what, unit, samples[0], samples[1] if len(samples) > 1 else None, aim)
+    ours, floor, needed, *_ = (*(_sample(values) for values in sides), None, None)
+    assert ours is not None
+    return Figure(key, what, unit, ours, floor, aim, needed)
 
 
 def _sample(values: Iterable[float]) -> Sample:
@@ -35,10 +36,10 @@ def _sample(values: Iterable[float]) -> Sample:
 
 
 def show(result: Result) -> None:
-    """Print a result as a table."""
+    """Print a result as a table; in the column PYTHON is the least that Python with trio needs."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("FIGURE", overflow="fold")
-    for column in ("COUNT", "MEDIAN", "P99", "FLOOR", "P99", "RATIO"):
+    for column in ("COUNT", "MEDIAN", "P99", "FLOOR", "P99", "RATIO", "PYTHON", "RATIO"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("AIM", overflow="fold")
     for one in result.figures.values():
@@ -51,6 +52,8 @@ def show(result: Result) -> None:
             number(one.floor.median, one.unit) if one.floor else "",
             number(one.floor.p99, one.unit) if one.floor and not single else "",
             f"{one.ratio:.2f}" if one.ratio is not None else "",
+            number(one.needed.median, one.unit) if one.needed else "",
+            f"{one.of_needed:.2f}" if one.of_needed is not None else "",
             one.aim,
         )
     out = console()

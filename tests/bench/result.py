@@ -46,6 +46,7 @@ class Figure:
         unit: of all values; "" if they are counts.
         ours: with confext-watcher.
         floor: the same work by bare system calls, in the same run; None where there is no such thing.
+        needed: with the least that Python with trio needs for what we promise (`needed.py`), likewise.
         aim: what the median (and the 99th percentile) should not exceed, in words.
     """
 
@@ -55,6 +56,7 @@ class Figure:
     ours: Sample
     floor: Sample | None = None
     aim: str = ""
+    needed: Sample | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -62,6 +64,11 @@ class Figure:
         return (
             self.ours.median / self.floor.median if self.unit and self.floor and self.floor.median else None
         )
+
+    @property
+    def of_needed(self) -> float | None:
+        """How many times what Python needs."""
+        return self.ours.median / self.needed.median if self.needed and self.needed.median else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +104,7 @@ class Result:
         for key, one in self.figures.items():
             fields = dataclasses.asdict(one)
             del fields["key"]
-            figures[key] = fields | {"ratio": one.ratio}
+            figures[key] = fields | {"ratio": one.ratio, "of needed": one.of_needed}
         head = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return json.dumps({"format": FORMAT} | head | {"figures": figures}, indent=2) + "\n"
 
@@ -149,9 +156,11 @@ def parse(text: str) -> Result:
 
 
 def _figure(key: str, fields: Any) -> Figure:
-    floor = None if fields["floor"] is None else _sample(fields["floor"])
+    floor, needed = (
+        None if fields.get(side) is None else _sample(fields[side]) for side in ("floor", "needed")
+    )
     what, unit, aim = (str(fields[name]) for name in ("what", "unit", "aim"))
-    return Figure(key, what, unit, _sample(fields["ours"]), floor, aim)
+    return Figure(key, what, unit, _sample(fields["ours"]), floor, aim, needed)
 
 
 def _sample(fields: Any) -> Sample:

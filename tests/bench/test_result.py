@@ -12,7 +12,7 @@ from bench import result
 from bench.report import figure
 from bench.result import NoResult, Result
 
-DROP = figure("drop.handler", "rename to handler", "ms", ([3.0, 1.0, 2.0], [0.5]), "3 ms")
+DROP = figure("drop.handler", "rename to handler", "ms", ([3.0, 1.0, 2.0], [0.5], [0.8]), "3 ms")
 WAKEUPS = figure("idle.wakeups", "wake-ups", "", ([4], [0]))
 SECURITY = figure("exposure", "exposure", "", ([3.1],))
 FOUND = Result(
@@ -43,9 +43,17 @@ def test_the_json_has_each_figure_with_its_floor_and_ratio() -> None:
         "unit": "ms",
         "ours": {"count": 3, "median": 2.0, "p99": 3.0},
         "floor": {"count": 1, "median": 0.5, "p99": 0.5},
+        "needed": {"count": 1, "median": 0.8, "p99": 0.8},
         "aim": "3 ms",
         "ratio": 4.0,
+        "of needed": 2.5,
     }
+
+
+def test_a_result_from_before_there_was_what_python_needs_is_read() -> None:
+    found = json.loads(FOUND.to_json())
+    del found["figures"]["drop.handler"]["needed"]
+    assert result.parse(json.dumps(found)).figures["drop.handler"].needed is None
 
 
 def test_there_is_no_ratio_to_nothing() -> None:
