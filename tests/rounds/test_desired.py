@@ -266,6 +266,34 @@ def test_what_systemd_would_fail_to_start_on_is_for_no_unit(
 
 
 @pytest.mark.parametrize(
+    ("trust", "policy", "there", "kept_out"),
+    [
+        (Trust(Protection.VERITY, remark="signed by an unknown key"), "", True, True),
+        (Trust(Protection.VERITY, remark="signed by an unknown key"), "root=verity+signed", True, True),
+        (Trust(Protection.VERITY, remark="signed by an unknown key"), "*", True, True),
+        (Trust(Protection.VERITY, remark="signed by an unknown key"), "root=verity+unprotected", True, False),
+        (Trust(Protection.VERITY, remark="signed by an unknown key"), "", False, False),
+        (Trust(Protection.SIGNED), "", True, False),
+    ],
+)
+def test_a_signature_that_systemd_does_not_know_keeps_it_from_starting(
+    trust: Trust, policy: str, *, there: bool, kept_out: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """257 ends with 226/NAMESPACE, "Required key not available", though the policy would do without a signature."""
+    monkeypatch.setattr(device_mapper, "CONTROL", str(tmp_path) if there else str(tmp_path / "missing"))
+    image = Image(SQUASHFS, 1 << 20, 4096, 4096, Brought(40960, 8192, bytes(32), "its signature", b"0"))
+    copy = Copy("a" * 64, "/store/a", 1 << 20, Kind.IMAGE, image, trust)
+    policies = (demand(Setting("ExtensionImagePolicy", policy, "web.service:3")),) if policy else ()
+    if not kept_out:
+        require_startable(copy, policies)
+        return
+    with pytest.raises(
+        Refused, match=r"^signed by an unknown key, and systemd would not start the unit on it: .*"
+    ):
+        require_startable(copy, policies)
+
+
+@pytest.mark.parametrize(
     ("signature", "policy", "found"),
     [
         (b"0", "root=unprotected", "signed"),
@@ -282,7 +310,8 @@ def test_what_lies_beside_a_slot_is_what_systemd_takes_it_for(
 ) -> None:
     monkeypatch.setattr(device_mapper, "CONTROL", str(tmp_path))
     image = Image(SQUASHFS, 4096, 0, 4096, Brought(0, 8192, bytes(32), "", signature, beside=True))
-    copy = Copy("a" * 64, "/store/a/image.raw", 4096, Kind.IMAGE, image)
+    trust = Trust(Protection.SIGNED if signature else Protection.VERITY)
+    copy = Copy("a" * 64, "/store/a/image.raw", 4096, Kind.IMAGE, image, trust)
     policies = (demand(Setting("ExtensionImagePolicy", policy, "/web.service:3")),)
     if not found:
         require_startable(copy, policies)
