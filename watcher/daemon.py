@@ -25,6 +25,7 @@ from watcher.images.complete import Complete
 from watcher.images.scrub import Scrub
 from watcher.images.store import Store
 from watcher.images.upgrade import upgrade
+from watcher.images.verified_mounts import VerifiedMounts
 from watcher.managers.aside import RunAside, run_as_child
 from watcher.managers.base import Manager, Service
 from watcher.managers.combined import Combined
@@ -34,6 +35,7 @@ from watcher.managers.systemd.aside import Aside
 from watcher.managers.systemd.manager import Systemd
 from watcher.managers.systemd.manager import check as systemd_check
 from watcher.model import Busy, Event, Later, Remark, problem, shown
+from watcher.mounts import dm_verity
 from watcher.mounts.process import may_mount
 from watcher.mounts.workers import Hung, MountWorkers
 from watcher.records import durable, journal
@@ -101,7 +103,11 @@ def _alone(runtime_directory: str) -> Iterator[None]:
 @contextmanager
 def _tools(settings: Settings) -> Iterator[Tools]:
     with ExitStack() as stack:
-        workers = stack.enter_context(MountWorkers(settings.mount_workers, privileged=may_mount()))
+        dm_verity.remove_leftovers()
+        mounts = VerifiedMounts()
+        workers = stack.enter_context(
+            MountWorkers(settings.mount_workers, privileged=may_mount(), fsmount=mounts.fsmount)
+        )
         durable.make(settings.state_directory)
         for remark in upgrade(settings.state_directory, settings.runtime_directory):
             journal.say(remark)
@@ -129,7 +135,7 @@ def _tools(settings: Settings) -> Iterator[Tools]:
         watcher = stack.enter_context(PatientWatcher())
         yield Tools(
             store=store,
-            admission=Admission(store, workers, Complete(watcher.uploads.moved_in_ns)),
+            admission=Admission(store, workers, Complete(watcher.uploads.moved_in_ns), mounts=mounts),
             workers=workers,
             manager=manager,
             watcher=watcher,

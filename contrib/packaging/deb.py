@@ -32,7 +32,7 @@ Priority: optional
 Depends: python3 (>= 3.11), python3-trio (>= 0.29), python3-structlog (>= 25.3), python3-psutil (>= 7.0),
  python3-jeepney (>= 0.9), python3-varlink (>= 31.0), python3-rich (>= 13.9), systemd (>= 255),
  default-dbus-system-bus | dbus-system-bus, openssl
-Recommends: squashfs-tools
+Recommends: cryptsetup-bin, squashfs-tools
 Suggests: erofs-utils, systemd-repart
 Installed-Size: {kilobytes}
 Description: drop a configuration extension, and the running service has it

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Signed disk images on a kernel with device mapper: systemd verifies them by dm-verity when it starts a service."""
+"""Signed disk images on a kernel with device mapper: what a service runs on goes through dm-verity.
+
+systemd sets it up when it starts the service, the watcher when it swaps: mounts/dm_verity.py, images/verified_mounts.py
+"""
 
 from __future__ import annotations
 
@@ -57,6 +60,16 @@ def signed(directory: Path, content: str, key: Key) -> Path:
     return directory / "made.raw"
 
 
+def trusted(machine: Machine, directory: Path) -> Key:
+    """A key, whose certificate is in verity.d of the machine."""
+    key = make_key(directory, "ours")
+    (directory / "certificate").mkdir()
+    shutil.copy(key.certificate, directory / "certificate/ours.crt")
+    machine.run(["mkdir", "-p", "/etc/verity.d"])
+    machine.send(directory / "certificate", to="/etc/verity.d")
+    return key
+
+
 def parts(image: Path) -> Parts:
     listed = subprocess.run(["sfdisk", "--json", str(image)], check=True, capture_output=True).stdout
     found: dict[str, int] = {
@@ -87,11 +100,7 @@ def site(machine: Machine) -> Iterator[Web]:
 
 
 def test_signed_goes_in_and_what_is_damaged_does_not(site: Web, machine: Machine, tmp_path: Path) -> None:
-    key = make_key(tmp_path, "ours")
-    (tmp_path / "certificate").mkdir()
-    shutil.copy(key.certificate, tmp_path / "certificate/ours.crt")
-    machine.run(["mkdir", "-p", "/etc/verity.d"])
-    machine.send(tmp_path / "certificate", to="/etc/verity.d")
+    key = trusted(machine, tmp_path)
     good = {version: signed(tmp_path / str(version), str(version), key) for version in (1, 2)}
     site.unit(UNIT)
     site.drop(good[1].rename(tmp_path / "site_1.raw"))
@@ -125,6 +134,8 @@ def test_signed_goes_in_and_what_is_damaged_does_not(site: Web, machine: Machine
     site.drop(image.rename(tmp_path / "site_20.raw"))
     journal.applied(WEB)
     assert sees(machine) == "2"
+    assert "dm-verity verifies what is read of it" in trust(machine)["how"]
+    assert "/etc/verity.d/ours.crt" in trust(machine)["how"], "the kernel has not that key"
     # The service has the store's copy: what happens to the file is nothing to it, nor to its next start.
     flip = f"printf X | dd conv=notrunc bs=1 seek={at} of={DROPS}/site_20.raw status=none"
     machine.run(["sh", "-c", flip])
@@ -136,8 +147,53 @@ def test_signed_goes_in_and_what_is_damaged_does_not(site: Web, machine: Machine
         "systemd verifies what it starts a service on"
     )
     machine.run(["systemctl", "stop", WEB, "confext-watcher"])
-    left_behind = "udevadm settle; dmsetup ls; losetup --list --noheadings"
-    assert machine.run(["sh", "-c", left_behind]).stdout == "No devices found\n"
+    assert left_behind(machine) == "No devices found\n"
+
+
+def test_what_a_running_service_reads_is_verified(site: Web, machine: Machine, tmp_path: Path) -> None:
+    """Who writes to the disk under the store can make a file unreadable, but not another one."""
+    key = trusted(machine, tmp_path)
+    images = [signed(tmp_path / str(version), str(version), key) for version in (1, 2)]
+    site.unit(UNIT.replace("signed", "verity+signed+unprotected"))
+    site.drop(images[0].rename(tmp_path / "site_1.raw"))
+    journal = site.start()
+    where = parts(images[1])
+    site.drop(images[1].rename(tmp_path / "site_2.raw"))
+    digest = journal.applied(WEB)["CONFEXT_DIGEST"]
+    assert devices(machine), "the service shows what was dropped through a device"
+    assert sees(machine) == "2"
+    other = signed(tmp_path / "other", "3", make_key(tmp_path, "other"))
+    site.drop(other.rename(tmp_path / "site_3.raw"))
+    journal.until(lambda entry: "systemd would not start the unit on it" in entry["MESSAGE"])
+    # The file's own page is in the memory of the kernel until it is dropped.
+    flip = f"""
+        printf X | dd conv=notrunc,fsync bs=1 seek={where.data + 4096} status=none \
+            of=/var/lib/confext-watcher/store/{digest}
+        echo 3 >/proc/sys/vm/drop_caches
+        pid=$(systemctl show --value --property=MainPID {WEB})
+        nsenter --target $pid --mount -- sh -c 'cat /etc/noise /etc/web.conf' 2>&1 >/dev/null
+    """
+    assert "Input/output error" in machine.run(["sh", "-c", flip], check=False).stdout
+    machine.run(["systemctl", "stop", WEB, "confext-watcher"])
+    assert left_behind(machine) == "No devices found\n"
+
+
+def left_behind(machine: Machine) -> str:
+    return machine.run(["sh", "-c", "udevadm settle; dmsetup ls; losetup --list --noheadings"]).stdout
+
+
+def devices(machine: Machine) -> list[str]:
+    """The mapped devices that the watcher has made."""
+    listed = machine.run(["dmsetup", "ls"]).stdout.split()
+    return [word for word in listed if word.startswith("confext-watcher-")]
+
+
+def trust(machine: Machine) -> dict[str, str]:
+    """What `status` says is proved of the one layer."""
+    said = json.loads(machine.run(["confext-watcher", "status", "--json", WEB]).stdout)
+    (layer,) = said["services"][0]["layers"]
+    found: dict[str, str] = layer["trust"]
+    return found
 
 
 def sees(machine: Machine) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Collection, Hashable, Iterable
+from dataclasses import replace
 
 from watcher.images import bundles, originals
 from watcher.images.complete import Complete, Rule, Seen
@@ -27,6 +28,7 @@ from watcher.images.readable import require_readable
 from watcher.images.sidecars import beside, explained
 from watcher.images.store import Store
 from watcher.images.verification import Proofs
+from watcher.images.verified_mounts import VerifiedMounts
 from watcher.images.walk import DIRECTORY
 from watcher.model import (
     Busy,
@@ -65,6 +67,7 @@ class Admission:
     Args:
         complete: judges whether trees are.
         proofs: what was proved of images.
+        mounts: how the workers mount them, where that proves something too.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Admission:
         workers: MountWorkers,
         complete: Complete | None = None,
         proofs: Proofs | None = None,
+        mounts: VerifiedMounts | None = None,
     ) -> None:
         self._store = store
         self._workers = workers
@@ -81,6 +85,7 @@ class Admission:
         self._were_read: set[str] = set()
         self._effects: dict[str, tuple[str, ...]] = {}
         self._proofs = proofs or Proofs()
+        self._mounts = mounts or VerifiedMounts()
 
     def admit(
         self,
@@ -108,8 +113,8 @@ class Admission:
 
         def judge(copy: Copy) -> None:
             try:
-                self.trust(copy)  # nothing of it is mounted before
-                found = self._release(copy, made_for.root)
+                trusted = replace(copy, trust=self.trust(copy))  # nothing of it is mounted before
+                found = self._release(trusted, made_for.root)
                 # A directory comes file by file: the release file may be still to come.
                 if not found[0] and candidate.kind is Kind.DIRECTORY:
                     raise Incomplete(
@@ -133,6 +138,7 @@ class Admission:
             self._were_read.discard(digest)
             self._effects.pop(digest, None)
             self._proofs.forget((digest,))
+            self._mounts.forget(digest)
 
     def trust(self, copy: Copy) -> Trust:
         """What is proved of a copy in the store, remembered by its digest and the certificates that there are.
@@ -150,7 +156,8 @@ class Admission:
             explained(bundles.is_in_bundle(copy)),
             bundles.verity(copy) as verity,
         ):
-            return self._proofs.trust(copy.digest, verity) if verity else Trust()
+            trust = self._proofs.trust(copy.digest, verity) if verity else Trust()
+            return self._mounts.trust(copy.digest, trust)
 
     def asks_for(self, layer: Layer, names: Collection[str]) -> str:
         """What a layer says that a unit of these names is to be told, see `release.asks_for()`.

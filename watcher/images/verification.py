@@ -3,7 +3,8 @@
 
 The whole tree is verified over all of the data, once for each content: the store's copy never changes. By whom it is
 signed is asked again when the certificates are others (certificates.py). Without a device mapper that is all the
-proof there is: it holds for what was dropped, and not against one who writes to the disk under the store.
+proof there is: it holds for what was dropped, and not against one who writes to the disk under the store. With one, see
+verified_mounts.py.
 """
 
 from __future__ import annotations

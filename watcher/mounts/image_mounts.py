@@ -6,12 +6,18 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from watcher.model import Copy, Mountable, problem
+from watcher.model import Copy, problem
 from watcher.mounts import syscalls
 from watcher.records import journal
+
+
+def plain(copy: Copy, backing: int) -> int:
+    """A detached mount of an image, whose file is open; see `Format.fsmount()`."""
+    assert copy.format is not None
+    return copy.format.fsmount(backing, copy.digest)
 
 
 @dataclass(slots=True)
@@ -36,10 +42,12 @@ class Images:
 
     Args:
         place: directory of their mount points, which only the workers see.
+        fsmount: makes the mount, as `plain()`.
     """
 
-    def __init__(self, place: str) -> None:
+    def __init__(self, place: str, fsmount: Callable[[Copy, int], int] = plain) -> None:
         self._place = place
+        self._fsmount = fsmount
         self._lock = threading.Lock()
         self._images: dict[str, _Image] = {}
 
@@ -61,7 +69,7 @@ class Images:
                         with self._lock:
                             held.append(self._images.setdefault(copy.digest, _Image()))
                             held[-1].users += 1
-                        roots[copy.digest] = self._mounted(copy, copy.format, held[-1])
+                        roots[copy.digest] = self._mounted(copy, held[-1])
             yield roots
         finally:
             with self._lock:
@@ -87,33 +95,32 @@ class Images:
                     # The next call tries again, and the next mount uses the directory again.
                     journal.log.warning(f"mount workers: an image stays mounted for now: {problem(error)}")
 
-    def _mounted(self, copy: Copy, format: Mountable, image: _Image) -> str:
+    def _mounted(self, copy: Copy, image: _Image) -> str:
         path = self._path(copy.digest)
         with image.turn:
             inode = os.stat(copy.path, follow_symlinks=False).st_ino
             if image.inode != inode:
                 # Where the store has made the copy anew, the new one is mounted over the old one. Other threads use
                 # the path meanwhile. Without a mount they would take an empty directory for the image.
-                _mount(copy, format, path)
+                self._mount(copy, path)
                 image.inode = inode
                 image.mounts += 1
         return path
 
+    def _mount(self, copy: Copy, target: str) -> None:
+        backing = os.open(copy.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            mounted = self._fsmount(copy, backing)
+        finally:
+            os.close(backing)
+        try:
+            os.makedirs(target, 0o700, exist_ok=True)
+            syscalls.move_mount(mounted, "", syscalls.AT_FDCWD, target, syscalls.MOVE_MOUNT_F_EMPTY_PATH)
+        finally:
+            os.close(mounted)
+
     def _path(self, digest: str) -> str:
         return f"{self._place}/{digest}"
-
-
-def _mount(copy: Copy, format: Mountable, target: str) -> None:
-    backing = os.open(copy.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        mounted = format.fsmount(backing, copy.digest)
-    finally:
-        os.close(backing)
-    try:
-        os.makedirs(target, 0o700, exist_ok=True)
-        syscalls.move_mount(mounted, "", syscalls.AT_FDCWD, target, syscalls.MOVE_MOUNT_F_EMPTY_PATH)
-    finally:
-        os.close(mounted)
 
 
 def _unmount(path: str) -> None:

@@ -29,8 +29,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import trio
 
-from watcher.mounts import syscalls
-from watcher.mounts.image_mounts import Images
+from watcher.model import Copy
+from watcher.mounts import image_mounts, syscalls
 from watcher.mounts.process import Elsewhere, namespace_id
 from watcher.records import journal
 
@@ -66,11 +66,18 @@ class MountWorkers:
         threads: how many; two already overlap one swap's waiting for the kernel with another's work.
         privileged: False in a user namespace, where overlayfs keeps its marks in `user.` attributes and only
             directory trees can be layers.
+        fsmount: mounts an image, see `Images`.
     """
 
-    def __init__(self, threads: int = 2, *, privileged: bool = True) -> None:
+    def __init__(
+        self,
+        threads: int = 2,
+        *,
+        privileged: bool = True,
+        fsmount: Callable[[Copy, int], int] = image_mounts.plain,
+    ) -> None:
         self.privileged = privileged
-        self.images = Images(f"{PLACE}/images")
+        self.images = image_mounts.Images(f"{PLACE}/images", fsmount)
         self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
         self._numbers = itertools.count(1)
         self._forbidden = {namespace_id("/proc/self/ns/mnt")}

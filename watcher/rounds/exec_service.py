@@ -23,6 +23,7 @@ from watcher.images.admission import Admission
 from watcher.images.made_for import host
 from watcher.images.store import Store
 from watcher.images.upgrade import upgrade
+from watcher.images.verified_mounts import VerifiedMounts
 from watcher.managers.base import slots_of, trust_of
 from watcher.managers.registration import (
     Registration,
@@ -169,8 +170,9 @@ def _enter_stack(settings: Settings, options: ExecOptions, *, answers: bool) -> 
     """Move this process into a mount namespace of its own with the service's stack on `/etc`."""
     for remark in upgrade(settings.state_directory, settings.runtime_directory):
         journal.say(remark)
+    mounts = VerifiedMounts()
     with (
-        MountWorkers(1, privileged=may_mount()) as workers,
+        MountWorkers(1, privileged=may_mount(), fsmount=mounts.fsmount) as workers,
         Store(
             settings.state_directory,
             settings.store_max,
@@ -179,7 +181,8 @@ def _enter_stack(settings: Settings, options: ExecOptions, *, answers: bool) -> 
             functools.partial(Reader(settings.state_directory).history, limit=_HISTORY_READ),
         ) as store,
     ):
-        stack = _admit(settings, store, workers, options, answers=answers)
+        admission = Admission(store, workers, mounts=mounts)
+        stack = _admit(settings, store, admission, options, answers=answers)
         # As systemd does it: what the host mounts arrives here, nothing goes back, and namespaces that the program
         # makes for its children follow. If another service runs `exec`, its swaps must not arrive: each would bring a
         # stack beneath this one and lift this one off.
@@ -195,7 +198,7 @@ def _enter_stack(settings: Settings, options: ExecOptions, *, answers: bool) -> 
                 store.doubt(slots_of(options.name, "standalone"))
                 if store.is_whole(stack):
                     raise
-                _swap(store, workers, namespace, _admit(settings, store, workers, options, answers=answers))
+                _swap(store, workers, namespace, _admit(settings, store, admission, options, answers=answers))
         finally:
             os.close(namespace)
 
@@ -206,7 +209,7 @@ def _swap(store: Store, workers: MountWorkers, namespace: int, stack: Stack) -> 
 
 
 def _admit(
-    settings: Settings, store: Store, workers: MountWorkers, options: ExecOptions, *, answers: bool
+    settings: Settings, store: Store, admission: Admission, options: ExecOptions, *, answers: bool
 ) -> Stack:
     """The stack that the service starts on: its slots are set to it."""
     slots = slots_of(options.name, "standalone")
@@ -219,7 +222,7 @@ def _admit(
     if why := why_nothing_new():
         journal.log.warning(f"{options.name}: starts on what it had, and gets nothing new: {why}")
     with store.using():
-        desired = _find_complete(settings, Admission(store, workers), store, options)
+        desired = _find_complete(settings, admission, store, options)
         _say(options, desired)
         try:
             stack = _accept(store, options, desired)

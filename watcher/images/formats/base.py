@@ -134,15 +134,20 @@ class Format(ABC):
             Later: no loop device is free.
             OSError: anything else, such as no memory.
         """
-        device, path = _loop_device(backing, label, offset, size)
+        device, path = loop_device(backing, label, offset, size)
+        try:
+            return self.fsmount_device(path)
+        finally:
+            os.close(device)
+
+    def fsmount_device(self, path: str) -> int:
+        """As `fsmount()`, of a block device."""
         try:
             return self._fsmount(path)
         except OSError as error:
             if error.errno in _BROKEN_IMAGE:
                 raise Refused(f"the kernel cannot mount it as {self.name}: {error.strerror}") from error
             raise
-        finally:
-            os.close(device)
 
     def _fsmount(self, source: str, **options: str) -> int:
         """`fsmount()` of a block device, or of a file where the file system needs no device. Raises OSError."""
@@ -175,7 +180,8 @@ def require_claimed(size: int, claimed: int, end: int) -> None:
         raise Incomplete(f"incomplete: {size} of {claimed} bytes are here")
 
 
-def _loop_device(backing: int, label: str, offset: int, size: int) -> tuple[int, str]:
+def loop_device(backing: int, label: str, offset: int, size: int) -> tuple[int, str]:
+    """As `syscalls.loop_attach()`. Raises Later: there is none."""
     try:
         return syscalls.loop_attach(backing, label, offset, size)
     except OSError as error:

@@ -77,3 +77,7 @@ class Image:
     def fsmount(self, backing: int, label: str) -> int:
         """As `Format.fsmount()`."""
         return self.format.fsmount(backing, label, self.offset, self.size)
+
+    def fsmount_device(self, path: str) -> int:
+        """As `Format.fsmount_device()`."""
+        return self.format.fsmount_device(path)
