@@ -167,10 +167,11 @@ def test_a_path_with_an_equals_sign_that_is_there_is_that_path() -> None:
         (["/"], "/: that is all of this host's /etc, with its passwords: name what of it"),
         (["/etc/"], "/etc/: that is all of this host's /etc, with its passwords: name what of it"),
         (["etc=/etc"], "etc=/etc: that is all of this host's /etc, with its passwords: name what of it"),
+        (["etc/x=/etc/"], "etc/x=/etc/: that is all of this host's /etc, with its passwords: name what of it"),
         (["etc/x=conf/x", "etc/x=conf/y"], "etc/x comes from conf/x and from conf/y: leave out one"),
         (["etc/x=conf/x", "etc/x=conf"], "etc/x comes from conf/x and from conf: leave out one"),
         (["etc/x=conf/x", "etc/x/z=conf/y"], "etc/x comes from conf/x and from conf/y: leave out one"),
-        (["etc/x=conf", "etc/x=conf/x"], "etc/x comes from another source, where it is a directory and from conf/x"),
+        (["etc/x=conf", "etc/x=conf/x"], "etc/x comes as a directory and from conf/x: leave out one"),
         (["etc/f=fifo"], "fifo is a FIFO: remove it"),
         (["etc/d=special"], "special/socket is a socket: remove it"),
         (["etc/d=/dev/null"], "/dev/null is a device: remove it"),
@@ -612,6 +613,18 @@ def test_what_was_there_is_replaced_by_a_rename() -> None:
     assert not Path("web_1.5.raw").is_symlink()
 
 
+def test_files_beside_it_that_were_made_for_another_image_are_pointed_out() -> None:
+    """They count from the moment on when the image is there."""
+    put("web/etc/web.conf")
+    put("web_1.4.verity")
+    put("web_1.4.roothash")
+    (note,) = make("web").notes
+    assert (
+        note
+        == "beside it is web_1.4.verity, web_1.4.roothash: that has to be of this very image, or it is refused"
+    )
+
+
 def test_a_directory_that_is_not_there_is_said_before_anything_is_done() -> None:
     put("web/etc/web.conf")
     with pytest.raises(FileNotFoundError) as error:
@@ -720,7 +733,7 @@ def test_it_is_made_where_it_cannot_be_checked_and_that_is_said(
     assert Path("web_1.raw").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_nothing_is_left_of_one_that_is_ended(number: int, place: Path) -> None:
     """The fixture looks: what it was making may have keys in it."""
     put("web/etc/random").write_bytes(os.urandom(60 << 20))

@@ -19,8 +19,10 @@ def run(settings: Settings, options: argparse.Namespace) -> ExitStatus:
     scope = tuple(options.scope.replace(",", " ").split())
     if wrong := _misused(options, scope):
         return fail(wrong, ExitStatus.USAGE)
-    # What was begun is removed, also when a pipeline is cancelled: it may have keys in it.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # What was begun is removed, also when a pipeline is cancelled or a connection ends: it may have keys in it.
+    for ends in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ends) is signal.SIG_DFL:  # nohup(1) has it ignored
+            signal.signal(ends, signal.default_int_handler)
     order = Order(
         tuple(options.sources),
         options.output,

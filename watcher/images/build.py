@@ -19,7 +19,7 @@ import tempfile
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from watcher.images import build_tools
+from watcher.images import build_tools, sidecars
 from watcher.images.build_sources import source
 from watcher.images.build_stage import Stage
 from watcher.images.extension import RELEASE_DIRECTORY, read_release
@@ -119,8 +119,7 @@ def build(order: Order, image_max: int) -> Built:
         examined, unchecked = _examined(made, made_for, image_max, filename)
         mode = 0o600 if stage.private else 0o666
         path = _place(made, directory, filename, mode)
-    alone = ("it can be read by you alone (mode 0600), since it has files that are for root alone",)
-    return Built(path, examined, unchecked, (*stage.notes(), *(alone if stage.private else ()), *foreign))
+    return Built(path, examined, unchecked, (*stage.notes(), *_placed(path, private=stage.private), *foreign))
 
 
 def _target(output: str, name: str, version: str) -> tuple[str, str]:
@@ -241,6 +240,19 @@ def _examined(made: str, made_for: Host, image_max: int, filename: str) -> tuple
         raise Refused(f"{shown(filename)} is not written, it would be refused: {refused}") from None
     except Busy as busy:
         return None, str(busy)
+
+
+def _placed(path: str, *, private: bool) -> list[str]:
+    """What there is to say of an image where it lies."""
+    said = (
+        ["it can be read by you alone (mode 0600), since it has files that are for root alone"]
+        if private
+        else []
+    )
+    if beside := sidecars.found(os.path.abspath(path)):
+        names = ", ".join(map(shown, beside))
+        said.append(f"beside it is {names}: that has to be of this very image, or it is refused")
+    return said
 
 
 def _place(made: str, directory: str, filename: str, mode: int) -> str:

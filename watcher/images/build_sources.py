@@ -48,13 +48,10 @@ def source(word: str) -> Source:
     if not found.place:
         _require_etc(found.path, stat.S_ISDIR(st.st_mode))
         st = os.stat(os.path.join(found.path, "etc"))
-    if len(found.place) < 2:
-        if not stat.S_ISDIR(st.st_mode):
-            raise Refused(f"{shown(word)}: {shown(found.path)} is no directory, and etc is one")
-        if os.path.samestat(st, os.stat("/etc")):
-            raise Refused(
-                f"{shown(word)}: that is all of this host's /etc, with its passwords: name what of it"
-            )
+    if len(found.place) == 1 and not stat.S_ISDIR(st.st_mode):
+        raise Refused(f"{shown(word)}: {shown(found.path)} is no directory, and etc is one")
+    if os.path.samestat(st, os.stat("/etc")):
+        raise Refused(f"{shown(word)}: that is all of this host's /etc, with its passwords: name what of it")
     return found
 
 

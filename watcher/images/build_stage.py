@@ -140,10 +140,9 @@ class Stage(Walk):
             raise self._both(path, origin) from None
 
     def _both(self, path: Path, origin: str) -> Refused:
-        first = self._from.get(path, "another source, where it is a directory")
-        return Refused(
-            f"{shown('/'.join(path))} comes from {shown(first)} and from {shown(origin)}: leave out one"
-        )
+        first = self._from.get(path)
+        sources = f"from {shown(first)}" if first else "as a directory"
+        return Refused(f"{shown('/'.join(path))} comes {sources} and from {shown(origin)}: leave out one")
 
     def _node(
         self, parent: int | None, name: str, target: int, path: Path, origin: str, *, follow: bool
