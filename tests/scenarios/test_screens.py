@@ -83,3 +83,16 @@ def settled(service: Service, version: str) -> None:
 def test_the_table_of_services_has_no_line_too_much(many: Place) -> None:
     seen = look([COMMAND, "status", "nobody.service"], columns=80, environment=many.environment)
     keep("status-unknown", seen, many.path)
+
+
+@pytest.mark.parametrize("columns", [80, 40])
+def test_what_is_built_is_told_with_what_is_otherwise_in_it(columns: int) -> None:
+    with place_path() as path:
+        etc = path / "web/etc"
+        (etc / "ssl/private").mkdir(parents=True)
+        (etc / "ssl/private").chmod(0o700)
+        for name, mode in (("web.conf", 0o644), ("web.conf~", 0o644), ("ssl/private/web.key", 0o600)):
+            (etc / name).write_text("x\n")
+            (etc / name).chmod(mode)
+        words = [COMMAND, "build", path / "web", "-o", path / "web_1.4.raw"]
+        keep(f"build-{columns}", look(words, columns=columns), path)
