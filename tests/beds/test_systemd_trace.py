@@ -103,3 +103,23 @@ def test_of_a_stopped_unit_it_is_what_its_next_start_gets(host: Host) -> None:
     assert command(host, "diff")["files"] == []
     (step,) = command(host, "origin", "/etc/issue")["paths"]
     assert step["chain"][0]["role"] == "shown"
+
+
+def test_a_member_of_the_group_has_the_daemon_look_within_its_sandbox(host: Host) -> None:
+    journal = run(host, UNIT + SANDBOX, FILES)
+    drop(host, 2, FILES | {"web.conf": "two\n"})
+    journal.applied(WEB)
+    there = host.bed.run(["cat", "/etc/group"]).stdout
+    host.stack.callback(host.bed.run, ["cp", "/dev/stdin", "/etc/group"], input=there)
+    others = "".join(line for line in there.splitlines(True) if not line.startswith("confext-watcher:"))
+    host.bed.run(["cp", "/dev/stdin", "/etc/group"], input=f"{others}confext-watcher:x:4711:\n")
+    host.systemctl("reload", "confext-watcher")
+    as_member = ("setpriv", "--reuid=4700", "--regid=4700", "--groups=4711", "confext-watcher")
+    for words in (["origin", WEB], ["origin", WEB, "hostname", "app/a.conf"], ["diff", WEB, "--from", "1"]):
+        mine = host.bed.run([*as_member, *words], check=False)
+        roots = host.bed.run(["confext-watcher", *words], check=False)
+        assert (mine.stderr, mine.returncode) == ("", roots.returncode)
+        assert mine.stdout == roots.stdout
+    assert "+two" in mine.stdout
+    secret = host.bed.run([*as_member, "diff", "--json", WEB, "--from", "none"], check=False)
+    assert "could not read" not in secret.stdout

@@ -52,18 +52,18 @@ def test_of_what_does_not_show_its_stack_it_is_said(state: str, said: str) -> No
 def test_the_tree_has_a_line_for_each_directory_once() -> None:
     files = (
         TracedFile("/etc", "changed", "directory", 1),
-        TracedFile("/etc/a/b/c", "new", "file", 1, (0, None)),
-        TracedFile("/etc/a/b/d\n", "removed", "file", None, (None,)),
+        TracedFile("/etc/a/b/c", "changed", "file", 1, (0,)),
+        TracedFile("/etc/a/b/d\n", "removed", "file", None),
         TracedFile("/etc/a/e", "new", "directory", 0),
         TracedFile("/etc/a/e/f", "changed", "link", 0, (), "tmpfs on /etc/a"),
-        TracedFile("/etc/g", "removed", "directory", 1, (None,)),
+        TracedFile("/etc/g", "removed", "directory", 1),
         TracedFile("/etc/h", "new", "file", 1),
     )
     assert [line.rstrip() for line in lines(files=files)[7:]] == [
         f"{'/etc/':<36}  web 1.4, changed",
         "  a/",
         "    b/",
-        f"{'      c':<36}  web 1.4, new, covers base",
+        f"{'      c':<36}  web 1.4, changed, covers base",
         f"{'      d' + chr(92) + 'n':<36}  removed, hidden by the layers above",
         f"{'    e/':<36}  base, new",
         f"{'      f':<36}  base, changed, hidden by a mount: tmpfs on /etc/a",

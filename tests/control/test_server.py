@@ -12,7 +12,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from support import CHECKOUT
 from support.needs import root, which
 from watcher.control import peers, server, transport
 from watcher.control.client import Client, NotRunning, TimedOut
+from watcher.control.traces import Asked
 from watcher.model import Event, Kind, Layer, Outcome
 from watcher.records import schema
 from watcher.records.schema import (
@@ -103,6 +104,9 @@ class Backend:
     async def forget(self, service: str, digest: str | None, by: str) -> Sequence[Quarantined]:
         self.calls.append(("forget", service, digest))
         return [BAD]
+
+    async def trace(self, asked: Asked, tell: Callable[[bytes], Awaitable[None]]) -> bytes:
+        raise AssertionError
 
     async def reload(self) -> None:
         self.calls.append(("reload",))
@@ -642,7 +646,7 @@ async def test_varlinkctl_introspects_it(backend: Backend, directory: Path, run_
     assert (shown.returncode, shown.stderr) == (0, "")
     assert "method Rollback(" in shown.stdout
     methods = await run_varlinkctl("list-methods", address, schema.INTERFACE)
-    assert len(methods.stdout.split()) == 7
+    assert len(methods.stdout.split()) == 9
 
 
 async def test_varlinkctl_calls_it(backend: Backend, directory: Path, run_varlinkctl: Any) -> None:

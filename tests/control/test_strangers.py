@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from support.needs import root
 from support.nobody import NOBODY
 from watcher.control import peers, server, transport
 from watcher.control.client import Client
+from watcher.control.traces import Asked
+from watcher.images.access import User
 from watcher.model import Event, Kind, Layer, Outcome, Remark
 from watcher.records import schema
 from watcher.records.schema import Answer, Failed, PlannedChange, Quarantined, ServiceStatus, Waited
@@ -61,6 +63,7 @@ class Backend:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, str]] = []
+        self.asked: list[Asked] = []
         self.verdict = trio.Event()
         self.go = trio.Event()
         self.go.set()
@@ -110,6 +113,12 @@ class Backend:
     async def forget(self, service: str, digest: str | None, by: str) -> Sequence[Quarantined]:
         raise AssertionError
 
+    async def trace(self, asked: Asked, tell: Callable[[bytes], Awaitable[None]]) -> bytes:
+        self.asked.append(asked)
+        if asked.more:
+            await tell(b'{"diff":1}')
+        return b'{"diff":2}'
+
     async def reload(self) -> None:
         raise AssertionError
 
@@ -140,6 +149,8 @@ import json, os, socket, sys
 from pathlib import Path
 from watcher.records import schema
 from watcher.control.client import Client
+from watcher.control.traces import Asked
+from watcher.images.access import User
 from watcher.model import Event
 from watcher.records.schema import CallError
 uid, gid, groups, directory = json.loads(sys.argv[1])
@@ -269,6 +280,51 @@ with Client(directory, timeout=60) as client:
 """
     assert await told(directory, code, groups=[GROUP, *range(5000, 5300)]) == "True\n"
     assert await told(directory, code, groups=[GROUP, *range(5000, 5300)], gid=GROUP) == "False\n"
+
+
+COMPARE = """
+for more in (False, True):
+    stream = connected()
+    stream.sendall(call("Compare", {"service": "nginx.service", "before": "1"}, more=more) + call("Reload"))
+    received = b""
+    while received.count(b"\\0") < (3 if more else 2):
+        received += stream.recv(1 << 20)
+    for reply in received.split(b"\\0")[:-2]:
+        say(reply.decode())
+"""
+
+
+async def test_contents_are_looked_at_for_members_in_their_name(backend: Backend, directory: Path) -> None:
+    """On real services: tests/scenarios/test_members.py."""
+    with structlog.testing.capture_logs():
+        said = await told(directory, COMPARE, uid=NOBODY, gid=NOBODY, groups=[GROUP])
+    last = '{"parameters":{"diff":2}}'
+    assert said.splitlines() == [last, '{"parameters":{"diff":1},"continues":true}', last]
+    user = User(NOBODY, frozenset({NOBODY, GROUP}))
+    assert backend.asked == [
+        Asked("Compare", "nginx.service", more, user, before="1") for more in (False, True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("who", "said"),
+    [
+        ({}, '"error": "io.confext.Watcher.MembersOnly"'),
+        # A group may also be what keeps somebody out.
+        ({"gid": GROUP, "groups": [*range(5000, 5300)]}, "too many groups"),
+    ],
+)
+async def test_others_and_who_is_not_known_are_refused(
+    backend: Backend, directory: Path, who: dict[str, Any], said: str
+) -> None:
+    code = """
+for method in ("Trace", "Compare"):
+    stream = connected()
+    stream.sendall(call(method, {"service": "nginx.service"}))
+    say(json.dumps(answer(stream)))
+"""
+    assert (await told(directory, code, **who)).count(said) == 2
+    assert backend.asked == []
 
 
 async def test_the_group_is_looked_up_when_settings_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:

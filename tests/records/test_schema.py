@@ -17,11 +17,25 @@ import pytest
 from varlink import scanner
 
 from watcher.model import Event, Kind, Layer, Outcome, Remark, Setting, Trust, Verdict
-from watcher.records import codec, schema
+from watcher.records import codec, schema, traces
 from watcher.records.schema import PlannedChange, Quarantined, ServiceStatus, from_dict, to_dict, utf8
 from watcher.records.state import Trial
 
-ANSWERS: list[type[Any]] = [Layer, Trust, Event, Quarantined, Remark, Setting, ServiceStatus, PlannedChange]
+TRACES: list[type[Any]] = [
+    getattr(traces, name)
+    for name in "TracedLayer Piece TracedPath TracedFile Origin Compared Side Difference Diff".split()
+]
+ANSWERS: list[type[Any]] = [
+    Layer,
+    Trust,
+    Event,
+    Quarantined,
+    Remark,
+    Setting,
+    ServiceStatus,
+    PlannedChange,
+    *TRACES,
+]
 
 LAYER = Layer("web.raw", "web", "1.4", "a" * 64, Kind.IMAGE, "/srv/web_1.4.raw")
 EVENT = Event("web.service", Outcome.ROLLED_BACK, "said", when=5, swap_usec=7, layers=(LAYER, LAYER))
@@ -79,6 +93,7 @@ def test_the_interface_describes_each_error() -> None:
         schema.ServiceNotFound("a"),
         schema.NoSuchStack("a", "b"),
         schema.NotPermitted("m"),
+        schema.MembersOnly("m", "g"),
         schema.TooManyCalls(1000, 8),
         schema.Failed("r"),
     ]

@@ -182,7 +182,7 @@ def test_a_user_without_rights_is_told_so(open_place: Place) -> None:
     service = open_place.start()
     done = open_place.run("diff", service.name, prefix=AS_NOBODY, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "only root may" in done.stderr
+    assert "only root may, and members of the group confext-watcher: use sudo" in done.stderr
 
 
 @images_only

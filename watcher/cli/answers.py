@@ -65,8 +65,19 @@ def meant(path: str) -> str:
     return f"; did you mean {shown(like)}?" if like else ""
 
 
-def looked(look: Callable[[], T]) -> T:
-    """What a look at kernel, store and disk finds. Raises CallError, OSError."""
+def looked(settings: Settings, ask: Callable[[Client], T], look: Callable[[], T]) -> T:
+    """What a look at kernel, store and disk finds: root's own, which needs no daemon; for others, the daemon's.
+
+    Raises CallError, OSError.
+    """
+    if os.geteuid() != 0:
+        try:
+            with Client(settings.runtime_directory, timeout=600) as client:
+                return ask(client)
+        except NotRunning as error:
+            raise NotRunning(
+                f"{error}; without it only root may look, at the store and into the service: use sudo"
+            )
     from watcher.records.ledger import LedgerError
 
     # A stack may have 498 layers, of which each has two descriptors, and some more on the way to a file.

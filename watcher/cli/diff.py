@@ -8,16 +8,25 @@ import argparse
 from watcher.cli import show, show_diff
 from watcher.cli.answers import looked, meant
 from watcher.control import diff
-from watcher.records.schema import ExitStatus
+from watcher.control.client import Client
+from watcher.records.schema import ExitStatus, Failed
+from watcher.records.traces import Diff
 from watcher.settings.config import Settings
 
 
 def run(settings: Settings, options: argparse.Namespace) -> ExitStatus:
     """As diff(1), 1 says that something differs. Raises CallError, OSError."""
+    service, before, after = options.service, options.before, options.after
+
+    def ask(client: Client) -> Diff:
+        if diff.named_images(after):
+            raise Failed(diff.ROOT_ONLY)
+        return client.diff(service, before, after[0] if after else None)
+
     try:
-        found = looked(lambda: diff.diff(settings, options.service, options.before, options.after))
+        found = looked(settings, ask, lambda: diff.diff(settings, service, before, after))
     except FileNotFoundError as error:
-        if error.filename in options.after:
+        if error.filename in after:
             error.strerror = f"{error.strerror}{meant(error.filename)}"
         raise
     if options.json:

@@ -14,7 +14,12 @@ from watcher.settings.config import Settings
 
 def run(settings: Settings, options: argparse.Namespace) -> ExitStatus:
     """Raises CallError, OSError."""
-    found = looked(lambda: origin.origin(settings, options.service, options.paths))
+    service, paths = options.service, options.paths
+    found = looked(
+        settings,
+        lambda client: client.origin(service, paths),
+        lambda: origin.origin(settings, service, paths),
+    )
     lines = [show.as_json(found, compact=True)] if options.json else show.fit(show_origin.origin(found))
     for line in lines:
         print(line)

@@ -116,7 +116,6 @@ def _tree(files: Sequence[TracedFile], labels: dict[int | None, str]) -> Iterato
 def _file(file: TracedFile, labels: dict[int | None, str]) -> str:
     by = "hidden by the layers above" if file.layer is None else labels[file.layer]
     said = f"{file.change}, {by}" if file.change == "removed" else f"{labels[file.layer]}, {file.change}"
-    covered = [labels[layer] for layer in file.covers if layer is not None]
-    if covered:
-        said += f", covers {', '.join(covered)}"
+    if file.covers:
+        said += f", covers {', '.join(labels[layer] for layer in file.covers)}"
     return f"{said}, hidden by a mount: {shown(file.mount)}" if file.mount else said

@@ -16,7 +16,8 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from watcher.records.schema import (
     ServiceStatus,
     Waited,
 )
+from watcher.records.traces import Diff, Origin
 
 RESTART_SEC = 30.0
 """Seconds for which a call without a time-out waits for a daemon that has ended: it may be being restarted."""
@@ -126,6 +128,20 @@ class Client:
         """
         for answer in self.stream("Wait", service=service, image=image):
             yield self._read(Waited, answer)
+
+    def origin(self, service: str, paths: Sequence[str] = ()) -> Origin:
+        """Which images its files come from. Raises ServiceNotFound, MembersOnly, Failed."""
+        answers = self.stream("Trace", service=service, paths=list(paths) or None)
+        replies = [self._read(Origin, answer.get("origin")) for answer in answers]
+        if paths:
+            return replace(replies[0], paths=tuple(path for reply in replies for path in reply.paths or ()))
+        return replace(replies[0], files=tuple(file for reply in replies for file in reply.files or ()))
+
+    def diff(self, service: str, before: str | None = None, after: str | None = None) -> Diff:
+        """What differs between two stacks. Raises ServiceNotFound, MembersOnly, Failed."""
+        answers = self.stream("Compare", service=service, before=before, after=after)
+        replies = [self._read(Diff, answer.get("diff")) for answer in answers]
+        return replace(replies[0], files=tuple(file for reply in replies for file in reply.files))
 
     def call(self, method: str, **parameters: object) -> dict[str, Any]:
         """The reply's parameters, to a method of our interface; parameters that are None are left out."""

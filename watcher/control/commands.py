@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from typing import TypeVar
@@ -14,6 +14,7 @@ import trio
 from watcher.control import status
 from watcher.control.report import report
 from watcher.control.server import Tell, TellWaited
+from watcher.control.traces import Asked, Traces
 from watcher.control.waits import Answers, Waits
 from watcher.managers.base import Service
 from watcher.model import Event, Later, Outcome, Remark, Stack, problem, shown
@@ -69,6 +70,7 @@ class Commands:
         self._changed = changed
         self._reload_settings = reload_settings
         self._listeners: list[Callable[[Event], None]] = []
+        self._traces = Traces()
         self._waits = Waits(self._look_at_images, in_round)
 
     def tell(self, event: Event) -> None:
@@ -208,6 +210,9 @@ class Commands:
                 for other in rolling(self._tools):
                     self._changed(other.name)
         return status.quarantined(found.name, forgotten)
+
+    async def trace(self, asked: Asked, tell: Callable[[bytes], Awaitable[None]]) -> bytes:
+        return await self._traces.look(self._tools.settings, asked, tell)
 
     async def reload(self) -> None:
         self._reload_settings()

@@ -15,33 +15,54 @@ from dataclasses import replace
 from watcher.control import compared, text_diff
 from watcher.control.compared import Choice
 from watcher.control.traced import ETC, Subject, subject
+from watcher.images.access import READ, SEARCH, User, may
 from watcher.images.changes import Change, Comparison, changes
+from watcher.images.changes import Side as Shown
 from watcher.images.contents import Contents, Reader, xattrs
 from watcher.images.layers import Type
 from watcher.records.schema import Failed
 from watcher.records.traces import Compared, Diff, Difference, Side
 from watcher.settings.config import Settings
 
+HIDDEN = "contents are not shown to a user who could not read the file there"
+ROOT_ONLY = (
+    "--to: images that are not dropped yet only root may compare: the kernel has to mount them. Use sudo"
+)
 TEXTS_MAX = 64 << 20
 """Bytes of the hunks of all files together."""
 
 
 def diff(settings: Settings, service: str, before: str | None = None, after: Sequence[str] = ()) -> Diff:
-    """What differs.
+    """What differs; as `differences()`."""
+    with differences(settings, service, before, after) as (compared_, found):
+        files = tuple(found)
+        return replace(compared_, differs=bool(files), files=files)
+
+
+@contextlib.contextmanager
+def differences(
+    settings: Settings,
+    service: str,
+    before: str | None = None,
+    after: Sequence[str] = (),
+    user: User | None = None,
+) -> Iterator[tuple[Diff, Iterator[Difference]]]:
+    """What is compared, and what differs, as it is found in the block.
 
     Args:
         before: a stack as `compared.named()` takes it; None: what the service shows, or where `after` is an image, the
             newest accepted stack.
         after: a stack, or images; nothing: what the service should have now.
+        user: shows no contents of files that this user could not read; None: root asks.
 
-    Raises:
+    Raises, in the block too:
         Whatever `subject()` does.
         Refused: a directory is nested too deeply, or there is too much.
         Busy: what is not ours changed meanwhile.
     """
-    images = [argument for argument in after if _is_image(argument)]
-    if len(after) > 1 and not images:
-        raise Failed("--to: one stack, or images, each with a / in its path or ending in .raw")
+    images = named_images(after)
+    if images and user is not None:
+        raise Failed(ROOT_ONLY)
     with subject(settings, service) as one, contextlib.ExitStack() as held:
         if images:
             new = held.enter_context(compared.dropped(settings, one, after))
@@ -55,19 +76,22 @@ def diff(settings: Settings, service: str, before: str | None = None, after: Seq
             old = Choice("accepted", one.kept[0].stack)
         else:
             old = compared.named(settings, one, "shown")
-        files = tuple(_Differences(one, old, new))
         known, wanted = (Compared(side.what, side.stack.id, one.layers(side.stack)) for side in (old, new))
-        return Diff(one.name, bool(files), known, wanted, files)
+        yield Diff(one.name, False, known, wanted, ()), iter(_Differences(one, old, new, user))
 
 
-def _is_image(argument: str) -> bool:
-    return "/" in argument or argument.endswith(".raw")
+def named_images(after: Sequence[str]) -> list[str]:
+    """The images among the arguments of `--to`. Raises Failed: there are none, but more than one stack."""
+    images = [argument for argument in after if "/" in argument or argument.endswith(".raw")]
+    if len(after) > 1 and not images:
+        raise Failed("--to: one stack, or images, each with a / in its path or ending in .raw")
+    return images
 
 
 class _Differences:
     """The differences, as they are found."""
 
-    def __init__(self, one: Subject, old: Choice, new: Choice) -> None:
+    def __init__(self, one: Subject, old: Choice, new: Choice, user: User | None) -> None:
         self._layers, (self._before, self._after) = one.opened(
             old.stack, new.stack, copies=(*old.copies, *new.copies)
         )
@@ -77,6 +101,7 @@ class _Differences:
         self._comparison = Comparison()
         self._reader = Reader()
         self._left = TEXTS_MAX
+        self._rights = Rights(user) if user is not None else None
 
     def __iter__(self) -> Iterator[Difference]:
         for change in changes(self._layers, self._before, self._after):
@@ -86,13 +111,15 @@ class _Differences:
 
     def _difference(self, change: Change) -> Difference | None:
         path = change.path
+        readable = self._rights.readable(change) if self._rights is not None else (True, True)
         same = self._comparison.same(change)
         one, other = (xattrs(side, path) for side in (change.before, change.after))
         differ = tuple(sorted(name for name in {**one, **other} if one.get(name) != other.get(name)))
         if same and not differ:
             return None
         before, after = (
-            self._reader.read(side, path) if side else None for side in (change.before, change.after)
+            None if side is None else self._reader.read(side, path) if may else Contents(side.node)
+            for side, may in zip((change.before, change.after), readable, strict=True)
         )
         found = Difference(
             "/".join((ETC, *path)),
@@ -101,6 +128,8 @@ class _Differences:
             self._side(after),
             differ,
         )
+        if not all(readable):
+            return replace(found, note=HIDDEN)
         return found if same else self._with_text(found, before, after)
 
     def _side(self, contents: Contents | None) -> Side | None:
@@ -137,3 +166,31 @@ class _Differences:
         counts = (sum(line.startswith(sign) for line in lines) for sign in (b"+", b"-"))
         added, removed = counts
         return replace(found, diff=os.fsdecode(hunks), added=added, removed=removed)
+
+
+class Rights:
+    """Which files a user could read in each of two stacks, by these and by the directories that lead there.
+
+    Changes come depth first, and each directory above a change is one, too.
+    """
+
+    def __init__(self, user: User) -> None:
+        self._user = user
+        self._searchable: list[tuple[bool, bool]] = []
+        """Of each directory on the way to the last change, from the root on."""
+
+    def readable(self, change: Change) -> tuple[bool, bool]:
+        """Of each side, whether the user could see what is in it; True where there is no file."""
+        del self._searchable[len(change.path) :]
+        before, after = self._searchable[-1] if self._searchable else (True, True)
+        sides = ((change.before, before), (change.after, after))
+        self._searchable.append((self._may(sides[0], SEARCH, change), self._may(sides[1], SEARCH, change)))
+        return self._may(sides[0], READ, change), self._may(sides[1], READ, change)
+
+    def _may(self, side: tuple[Shown | None, bool], wanted: int, change: Change) -> bool:
+        shown, reached = side
+        kind = Type.DIRECTORY if wanted == SEARCH else Type.FILE
+        if shown is None or shown.node.type is not kind:
+            return wanted == READ
+        node = f"/proc/self/fd/{shown.directory}/{change.path[-1]}" if change.path else shown.directory
+        return reached and may(self._user, wanted, node, shown.node.status)

@@ -8,9 +8,12 @@ old file of the host's where a process holds it open.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 from watcher.control.traced import ETC, Mounts, Subject, same, seen, subject
 from watcher.images.changes import Change, Comparison, changes
@@ -24,22 +27,34 @@ Number = Callable[[int], int | None]
 
 
 def origin(settings: Settings, service: str, paths: Sequence[str] = ()) -> Origin:
-    """Where the files come from: those at these paths, or all that are not as in the host's `/etc`.
+    """Where the files come from; as `origins()`."""
+    with origins(settings, service, paths) as (known, found):
+        if paths:
+            return replace(known, paths=tuple(found))
+        return replace(known, files=tuple(found))
+
+
+@contextlib.contextmanager
+def origins(
+    settings: Settings, service: str, paths: Sequence[str] = ()
+) -> Iterator[tuple[Origin, Iterator[Any]]]:
+    """What the stack is, and then each `TracedPath` at these paths, or each `TracedFile` that is not as in the host's
+    `/etc`, as it is found in the block.
 
     Args:
         paths: absolute, or below `/etc`.
 
-    Raises:
+    Raises, in the block too:
         Whatever `subject()` does.
         Refused: a path, or a directory, is nested too deeply.
         Busy: what is not ours changed meanwhile.
     """
     with subject(settings, service) as one:
-        traced = one.layers(one.stack)
+        known = Origin(one.name, one.state, one.stack.id, one.layers(one.stack))
         if paths:
-            found = tuple(step for path in paths for step in _path(one, path))
-            return Origin(one.name, one.state, one.stack.id, traced, paths=found)
-        return Origin(one.name, one.state, one.stack.id, traced, files=tuple(_files(one)))
+            yield replace(known, paths=()), (step for path in paths for step in _path(one, path))
+        else:
+            yield replace(known, files=()), _files(one)
 
 
 def _number(stack_length: int) -> Number:
@@ -68,7 +83,7 @@ def _file(change: Change, number: Number, mounts: Mounts) -> TracedFile:
         "removed" if after is None else "new" if before is None else "changed",
         shown.node.type.value,
         None if by is None else number(by.layer),
-        tuple(number(node.layer) for node in change.nodes if node is not by),
+        tuple(place for node in change.nodes if node is not by and (place := number(node.layer)) is not None),
         mounts.over(path),
     )
 

@@ -51,11 +51,13 @@ class Peer:
 
     Attributes:
         groups: the primary and the supplementary ones, by number.
+        all_groups: False: there are more of them, which are not known.
     """
 
     pid: int
     uid: int
     groups: frozenset[int] = frozenset()
+    all_groups: bool = True
 
     @staticmethod
     def of(stream: trio.SocketStream) -> Peer:
@@ -65,13 +67,10 @@ class Peer:
         )
         try:
             supplementary = ask(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_MAX * struct.calcsize("I"))
-        except OSError:
-            supplementary = (
-                b""  # ERANGE, more groups than there is room for: the user counts as in none of them
-            )
-        return Peer(
-            pid, uid, frozenset((gid, *(group for (group,) in struct.iter_unpack("I", supplementary))))
-        )
+        except OSError:  # ERANGE, more groups than there is room for: the user counts as in none of them
+            return Peer(pid, uid, frozenset({gid}), False)
+        groups = (group for (group,) in struct.iter_unpack("I", supplementary))
+        return Peer(pid, uid, frozenset((gid, *groups)))
 
     @property
     def privileged(self) -> bool:

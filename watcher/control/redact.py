@@ -25,6 +25,7 @@ from watcher.model import Event, Layer, Trust, shown
 from watcher.records.schema import (
     Answer,
     ErrorReply,
+    MembersOnly,
     NoSuchStack,
     NotPermitted,
     PlannedChange,
@@ -56,7 +57,7 @@ PUBLIC_RESULTS = frozenset({"services", "events", "truncated", "changes", "event
 """The results of methods that strangers are told; of each, what is public of its type."""
 
 PUBLIC_ERRORS: frozenset[type[ErrorReply]] = frozenset(
-    {ServiceNotFound, NoSuchStack, NotPermitted, TooManyCalls}
+    {ServiceNotFound, NoSuchStack, NotPermitted, MembersOnly, TooManyCalls}
 )
 """The errors whose parameters strangers are told: these repeat what the stranger asked."""
 

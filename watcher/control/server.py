@@ -10,7 +10,8 @@ interface to an async Backend.
 **A client can only hurt itself** (bounds: transport.py, peers.py). A connection is a task of its own. A client
 that takes no reply, sends rubbish, or comes back a thousand times is only in its own way.
 
-**Strangers are told less** (redact.py): each reply goes through `_Server._encoded()` or `_encoded_error()`.
+**Strangers are told less** (redact.py): each reply goes through `_Server._encoded()` or `_encoded_error()`, but for
+those of `Trace` and `Compare`, which are not for strangers at all (traces.py).
 
 **Going away.** A client that closes its connection during `Wait` ends the call. The daemon finishes a changing call
 all the same: no service stays rolled back by half.
@@ -33,12 +34,15 @@ from varlink.scanner import Interface
 import watcher
 from watcher.control import peers, redact
 from watcher.control.peers import Peer, Quota, Readers, Turns
+from watcher.control.traces import Asked
 from watcher.control.transport import Connection, Request, listening
+from watcher.images.access import User
 from watcher.model import Event, shown
 from watcher.records import journal, schema
 from watcher.records.schema import (
     ErrorReply,
     Failed,
+    MembersOnly,
     NotPermitted,
     PlannedChange,
     Quarantined,
@@ -101,6 +105,16 @@ class Backend(Protocol):
 
     async def forget(self, service: str, digest: str | None, by: str) -> Sequence[Quarantined]:
         """Lets content back in, and returns what; undoes a rollback. Raises ServiceNotFound."""
+
+    async def trace(self, asked: Asked, tell: Callable[[bytes], Awaitable[None]]) -> bytes:
+        """The last reply to `Trace` or `Compare`, as JSON of its results; cancelled when the client goes away.
+
+        Args:
+            tell: to call with each reply before.
+
+        Raises:
+            ServiceNotFound, Failed: no such service; it cannot be looked at.
+        """
 
     async def reload(self) -> None:
         """Reads the settings again and looks at every service."""
@@ -184,7 +198,7 @@ class _Server:
         while (message := await connection.receive()) is not None:
             async with self._turns.one_for(connection.peer) as turn:
                 request = Request.parse(message)
-                if request.method == _WAIT:
+                if request.method in _END_WITH_CLIENT:
                     reply = await self._reply_unless_hung_up(connection, request, turn)
                 else:
                     reply = await self._reply(connection, request, turn)
@@ -205,6 +219,8 @@ class _Server:
             name, given = self._checked(request)
             if not request.method.startswith(f"{schema.INTERFACE}."):
                 return b"".join(self._service.handle(request.raw))
+            if name in _TRACES:
+                return await self._trace(connection, request, name, given)
             return await self._encoded(peer, await self._call(connection, request, name, given, turn))
         except varlink.VarlinkError as error:
             return _encode({"error": error.error(), "parameters": error.parameters()})
@@ -228,6 +244,25 @@ class _Server:
     def _encoded_error(self, peer: Peer, error: ErrorReply) -> bytes:
         told = error.parameters() if self._readers.include(peer) else redact.redacted_error(error)
         return _encode({"error": error.name, "parameters": told})
+
+    async def _trace(
+        self, connection: Connection, request: Request, name: str, given: dict[str, Any]
+    ) -> bytes:
+        """Nothing of it is for strangers: what a stack is made of are paths, and what is in these may be a secret."""
+        peer = connection.peer
+        if not self._readers.include(peer):
+            raise MembersOnly(request.method, peers.GROUP)
+        if not peer.all_groups:
+            raise Failed(f"uid {peer.uid} is in too many groups to know what this user could read")
+        user = None if peer.privileged else User(peer.uid, peer.groups)
+        more = request.more and not request.oneway
+        given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+
+        async def tell(piece: bytes) -> None:
+            await connection.send(b'{"parameters":' + piece + b',"continues":true}')
+
+        piece = await self._backend.trace(Asked(name, more=more, user=user, **given), tell)
+        return b'{"parameters":' + piece + b"}"
 
     def _checked(self, request: Request) -> tuple[str, dict[str, Any]]:
         """The method's name and its parameters, optional ones without a value left out. Raises varlink.VarlinkError."""
@@ -323,7 +358,8 @@ def _fitting(events: Sequence[Event], limit: int, stranger: bool) -> dict[str, A
     return {"events": fitting, "truncated": cut}
 
 
-_WAIT = f"{schema.INTERFACE}.Wait"
+_TRACES = ("Trace", "Compare")
+_END_WITH_CLIENT = frozenset(f"{schema.INTERFACE}.{name}" for name in ("Wait", *_TRACES))
 _CHANGING = ("Rollback", "Forget", "Reload")
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 

@@ -88,6 +88,18 @@ class NotPermitted(ErrorReply):
 
 
 @dataclass(eq=False)
+class MembersOnly(ErrorReply):
+    method: str
+    group: str
+
+    def __str__(self) -> str:
+        return (
+            f"only root may, and members of the group {utf8(self.group)}: use sudo, or join it by"
+            f" `sudo usermod -aG {utf8(self.group)} YOU` and log in anew"
+        )
+
+
+@dataclass(eq=False)
 class TooManyCalls(ErrorReply):
     uid: int
     limit: int

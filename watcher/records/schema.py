@@ -24,10 +24,12 @@ from watcher.records.errors import CallError as CallError
 from watcher.records.errors import ErrorReply as ErrorReply
 from watcher.records.errors import ExitStatus as ExitStatus
 from watcher.records.errors import Failed as Failed
+from watcher.records.errors import MembersOnly as MembersOnly
 from watcher.records.errors import NoSuchStack as NoSuchStack
 from watcher.records.errors import NotPermitted as NotPermitted
 from watcher.records.errors import ServiceNotFound as ServiceNotFound
 from watcher.records.errors import TooManyCalls as TooManyCalls
+from watcher.records.traces import DESCRIPTION as TRACES
 
 SOCKET = INTERFACE
 """Name of the socket in the runtime directory: a Varlink service's entry point is called by its interface."""
@@ -35,10 +37,10 @@ SOCKET = INTERFACE
 MESSAGE_MAX = 16 * 1024 * 1024
 """Bytes of one reply; sd-varlink takes no longer ones (VARLINK_BUFFER_MAX)."""
 
-DESCRIPTION = """\
+DESCRIPTION = f"""\
 # Services whose /etc is kept at the newest good configuration extension (confext) images.
-# Reading calls are open to everybody, changing calls (Rollback, Forget, Reload) to root and to the
-# user that the watcher runs as. All times are microseconds since the epoch, all durations microseconds.
+# Reading calls are open to everybody, but for Trace and Compare; changing calls (Rollback, Forget, Reload) to root and
+# to the user that the watcher runs as. All times are microseconds since the epoch, all durations microseconds.
 #
 # Reasons, paths, outputs and settings are for root, the watcher's own user and the members of the group
 # confext-watcher: what a command has printed may be a password, and which paths there are is not for everybody. Others
@@ -210,6 +212,7 @@ method Forget(service: string, digest: ?string) -> (forgotten: []Quarantined)
 # Reads the settings again, and looks at every service.
 method Reload() -> ()
 
+{TRACES}
 # No service of this name takes part.
 # nearest: the one that was probably meant, "" if none is called like it.
 error ServiceNotFound (service: string, nearest: string)
@@ -219,6 +222,9 @@ error NoSuchStack (service: string, stack: string)
 
 # Only root and the watcher's own user may do this.
 error NotPermitted (method: string)
+
+# Only root, the watcher's own user and the members of this group may do this.
+error MembersOnly (method: string, group: string)
 
 # So many calls of Wait by this user wait already: there is room for another when one of them ends.
 error TooManyCalls (uid: int, limit: int)
