@@ -29,10 +29,14 @@ _confext_watcher() {
         --reload-command | --check | --health-check) compopt -o default; return ;;
         --output | -o | --sign | --certificate) compopt -o default; return ;;
         --format) mapfile -t COMPREPLY < <(compgen -W "squashfs erofs ddi" -- "$cur"); return ;;
+        --outcome)
+            mapfile -t COMPREPLY < <(compgen -W "applied unchanged refused incomplete failed rolled-back
+                needs-restart requested" -- "$cur")
+            return ;;
         --for) mapfile -t COMPREPLY < <(compgen -W "any host" -- "$cur"); return ;;
         --scope) mapfile -t COMPREPLY < <(compgen -W "system initrd portable" -- "$cur"); return ;;
         --version) [[ $command = build ]] && return ;;
-        --name | --set | --lines | -n | --timeout | --from) return ;;
+        --name | --set | --lines | -n | --since | --image | --timeout | --from) return ;;
         --to) [[ $command = diff ]] && compopt -o default; return ;;
     esac
     case $command in
@@ -41,7 +45,7 @@ _confext_watcher() {
                 --reload-command --check --health-check --set --" ;;
         status) options="--json" ;;
         plan) options="--debug --json" ;;
-        history) options="--verbose --lines --json" ;;
+        history) options="--verbose --lines --outcome --since --image --json" ;;
         wait) options="--timeout --json" ;;
         rollback) options="--to --forget --json" ;;
         enable) options="--json" ;;

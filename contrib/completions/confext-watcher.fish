@@ -35,6 +35,9 @@ $c -n '__fish_seen_subcommand_from status plan history wait rollback enable chec
 $c -n '__fish_seen_subcommand_from plan' -l debug -d 'with a report for whoever mends the watcher'
 $c -n '__fish_seen_subcommand_from history' -s v -l verbose -d 'with what was logged'
 $c -n '__fish_seen_subcommand_from history' -x -s n -l lines -d 'the newest N'
+$c -n '__fish_seen_subcommand_from history' -x -l outcome -a 'applied unchanged refused incomplete failed rolled-back needs-restart requested' -d 'these alone'
+$c -n '__fish_seen_subcommand_from history' -x -l since -d 'from then on'
+$c -n '__fish_seen_subcommand_from history' -x -l image -d 'of an image'
 $c -n '__fish_seen_subcommand_from wait' -x -l timeout -d 'give up after so many seconds'
 $c -n '__fish_seen_subcommand_from wait check build origin' -F
 $c -n '__fish_seen_subcommand_from rollback' -x -l to -d 'to this stack'

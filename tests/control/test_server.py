@@ -30,6 +30,7 @@ from watcher.control.traces import Asked
 from watcher.model import Event, Kind, Layer, Outcome
 from watcher.records import schema
 from watcher.records.schema import (
+    ALL_OUTCOMES,
     Answer,
     CallError,
     Failed,
@@ -38,6 +39,7 @@ from watcher.records.schema import (
     ServiceNotFound,
     ServiceStatus,
     Waited,
+    Which,
 )
 
 NGINX = "nginx.service"
@@ -68,8 +70,8 @@ class Backend:
             raise ServiceNotFound(service)
         return [STATUS]
 
-    async def history(self, service: str | None, limit: int) -> Sequence[Event]:
-        self.calls.append(("history", service, limit))
+    async def history(self, service: str | None, limit: int, which: Which) -> Sequence[Event]:
+        self.calls.append(("history", service, limit, *([which] if which != ALL_OUTCOMES else [])))
         return self.events[:limit]
 
     async def plan(self, service: str | None, *, debug: bool) -> Sequence[schema.PlannedChange]:
@@ -255,6 +257,25 @@ async def test_wrong_calls_get_varlinks_own_errors(
         assert await said(stream) == {"error": f"org.varlink.service.{error}", "parameters": about}
         # And the connection goes on.
         assert "parameters" in await asked(stream, "Status", {"service": None})
+
+
+async def test_what_is_asked_of_the_history_reaches_it(backend: Backend, directory: Path) -> None:
+    which = Which(("refused",), 1_700_000_000_000_000, "web_1.4.raw")
+    assert await by_client(directory, lambda client: client.history(NGINX, 5, which)) == backend.events
+    assert backend.calls == [("history", NGINX, 5, which)]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"outcomes": "refused"}, {"outcomes": [1]}, {"since": "x"}, {"image": [3]}],
+    ids=str,
+)
+async def test_what_cannot_be_asked_of_the_history_is_said(
+    backend: Backend, directory: Path, wrong: dict[str, object]
+) -> None:
+    with pytest.raises(CallError):
+        await by_client(directory, lambda client: client.call("History", **wrong))
+    assert backend.calls == []
 
 
 @pytest.mark.parametrize("limit", [-5, 0, 10**30])

@@ -31,7 +31,7 @@ from watcher.control.traces import Asked
 from watcher.images.access import User
 from watcher.model import Event, Kind, Layer, Outcome, Remark
 from watcher.records import schema
-from watcher.records.schema import Answer, Failed, PlannedChange, Quarantined, ServiceStatus, Waited
+from watcher.records.schema import Answer, Failed, PlannedChange, Quarantined, ServiceStatus, Waited, Which
 
 pytestmark = root
 
@@ -89,7 +89,7 @@ class Backend:
             )
         ]
 
-    async def history(self, service: str | None, limit: int) -> Sequence[Event]:
+    async def history(self, service: str | None, limit: int, which: Which) -> Sequence[Event]:
         return [REFUSED] * 3
 
     async def plan(self, service: str | None, *, debug: bool) -> Sequence[PlannedChange]:

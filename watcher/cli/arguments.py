@@ -8,12 +8,15 @@ from collections.abc import Sequence
 
 from watcher import __version__
 
+_ALIASES = {"log": "history"}
 _SOURCES = ("--extension-image", "--extension-directory")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options of one command, whose name is `command`. Exits where they are wrong, see argparse."""
-    return _parser().parse_args(_joined(arguments))
+    options = _parser().parse_args(_joined(arguments))
+    options.command = _ALIASES.get(options.command, options.command)
+    return options
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:
@@ -63,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_diff(commands.add_parser("diff", help="what would change in a service's /etc, or did"))
     for name, command in commands.choices.items():
-        if name not in ("run", "exec"):
+        if name not in ("run", "exec", *_ALIASES):
             command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -115,7 +118,9 @@ def _add_asking(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         " paths, and what the service's commands have printed",
     )
 
-    history = commands.add_parser("history", help="what was applied, refused, rolled back, when and why")
+    history = commands.add_parser(
+        "history", aliases=[*_ALIASES], help="what was applied, refused, rolled back, when and why"
+    )
     history.add_argument("service", nargs="?", metavar="SERVICE")
     history.add_argument(
         "--verbose",
@@ -124,6 +129,22 @@ def _add_asking(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="also what a service that took its stack well has printed, and logged as errors",
     )
     history.add_argument("--lines", "-n", type=int, default=20, metavar="N", help="the newest N (20)")
+    history.add_argument(
+        "--outcome",
+        action="append",
+        default=[],
+        metavar="OUTCOME,...",
+        help="these alone, such as refused,failed,rolled-back",
+    )
+    history.add_argument(
+        "--since",
+        default="",
+        metavar="TIME",
+        help="from then on: 2h, today, yesterday, 2026-11-30, `2026-11-30 12:00`",
+    )
+    history.add_argument(
+        "--image", default="", metavar="IMAGE", help="of an image: web, web_1.4.raw, or how its digest begins"
+    )
 
     wait = commands.add_parser(
         "wait", help="block until an image is applied or refused; the exit status says which"

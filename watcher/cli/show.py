@@ -118,14 +118,15 @@ def changes(changes: Sequence[PlannedChange]) -> Iterator[str]:
             yield change.report
 
 
-def events(events: Sequence[Event], *, verbose: bool = False) -> Iterator[str]:
+def events(events: Sequence[Event], *, verbose: bool = False, chosen: bool = False) -> Iterator[str]:
     """The newest last, which is nearest to the next prompt.
 
     Args:
         verbose: with what was printed and logged also where all went well.
+        chosen: they are not all.
     """
     if not events:
-        yield "nothing has happened yet"
+        yield "nothing of that kind has happened" if chosen else "nothing has happened yet"
     for event in reversed(events):
         stack = shown(event.stack) or "-"
         yield f"{when(event.when)}  {event.result:<13}  {stack:<16}  {printable(event.message)}"

@@ -24,6 +24,7 @@ from typing import Any
 from watcher.model import Event, shown
 from watcher.records import schema
 from watcher.records.schema import (
+    ALL_OUTCOMES,
     CallError,
     ExitStatus,
     Failed,
@@ -31,6 +32,7 @@ from watcher.records.schema import (
     Quarantined,
     ServiceStatus,
     Waited,
+    Which,
 )
 from watcher.records.traces import Diff, Origin
 
@@ -100,9 +102,12 @@ class Client:
         """The services that take part, or one. Raises ServiceNotFound."""
         return self._list(ServiceStatus, "services", self.call("Status", service=service))
 
-    def history(self, service: str | None = None, limit: int = 100) -> list[Event]:
+    def history(
+        self, service: str | None = None, limit: int = 100, which: Which = ALL_OUTCOMES
+    ) -> list[Event]:
         """Outcomes, newest first; fewer than asked for if they are too big for one reply."""
-        return self._list(Event, "events", self.call("History", service=service, limit=limit))
+        asked = {name: value or None for name, value in schema.to_dict(which).items()}
+        return self._list(Event, "events", self.call("History", service=service, limit=limit, **asked))
 
     def plan(self, service: str | None = None, *, debug: bool = False) -> list[PlannedChange]:
         """What a look now would change; with `debug`, which needs a service, with a report. Raises ServiceNotFound."""

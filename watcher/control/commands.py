@@ -29,6 +29,7 @@ from watcher.records.schema import (
     ServiceNotFound,
     ServiceStatus,
     Waited,
+    Which,
     utf8,
 )
 from watcher.records.state import Quarantine, State
@@ -102,14 +103,14 @@ class Commands:
         except (Unanswered, LedgerError):
             return found  # it cannot be seen, which is not gone
 
-    async def history(self, service: str | None, limit: int) -> Sequence[Event]:
+    async def history(self, service: str | None, limit: int, which: Which) -> Sequence[Event]:
         unknown = None
         if service is not None:
             try:
                 service = self._service(service).name
             except ServiceNotFound as error:
                 unknown = error  # it may have been one
-        events: Sequence[Event] = await _in_thread(self._tools.ledger.history, service, limit)
+        events: Sequence[Event] = await _in_thread(self._tools.ledger.history, service, limit, which)
         if unknown is not None and not events:
             raise unknown
         return events

@@ -37,7 +37,7 @@ from watcher.control.peers import Peer, Quota, Readers, Turns
 from watcher.control.traces import Asked
 from watcher.control.transport import Connection, Request, listening
 from watcher.images.access import User
-from watcher.model import Event, shown
+from watcher.model import Event, Outcome, shown
 from watcher.records import journal, schema
 from watcher.records.schema import (
     ErrorReply,
@@ -49,6 +49,7 @@ from watcher.records.schema import (
     ServiceStatus,
     TooManyCalls,
     Waited,
+    Which,
 )
 
 HISTORY_DEFAULT = 100
@@ -72,7 +73,7 @@ class Backend(Protocol):
     async def status(self, service: str | None) -> Sequence[ServiceStatus]:
         """One service or all, without outputs: those of hundreds do not fit into one reply. Raises ServiceNotFound."""
 
-    async def history(self, service: str | None, limit: int) -> Sequence[Event]:
+    async def history(self, service: str | None, limit: int, which: Which) -> Sequence[Event]:
         """Outcomes, newest first."""
 
     async def plan(self, service: str | None, *, debug: bool) -> Sequence[PlannedChange]:
@@ -319,7 +320,8 @@ class _Server:
                 found = {"changes": await backend.plan(given.get("service"), debug=debug)}
             case "History":
                 limit = given.get("limit", HISTORY_DEFAULT)
-                events = await backend.history(given.get("service"), max(0, min(limit, HISTORY_MAX)))
+                which = _which(given)
+                events = await backend.history(given.get("service"), max(0, min(limit, HISTORY_MAX)), which)
                 found = _fitting(events, limit, stranger)
             case "Wait":
                 # Whether there is a path may be a secret; its last part is not.
@@ -342,6 +344,14 @@ class _Server:
             case _:
                 raise NotImplementedError(name)
         return {**found, "redacted": stranger}
+
+
+def _which(given: dict[str, Any]) -> Which:
+    """Raises InvalidParameter: there is no such outcome."""
+    outcomes = tuple(given.get("outcomes", ()))
+    if not {outcome.value for outcome in Outcome}.issuperset(outcomes):
+        raise varlink.InvalidParameter("outcomes")
+    return Which(outcomes, max(given.get("since", 0), 0), given.get("image", ""))
 
 
 def _fitting(events: Sequence[Event], limit: int, stranger: bool) -> dict[str, Any]:

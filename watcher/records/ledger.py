@@ -22,7 +22,7 @@ from typing import Any
 
 from watcher.model import Event, Outcome, Remark, shown
 from watcher.records import database, schema
-from watcher.records.schema import utf8
+from watcher.records.schema import ALL_OUTCOMES, Which, utf8
 
 NAME = "ledger.sqlite"
 
@@ -42,7 +42,27 @@ _PRUNE = "DELETE FROM history WHERE id <= (SELECT max(id) FROM history) - ?"
 _PRUNE_OUTPUTS = """UPDATE history SET output = '' WHERE output <> '' AND id <=
     (SELECT id FROM history WHERE output <> '' ORDER BY id DESC LIMIT 1 OFFSET ?)"""
 _LIMIT_MAX = 2**31
+_INTEGER_MAX = 2**63 - 1
+# So much of a digest is no other word.
+_DIGEST_LEAST = 8
 _Row = Sequence[object]
+
+
+def _where(service: str | None, which: Which) -> tuple[str, list[object]]:
+    """A condition in SQL, and its parameters."""
+    conditions = ['"when" >= ?']
+    parameters: list[object] = [min(which.since, _INTEGER_MAX)]
+    if service is not None:
+        conditions.append("service = ?")
+        parameters.append(utf8(service))
+    if which.outcomes:
+        conditions.append(f"outcome IN ({', '.join('?' * len(which.outcomes))})")
+        parameters += map(utf8, which.outcomes)
+    if which.image:
+        label = utf8(which.image.removesuffix(".raw"))
+        conditions.append("(? IN (image, image || '_' || version) OR substr(digest, 1, ?) = ?)")
+        parameters += [label, max(len(label), _DIGEST_LEAST), label]
+    return " AND ".join(conditions), parameters
 
 
 class LedgerError(Exception):
@@ -55,10 +75,12 @@ class _Reading:
     def _rows(self, sql: str, parameters: _Row = ()) -> list[Any]:
         raise NotImplementedError
 
-    def history(self, service: str | None = None, limit: int = 100) -> list[Event]:
+    def history(
+        self, service: str | None = None, limit: int = 100, which: Which = ALL_OUTCOMES
+    ) -> list[Event]:
         """Outcomes of a service, or of all, newest first. Raises LedgerError."""
-        where, parameters = ("WHERE service = ?", [utf8(service)]) if service is not None else ("", [])
-        sql = f"SELECT {_SELECTED} FROM history {where} ORDER BY id DESC LIMIT ?"
+        where, parameters = _where(service, which)
+        sql = f"SELECT {_SELECTED} FROM history WHERE {where} ORDER BY id DESC LIMIT ?"
         return [_event(row) for row in self._rows(sql, [*parameters, min(max(limit, 0), _LIMIT_MAX)])]
 
     def newest(self) -> dict[str, Event]:

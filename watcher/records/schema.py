@@ -190,9 +190,18 @@ type PlannedChange (
 # The services that take part, or one of them.
 method Status(service: ?string) -> (services: []ServiceStatus, redacted: bool)
 
-# Outcomes, newest first: at most `limit` (100 if not given).
+# Outcomes, newest first: at most `limit` (100 if not given), of those to which all that is given applies.
+# outcomes: as in Event.
+# since: not before that.
+# image: name of an image, with or without its version and ".raw", or how its digest begins (8 characters at least).
 # truncated: there were more of them than one reply can hold.
-method History(service: ?string, limit: ?int) -> (events: []Event, truncated: bool, redacted: bool)
+method History(
+  service: ?string,
+  limit: ?int,
+  outcomes: ?[]string,
+  since: ?int,
+  image: ?string
+) -> (events: []Event, truncated: bool, redacted: bool)
 
 # What a look now would change, without doing it. `debug` needs a service.
 method Plan(service: ?string, debug: ?bool) -> (changes: []PlannedChange, redacted: bool)
@@ -235,6 +244,25 @@ error Failed (reason: string)
 
 
 # DESCRIPTION says what each field means, and in which unit.
+
+
+@dataclass(frozen=True, slots=True)
+class Which:
+    """Outcomes that are asked for: those to which all of this applies.
+
+    Attributes:
+        outcomes: values of `Outcome`; (): any.
+        since: microseconds since the epoch; 0: from the beginning.
+        image: name of an image, with or without its version and `.raw`, or how its digest begins (8 characters at
+            least); "": any.
+    """
+
+    outcomes: tuple[str, ...] = ()
+    since: int = 0
+    image: str = ""
+
+
+ALL_OUTCOMES = Which()
 
 
 @dataclass(frozen=True, slots=True)
