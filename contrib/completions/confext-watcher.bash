@@ -44,7 +44,7 @@ _confext_watcher() {
             options="--name --confext-dir --extension-image --extension-directory --reload-signal
                 --reload-command --check --health-check --set --" ;;
         status) options="--json" ;;
-        plan) options="--debug --json" ;;
+        plan) options="--check --stat --debug --json" ;;
         history) options="--verbose --lines --outcome --since --image --json" ;;
         wait) options="--timeout --json" ;;
         rollback) options="--to --forget --json" ;;

@@ -74,7 +74,7 @@ class Backend:
         self.calls.append(("history", service, limit, *([which] if which != ALL_OUTCOMES else [])))
         return self.events[:limit]
 
-    async def plan(self, service: str | None, *, debug: bool) -> Sequence[schema.PlannedChange]:
+    async def plan(self, service: str | None, *, debug: bool, check: bool) -> Sequence[schema.PlannedChange]:
         self.calls.append(("plan", service, debug))
         if service is None:
             raise ZeroDivisionError("not a CallError")

@@ -92,7 +92,7 @@ class Backend:
     async def history(self, service: str | None, limit: int, which: Which) -> Sequence[Event]:
         return [REFUSED] * 3
 
-    async def plan(self, service: str | None, *, debug: bool) -> Sequence[PlannedChange]:
+    async def plan(self, service: str | None, *, debug: bool, check: bool) -> Sequence[PlannedChange]:
         if service == "mistake":
             raise ZeroDivisionError(TOKEN)
         remarks, report = (Remark("info", PATH, TOKEN),), f"{PATH} {TOKEN}" if debug else None

@@ -118,34 +118,20 @@ def _add_asking(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         " paths, and what the service's commands have printed",
     )
 
-    history = commands.add_parser(
-        "history", aliases=[*_ALIASES], help="what was applied, refused, rolled back, when and why"
-    )
-    history.add_argument("service", nargs="?", metavar="SERVICE")
-    history.add_argument(
-        "--verbose",
-        "-v",
+    plan.add_argument(
+        "--check",
         action="store_true",
-        help="also what a service that took its stack well has printed, and logged as errors",
+        help="also what its Check= says of that, where the service cannot see it; exit status 1 if it fails",
     )
-    history.add_argument("--lines", "-n", type=int, default=20, metavar="N", help="the newest N (20)")
-    history.add_argument(
-        "--outcome",
-        action="append",
-        default=[],
-        metavar="OUTCOME,...",
-        help="these alone, such as refused,failed,rolled-back",
-    )
-    history.add_argument(
-        "--since",
-        default="",
-        metavar="TIME",
-        help="from then on: 2h, today, yesterday, 2026-11-30, `2026-11-30 12:00`",
-    )
-    history.add_argument(
-        "--image", default="", metavar="IMAGE", help="of an image: web, web_1.4.raw, or how its digest begins"
+    plan.add_argument(
+        "--stat", action="store_true", help="also the files that would change, as of `diff --stat`"
     )
 
+    _add_history(
+        commands.add_parser(
+            "history", aliases=[*_ALIASES], help="what was applied, refused, rolled back, when and why"
+        )
+    )
     wait = commands.add_parser(
         "wait", help="block until an image is applied or refused; the exit status says which"
     )
@@ -165,6 +151,33 @@ def _add_asking(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     which.add_argument("--to", metavar="STACK", help="to this stack (see `history`), or what it begins with")
     which.add_argument(
         "--forget", action="store_true", help="undo: let it have what is newest, and all that was kept out"
+    )
+
+
+def _add_history(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("service", nargs="?", metavar="SERVICE")
+    parser.add_argument(
+        "--verbose",
+        "-v",
+        action="store_true",
+        help="also what a service that took its stack well has printed, and logged as errors",
+    )
+    parser.add_argument("--lines", "-n", type=int, default=20, metavar="N", help="the newest N (20)")
+    parser.add_argument(
+        "--outcome",
+        action="append",
+        default=[],
+        metavar="OUTCOME,...",
+        help="these alone, such as refused,failed,rolled-back",
+    )
+    parser.add_argument(
+        "--since",
+        default="",
+        metavar="TIME",
+        help="from then on: 2h, today, yesterday, 2026-11-30, `2026-11-30 12:00`",
+    )
+    parser.add_argument(
+        "--image", default="", metavar="IMAGE", help="of an image: web, web_1.4.raw, or how its digest begins"
     )
 
 

@@ -114,6 +114,11 @@ def changes(changes: Sequence[PlannedChange]) -> Iterator[str]:
         yield from _trusts(change.service, [one for one in change.wanted_layers if one.digest not in has])
         for remark in change.remarks:
             yield f"  {shown(remark.path)}: {printable(remark.text)}"
+        if change.check is not None:
+            passed = (
+                "its check passed" if not change.check else f"it would be refused: {printable(change.check)}"
+            )
+            yield f"  {passed}"
         if change.report is not None:
             yield change.report
 

@@ -109,9 +109,19 @@ class Client:
         asked = {name: value or None for name, value in schema.to_dict(which).items()}
         return self._list(Event, "events", self.call("History", service=service, limit=limit, **asked))
 
-    def plan(self, service: str | None = None, *, debug: bool = False) -> list[PlannedChange]:
-        """What a look now would change; with `debug`, which needs a service, with a report. Raises ServiceNotFound."""
-        return self._list(PlannedChange, "changes", self.call("Plan", service=service, debug=debug or None))
+    def plan(
+        self, service: str | None = None, *, debug: bool = False, check: bool = False
+    ) -> list[PlannedChange]:
+        """What a look now would change.
+
+        Args:
+            debug: with a report; needs a service.
+            check: with what `Check=` says of it.
+
+        Raises ServiceNotFound, MembersOnly.
+        """
+        answer = self.call("Plan", service=service, debug=debug or None, check=check or None)
+        return self._list(PlannedChange, "changes", answer)
 
     def rollback(self, service: str, to: str | None = None) -> Iterator[Event]:
         """Puts the service back on a stack: where it goes, and then what came of it.

@@ -115,8 +115,8 @@ class Commands:
             raise unknown
         return events
 
-    async def plan(self, service: str | None, *, debug: bool) -> Sequence[PlannedChange]:
-        return [await self._plan(one, debug=debug) for one in self._services(service)]
+    async def plan(self, service: str | None, *, debug: bool, check: bool) -> Sequence[PlannedChange]:
+        return [await self._plan(one, debug=debug, check=check) for one in self._services(service)]
 
     async def wait(self, service: str, image: str, tell: TellWaited, waits: Callable[[], None]) -> Waited:
         name = self._service(service).name
@@ -269,7 +269,7 @@ class Commands:
                 demands_of(tools.settings, service),
             )
 
-    async def _plan(self, service: Service, *, debug: bool) -> PlannedChange:
+    async def _plan(self, service: Service, *, debug: bool, check: bool) -> PlannedChange:
         now = await _in_thread(self._status, service, {})
         before = Stack(now.layers)
         try:
@@ -284,9 +284,22 @@ class Commands:
             remarks += [Remark("info", layer.source, facts.stays) for layer in new]
         remarks += [Remark("warning", one.candidate.path, str(one.reason)) for one in desired.passed]
         planned = _planned(service, before, facts.target, remarks)
+        if check:
+            planned = await self._checked(planned, service)
         if debug:
             planned = replace(planned, report=await _in_thread(report, service.name, facts, decide(facts)))
         return planned
+
+    async def _checked(self, planned: PlannedChange, service: Service) -> PlannedChange:
+        """A plan with what `Check=` says of it."""
+        if not service.settings.check:
+            why = Remark("info", service.name, "it has no Check=, see watcher.conf(5)")
+            return replace(planned, remarks=(*planned.remarks, why))
+        try:
+            return replace(planned, check=await self.rounds.try_check(service))
+        except Later as error:
+            why = Remark("warning", service.name, f"its check could not be run: {error}")
+            return replace(planned, remarks=(*planned.remarks, why))
 
     async def _look_at_images(self, name: str, images: Collection[str]) -> Answers:
         """The answers for images of a service, as things are now."""

@@ -76,8 +76,12 @@ class Backend(Protocol):
     async def history(self, service: str | None, limit: int, which: Which) -> Sequence[Event]:
         """Outcomes, newest first."""
 
-    async def plan(self, service: str | None, *, debug: bool) -> Sequence[PlannedChange]:
-        """What a look now would change; with `debug`, with a report. Raises ServiceNotFound."""
+    async def plan(self, service: str | None, *, debug: bool, check: bool) -> Sequence[PlannedChange]:
+        """What a look now would change; with `debug`, with a report; with `check`, what Check= says of it.
+
+        Raises:
+            ServiceNotFound: no such service.
+        """
 
     async def wait(self, service: str, image: str, tell: TellWaited, waits: Callable[[], None]) -> Waited:
         """The final answer on an image, once there is one; cancelled when the client goes away.
@@ -317,7 +321,10 @@ class _Server:
                 debug = given.get("debug", False)
                 if debug and "service" not in given:  # reports of hundreds do not fit into one reply
                     raise varlink.InvalidParameter("service")
-                found = {"changes": await backend.plan(given.get("service"), debug=debug)}
+                check = given.get("check", False)
+                if check and stranger:
+                    raise MembersOnly(request.method, peers.GROUP)
+                found = {"changes": await backend.plan(given.get("service"), debug=debug, check=check)}
             case "History":
                 limit = given.get("limit", HISTORY_DEFAULT)
                 which = _which(given)

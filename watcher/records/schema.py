@@ -173,6 +173,8 @@ type ServiceStatus (
 
 # What a look now would change.
 # reload: how the service would be told, "" if nothing changes.
+# check: with `check`, what Check= says of the stack that the service should have: "" if it passed, else why not; null:
+# it was not run, and a remark says why.
 # report: with `debug`, all that the look has found, and the next step: JSON in ASCII, for people who mend the
 # watcher. What is in it is not part of this interface, and changes with the program.
 type PlannedChange (
@@ -184,7 +186,8 @@ type PlannedChange (
   wantedLayers: []Layer,
   reload: string,
   remarks: []Remark,
-  report: ?string
+  report: ?string,
+  check: ?string
 )
 
 # The services that take part, or one of them.
@@ -203,8 +206,9 @@ method History(
   image: ?string
 ) -> (events: []Event, truncated: bool, redacted: bool)
 
-# What a look now would change, without doing it. `debug` needs a service.
-method Plan(service: ?string, debug: ?bool) -> (changes: []PlannedChange, redacted: bool)
+# What a look now would change, without doing it. `debug` needs a service. `check` runs each service's Check=, where the
+# service cannot see it; it is for those who are told reasons.
+method Plan(service: ?string, debug: ?bool, check: ?bool) -> (changes: []PlannedChange, redacted: bool)
 
 # Replies once the answer is final, that is 0 or 1: at once if it is already. It is about the content that the file has
 # now. With `more`, the answers before are told as well, each once it is so. Ends with the connection.
@@ -327,3 +331,4 @@ class PlannedChange:
     reload: str = ""
     remarks: tuple[Remark, ...] = ()
     report: str | None = None
+    check: str | None = None

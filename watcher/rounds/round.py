@@ -16,8 +16,8 @@ from contextlib import suppress
 
 import trio
 
-from watcher.managers.base import Service
-from watcher.model import Event, Later, Refused
+from watcher.managers.base import NoShadow, Service
+from watcher.model import Event, Later, Refused, problem
 from watcher.mounts.etc import Moved
 from watcher.mounts.process import Elsewhere, Gone
 from watcher.mounts.workers import Hung, WorkerLost
@@ -155,6 +155,20 @@ class Rounds:
         """What a round would find now, without doing anything about it. `thorough`: see `Given`."""
         async with self._observer.using_store():
             return await self._observer.glance(service, thorough=thorough)
+
+    async def try_check(self, service: Service) -> str:
+        """What `Check=` says of the stack that the service should have now: a reason, or "" if it passed.
+
+        Raises:
+            Later: it could not be run.
+        """
+        async with self._observer.using_store():
+            facts, _ = await self._observer.glance(service)
+            try:
+                ended = await self._steps_of.run_check(service, facts, facts.target)
+            except (NoShadow, Gone, Elsewhere, Moved, Hung, WorkerLost, Refused, OSError) as error:
+                raise Later(problem(error)) from error
+            return ended.reason
 
     async def round(self, service: Service, since: float, looks_from: float | None = None) -> float | None:
         """One round.

@@ -170,19 +170,11 @@ class Steps:
     ) -> None:
         """Run `Check=` against a stack that the service cannot see."""
         tools, begun = self._tools, messages.now()
-        copies = self._copies(step.stack)
-        if facts.reachable:
-            with _held(service) as main:
-                ended = await check(tools.workers, tools.manager, service, main, step.stack, copies)
-        else:
-            try:
-                ended = await check_at_start(tools.manager, service, step.stack, copies)
-            except NoShadow as error:
-                why = await unstartable(tools.manager, service, step.stack, facts.fallback, tools.store.copy)
-                if not why:
-                    memory.no_shadow = str(error)
-                    return
-                ended = Ended(why, "")
+        try:
+            ended = await self.run_check(service, facts, step.stack)
+        except NoShadow as error:
+            memory.no_shadow = str(error)
+            return
         say("debug", service.name, f"check failed: {ended.reason}" if ended.reason else "check passed")
         if ended.reason:
             failed = Verdict.CHECK_FAILED
@@ -190,6 +182,25 @@ class Steps:
         else:
             passed = functools.partial(replace, checked=facts.check)
             this.state = await tools.offload.run(service.name, tools.store.change, service.slots, passed)
+
+    async def run_check(self, service: Service, facts: Facts, stack: Stack) -> Ended:
+        """What `Check=` says of a stack, whose copies the store has. Nothing is changed.
+
+        Raises:
+            NoShadow: the service does not run where it could be, nor can its next start be had without starting it.
+            Gone, Later, ...: as `check()`.
+        """
+        tools, copies = self._tools, self._copies(stack)
+        if facts.reachable:
+            with _held(service) as main:
+                return await check(tools.workers, tools.manager, service, main, stack, copies)
+        try:
+            return await check_at_start(tools.manager, service, stack, copies)
+        except NoShadow:
+            why = await unstartable(tools.manager, service, stack, facts.fallback, tools.store.copy)
+            if not why:
+                raise
+            return Ended(why, "")
 
     async def try_start(self, service: Service, facts: Facts, this: Round) -> None:
         """Find out whether the accepted stack keeps systemd from starting it, where the one before does not."""
