@@ -80,7 +80,7 @@ def test_the_synopsis_has_the_options_of_(command: str) -> None:
     page = (MAN / "confext-watcher.8").read_text()
     synopsis = section(page, ".Sh SYNOPSIS", ".Sh DESCRIPTION")
     lines = next(part for part in synopsis.split(".Nm\n") if part.startswith(f".Cm {command}\n"))
-    own = options(command) - {"-h", "--help", "-n", "-v"}
+    own = options(command) - {"-h", "--help", "-f", "-n", "-v"}
     assert flags(lines) == ({"--name"} if command == "exec" else own)
 
 

@@ -43,7 +43,7 @@ _confext_watcher() {
         exec)
             options="--name --confext-dir --extension-image --extension-directory --reload-signal
                 --reload-command --check --health-check --set --" ;;
-        status) options="--json" ;;
+        status) options="--follow --json" ;;
         plan) options="--check --stat --debug --json" ;;
         history) options="--verbose --lines --outcome --since --image --json" ;;
         wait) options="--timeout --json" ;;

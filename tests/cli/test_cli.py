@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from support.images import confext
-from watcher.cli import check, main, show
+from watcher.cli import check, main, show, show_status
 from watcher.cli import status as status_command
 from watcher.control.client import NotRunning
 from watcher.model import Event, Outcome, Setting, Verdict
@@ -80,9 +80,16 @@ def test_history_says_with_the_outcome_what_was_wrong() -> None:
 @pytest.mark.parametrize("verdict", [None, *Verdict])
 def test_status_says_with_the_outcome_what_was_wrong(verdict: Verdict | None) -> None:
     last = Event("a.service", Outcome.FAILED, "a.service: b", 0, verdict=verdict)
-    said = "\n".join(show.services([ServiceStatus("a.service", "systemd", "running", pid=7, last=last)]))
+    service = ServiceStatus("a.service", "systemd", "running", pid=7, last=last)
+    said = list(show_status.in_depth(service, [last]))
     wrong = f" ({verdict.value})" if verdict not in (None, Verdict.GOOD) else ""
-    assert f"  failed{wrong}, -: a.service: b" in said
+    assert f"           -  failed{wrong}: b" in said
+    assert list(show_status.glance([service]))[1:] == [
+        "a.service  its own /etc  -      -      failed",
+        "",
+        "a.service: b",
+        "    confext-watcher history a.service",
+    ]
 
 
 def test_json_names_a_file_as_every_answer_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,12 +128,13 @@ def test_settings_are_shown_with_where_they_are_written() -> None:
         ServiceStatus("a.service", "systemd", "running", settings=(setting,)),
         ServiceStatus("b.service", "systemd", "running"),
     ]
-    assert list(show.services(services, settings=True))[1:] == [
-        "a.service: settings, all others are the defaults:",
+    first, second = (list(show_status.in_depth(one)) for one in services)
+    assert first[-2:] == [
+        "Settings, all others are the defaults",
         "  Check=/usr/sbin/nginx -t  (/etc/systemd/system/a.service.d/check.conf:2)",
-        "b.service: all its settings are the defaults",
     ]
-    assert len(list(show.services(services))) == 1
+    assert second[-1] == "All its settings are the defaults."
+    assert len(list(show_status.glance(services))) == 3
 
 
 def test_lines_fit_the_terminal_and_are_left_alone_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

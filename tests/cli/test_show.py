@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What was proved of images, as the command line prints it; the rest of cli/show.py is seen in the scenarios."""
+"""What was proved of images, as the command line prints it; the rest of cli/show.py is seen in the scenarios.
+
+So is that of cli/show_status.py: tests/scenarios/test_screens.py.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from watcher.cli import show
+from watcher.cli import show, show_status
 from watcher.model import Kind, Layer, Protection, Trust
 from watcher.records.schema import PlannedChange, ServiceStatus
 
@@ -16,22 +19,16 @@ UNKNOWN = replace(IMAGE, trust=Trust(Protection.VERITY, how="verified", remark="
 STATUS = ServiceStatus("web.service", "standalone", "running", pid=9, layers=(TREE, IMAGE))
 
 
-def test_the_table_has_the_word_where_something_is_proved() -> None:
-    table = "\n".join(show.services([STATUS]))
-    assert "web 1.4 (aaaaaaaaaaaa, signed)" in table and "base 2 (bbbbbbbbbbbb)" in table
-
-
 def test_of_one_service_it_is_said_how_and_by_whom() -> None:
-    said = list(show.services([STATUS], settings=True))
+    said = list(show_status.in_depth(STATUS))
     by = f"CN=ops (certificate sha256 {'f' * 64})"
-    assert (
-        f"web.service: web 1.4: signed by {by}: verified over the store's copy, root hash {'e' * 64}" in said
-    )
-    assert "web.service: base 2: unprotected" in said
-    (warning,) = [
-        line for line in show.services([replace(STATUS, layers=(UNKNOWN,))], settings=True) if "warn" in line
+    first = said.index("   Runs on: web 1.4 (aaaaaaaaaaaa, signed)")
+    assert said[first + 1 : first + 3] == [
+        f"              signed by {by}: verified over the store's copy, root hash {'e' * 64}",
+        "            base 2 (bbbbbbbbbbbb, unprotected)",
     ]
-    assert warning == "web.service: web 1.4: warning: signed by an unknown key"
+    (warning,) = [line for line in show_status.in_depth(replace(STATUS, layers=(UNKNOWN,))) if "warn" in line]
+    assert warning.strip() == "warning: signed by an unknown key"
 
 
 def test_a_plan_says_it_of_what_is_new() -> None:

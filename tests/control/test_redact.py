@@ -16,7 +16,15 @@ from varlink import scanner
 from watcher.control import redact
 from watcher.model import Event, Layer, Outcome, Remark, Setting, Trust, Verdict
 from watcher.records import schema
-from watcher.records.schema import Answer, PlannedChange, Quarantined, ServiceStatus, to_dict
+from watcher.records.schema import (
+    Answer,
+    CandidateStatus,
+    EntryStatus,
+    PlannedChange,
+    Quarantined,
+    ServiceStatus,
+    to_dict,
+)
 
 ANSWERS: list[type[Any]] = [
     Layer,
@@ -28,6 +36,8 @@ ANSWERS: list[type[Any]] = [
     ServiceStatus,
     PlannedChange,
     Answer,
+    EntryStatus,
+    CandidateStatus,
 ]
 PRIVATE = {
     Layer: {"source"},
@@ -36,7 +46,9 @@ PRIVATE = {
     Quarantined: {"reason", "source"},
     Remark: {"level", "path", "text"},
     Setting: {"key", "value", "source"},
-    ServiceStatus: {"settings", "not_allowed"},
+    ServiceStatus: {"settings", "not_allowed", "newer", "entries", "remarks"},
+    EntryStatus: {field.name for field in dataclasses.fields(EntryStatus)},
+    CandidateStatus: {field.name for field in dataclasses.fields(CandidateStatus)},
     PlannedChange: {"remarks", "report"},
     Answer: {"kind", "text", "command"},
 }

@@ -64,7 +64,7 @@ class Backend:
         self.verdict = trio.Event()
         self.rolled_back = trio.Event()
 
-    async def status(self, service: str | None) -> Sequence[ServiceStatus]:
+    async def status(self, service: str | None, *, deep: bool) -> Sequence[ServiceStatus]:
         self.calls.append(("status", service))
         if service not in (None, NGINX):
             raise ServiceNotFound(service)

@@ -78,7 +78,7 @@ class Backend:
         finally:
             self.at_it -= 1
 
-    async def status(self, service: str | None) -> Sequence[ServiceStatus]:
+    async def status(self, service: str | None, *, deep: bool) -> Sequence[ServiceStatus]:
         self.calls.append(("status", service or ""))
         await self._work()
         if service == "broken":

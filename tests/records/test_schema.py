@@ -18,7 +18,16 @@ from varlink import scanner
 
 from watcher.model import Event, Kind, Layer, Outcome, Remark, Setting, Trust, Verdict
 from watcher.records import codec, schema, traces
-from watcher.records.schema import PlannedChange, Quarantined, ServiceStatus, from_dict, to_dict, utf8
+from watcher.records.schema import (
+    CandidateStatus,
+    EntryStatus,
+    PlannedChange,
+    Quarantined,
+    ServiceStatus,
+    from_dict,
+    to_dict,
+    utf8,
+)
 from watcher.records.state import Trial
 
 TRACES: list[type[Any]] = [
@@ -34,6 +43,8 @@ ANSWERS: list[type[Any]] = [
     Setting,
     ServiceStatus,
     PlannedChange,
+    EntryStatus,
+    CandidateStatus,
     *TRACES,
 ]
 

@@ -53,12 +53,18 @@ def test_strangers_see_outcomes_only(place: Place) -> None:
                 assert json.loads(done.stdout)["redacted"] is True
             full = place.run(*words, *json_too, check=False)
             assert full.stderr == ""
-            assert f"{name}.confext.d" in full.stdout or words[0] == "wait"
+            # A glance at all services names files, one at a service in depth has their paths.
+            file = f"{name}.confext.d" if json_too or words[0] != "status" else "empty.raw is refused: empty"
+            assert file in full.stdout or words[0] == "wait"
             assert TOKEN in full.stdout
             if json_too:
                 assert json.loads(full.stdout)["redacted"] is False
     assert f"{name}: bad refused" in place.run("history", prefix=AS_NOBODY).stdout
-    assert "web 1.3 (" in place.run("status", prefix=AS_NOBODY).stdout
+    assert "  web 1.3  " in place.run("status", prefix=AS_NOBODY).stdout
+    told = place.run("status", name, prefix=AS_NOBODY).stdout
+    assert "refused (check-failed): bad refused (check-failed)" in told
+    for secret in ("s3cret", ".confext.d", "empty.raw", "bad.raw", "Settings", "sh -c"):
+        assert secret not in told
 
 
 def test_strangers_get_no_report(place: Place) -> None:

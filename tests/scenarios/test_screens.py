@@ -27,6 +27,9 @@ def many() -> Iterator[Place]:
         place.start_daemon()
         stopped = start(place, "wiki.service", "1.3")
         proved = time.monotonic() + AFTERGLOW_USEC / 1e6
+        health = ("--health-check=grep -qv bad /etc/web.conf", "--set=HealthCheckSec=5s")
+        bad = start(place, "shop.service", "1.3", *health)
+        bad.put("1.4", value="bad")  # what comes of it is seen below
         start(place, "api.service", "1.4")
         trial = start(
             place, "cache.service", "2.0", "--health-check=false", "--set=HealthCheckSec=1h", wait=False
@@ -52,14 +55,6 @@ def many() -> Iterator[Place]:
         pinned.put("1.4")
         settled(pinned, "1.4")
         place.run("rollback", pinned.name)
-        bad = start(
-            place,
-            "shop.service",
-            "1.3",
-            "--health-check=grep -qv bad /etc/web.conf",
-            "--set=HealthCheckSec=100ms",
-        )
-        bad.put("1.4", value="bad")
         bad.logged("taken out again")
         until(lambda: time.monotonic() > proved)  # else its stack were to blame for its end
         stopped.kill()
@@ -80,8 +75,36 @@ def settled(service: Service, version: str) -> None:
     service.logged("applied in", f"version={version} ")
 
 
-def test_the_table_of_services_has_no_line_too_much(many: Place) -> None:
-    seen = look([COMMAND, "status", "nobody.service"], columns=80, environment=many.environment)
+@pytest.mark.parametrize("columns", [80, 40])
+def test_at_a_glance(many: Place, columns: int) -> None:
+    seen = look([COMMAND, "status"], columns=columns, environment=many.environment)
+    keep(f"status-{columns}", seen, many.path)
+
+
+def test_at_a_glance_in_colours_that_can_be_read_on_light_and_on_dark(many: Place) -> None:
+    seen = look([COMMAND, "status"], columns=80, environment=many.environment)
+    keep("status-80-styles", seen, many.path, styled=True)
+    assert seen.styles <= {"bold", "red", "green"}
+    colourless = look([COMMAND, "status"], columns=80, environment=many.environment, colour=False)
+    assert "\x1b" not in colourless.written and seen.styles
+
+
+@pytest.mark.parametrize("name", ["db", "front", "mail", "proxy", "shop", "news", "wiki", "cache"])
+def test_in_depth(many: Place, name: str) -> None:
+    seen = look([COMMAND, "status", name], columns=80, environment=many.environment)
+    keep(f"status-{name}-80", seen, many.path)
+
+
+def test_in_depth_on_a_narrow_terminal(many: Place) -> None:
+    keep(
+        "status-front-40",
+        look([COMMAND, "status", "front"], columns=40, environment=many.environment),
+        many.path,
+    )
+
+
+def test_a_service_that_is_not_there(many: Place) -> None:
+    seen = look([COMMAND, "status", "fornt"], columns=80, environment=many.environment)
     keep("status-unknown", seen, many.path)
 
 

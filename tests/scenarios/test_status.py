@@ -87,7 +87,8 @@ def test_what_is_not_judged_yet_is_on_trial_and_wait_waits_for_it(place: Place) 
     waiting = place.run("wait", "--timeout=0.5", service.name, dropped.name, check=False)
     assert waiting.returncode == 4
     assert service.status()["onTrial"]
-    assert "on trial, " in place.run("status", service.name).stdout
+    said = "on trial: it is told to reload, and watched, for "
+    assert said in place.run("status").stdout and said in place.run("status", service.name).stdout
     well.touch()
     assert "1.3 added, applied" in place.run("wait", service.name, dropped.name).stdout
     assert not service.status()["onTrial"]

@@ -42,6 +42,7 @@ _DIGEST = re.compile(r"\b(?=[a-f]*\d)[0-9a-f]{8,64}\b")
 _TIME = re.compile(r"\b\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 _AGO = re.compile(r" *\b\d+ (?:s|min) ago")
 _PID = re.compile(r"\bPID +\d+|\bpid=\d+")
+_SIZE = re.compile(r"\bof \d{5} bytes")
 _DURATION = re.compile(r"\b\d+(?:\.\d+)? (?:us|ms|s)\b(?! ago)")
 
 
@@ -219,7 +220,7 @@ def _masked(written: str, place: Path | None) -> str:
         text = _TIME.sub("2026-01-02 03:04:05", _DIGEST.sub(digest, text))
         text = _AGO.sub(lambda found: "5 s ago".rjust(len(found[0])), text)
         text = _PID.sub(lambda found: re.sub(r"\d+", "4711", found[0]), text)
-        return _DURATION.sub("3 ms", text)
+        return _DURATION.sub("3 ms", _SIZE.sub("of 20000 bytes", text))
 
     parts = re.split(r"(\x1b\[[0-9;?]*[A-Za-z])", written)
     return "".join(part if part.startswith("\x1b") else mask(part) for part in parts)

@@ -106,7 +106,13 @@ def _add_asking(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "services",
         nargs="*",
         metavar="SERVICE",
-        help="these alone, with their settings; `nginx` is nginx.service, and patterns as of the shell may be used",
+        help="these alone, in depth; `nginx` is nginx.service, and patterns as of the shell may be used",
+    )
+    status.add_argument(
+        "--follow",
+        "-f",
+        action="store_true",
+        help="stay, and keep it up to date until Ctrl-C; where that is no terminal, a line for each change",
     )
 
     plan = commands.add_parser("plan", help="what a look now would change, without doing it")

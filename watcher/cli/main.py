@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from watcher.cli import arguments
+from watcher.cli import arguments, terminal
 from watcher.cli.answers import fail
 from watcher.model import Unsupported, problem
 from watcher.records.schema import CallError, ExitStatus
@@ -22,6 +22,7 @@ _CAP_SYS_ADMIN = 21
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status, see `--help`."""
+    terminal.prepare()
     options = arguments.parse(sys.argv[1:] if words is None else words)
     # As of diff(1): 1 says that something differs.
     trouble = ExitStatus.USAGE if options.command == "diff" else None

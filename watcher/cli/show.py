@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import sys
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 
-from watcher.model import Event, Layer, Outcome, Protection, Stack, printable, shown
-from watcher.records.schema import PlannedChange, Quarantined, ServiceStatus, to_dict
+from watcher.cli import terminal
+from watcher.model import Event, Layer, Outcome, Stack, printable, shown
+from watcher.records.schema import PlannedChange, Quarantined, to_dict
 
 REDACTED = "you see outcomes only: to see reasons, paths and outputs join the group confext-watcher"
 NO_REPORT = (
@@ -20,86 +18,11 @@ NO_REPORT = (
 )
 
 
-def services(services: Sequence[ServiceStatus], *, settings: bool = False) -> Iterator[str]:
-    """A table, and below it what is out of the ordinary.
-
-    Args:
-        settings: also those of each, and where they are written.
-    """
-    if not services:
-        yield "no service takes part"
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("SERVICE", "PID", "STACK", "SINCE", "LAST OUTCOME"):
-        table.add_column(column, overflow="fold")
-    for service in services:
-        table.add_row(*map(Text, _row(service)))
-    # Only a terminal has a width that lines must fit; elsewhere a line stays one line.
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=10_000)
-    with console.capture() as printed:
-        console.print(table)
-    yield printed.get().removesuffix("\n")
-    for service in services:
-        for note in _notes(service):
-            yield f"{shown(service.service)}: {note}"
-        if settings:
-            yield from _trusts(service.service, service.layers)
-            yield from _settings(service)
-
-
 def _trusts(service: str, layers: Sequence[Layer]) -> Iterator[str]:
     """What was proved of the layers, topmost first."""
     for layer in reversed(layers):
-        for line in _proved(to_dict(layer.trust)):
+        for line in proved(to_dict(layer.trust)):
             yield f"{shown(service)}: {layer.label}: {printable(line)}"
-
-
-def _settings(service: ServiceStatus) -> Iterator[str]:
-    if not service.settings:
-        yield f"{shown(service.service)}: all its settings are the defaults"
-        return
-    yield f"{shown(service.service)}: settings, all others are the defaults:"
-    for one in service.settings:
-        yield f"  {one.key}={printable(one.value)}  ({shown(one.source)})"
-
-
-def _row(service: ServiceStatus) -> tuple[str, ...]:
-    layers = [_layer(layer) for layer in reversed(service.layers)]
-    return (
-        shown(service.service),
-        str(service.pid or "-"),
-        "\n".join(layers) or ("its own /etc" if service.pid else service.state),
-        when(service.since),
-        f"on trial, {when(service.since)}: it was not judged yet"
-        if service.on_trial
-        else _outcome(service.last),
-    )
-
-
-def _layer(layer: Layer) -> str:
-    protection = layer.trust.protection
-    proved = "" if protection is Protection.UNPROTECTED else f", {protection.value}"
-    return f"{layer.label} ({layer.digest[:12]}{proved})"
-
-
-def _outcome(last: Event | None) -> str:
-    return f"{last.result}, {when(last.when)}: {printable(last.message)}" if last else "-"
-
-
-def _notes(service: ServiceStatus) -> Iterator[str]:
-    if service.state == "needs-restart":
-        yield "is not in a mount namespace that was made for it; restart it once to have its stack"
-    if service.pinned is not None:
-        yield "stays on this stack, by hand, until `confext-watcher rollback --forget`"
-    for remark in service.not_allowed:
-        yield f"{shown(remark.path)}: {printable(remark.text)}"
-    for content in service.quarantined:
-        reason = f": {printable(content.reason)}" if content.reason else ""
-        yield f"kept out: {shown(content.source or content.digest)}{reason}"
 
 
 def changes(changes: Sequence[PlannedChange]) -> Iterator[str]:
@@ -156,7 +79,7 @@ def checked(results: Iterable[Mapping[str, object]]) -> Iterator[str]:
             yield f"{image}: good: {label}, {content}"
             trust = result["trust"]
             assert isinstance(trust, dict)
-            yield from (f"{image}: {line}" for line in _proved(trust))
+            yield from (f"{image}: {line}" for line in proved(trust))
             effects = result["effects"]
             assert isinstance(effects, tuple)
             yield from (f"{image}: warning: {printable(effect)}" for effect in effects)
@@ -164,7 +87,7 @@ def checked(results: Iterable[Mapping[str, object]]) -> Iterator[str]:
             yield f"{image}: would be refused: {printable(str(result['reason']))}"
 
 
-def _proved(trust: Mapping[str, str]) -> Iterator[str]:
+def proved(trust: Mapping[str, str]) -> Iterator[str]:
     """What is proved of an image or tree."""
     if not trust["how"]:
         yield trust["protection"]
@@ -177,24 +100,13 @@ def _proved(trust: Mapping[str, str]) -> Iterator[str]:
 
 def fit(lines: Iterable[str]) -> Iterator[str]:
     """Each line folded to the width of the terminal, between words; elsewhere a line stays one line."""
-    if not sys.stdout.isatty():
-        yield from lines
-        return
-    width = shutil.get_terminal_size().columns
     for line in lines:
-        # What has several lines is a table, which fits already, or a report.
-        if len(line) <= width or "\n" in line:
+        # What has several lines is laid out already, or a report.
+        if "\n" in line or not terminal.is_terminal() or len(line) <= terminal.columns():
             yield line
             continue
         indent = " " * (len(line) - len(line.lstrip()))
-        yield from textwrap.wrap(
-            line.lstrip(),
-            width,
-            initial_indent=indent,
-            subsequent_indent=f"{indent}    ",
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
+        yield from terminal.folded(line.lstrip(), terminal.columns(), indent, f"{indent}    ")
 
 
 def when(usec: int | None) -> str:

@@ -6,39 +6,83 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 
-from watcher.cli import show
+from watcher.cli import follow, show_status
 from watcher.cli.answers import answer, fail, read
+from watcher.control.client import Client
+from watcher.model import Event
 from watcher.records.schema import ExitStatus, ServiceNotFound, ServiceStatus
 from watcher.settings.config import Settings
 from watcher.settings.kernel_command_line import why_nothing_new
 
+_OUTCOMES = 5
+"""So many of the last outcomes are shown of one service."""
+
 
 def run(settings: Settings, options: argparse.Namespace) -> ExitStatus:
+    if options.follow:
+        return _follow(settings, options)
     unknown: list[ServiceNotFound] = []
+    history: dict[str, list[Event]] = {}
+
+    def ask(client: Client) -> list[ServiceStatus]:
+        def status(name: str | None) -> list[ServiceStatus]:
+            return client.status(name, deep=name is not None)
+
+        services = _chosen(options.services, status, unknown)
+        for one in services if options.services and not options.json else ():
+            history[one.service] = client.history(one.service, _OUTCOMES)
+        return services
 
     def without_daemon() -> list[ServiceStatus]:
         from watcher.control import status
         from watcher.records import journal
+        from watcher.records.ledger import Reader
 
         journal.configure()  # what cannot be read is said on standard error, beside the answer
         services = _chosen(options.services, functools.partial(status.without_daemon, settings), unknown)
-        print("confext-watcher: the daemon is not running", file=sys.stderr)
+        reader = Reader(settings.state_directory)
+        history.update((one.service, reader.history(one.service, _OUTCOMES)) for one in services)
+        print("confext-watcher: the daemon is not running: nothing that is dropped is used", file=sys.stderr)
+        if os.path.isdir("/run/systemd/system"):
+            print("    systemctl start confext-watcher.service", file=sys.stderr)
         return services
 
-    services, redacted = read(
-        settings, lambda client: _chosen(options.services, client.status, unknown), without_daemon
-    )
+    services, redacted = read(settings, ask, without_daemon)
     if services or not options.services:
         nothing_new = why_nothing_new()
-        lines = [*show.services(services, settings=bool(options.services) and not redacted)]
+        lines = []
+        if options.services:
+            for one in services:
+                lines += ["", *show_status.in_depth(one, history.get(one.service, ()), settings=not redacted)]
+            lines = lines[1:]
+        else:
+            lines = [*show_status.glance(services)]
         lines += [f"services get nothing new: {nothing_new}"] if nothing_new else []
-        answer(options, {"services": services, "redacted": redacted, "nothing_new": nothing_new}, lines)
+        results = {"services": services, "redacted": redacted, "nothing_new": nothing_new}
+        answer(options, results, ["\n".join(lines)])  # laid out already
     for error in unknown:
         fail(str(error), ExitStatus.FAILED)
     return ExitStatus.FAILED if unknown else ExitStatus.DONE
+
+
+def _follow(settings: Settings, options: argparse.Namespace) -> ExitStatus:
+    """Until Ctrl-C. A daemon that is restarted is waited for."""
+    unknown: list[ServiceNotFound] = []
+
+    def look() -> list[ServiceStatus]:
+        unknown.clear()
+        with Client(settings.runtime_directory, timeout=30) as client:
+            return _chosen(options.services, client.status, unknown)
+
+    services = look()
+    if unknown:
+        raise unknown[0]
+    follow.status(services, look, as_json=options.json)
+    return ExitStatus.DONE
 
 
 def _chosen(
@@ -59,9 +103,12 @@ def _chosen(
             if set(name) & set("*?["):
                 patterns = (name, f"{name}.service")
                 every = status(None)
-                chosen = [
-                    one for one in every if any(fnmatch.fnmatchcase(one.service, each) for each in patterns)
+                named = [
+                    one.service
+                    for one in every
+                    if any(fnmatch.fnmatchcase(one.service, each) for each in patterns)
                 ]
+                chosen = [found for each in named for found in status(each)]
                 if not chosen:
                     raise ServiceNotFound.among(name, (one.service for one in every))
             else:

@@ -61,6 +61,10 @@ class Closed(Disconnected):
     """The daemon closed the connection before it answered."""
 
 
+class OtherVersion(Failed):
+    """The daemon answered an error that this client does not know, as one of another version may."""
+
+
 class Client:
     """A connection to the daemon; one call at a time.
 
@@ -98,9 +102,18 @@ class Client:
     def close(self) -> None:
         self._socket.close()
 
-    def status(self, service: str | None = None) -> list[ServiceStatus]:
-        """The services that take part, or one. Raises ServiceNotFound."""
-        return self._list(ServiceStatus, "services", self.call("Status", service=service))
+    def status(self, service: str | None = None, *, deep: bool = False) -> list[ServiceStatus]:
+        """The services that take part, or one; with `deep`, which needs a service, with all that lies there for it.
+
+        Raises ServiceNotFound.
+        """
+        try:
+            answer = self.call("Status", service=service, deep=deep or None)
+        except OtherVersion:
+            if not deep:  # which an older one does not know
+                raise
+            answer = self.call("Status", service=service)
+        return self._list(ServiceStatus, "services", answer)
 
     def history(
         self, service: str | None = None, limit: int = 100, which: Which = ALL_OUTCOMES
@@ -253,7 +266,7 @@ class Client:
             error: CallError = schema.from_dict(schema.ERRORS[name], parameters)
         except (KeyError, ValueError):
             said = ", ".join(f"{shown(key)} {shown(str(value))}" for key, value in parameters.items())
-            error = Failed(
+            error = OtherVersion(
                 f"the running confext-watcher answered {shown(name)} ({said}); is it of another version?"
             )
         raise error

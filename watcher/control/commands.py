@@ -33,9 +33,10 @@ from watcher.records.schema import (
     utf8,
 )
 from watcher.records.state import Quarantine, State
-from watcher.rounds import dropped, messages
+from watcher.rounds import candidates, dropped, messages
 from watcher.rounds.answer import Answer, Kind, answer
 from watcher.rounds.decide import decide
+from watcher.rounds.desired import Desired
 from watcher.rounds.image_policies import demands_of
 from watcher.rounds.rollout import rolling
 from watcher.rounds.round import Rounds
@@ -88,11 +89,28 @@ class Commands:
         """A round of a service is over: more may be known of the images that calls wait for."""
         self._waits.changed(name, round_over=True)
 
-    async def status(self, service: str | None) -> Sequence[ServiceStatus]:
+    async def status(self, service: str | None, *, deep: bool) -> Sequence[ServiceStatus]:
         services = self._services(service)
         newest = await _in_thread(self._tools.ledger.newest)
         found = await _in_thread(lambda: [self._status(one, newest) for one in services])
-        return [await self._without_gone(one) for one in found]
+        told = [await self._without_gone(one) for one in found]
+        return [await self._in_depth(services[0], told[0])] if deep else told
+
+    async def _in_depth(self, service: Service, found: ServiceStatus) -> ServiceStatus:
+        """With all that lies there for it, as a look finds it now."""
+        words = f"what lies there is not known: a look takes longer than {_LOOK_SEC} s"
+        try:
+            with trio.move_on_after(_LOOK_SEC) as limit:
+                facts, desired = await self.rounds.glance(service, thorough=True)
+        except (Unanswered, Later, OSError) as error:  # it stays on what it has
+            words = problem(error)
+            limit.cancel()
+        if limit.cancel_called:
+            return replace(found, remarks=(Remark("warning", service.name, words),))
+        facts = replace(facts, shown=found.stack if found.state == "running" else None)
+        history = await _in_thread(self._tools.ledger.history, service.name, _LOOKED_BACK)
+        entries = candidates.entries(service, facts, desired, history)
+        return replace(found, entries=entries, remarks=tuple(_remarks(desired)))
 
     async def _without_gone(self, found: ServiceStatus) -> ServiceStatus:
         if not status.about(found):
@@ -256,18 +274,24 @@ class Commands:
             main = None
             with suppress(Gone):
                 main = held.enter_context(service.main.hold()) if service.main is not None else None
-            return status.of_service(
+            state, memory = tools.store.state(service.slots), self.rounds.memories.get(service.name)
+            found = status.of_service(
                 tools.store.state_directory,
                 service.name,
                 service.manager,
                 main,
                 newest.get(utf8(service.name)),
-                tools.store.state(service.slots),
+                state,
                 tools.ledger.placed,
                 service.settings,
                 service.invocation,
                 demands_of(tools.settings, service),
             )
+        if memory is None:  # no round has looked at it yet
+            return found
+        since = memory.step_since if memory.step else None
+        newer = candidates.newer(service, state, memory.passed)
+        return replace(found, newer=newer, step=memory.step, step_since=since)
 
     async def _plan(self, service: Service, *, debug: bool, check: bool) -> PlannedChange:
         now = await _in_thread(self._status, service, {})
@@ -278,7 +302,7 @@ class Commands:
             return _planned(service, before, before, [Remark("warning", service.name, str(error))])
         if now.state != "running":
             before = facts.accepted
-        remarks = [remark for remark in desired.look.remarks if remark.level != "debug"]
+        remarks = _remarks(desired)
         if facts.stays:
             new = [layer for layer in facts.wanted.layers if layer.digest not in before.digests]
             remarks += [Remark("info", layer.source, facts.stays) for layer in new]
@@ -320,6 +344,10 @@ class Commands:
         return {image: answer(name, facts, one, history) for image, one in zip(images, found, strict=True)}
 
 
+def _remarks(desired: Desired) -> list[Remark]:
+    return [remark for remark in desired.look.remarks if remark.level != "debug"]
+
+
 def _planned(service: Service, before: Stack, after: Stack, remarks: Sequence[Remark]) -> PlannedChange:
     changes = before.id != after.id
     return PlannedChange(
@@ -336,6 +364,9 @@ def _planned(service: Service, before: Stack, after: Stack, remarks: Sequence[Re
 
 # Outcomes of what a round has done. The others only say what it found.
 _DONE = (Outcome.APPLIED, Outcome.FAILED, Outcome.ROLLED_BACK, Outcome.NEEDS_RESTART)
+
+_LOOK_SEC = 5
+"""For so long `status` waits for a look. It is asked when something hangs, too."""
 
 _LOOKED_BACK = 100
 """Outcomes among which that is which an answer is the end of."""

@@ -46,7 +46,9 @@ PUBLIC: dict[type, frozenset[str]] = {
         # Its kind would tell which names there are in a directory.
         Answer: "status",
         Quarantined: "service digest when",
-        ServiceStatus: "service manager state pid stack accepted layers since last pinned quarantined on_trial",
+        # What lies in directories is private, whether it is used or not.
+        ServiceStatus: "service manager state pid stack accepted layers since last pinned quarantined on_trial step"
+        " step_since",
         # Its remarks are about what lies in directories: even their number is private. A report has everything.
         PlannedChange: "service changes stack wanted layers wanted_layers reload",
     }.items()

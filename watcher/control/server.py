@@ -70,8 +70,15 @@ class Backend(Protocol):
     into a task of the daemon's own.
     """
 
-    async def status(self, service: str | None) -> Sequence[ServiceStatus]:
-        """One service or all, without outputs: those of hundreds do not fit into one reply. Raises ServiceNotFound."""
+    async def status(self, service: str | None, *, deep: bool) -> Sequence[ServiceStatus]:
+        """One service or all, without outputs: those of hundreds do not fit into one reply.
+
+        Args:
+            deep: of one service, also what lies there for it.
+
+        Raises:
+            ServiceNotFound: no such service.
+        """
 
     async def history(self, service: str | None, limit: int, which: Which) -> Sequence[Event]:
         """Outcomes, newest first."""
@@ -316,7 +323,7 @@ class _Server:
         found: dict[str, Any]
         match name:
             case "Status":
-                found = {"services": await backend.status(given.get("service"))}
+                found = {"services": await self._status(given, stranger)}
             case "Plan":
                 debug = given.get("debug", False)
                 if debug and "service" not in given:  # reports of hundreds do not fit into one reply
@@ -351,6 +358,13 @@ class _Server:
             case _:
                 raise NotImplementedError(name)
         return {**found, "redacted": stranger}
+
+    async def _status(self, given: dict[str, Any], stranger: bool) -> Sequence[ServiceStatus]:
+        deep = given.get("deep", False)
+        if deep and "service" not in given:  # a look at each of hundreds takes too long
+            raise varlink.InvalidParameter("service")
+        # Strangers are not told what lies there, so it is not looked at for them.
+        return await self._backend.status(given.get("service"), deep=deep and not stranger)
 
 
 def _which(given: dict[str, Any]) -> Which:

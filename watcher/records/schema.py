@@ -144,6 +144,35 @@ type Setting (
   source: string
 )
 
+# One file or tree that lies there for an entry, and what becomes of it.
+# kind: a word of Answer's. An older one than what is used is "older"; what is used is "applied", "accepted" and so on.
+# reason: why it is not used, for people; "" where it is.
+# until: until when that is so, "" where it is not known.
+# command: what helps, "" where no command does.
+# triesLeft, triesDone: its counters (systemd.v(7)).
+# digest: of its content; "" where that was not read.
+type CandidateStatus (
+  path: string,
+  version: string,
+  digest: string,
+  kind: string,
+  reason: string,
+  until: string,
+  command: string,
+  triesLeft: ?int,
+  triesDone: ?int
+)
+
+# An entry, that is a source that the unit declares or one of `.confext.d/`, with all that lies there, best first.
+# kind: "image" or "directory".
+type EntryStatus (
+  slot: string,
+  path: string,
+  kind: string,
+  declared: bool,
+  candidates: []CandidateStatus
+)
+
 # manager: "systemd" or "standalone".
 # state: "running", "stopped", "needs-restart", or "template", which runs as its instances alone.
 # stack: what its main process runs on, by its layers (bottom to top); empty is its own /etc.
@@ -154,6 +183,10 @@ type Setting (
 # pinned: the stack that it was rolled back to by hand, and stays on.
 # settings: those that do not have their defaults.
 # notAllowed: what of its stack would not get in now, since a policy is stricter than it was.
+# newer: what would be used in the place of what it has, and is not.
+# step, stepSince: what it is at just now, and since when: "check", "reload", "watch" (how it takes its stack) and
+# "start"; "" if nothing. There may be more one day.
+# entries, remarks: all that lies there, and what else a look finds now: with `deep`.
 type ServiceStatus (
   service: string,
   manager: string,
@@ -168,7 +201,12 @@ type ServiceStatus (
   quarantined: []Quarantined,
   settings: []Setting,
   onTrial: bool,
-  notAllowed: []Remark
+  notAllowed: []Remark,
+  newer: []CandidateStatus,
+  step: string,
+  stepSince: ?int,
+  entries: []EntryStatus,
+  remarks: []Remark
 )
 
 # What a look now would change.
@@ -190,8 +228,8 @@ type PlannedChange (
   check: ?string
 )
 
-# The services that take part, or one of them.
-method Status(service: ?string) -> (services: []ServiceStatus, redacted: bool)
+# The services that take part, or one of them. `deep` needs a service: it is looked at what lies there for it.
+method Status(service: ?string, deep: ?bool) -> (services: []ServiceStatus, redacted: bool)
 
 # Outcomes, newest first: at most `limit` (100 if not given), of those to which all that is given applies.
 # outcomes: as in Event.
@@ -299,6 +337,32 @@ class Waited:
 
 
 @dataclass(frozen=True, slots=True)
+class CandidateStatus:
+    """One file or tree that lies there, and what becomes of it."""
+
+    path: str
+    version: str
+    digest: str
+    kind: str
+    reason: str = ""
+    until: str = ""
+    command: str = ""
+    tries_left: int | None = None
+    tries_done: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EntryStatus:
+    """An entry with all its candidates, best first."""
+
+    slot: str
+    path: str
+    kind: str
+    declared: bool
+    candidates: tuple[CandidateStatus, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ServiceStatus:
     """A service as it is now."""
 
@@ -316,6 +380,11 @@ class ServiceStatus:
     settings: tuple[Setting, ...] = ()
     on_trial: bool = False
     not_allowed: tuple[Remark, ...] = ()
+    newer: tuple[CandidateStatus, ...] = ()
+    step: str = ""
+    step_since: int | None = None
+    entries: tuple[EntryStatus, ...] = ()
+    remarks: tuple[Remark, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

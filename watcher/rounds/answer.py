@@ -108,12 +108,14 @@ class Answer:
         event: the outcome that it is the end of, or one of this moment that says no more than the answer.
         command: what helps, "" where no command does.
         more: what there is to say beside that.
+        words: what there is to say of the image, without its path.
     """
 
     kind: Kind
     event: Event
     command: str = ""
     more: str = ""
+    words: str = ""
 
     @property
     def text(self) -> str:
@@ -199,7 +201,7 @@ class _Sayer:
         sentence = f"{shown(self.d.path)}: {words}"
         fields = {"stack": self.f.accepted.id, "source": self.d.path}
         new = messages.event(self.service, outcome or Outcome.UNCHANGED, sentence, **fields)
-        return Answer(kind, next(iter(known), new), command)
+        return Answer(kind, next(iter(known), new), command, words=words)
 
     def systemctl(self, verb: str) -> str:
         """The command that starts it again; a service without systemd is started in its own way."""

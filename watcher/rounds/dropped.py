@@ -41,7 +41,7 @@ def dropped(asked: str, desired: Desired, declared: Declared) -> Dropped:
     asked = tries.plain(asked)
     for pick, candidate in _candidates(desired):
         if _is(asked, candidate.path):
-            return _candidate(pick, candidate, desired)
+            return of_candidate(pick, candidate, desired)
     return Dropped(asked, problem=_problem(asked, desired, declared))
 
 
@@ -61,7 +61,8 @@ def _is(asked: str, path: str) -> bool:
     return asked == name or os.path.dirname(asked) == utf8(os.path.realpath(os.path.dirname(path)))
 
 
-def _candidate(pick: Picks, candidate: Candidate, desired: Desired) -> Dropped:
+def of_candidate(pick: Picks, candidate: Candidate, desired: Desired) -> Dropped:
+    """A candidate of a look with `Given.thorough`."""
     if desired.look.unknown:
         return Dropped(candidate.path, problem=(Kind.STUCK, _why_unknown(desired)))
     passed = {one.candidate.path: one.reason for one in desired.passed if one.slot == pick.entry.slot}

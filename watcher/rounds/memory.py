@@ -9,6 +9,7 @@ from watcher.model import Interest, Stack
 from watcher.mounts.converge import Compared, Converged
 from watcher.records.state import State
 from watcher.rounds import looks
+from watcher.rounds.choose import Passed
 from watcher.rounds.desired import Desired
 from watcher.rounds.facts import Facts, Judged
 from watcher.rounds.judge import Asked
@@ -36,6 +37,9 @@ class Memory:
         swaps: how often it got a stack.
         base_changed: the host's own `/etc` has changed, and it is to be told (`BaseChanged=reload`).
         no_shadow: why what its next start would see could not be made for its check when that was tried last.
+        passed: what the last look has passed over.
+        step: what its round is at that takes time, by its name in `ServiceStatus`; "" if nothing.
+        step_since: when that began, microseconds since the epoch.
     """
 
     interests: tuple[Interest, ...] | None = None
@@ -54,6 +58,9 @@ class Memory:
     swaps: int = 0
     base_changed: bool = False
     no_shadow: str = ""
+    passed: tuple[Passed, ...] = ()
+    step: str = ""
+    step_since: int = 0
 
 
 @dataclass(slots=True)

@@ -295,7 +295,7 @@ class Observer:
             tools.removals.seen(service.slots, ())
         memory = self._memories.get(service.name)
         if memory is not None:
-            memory.at_hand = desired.at_hand
+            memory.at_hand, memory.passed = desired.at_hand, desired.passed
             memory.look_again = desired.look_again
         etc = "" if service.root is None else f"{service.root.rstrip('/')}/etc"
         more = (*retry.interests(state, service.settings, etc), *image_policies.interests(given.policies))

@@ -45,6 +45,15 @@ _AGAIN_MIN = 0.01
 # Seconds after which a swap, which may hang too, gets a job of its own.
 _LONG_SEC = 1.0
 
+# What takes time, by its name in `ServiceStatus.step`.
+_STEP_NAMES: dict[type[object], str] = {
+    decide.Check: "check",
+    decide.Reload: "reload",
+    decide.Watch: "watch",
+    decide.TryStart: "start",
+    decide.Revive: "start",
+}
+
 # A round takes about ten steps, and some more for each content that proves bad.
 _STEPS_MAX = 1000
 
@@ -336,10 +345,17 @@ class Rounds:
 
     async def _take(self, step: Step, service: Service, memory: Memory, this: Round) -> bool:
         """Take a step that waits for the service, or writes down an outcome. False: the round is over."""
-        steps, verdicts, facts = self._steps_of, self._verdicts, this.facts
         this.first, this.waits = False, None
-        if isinstance(step, decide.Check | decide.Reload | decide.Watch):
+        memory.step, memory.step_since = _STEP_NAMES.get(type(step), ""), messages.now()
+        if memory.step:
             self._stepped(service.name)
+        try:
+            return await self._taken(step, service, memory, this)
+        finally:
+            memory.step = ""
+
+    async def _taken(self, step: Step, service: Service, memory: Memory, this: Round) -> bool:
+        steps, verdicts, facts = self._steps_of, self._verdicts, this.facts
         match step:
             case decide.Done() as done:
                 if done.why:
