@@ -7,6 +7,7 @@ import dataclasses
 import enum
 import os
 import re
+import runpy
 import subprocess
 import sys
 from functools import cache
@@ -138,6 +139,12 @@ def test_the_journals_catalog_names_verdicts_that_there_are() -> None:
 def test_the_journals_catalog_names_commands_that_there_are() -> None:
     catalog = (CONTRIB.parent / "units/confext-watcher.catalog").read_text()
     assert set(re.findall(r"\bconfext-watcher ([a-z]+)", catalog)) <= set(commands())
+
+
+def test_the_recipes_are_in_their_man_page_as_they_are() -> None:
+    script = CONTRIB / "recipes_page.py"
+    page = MAN / "confext-watcher-recipes.7"
+    assert runpy.run_path(str(script))["page"](page.read_text()) == page.read_text(), f"run {script}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -42,6 +42,7 @@ UNITS = {
 DOCUMENTS = {
     "man/confext-watcher.8": "man/man8/confext-watcher.8",
     "man/confext-watcher.service.8": "man/man8/confext-watcher.service.8",
+    "man/confext-watcher-recipes.7": "man/man7/confext-watcher-recipes.7",
     "man/watcher.conf.5": "man/man5/watcher.conf.5",
     "completions/confext-watcher.bash": "bash-completion/completions/confext-watcher",
     "completions/_confext-watcher": "zsh/{zsh}/_confext-watcher",
