@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The daemon itself: when it is ready, which units it sees to, and what does not end it."""
+"""The daemon itself: when it is ready, which units it sees to, that it is alone (records/alone.py), what does not end it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ import trio
 import trio.testing
 
 from watcher import daemon as module
-from watcher.daemon import AlreadyRunning, Daemon
+from watcher.daemon import Daemon
 from watcher.managers.systemd import sd_notify
 from watcher.model import Busy, Later
 from watcher.mounts.workers import Hung
 from watcher.records import journal
+from watcher.records.alone import AlreadyRunning, alone
 from watcher.rounds.tools import Tools
 from watcher.settings.config import Settings
 from watcher.watch.offload import Offload
@@ -149,8 +150,8 @@ async def test_a_start_of_a_service_puts_tidying_up_off_in_silence(said: list[st
 
 
 def test_an_error_of_its_own_is_not_put_down_to_another_daemon(tmp_path: Path) -> None:
-    with pytest.raises(BlockingIOError), module._alone(str(tmp_path)):
-        with pytest.raises(AlreadyRunning), module._alone(str(tmp_path)):
+    with pytest.raises(BlockingIOError), alone(str(tmp_path)):
+        with pytest.raises(AlreadyRunning), alone(str(tmp_path)):
             pass
         raise BlockingIOError
 

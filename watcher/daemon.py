@@ -7,7 +7,6 @@ round of the service starts. However often a round is asked for while one runs, 
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import math
 import os
@@ -39,6 +38,7 @@ from watcher.mounts import dm_verity
 from watcher.mounts.process import may_mount
 from watcher.mounts.workers import Hung, MountWorkers
 from watcher.records import durable, journal
+from watcher.records.alone import alone
 from watcher.records.ledger import Ledger
 from watcher.rounds import looks
 from watcher.rounds.fresh import Fresh
@@ -52,6 +52,7 @@ from watcher.settings.kernel_command_line import why_nothing_new
 from watcher.watch.offload import Offload
 from watcher.watch.patient import PatientWatcher
 from watcher.watch.settle import Settle
+from watcher.watch.writers import Writers
 
 # Outcomes of a service that are read to make its lost record anew.
 _HISTORY_READ = 1000
@@ -63,10 +64,6 @@ _TIDY_SEC = 0.25
 _LOOKED_AT_SEC = 30.0
 
 
-class AlreadyRunning(Exception):
-    """Another daemon has this runtime directory."""
-
-
 def main(settings: Settings) -> None:
     """Run the daemon in the foreground until SIGTERM or SIGINT.
 
@@ -75,7 +72,7 @@ def main(settings: Settings) -> None:
         Unsupported, BusLost: systemd is too old, or cannot be reached.
         OSError: a directory, inotify or the mounts cannot be had.
     """
-    with _alone(settings.runtime_directory), _tools(settings) as tools:
+    with alone(settings.runtime_directory), _tools(settings) as tools:
         trio.run(_run, settings, tools)
 
 
@@ -83,21 +80,6 @@ async def _run(settings: Settings, tools: Tools) -> None:
     if on_systemd(settings):
         await systemd_check()
     await Daemon(settings, tools).run()
-
-
-@contextmanager
-def _alone(runtime_directory: str) -> Iterator[None]:
-    durable.make(runtime_directory)
-    path = os.path.join(runtime_directory, "lock")
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise AlreadyRunning(f"another daemon uses {shown(runtime_directory)} already") from error
-        yield
-    finally:
-        os.close(fd)
 
 
 @contextmanager
@@ -133,12 +115,17 @@ def _tools(settings: Settings) -> Iterator[Tools]:
             manager = standalone = Standalone(settings.runtime_directory, workers)
         stack.callback(standalone.close)
         watcher = stack.enter_context(PatientWatcher())
+        writers = stack.enter_context(Writers(settings.state_directory))
+        writers.begin()
         yield Tools(
             store=store,
-            admission=Admission(store, workers, Complete(watcher.uploads.moved_in_ns), mounts=mounts),
+            admission=Admission(
+                store, workers, Complete(watcher.uploads.moved_in_ns), mounts=mounts, writers=writers
+            ),
             workers=workers,
             manager=manager,
             watcher=watcher,
+            writers=writers,
             ledger=ledger,
             offload=Offload(),
             removals=Removals(watcher.uploads),

@@ -9,6 +9,7 @@ from watcher import daemon
 from watcher.cli.answers import fail
 from watcher.managers.systemd.dbus import BusLost
 from watcher.model import Later, Unsupported, problem
+from watcher.records.alone import AlreadyRunning
 from watcher.records.schema import ExitStatus
 from watcher.settings.config import Settings
 
@@ -17,7 +18,7 @@ def run(settings: Settings, options: argparse.Namespace) -> ExitStatus:
     stopped: Exception | None = None
     try:
         daemon.main(settings)
-    except* (daemon.AlreadyRunning, Unsupported, BusLost, Later, OSError) as group:
+    except* (AlreadyRunning, Unsupported, BusLost, Later, OSError) as group:
         stopped = _first(group)
     if stopped is None:
         return ExitStatus.DONE

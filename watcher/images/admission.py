@@ -47,6 +47,7 @@ from watcher.mounts.descriptors import Descriptors
 from watcher.mounts.workers import Hung, MountWorkers
 from watcher.resolve import release
 from watcher.resolve.strict_modes import StrictModes, Way
+from watcher.watch.writers import Writers
 
 # Errors that say what this machine lacks, and nothing about the image.
 _SHORT = {
@@ -68,6 +69,7 @@ class Admission:
         complete: judges whether trees are.
         proofs: what was proved of images.
         mounts: how the workers mount them, where that proves something too.
+        writers: who writes to files.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Admission:
         complete: Complete | None = None,
         proofs: Proofs | None = None,
         mounts: VerifiedMounts | None = None,
+        writers: Writers | None = None,
     ) -> None:
         self._store = store
         self._workers = workers
@@ -86,6 +89,7 @@ class Admission:
         self._effects: dict[str, tuple[str, ...]] = {}
         self._proofs = proofs or Proofs()
         self._mounts = mounts or VerifiedMounts()
+        self._writers = writers
 
     def admit(
         self,
@@ -129,7 +133,8 @@ class Admission:
         def complete(tree: Seen) -> None:
             self._complete.require(tree, rule)
 
-        return copied(self._store, candidate, judge, (candidate.filename, made_for.terms), modes, complete)
+        terms = candidate.filename, made_for.terms
+        return copied(self._store, candidate, judge, terms, modes, complete, self._writers)
 
     def forget(self, digests: Iterable[str]) -> None:
         """Drop what is remembered of content that has left the store."""
@@ -262,6 +267,7 @@ def copied(
     terms: Hashable = None,
     modes: StrictModes | None = None,
     complete: Callable[[Seen], object] = lambda tree: None,
+    writers: Writers | None = None,
 ) -> Copy:
     """The store's copy of a candidate, made now or before.
 
@@ -272,6 +278,7 @@ def copied(
         modes: see `Admission.admit()`. A refusal because of who could write is no verdict on the content, and is never
             remembered.
         complete: raises Busy or Incomplete for a tree that is not. Not asked for one that was copied before.
+        writers: who writes to images. That several did at once is not remembered as a verdict on the content either.
 
     Raises: as `Admission.admit()`, and what `judge` and `complete` raise.
     """
@@ -280,7 +287,7 @@ def copied(
         content = (
             originals.Tree(fd, guard)
             if candidate.kind is Kind.DIRECTORY
-            else originals.Image(fd, candidate, files)
+            else originals.Image(fd, candidate, files, writers)
         )
         verdicts = store.verdicts
         verdicts.recall((content.key, terms))

@@ -13,9 +13,10 @@ from watcher.images.formats.probe import probe
 from watcher.images.sidecars import Beside, has_new, read, with_parts
 from watcher.images.store import Store
 from watcher.images.verdicts import Key
-from watcher.model import Busy, Candidate, Copy, Refused
+from watcher.model import Busy, Candidate, Copy, Refused, shown
 from watcher.resolve.strict_modes import Guard, Way
 from watcher.watch.lease import Lease, coarse_now_ns
+from watcher.watch.writers import Writers
 
 _SECOND_NS = 1_000_000_000
 
@@ -25,23 +26,26 @@ class Image:
 
     Args:
         files: what lies beside it.
+        writers: who writes to files.
 
     Attributes:
         key: what `stat` says of it, and of what lies beside it.
         lasting: set by `copy()`: no other content of the file can have this key.
     """
 
-    def __init__(self, fd: int, candidate: Candidate, files: Beside) -> None:
+    def __init__(self, fd: int, candidate: Candidate, files: Beside, writers: Writers | None = None) -> None:
         self._fd = fd
+        self._writers = writers
         self._candidate = candidate
         self._beside = files
         self.key = self._key()
         self.lasting = False
 
     def copy(self, store: Store) -> Copy:
-        with Lease(self._fd) as lease, ExitStack() as others:
-            for fd in self._beside.fds.values():
-                others.enter_context(Lease(fd))
+        with ExitStack() as leases:
+            lease = self._lease(self._fd, leases)
+            for suffix, fd in self._beside.fds.items():
+                self._lease(fd, leases, f"{shown(self._beside.names[suffix])} beside it: ")
             found = os.fstat(self._fd)
             self.key = self._key()
             try:
@@ -52,6 +56,24 @@ class Image:
             finally:
                 changed_ns = max(found.st_ctime_ns, self._beside.changed_ns)
                 self.lasting = _is_past(changed_ns, lease.proven_ns)
+
+    def _lease(self, fd: int, leases: ExitStack, which: str = "") -> Lease:
+        """A lease on a file that nobody is writing to. Raises Refused for one that two programs wrote to at once."""
+        writers = self._writers
+        if writers is None:
+            return leases.enter_context(Lease(fd))
+        writers.watch((os.path.dirname(os.readlink(f"/proc/self/fd/{fd}")),))
+        try:
+            lease = leases.enter_context(Lease(fd))
+        except Busy as busy:
+            who = writers.writing(fd)
+            raise Busy(f"{which}{busy} by {who}" if who else f"{which}{busy}") from busy
+        if who := writers.blend(fd, alone=lease.exact):
+            raise Refused(
+                f"{which}two programs wrote to it at once ({who}), so it may be a mix: copy it again;"
+                " or touch it, if you know that it is whole"
+            )
+        return lease
 
     def _key(self) -> Key:
         return ("image", *stat_key(os.fstat(self._fd)), self._beside.key)

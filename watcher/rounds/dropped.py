@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from watcher.images import tries
-from watcher.model import Candidate, Declared, Picks, shown
+from watcher.model import Candidate, Declared, Look, Picks, shown
 from watcher.records.schema import utf8
 from watcher.resolve import vpick
 from watcher.resolve.sources import ENTRY_NAME
@@ -111,6 +111,11 @@ def _problem(asked: str, desired: Desired, declared: Declared) -> tuple[Kind, st
 def _ways(directory: str) -> tuple[str, str]:
     """A directory as it is called, and as its links lead there."""
     return utf8(directory), utf8(os.path.realpath(directory))
+
+
+def drop_directories(declared: Declared, look: Look) -> tuple[str, ...]:
+    """Where images are dropped for a service."""
+    return tuple(dict.fromkeys((*declared.confext_dirs, *map(_directory, look.picks))))
 
 
 def _directory(pick: Picks) -> str:

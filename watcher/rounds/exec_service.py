@@ -53,6 +53,7 @@ from watcher.rounds.patience import limits
 from watcher.settings.config import Settings
 from watcher.settings.kernel_command_line import why_nothing_new
 from watcher.watch.comes_back import comes_back
+from watcher.watch.writers import Writers
 
 # Outcomes that are read to make a lost record anew.
 _HISTORY_READ = 1000
@@ -181,7 +182,7 @@ def _enter_stack(settings: Settings, options: ExecOptions, *, answers: bool) -> 
             functools.partial(Reader(settings.state_directory).history, limit=_HISTORY_READ),
         ) as store,
     ):
-        admission = Admission(store, workers, mounts=mounts)
+        admission = Admission(store, workers, mounts=mounts, writers=Writers(settings.state_directory))
         stack = _admit(settings, store, admission, options, answers=answers)
         # As systemd does it: what the host mounts arrives here, nothing goes back, and namespaces that the program
         # makes for its children follow. If another service runs `exec`, its swaps must not arrive: each would bring a

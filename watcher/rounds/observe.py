@@ -26,6 +26,7 @@ from watcher.resolve import scan
 from watcher.resolve.strict_modes import StrictModes
 from watcher.rounds import image_policies, looks, messages, retry
 from watcher.rounds.desired import Desired, Given, find
+from watcher.rounds.dropped import drop_directories
 from watcher.rounds.facts import Facts, Judged
 from watcher.rounds.memory import Memory, Round
 from watcher.rounds.outcomes import Outcomes, say, signatures
@@ -287,7 +288,9 @@ class Observer:
 
         def look() -> Desired:
             with tools.store.using():  # the round may give this up, while a copy goes on
-                return find(tools.store, tools.admission, given)
+                desired = find(tools.store, tools.admission, given)
+            tools.writers.watch(drop_directories(service.declared, desired.look))
+            return desired
 
         key = looks.common_key(root, given, self._to_mend(service))
         desired = self._looks.shared(key, since, look, lambda found: found.is_common)

@@ -20,6 +20,7 @@ from watcher.rounds.patience import Removals
 from watcher.settings.config import Settings
 from watcher.watch.offload import Offload
 from watcher.watch.patient import PatientWatcher
+from watcher.watch.writers import Writers
 
 T = TypeVar("T")
 
@@ -33,6 +34,7 @@ class Tools:
     workers: MountWorkers
     manager: Manager
     watcher: PatientWatcher
+    writers: Writers
     ledger: Ledger
     offload: Offload
     removals: Removals

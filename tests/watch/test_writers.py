@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Two writers of one file at once, and all that is one writer, or two one after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import structlog
+
+from support.needs import root
+from support.writer import Writer
+from watcher.watch.writers import RECORD, Writers
+
+pytestmark = root
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    drops = tmp_path / "drops"
+    drops.mkdir()
+    return drops / "web_1.4.raw"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "source"
+    path.write_bytes(os.urandom(16384))
+    return path
+
+
+@pytest.fixture
+def writers(tmp_path: Path, target: Path) -> Iterator[Writers]:
+    with Writers(str(tmp_path)) as made:
+        made.begin()
+        made.watch((str(target.parent), str(tmp_path / "not-there"), "/proc/self"))
+        yield made
+
+
+def blend(writers: Writers, target: Path) -> str:
+    fd = os.open(target, os.O_RDONLY)
+    try:
+        return writers.blend(fd, alone=True)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def unread(writers: Writers, wanted: bool) -> Iterator[None]:
+    """Nobody reads what the kernel tells meanwhile, as on a busy machine."""
+    with writers._lock if wanted else contextlib.nullcontext():
+        yield
+
+
+busy = pytest.mark.parametrize("late", [False, True], ids=["read at once", "read late"])
+
+
+@busy
+@pytest.mark.parametrize(
+    "steps",
+    [
+        pytest.param("1otw 2otwwc 1wc", id="within the other"),
+        pytest.param("1otw 2ot 1wc 2wwc", id="crossing"),
+        pytest.param("1o 2o 1t 1w 1w 2t 2w 2w 2c 1c", id="one after the other, both open"),
+    ],
+)
+def test_two_at_once(writers: Writers, target: Path, source: Path, steps: str, late: bool) -> None:
+    with Writer(target, source) as one, Writer(target, source) as other:
+        with unread(writers, late):
+            for step in steps.split():
+                (one if step[0] == "1" else other)(step[1:])
+        who = blend(writers, target)
+        assert str(one.pid) in who and str(other.pid) in who
+        assert who.count("python") == 2
+        assert blend(writers, target) == who, "until it is written again"
+
+
+def test_two_at_once_of_whom_one_goes_on_alone(writers: Writers, target: Path, source: Path) -> None:
+    """What nobody has read when the first one ended is put down to the second one when that ends."""
+    with Writer(target, source) as one, Writer(target, source) as other:
+        with unread(writers, True):
+            one("otw")
+            other("o")
+            one("wc")
+        assert not blend(writers, source)
+        with writers._lock:
+            writers._read()
+        other("twwc")
+        assert str(one.pid) in blend(writers, target)
+
+
+@busy
+def test_one_after_the_other(writers: Writers, target: Path, source: Path, late: bool) -> None:
+    with Writer(target, source) as one, Writer(target, source) as other:
+        with unread(writers, late):
+            one("otwwc")
+            other("otwwc")
+            target.read_bytes()
+            subprocess.run(["touch", target], check=True)
+        assert not blend(writers, target)
+
+
+def test_one_after_the_other_of_whom_the_second_is_slow(writers: Writers, target: Path, source: Path) -> None:
+    namesake = target.parent.parent / "others" / target.name
+    namesake.parent.mkdir()
+    writers.watch((str(namesake.parent),))
+    with Writer(target, source) as one, Writer(target, source) as other:
+        with unread(writers, True):
+            one("otwwc")
+            other("ot")
+            namesake.touch()
+        with writers._lock:
+            writers._read()
+        other("wwc")
+        assert not blend(writers, target)
+
+
+@busy
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(
+            "exec 3> {0}; (cat {1} >&3; sleep 0.02; echo >&3) & exec 3>&-; wait", id="a child that closes it"
+        ),
+        pytest.param("exec 3< {0}; cat {1} > {0}; cat <&3 >&2; cat {0} > /dev/null", id="readers"),
+        pytest.param("for i in 1 2 3 4 5; do cat {1} >> {0}; done", id="many one after the other"),
+        pytest.param("exec 3> {0} 4>> {0}; cat {1} >&3; exec 3>&-; echo >&4; exec 4>&-", id="two handles"),
+    ],
+)
+def test_what_one_program_does(
+    writers: Writers, target: Path, source: Path, command: str, late: bool
+) -> None:
+    target.touch()
+    with unread(writers, late):
+        subprocess.run(["sh", "-ec", command.format(target, source)], check=True, stderr=subprocess.DEVNULL)
+    assert not blend(writers, target)
+
+
+def write_at_once(target: Path, source: Path) -> None:
+    with Writer(target, source) as one, Writer(target, source) as other:
+        one("otw")
+        other("o")
+        one("wc")
+        other("twwc")
+
+
+@pytest.mark.parametrize("command", ["touch {0}", "cp {1} {0}", "cp {1} {0}.new; mv {0}.new {0}"])
+def test_written_by_one_alone_it_is_good_again(
+    writers: Writers, target: Path, source: Path, command: str
+) -> None:
+    write_at_once(target, source)
+    assert blend(writers, target)
+    subprocess.run(["sh", "-ec", command.format(target, source)], check=True)
+    assert not blend(writers, target)
+
+
+def test_by_another_name_it_is_the_same_file(writers: Writers, target: Path, source: Path) -> None:
+    write_at_once(target, source)
+    target = target.rename(target.with_name("web_1.5.raw"))
+    target.chmod(0o600)
+    assert blend(writers, target)
+
+
+def test_the_next_one_knows_it_and_forgets_it_when_it_was_changed(
+    writers: Writers, tmp_path: Path, target: Path, source: Path
+) -> None:
+    write_at_once(target, source)
+    who = blend(writers, target)
+    with Writers(str(tmp_path)) as without:
+        assert blend(without, target) == who
+    writers.__exit__()
+    with Writers(str(tmp_path)) as later:
+        later.begin()
+        later.watch((str(target.parent),))
+        assert blend(later, target) == who
+        target.chmod(0o600)
+        assert blend(later, target) == who, "it has seen that nobody has written to it"
+    target.write_bytes(b"while it was not there")
+    with Writers(str(tmp_path)) as last:
+        assert not blend(last, target)
+
+
+@pytest.mark.parametrize("content", ["", "{", '[["a", 1]]', '[[1, "zz", 1, "a"]]', "7"])
+def test_a_record_that_cannot_be_read_is_none(tmp_path: Path, content: str) -> None:
+    (tmp_path / RECORD).write_text(content)
+    with structlog.testing.capture_logs() as said, Writers(str(tmp_path)) as made:
+        assert not blend(made, tmp_path / RECORD)
+    assert [one["log_level"] for one in said] == ["warning"]
+
+
+def test_who_is_writing(writers: Writers, tmp_path: Path, target: Path, source: Path) -> None:
+    with Writer(target, source) as one, Writers(str(tmp_path)) as without:
+        one("o")
+        fd = os.open(target, os.O_RDONLY)
+        for each in (writers, without):
+            assert f"(pid {one.pid}, user root)" in each.writing(fd)
+        one("c")
+        assert not writers.writing(fd)
+        os.close(fd)

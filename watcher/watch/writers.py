@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Two programs that write to one file at once: what they leave may be a mix that can be read.
+
+A lease (`lease.py`) says that nobody writes now, and not how many did. The alternatives for that:
+
+- inotify: it names no process, and merges opens.
+- /proc: who has the file open for writing at this moment. To know when to look one would need an event for each open;
+  and a program that has come and gone is not seen.
+- fanotify with FAN_MODIFY: exact to the write. But each write of an upload would wake us.
+
+So fanotify tells of opens and of closes after writing, by process. If a process closes the file, and another had it
+open at that moment and closes it later, after writing, too, then they wrote at once. A reader never closes after
+writing. A process that opens the file several times is one writer, so is one whose child closes the file for it.
+
+**Afterwards the file does not count until a program alone has had it open for writing**: whoever copies it again, or
+touches it because he knows that it is whole. A file that is renamed into place is another one.
+
+What nobody can tell: two writers that are one process (a server with threads), or of which our PID namespace has none;
+a server in the kernel (NFS); and who takes turns, and closes the file each time.
+
+The record of such files is kept in the state directory. Who writes while the watcher is not there is not seen; who
+still writes when it comes is found in /proc.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pwd
+import select
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import psutil
+
+from watcher.mounts import fanotify
+from watcher.mounts.fanotify import Event, Handle
+from watcher.records import durable, journal
+from watcher.text import problem, shown
+from watcher.watch.turns import Turns
+
+RECORD = "blends.json"
+
+_FILES_MAX = 10_000
+_OPEN_MAX = 100
+_RECORDED_MAX = 1000
+_PAUSE_SEC = 0.002
+# For a look through /proc, which is made when a file is being written that we have not seen opened.
+_SEARCH_SEC = 0.25
+_KTHREADD = 2
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@dataclass(slots=True)
+class _File:
+    """One file.
+
+    Attributes:
+        open: processes that have opened it and may be writing, each with the writers that ended meanwhile; by PID.
+            The first one first.
+        blend: who wrote at once when it was written last, in words.
+    """
+
+    open: dict[int, dict[int, str]] = field(default_factory=dict)
+    blend: str = ""
+
+
+class Writers:
+    """Who writes to files in the directories that are watched. Threads may share it. A context manager.
+
+    Args:
+        state_directory: where the record is. Without `begin()` nothing is known but that.
+    """
+
+    def __init__(self, state_directory: str) -> None:
+        self._directory = state_directory
+        self._path = f"{state_directory}/{RECORD}"
+        self._group: int | None = None
+        self._turns = Turns()
+        self._lock = threading.Lock()
+        self._files: dict[Handle, _File] = {}
+        self._names: dict[int, str] = {}
+        self._recorded = self._load()
+        self._stop = -1
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._group is None or self._thread is None:
+            return
+        os.eventfd_write(self._stop, 1)
+        self._thread.join()
+        with self._lock:
+            os.close(self._group)
+            self._group = None
+            self._turns.close()
+        os.close(self._stop)
+
+    def begin(self) -> None:
+        """Begin to listen, where we may: without privilege nothing is told (a user namespace)."""
+        try:
+            self._group = fanotify.init()
+        except OSError as error:
+            journal.log.debug(f"two writers at once to one file are not noticed: {problem(error)}")
+            return
+        self._turns.begin()
+        self._stop = os.eventfd(0, os.EFD_CLOEXEC)
+        self._thread = threading.Thread(target=self._listen, name="writers", daemon=True)
+        self._thread.start()
+
+    def watch(self, directories: Iterable[str]) -> None:
+        """From now on listen to files in these directories, too; blocks on their paths."""
+        if self._group is None:
+            return
+        for directory in directories:
+            with contextlib.suppress(OSError):  # it is not there, or its file system does not tell
+                fanotify.mark(self._group, directory)
+                with self._lock:
+                    self._turns.watch(directory)
+
+    def writing(self, fd: int) -> str:
+        """Who is writing to a file that is open as `fd`, in words; "" if that is not known. Blocks."""
+        if (handle := _handle(fd)) is None:
+            return ""
+        with self._lock:
+            self._read()
+            file = self._files.get(handle)
+            known = list(file.open) if file is not None else []
+        found, name = os.fstat(fd), "/" + os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
+        writers = [pid for pid in known if _is_writing(pid, name, found)]
+        if not writers:
+            until = time.monotonic() + _SEARCH_SEC
+            writers = [pid for pid in _others(until) if _is_writing(pid, name, found)]
+            with self._lock:
+                for pid in writers if self._group is not None else ():
+                    self._opened(self._file(handle), pid)
+        return ", ".join(filter(None, map(_introduced, writers)))
+
+    def blend(self, fd: int, *, alone: bool) -> str:
+        """Who wrote to a file at once that is open as `fd`, in words; "" if nobody did that we know of. Blocks.
+
+        Args:
+            alone: nobody can be writing to it now: we hold a lease.
+        """
+        if (handle := _handle(fd)) is None:
+            return ""
+        changed_ns = os.fstat(fd).st_ctime_ns
+        with self._lock:
+            self._read()
+            file = self._files.get(handle)
+            if file is None:
+                ctime_ns, blend = self._recorded.get(handle, (0, ""))
+                blend = blend if ctime_ns == changed_ns else ""
+                if blend:
+                    self._file(handle).blend = blend
+            else:
+                blend = file.blend
+                if alone:
+                    file.open.clear()
+                    if not blend:
+                        del self._files[handle]
+            self._note(handle, (changed_ns, blend) if blend else None)
+        return blend
+
+    def _listen(self) -> None:
+        poll = select.poll()
+        poll.register(self._group or 0, select.POLLIN)
+        poll.register(self._stop, select.POLLIN)
+        while self._stop not in dict(poll.poll()):
+            with self._lock:
+                self._read()
+            # Whoever opens a file again and again costs no more than this; `Turns` keeps the order meanwhile.
+            time.sleep(_PAUSE_SEC)
+
+    def _read(self) -> None:
+        """Take note of all that has happened up to now. Hold the lock."""
+        if self._group is None:
+            return
+        self._turns.read_before()
+        new: dict[Handle, list[Event]] = {}
+        for event in fanotify.read(self._group):
+            if event.mask & fanotify.Q_OVERFLOW:
+                for file in self._files.values():
+                    file.open.clear()  # nothing is put down to anybody whose end may have been lost
+            elif event.handle is not None and event.pid > 0 and event.pid != os.getpid():
+                file = self._file(event.handle)
+                if event.mask & fanotify.OPEN and event.pid not in file.open:
+                    self._opened(file, event.pid)
+                    if event.pid in file.open:
+                        new.setdefault(event.handle, []).append(event)
+                if event.mask & fanotify.CLOSE_WRITE:
+                    self._closed(file, event.pid)
+        self._turns.read_after()
+        for handle, events in new.items():
+            self._unmerge(self._file(handle), events)
+
+    def _unmerge(self, file: _File, events: Sequence[Event]) -> None:
+        """Find out what the events of processes do not tell that have opened a file since the last read."""
+        place = events[0].place
+        ended = {one.pid: self._names.get(one.pid, "") for one in events if one.mask & fanotify.CLOSE_WRITE}
+        if place is None or not ended or any(one.place != place for one in events):
+            return
+        if 0 < self._turns.count(place) < len(ended):
+            file.blend = _listed(ended)
+        elif self._turns.has_just_ended(place):
+            for event in events:
+                if event.pid in file.open:  # it was open before the end
+                    file.open[event.pid] |= ended
+
+    def _file(self, handle: Handle) -> _File:
+        file = self._files.pop(handle, None)
+        if file is None:
+            file = _File()
+            if len(self._files) >= _FILES_MAX:
+                del self._files[next(iter(self._files))]
+        self._files[handle] = file
+        return file
+
+    def _opened(self, file: _File, pid: int) -> None:
+        if pid in file.open or (name := _name(pid)) is None:
+            return
+        if len(file.open) >= _OPEN_MAX:
+            del file.open[next(iter(file.open))]
+        file.open[pid] = {}
+        self._names[pid] = name
+
+    def _closed(self, file: _File, pid: int) -> None:
+        """A process has closed the file after writing."""
+        seen = pid in file.open
+        if not seen:
+            if not file.open or _name(pid) is None:
+                return
+            pid = next(iter(file.open))  # a child of the one that has opened it
+        beside = file.open.pop(pid)
+        name = self._names.get(pid, "")
+        for others in file.open.values():
+            others[pid] = name
+        if beside:
+            file.blend = _listed(beside | {pid: name})
+        elif seen:
+            file.blend = ""
+        self._forget_names()
+
+    def _forget_names(self) -> None:
+        if len(self._names) > _FILES_MAX:
+            open_ = {pid for file in self._files.values() for pid in file.open}
+            self._names = {pid: name for pid, name in self._names.items() if pid in open_}
+
+    def _load(self) -> dict[Handle, tuple[int, str]]:
+        try:
+            with open(self._path, encoding="utf-8") as file:
+                rows = json.load(file)
+            return {(int(kind), bytes.fromhex(name)): (int(when), str(who)) for kind, name, when, who in rows}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError) as error:
+            journal.log.warning(
+                f"which files two programs wrote to at once is not known any more: {problem(error)}"
+            )
+            return {}
+
+    def _note(self, handle: Handle, what: tuple[int, str] | None) -> None:
+        """Record a blend, or that there is none. Only what listens writes. Hold the lock."""
+        if self._group is None or self._recorded.get(handle) == what:
+            return
+        self._recorded.pop(handle, None)
+        if what is not None:
+            self._recorded[handle] = what
+            if len(self._recorded) > _RECORDED_MAX:
+                del self._recorded[next(iter(self._recorded))]
+        rows = [(kind, name.hex(), when, who) for (kind, name), (when, who) in self._recorded.items()]
+        temporary = f"{self._path}.new"
+        try:
+            with open(os.open(temporary, _NEW, 0o600), "w", encoding="utf-8") as file:
+                json.dump(rows, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(temporary, self._path)
+            durable.fsync(self._directory)
+        except OSError as error:
+            text = "which files two programs wrote to at once is known until the watcher ends"
+            journal.log.warning(f"{text}: {problem(error)}")
+
+
+def _listed(writers: Mapping[int, str]) -> str:
+    return ", ".join(f"{shown(name) or 'pid'} {pid}" for pid, name in writers.items())
+
+
+def _handle(fd: int) -> Handle | None:
+    try:
+        return fanotify.name_to_handle_at(fd)
+    except OSError:
+        return None
+
+
+def _name(pid: int) -> str | None:
+    """What a process is called, "" if it is gone; None for a thread of the kernel, which writes for somebody else."""
+    try:
+        process = psutil.Process(pid)
+        return None if pid == _KTHREADD or process.ppid() == _KTHREADD else process.name()
+    except psutil.Error:
+        return ""
+
+
+def _others(until: float) -> Iterator[int]:
+    """The PIDs of other processes, the youngest first, until that time."""
+    for pid in reversed(psutil.pids()):
+        if time.monotonic() > until:
+            return
+        if pid != os.getpid():
+            yield pid
+
+
+def _is_writing(pid: int, name: str, found: os.stat_result) -> bool:
+    """Whether a process has a file open for writing.
+
+    Not by `psutil.Process.open_files()`: it asks for each file of the process, and one may be on a file system that
+    does not answer. To read a link asks for nothing.
+
+    Args:
+        name: how its path ends; the rest of that is another one in other mount namespaces.
+    """
+    try:
+        for number in os.listdir(f"/proc/{pid}/fd"):
+            if not os.readlink(f"/proc/{pid}/fd/{number}").endswith(name):
+                continue
+            with open(f"/proc/{pid}/fdinfo/{number}", encoding="ascii", errors="replace") as file:
+                flags = next(int(line.split()[1], 8) for line in file if line.startswith("flags:"))
+            if not flags & (os.O_WRONLY | os.O_RDWR):
+                continue
+            if os.path.samestat(os.stat(f"/proc/{pid}/fd/{number}"), found):
+                return True
+    except (OSError, ValueError, StopIteration):
+        pass  # it has just ended, or closed it
+    return False
+
+
+def _introduced(pid: int) -> str:
+    """A process in words, "" if it is gone."""
+    try:
+        process = psutil.Process(pid)
+        name, uid = process.name(), process.uids().effective
+    except psutil.Error:
+        return ""
+    try:
+        user = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        user = str(uid)
+    return f"{shown(name)} (pid {pid}, user {shown(user)})"
