@@ -21,6 +21,7 @@ from watcher.control.peers import Readers
 from watcher.control.server import serve
 from watcher.images.admission import Admission
 from watcher.images.complete import Complete
+from watcher.images.renewal import renew_slots
 from watcher.images.scrub import Scrub
 from watcher.images.store import Store
 from watcher.images.upgrade import upgrade
@@ -103,6 +104,7 @@ def _tools(settings: Settings) -> Iterator[Tools]:
                 functools.partial(ledger.history, limit=_HISTORY_READ),
             )
         )
+        renew_slots(store)
         manager: Manager
         run_aside: RunAside = run_as_child
         if on_systemd(settings):

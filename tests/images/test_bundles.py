@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Images with what lies beside them: read as systemd does, copied as one content, and a slot has links to all of it.
 
-Of images/bundles.py, images/sidecars.py and images/originals.py.
+Of images/bundles.py, images/sidecars.py, images/originals.py and images/renewal.py.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from watcher.images.formats.image import Image
 from watcher.images.formats.probe import probe
 from watcher.images.image_check import examine
 from watcher.images.made_for import host
+from watcher.images.renewal import renew_slots
 from watcher.images.store import Store
 from watcher.images.stored import stored
 from watcher.images.verification import Proofs
@@ -248,6 +249,34 @@ class TestTheSlot:
             new = Layer("web.raw", "web", "1.4", plain.digest, Kind.IMAGE, "")
             store.accept("web.service", Stack((new,)), ())
         assert sorted(os.listdir(slots)) == [".state.json", "web.raw"]
+
+    @pytest.mark.parametrize("there", [True, False])
+    @pytest.mark.parametrize("how", ["accepted again", "at the daemon's start"])
+    def test_with_another_kernel_it_is_made_anew(
+        self, store: Store, raw: Path, tmp_path: Path, there: bool, how: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The device mapper has gone, and each start would fail (226); or has come, and systemd is to verify."""
+        monkeypatch.setattr(
+            device_mapper, "CONTROL", str(tmp_path) if not there else str(tmp_path / "missing")
+        )
+        with store.using():
+            layer = Layer("web.raw", "web", "1.4", copy_of(store, raw).digest, Kind.IMAGE, str(raw))
+            store.accept("web.service", Stack((layer,)), ())
+            before = store.state("web.service")
+            assert renew_slots(store) == (), "they are as they have to be"
+            monkeypatch.setattr(
+                device_mapper, "CONTROL", str(tmp_path) if there else str(tmp_path / "missing")
+            )
+            if how == "accepted again":
+                store.accept("web.service", Stack((layer,)), ())
+            else:
+                assert renew_slots(store) == ("web.service",)
+        slots = tmp_path / "state/units/web.service"
+        beside = [f"web{one}" for one in PARTS] if there else []
+        assert sorted(os.listdir(slots)) == [".state.json", *sorted(["web.raw", *beside])]
+        assert all((slots / name).is_file() for name in os.listdir(slots))
+        assert store.state("web.service").accepted.stack == before.accepted.stack
+        assert renew_slots(store) == ()
 
     def test_a_record_is_made_anew_of_it(self, store: Store, raw: Path, tmp_path: Path) -> None:
         with store.using():

@@ -144,6 +144,14 @@ def links(store: str, layer: Layer) -> Iterator[tuple[str, str]]:
             yield sidecars.stem(layer.slot) + name.removeprefix(STEM), f"{_STORE}/{layer.digest}/{name}"
 
 
+def fits(stack: str) -> bool:
+    """Whether the links of a stack at that path are those of `links()`: a device mapper may have come or gone."""
+    there = {os.path.basename(os.readlink(one.path)) for one in os.scandir(stack) if one.is_symlink()}
+    if device_mapper.is_there():
+        return IMAGE not in there
+    return not any(name.startswith(STEM) for name in there)
+
+
 def slots(stack: str) -> dict[str, str]:
     """Digest by slot, as the links of a stack at that path have it: a start goes by these, not by the record."""
     names = (name for name in os.listdir(stack) if not name.startswith("."))

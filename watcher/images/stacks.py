@@ -141,7 +141,7 @@ class Stacks:
     ) -> Gathering[State]:
         """Make `stack` the accepted one, and with it what `change` makes of the record; the new record.
 
-        What is accepted already, with the same names, entries and places, keeps its slots and its `when`.
+        What is accepted already, with the same names, entries and places, keeps its `when`, and its slots if they fit.
 
         Raises:
             ValueError: two layers share a slot, or the name of a unit or slot cannot be a file name.
@@ -155,7 +155,7 @@ class Stacks:
             accepted = Accepted(stack, tuple(entries), time.time_ns() // 1000, mounted or {})
             same = bool(old.accepted.when) and replace(accepted, when=old.accepted.when) == old.accepted
             new = change(old if same else replace(old, accepted=accepted))
-            if not same:
+            if not same or not bundles.fits(f"{self._path}/units/{unit}"):
                 yield from self._place(unit, directory, new)
             elif new != old:
                 yield from self._write(unit, directory, new)
