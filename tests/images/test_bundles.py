@@ -22,6 +22,7 @@ from support.signed import Key, assembled, make_key, make_tree, padded, sign
 from watcher.images import bundles, originals, sidecars
 from watcher.images.admission import Admission, copied
 from watcher.images.certificates import Keys
+from watcher.images.errors import StoreFull
 from watcher.images.formats.image import Image
 from watcher.images.formats.probe import probe
 from watcher.images.image_check import examine
@@ -219,6 +220,26 @@ def test_names_that_no_look_finds_are_not_waited_for(store: Store, squashfs: byt
     declared = sources.declare([(f"{directory}/web___.img", "", False)], [])
     ((found,),) = (picks.candidates for picks in scan.look(declared).picks)
     copied(store, found)
+
+
+def test_a_full_store_needs_no_room_for_what_it_has(store: Store, raw: Path, tmp_path: Path) -> None:
+    """A daemon that starts looks at what it copied before: it is not to say that the store is full."""
+    with store.using():
+        copy = copy_of(store, raw)
+    with Store(str(tmp_path / "state"), store.usage() + (1 << 16), 32 * MIB, 2) as full, full.using():
+        again = copy_of(full, raw)
+        assert again == copy
+        assert [name for name in os.listdir(full.copies) if not name.startswith(".")] == [copy.digest]
+        for part, content in (
+            (".roothash.p7s", b"0\x01\x00"),
+            (".verity", raw.with_suffix(".verity").read_bytes()[:-1] + b"x"),
+            (".raw", raw.read_bytes()[:-1] + b"x"),
+        ):
+            before = raw.with_suffix(part).read_bytes()
+            raw.with_suffix(part).write_bytes(content)
+            with pytest.raises(StoreFull):
+                copy_of(full, raw)
+            raw.with_suffix(part).write_bytes(before)
 
 
 class TestTheSlot:

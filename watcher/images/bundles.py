@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 from watcher.images import sidecars as beside_image
 from watcher.images import tree
-from watcher.images.files import copy_file
+from watcher.images.files import copy_file, digest_of
 from watcher.images.formats.image import Image
 from watcher.images.formats.probe import probe
 from watcher.images.sidecars import Beside, Parts
@@ -70,6 +70,51 @@ def write(target: int, image: int, image_lease: Lease, parts: Parts) -> tuple[st
             _write(target, STEM + suffix, content)
             files += 1
     return tree.digest(target, whole=True), files
+
+
+def find(store: int, image: int, image_lease: Lease, parts: Parts) -> str:
+    """The digest of the bundle in a store that `write()` would make, "" if it is not there. Takes no room.
+
+    Raises: as `write()`.
+    """
+    contents = {
+        sidecars.ROOT_HASH: _line(parts.root_hash),
+        sidecars.SIGNATURE: parts.signature,
+        sidecars.VERITY: parts.tree and _content(parts.tree.fd, parts.tree.size),
+        ".raw": _content(image, os.fstat(image).st_size),
+    }
+    image_lease.check()
+    wanted = {suffix: content for suffix, content in contents.items() if content is not None}
+    for name in os.listdir(store):
+        with suppress(NotADirectoryError, FileNotFoundError):  # a plain image, or it has just been collected
+            directory = os.open(name, _READ | os.O_DIRECTORY, dir_fd=store)
+            try:
+                if not name.startswith(".") and is_bundle(directory) and _has(directory, wanted):
+                    return name
+            finally:
+                os.close(directory)
+    return ""
+
+
+def _content(fd: int, size: int) -> tuple[int, str]:
+    """What tells a large file from others."""
+    return size, digest_of(fd, size)
+
+
+def _has(directory: int, wanted: Mapping[str, object]) -> bool:
+    with _opened(directory) as fds:
+        if fds.keys() != wanted.keys():
+            return False
+        for suffix, content in wanted.items():
+            size = os.fstat(fds[suffix]).st_size
+            if isinstance(content, bytes):
+                if os.pread(fds[suffix], len(content) + 1, 0) != content:
+                    return False
+            elif isinstance(content, tuple) and (
+                size != content[0] or _content(fds[suffix], size) != content
+            ):
+                return False
+    return True
 
 
 def size_of(directory: int) -> int:

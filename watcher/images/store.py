@@ -132,10 +132,13 @@ class Store:
     def _add_bundle(self, fd: int, size: int, lease: Lease, parts: Parts) -> Copy:
         self._require_size(size)
         with translated("cannot be copied into the store"):
-            with self._set_aside(size, Kind.DIRECTORY) as (name, made):
-                digest, files = bundles.write(made, fd, lease, parts)
-                durable.fsync_tree(made, files)
-                self._whole.place(name, digest)
+            try:
+                with self._set_aside(size, Kind.DIRECTORY) as (name, made):
+                    digest, files = bundles.write(made, fd, lease, parts)
+                    durable.fsync_tree(made, files)
+                    self._whole.place(name, digest)
+            except (StoreFull, OSError) as error:
+                digest = self._found_instead(error, lambda: bundles.find(self._directory, fd, lease, parts))
             return self._copy(digest)
 
     def add_tree(self, root: int, signature: tree.Signature) -> Copy:
@@ -391,6 +394,6 @@ class Store:
         if isinstance(error, OSError) and error.errno not in NO_SPACE:
             raise error
         found = digest()
-        if not self._whole.verify(found):
+        if not found or not self._whole.verify(found):
             raise error
         return found
