@@ -192,17 +192,28 @@ def test_without_openssl_it_has_to_wait(
         judged(made, known)
 
 
-def test_an_openssl_that_hangs_is_not_waited_for(
+def test_an_openssl_that_hangs_is_waited_for_once(
     known: Known, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """A look may have many images with signatures to read, and each service has a look of its own."""
     made = sign(ROOT_HASH, known.key)
-    program = tmp_path / "openssl"
-    program.write_text("#!/bin/sh\nexec /bin/sleep 1000\n")
+    program, called = tmp_path / "openssl", tmp_path / "called"
+    program.write_text(f"#!/bin/sh\necho >>{called}\nexec /bin/sleep 1000\n")
     program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(openssl_module, "_TIMEOUT_SEC", 0.2)
-    with pytest.raises(Later, match="openssl has not read its signature in"):
-        judged(made, known)
+    monkeypatch.setattr(openssl_module, "_silence", [])
+    monkeypatch.setattr(openssl_module, "_TIMEOUT_SEC", 0.5)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path))
+        for said in ("is something wrong with this machine", "it is tried again in a minute", "in a minute"):
+            with pytest.raises(
+                Later, match=f"^openssl, which verifies signatures, has given no answer.*{said}"
+            ):
+                judged(made, known)
+        assert called.read_text() == "\n"
+    monkeypatch.setattr(openssl_module, "_PAUSE_SEC", 0)
+    assert judged(made, known).certificate is not None
+    monkeypatch.setattr(openssl_module, "_PAUSE_SEC", 60)
+    assert judged(made, known).certificate is not None, "it has answered since"
 
 
 @pytest.mark.parametrize(

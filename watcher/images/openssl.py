@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import time
 from typing import NamedTuple
 
 from watcher.model import Later
@@ -18,9 +19,17 @@ from watcher.settings.signals import reason_of
 
 _TIMEOUT_SEC = 20
 """It takes 5 ms. What it reads is small, so only a machine that stands still needs longer."""
+_PAUSE_SEC = 60
+"""So long after such a silence nobody else waits for it: a look at many images would take hours."""
 _PACKAGE = "openssl"
 _NOT_RUN = (126, 127)
 """Exit statuses of a program that the system cannot run, as where one of its libraries is just being replaced."""
+
+
+_SILENT = f"openssl, which verifies signatures, has given no answer in {_TIMEOUT_SEC} s"
+
+_silence: list[float] = []
+"""When it gave no answer last, `time.monotonic()`; nothing if it did since."""
 
 
 class Done(NamedTuple):
@@ -42,6 +51,8 @@ def run(*words: str, **contents: bytes) -> Done:
         Later: it is not installed, gave no answer in time, was killed, or cannot be run. That says nothing of what it
             was to read, and is not to be remembered.
     """
+    if _silence and time.monotonic() < _silence[0] + _PAUSE_SEC:
+        raise Later(f"{_SILENT} a moment ago: it is tried again in a minute")
     files: dict[str, int] = {}
     try:
         with contextlib.ExitStack() as stack:
@@ -64,9 +75,11 @@ def run(*words: str, **contents: bytes) -> Done:
             f"signed, and the program openssl is not installed (package {_PACKAGE}): its signature cannot be verified"
         ) from None
     except subprocess.TimeoutExpired:
-        raise Later(f"openssl has not read its signature in {_TIMEOUT_SEC} s") from None
+        _silence[:] = [time.monotonic()]
+        raise Later(f"{_SILENT}: is something wrong with this machine?") from None
     except (OSError, MemoryError) as error:
         raise Later(f"openssl cannot be run to verify its signature: {error}") from error
+    _silence.clear()
     if done.returncode < 0 or done.returncode in _NOT_RUN:
         raise Later(f"openssl {reason_of(done.returncode)}: its signature cannot be verified")
     return Done(done.returncode, done.stdout, done.stderr.decode(errors="replace"))
