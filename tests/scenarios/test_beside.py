@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from scenarios.place import Place, Service, image, until
-from scenarios.test_wait import in_progress
+from scenarios.test_wait import asked, in_progress
 from support.needs import tool
 from support.signed import Key, make_key, make_tree, padded, sign
 
@@ -104,6 +104,36 @@ def test_a_version_after_one_with_a_hash_tree_waits_for_its_own_whatever_the_pol
     (service.versions / "web_2.raw").unlink()
     service.reloaded("1")
     assert service.heard == ["nothing", "1", "2", "1"]
+
+
+def test_the_first_one_that_is_let_in_alone_becomes_what_lies_beside_it(place: Place, key: Key) -> None:
+    """Nothing tells of it that more is to come: no policy asks for it, and there is no version before it."""
+    place.start_daemon()
+    service = place.start(name="web.service")
+    made = drop(service, "1", key)
+    put(service, "1", made, ".raw")
+    service.reloaded("1")
+    assert trust(service) == "unprotected"
+    put(service, "1", made, VERITY)
+    service.logged(r"web_1\.raw incomplete: web_1\.roothash beside it is awaited; it keeps web 1")
+    assert trust(service) == "unprotected"
+    put(service, "1", made, ROOT_HASH)
+    service.logged(r"web 1 with new content, applied")
+    until(lambda: trust(service) == "verity")
+    put(service, "1", made, SIGNATURE)
+    service.logged(r"web_1\.raw: signed by an unknown key .*; let in, since no policy asks for more")
+    until(lambda: service.heard == ["nothing", "1", "1", "1"])
+    assert service.status()["quarantined"] == []
+    assert asked(service, "web_1.raw", 30).answer["status"] == 0
+    # From now on nothing of it gets in without.
+    put(service, "2", drop(service, "2"), ".raw")
+    service.logged(r"web_2\.raw incomplete: .* beside it awaited, since web_1\.raw before it has such files")
+
+
+def trust(service: Service) -> str:
+    (layer,) = service.status()["layers"]
+    found: str = layer["trust"]["protection"]
+    return found
 
 
 def test_that_of_another_image_is_refused_and_the_right_one_mends_it(place: Place) -> None:
