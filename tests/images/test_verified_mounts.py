@@ -7,7 +7,9 @@ The programs are scripts here: the device that `veritysetup open` makes is the l
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from support.signed import Key, make_key, make_tree, padded, sign
 from watcher.images import sidecars
 from watcher.images.admission import Admission, copied
 from watcher.images.certificates import Keys
+from watcher.images.made_for import host
 from watcher.images.store import Store
 from watcher.images.verification import Proofs
 from watcher.images.verified_mounts import VerifiedMounts
@@ -144,7 +147,34 @@ def test_without_the_key_the_kernel_verifies_all_the_same(
     assert after.how.endswith("; dm-verity verifies what is read of it")
 
 
-@pytest.mark.parametrize("fails", ["exit 1", NO_KEY, "echo 'Kernel does not support dm-verity' >&2; exit 1"])
+def test_no_worker_waits_for_the_device(
+    bench: Bench, veritysetup: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Admission has it set up: swaps of other services go on meanwhile."""
+    os.mkfifo(tmp_path / "go")
+    called = veritysetup(f"read go <{tmp_path}/go; {WORKS}")
+    candidate = Candidate(str(tmp_path / "web_1.4.raw"), "web_1.4.raw", "web", "1.4", Kind.IMAGE)
+    candidate = replace(candidate, sidecars=sidecars.found(candidate.path))
+    with ThreadPoolExecutor() as threads, bench.store.using():
+        admitted = threads.submit(bench.admission().admit, candidate, host(), set(), None)
+        deadline = time.monotonic() + 20
+        while not called.read_text() and time.monotonic() < deadline:
+            time.sleep(0.01)  # nothing announces it
+        assert bench.workers.submit(lambda: "a swap").result(5) == "a swap"
+        (tmp_path / "go").write_text("go\n")
+        assert admitted.result(20).digest == bench.copy.digest
+    assert [line.split()[0] for line in called.read_text().splitlines()] == ["veritysetup", "dmsetup"]
+
+
+@pytest.mark.parametrize(
+    "fails",
+    [
+        "exit 1",
+        NO_KEY,
+        "echo 'Kernel does not support dm-verity' >&2; exit 1",
+        'echo "device-mapper: reload ioctl on $3 (253:$$) failed: Invalid argument" >&2; exit 1',
+    ],
+)
 def test_where_the_kernel_refuses_it_is_mounted_without(
     bench: Bench, veritysetup: Callable[[str], Path], key: Key, fails: str
 ) -> None:

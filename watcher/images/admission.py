@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Collection, Hashable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from watcher.images import bundles, originals
@@ -199,16 +200,23 @@ class Admission:
                         self._effects[copy.digest] = effects(root, host_root)
                         self._were_read.add(copy.digest)
 
-            found = self._releases[copy.digest] = release_of(copy, self._workers, read)
+            found = release_of(copy, self._workers, read, self._mounts.ready)
+            self._releases[copy.digest] = found
             self._effects[copy.digest] = (*self.effects(copy.digest), *passed_over(found))
         return found
 
 
-def release_of(copy: Copy, workers: MountWorkers, read: Callable[[int], object]) -> Release:
+def release_of(
+    copy: Copy,
+    workers: MountWorkers,
+    read: Callable[[int], object],
+    ready: Callable[[Copy], AbstractContextManager[None]] = lambda copy: nullcontext(),
+) -> Release:
     """The release files of a copy. An image is mounted for that; blocks, must not run on a mount worker.
 
     Args:
         read: gets a descriptor of the root: see `require_readable()`.
+        ready: what a copy needs to be mounted, see `VerifiedMounts`.
 
     Raises:
         Refused: not a confext; broken; or with attributes that mean something to overlayfs.
@@ -217,7 +225,8 @@ def release_of(copy: Copy, workers: MountWorkers, read: Callable[[int], object])
     """
     try:
         if copy.kind is Kind.IMAGE:
-            found, root = workers.call(_read_mounted, workers, copy)
+            with nullcontext() if workers.images.has(copy) else ready(copy):
+                found, root = workers.call(_read_mounted, workers, copy)
             try:
                 read(root)
             finally:

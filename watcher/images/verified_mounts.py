@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import os
 import threading
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -48,19 +49,40 @@ class VerifiedMounts:
         self._devices = Devices()
         self._lock = threading.Lock()
         self._how: dict[str, _How] = {}
+        # Path of a device, "" where none can be had, and how; by digest. For the worker that is to mount it.
+        self._ready: dict[str, tuple[str, _How]] = {}
         # Fingerprints of certificates whose keys the kernel does not have. It gets new ones at boot, as a rule.
         self._unknown: set[str] = set()
         self._said: set[str] = set()
 
+    @contextmanager
+    def ready(self, copy: Copy) -> Iterator[None]:
+        """Have the device of a copy while the block runs, in which a worker mounts it.
+
+        It takes longer than anything else that a worker does, and swaps of other services would wait for it.
+        """
+        if not _is_for(copy):
+            yield
+            return
+        with ExitStack() as stack:
+            backing = os.open(copy.path, _READ)
+            stack.callback(os.close, backing)
+            mine = self._ready[copy.digest] = self._opened(copy, backing, stack)
+            try:
+                yield
+            finally:
+                with self._lock:
+                    if self._ready.get(copy.digest) is mine:
+                        del self._ready[copy.digest]
+
     def fsmount(self, copy: Copy, backing: int) -> int:
         """A detached mount of a copy, whose file is open. Raises as `Format.fsmount()`."""
-        if not isinstance(copy.format, Image) or copy.format.brought is None or not device_mapper.is_there():
+        if not _is_for(copy):
             return image_mounts.plain(copy, backing)
-        try:
-            mounted, how = self._by_dm_verity(copy, copy.format, backing)
-        except Unavailable as why:
-            self._say(str(why))
-            mounted, how = image_mounts.plain(copy, backing), _How(str(why))
+        assert isinstance(copy.format, Image)
+        with ExitStack() as stack:
+            path, how = self._ready.get(copy.digest) or self._opened(copy, backing, stack)
+            mounted = copy.format.fsmount_device(path) if path else image_mounts.plain(copy, backing)
         with self._lock:
             self._how[copy.digest] = how
         return mounted
@@ -82,42 +104,48 @@ class VerifiedMounts:
         with self._lock:
             self._how.pop(digest, None)
 
-    def _by_dm_verity(self, copy: Copy, image: Image, backing: int) -> tuple[int, _How]:
+    def _opened(self, copy: Copy, backing: int, stack: ExitStack) -> tuple[str, _How]:
+        """The path of a device, which is there until the end of `stack`; "" where none can be had."""
+        assert isinstance(copy.format, Image) and copy.format.brought is not None
+        signature = copy.format.brought.signature
+        try:
+            if signature is not None and copy.trust.fingerprint not in self._unknown:
+                try:
+                    return self._device(copy, copy.format, backing, signature, stack), _How(signed=True)
+                except Unavailable as why:
+                    if not why.refused:
+                        raise
+                    if copy.trust.fingerprint:
+                        self._unknown.add(copy.trust.fingerprint)
+            return self._device(copy, copy.format, backing, None, stack), _How()
+        except Unavailable as why:
+            self._say(str(why))
+            return "", _How(str(why))
+
+    def _device(
+        self, copy: Copy, image: Image, backing: int, signature: bytes | None, stack: ExitStack
+    ) -> str:
         brought = image.brought
         assert brought is not None
-        if brought.signature is not None and copy.trust.fingerprint not in self._unknown:
-            try:
-                return self._mounted(copy, image, backing, brought.signature), _How(signed=True)
-            except Unavailable as why:
-                if not why.refused:
-                    raise
-                if copy.trust.fingerprint:
-                    self._unknown.add(copy.trust.fingerprint)
-        return self._mounted(copy, image, backing, None), _How()
 
-    def _mounted(self, copy: Copy, image: Image, backing: int, signature: bytes | None) -> int:
-        brought = image.brought
-        assert brought is not None
-        with ExitStack() as stack:
+        def loop(fd: int, offset: int, size: int) -> str:
+            opened, path = loop_device(fd, copy.digest, offset, size)
+            stack.callback(os.close, opened)
+            return path
 
-            def device(fd: int, offset: int, size: int) -> str:
-                opened, path = loop_device(fd, copy.digest, offset, size)
-                stack.callback(os.close, opened)
-                return path
-
-            tree = backing
-            if brought.beside:
-                tree = os.open(f"{sidecars.stem(copy.protected)}{sidecars.VERITY}", _READ)
-                stack.callback(os.close, tree)
-            verified = Verified(
-                device(backing, image.offset, image.size),
-                device(tree, brought.offset, brought.size),
-                brought.root_hash,
-                signature,
-                copy.digest,
-            )
-            # The loop devices are the mapped device's from then on, and are freed with it.
-            return image.fsmount_device(stack.enter_context(self._devices.opened(verified)))
+        tree = backing
+        if brought.beside:
+            tree = os.open(f"{sidecars.stem(copy.protected)}{sidecars.VERITY}", _READ)
+            stack.callback(os.close, tree)
+        verified = Verified(
+            loop(backing, image.offset, image.size),
+            loop(tree, brought.offset, brought.size),
+            brought.root_hash,
+            signature,
+            copy.digest,
+        )
+        # The loop devices are the mapped device's, too, and are freed with it.
+        return stack.enter_context(self._devices.opened(verified))
 
     def _say(self, why: str) -> None:
         with self._lock:
@@ -127,3 +155,7 @@ class VerifiedMounts:
             journal.log.warning(
                 f"images with verity data are mounted without dm-verity: {why}; their hash trees were verified"
             )
+
+
+def _is_for(copy: Copy) -> bool:
+    return isinstance(copy.format, Image) and copy.format.brought is not None and device_mapper.is_there()

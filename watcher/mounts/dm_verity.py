@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -31,6 +32,8 @@ BLOCK = "/sys/class/block"
 _DIGITS = 16
 _TIMEOUT_SEC = 10
 """It takes 30 ms, most of it udev's. A worker that waits longer counts as hanging (workers.py)."""
+# "device-mapper: reload ioctl on NAME (253:3) failed: ...": what is the same for all is said once.
+_WHICH = re.compile(r"ioctl on \S+ \([0-9:]+\)")
 _PACKAGE = "cryptsetup-bin"
 
 
@@ -105,7 +108,7 @@ class Devices:
                 raise
         if done.returncode:
             said = done.stderr.strip().splitlines() or [reason_of(done.returncode)]
-            raise Unavailable(f"veritysetup: {shown(said[0])}", refused=True)
+            raise Unavailable(f"veritysetup: {shown(_WHICH.sub('ioctl', said[0]))}", refused=True)
 
     def _remove(self, name: str) -> None:
         """Also of what could not be opened: it may be there in part, where veritysetup was killed."""

@@ -76,6 +76,12 @@ class Images:
                 for image in held:
                     image.users -= 1
 
+    def has(self, copy: Copy) -> bool:
+        """Whether a copy is mounted, and so to have it costs nothing. Raises OSError: it is gone."""
+        with self._lock:
+            image = self._images.get(copy.digest)
+        return image is not None and image.inode == os.stat(copy.path, follow_symlinks=False).st_ino
+
     def retain(self, digests: Iterable[str]) -> None:
         """Unmount every image that is not in use, and neither among these nor of a copy that is replaced."""
         kept = set(digests)
