@@ -16,8 +16,8 @@ from typing import NamedTuple
 import pytest
 
 from support import needs
-from support.images import confext, noise
-from support.signed import Key, make_key
+from support.images import confext, image, noise
+from support.signed import Key, make_key, make_tree, padded
 from vm import native
 from vm.machine import Machine
 from vm.web import DROPS, WEB, Web, web
@@ -175,6 +175,58 @@ def test_what_a_running_service_reads_is_verified(site: Web, machine: Machine, t
     """
     assert "Input/output error" in machine.run(["sh", "-c", flip], check=False).stdout
     machine.run(["systemctl", "stop", WEB, "confext-watcher"])
+    assert left_behind(machine) == "No devices found\n"
+
+
+# Sets up devices for an image, and is killed while it does.
+KILLED = """
+import os, signal, sys, time
+sys.path.insert(0, "/usr/lib/confext-watcher")
+from watcher.mounts import syscalls
+from watcher.mounts.dm_verity import Devices, Verified, remove_leftovers
+def set_up():
+    one, two = (syscalls.loop_attach(os.open(f"/root/drop/{name}", os.O_RDONLY), "killed") for name in ("data", "tree"))
+    with Devices().opened(Verified(one[1], two[1], bytes.fromhex(sys.argv[1]), None, "a" * 64)) as path:
+        syscalls.mount(path, "/mnt", "squashfs", 1)
+    time.sleep(60)
+syscalls.unshare(syscalls.CLONE_NEWNS)
+syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
+for tenths in range(1, 40, 2):
+    pid = os.fork()
+    if not pid:
+        try:
+            set_up()
+        finally:
+            os._exit(1)
+    time.sleep(tenths / 100)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    time.sleep(0.3)  # what it has started ends
+    with open("/proc/self/mounts") as mounts:
+        mounted = "/mnt squashfs" in mounts.read()
+    remove_leftovers()
+    print(tenths, "mounted" if mounted else "")
+    if mounted:
+        assert open("/mnt/etc/web.conf").read() == "x"
+        syscalls.umount2("/mnt", 0)
+"""
+
+
+def test_killed_at_any_moment_it_leaves_nothing(machine: Machine, tmp_path: Path) -> None:
+    """What is mounted stays so until its last user goes; what is not, the next start removes."""
+    content = padded(
+        image(confext(tmp_path / "site", "web", {"etc/web.conf": b"x"}), tmp_path / "raw").read_bytes()
+    )
+    tree = make_tree(content)
+    drop = tmp_path / "send/root/drop"
+    drop.mkdir(parents=True)
+    for name, written in (("data", content), ("tree", tree.content), ("killed.py", KILLED.encode())):
+        (drop / name).write_bytes(written)
+    machine.send(tmp_path / "send")
+    machine.run(["sh", "-c", "modprobe loop; modprobe dm_verity"])
+    said = machine.run(["python3", "/root/drop/killed.py", tree.root_hash.hex()]).stdout
+    assert "which a killed watcher has left, is removed" in said
+    assert "mounted" in said
     assert left_behind(machine) == "No devices found\n"
 
 
