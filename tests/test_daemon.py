@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The daemon itself: when it is ready, which units it sees to, that it is alone (records/alone.py), what does not end it."""
+"""The daemon itself: when it is ready, which units it sees to, what does not end it (and records/alone.py)."""
 
 from __future__ import annotations
 
