@@ -49,7 +49,7 @@ PRIVATE = {
     ServiceStatus: {"settings", "not_allowed", "newer", "entries", "remarks"},
     EntryStatus: {field.name for field in dataclasses.fields(EntryStatus)},
     CandidateStatus: {field.name for field in dataclasses.fields(CandidateStatus)},
-    PlannedChange: {"remarks", "report"},
+    PlannedChange: {"remarks", "report", "check"},
     Answer: {"kind", "text", "command"},
 }
 

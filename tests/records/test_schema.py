@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The interface, the data classes and the errors (records/errors.py) agree, and survive JSON (records/codec.py)."""
+"""The interface (records/interface.py), the data classes and the errors (records/errors.py) agree, and survive JSON
+(records/codec.py)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`plan --check` and `plan --stat` of real services (cli/plan.py)."""
+"""`plan --check` and `plan --stat` of real services (cli/plan.py, control/plan.py)."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 import trio
 
 from watcher.control import status
-from watcher.control.report import report
+from watcher.control.plan import plan, remarks_of
 from watcher.control.server import Tell, TellWaited
 from watcher.control.traces import Asked, Traces
 from watcher.control.waits import Answers, Waits
@@ -35,8 +35,6 @@ from watcher.records.schema import (
 from watcher.records.state import Quarantine, State
 from watcher.rounds import candidates, dropped, messages
 from watcher.rounds.answer import Answer, Kind, answer
-from watcher.rounds.decide import decide
-from watcher.rounds.desired import Desired
 from watcher.rounds.image_policies import demands_of
 from watcher.rounds.rollout import rolling
 from watcher.rounds.round import Rounds
@@ -110,7 +108,7 @@ class Commands:
         facts = replace(facts, shown=found.stack if found.state == "running" else None)
         history = await _in_thread(self._tools.ledger.history, service.name, _LOOKED_BACK)
         entries = candidates.entries(service, facts, desired, history)
-        return replace(found, entries=entries, remarks=tuple(_remarks(desired)))
+        return replace(found, entries=entries, remarks=tuple(remarks_of(desired)))
 
     async def _without_gone(self, found: ServiceStatus) -> ServiceStatus:
         if not status.about(found):
@@ -134,7 +132,10 @@ class Commands:
         return events
 
     async def plan(self, service: str | None, *, debug: bool, check: bool) -> Sequence[PlannedChange]:
-        return [await self._plan(one, debug=debug, check=check) for one in self._services(service)]
+        return [
+            await plan(self.rounds, one, await _in_thread(self._status, one, {}), debug=debug, check=check)
+            for one in self._services(service)
+        ]
 
     async def wait(self, service: str, image: str, tell: TellWaited, waits: Callable[[], None]) -> Waited:
         name = self._service(service).name
@@ -293,38 +294,6 @@ class Commands:
         newer = candidates.newer(service, state, memory.passed)
         return replace(found, newer=newer, step=memory.step, step_since=since)
 
-    async def _plan(self, service: Service, *, debug: bool, check: bool) -> PlannedChange:
-        now = await _in_thread(self._status, service, {})
-        before = Stack(now.layers)
-        try:
-            facts, desired = await self.rounds.glance(service)
-        except Unanswered as error:  # it stays on what it has
-            return _planned(service, before, before, [Remark("warning", service.name, str(error))])
-        if now.state != "running":
-            before = facts.accepted
-        remarks = _remarks(desired)
-        if facts.stays:
-            new = [layer for layer in facts.wanted.layers if layer.digest not in before.digests]
-            remarks += [Remark("info", layer.source, facts.stays) for layer in new]
-        remarks += [Remark("warning", one.candidate.path, str(one.reason)) for one in desired.passed]
-        planned = _planned(service, before, facts.target, remarks)
-        if check:
-            planned = await self._checked(planned, service)
-        if debug:
-            planned = replace(planned, report=await _in_thread(report, service.name, facts, decide(facts)))
-        return planned
-
-    async def _checked(self, planned: PlannedChange, service: Service) -> PlannedChange:
-        """A plan with what `Check=` says of it."""
-        if not service.settings.check:
-            why = Remark("info", service.name, "it has no Check=, see watcher.conf(5)")
-            return replace(planned, remarks=(*planned.remarks, why))
-        try:
-            return replace(planned, check=await self.rounds.try_check(service))
-        except Later as error:
-            why = Remark("warning", service.name, f"its check could not be run: {error}")
-            return replace(planned, remarks=(*planned.remarks, why))
-
     async def _look_at_images(self, name: str, images: Collection[str]) -> Answers:
         """The answers for images of a service, as things are now."""
         service = self._tools.manager.services.get(name)
@@ -342,24 +311,6 @@ class Commands:
         # After the facts: an outcome is in the history before the state says that nothing is left to do.
         history = await _in_thread(self._tools.ledger.history, service.name, _LOOKED_BACK)
         return {image: answer(name, facts, one, history) for image, one in zip(images, found, strict=True)}
-
-
-def _remarks(desired: Desired) -> list[Remark]:
-    return [remark for remark in desired.look.remarks if remark.level != "debug"]
-
-
-def _planned(service: Service, before: Stack, after: Stack, remarks: Sequence[Remark]) -> PlannedChange:
-    changes = before.id != after.id
-    return PlannedChange(
-        service=service.name,
-        changes=changes,
-        stack=before.id,
-        wanted=after.id,
-        layers=before.layers,
-        wanted_layers=after.layers,
-        reload=service.settings.reload if changes else "",
-        remarks=tuple(remarks),
-    )
 
 
 # Outcomes of what a round has done. The others only say what it found.
