@@ -256,9 +256,11 @@ class Stacks:
         """The directory of a unit's stacks, locked against other threads and processes; made if it is not there."""
         path = f"{self.directory}/{_checked(unit)}"
         with self._locks.held(unit):
-            with contextlib.suppress(FileExistsError):
+            try:
+                directory = os.open(path, _DIRECTORY)
+            except FileNotFoundError:
                 os.mkdir(path, 0o755)
-            directory = os.open(path, _DIRECTORY)
+                directory = os.open(path, _DIRECTORY)
             try:
                 self._clear(unit, directory)
                 yield directory

@@ -118,6 +118,13 @@ def valid_name(name: str) -> bool:
     return bool(_NAME.fullmatch(name)) and not name.startswith(".")
 
 
+# Of each value: its name, its type or that of its items, and whether there are several.
+_KINDS = tuple(
+    (field.name, int if "int" in str(field.type) else str, str(field.type).startswith("tuple"))
+    for field in dataclasses.fields(Registration)
+)
+
+
 def register(runtime_directory: str, registration: Registration) -> None:
     """Write a registration, whole or not at all.
 
@@ -201,10 +208,9 @@ def parse(text: str, name: str) -> Registration:
 
 def _is_sound(made: Registration) -> bool:
     """Whether each value has its type, and is possible."""
-    for field in dataclasses.fields(made):
-        value: object = getattr(made, field.name)
-        kind = int if "int" in str(field.type) else str
-        if isinstance(value, tuple) != str(field.type).startswith("tuple"):
+    for name, kind, several in _KINDS:
+        value: object = getattr(made, name)
+        if isinstance(value, tuple) != several:
             return False
         if isinstance(value, tuple) and kind is int and len(value) not in (0, 2):
             return False

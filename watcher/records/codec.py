@@ -11,10 +11,11 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import operator
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from watcher.model import Event, Verdict
@@ -57,11 +58,25 @@ def _writer(cls: type) -> Callable[[Any, _Text], Any]:
     if issubclass(cls, list | tuple):
         return lambda value, text: [_writer(item.__class__)(item, text) for item in value]
     if dataclasses.is_dataclass(cls):
-        names = [(field.name, _camel(field.name)) for field in dataclasses.fields(cls)]
-        return lambda value, text: {camel: to_dict(getattr(value, name), text) for name, camel in names}
+        names = [field.name for field in dataclasses.fields(cls)]
+        return functools.partial(_write_object, [_camel(name) for name in names], _values(names))
     if issubclass(cls, Mapping):
         return lambda value, text: {text(key): to_dict(item, text) for key, item in value.items()}
     return lambda value, text: value
+
+
+def _values(names: Sequence[str]) -> Callable[[Any], Sequence[Any]]:
+    """What gives the values of these fields."""
+    if len(names) < 2:  # then attrgetter() gives no tuple
+        return lambda value: [getattr(value, name) for name in names]
+    return operator.attrgetter(*names)
+
+
+def _write_object(
+    keys: Sequence[str], values: Callable[[Any], Sequence[Any]], value: Any, text: _Text
+) -> dict[str, Any]:
+    pairs = zip(keys, values(value), strict=True)
+    return {key: _writer(item.__class__)(item, text) for key, item in pairs}
 
 
 T = TypeVar("T")
