@@ -7,6 +7,7 @@ that; of what changes later the watcher is told, and another round looks again.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable
@@ -58,6 +59,12 @@ class Looks:
         # By key: when the look began, and what it found. The newest last.
         self._found: dict[Hashable, tuple[float, Any]] = {}
 
+    def kept(self, key: Hashable | None, since: float) -> tuple[Any] | None:
+        """What a look has found that began after `since`; None: there is none."""
+        with self._lock:
+            begun, found = self._found.get(key, (-math.inf, None)) if key is not None else (-math.inf, None)
+        return (found,) if begun >= since else None
+
     def shared(
         self,
         key: Hashable | None,
@@ -72,11 +79,10 @@ class Looks:
             since: `now()`.
             is_common: whether what was found is the same for all with that key.
         """
-        with self._lock:
-            kept = self._found.get(key) if key is not None else None
-        if kept is not None and kept[0] >= since:
-            found: T = kept[1]
-            return found
+        kept = self.kept(key, since)
+        if kept is not None:
+            shared: T = kept[0]
+            return shared
         begun = now()
         found = look()
         if key is not None and is_common(found):

@@ -92,6 +92,7 @@ class Round:
         asks: what the images that came or went say that it is to be told, see `release.asks_for()`.
         base_changed: the service is told because the host's own `/etc` has changed.
         unstartable: see `Facts`.
+        in_reach: its main process was seen to be in a namespace of its own, in this turn. A swap makes sure of it anew.
     """
 
     since: float
@@ -119,6 +120,7 @@ class Round:
     recording: bool = False
     base_changed: bool = False
     unstartable: str | None = None
+    in_reach: bool = False
 
     def look_anew(self) -> None:
         """What the last look has found is not so any more."""

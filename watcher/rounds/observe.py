@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -39,6 +39,10 @@ from watcher.settings.kernel_command_line import why_nothing_new
 _HOST_ETC = Interest("/", pattern="etc")
 
 
+# Seconds that services wait for one that looks at the same.
+_FIRST_SEC = 0.1
+
+
 class Observer:
     """Looks at services.
 
@@ -55,6 +59,8 @@ class Observer:
         self._rollout = rollout
         self._memories = memories
         self._looks = looks.Looks()
+        # By what they look at: services that wait for the first of them.
+        self._firsts: dict[Hashable, trio.Event] = {}
 
     @asynccontextmanager
     async def using_store(self) -> AsyncIterator[None]:
@@ -66,8 +72,42 @@ class Observer:
         with held:
             yield
 
+    async def prepare(self, service: Service, memory: Memory, this: Round) -> None:
+        """Watch what can be known before the first look, which counts: no change after it is missed.
+
+        At a start, five hundred services may have one directory. A job for each would cost more than there is to do:
+        the first one finds it out for all.
+        """
+        if memory.interests is not None:
+            return
+        key = (service.declared, service.trust)
+        if (first := self._firsts.get(key)) is not None:
+            with trio.move_on_after(_FIRST_SEC):  # else that one is slow, or hangs
+                await first.wait()
+        if (found := self._looks.kept(key, this.looks_from)) is not None:
+            (this.unwatched,) = found
+        else:
+            first = self._firsts.setdefault(key, trio.Event())
+            try:
+                this.unwatched = await self._tools.in_turn(
+                    service, self._find_interests(key, this.looks_from)
+                )
+            finally:
+                first.set()
+                self._firsts.pop(key, None)
+        await self.watch(service, memory, this)
+
+    def _find_interests(
+        self, key: Hashable, since: float
+    ) -> Callable[[Service], Gathering[tuple[Interest, ...]]]:
+        def find(service: Service) -> Gathering[tuple[Interest, ...]]:
+            yield from ()
+            return self._looks.shared(key, since, functools.partial(_interests, service))
+
+        return find
+
     def look(self, service: Service, others: Sequence[Service], memory: Memory, this: Round) -> bool:
-        """Look at the disk, unless the last look still counts. Hold `using_store()`. Blocks.
+        """Look at the disk, unless the last look still counts. After `prepare()`; hold `using_store()`. Blocks.
 
         Args:
             others: see `siblings()`.
@@ -75,12 +115,6 @@ class Observer:
         Returns:
             False: call `watch()`, and then this again. No change in between is missed.
         """
-        if memory.interests is None:
-            # Nearly all that is to be watched can be known before the look that counts.
-            this.unwatched = self._looks.shared(
-                (service.declared, service.trust), this.looks_from, functools.partial(_interests, service)
-            )
-            return False
         if this.desired is None or this.looked_with != of_look(this.state):
             this.state, this.desired = self._find(service, others, this.looks_from)
             this.looked_with, this.unsaid = of_look(this.state), True
@@ -107,8 +141,10 @@ class Observer:
             waits=this.waits or "",
             no_shadow=memory.no_shadow,
             unstartable=this.unstartable,
+            in_reach=this.in_reach,
             worn=this.shown is None and self._is_worn(service, memory, this.state),
         )
+        this.in_reach = facts.reachable
         if this.unsaid:
             self._say(service, facts, this.desired)
             this.unsaid = False
@@ -177,6 +213,7 @@ class Observer:
         blameless: bool,
         no_shadow: str,
         worn: bool,
+        in_reach: bool = False,
         unstartable: str | None = None,
         waits: str = "",
         shown: str | None = None,
@@ -206,7 +243,7 @@ class Observer:
             template=service.manager == "systemd" and "@." in service.name,
             invocation=service.invocation,
             explained=service.manager != "standalone",
-            out_of_reach="" if main is None or ended else self._out_of_reach(main),
+            out_of_reach="" if main is None or ended or in_reach else self._out_of_reach(main),
             has_check=bool(settings.check),
             rollback=settings.rollback,
             rolling=settings.rollout == "rolling",

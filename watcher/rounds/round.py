@@ -238,6 +238,7 @@ class Rounds:
                 noticed = time.monotonic() - (trio.current_time() - since)
                 this = Round(noticed, messages.now(), first=not memory.seen, looks_from=looks_from)
                 memory.no_shadow = ""
+                await self._observer.prepare(service, memory, this)
                 for _ in range(_STEPS_MAX):
                     # The manager lets go of a process that it sees end: what becomes of it is still to be judged.
                     with holding(service) as held:
@@ -255,6 +256,7 @@ class Rounds:
         """All that a thread can do, then one step that waits. False: the round is over."""
         work = functools.partial(self._work, self._observer.siblings(service), memory, this, looked_at)
         try:
+            this.in_reach = False
             found = await self._tools.in_turn(service, work, lambda: this.recording)
         except BaseException:
             this.over = True
