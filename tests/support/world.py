@@ -460,6 +460,7 @@ class World:
             workers=SimpleNamespace(call=call, check_foreign=self._check_foreign),
             manager=Manager(),
             watcher=SimpleNamespace(watch=nothing, renaming=nothing, drop=lambda name: None),
+            writers=SimpleNamespace(watch=lambda directories: None),
             ledger=SimpleNamespace(append=self._append),
             removals=Removals(),
             settings=Settings(remove_usec=0),
