@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from beds.bed import Bed
 from beds.host import UNITS, Host
 from beds.site import WEB, drop, kept, run, sees
 from support import needs
-from support.disks import Part, disk
+from support.disks import NO_AUTO, Part, disk
 from support.signed import make_key, padded, protected
+from watcher.images.formats.partition_types import OTHERS
 from watcher.images.formats.probe import probe
 from watcher.model import Protection, Trust
 from watcher.settings.image_policy import parse
@@ -126,7 +128,15 @@ POLICIES = (
     ),
     *("root=open:root-verity=read-only-on", "root=open:root-verity=read-only-off"),
     "root=signed:root-verity-sig=absent",
+    *("root=open:home=absent:esp=absent", "root=open:=absent+unprotected", "root=open:=unused"),
+    *("root=open:=unused+absent", "root=open:home=unprotected+absent+read-only-on:=unused+absent"),
 )
+
+
+def other(designator: str) -> uuid.UUID:
+    return next(id for id, known in OTHERS.items() if known == designator)
+
+
 SCRATCH = "/var/tmp/policies"
 
 
@@ -140,6 +150,12 @@ def test_what_a_policy_says_of_partitions_is_what_systemd_says(host: Host, tmp_p
         "flag": disk(Part(padded(content), flags=1 << 60)),
         "verity": protected(content),
         "signed": protected(content, make_key(tmp_path)),
+        **{
+            name: disk(Part(padded(content)), Part(bytes(4096), other(name), name))
+            for name in OTHERS.values()
+        },
+        "home-no-auto": disk(Part(padded(content)), Part(bytes(4096), other("home"), "", NO_AUTO)),
+        "esp-not-for-firmware": disk(Part(padded(content)), Part(bytes(4096), other("esp"), "", 2)),
     }
     host.bed.run(["mkdir", "-p", SCRATCH])
     host.stack.callback(host.bed.run, ["rm", "-rf", SCRATCH])
@@ -150,7 +166,7 @@ def test_what_a_policy_says_of_partitions_is_what_systemd_says(host: Host, tmp_p
         with path.open("rb") as file:
             parts = probe(file.fileno(), len(made)).parts
         # There counts what is claimed, here what is proved.
-        claims = Trust(tuple(Protection)[max(len(parts) - 1, 0)])
+        claims = Trust(tuple(Protection)[max(sum(one.startswith("root") for one, _ in parts) - 1, 0)])
         for text in POLICIES:
             found[name, text] = not parse(text).allows(claims, "squashfs") or bool(
                 parse(text).mismatch(parts)

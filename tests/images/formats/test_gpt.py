@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from support.disks import (
     GENERIC,
     NO_AUTO,
+    READ_ONLY,
     ROOT,
     SIGNATURE,
     SIGNED,
@@ -42,6 +43,7 @@ from support.signed import make_tree, padded
 from watcher.images.formats import partition_types
 from watcher.images.formats.gpt import read
 from watcher.images.formats.image import Image
+from watcher.images.formats.partition_types import OTHERS
 from watcher.images.formats.probe import probe
 from watcher.model import Incomplete, Refused, Sysext
 
@@ -130,6 +132,16 @@ def test_what_it_can_be_verified_by_is_told(squashfs: bytes) -> None:
 
 
 ARM, X86 = partition_types.root("arm64"), partition_types.root("x86")
+
+
+def test_what_is_no_part_of_a_confext_is_there_for_a_policy_all_the_same(squashfs: bytes) -> None:
+    """systemd does not start a unit whose policy wants no such partition: settings/image_policy.py."""
+    home, esp = (next(id for id, known in OTHERS.items() if known == name) for name in ("home", "esp"))
+    others = [(home, NO_AUTO), (home, READ_ONLY), (home, 0), (esp, NO_AUTO), (GENERIC, 0)]
+    found = probed(disk(Part(squashfs), *(Part(bytes(4096), type, "x", flags) for type, flags in others)))
+    assert found.parts == (("root", 0), ("home", READ_ONLY), ("esp", NO_AUTO))
+    hidden = probed(disk(Part(squashfs), Part(bytes(4096), esp, "x", 2)))  # no block I/O protocol
+    assert hidden.parts == (("root", 0),)
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from watcher.images.formats.gpt import NO_AUTO, Partition, Table
-from watcher.images.formats.partition_types import KNOWN, PARTS, PartitionType
+from watcher.images.formats.partition_types import KNOWN, OTHERS, PARTS, PartitionType
 from watcher.model import Refused, Sysext
 from watcher.resolve import version
 from watcher.settings import architectures
 
+_NO_BLOCK_IO = 1 << 1
+"""Flag of a partition that firmware is not to look into."""
 _EMPTY = "_empty"
 """Label of a partition that systemd-sysupdate has yet to fill. systemd 257 looks at it all the same."""
 
@@ -25,17 +27,19 @@ class Root(NamedTuple):
     Attributes:
         verity: the partition with the verity data, None without one.
         signature: the partition with the signature of that, None without one.
+        others: what is no part of a confext, by designator, and its flags.
     """
 
     partition: Partition
     verity: Partition | None
     signature: Partition | None
+    others: tuple[tuple[str, int], ...] = ()
 
     @property
     def parts(self) -> tuple[tuple[str, int], ...]:
         """By the names of systemd.image-policy(7): which there are, and their flags."""
         named = (("root", self.partition), ("root-verity", self.verity), ("root-verity-sig", self.signature))
-        return tuple((name, part.flags) for name, part in named if part is not None)
+        return (*((name, part.flags) for name, part in named if part is not None), *self.others)
 
 
 def root(table: Table, architecture: str = "") -> Root:
@@ -76,7 +80,19 @@ def root(table: Table, architecture: str = "") -> Root:
             f"a disk image whose root partition {chosen.number} is called {_EMPTY}: systemd 257 takes it, later ones"
             " do not; remove it, or give it the flag no-auto"
         )
-    return Root(chosen, *(_newest(found, native) if found else None for found in (verity, signatures)))
+    verity_of, signature_of = (_newest(found, native) if found else None for found in (verity, signatures))
+    return Root(chosen, verity_of, signature_of, _others(table))
+
+
+def _others(table: Table) -> tuple[tuple[str, int], ...]:
+    """Of each kind the first, as systemd finds it; for the ESP there is another flag in the place of NO_AUTO."""
+    found: dict[str, int] = {}
+    for one in table.partitions:
+        designator = OTHERS.get(one.type)
+        ignored = _NO_BLOCK_IO if designator == "esp" else NO_AUTO
+        if designator is not None and not one.flags & ignored:
+            found.setdefault(designator, one.flags)
+    return tuple(found.items())
 
 
 def _no_root(table: Table) -> str:

@@ -105,7 +105,21 @@ def _parsed() -> dict[uuid.UUID, PartitionType]:
 
 
 KNOWN = _parsed()
-"""All types that say which tree they are for. systemd mounts others, too; a confext has no use for them."""
+"""All types that say which tree they are for."""
+
+OTHERS = {
+    uuid.UUID(id): designator
+    for designator, id in (
+        ("esp", "c12a7328f81f11d2ba4b00a0c93ec93b"),
+        ("xbootldr", "bc13c2ff59e64262a352b275fd6f7172"),
+        ("swap", "0657fd6da4ab43c484e50933c84b4f4f"),
+        ("home", "933ac7e12eb44f13b8440e14e2aef915"),
+        ("srv", "3b8f842520e04f3b907f1a25a76f98e8"),
+        ("var", "4d21b016b53445c2a9fb5c16e091fd2d"),
+        ("tmp", "7ec6f5573bc54acab29316ef5df639d1"),
+    )
+}
+"""Types that systemd knows besides, by its designators: a confext has no use for them, but a policy may name them."""
 
 _UUIDS = {known: id for id, known in KNOWN.items()}
 
