@@ -17,7 +17,7 @@ from typing import Any
 
 from watcher.control.traced import ETC, Mounts, Subject, same, seen, subject
 from watcher.images.changes import Change, Comparison, changes
-from watcher.images.layers import Found, Item, Type
+from watcher.images.layers import Found, Item, Node, Type
 from watcher.records.schema import Failed
 from watcher.records.traces import Origin, Piece, TracedFile, TracedPath
 from watcher.settings.config import Settings
@@ -74,18 +74,20 @@ def _files(one: Subject) -> Iterator[TracedFile]:
 def _file(change: Change, number: Number, mounts: Mounts) -> TracedFile:
     path = "/".join((ETC, *change.path))
     before, after = change.before, change.after
-    shown = after or before
-    assert shown is not None
-    # Of what is removed, the topmost whiteout, or where the directory is opaque that has it not, nothing.
-    by = after.node if after else next((node for node in change.nodes if node.type is Type.WHITEOUT), None)
-    return TracedFile(
-        path,
-        "removed" if after is None else "new" if before is None else "changed",
-        shown.node.type.value,
-        None if by is None else number(by.layer),
-        tuple(place for node in change.nodes if node is not by and (place := number(node.layer)) is not None),
-        mounts.over(path),
-    )
+    by: Node | None
+    if after is not None:
+        by, what, kind = after.node, "new" if before is None else "changed", after.node.type
+    else:
+        assert before is not None
+        # The topmost whiteout, or where the directory is opaque that has it not, nothing.
+        by = next((node for node in change.nodes if node.type is Type.WHITEOUT), None)
+        what, kind = "removed", before.node.type
+    covers: tuple[int, ...] = ()
+    if len(change.nodes) > 1:
+        others = (number(node.layer) for node in change.nodes if node is not by)
+        covers = tuple(layer for layer in others if layer is not None)
+    layer = None if by is None else number(by.layer)
+    return TracedFile(path, what, kind.value, layer, covers, mounts.over(path))
 
 
 def _path(one: Subject, path: str) -> Iterator[TracedPath]:

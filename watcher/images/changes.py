@@ -126,9 +126,7 @@ class _Walk(Walk):
             if one == other:  # from the same layers
                 continue
             inner = (*path, name)
-            known = (
-                [nodes[layer] for layer in order if layer in nodes] if len(nodes) > 1 else [*nodes.values()]
-            )
+            known = [nodes[layer] for layer in order if layer in nodes]
             yield Change(inner, _side(one, fds), _side(other, fds), known)
             if _is_directory(one) or _is_directory(other):
                 with Descriptors() as opened:
@@ -137,11 +135,13 @@ class _Walk(Walk):
                     )
 
     def _scan(self, layer: int, fd: int, path: Path, found: dict[str, dict[int, Node]]) -> None:
-        look_up = self._layers.look_up
+        node, stat_ = self._layers.node, os.stat
         for name in self.names(fd, path):
-            node = look_up(layer, fd, name, marks=False)
-            if node is not None:
-                found.setdefault(name, {})[layer] = node
+            try:
+                status = stat_(name, dir_fd=fd, follow_symlinks=False)
+            except FileNotFoundError:  # it is gone meanwhile
+                continue
+            found.setdefault(name, {})[layer] = node(layer, fd, name, status)
 
 
 def _shared(before: Sequence[int], after: Sequence[int]) -> Sequence[int]:

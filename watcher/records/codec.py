@@ -30,6 +30,8 @@ def utf8(value: str) -> str:
 
     Everything else stays, so that an ordinary path is itself. To compare two names, put both through this.
     """
+    if value.isascii() and "\0" not in value:  # which is nearly always
+        return value
     return _NOT_UTF8.sub(lambda found: _escaped(ord(found[0])), value)
 
 
