@@ -42,13 +42,20 @@ def candidate(version: str, *beside: str, kind: Kind = Kind.IMAGE) -> Candidate:
 
 
 def whole_drop(
-    tmp_path: Path, *policies: str, before: str = "", protected: bool = True, there: bool = True
+    tmp_path: Path,
+    *policies: str,
+    before: str = "",
+    protected: bool = True,
+    signed: bool = False,
+    there: bool = True,
 ) -> WholeDrop:
     """With an accepted version `before`."""
     (tmp_path / DIGEST).mkdir()
     (tmp_path / DIGEST / "image.raw").touch()
     if protected:
         (tmp_path / DIGEST / "protected.verity").touch()
+    if signed:
+        (tmp_path / DIGEST / "protected.roothash.p7s").touch()
     source = candidate(before).path if before else "/elsewhere"
     accepted = Stack((Layer("web.raw", "web", before, DIGEST, Kind.IMAGE, source),))
     entry = Entry("web.raw", "/srv/web.raw.v", Kind.IMAGE)
@@ -65,13 +72,21 @@ def test_with_an_open_policy_and_nothing_before_it_gets_in(tmp_path: Path) -> No
 def test_it_waits_where_the_one_before_had_a_tree(tmp_path: Path) -> None:
     judge = whole_drop(tmp_path, before="1")
     with pytest.raises(
-        Incomplete, match=r"^incomplete: web_2\.verity, web_2\.roothash, .* since web_1\.raw before it"
+        Incomplete,
+        match=r"^incomplete: web_2\.verity, web_2\.roothash beside it awaited, since web_1\.raw before it",
     ):
         judge.require(candidate("2"), BARE)
     judge.require(candidate("2", *ALL), replace(BARE, trust=Trust(Protection.SIGNED)))
     judge.require(candidate("2", *ALL[:2]), replace(BARE, trust=Trust(Protection.VERITY)))
     judge.require(candidate("2"), PARTITION)  # nothing beside it would help
     judge.require(candidate("2", kind=Kind.DIRECTORY), TREE)
+
+
+def test_a_signature_is_awaited_where_the_one_before_had_one(tmp_path: Path) -> None:
+    with pytest.raises(
+        Incomplete, match=r"^incomplete: web_2\.verity, web_2\.roothash, web_2\.roothash\.p7s beside"
+    ):
+        whole_drop(tmp_path, before="1", signed=True).require(candidate("2"), BARE)
 
 
 def test_not_where_the_one_before_had_none_or_is_gone_or_was_replaced(tmp_path: Path) -> None:
@@ -95,7 +110,7 @@ def test_not_where_the_one_before_had_none_or_is_gone_or_was_replaced(tmp_path: 
             "verity",
             (),
             Protection.UNPROTECTED,
-            "incomplete: web_2.verity, web_2.roothash, web_2.roothash.p7s beside",
+            "incomplete: web_2.verity, web_2.roothash beside it awaited: ",
         ),
         ("signed", ALL[:2], Protection.VERITY, "incomplete: web_2.roothash.p7s beside it awaited: "),
         ("signed", ALL, Protection.VERITY, "it is "),

@@ -86,6 +86,18 @@ def test_a_signature_is_waited_for_where_one_is_asked_for(place: Place, key: Key
     service.logged(r"web_1\.raw refused: .*signed by an unknown key")
 
 
+def test_check_names_what_is_beside_an_image_under_a_wrong_name(place: Place) -> None:
+    """As the daemon does where it is dropped."""
+    image = place.path / "web_1.raw"
+    place.bring(place.confext("1"), image)
+    place.path.joinpath("web_1.raw.roothash").write_text("a" * 64)
+    done = place.run("check", str(image))
+    warning = "web_1.raw.roothash beside it is never looked at under that name: call it web_1.roothash"
+    assert f"{image}: warning: {warning}" in done.stdout
+    place.path.joinpath("web_1.raw.roothash").unlink()
+    assert "warning" not in place.run("check", str(image)).stdout
+
+
 def test_a_version_after_one_with_a_hash_tree_waits_for_its_own_whatever_the_policy(place: Place) -> None:
     place.start_daemon()
     service = place.start(name="web.service")
@@ -94,8 +106,8 @@ def test_a_version_after_one_with_a_hash_tree_waits_for_its_own_whatever_the_pol
     service.reloaded("1")
     put(service, "2", second, ".raw")
     service.logged(
-        r"web_2\.raw incomplete: web_2\.verity, web_2\.roothash, web_2\.roothash\.p7s beside it awaited, since"
-        r" web_1\.raw before it has such files: remove that one if .*; it keeps web 1"
+        r"web_2\.raw incomplete: web_2\.verity, web_2\.roothash beside it awaited, since web_1\.raw before it"
+        r" has such files: remove that one if .*; it keeps web 1"
     )
     put(service, "2", second, VERITY)
     service.logged(r"web_2\.raw incomplete: web_2\.roothash beside it is awaited; it keeps web 1")

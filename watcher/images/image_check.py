@@ -44,7 +44,7 @@ class Examined(NamedTuple):
         copy: its path is that of the original.
         trust: what is proved of it.
         effects: what it does to the host's `/etc` besides bringing files, see effects.py (not known without root), and
-            what in it is passed over.
+            what in it, and beside it, is passed over.
     """
 
     candidate: Candidate
@@ -76,7 +76,8 @@ def examine(path: str, made_for: Host, image_max: int, keys: Keys = KEYS) -> Exa
         else:
             copy, trust, found, done = _tree(fd, os.path.realpath(path), image_max)
     require_match(candidate, found, made_for)
-    return Examined(candidate, copy, trust, (*done, *passed_over(found)))
+    aside = sidecars.misnamed(path) if kind is Kind.IMAGE else ()
+    return Examined(candidate, copy, trust, (*aside, *done, *passed_over(found)))
 
 
 def require_name(directory: str, filename: str, kind: Kind) -> None:

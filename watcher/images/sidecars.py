@@ -121,6 +121,15 @@ def found(path: str) -> tuple[str, ...]:
     return tuple(there[one] for one in sidecars.SUFFIXES if one in there)
 
 
+def misnamed(path: str) -> Iterator[str]:
+    """What to say of files beside an image that are meant for it, and called so that nobody looks at them."""
+    directory, name = os.path.split(path)
+    for suffix in sidecars.SUFFIXES:
+        if os.path.lexists(f"{directory}/{name}{suffix}"):
+            meant = sidecars.meant(name + suffix)
+            yield f"{shown(name + suffix)} beside it is never looked at under that name: call it {shown(meant)}"
+
+
 def has_new(candidate: Candidate) -> bool:
     """Whether something has come beside a candidate since the look that found it.
 
@@ -177,11 +186,17 @@ def with_parts(image: Image, parts: Parts, size: int, name: str) -> Image:
     return replace(image, size=covered, brought=brought)
 
 
-def awaited(candidate: Candidate, copy: Copy) -> str:
-    """Which files beside an image may still come, where it is not trusted without them; "" if none would help."""
+def awaited(candidate: Candidate, copy: Copy, *, signature: bool) -> str:
+    """Which files beside an image may still come, where it is not trusted without them; "" if none would help.
+
+    Args:
+        signature: it needs that, too.
+    """
     if not isinstance(copy.format, Image) or copy.format.offset:
         return ""
-    missing = [one for one in sidecars.SUFFIXES if one not in map(sidecars.suffix, candidate.sidecars)]
+    there = {sidecars.suffix(name) for name in candidate.sidecars}
+    needed = sidecars.SUFFIXES if signature else (VERITY, ROOT_HASH)
+    missing = [one for one in needed if one not in there]
     stem = sidecars.stem(candidate.filename)
     return ", ".join(shown(stem + one) for one in missing)
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from watcher.images.bundles import STEM
 from watcher.images.sidecars import awaited
-from watcher.model import Candidate, Copy, Incomplete, Look, Protection, Refused, Stack, Trust, shown
+from watcher.model import Candidate, Copy, Incomplete, Layer, Look, Protection, Refused, Stack, Trust, shown
 from watcher.resolve import sidecars
 from watcher.rounds.image_policies import require_allowed
 from watcher.settings.image_policy import Demand
@@ -43,15 +43,20 @@ class WholeDrop:
             Incomplete: files beside it are awaited.
             Refused: a policy does not allow it.
         """
-        missing = awaited(candidate, copy)
-        if missing and not candidate.sidecars and (before := self._with_tree(candidate)):
-            raise Incomplete(
-                f"incomplete: {missing} beside it awaited, since {before} before it has such files: remove that one"
-                " if there are to be none any more"
-            )
+        unsigned = self._would_allow(replace(copy, trust=Trust(Protection.VERITY)))
+        before = self._before.get(self._slots.get(candidate.path, ""))
+        if before is not None and not candidate.sidecars and self._had(before, candidate, sidecars.VERITY):
+            signature = not unsigned or self._had(before, candidate, sidecars.SIGNATURE)
+            if missing := awaited(candidate, copy, signature=signature):
+                named = shown(os.path.basename(before.source))
+                raise Incomplete(
+                    f"incomplete: {missing} beside it awaited, since {named} before it has such files: remove that"
+                    " one if there are to be none any more"
+                )
         try:
             require_allowed(self._policies, copy)
         except Refused as refused:
+            missing = awaited(candidate, copy, signature=not unsigned)
             if missing and self._would_allow(replace(copy, trust=Trust(Protection.SIGNED))):
                 raise Incomplete(f"incomplete: {missing} beside it awaited: {refused}") from refused
             raise
@@ -63,10 +68,7 @@ class WholeDrop:
             return False
         return True
 
-    def _with_tree(self, candidate: Candidate) -> str:
-        """The version before a candidate, if a hash tree lies beside it."""
-        before = self._before.get(self._slots.get(candidate.path, ""))
-        if before is None or before.source == candidate.path:
-            return ""
-        tree = f"{self._store}/{before.digest}/{STEM}{sidecars.VERITY}"
-        return shown(os.path.basename(before.source)) if os.path.lexists(tree) else ""
+    def _had(self, before: Layer, candidate: Candidate, suffix: str) -> bool:
+        """Whether such a file lies beside the version before a candidate."""
+        copy = f"{self._store}/{before.digest}/{STEM}{suffix}"
+        return before.source != candidate.path and os.path.lexists(copy)
