@@ -26,7 +26,7 @@ from pathlib import Path
 
 import pytest
 
-from support import dying, images
+from support import disks, dying, images
 from support.needs import loop, root, tool
 from support.place import Place, eventually
 from support.records import under_way
@@ -71,7 +71,7 @@ while True:
 
 
 class Lane(Place):
-    """A daemon and a service that is on version "A" or "B" of one image."""
+    """A daemon and a service that is on version "A" or "B" of one image: a bare file system, or a disk image."""
 
     def __init__(self, scratch: Path, versions: dict[str, Path]) -> None:
         super().__init__(scratch)
@@ -224,6 +224,8 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         contents = {f"etc/fault/{path}": text.encode() for path, text in files.items()}
         tree = images.confext(scratch / f"tree-{version}", "fault", contents)
         found[version] = images.image(tree, scratch / f"{version}.raw")
+    # So every other drop is of a disk image, which needs a loop device over a part of it.
+    found["B"].write_bytes(disks.disk(found["B"].read_bytes()))
     return found
 
 
