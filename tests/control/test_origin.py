@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How `origin` is shown (cli/show_origin.py), and since when a layer is there (control/traced.py).
+"""How `origin` is shown (cli/show_origin.py), and since when a layer is there (control/subject.py).
 
 On real services: tests/scenarios/test_origin.py.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from watcher.cli import show_origin
-from watcher.control import traced
+from watcher.control import subject
 from watcher.model import Kind, Layer, Protection, Stack, Trust
 from watcher.records.schema import to_dict
 from watcher.records.traces import Origin, Piece, TracedFile, TracedLayer, TracedPath
@@ -102,6 +102,6 @@ def test_a_layer_is_there_since_the_oldest_stack_without_a_break() -> None:
     stacks = [Stack((a, b)), Stack((a,)), Stack((a, b)), Stack((b,))]
     when = {stack.id: number for number, stack in zip((40, 30, 20, 10), stacks, strict=True)}
     when[stacks[0].id] = 40  # the same stack once more
-    assert traced._since("a", [Stack((a, b)), Stack((a,))], when) == 30
-    assert traced._since("b", [Stack((a, b)), Stack((a,))], when) == 40
-    assert traced._since("c", stacks, when) is None
+    assert subject._since("a", [Stack((a, b)), Stack((a,))], when) == 30
+    assert subject._since("b", [Stack((a, b)), Stack((a,))], when) == 40
+    assert subject._since("c", stacks, when) is None

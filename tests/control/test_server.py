@@ -26,7 +26,7 @@ from support import CHECKOUT
 from support.needs import root, which
 from watcher.control import peers, server, transport
 from watcher.control.client import Client, NotRunning, TimedOut
-from watcher.control.traces import Asked
+from watcher.control.trace_process import Asked
 from watcher.model import Event, Kind, Layer, Outcome
 from watcher.records import schema
 from watcher.records.schema import (

@@ -27,7 +27,7 @@ from support.needs import root
 from support.nobody import NOBODY
 from watcher.control import peers, server, transport
 from watcher.control.client import Client
-from watcher.control.traces import Asked
+from watcher.control.trace_process import Asked
 from watcher.images.access import User
 from watcher.model import Event, Kind, Layer, Outcome, Remark
 from watcher.records import schema
@@ -149,7 +149,7 @@ import json, os, socket, sys
 from pathlib import Path
 from watcher.records import schema
 from watcher.control.client import Client
-from watcher.control.traces import Asked
+from watcher.control.trace_process import Asked
 from watcher.images.access import User
 from watcher.model import Event
 from watcher.records.schema import CallError

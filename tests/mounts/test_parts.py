@@ -12,7 +12,7 @@ from mounts.conftest import BASE, Layers, Swaps
 
 from support.needs import userns
 from support.service import Service
-from watcher.control import traced
+from watcher.control import subject
 from watcher.images.changes import Comparison, changes
 from watcher.images.layers import Layers as Stacked
 from watcher.model import Refused
@@ -75,9 +75,9 @@ def test_an_old_file_of_the_hosts_that_the_service_still_sees_is_not_what_the_ba
         stacked = Stacked([found.base])
         for name, same in (("base.conf", service.read("/etc/base.conf") != "base"), ("secret", True)):
             node = stacked.look_up(0, found.base, name)
-            assert traced.same(traced.seen(found, (name,)), node) == same
-        assert traced.same(traced.seen(found, ("nothing", "x")), None)
-        assert not traced.same(traced.seen(found, ("secret",)), None)
+            assert subject.same(subject.seen(found, (name,)), node) == same
+        assert subject.same(subject.seen(found, ("nothing", "x")), None)
+        assert not subject.same(subject.seen(found, ("secret",)), None)
 
 
 def test_the_base_of_a_service_without_a_stack_is_its_etc(workers: MountWorkers, service: Service) -> None:

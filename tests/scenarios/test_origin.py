@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`confext-watcher origin` (control/origin.py, control/traced.py, cli/show_origin.py, records/traces.py) on real
+"""`confext-watcher origin` (control/origin.py, control/subject.py, cli/show_origin.py, records/traces.py) on real
 services, without a daemon (mounts/parts.py, images/stored.py)."""
 
 from __future__ import annotations
@@ -202,8 +202,8 @@ def test_a_reader_that_has_seen_enough_and_a_kill_leave_nothing(place: Place) ->
     service.logged("web 1.3 added")
     stop = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     source = (
-        "import sys; from watcher.control import traced; from watcher.cli.main import main;"
-        f"traced.Subject.layers = lambda *_: exec({stop!r});"
+        "import sys; from watcher.control import subject; from watcher.cli.main import main;"
+        f"subject.Subject.layers = lambda *_: exec({stop!r});"
         "main(['origin', sys.argv[1]])"
     )
     words = [sys.executable, "-c", source, service.name]

@@ -14,7 +14,7 @@ import trio
 from watcher.control import status
 from watcher.control.plan import plan, remarks_of
 from watcher.control.server import Tell, TellWaited
-from watcher.control.traces import Asked, Traces
+from watcher.control.trace_process import Asked, Traces
 from watcher.control.waits import Answers, Waits
 from watcher.managers.base import Service
 from watcher.model import Event, Later, Outcome, Remark, Stack, problem, shown

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from watcher.control.client import Client, NotRunning
-from watcher.control.traced import Subject
+from watcher.control.subject import Subject
 from watcher.images.image_check import examine
 from watcher.images.made_for import host
 from watcher.model import Busy, Copy, Kind, Layer, Refused, Stack, shown

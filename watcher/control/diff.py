@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from watcher.control import compared, text_diff
 from watcher.control.compared import Choice
-from watcher.control.traced import ETC, Subject, subject
+from watcher.control.subject import ETC, Subject, subject
 from watcher.images.access import READ, SEARCH, User, may
 from watcher.images.changes import Change, Comparison, changes
 from watcher.images.changes import Side as Shown

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from watcher.control.traced import ETC, Mounts, Subject, same, seen, subject
+from watcher.control.subject import ETC, Mounts, Subject, same, seen, subject
 from watcher.images.changes import Change, Comparison, changes
 from watcher.images.layers import Found, Item, Node, Type
 from watcher.records.schema import Failed

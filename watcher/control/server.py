@@ -11,7 +11,7 @@ interface to an async Backend.
 that takes no reply, sends rubbish, or comes back a thousand times is only in its own way.
 
 **Strangers are told less** (redact.py): each reply goes through `_Server._encoded()` or `_encoded_error()`, but for
-those of `Trace` and `Compare`, which are not for strangers at all (traces.py).
+those of `Trace` and `Compare`, which are not for strangers at all (trace_process.py).
 
 **Going away.** A client that closes its connection during `Wait` ends the call. The daemon finishes a changing call
 all the same: no service stays rolled back by half.
@@ -34,7 +34,7 @@ from varlink.scanner import Interface
 import watcher
 from watcher.control import peers, redact
 from watcher.control.peers import Peer, Quota, Readers, Turns
-from watcher.control.traces import Asked
+from watcher.control.trace_process import Asked
 from watcher.control.transport import Connection, Request, listening
 from watcher.images.access import User
 from watcher.model import Event, Outcome, shown

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The process that looks at a service for a client of the control socket (traces.py): `origin` and `diff` in pieces.
+"""The process that looks for a client of the control socket (trace_process.py): `origin` and `diff` in pieces.
 
 It has limits: what it looks at is as large as its makers like, and where it takes too much, it alone is to end.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 from watcher.control.diff import differences
 from watcher.control.origin import origins
-from watcher.control.traces import ERROR, LAST, MORE
+from watcher.control.trace_process import ERROR, LAST, MORE
 from watcher.images.access import User
 from watcher.model import Busy, Refused, problem
 from watcher.records import journal
@@ -92,7 +92,7 @@ def answer(settings: Settings, asked: dict[str, Any], say: Say) -> None:
     """Say all pieces of an answer.
 
     Args:
-        asked: `traces.Asked`, as JSON has it.
+        asked: `trace_process.Asked`, as JSON has it.
 
     Raises: as `origins()` and `differences()`.
     """

@@ -296,7 +296,7 @@ def copied(
         content = (
             originals.Tree(fd, guard)
             if candidate.kind is Kind.DIRECTORY
-            else originals.Image(fd, candidate, files, writers)
+            else originals.ImageFile(fd, candidate, files, writers)
         )
         verdicts = store.verdicts
         verdicts.recall((content.key, terms))
@@ -327,7 +327,7 @@ def require_no_sysext(root: int) -> None:
         pass  # admission says so, once the tree is complete
 
 
-def _copy(store: Store, content: originals.Image | originals.Tree) -> Copy:
+def _copy(store: Store, content: originals.ImageFile | originals.Tree) -> Copy:
     verdict: Copy | Refused
     try:
         verdict = content.copy(store)

@@ -24,7 +24,7 @@ from watcher.images import tree
 from watcher.images.files import copy_file, digest_of
 from watcher.images.formats.image import Image
 from watcher.images.formats.probe import probe
-from watcher.images.sidecars import Beside, Parts
+from watcher.images.sidecars import Beside, VerityData
 from watcher.images.verification import Verity
 from watcher.model import Copy, Kind, Layer
 from watcher.resolve import sidecars
@@ -48,7 +48,7 @@ class _Unhashed:
         pass
 
 
-def write(target: int, image: int, image_lease: Lease, parts: Parts) -> tuple[str, int]:
+def write(target: int, image: int, image_lease: Lease, parts: VerityData) -> tuple[str, int]:
     """Fill the empty directory `target`: the digest of it, and how many files there are.
 
     Raises:
@@ -72,7 +72,7 @@ def write(target: int, image: int, image_lease: Lease, parts: Parts) -> tuple[st
     return tree.digest(target, whole=True), files
 
 
-def find(store: int, image: int, image_lease: Lease, parts: Parts) -> str:
+def find(store: int, image: int, image_lease: Lease, parts: VerityData) -> str:
     """The digest of the bundle in a store that `write()` would make, "" if it is not there. Takes no room.
 
     Raises: as `write()`.
@@ -123,7 +123,7 @@ def size_of(directory: int) -> int:
     return sum(map(tree.in_blocks, sizes))
 
 
-def room(image: int, parts: Parts) -> int:
+def room(image: int, parts: VerityData) -> int:
     """Bytes to set aside for a bundle with an image of so many bytes."""
     return tree.in_blocks(image) + tree.in_blocks(parts.tree.size if parts.tree else 0) + _SMALL
 

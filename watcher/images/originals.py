@@ -21,7 +21,7 @@ from watcher.watch.writers import Writers
 _SECOND_NS = 1_000_000_000
 
 
-class Image:
+class ImageFile:
     """An image, open.
 
     Args:

@@ -64,7 +64,7 @@ class Beside(NamedTuple):
         return max((os.fstat(fd).st_ctime_ns for fd in self.fds.values()), default=0)
 
 
-class Parts(NamedTuple):
+class VerityData(NamedTuple):
     """What the files beside an image say.
 
     Attributes:
@@ -143,7 +143,7 @@ def has_new(candidate: Candidate) -> bool:
     return any(os.path.lexists(f"{directory}/{name}") for name in names)
 
 
-def read(found: Beside, image: str) -> Parts:
+def read(found: Beside, image: str) -> VerityData:
     """What the files say; `image` is the name of the image, for people.
 
     Raises:
@@ -156,10 +156,10 @@ def read(found: Beside, image: str) -> Parts:
     signature = _signature(found)
     if root_hash is None and (tree is not None or signature is not None):
         raise _awaits(sidecars.stem(image) + ROOT_HASH)
-    return Parts(tree, root_hash, signature, origin)
+    return VerityData(tree, root_hash, signature, origin)
 
 
-def with_parts(image: Image, parts: Parts, size: int, name: str) -> Image:
+def with_parts(image: Image, parts: VerityData, size: int, name: str) -> Image:
     """An image with what lies beside it.
 
     Args:
@@ -201,7 +201,7 @@ def awaited(candidate: Candidate, copy: Copy, *, signature: bool) -> str:
     return ", ".join(shown(stem + one) for one in missing)
 
 
-def _disk_image(image: Image, parts: Parts) -> Image:
+def _disk_image(image: Image, parts: VerityData) -> Image:
     if parts.tree is not None:
         raise Refused(
             "a disk image with a .verity beside it: its verity data is a partition, remove the file"

@@ -26,7 +26,7 @@ from watcher.images.errors import NO_SPACE, StoreFull, require_room, require_siz
 from watcher.images.files import copy_file, leased_digest
 from watcher.images.formats.probe import probe
 from watcher.images.integrity import Whole
-from watcher.images.sidecars import Parts
+from watcher.images.sidecars import VerityData
 from watcher.images.stacks import TEMPORARY
 from watcher.images.states import Change, History, States
 from watcher.images.store_names import DIGEST, Names
@@ -103,7 +103,7 @@ class Store:
         """
         return self._names.hold(wait)
 
-    def add_image(self, fd: int, format: Mountable, lease: Lease, parts: Parts | None = None) -> Copy:
+    def add_image(self, fd: int, format: Mountable, lease: Lease, parts: VerityData | None = None) -> Copy:
         """Copy the image behind `fd`, which `lease` (entered) protects, and what lies beside it. Hold `using()`.
 
         Raises:
@@ -129,7 +129,7 @@ class Store:
                 return self._copy(digest)
         return self._made(digest, size, Kind.IMAGE, format)
 
-    def _add_bundle(self, fd: int, size: int, lease: Lease, parts: Parts) -> Copy:
+    def _add_bundle(self, fd: int, size: int, lease: Lease, parts: VerityData) -> Copy:
         self._require_size(size)
         with translated("cannot be copied into the store"):
             try:
