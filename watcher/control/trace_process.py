@@ -33,7 +33,7 @@ from watcher.settings.config import Settings
 from watcher.settings.signals import reason_of
 
 AT_ONCE = 2
-"""So many looks, of all users together: each may take as much memory as trace_program.py lets it have."""
+"""So many looks, of all users together but the privileged, who have as many of their own."""
 LOOK_SEC = 120
 """With the time that the client takes."""
 MORE, LAST, ERROR = b"+", b".", b"!"
@@ -66,7 +66,7 @@ class Traces:
     """Makes looks for clients, some at a time."""
 
     def __init__(self) -> None:
-        self._turns = trio.Semaphore(AT_ONCE)
+        self._members, self._privileged = trio.Semaphore(AT_ONCE), trio.Semaphore(AT_ONCE)
 
     async def look(self, settings: Settings, asked: Asked, tell: Callable[[bytes], Awaitable[None]]) -> bytes:
         """The last piece, as JSON of the method's results; `tell` gets each before.
@@ -74,7 +74,7 @@ class Traces:
         Raises:
             ErrorReply: what the look has found wrong, or why there is none.
         """
-        async with self._turns:
+        async with self._members if asked.user else self._privileged:
             with trio.move_on_after(LOOK_SEC):
                 async with _process(settings, asked) as process:
                     return await _follow(process, asked.service, tell)

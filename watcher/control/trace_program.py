@@ -31,7 +31,7 @@ ALONE_MAX = 2 * 1024 * 1024
 PIECE_MAX = 256 * 1024
 """Bytes of files in one piece, which has one at least: two texts of 1 MiB are 13 MiB at most as JSON of hunks."""
 MEMORY_MAX = 256 * 1024 * 1024
-"""Bytes of data (RLIMIT_DATA): with it, two of these and the daemon stay below the unit's MemoryHigh=."""
+"""Bytes of data (RLIMIT_DATA): a look takes 40 MiB as a rule. Two of this size do not fill the unit's MemoryHigh=."""
 CPU_SEC = 60
 OPEN_MAX = 16 * 1024
 """Descriptors: a stack may have 498 layers, of which each has two, and some more on the way to a file."""
