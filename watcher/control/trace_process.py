@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,10 +115,10 @@ async def _end(process: trio.Process) -> None:
     assert process.stdout is not None
     with trio.CancelScope(shield=True):
         await process.stdout.aclose()
-    try:
+    if process._proc.returncode is not None:  # it was waited for: its PID may be another's by now
+        return
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     with trio.move_on_after(_DYING_SEC, shield=True):
         await process.wait()
         return
