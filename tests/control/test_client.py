@@ -70,6 +70,23 @@ def test_the_client_survives_a_daemon_of_another_version(directory: Path, reply:
                     client.status()
 
 
+def test_a_daemon_that_knows_no_deep_look_is_asked_without(directory: Path) -> None:
+    unknown = {"error": "org.varlink.service.InvalidParameter", "parameters": {"parameter": "deep"}}
+    known = {"services": [{"service": "web.service", "manager": "systemd", "state": "running"}]}
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(directory / schema.SOCKET))
+        listener.listen()
+        with Client(str(directory), timeout=60) as client:
+            server, _ = listener.accept()
+            with server:
+                for reply in (unknown, {"parameters": known}):
+                    server.sendall(json.dumps(reply).encode() + b"\0")
+                (found,) = client.status("web.service", deep=True)
+                asked = server.recv(1 << 16).rstrip(b"\0").split(b"\0")
+    assert [json.loads(one)["parameters"].get("deep") for one in asked] == [True, None]
+    assert (found.newer, found.step, found.entries) == ((), "", ())
+
+
 def test_the_client_does_not_wait_for_ever_to_connect(directory: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as stack:
         listener.bind(str(directory / schema.SOCKET))

@@ -106,7 +106,7 @@ def test_what_unshares_itself_for_good_reasons_is_told_so_and_keeps_what_it_has(
     (line,) = said(place, "outcome=needs-restart")
     assert "not touched, its main process has left the mount namespace that it was started in" in line
     assert Path(f"/proc/{service.pid}/mountinfo").read_text() == mounts
-    words = "web.service: is not in a mount namespace that was made for it"
+    words = "web.service: not in a mount namespace that was made for it"
     assert words in place.command("status").stdout
     place.stop_daemon()
     assert words in place.command("status").stdout

@@ -11,7 +11,7 @@ import pytest
 from scenarios.place import PYTHON, Place, Service, image, until
 from support.fork_server import COMMAND
 from support.needs import root, tool
-from support.screens import keep, look, place_path
+from support.screens import Look, keep, look, place_path
 from watcher.rounds.facts import AFTERGLOW_USEC
 
 pytestmark = [root, tool("mksquashfs"), tool("unshare")]
@@ -27,10 +27,13 @@ def many() -> Iterator[Place]:
         place.start_daemon()
         stopped = start(place, "wiki.service", "1.3")
         proved = time.monotonic() + AFTERGLOW_USEC / 1e6
-        health = ("--health-check=grep -qv bad /etc/web.conf", "--set=HealthCheckSec=5s")
-        bad = start(place, "shop.service", "1.3", *health)
-        bad.put("1.4", value="bad")  # what comes of it is seen below
         start(place, "api.service", "1.4")
+        # By its name it does not count.
+        place.bring(place.confext("1.5"), place.versions("api.service") / "w\u00fcb_1.5.raw")
+        bad = place.start("--reload-command=grep -qv bad /etc/web.conf", name="shop.service")
+        bad.put("1.3")
+        settled(bad, "1.3")
+        bad.put("1.4", value="bad")
         trial = start(
             place, "cache.service", "2.0", "--health-check=false", "--set=HealthCheckSec=1h", wait=False
         )
@@ -75,37 +78,57 @@ def settled(service: Service, version: str) -> None:
     service.logged("applied in", f"version={version} ")
 
 
-@pytest.mark.parametrize("columns", [80, 40])
-def test_at_a_glance(many: Place, columns: int) -> None:
-    seen = look([COMMAND, "status"], columns=columns, environment=many.environment)
-    keep(f"status-{columns}", seen, many.path)
+# Few tests, since each process that runs some of them starts all these services.
+
+
+def keep_look(many: Place, name: str, *words: str, columns: int = 80, utf8: bool = True) -> Look:
+    seen = look([COMMAND, *words], columns=columns, environment=many.environment, utf8=utf8)
+    keep(name, seen, many.path)
+    return seen
 
 
 def test_at_a_glance_in_colours_that_can_be_read_on_light_and_on_dark(many: Place) -> None:
+    for columns in (80, 40):
+        seen = keep_look(many, f"status-{columns}", "status", columns=columns)
+        assert seen.styles <= {"bold", "red", "green"}
     seen = look([COMMAND, "status"], columns=80, environment=many.environment)
     keep("status-80-styles", seen, many.path, styled=True)
-    assert seen.styles <= {"bold", "red", "green"}
     colourless = look([COMMAND, "status"], columns=80, environment=many.environment, colour=False)
     assert "\x1b" not in colourless.written and seen.styles
+    keep_look(many, "status-unknown", "status", "fornt")
 
 
-@pytest.mark.parametrize("name", ["db", "front", "mail", "proxy", "shop", "news", "wiki", "cache"])
-def test_in_depth(many: Place, name: str) -> None:
-    seen = look([COMMAND, "status", name], columns=80, environment=many.environment)
-    keep(f"status-{name}-80", seen, many.path)
+def test_in_depth(many: Place) -> None:
+    for name in ("db", "front", "mail", "proxy", "shop", "news", "wiki", "cache", "api"):
+        keep_look(many, f"status-{name}-80", "status", name)
+    keep_look(many, "status-front-40", "status", "front", columns=40)
+    assert keep_look(many, "status-api-80-ascii", "status", "api", utf8=False).written.isascii()
 
 
-def test_in_depth_on_a_narrow_terminal(many: Place) -> None:
-    keep(
-        "status-front-40",
-        look([COMMAND, "status", "front"], columns=40, environment=many.environment),
-        many.path,
-    )
+WAITS = {
+    "incomplete": ("mail.service", "web_1.4.raw"),
+    "not-there": ("mail.service", "wbe_1.3.raw"),
+    "refused": ("db.service", "web_1.4.raw"),
+    "kept-out": ("front.service", "web_1.4.raw"),
+    "applied": ("api.service", "web_1.4.raw"),
+}
 
 
-def test_a_service_that_is_not_there(many: Place) -> None:
-    seen = look([COMMAND, "status", "fornt"], columns=80, environment=many.environment)
-    keep("status-unknown", seen, many.path)
+def test_wait_with_the_daemon_and_without(many: Place) -> None:
+    for kind, words in WAITS.items():
+        limit = "--timeout=1" if kind == "incomplete" else "--timeout=60"
+        seen = keep_look(many, f"wait-{kind}-80", "wait", limit, *words)
+        assert "has not answered" not in seen.text
+    assert many.daemon is not None
+    many.daemon.stop()
+    keep_look(many, "status-80-without-daemon", "status")
+    keep_look(many, "status-front-80-without-daemon", "status", "front")
+    missing = str(many.versions("mail.service") / "wbe_1.3.raw")
+    waits = WAITS | {"not-there": ("mail.service", missing)}
+    for kind in ("incomplete", "kept-out", "not-there"):
+        name = f"wait-{kind}-80-without-daemon"
+        assert keep_look(many, name, "wait", "--timeout=0.2", *waits[kind]).status == 3
+    many.start_daemon()
 
 
 @pytest.mark.parametrize("columns", [80, 40])

@@ -6,11 +6,12 @@ from __future__ import annotations
 import argparse
 import os
 import resource
+import shutil
 import sys
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from watcher.cli import show
+from watcher.cli import show, terminal
 from watcher.control.client import Client, NotRunning
 from watcher.model import Busy, Refused, printable, shown
 from watcher.records.schema import ExitStatus, Failed
@@ -50,7 +51,10 @@ def read(settings: Settings, ask: Callable[[Client], T], without_daemon: Callabl
 
 
 def fail(text: str, status: ExitStatus) -> ExitStatus:
-    print(f"confext-watcher: {printable(text)}", file=sys.stderr)
+    line = f"confext-watcher: {printable(text)}"
+    folds = sys.stderr.isatty()
+    lines = terminal.folded(line, shutil.get_terminal_size().columns, more="    ") if folds else [line]
+    print("\n".join(lines), file=sys.stderr)
     return status
 
 

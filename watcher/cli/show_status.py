@@ -218,6 +218,8 @@ def in_depth(
         yield ""
         yield from _entry(entry)
     for remark in service.remarks:
+        if remark in service.not_allowed:  # said below
+            continue
         yield from terminal.wrapped(f"{shown(remark.path)}: {printable(remark.text)}", 2)
     if settings:
         yield ""

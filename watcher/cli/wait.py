@@ -8,13 +8,16 @@ import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-from watcher.cli.answers import answer
+from watcher.cli.answers import answer, meant
 from watcher.cli.follow import Spinner, spinning
 from watcher.cli.show import fit as fold
-from watcher.control.client import TimedOut, wait
-from watcher.model import printable
+from watcher.control.client import NotRunning, TimedOut, wait
+from watcher.model import printable, shown
 from watcher.records.schema import ExitStatus, Failed, to_dict
 from watcher.settings.config import Settings
+
+_LOOKED_BACK = 100
+"""Outcomes among which the last one about the image is."""
 
 
 def run(settings: Settings, options: argparse.Namespace) -> ExitStatus:
@@ -39,7 +42,14 @@ def run(settings: Settings, options: argparse.Namespace) -> ExitStatus:
     except TimedOut:
         if last is None:
             raise
-        timed_out = TimedOut(f"timed out: {last.answer.text or last.event.message}")
+        still = (
+            "" if options.json else last.answer.kind.replace("-", " ")
+        )  # the rest stands on the line before
+        timed_out = TimedOut(
+            f"timed out: {f'still {still}' if still else last.answer.text or last.event.message}"
+        )
+    except NotRunning as error:
+        raise NotRunning(f"{error}{_without_daemon(settings, options.service, image)}")
     if last is None:
         raise Failed("the daemon ended before there was an answer")
     result = {**to_dict(last.event), "answer": last.answer, "redacted": redacted[-1]}
@@ -49,6 +59,24 @@ def run(settings: Settings, options: argparse.Namespace) -> ExitStatus:
     if timed_out is not None:
         raise timed_out
     return ExitStatus(last.answer.status)
+
+
+def _without_daemon(settings: Settings, service: str, image: str) -> str:
+    """What can be said of an image without the daemon: that it is not there, or what was said of it last."""
+    if "/" in image and not os.path.lexists(image):
+        return f"; nothing lies at {shown(image)}{meant(image)}"
+    from watcher.records.ledger import LedgerError, Reader
+
+    names = {service, f"{service}.service"}
+    try:
+        events = [
+            one for name in names for one in Reader(settings.state_directory).history(name, _LOOKED_BACK)
+        ]
+    except LedgerError:  # it is not for everybody
+        return ""
+    name = os.path.basename(image)
+    about = [one for one in events if os.path.basename(one.source) == name]
+    return f"; before that: {printable(about[0].message)}" if about else ""
 
 
 def _print(lines: Sequence[str]) -> None:

@@ -201,7 +201,12 @@ class Client:
             finally:
                 os.close(directory)
         except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
-            raise NotRunning(f"confext-watcher is not running (nobody listens at {where})")
+            start = (
+                "; `systemctl start confext-watcher` starts it"
+                if os.path.isdir("/run/systemd/system")
+                else ""
+            )
+            raise NotRunning(f"the daemon is not running (nobody listens at {where}){start}")
         except BlockingIOError:
             raise TimedOut(f"{where}: confext-watcher does not take the connection")
         except OSError as error:
