@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What was proved of images, as the command line prints it; the rest of cli/show.py is seen in the scenarios.
-
-So is that of cli/show_status.py: tests/scenarios/test_screens.py.
-"""
+"""What was proved of images, as the command line prints it; the rest of cli/show.py is seen in the scenarios."""
 
 from __future__ import annotations
 

@@ -174,13 +174,13 @@ def problems(
 def _about(candidate: CandidateStatus) -> str:
     """What a file that is not used is, why, until when, and what the command beside it does."""
     file = shown(os.path.basename(candidate.path))
-    kind = candidate.kind.replace("-", " ")
+    kind = printable(candidate.kind).replace("-", " ")
     if candidate.kind.startswith("kept-out"):
         kind = "is kept out"
     elif candidate.kind in ("refused", "incomplete"):
         kind = f"is {candidate.kind}"
     reason = f": {printable(candidate.reason)}" if candidate.reason else ""
-    ends = f"; until {candidate.until}" if candidate.until else ""
+    ends = f"; until {printable(candidate.until)}" if candidate.until else ""
     lets = "; to let it in now:" if candidate.command else ""
     again = "; upload it again" if candidate.kind == "incomplete" else ""
     return f"{file} {kind}{reason}{ends}{lets}{again}"
@@ -269,7 +269,7 @@ def _candidate(candidate: CandidateStatus) -> Iterator[str]:
     style = "green" if kind == "used" else "red" if candidate.kind in ("refused", "kept-out") else ""
     yield f"  {shown(os.path.basename(candidate.path))}  {styled(printable(kind), style)}{_tries(candidate)}"
     words = [printable(candidate.reason)] if candidate.reason else []
-    words += [f"until {candidate.until}"] if candidate.until else []
+    words += [f"until {printable(candidate.until)}"] if candidate.until else []
     words += ["what helps:"] if candidate.command else []
     if words:
         yield from terminal.wrapped("; ".join(words), 6)
