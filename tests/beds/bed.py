@@ -57,18 +57,22 @@ class Bed(Systemd):
         pid: PID of its systemd as the host sees it, 0 when not booted.
     """
 
-    def __init__(self, version: str, *, project: bool = True, arguments: Sequence[str] = ()) -> None:
+    def __init__(
+        self, version: str, *, project: bool = True, arguments: Sequence[str] = (), services: bool = False
+    ) -> None:
         """Prepare a bed; nothing happens before `boot()` or `with`.
 
         Args:
             project: also put the checkout's program into it (`payload.install`).
             arguments: of its systemd: in a container they are the kernel command line.
+            services: with all of `roots.SERVICES`.
         """
         self.version = version
         self.name = f"bed{version}-{uuid.uuid4().hex[:6]}"
         self.pid = 0
         self._project = project
         self._arguments = arguments
+        self._services = services
         self._run = roots.cache_directory() / "run" / self.name
         self._cgroup = cgroup2() / f"confext-{self.name}"
         self.root = self._run / "root"
@@ -93,7 +97,8 @@ class Bed(Systemd):
         """
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError("a bed must be booted in the main thread")
-        cached = roots.build(roots.SUITES[self.version])
+        build = roots.build_services if self._services else roots.build
+        cached = build(roots.SUITES[self.version])
         sweep()
         try:
             self._copy(cached)
