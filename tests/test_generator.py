@@ -227,6 +227,15 @@ def test_systemd_verifies_a_slot_that_has_beside_it_what_that_takes(
     assert "ExtensionImagePolicy" not in host.dropin("web.service")
 
 
+def test_the_hosts_configuration_directory_is_not_mounted_on_what_images_bring(host: Host) -> None:
+    host.unit("web.service", PLAIN + "ConfigurationDirectory=web web/more\n")
+    (host.units / "web.service.confext.d").mkdir()
+    assert "ConfigurationDirectory" not in host.dropin("web.service")
+    host.drop("web.service", "web.raw")
+    told = "ConfigurationDirectory=\nEnvironment=CONFIGURATION_DIRECTORY=/etc/web:/etc/web/more\n"
+    assert told in host.dropin("web.service")
+
+
 def test_trees_need_no_devices(host: Host) -> None:
     host.unit("web.service", PLAIN + "PrivateDevices=yes\n", "tree")
     assert "DeviceAllow" not in host.dropin("web.service")

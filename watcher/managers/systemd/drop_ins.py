@@ -15,6 +15,7 @@ Standard library only, for the generator.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from watcher.text import shown
 
@@ -85,6 +86,15 @@ def own(text: str) -> Word:
     """
     _require_line(text)
     return Word(text)
+
+
+def variable(name: str, paths: Iterable[str]) -> Word:
+    """A word of `Environment=`: a list of paths, as systemd sets it for `ConfigurationDirectory=` and its kin.
+
+    Raises:
+        Unwritable
+    """
+    return Word(f"{name}={':'.join(token(path) for path in paths)}")
 
 
 def path(*paths: str, options: str = "", optional: bool = False) -> Word:

@@ -102,6 +102,8 @@ def text(
     left_out = _assign_layers(drop_in, slots, listed)
     if listed:
         left_out += _assign_again(drop_in, kept.again)
+    if any(item.slot not in ("", EMPTY_SLOT) for item in listed):
+        left_out += _assign_configuration(drop_in, parsed)
     if any(item.kind is Kind.IMAGE for item in listed) and _restricts_devices(parsed):
         for device in ("/dev/loop-control", "block-loop"):
             drop_in.assign("Service", "DeviceAllow", drop_ins.token(device), drop_ins.token("rw"))
@@ -183,6 +185,25 @@ def _assign_again(drop_in: drop_ins.DropIn, again: Iterable[sandbox_settings.Aga
         except drop_ins.Unwritable as error:
             left_out.append(f"{key}= for {shown(paths[-1])}: {error}")
     return left_out
+
+
+def _assign_configuration(drop_in: drop_ins.DropIn, parsed: syntax.Parsed) -> list[str]:
+    """Keep `ConfigurationDirectory=` from hiding what an image brings; returns what is left out, with the reason.
+
+    In a mount namespace systemd mounts the host's own directory there, on the overlay (257). The host's is in the
+    overlay anyway. What is lost is that systemd makes it where it is missing, and gives it the unit's mode.
+    """
+    assigned = syntax.assigned(parsed.assignments, "Service", "ConfigurationDirectory")
+    names = [name for assignment in assigned for name in assignment.value.split()]
+    if not names:
+        return []
+    try:
+        variable = drop_ins.variable("CONFIGURATION_DIRECTORY", [f"/etc/{name}" for name in names])
+    except drop_ins.Unwritable as error:
+        return [f"what images have in ConfigurationDirectory= stays hidden: {error}"]
+    drop_in.assign("Service", "ConfigurationDirectory")
+    drop_in.assign("Service", "Environment", variable)
+    return []
 
 
 def _listed(

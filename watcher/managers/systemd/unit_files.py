@@ -36,7 +36,7 @@ RELEVANT = (
     *("ExtensionImages", "ExtensionDirectories", "Enabled"),
     *("DefaultDependencies", "Before", "PrivateDevices", "DevicePolicy", "DeviceAllow"),
     *("RootDirectory", "RootImage", "ProtectSystem", "ReadOnlyPaths", "BindPaths", "BindReadOnlyPaths"),
-    *("TemporaryFileSystem", "MountImages", "ExtensionImagePolicy"),
+    *("TemporaryFileSystem", "MountImages", "ExtensionImagePolicy", "ConfigurationDirectory"),
 )
 """The settings that decide whether a unit takes part and what its drop-in says."""
 _RELEVANT_LINES = syntax.lines_of(RELEVANT)
