@@ -140,7 +140,7 @@ class Server:
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, __file__],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 env=os.environ | {"PYTHONPATH": f"{CHECKOUT}/tests:{CHECKOUT}"},
             )
         self.pid = self._process.pid
