@@ -10,7 +10,7 @@ _confext_watcher_services() {
 
 _confext_watcher() {
     local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]}
-    local commands="run exec status plan history wait rollback enable check build origin diff" command= word options= i
+    local commands="run exec status plan history wait rollback init remove enable check build origin diff" command= word options= i
     COMPREPLY=()
     for ((i = 1; i < COMP_CWORD; i++)); do
         word=${COMP_WORDS[i]}
@@ -36,7 +36,10 @@ _confext_watcher() {
         --for) mapfile -t COMPREPLY < <(compgen -W "any host" -- "$cur"); return ;;
         --scope) mapfile -t COMPREPLY < <(compgen -W "system initrd portable" -- "$cur"); return ;;
         --version) [[ $command = build ]] && return ;;
-        --name | --set | --lines | -n | --since | --image | --timeout | --from) return ;;
+        --from) [[ $command = init ]] && compopt -o default; return ;;
+        --recipe) compopt -o default; return ;;
+        --user) mapfile -t COMPREPLY < <(compgen -u -- "$cur"); return ;;
+        --name | --set | --lines | -n | --since | --image | --timeout) return ;;
         --to) [[ $command = diff ]] && compopt -o default; return ;;
     esac
     case $command in
@@ -48,6 +51,8 @@ _confext_watcher() {
         history) options="--verbose --lines --outcome --since --image --json" ;;
         wait) options="--timeout --json" ;;
         rollback) options="--to --forget --json" ;;
+        init) options="--from --name --recipe --user --yes --dry-run --json" ;;
+        remove) options="--all --yes --dry-run --json" ;;
         enable) options="--json" ;;
         check) options="--json" ;;
         build)
@@ -59,7 +64,7 @@ _confext_watcher() {
         mapfile -t COMPREPLY < <(compgen -W "$options --help" -- "$cur")
     elif [[ $command = check || $command = build || ($command = wait && $prev != wait) || ($command = origin && $prev != origin) ]]; then
         compopt -o default
-    elif [[ $command != run && $command != exec && $command != enable ]]; then
+    elif [[ $command != run && $command != exec && $command != enable && $command != init ]]; then
         mapfile -t COMPREPLY < <(compgen -W "$(_confext_watcher_services)" -- "$cur")
     fi
 }

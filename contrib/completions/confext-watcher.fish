@@ -11,7 +11,7 @@ end
 
 set -l c complete -c confext-watcher
 set -l first __fish_use_subcommand
-set -l asks '__fish_seen_subcommand_from status plan history wait rollback origin diff'
+set -l asks '__fish_seen_subcommand_from status plan history wait rollback remove origin diff'
 set -l builds '__fish_seen_subcommand_from build'
 set -l execs '__fish_seen_subcommand_from exec'
 
@@ -25,13 +25,15 @@ $c -n $first -a plan -d 'what a look now would change, without doing it'
 $c -n $first -a history -d 'what was applied, refused, rolled back, when and why'
 $c -n $first -a wait -d 'block until an image is applied or refused'
 $c -n $first -a rollback -d 'back to the stack before, and stay there'
+$c -n $first -a init -d 'have a unit of systemd take part, with a first version of what it has now, and its check'
+$c -n $first -a remove -d 'undo init: the service has the /etc of the host again'
 $c -n $first -a enable -d 'have a unit of systemd take part, and say when that is so'
 $c -n $first -a check -d 'would this image be admitted here?'
 $c -n $first -a build -d 'make an image from a directory, or from files'
 $c -n $first -a origin -d 'which image the files of a service\'s /etc come from'
 $c -n $first -a diff -d 'what would change in the /etc of a service, or did'
 $c -n $asks -a '(__confext_watcher_services)'
-$c -n '__fish_seen_subcommand_from status plan history wait rollback enable check build origin diff' -l json -d 'print one JSON object'
+$c -n '__fish_seen_subcommand_from status plan history wait rollback init remove enable check build origin diff' -l json -d 'print one JSON object'
 $c -n '__fish_seen_subcommand_from plan' -l check -d 'run its check, too'
 $c -n '__fish_seen_subcommand_from plan' -l stat -d 'and the files that would change'
 $c -n '__fish_seen_subcommand_from status' -s f -l follow -d 'stay, and keep it up to date'
@@ -45,6 +47,13 @@ $c -n '__fish_seen_subcommand_from wait' -x -l timeout -d 'give up after so many
 $c -n '__fish_seen_subcommand_from wait check build origin' -F
 $c -n '__fish_seen_subcommand_from rollback' -x -l to -d 'to this stack'
 $c -n '__fish_seen_subcommand_from rollback' -l forget -d undo
+$c -n '__fish_seen_subcommand_from init' -r -F -l from -d 'of the /etc of the host'
+$c -n '__fish_seen_subcommand_from init' -x -l name -d 'of the image'
+$c -n '__fish_seen_subcommand_from init' -r -F -l recipe -d 'this recipe'
+$c -n '__fish_seen_subcommand_from init' -x -a '(__fish_complete_users)' -l user -d 'who may deploy'
+$c -n '__fish_seen_subcommand_from init remove' -l yes -d 'do it without asking'
+$c -n '__fish_seen_subcommand_from init remove' -l dry-run -d 'only show what would be done'
+$c -n '__fish_seen_subcommand_from remove' -l all -d 'also what init has not made'
 $c -n '__fish_seen_subcommand_from diff' -x -l from -d 'from this stack'
 $c -n '__fish_seen_subcommand_from diff' -r -F -l to -d 'to this stack, or with these images'
 $c -n '__fish_seen_subcommand_from diff' -l stat -d 'one line for each file'

@@ -68,6 +68,10 @@ class Host:
         self.stack.callback(self._remove, name)
         self.confext_dir(name).mkdir()
 
+    def clean(self, name: str) -> None:
+        """Take away after the test what it makes of a unit that is there anyway."""
+        self.stack.callback(self._remove, name)
+
     def confext_dir(self, name: str) -> Path:
         return self.bed.path(f"{UNITS}/{name}.confext.d")
 

@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("run", help="the daemon, in the foreground")
     _add_exec(commands.add_parser("exec", help="start a program on its stack, without systemd"))
     _add_asking(commands)
+    _add_setup(commands)
     enable = commands.add_parser("enable", help="have a unit of systemd take part, and say when that is so")
     enable.add_argument("service", metavar="UNIT", help="`nginx` is nginx.service")
     enable.add_argument(
@@ -185,6 +186,36 @@ def _add_history(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image", default="", metavar="IMAGE", help="of an image: web, web_1.4.raw, or how its digest begins"
     )
+
+
+def _add_setup(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    init = commands.add_parser(
+        "init",
+        help="have a unit of systemd take part, with a first version of what it has now, and its check",
+    )
+    init.add_argument("service", metavar="UNIT", help="`nginx` is nginx.service")
+    init.add_argument(
+        "--from",
+        dest="sources",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="of the host's /etc, for the first version; may be given several times; without: as its recipe says",
+    )
+    init.add_argument("--name", default="", metavar="NAME", help="of the image; without: the unit's")
+    init.add_argument(
+        "--recipe",
+        default="",
+        metavar="NAME|FILE",
+        help="this recipe; `none`: without; without: the one for the unit",
+    )
+    init.add_argument("--user", default="", metavar="USER", help="who may deploy, besides root")
+    remove = commands.add_parser("remove", help="undo `init`: the service has the host's own /etc again")
+    remove.add_argument("service", metavar="UNIT", help="`nginx` is nginx.service")
+    remove.add_argument("--all", action="store_true", help="also what `init` has not made")
+    for parser in (init, remove):
+        parser.add_argument("--yes", action="store_true", help="do it without asking")
+        parser.add_argument("--dry-run", action="store_true", help="only show what would be done")
 
 
 def _add_diff(parser: argparse.ArgumentParser) -> None:

@@ -32,19 +32,23 @@ _UUID = "6a9ac1f4-1f42-4a0e-8a3f-6c2a3f0b7e51"
 
 #: else the holes of the copy count, which file systems make as they like. -no-recovery: no file in $HOME.
 _SQUASHFS = """
-    -noappend -comp gzip -all-root -root-mode 0755 -no-xattrs -no-sparse -no-recovery -exit-on-error -quiet -no-progress
+    -noappend -comp gzip -root-mode 0755 -no-xattrs -no-sparse -no-recovery -exit-on-error -quiet -no-progress
 """.split()
 
 
-def squashfs(tree: str, target: str, epoch: int) -> None:
+def squashfs(tree: str, target: str, epoch: int, *, owners: bool = False) -> None:
     """Make a squashfs of all in a directory; all times in it are `epoch`, seconds since 1970.
+
+    Args:
+        owners: as in the directory; without, all belongs to root.
 
     Raises:
         Later: the tool is not installed.
         Refused: it failed.
     """
     times = ("-all-time", str(epoch), "-mkfs-time", str(epoch))
-    _run("mksquashfs", "squashfs-tools", tree, target, *_SQUASHFS, *times)
+    root = () if owners else ("-all-root",)
+    _run("mksquashfs", "squashfs-tools", tree, target, *_SQUASHFS, *root, *times)
 
 
 def erofs(tree: str, target: str, epoch: int) -> None:

@@ -9,9 +9,10 @@ It is done by who calls it, root, and not by the daemon: so it works while that 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from watcher.managers.systemd import sandbox_settings
@@ -20,9 +21,12 @@ from watcher.managers.systemd.unit_files import SUFFIX, Index, Unit, is_portable
 from watcher.model import shown
 from watcher.mounts.process import shares_host
 from watcher.records.schema import Failed
+from watcher.settings import unit_names
 from watcher.settings.unit_names import UNIT_PATHS
+from watcher.text import nearest
 
-_PLACE = "/etc/systemd/system"
+PLACE = "/etc/systemd/system"
+"""Where what this room makes for a unit lies: the administrator's directory of unit files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,7 @@ class Enabled:
     watched: bool
 
 
-def enable(name: str, entry: str, state_directory: str, place: str = _PLACE) -> Enabled:
+def enable(name: str, entry: str, state_directory: str, place: str = PLACE) -> Enabled:
     """Make the drop directory of a unit and one for an entry's versions; the drop-in is in force when it returns.
 
     Args:
@@ -54,11 +58,8 @@ def enable(name: str, entry: str, state_directory: str, place: str = _PLACE) -> 
         Failed: it cannot take part: the reason, and what to do.
         OSError: a directory cannot be made.
     """
-    if os.geteuid() != 0:
-        raise Failed("only root may have a unit take part: use sudo")
-    if not os.path.isdir("/run/systemd/system"):
-        raise Failed("systemd does not run here: start the program with `confext-watcher exec`")
-    unit = _unit(Index(UNIT_PATHS), name)
+    require_root("have a unit take part")
+    unit = unit_of(Index(UNIT_PATHS), name)
     if entry and (entry != os.path.basename(entry) or not entry.endswith(".v") or entry.startswith(".")):
         raise Failed(
             f"{shown(entry)}: no directory of versions: they are called NAME.raw.v, or NAME.v for trees"
@@ -67,23 +68,35 @@ def enable(name: str, entry: str, state_directory: str, place: str = _PLACE) -> 
     directory = f"{top}/{entry}" if entry else top
     for path in dict.fromkeys((top, directory)):
         _make(path)
-    index = Index(UNIT_PATHS)
-    if stale(index, [unit.name], state_directory):
-        _systemctl("daemon-reload")
-        _require_drop_in(index, unit, state_directory)
-    restart = not is_template(unit.name) and _in_hosts_namespace(unit.name)
-    watched = _systemctl("is-active", "confext-watcher.service", check=False) in ("active", "reloading")
-    return Enabled(unit.name, directory, restart, watched)
+    bring_into_force(unit, state_directory)
+    return taking_part(unit, directory)
 
 
-def _unit(index: Index, name: str) -> Unit:
-    """The unit of that name, which may take part. Raises Failed."""
-    name = name if "." in name else f"{name}.service"
+def require_root(what: str) -> None:
+    """Raise Failed where a command cannot do what it is for: by whom it is run, or because systemd is not here."""
+    if os.geteuid() != 0:
+        raise Failed(f"only root may {what}: use sudo")
+    if not os.path.isdir("/run/systemd/system"):
+        raise Failed("systemd does not run here: start the program with `confext-watcher exec`")
+
+
+def full_name(name: str) -> str:
+    """ "nginx.service" for "nginx". Raises Failed: it is no name of a service unit."""
+    known = is_service(name) or unit_names.is_unit(name)  # "php8.4-fpm" has a dot, too
+    name = name if known else f"{name}.service"
     if not is_service(name):
         raise Failed(f"{shown(name)} is no service unit")
+    return name
+
+
+def unit_of(index: Index, name: str) -> Unit:
+    """The unit of that name, which may take part. Raises Failed."""
+    name = full_name(name)
     unit = index.unit(name)
     if unit is None:
-        raise Failed(f"{shown(name)}: there is no such unit, or it is masked")
+        meant = nearest(name, _known(index))
+        hint = f"; did you mean {shown(meant)}?" if meant not in ("", name) else ""
+        raise Failed(f"{shown(name)}: there is no such unit, or it is masked{hint}")
     if is_portable(unit.fragment):
         raise Failed(f"{shown(name)} is a portable service: portablectl says what is on its /etc")
     settings, _ = settings_of(index, unit)
@@ -96,6 +109,48 @@ def _unit(index: Index, name: str) -> Unit:
     return unit
 
 
+def _known(index: Index) -> Iterator[str]:
+    """The names of all services that have a file."""
+    for directory in index.search_path:
+        with contextlib.suppress(OSError):
+            yield from (name for name in os.listdir(directory) if is_service(name))
+
+
+def bring_into_force(unit: Unit, state_directory: str, *, reload: bool = False) -> None:
+    """Have systemd know of what was made for a unit.
+
+    Args:
+        reload: also if the drop-in of the generator is as it should be: a file beside it has changed.
+
+    Raises:
+        Failed: systemd does not, or cannot load the unit any more.
+    """
+    index = Index(UNIT_PATHS)
+    if not reload and not stale(index, [unit.name], state_directory):
+        return
+    systemctl("daemon-reload")
+    state = "" if is_template(unit.name) else systemctl("show", "--property=LoadState", "--value", unit.name)
+    if state in ("bad-setting", "error"):
+        raise Failed(
+            f"{shown(unit.name)} cannot be loaded any more: systemctl status {shown(unit.name)} says why"
+        )
+    if stale(index, [unit.name], state_directory):
+        raise Failed(
+            f"{shown(unit.name)}: daemon-reload did not give it its drop-in: is confext-watcher-generator installed?"
+        )
+
+
+def taking_part(unit: Unit, directory: str) -> Enabled:
+    """What is still to be done for a unit that takes part. Raises Failed: systemd does not answer."""
+    restart = not is_template(unit.name) and in_hosts_namespace(unit.name)
+    return Enabled(unit.name, directory, restart, is_watched())
+
+
+def is_watched() -> bool:
+    """Whether the daemon runs."""
+    return systemctl("is-active", "confext-watcher.service", check=False) in ("active", "reloading")
+
+
 def _make(path: str) -> None:
     try:
         os.mkdir(path, 0o755)
@@ -104,22 +159,17 @@ def _make(path: str) -> None:
             raise Failed(f"{shown(path)} is there, and no directory: remove it") from None
 
 
-def _require_drop_in(index: Index, unit: Unit, state_directory: str) -> None:
-    if stale(index, [unit.name], state_directory):
-        raise Failed(
-            f"{shown(unit.name)}: daemon-reload did not give it its drop-in: is confext-watcher-generator installed?"
-        )
-
-
-def _in_hosts_namespace(name: str) -> bool:
-    pid = _systemctl("show", "--property=MainPID", "--value", "--", name)
+def in_hosts_namespace(name: str) -> bool:
+    """Whether a unit runs in the host's mount namespace, where nothing can be put on its /etc alone."""
+    pid = systemctl("show", "--property=MainPID", "--value", "--", name)
     try:
         return pid not in ("", "0") and shares_host(pid)
     except FileNotFoundError:
         return False  # it has just ended: its next start has its drop-in
 
 
-def _systemctl(*words: str, check: bool = True) -> str:
+def systemctl(*words: str, check: bool = True) -> str:
+    """What systemctl prints. Raises Failed: it failed, and `check` is set."""
     done = subprocess.run(["systemctl", *words], capture_output=True, text=True, check=False)
     if check and done.returncode != 0:
         raise Failed(f"systemctl {words[0]}: {shown(done.stderr.strip() or 'failed')}")
