@@ -16,8 +16,8 @@ import pytest
 
 from support import CHECKOUT
 from support.needs import root, tool
-from watcher.cli import main
 from watcher.images import tries
+from watcher.settings import config
 from watcher.settings.config import Settings
 
 README = (CHECKOUT / "README.md").read_text()
@@ -104,7 +104,7 @@ def test_it_names_the_settings_as_they_are() -> None:
     assert settings.keep_stacks == 3 and "last three stacks" in text
     assert f"{settings.store_max >> 30} GiB in all" in text
     assert f"{settings.image_max >> 30} GiB for one" in text
-    assert "Linux 6.8" in text and main._KERNEL == (6, 8)
+    assert "Linux 6.8" in text and config.KERNEL_OLDEST == (6, 8)
 
 
 def test_counted_tries_are_as_it_says() -> None:

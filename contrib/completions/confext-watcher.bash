@@ -10,7 +10,7 @@ _confext_watcher_services() {
 
 _confext_watcher() {
     local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]}
-    local commands="run exec status plan history wait rollback init remove enable check build origin diff" command= word options= i
+    local commands="run exec status plan history wait rollback init remove enable check build doctor origin diff" command= word options= i
     COMPREPLY=()
     for ((i = 1; i < COMP_CWORD; i++)); do
         word=${COMP_WORDS[i]}
@@ -57,6 +57,7 @@ _confext_watcher() {
         check) options="--json" ;;
         build)
             options="--output --name --version --for --scope --format --sign --certificate --json" ;;
+        doctor) options="--json" ;;
         origin) options="--json" ;;
         diff) options="--from --to --stat --json" ;;
     esac
@@ -64,7 +65,7 @@ _confext_watcher() {
         mapfile -t COMPREPLY < <(compgen -W "$options --help" -- "$cur")
     elif [[ $command = check || $command = build || ($command = wait && $prev != wait) || ($command = origin && $prev != origin) ]]; then
         compopt -o default
-    elif [[ $command != run && $command != exec && $command != enable && $command != init ]]; then
+    elif [[ $command != run && $command != exec && $command != enable && $command != init && $command != doctor ]]; then
         mapfile -t COMPREPLY < <(compgen -W "$(_confext_watcher_services)" -- "$cur")
     fi
 }

@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="would this image be admitted here?")
     check.add_argument("images", nargs="+", metavar="IMAGE", help="image file (*.raw) or directory tree")
     _add_build(commands.add_parser("build", help="make an image from a directory, or from files"))
+    commands.add_parser("doctor", help="is this host fit, and what to do where it is not")
     origin = commands.add_parser("origin", help="which image the files of a service's /etc come from")
     origin.add_argument("service", metavar="SERVICE")
     origin.add_argument(

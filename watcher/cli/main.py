@@ -16,7 +16,6 @@ from watcher.model import Unsupported, problem
 from watcher.records.schema import CallError, ExitStatus
 from watcher.settings import config
 
-_KERNEL = (6, 8)
 _CAP_SYS_ADMIN = 21
 
 
@@ -67,7 +66,7 @@ def _as_root(starts: bool) -> bool:
 def _require_kernel() -> None:
     # "6.12.43+deb13-amd64", "6.9rc1", "6.12+"
     release = tuple(int(part) for part in re.findall(r"\d+", platform.release())[:2])
-    if release < _KERNEL:
+    if release < config.KERNEL_OLDEST:
         raise Unsupported(
             f"Linux {platform.release()} is too old: 6.8 or newer is needed (overlayfs lowerdir+)"
         )

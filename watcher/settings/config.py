@@ -21,6 +21,8 @@ from watcher.settings.values import boolean, number, size, split, time_span
 
 SERVICE_SECTION = "X-Confext"
 WATCHER_SECTION = "Watcher"
+KERNEL_OLDEST = (6, 8)
+"""Linux: the first with lowerdir+ of overlayfs."""
 _NAME = "confext-watcher"
 _VENDOR_DIRECTORIES = (f"/run/{_NAME}", f"/usr/local/lib/{_NAME}", f"/usr/lib/{_NAME}")
 
