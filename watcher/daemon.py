@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 
 import trio
 
+from watcher.control import metrics
 from watcher.control.commands import Commands
 from watcher.control.peers import Readers
 from watcher.control.server import serve
@@ -158,6 +159,8 @@ class Daemon:
         self._settings = settings
         self._tools = tools
         self._control = Commands(tools, self.changed, self._in_round, self._reload_settings)
+        every = functools.partial(self._control.status, None, deep=False)
+        self._metrics = metrics.Metrics(every, tools.store)
         self._notifier = Notifier(lambda: tools.manager.services, lambda: self._settings, tools.run_aside)
         self._rounds = Rounds(tools, self._recorded, self.changed, self._looked_at, self._control.stepped)
         self._control.rounds = self._rounds
@@ -191,6 +194,8 @@ class Daemon:
                 self._look_at_everything()
                 directory = self._settings.runtime_directory
                 await nursery.start(serve, self._control, directory, self._readers)
+                if on_systemd(self._settings):
+                    nursery.start_soon(metrics.serve, self._metrics)
                 nursery.start_soon(self._follow_directories)
                 nursery.start_soon(self._start_rounds, nursery)
                 nursery.start_soon(self._fresh.run)
@@ -214,6 +219,7 @@ class Daemon:
     def _recorded(self, event: Event) -> None:
         """An outcome is in the history."""
         self._control.tell(event)
+        self._metrics.tell(event)
         self._notifier.tell(event)
 
     def _in_round(self, name: str) -> bool:

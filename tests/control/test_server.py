@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The control socket (control/transport.py), its clients and its answers; the daemon behind it is a fake."""
+"""The control socket (control/transport.py, control/conversation.py), its clients and answers; the daemon is a fake."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from jeepney import HeaderFields, Message
 from jeepney.low_level import Endianness, Header, MessageType
 
 from watcher.cli import show
-from watcher.control import server, transport
+from watcher.control import conversation, server, transport
 from watcher.control.client import Client
 from watcher.images import hash_tree, signature, tries
 from watcher.images.formats import btrfs, disk, erofs, ext4, gpt, verity
@@ -515,7 +515,7 @@ def varlink_call(data: bytes) -> None:
         except UnicodeDecodeError:
             return
         with only(varlink.VarlinkError):
-            name, parameters = _server()._checked(request)
+            name, parameters = conversation.checked(_server()._service, request)
             assert all(isinstance(value, str | int) for value in parameters.values())
             if not request.method.startswith(f"{schema.INTERFACE}."):
                 for reply in _server()._service.handle(request.raw):

@@ -7,7 +7,7 @@ a rollback for as long as the service reloads, `Wait` for hours. A thread for ea
 client goes away, and a hundred clients that wait are a hundred threads. So this module dispatches the calls of our own
 interface to an async Backend.
 
-**A client can only hurt itself** (bounds: transport.py, peers.py). A connection is a task of its own. A client
+**A client can only hurt itself** (bounds: transport.py, peers.py, conversation.py). A client
 that takes no reply, sends rubbish, or comes back a thousand times is only in its own way.
 
 **Strangers are told less** (redact.py): each reply goes through `_Server._encoded()` or `_encoded_error()`, but for
@@ -19,7 +19,6 @@ all the same: no service stays rolled back by half.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Awaitable, Callable, Sequence
@@ -33,6 +32,7 @@ from varlink.scanner import Interface
 
 import watcher
 from watcher.control import peers, redact
+from watcher.control.conversation import checked, converse
 from watcher.control.peers import Peer, Quota, Readers, Turns
 from watcher.control.trace_process import Asked
 from watcher.control.transport import Connection, Request, listening
@@ -152,14 +152,13 @@ async def serve(
         with listening(Path(runtime_directory), schema.SOCKET) as made:
             listener = trio.SocketListener(trio.socket.from_stdlib_socket(made))
             task_status.started()
-            await server.accept(listener, nursery)
+            await converse(listener, server.answer_calls, "control socket")
 
 
 class _Server:
     def __init__(self, backend: Backend, readers: Readers) -> None:
         self._backend = backend
         self._readers = readers
-        self._connections = Quota(peers.CONNECTIONS, peers.CONNECTIONS_PER_USER)
         self._waiting = Quota(peers.WAITS, peers.WAITS_PER_USER)
         self._turns = Turns()
         # Not trio's own: the daemon may have all of them busy copying images.
@@ -172,41 +171,7 @@ class _Server:
         self._interface = Interface(schema.DESCRIPTION)
         self._service.interfaces[self._interface.name] = self._interface
 
-    async def accept(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
-        exhausted = False
-        while True:
-            try:
-                stream = await listener.accept()
-            except OSError as error:
-                if error.errno not in _EXHAUSTED:
-                    raise
-                if not exhausted:
-                    journal.log.warning(f"control socket: no connection can be taken now: {error.strerror}")
-                exhausted = True
-                # The clients wait in the kernel's backlog (listen(2)).
-                await trio.sleep(0.1)
-            else:
-                exhausted = False
-                peer = Peer.of(stream)
-                nursery.start_soon(self._converse, stream, peer)
-                if not peer.privileged:
-                    # Or a client that connects without end keeps the event loop busy, refused or not.
-                    await trio.sleep(1 / peers.CONNECTS_PER_SEC)
-
-    async def _converse(self, stream: trio.SocketStream, peer: Peer) -> None:
-        with trio.CancelScope() as scope:
-            async with stream:
-                with self._connections.take(peer) as free:
-                    try:
-                        if not free:
-                            raise ValueError("too many connections")
-                        await self._answer_calls(Connection(stream, peer, scope))
-                    except ValueError as error:
-                        journal.log.debug(
-                            f"control socket: connection closed: {error}", uid=peer.uid, pid=peer.pid
-                        )
-
-    async def _answer_calls(self, connection: Connection) -> None:
+    async def answer_calls(self, connection: Connection) -> None:
         while (message := await connection.receive()) is not None:
             async with self._turns.one_for(connection.peer) as turn:
                 request = Request.parse(message)
@@ -228,7 +193,7 @@ class _Server:
         """The reply, whatever happens: no exception leaves here."""
         peer = connection.peer
         try:
-            name, given = self._checked(request)
+            name, given = checked(self._service, request)
             if not request.method.startswith(f"{schema.INTERFACE}."):
                 return b"".join(self._service.handle(request.raw))
             if name in _TRACES:
@@ -275,28 +240,6 @@ class _Server:
 
         piece = await self._backend.trace(Asked(name, more=more, user=user, **given), tell)
         return b'{"parameters":' + piece + b"}"
-
-    def _checked(self, request: Request) -> tuple[str, dict[str, Any]]:
-        """The method's name and its parameters, optional ones without a value left out. Raises varlink.VarlinkError."""
-        name_of_interface, _, name = request.method.rpartition(".")
-        interface = self._service.interfaces.get(name_of_interface)
-        if interface is None:
-            raise varlink.InterfaceNotFound(name_of_interface)
-        fields = interface.get_method(name).in_type.fields
-        for parameter in request.parameters:
-            if parameter not in fields:
-                raise varlink.InvalidParameter(parameter)
-        checked = {}
-        for parameter, kind in fields.items():
-            try:
-                value = interface.filter_params(
-                    parameter, kind, False, request.parameters.get(parameter), None
-                )
-            except (ValueError, OverflowError):
-                raise varlink.InvalidParameter(parameter)
-            if value is not None:
-                checked[parameter] = value
-        return name, checked
 
     async def _call(
         self, connection: Connection, request: Request, name: str, given: dict[str, Any], turn: ExitStack
@@ -392,7 +335,6 @@ def _fitting(events: Sequence[Event], limit: int, stranger: bool) -> dict[str, A
 _TRACES = ("Trace", "Compare")
 _END_WITH_CLIENT = frozenset(f"{schema.INTERFACE}.{name}" for name in ("Wait", *_TRACES))
 _CHANGING = ("Rollback", "Forget", "Reload")
-_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 def _encode(message: dict[str, Any]) -> bytes:
