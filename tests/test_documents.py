@@ -61,28 +61,65 @@ def section(page: str, start: str, end: str) -> str:
 # --- man pages ---
 
 
-def test_every_command_is_in_the_man_page() -> None:
-    page = (MAN / "confext-watcher.8").read_text()
+OF_THE_DAEMON = {"run", "exec"}  # these are in confext-watcher(8), what people type is in confext-watcher(1)
+COMMAND_PAGES = [MAN / "confext-watcher.1", MAN / "confext-watcher.8"]
+
+
+def page_of(command: str) -> str:
+    return COMMAND_PAGES[command in OF_THE_DAEMON].read_text()
+
+
+@pytest.mark.parametrize("path", COMMAND_PAGES, ids=lambda path: path.name)
+def test_every_command_is_in_one_man_page(path: Path) -> None:
+    page = path.read_text()
+    wanted = sorted(command for command in commands() if page_of(command) == page)
     listed = re.findall(r"^\.It Cm (\w+)$", section(page, ".Sh COMMANDS", ".Sh ENVIRONMENT"), re.MULTILINE)
-    assert sorted(listed) == sorted(commands())
+    assert sorted(listed) == wanted
     synopsis = section(page, ".Sh SYNOPSIS", ".Sh DESCRIPTION")
-    assert sorted(re.findall(r"^\.Cm (\w+)$", synopsis, re.MULTILINE)) == sorted(commands())
+    assert sorted(re.findall(r"^\.Cm (\w+)$", synopsis, re.MULTILINE)) == wanted
 
 
-def test_every_option_is_in_the_man_page_and_no_other() -> None:
-    page = (MAN / "confext-watcher.8").read_text()
-    described = section(page, ".Sh COMMANDS", ".Sh ENVIRONMENT")
-    items = "\n".join(re.findall(r"^\.It Fl .*$", described, re.MULTILINE))
+def test_every_option_is_in_a_man_page_and_no_other() -> None:
+    described = [section(path.read_text(), ".Sh COMMANDS", ".Sh ENVIRONMENT") for path in COMMAND_PAGES]
+    items = "\n".join(re.findall(r"^\.It Fl .*$", "\n".join(described), re.MULTILINE))
     assert flags(items) == ALL
 
 
 @pytest.mark.parametrize("command", commands())
 def test_the_synopsis_has_the_options_of_(command: str) -> None:
-    page = (MAN / "confext-watcher.8").read_text()
-    synopsis = section(page, ".Sh SYNOPSIS", ".Sh DESCRIPTION")
+    synopsis = section(page_of(command), ".Sh SYNOPSIS", ".Sh DESCRIPTION")
     lines = next(part for part in synopsis.split(".Nm\n") if part.startswith(f".Cm {command}\n"))
     own = options(command) - {"-h", "--help", "-f", "-n", "-v"}
     assert flags(lines) == ({"--name"} if command == "exec" else own)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_references_to_our_own_pages_lead_somewhere(page: Path) -> None:
+    ours = {tuple(path.name.rsplit(".", 1)) for path in PAGES}
+    text = page.read_text()
+    found = set(re.findall(r"\bXr (\S*watcher\S*) (\d)", text))
+    assert found <= ours
+    for name, title in re.findall(
+        r"^\.Sx (.*?)(?: [,.;:])?\n(?:in\n\.Xr (\w.*?)(?: [,.;:])?\n)?", text, re.MULTILINE
+    ):
+        there = (MAN / title.replace(" ", ".")).read_text() if title else text
+        assert f"\n.Ss {name}\n" in there or f"\n.Sh {name}\n" in there, name
+
+
+def test_references_from_elsewhere_to_our_pages_lead_somewhere() -> None:
+    ours = {path.name for path in PAGES}
+    units = CONTRIB.parent / "units"
+    for path in (*units.iterdir(), *CONTRIB.parent.glob("*.md")):
+        for name, number in re.findall(r"((?:confext-)?watcher[a-z.-]*)\((\d)\)", path.read_text()):
+            assert f"{name}.{number}" in ours, path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@tool("mandoc")
+def test_it_fits_a_terminal_of_80_columns(page: Path) -> None:
+    words = ["mandoc", "-T", "utf8", "-O", "width=78", page]
+    shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert max(len(re.sub(".\b", "", line)) for line in shown.splitlines()) <= 80
 
 
 @pytest.mark.parametrize(

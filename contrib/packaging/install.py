@@ -40,6 +40,7 @@ UNITS = {
 }
 # What people read and type with, and where it goes below PREFIX/share. Debian's zsh looks elsewhere than a local one.
 DOCUMENTS = {
+    "man/confext-watcher.1": "man/man1/confext-watcher.1",
     "man/confext-watcher.8": "man/man8/confext-watcher.8",
     "man/confext-watcher.service.8": "man/man8/confext-watcher.service.8",
     "man/confext-watcher-recipes.7": "man/man7/confext-watcher-recipes.7",

@@ -251,7 +251,7 @@ def test_what_is_in_the_stack_and_shown_is_no_success_before_its_time() -> None:
 
 
 def test_the_rows_of_the_man_page_and_of_the_code_are_the_same() -> None:
-    page = (CHECKOUT / "contrib/man/confext-watcher.8").read_text()
+    page = (CHECKOUT / "contrib/man/confext-watcher.1").read_text()
     table = page.partition(".Ss What wait answers\n")[2].partition("\n.S")[0]
     found: dict[str, int] = {}
     status = -1

@@ -80,7 +80,7 @@ type Event (
 )
 
 # What is so now of an image that somebody waits for.
-# kind: a word, see the table in confext-watcher(8). There may be more one day.
+# kind: a word, see the table in confext-watcher(1). There may be more one day.
 # status: 0 if the service runs on it, or would at its next start where it does not run; 1 if it will not come by
 # itself; 4 if it is in progress. The exit status of the command line.
 # text: a sentence for people.

@@ -3,7 +3,7 @@
 
 An answer is about the content that the file has at this moment. What became of a file by this name before does not
 count: a good image that was overwritten by a bad one is no success. Kinds of answers, and the exit status of each, are
-the table `Kind`; confext-watcher(8) has the same rows.
+the table `Kind`; confext-watcher(1) has the same rows.
 """
 
 from __future__ import annotations
