@@ -50,7 +50,8 @@ def test_it_is_removed_when_it_is_mounted(tools: Tools) -> None:
     with Devices().opened(WANTED) as path:
         name = os.path.basename(path)
         assert os.path.exists(path)
-    assert name.startswith(f"{PREFIX}{'a' * 16}-{os.getpid()}-")
+    namespace = os.stat("/proc/self/ns/pid").st_ino
+    assert name.startswith(f"{PREFIX}{'a' * 16}-{namespace}-{os.getpid()}-")
     assert tools().read_text().splitlines() == [
         f"veritysetup open /dev/loop1 {name} /dev/loop2 {ROOT_HASH.hex()}",
         f"dmsetup remove --deferred {name}",
@@ -117,12 +118,16 @@ def test_what_hangs_is_waited_for_once(tools: Tools, monkeypatch: pytest.MonkeyP
 
 
 def test_what_a_killed_watcher_has_left_is_removed(tools: Tools, tmp_path: Path) -> None:
+    """But not what a watcher in a container has in work: it has the same device mapper, and other PIDs."""
     ended = subprocess.Popen(["sleep", "60"])
+    namespace = os.stat("/proc/self/ns/pid").st_ino
     names = {
-        who: f"{PREFIX}{'b' * 16}-{pid}-{start_time(pid)}-{number}"
+        who: f"{PREFIX}{'b' * 16}-{namespace}-{pid}-{start_time(pid)}-{number}"
         for number, (who, pid) in enumerate((("dead", ended.pid), ("alive", os.getpid())))
     }
     names["used"] = f"{names['dead']}1"
+    names["container"] = names["dead"].replace(str(namespace), str(namespace + 1))
+    names["strange"] = f"{PREFIX}1"
     ended.send_signal(signal.SIGKILL)
     ended.wait()
     (tmp_path / "block/dm-1/dm").mkdir(parents=True)

@@ -7,7 +7,12 @@ keyring, whose keys come with the kernel or from the firmware.
 
 A device is removed when it is mounted (deferred: dmsetup(8)), and so the kernel frees it with its last user, as it does
 a loop device. A service may be the last, long after us. Only if the watcher is killed between the two steps it stays:
-its name says who has made it, and the next start of a watcher removes it.
+its name says who has made it, and the next start of a watcher removes it. PIDs count in one PID namespace only, and
+names of devices on the whole machine: what a watcher in a container makes is for one in that container to remove.
+
+A veritysetup that is killed while it waits for udev leaves the semaphore by which udev would have answered, "cookie" in
+dmsetup(8). Nothing says whose a cookie is, so it stays: one at most for a start of the watcher, which then makes no
+more devices. `dmsetup udevcomplete_all 10` removes those that are older than ten minutes, of all programs.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from watcher.model import shown
-from watcher.mounts.process import Gone, start_time
+from watcher.mounts.process import Gone, namespace_id, start_time
 from watcher.records import journal
 from watcher.settings import device_mapper
 from watcher.settings.signals import reason_of
@@ -70,7 +75,7 @@ class Devices:
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
-        self._owner = f"{os.getpid()}-{start_time(os.getpid())}"
+        self._owner = f"{_pid_namespace()}-{os.getpid()}-{start_time(os.getpid())}"
         self._hung = ""
 
     @contextlib.contextmanager
@@ -129,7 +134,7 @@ def remove_leftovers() -> None:
     for block in listed.split("\n\n"):
         words = dict(line.split(":", 1) for line in block.splitlines() if ":" in line)
         name = words.get("Name", "").strip()
-        if not name.startswith(PREFIX) or "DEFERRED REMOVE" in words.get("State", "") or _is_in_work(name):
+        if not name.startswith(PREFIX) or "DEFERRED REMOVE" in words.get("State", "") or not _is_left(name):
             continue
         why = _removed(name)
         said = f"could not be removed: {why}" if why else "is removed"
@@ -146,13 +151,23 @@ def _kernel_has() -> Iterator[str]:
                     yield name
 
 
-def _is_in_work(name: str) -> bool:
-    """Whether the process that has made a device goes on, and will remove it itself."""
+def _is_left(name: str) -> bool:
+    """Whether the process that has made a device is known to be gone: else it goes on, and will remove it itself."""
     try:
-        pid, started = map(int, name.split("-")[-3:-1])
-        return start_time(pid) == started
-    except (ValueError, Gone):
+        namespace, pid, started = map(int, name.split("-")[-4:-1])
+    except ValueError:
         return False
+    if namespace != _pid_namespace():
+        return False
+    try:
+        return start_time(pid) != started
+    except Gone:
+        return True
+
+
+def _pid_namespace() -> int:
+    """Its inode number (namespaces(7)). That of the host is the same on all machines, at each boot."""
+    return namespace_id("/proc/self/ns/pid")[1]
 
 
 def _removed(name: str) -> str:
@@ -181,6 +196,8 @@ def _run(words: list[str], fds: list[int] | None = None) -> subprocess.Completed
     except FileNotFoundError:
         raise Unavailable(f"the program {words[0]} is not installed (package {_PACKAGE})") from None
     except subprocess.TimeoutExpired:
-        raise Unavailable(f"{words[0]} has not answered in {_TIMEOUT_SEC} s") from None
+        raise Unavailable(
+            f"{words[0]} has not answered in {_TIMEOUT_SEC} s: it may wait for udev, see systemctl status systemd-udevd"
+        ) from None
     except (OSError, MemoryError) as error:
         raise Unavailable(f"{words[0]} cannot be run: {error}") from error
