@@ -105,7 +105,7 @@ def _tools(settings: Settings) -> Iterator[Tools]:
                 functools.partial(ledger.history, limit=_HISTORY_READ),
             )
         )
-        renew_slots(store)
+        renewed = frozenset(renew_slots(store))
         manager: Manager
         run_aside: RunAside = run_as_child
         if on_systemd(settings):
@@ -134,6 +134,7 @@ def _tools(settings: Settings) -> Iterator[Tools]:
             removals=Removals(watcher.uploads),
             settings=settings,
             run_aside=run_aside,
+            renewed=renewed,
         )
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import trio
 
 from support.world import World
 from support.world_things import File, Unit
@@ -82,6 +83,23 @@ def test_the_manager_is_told_of_a_stack_whose_acceptance_came_back_late() -> Non
         world.dirty.add(unit.name)
         world.work()
         assert learns == [unit.name] and unit.told.layers
+
+
+def test_a_unit_whose_slots_were_made_anew_gets_its_drop_in_before_it_starts() -> None:
+    """The daemon is ready, and by that the unit starts, once the unit was looked at."""
+    unit = Unit("web.service", ServiceSettings())
+    with World([unit]) as world:
+        done: list[str] = []
+
+        async def learn(service: Service) -> None:
+            done.append("drop-in")
+
+        type(world._tools.manager).learn = staticmethod(learn)
+        world._tools.renewed = frozenset({"web.service"})
+        rounds = Rounds(world._tools, accepted=lambda name: done.append("looked at"))
+        for _ in range(2):
+            trio.run(rounds.round, unit.service, 0.0)
+        assert done == ["drop-in", "looked at"]
 
 
 def test_steps_without_an_end_are_a_mistake_that_says_what_was_known(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -466,6 +466,7 @@ class World:
             settings=Settings(remove_usec=0),
             offload=SimpleNamespace(run=run, run_within=run_within, run_alone=run_alone),
             in_turn=in_turn,
+            renewed=frozenset(),
         )
 
     def __enter__(self) -> World:

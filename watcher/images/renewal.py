@@ -3,7 +3,8 @@
 
 Another kernel was booted. With files beside a slot and no device mapper each start of the unit would fail
 (226/NAMESPACE); without them systemd would not verify what it starts the unit on. Units start after the daemon, so it
-makes such slots anew when it starts. The stacks are the same, and stay as they are recorded.
+makes such slots anew when it starts. The stacks are the same, and stay as they are recorded. The generator has run
+before that: a drop-in that does not fit the new slots is made anew before the daemon is ready (`Tools.renewed`).
 """
 
 from __future__ import annotations

@@ -200,7 +200,9 @@ class Rounds:
                 over.set()
 
     async def _round(self, service: Service, since: float, looks_from: float) -> float | None:
-        memory = self._memories.setdefault(service.name, Memory())
+        # A drop-in that does not fit new slots fails the start, and systemd starts the unit once we are ready.
+        renewed = service.slots in self._tools.renewed
+        memory = self._memories.setdefault(service.name, Memory(unlearned=renewed))
         busy = True
         try:
             busy = await self._steps(service, memory, since, looks_from)

@@ -27,7 +27,11 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Tools:
-    """One of each, for all services. Only `settings` is replaced, when they are read again."""
+    """One of each, for all services. Only `settings` is replaced, when they are read again.
+
+    Attributes:
+        renewed: slots that were made anew as another kernel was booted: their services' drop-ins may not fit them.
+    """
 
     store: Store
     admission: Admission
@@ -40,6 +44,7 @@ class Tools:
     removals: Removals
     settings: Settings
     run_aside: RunAside
+    renewed: frozenset[str] = frozenset()
 
     async def in_turn(
         self,
