@@ -6,6 +6,8 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +15,9 @@ import pytest
 import structlog
 
 from support.needs import root
+from support.nobody import AS_NOBODY
 from support.writer import Writer
-from watcher.watch.writers import RECORD, Writers
+from watcher.watch.writers import _NAMED_MAX, _OPEN_MAX, RECORD, Writers
 
 pytestmark = root
 
@@ -140,6 +143,85 @@ def test_what_one_program_does(
     assert not blend(writers, target)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(
+            "cat {0}; {p}; cp {1} {0}; {p}; exec 3> {0}; {p}; (cat {1} >&3; {p}) & exec 3>&-; wait",
+            id="a reader that is gone, and a child that closes it",
+        ),
+        pytest.param(
+            "exec 4< {0}; {p}; cp {1} {0}; {p}; L=$(losetup --show -f {0}); {p}; losetup -d $L; {p}",
+            id="a reader that stays, and a loop device that closes it",
+        ),
+        pytest.param(
+            "L=$(losetup --show -f {0}); {p}; cp {1} {0}; {p}; losetup -d $L; {p}", id="a loop device"
+        ),
+        pytest.param("cat {0}; exec 3< {0} 3<&-; {p}; cp {1} {0}; {p}; echo >> {0}", id="it has read before"),
+        pytest.param(
+            "exec 3>> {0}; {p}; sh -c 'exec 4> {0}; {p}; cat {1} >&4'; {p}; exec 3>&-",
+            id="a child writes while its parent has it open",
+        ),
+        pytest.param(
+            "L=$(losetup --show -f {0}); mkfs.ext4 -q $L; losetup -d $L; tune2fs -L web {0}", id="mkfs"
+        ),
+    ],
+)
+def test_what_programs_do_one_after_the_other(
+    writers: Writers, target: Path, source: Path, command: str
+) -> None:
+    target.write_bytes(bytes(1 << 20))
+    words = command.format(target, source, p="sleep 0.2")
+    subprocess.run(["sh", "-ec", words], check=True, stdout=subprocess.DEVNULL)
+    assert not blend(writers, target)
+
+
+def test_whoever_may_only_read_it_keeps_nothing_out(writers: Writers, target: Path, source: Path) -> None:
+    """He has it open all the time, in more processes than are remembered; a child closes it for its parent."""
+    target.touch()
+    command = (
+        f"cp {source} {target}; sleep 0.05; exec 3> {target}; sleep 0.1; (cat {source} >&3) & exec 3>&-; wait"
+    )
+    with contextlib.ExitStack() as readers:
+
+        def read() -> None:
+            for _ in range(_OPEN_MAX + 2):
+                reader = subprocess.Popen([*AS_NOBODY, "sleep", "100"], stdin=os.open(target, os.O_RDONLY))
+                readers.callback(reader.wait)
+                readers.callback(reader.kill)
+
+        read()
+        with subprocess.Popen(["sh", "-ec", command]):
+            read()
+        assert not blend(writers, target)
+
+
+def test_what_is_remembered_is_bounded(writers: Writers, target: Path) -> None:
+    """Whoever may write to a drop directory makes files that are no images, which nobody looks at."""
+    target.touch()
+    command = f"for i in $(seq 300); do sh -c ': >> {target}' & done; for i in $(seq 5000); do : > {target}.$i; done"
+    subprocess.run(["sh", "-ec", f"exec 3< {target}; {command}; wait"], check=True)
+    time.sleep(0.1)
+    with writers._lock:
+        writers._read()
+        files = [file for file in writers._files.values() if file.open]
+    assert len(files) <= 1, "who has closed it is forgotten"
+    assert all(len(file.open) <= _OPEN_MAX for file in files)
+    assert all(len(one.beside or {}) <= _NAMED_MAX for file in files for one in file.open.values())
+
+
+def test_events_that_were_lost_accuse_nobody(writers: Writers, target: Path, source: Path) -> None:
+    """What had been seen before counts only while the file is as it was."""
+    write_at_once(target, source)
+    assert blend(writers, target)
+    limit = int(Path("/proc/sys/fs/fanotify/max_queued_events").read_text())
+    flood = f"import sys\nfor count in range({limit + 10}): open(f'{{sys.argv[1]}}.{{count % 20000}}', 'w').close()"
+    with Writer(target, source) as one, unread(writers, True):
+        subprocess.run([sys.executable, "-ISc", flood, f"{target.parent}/other"], check=True)
+        one("otwwc")
+    assert not blend(writers, target)
+
+
 def write_at_once(target: Path, source: Path) -> None:
     with Writer(target, source) as one, Writer(target, source) as other:
         one("otw")
@@ -184,7 +266,11 @@ def test_the_next_one_knows_it_and_forgets_it_when_it_was_changed(
         assert not blend(last, target)
 
 
-@pytest.mark.parametrize("content", ["", "{", '[["a", 1]]', '[[1, "zz", 1, "a"]]', "7"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", '[["a", 1]]', '[[1, "zz", 1, "a"]]', "7", '[[1e999, "", 1, ""]]', "[" * 99999],
+    ids=range(7),
+)
 def test_a_record_that_cannot_be_read_is_none(tmp_path: Path, content: str) -> None:
     (tmp_path / RECORD).write_text(content)
     with structlog.testing.capture_logs() as said, Writers(str(tmp_path)) as made:

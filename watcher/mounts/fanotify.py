@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 CLOSE_WRITE = 0x8
+CLOSE_NOWRITE = 0x10
 OPEN = 0x20
 Q_OVERFLOW = 0x4000
 _EVENT_ON_CHILD = 0x08000000
@@ -89,7 +90,7 @@ def mark(group: int, directory: str) -> None:
     Raises:
         OSError: ENODEV, EOPNOTSUPP, EXDEV: its file system has no lasting handles (FUSE, NFS); ENOENT, ENOTDIR.
     """
-    flags, mask = _MARK_ADD | _MARK_ONLYDIR, OPEN | CLOSE_WRITE | _EVENT_ON_CHILD
+    flags, mask = _MARK_ADD | _MARK_ONLYDIR, OPEN | CLOSE_WRITE | CLOSE_NOWRITE | _EVENT_ON_CHILD
     _check(_libc.fanotify_mark(group, flags, mask, _AT_FDCWD, os.fsencode(directory)), directory)
 
 

@@ -8,9 +8,13 @@ A lease (`lease.py`) says that nobody writes now, and not how many did. The alte
   and a program that has come and gone is not seen.
 - fanotify with FAN_MODIFY: exact to the write. But each write of an upload would wake us.
 
-So fanotify tells of opens and of closes after writing, by process. If a process closes the file, and another had it
-open at that moment and closes it later, after writing, too, then they wrote at once. A reader never closes after
-writing. A process that opens the file several times is one writer, so is one whose child closes the file for it.
+So fanotify tells of opens and of closes, by process. If a process closes the file after writing, and another had it
+open at that moment and closes it later, after writing, too, then they wrote at once. Who has closed it without writing
+has it open no more, as far as we know: it has read it, and may write to it later. A process that opens the file several
+times is one writer, so is one with its children, whoever closes the file for it.
+
+Of a close by a process that has not opened the file we know whose it is only if that is its parent. Else it may be a
+loop device that is detached, or somebody who began before we did: nobody is accused then.
 
 **Afterwards the file does not count until a program alone has had it open for writing**: whoever copies it again, or
 touches it because he knows that it is whole. A file that is renamed into place is another one.
@@ -27,32 +31,52 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pwd
 import select
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Self
-
-import psutil
 
 from watcher.mounts import fanotify
 from watcher.mounts.fanotify import Event, Handle
 from watcher.records import durable, journal
 from watcher.text import problem, shown
+from watcher.watch import processes
 from watcher.watch.turns import Turns
 
 RECORD = "blends.json"
 
-_FILES_MAX = 10_000
-_OPEN_MAX = 100
+_FILES_MAX = 4096
+_OPEN_MAX = 16
+_NAMED_MAX = 4
 _RECORDED_MAX = 1000
 _PAUSE_SEC = 0.002
 # For a look through /proc, which is made when a file is being written that we have not seen opened.
 _SEARCH_SEC = 0.25
-_KTHREADD = 2
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@dataclass(slots=True)
+class _Opened:
+    """A process that has opened a file.
+
+    Attributes:
+        beside: writers that ended meanwhile, with their names; by PID. Not all, if there were many.
+        kin: those of its ancestors and children that have the file open, too.
+        idle: it has closed the file without writing, and not opened it again.
+    """
+
+    beside: dict[int, str] | None = None
+    kin: frozenset[int] = frozenset()
+    idle: bool = False
+
+    def note(self, ended: Mapping[int, str]) -> None:
+        """Writers have ended."""
+        if not self.idle:
+            news = ((pid, name) for pid, name in ended.items() if pid not in self.kin)
+            self.beside = dict(islice({**(self.beside or {}), **dict(news)}.items(), _NAMED_MAX))
 
 
 @dataclass(slots=True)
@@ -60,12 +84,11 @@ class _File:
     """One file.
 
     Attributes:
-        open: processes that have opened it and may be writing, each with the writers that ended meanwhile; by PID.
-            The first one first.
+        open: processes that have opened it and may be writing, by PID. The first one first.
         blend: who wrote at once when it was written last, in words.
     """
 
-    open: dict[int, dict[int, str]] = field(default_factory=dict)
+    open: dict[int, _Opened] = field(default_factory=dict)
     blend: str = ""
 
 
@@ -133,14 +156,14 @@ class Writers:
             file = self._files.get(handle)
             known = list(file.open) if file is not None else []
         found, name = os.fstat(fd), "/" + os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
-        writers = [pid for pid in known if _is_writing(pid, name, found)]
+        writers = [pid for pid in known if processes.is_writing(pid, name, found)]
         if not writers:
             until = time.monotonic() + _SEARCH_SEC
-            writers = [pid for pid in _others(until) if _is_writing(pid, name, found)]
+            writers = [pid for pid in processes.others(until) if processes.is_writing(pid, name, found)]
             with self._lock:
                 for pid in writers if self._group is not None else ():
                     self._opened(self._file(handle), pid)
-        return ", ".join(filter(None, map(_introduced, writers)))
+        return ", ".join(filter(None, map(processes.introduced, writers)))
 
     def blend(self, fd: int, *, alone: bool) -> str:
         """Who wrote to a file at once that is open as `fd`, in words; "" if nobody did that we know of. Blocks.
@@ -186,16 +209,23 @@ class Writers:
         new: dict[Handle, list[Event]] = {}
         for event in fanotify.read(self._group):
             if event.mask & fanotify.Q_OVERFLOW:
-                for file in self._files.values():
-                    file.open.clear()  # nothing is put down to anybody whose end may have been lost
+                # Nothing is put down to anybody whose end may have been lost. What was recorded of a file counts
+                # while nobody has changed it, as after a restart.
+                self._files.clear()
+                new.clear()
             elif event.handle is not None and event.pid > 0 and event.pid != os.getpid():
                 file = self._file(event.handle)
-                if event.mask & fanotify.OPEN and event.pid not in file.open:
+                if event.mask & fanotify.OPEN:
+                    is_new = event.pid not in file.open
                     self._opened(file, event.pid)
-                    if event.pid in file.open:
+                    if is_new and event.pid in file.open:
                         new.setdefault(event.handle, []).append(event)
                 if event.mask & fanotify.CLOSE_WRITE:
                     self._closed(file, event.pid)
+                elif event.mask & fanotify.CLOSE_NOWRITE and event.pid in file.open:
+                    file.open[event.pid].idle = True
+                if not (file.open or file.blend or event.handle in self._recorded):
+                    del self._files[event.handle]
         self._turns.read_after()
         for handle, events in new.items():
             self._unmerge(self._file(handle), events)
@@ -206,12 +236,15 @@ class Writers:
         ended = {one.pid: self._names.get(one.pid, "") for one in events if one.mask & fanotify.CLOSE_WRITE}
         if place is None or not ended or any(one.place != place for one in events):
             return
-        if 0 < self._turns.count(place) < len(ended):
-            file.blend = _listed(ended)
+        turns = self._turns.count(place)
+        if 0 < turns < len(ended):
+            programs = [pid for pid in ended if processes.ancestors(pid).isdisjoint(ended)]
+            if turns < len(programs):
+                file.blend = _listed({pid: ended[pid] for pid in programs[:_NAMED_MAX]})
         elif self._turns.has_just_ended(place):
             for event in events:
                 if event.pid in file.open:  # it was open before the end
-                    file.open[event.pid] |= ended
+                    file.open[event.pid].note(ended)
 
     def _file(self, handle: Handle) -> _File:
         file = self._files.pop(handle, None)
@@ -223,24 +256,35 @@ class Writers:
         return file
 
     def _opened(self, file: _File, pid: int) -> None:
-        if pid in file.open or (name := _name(pid)) is None:
+        if pid in file.open:
+            file.open[pid].idle = False
+            return
+        if (name := processes.name(pid)) is None:
             return
         if len(file.open) >= _OPEN_MAX:
-            del file.open[next(iter(file.open))]
-        file.open[pid] = {}
+            idle = (pid for pid, one in file.open.items() if one.idle)
+            del file.open[next(idle, next(iter(file.open)))]
+        kin = processes.ancestors(pid) & file.open.keys() if file.open else frozenset()
+        for one in kin:
+            file.open[one].kin |= {pid}
+        file.open[pid] = _Opened(kin=kin)
         self._names[pid] = name
 
     def _closed(self, file: _File, pid: int) -> None:
         """A process has closed the file after writing."""
         seen = pid in file.open
         if not seen:
-            if not file.open or _name(pid) is None:
+            if not file.open or processes.name(pid) is None:
                 return
-            pid = next(iter(file.open))  # a child of the one that has opened it
-        beside = file.open.pop(pid)
+            parent = next((one for one in file.open if one in processes.ancestors(pid)), None)
+            if parent is None:
+                file.open.clear()
+                return
+            pid = parent
+        beside = file.open.pop(pid).beside
         name = self._names.get(pid, "")
-        for others in file.open.values():
-            others[pid] = name
+        for other in file.open.values():
+            other.note({pid: name})
         if beside:
             file.blend = _listed(beside | {pid: name})
         elif seen:
@@ -259,7 +303,7 @@ class Writers:
             return {(int(kind), bytes.fromhex(name)): (int(when), str(who)) for kind, name, when, who in rows}
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
             journal.log.warning(
                 f"which files two programs wrote to at once is not known any more: {problem(error)}"
             )
@@ -297,59 +341,3 @@ def _handle(fd: int) -> Handle | None:
         return fanotify.name_to_handle_at(fd)
     except OSError:
         return None
-
-
-def _name(pid: int) -> str | None:
-    """What a process is called, "" if it is gone; None for a thread of the kernel, which writes for somebody else."""
-    try:
-        process = psutil.Process(pid)
-        return None if pid == _KTHREADD or process.ppid() == _KTHREADD else process.name()
-    except psutil.Error:
-        return ""
-
-
-def _others(until: float) -> Iterator[int]:
-    """The PIDs of other processes, the youngest first, until that time."""
-    for pid in reversed(psutil.pids()):
-        if time.monotonic() > until:
-            return
-        if pid != os.getpid():
-            yield pid
-
-
-def _is_writing(pid: int, name: str, found: os.stat_result) -> bool:
-    """Whether a process has a file open for writing.
-
-    Not by `psutil.Process.open_files()`: it asks for each file of the process, and one may be on a file system that
-    does not answer. To read a link asks for nothing.
-
-    Args:
-        name: how its path ends; the rest of that is another one in other mount namespaces.
-    """
-    try:
-        for number in os.listdir(f"/proc/{pid}/fd"):
-            if not os.readlink(f"/proc/{pid}/fd/{number}").endswith(name):
-                continue
-            with open(f"/proc/{pid}/fdinfo/{number}", encoding="ascii", errors="replace") as file:
-                flags = next(int(line.split()[1], 8) for line in file if line.startswith("flags:"))
-            if not flags & (os.O_WRONLY | os.O_RDWR):
-                continue
-            if os.path.samestat(os.stat(f"/proc/{pid}/fd/{number}"), found):
-                return True
-    except (OSError, ValueError, StopIteration):
-        pass  # it has just ended, or closed it
-    return False
-
-
-def _introduced(pid: int) -> str:
-    """A process in words, "" if it is gone."""
-    try:
-        process = psutil.Process(pid)
-        name, uid = process.name(), process.uids().effective
-    except psutil.Error:
-        return ""
-    try:
-        user = pwd.getpwuid(uid).pw_name
-    except KeyError:
-        user = str(uid)
-    return f"{shown(name)} (pid {pid}, user {shown(user)})"

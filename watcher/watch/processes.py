@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What /proc tells of other processes: who they are, and whether they have a file open for writing.
+
+Each may end at any moment. That is no error: nothing is known of it then.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import time
+from collections.abc import Iterator
+
+import psutil
+
+from watcher.text import shown
+
+_KTHREADD = 2
+
+
+def name(pid: int) -> str | None:
+    """What a process is called, "" if it is gone; None for a thread of the kernel, which writes for somebody else."""
+    try:
+        process = psutil.Process(pid)
+        return None if pid == _KTHREADD or process.ppid() == _KTHREADD else process.name()
+    except psutil.Error:
+        return ""
+
+
+def ancestors(pid: int) -> frozenset[int]:
+    """The PIDs of a process's parent, and of that one's, and so on; none if it is gone."""
+    try:
+        return frozenset(one.pid for one in psutil.Process(pid).parents())
+    except psutil.Error:
+        return frozenset()
+
+
+def others(until: float) -> Iterator[int]:
+    """The PIDs of other processes, the youngest first, until that time."""
+    for pid in reversed(psutil.pids()):
+        if time.monotonic() > until:
+            return
+        if pid != os.getpid():
+            yield pid
+
+
+def is_writing(pid: int, name: str, found: os.stat_result) -> bool:
+    """Whether a process has a file open for writing.
+
+    Not by `psutil.Process.open_files()`: it asks for each file of the process, and one may be on a file system that
+    does not answer. To read a link asks for nothing.
+
+    Args:
+        name: how its path ends; the rest of that is another one in other mount namespaces.
+    """
+    try:
+        for number in os.listdir(f"/proc/{pid}/fd"):
+            if not os.readlink(f"/proc/{pid}/fd/{number}").endswith(name):
+                continue
+            with open(f"/proc/{pid}/fdinfo/{number}", encoding="ascii", errors="replace") as file:
+                flags = next(int(line.split()[1], 8) for line in file if line.startswith("flags:"))
+            if not flags & (os.O_WRONLY | os.O_RDWR):
+                continue
+            if os.path.samestat(os.stat(f"/proc/{pid}/fd/{number}"), found):
+                return True
+    except (OSError, ValueError, StopIteration):
+        pass  # it has just ended, or closed it
+    return False
+
+
+def introduced(pid: int) -> str:
+    """A process in words, "" if it is gone."""
+    try:
+        process = psutil.Process(pid)
+        name, uid = process.name(), process.uids().effective
+    except psutil.Error:
+        return ""
+    try:
+        user = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        user = str(uid)
+    return f"{shown(name)} (pid {pid}, user {shown(user)})"
