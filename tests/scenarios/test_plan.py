@@ -59,3 +59,20 @@ def test_what_would_change_is_listed_and_checked_before_the_daemon_acts(place: P
     (change,) = json.loads(place.run("plan", "--stat", "--json", service.name).stdout)["changes"]
     assert change["diff"]["differs"] and "/etc/web.conf" in [one["path"] for one in change["diff"]["files"]]
     assert "check" in change and change["check"] is None
+
+
+def test_what_is_kept_out_is_told_with_what_lets_it_in(place: Place) -> None:
+    place.start_daemon()
+    service = place.start("--reload-signal", "SIGHUP", "--check", "grep -qv bad /etc/web.conf")
+    service.put("1")
+    service.reloaded("1")
+    bad = service.put("2", value="bad")
+    service.logged("refused")
+    helps = f"`confext-watcher rollback --forget {service.name}` lets it have what is newest"
+    (line,) = [line for line in place.run("plan", service.name).stdout.splitlines() if str(bad) in line]
+    assert "kept out" in line and line.endswith(helps)
+    service.put("3")
+    service.reloaded("3")
+    place.run("rollback", service.name)
+    said = place.run("plan", service.name).stdout
+    assert f"  {service.name}: it stays there by hand; {helps}" in said.splitlines()

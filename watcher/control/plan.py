@@ -10,8 +10,9 @@ import trio
 
 from watcher.control.report import report
 from watcher.managers.base import Service
-from watcher.model import Later, Remark, Stack
+from watcher.model import KeptOut, Later, Remark, Stack, shown
 from watcher.records.schema import PlannedChange, ServiceStatus
+from watcher.rounds.choose import Passed
 from watcher.rounds.decide import decide
 from watcher.rounds.desired import Desired
 from watcher.rounds.round import Rounds
@@ -39,7 +40,9 @@ async def plan(
     if facts.stays:
         new = [layer for layer in facts.wanted.layers if layer.digest not in before.digests]
         remarks += [Remark("info", layer.source, facts.stays) for layer in new]
-    remarks += [Remark("warning", one.candidate.path, str(one.reason)) for one in desired.passed]
+    remarks += [_not_used(service.name, one) for one in desired.passed]
+    if facts.pinned is not None and facts.wanted.id != facts.pinned.id:
+        remarks.append(Remark("info", service.name, f"it stays there by hand; {_lets_in(service.name)}"))
     planned = _planned(service, before, facts.target, remarks)
     if check:
         planned = await _checked(rounds, planned, service)
@@ -47,6 +50,15 @@ async def plan(
         text = await trio.to_thread.run_sync(report, service.name, facts, decide(facts))
         planned = replace(planned, report=text)
     return planned
+
+
+def _not_used(service: str, passed: Passed) -> Remark:
+    helps = f"; {_lets_in(service)}" if isinstance(passed.reason, KeptOut) else ""
+    return Remark("warning", passed.candidate.path, f"{passed.reason}{helps}")
+
+
+def _lets_in(service: str) -> str:
+    return f"`confext-watcher rollback --forget {shown(service)}` lets it have what is newest"
 
 
 async def _checked(rounds: Rounds, planned: PlannedChange, service: Service) -> PlannedChange:
