@@ -43,6 +43,7 @@ from watcher.records import durable, journal
 from watcher.records.alone import alone
 from watcher.records.ledger import Ledger
 from watcher.rounds import looks
+from watcher.rounds.drift import Drift
 from watcher.rounds.fresh import Fresh
 from watcher.rounds.notify import Notifier
 from watcher.rounds.patience import Removals
@@ -165,7 +166,9 @@ class Daemon:
         self._notifier = Notifier(lambda: tools.manager.services, lambda: self._settings, tools.run_aside)
         self._rounds = Rounds(tools, self._recorded, self.changed, self._looked_at, self._control.stepped)
         self._control.rounds = self._rounds
-        self._fresh = Fresh(tools, self._rounds.memories, self._settled_change, self._say_remarks)
+        self._drift = self._control.drift = Drift(tools)
+        memories = self._rounds.memories
+        self._fresh = Fresh(tools, memories, self._settled_change, self._say_remarks, self._drift.look)
         self._scrub = Scrub(tools.store, lambda: self._settings.scrub_usec, self._look_at_everything)
         self._readers = Readers()
         tools.offload.returned = self.changed
@@ -200,6 +203,7 @@ class Daemon:
                 nursery.start_soon(self._follow_directories)
                 nursery.start_soon(self._start_rounds, nursery)
                 nursery.start_soon(self._fresh.run)
+                nursery.start_soon(self._drift.run)
                 nursery.start_soon(self._notifier.run)
                 nursery.start_soon(self._ready_then_scrub)
                 nursery.start_soon(self._when_idle)
@@ -271,6 +275,7 @@ class Daemon:
                 again = await self._round(service, since, looks_from)
             self._looked_at(name)
             self._fresh.look(name)
+            self._drift.look(name)
             self._control.round_over(name)
             self._say_remarks()
             if name not in self._again:

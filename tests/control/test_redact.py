@@ -25,6 +25,7 @@ from watcher.records.schema import (
     ServiceStatus,
     to_dict,
 )
+from watcher.records.traces import Drift
 
 ANSWERS: list[type[Any]] = [
     Layer,
@@ -46,11 +47,12 @@ PRIVATE = {
     Quarantined: {"reason", "source"},
     Remark: {"level", "path", "text"},
     Setting: {"key", "value", "source"},
-    ServiceStatus: {"settings", "not_allowed", "newer", "entries", "remarks"},
+    ServiceStatus: {"settings", "not_allowed", "newer", "entries", "remarks", "drifted"},
     EntryStatus: {field.name for field in dataclasses.fields(EntryStatus)},
     CandidateStatus: {field.name for field in dataclasses.fields(CandidateStatus)},
     PlannedChange: {"remarks", "report", "check"},
     Answer: {"kind", "text", "command"},
+    Drift: {field.name for field in dataclasses.fields(Drift)},
 }
 
 

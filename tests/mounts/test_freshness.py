@@ -37,7 +37,11 @@ class Bench:
         self.held: list[Held] = []
         self.changed: list[str] = []
         self.remarked = 0
-        self.freshness = Freshness(self.held.append, self.changed.append, self._remark, swaps.workers.stand)
+        self.freshness = Freshness(self.held.append, self._changed, self._remark, swaps.workers.stand)
+
+    def _changed(self, name: str, tells: bool) -> None:
+        if tells:
+            self.changed.append(name)
 
     def _remark(self) -> None:
         self.remarked += 1

@@ -33,7 +33,7 @@ from watcher.records.state import Trial
 
 TRACES: list[type[Any]] = [
     getattr(traces, name)
-    for name in "TracedLayer Piece TracedPath TracedFile Origin Compared Side Difference Diff".split()
+    for name in "TracedLayer Piece TracedPath TracedFile Origin Compared Side Difference Drift Diff".split()
 ]
 ANSWERS: list[type[Any]] = [
     Layer,

@@ -10,7 +10,18 @@ from typing import Any
 import pytest
 
 from watcher.model import Entry, Kind, Layer, Protection, Stack, Trust, Verdict
-from watcher.records.state import Accepted, Damaged, Quarantine, State, Trial, Undoing, decoded, encoded
+from watcher.records.state import (
+    Accepted,
+    Covers,
+    Damaged,
+    Drifted,
+    Quarantine,
+    State,
+    Trial,
+    Undoing,
+    decoded,
+    encoded,
+)
 
 ODD = os.fsdecode(b"/srv/\xff\n.raw")
 TRUST = Trust(Protection.SIGNED, "CN=a", "f" * 64, "e" * 64, "its hash tree", "said")
@@ -30,6 +41,7 @@ FULL = State(
     left=("c" * 16,),
     counted={"a" * 64: 2},
     sysexts=(ODD,),
+    covers=Covers(5, {ODD: "file:0"}, (Drifted(ODD, "web 1.4", "changed", "file:1"),)),
 )
 
 

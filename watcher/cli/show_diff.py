@@ -44,6 +44,9 @@ def diff(found: Diff, *, stat: bool, colour: bool) -> Iterator[str]:
         labels = {layer.digest: label(layer) for side in (found.before, found.after) for layer in side.layers}
         for file in found.files:
             yield from _file(file, labels | {"": HOST}, colour)
+    for one in found.drifted:
+        covered = f"since {shown(one.image)}, which covers it, was accepted"
+        yield f"{bold}{shown(one.path)}{plain}: the host's own file {one.change} {covered}"
 
 
 def _stack(side: Compared) -> str:

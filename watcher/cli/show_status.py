@@ -16,6 +16,7 @@ from watcher.cli.show import proved, when
 from watcher.cli.terminal import ago, styled
 from watcher.model import Event, Layer, Outcome, Protection, printable, shown
 from watcher.records.schema import CandidateStatus, EntryStatus, ServiceStatus, to_dict
+from watcher.records.traces import Drift
 
 _GOOD = frozenset({"applied", "unchanged"})
 _BAD = frozenset({"refused", "failed", "rolled-back", "needs-restart", "incomplete"})
@@ -28,6 +29,7 @@ _STEPS = {
 _HEAD = ("SERVICE", "RUNS ON", "STACK", "SINCE", "OUTCOME")
 _SHORT = 8
 """Digits of a stack's identity where there is no room for all: `rollback --to` and `diff` take these, too."""
+_DRIFTED_MAX = 3
 _USED = {
     "applied": "used",
     "unchanged": "used",
@@ -167,8 +169,19 @@ def problems(
     told = bool(service.newer or service.quarantined or service.entries)
     if last is not None and last.outcome in ({Outcome.FAILED} if told else untold):
         yield _sentence(last), f"confext-watcher history {name}"
+    if service.drifted:
+        yield drifted(service.drifted), f"confext-watcher diff {name} --from none"
     for remark in service.not_allowed:
         yield f"{shown(remark.path)}: {printable(remark.text)}", ""
+
+
+def drifted(drifts: Sequence[Drift]) -> str:
+    """Files of the host that have changed below an image, and what to do about it."""
+    files = ", ".join(f"{shown(one.path)} {one.change} ({shown(one.image)})" for one in drifts[:_DRIFTED_MAX])
+    more = f" and {len(drifts) - _DRIFTED_MAX} more" if len(drifts) > _DRIFTED_MAX else ""
+    return (
+        f"the host's own file is another than when the image over it was accepted: {files}{more}; to compare:"
+    )
 
 
 def _about(candidate: CandidateStatus) -> str:

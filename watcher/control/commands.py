@@ -35,6 +35,7 @@ from watcher.records.schema import (
 from watcher.records.state import Quarantine, State
 from watcher.rounds import candidates, dropped, messages
 from watcher.rounds.answer import Answer, Kind, answer
+from watcher.rounds.drift import Drift
 from watcher.rounds.image_policies import demands_of
 from watcher.rounds.rollout import rolling
 from watcher.rounds.round import Rounds
@@ -58,6 +59,7 @@ class Commands:
     """
 
     rounds: Rounds
+    drift: Drift
 
     def __init__(
         self,
@@ -89,6 +91,9 @@ class Commands:
 
     async def status(self, service: str | None, *, deep: bool) -> Sequence[ServiceStatus]:
         services = self._services(service)
+        if deep:
+            with trio.move_on_after(_DRIFT_SEC):
+                await self.drift.look_now(services[0].name)
         newest = await _in_thread(self._tools.ledger.newest)
         found = await _in_thread(lambda: [self._status(one, newest) for one in services])
         told = [await self._without_gone(one) for one in found]
@@ -318,6 +323,9 @@ _DONE = (Outcome.APPLIED, Outcome.FAILED, Outcome.ROLLED_BACK, Outcome.NEEDS_RES
 
 _LOOK_SEC = 5
 """For so long `status` waits for a look. It is asked when something hangs, too."""
+
+_DRIFT_SEC = 1
+"""For so long it waits for a look at the host's files below those of images."""
 
 _LOOKED_BACK = 100
 """Outcomes among which that is which an answer is the end of."""

@@ -77,7 +77,7 @@ def differences(
         else:
             old = compared.named(settings, one, "shown")
         known, wanted = (Compared(side.what, side.stack.id, one.layers(side.stack)) for side in (old, new))
-        yield Diff(one.name, False, known, wanted, ()), iter(_Differences(one, old, new, user))
+        yield Diff(one.name, False, known, wanted, (), one.drifted), iter(_Differences(one, old, new, user))
 
 
 def named_images(after: Sequence[str]) -> list[str]:

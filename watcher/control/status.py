@@ -22,6 +22,7 @@ from watcher.records import journal
 from watcher.records.ledger import Reader
 from watcher.records.schema import Quarantined, ServiceNotFound, ServiceStatus, utf8
 from watcher.records.state import Accepted, Damaged, Quarantine, State
+from watcher.records.traces import Drift
 from watcher.rounds.image_policies import demands, not_allowed
 from watcher.settings.config import ServiceSettings, Settings
 from watcher.settings.image_policy import Demand
@@ -45,7 +46,7 @@ def without_daemon(settings: Settings, service: str | None = None) -> list[Servi
         for name, manager, main, own, policy in known_services(settings, held):
             names.append(name)
             if service in (None, name, name.removesuffix(".service")):
-                state = _state(settings.state_directory, name, manager)
+                state = state_of(settings.state_directory, name, manager)
                 known = newest.get(utf8(name)), state, ledger.placed, own
                 policies = demands(settings, own, policy)
                 one = of_service(settings.state_directory, name, manager, main, *known, policies=policies)
@@ -136,6 +137,7 @@ def of_service(
         quarantined=quarantined(name, state.quarantine),
         settings=settings.written,
         not_allowed=not_allowed(policies, stacks[0]) if stacks else (),
+        drifted=drift(state),
     )
     if main is None:
         return status
@@ -165,6 +167,11 @@ def on_trial(state: State, stack: str, invocation: str) -> bool:
         return False
     new = trial is not None and trial.stack == stack and trial.verdict is None
     return new or (reloaded is not None and invocation not in ("", reloaded))
+
+
+def drift(state: State) -> tuple[Drift, ...]:
+    """Files of the host that have changed below the accepted stack."""
+    return tuple(Drift(f"/etc/{one.path}", one.image, one.change) for one in state.drifted)
 
 
 def about(status: ServiceStatus) -> set[str]:
@@ -218,7 +225,8 @@ def _stacks(state_directory: str) -> Stacks | None:
     return Stacks(state_directory) if os.path.isdir(f"{state_directory}/stacks") else None
 
 
-def _state(state_directory: str, name: str, manager: str) -> State:
+def state_of(state_directory: str, name: str, manager: str) -> State:
+    """The record of a service, as it is on the disk."""
     stacks = _stacks(state_directory)
     try:
         return (stacks and stacks.read(slots_of(name, manager))) or State()

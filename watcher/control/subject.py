@@ -32,7 +32,7 @@ from watcher.mounts.workers import MountWorkers, WorkerLost
 from watcher.records.ledger import Reader
 from watcher.records.schema import Failed, ServiceNotFound
 from watcher.records.state import Accepted
-from watcher.records.traces import TracedLayer
+from watcher.records.traces import Drift, TracedLayer
 from watcher.settings.config import Settings
 
 ETC = "/etc"
@@ -48,6 +48,7 @@ class Subject:
     Attributes:
         state: "running": `stack` is what it shows; else its next start gets `stack`.
         kept: the accepted stacks that are kept, newest first.
+        drifted: files of the host that have changed below the newest of these.
         copies: of what is in no store, by digest.
     """
 
@@ -55,6 +56,7 @@ class Subject:
     state: str
     stack: Stack
     kept: tuple[Accepted, ...]
+    drifted: tuple[Drift, ...]
     parts: Parts
     _settings: Settings
     _workers: MountWorkers
@@ -134,6 +136,7 @@ def subject(settings: Settings, service: str) -> Iterator[Subject]:
     with contextlib.ExitStack() as held:
         name, manager, main = _service(settings, service, held)
         kept = status.kept_stacks(settings.state_directory, slots_of(name, manager))
+        drifted = status.drift(status.state_of(settings.state_directory, name, manager))
         if os.path.isdir(f"{settings.state_directory}/store"):
             # What is looked at is not collected meanwhile.
             names = held.enter_context(contextlib.closing(Names(f"{settings.state_directory}/store")))
@@ -144,7 +147,7 @@ def subject(settings: Settings, service: str) -> Iterator[Subject]:
             state, found = workers.submit(_look, fds, workers, main).result()
         except (Moved, Refused, Elsewhere, WorkerLost) as error:
             raise Failed(f"{shown(name)}: {error}")
-        one = Subject(name, state, Stack(), kept, found, settings, workers, fds)
+        one = Subject(name, state, Stack(), kept, drifted, found, settings, workers, fds)
         yield replace(one, stack=_shown(one))
 
 

@@ -157,6 +157,7 @@ type EntryStatus (
 # newer: what would be used in the place of what it has, and is not.
 # step, stepSince: what it is at just now, and since when: "check", "reload", "watch" (how it takes its stack) and
 # "start"; "" if nothing. There may be more one day.
+# drifted: of the accepted stack, which host files below it the service does not see.
 # entries, remarks: all that lies there, and what else a look finds now: with `deep`.
 type ServiceStatus (
   service: string,
@@ -177,7 +178,8 @@ type ServiceStatus (
   step: string,
   stepSince: ?int,
   entries: []EntryStatus,
-  remarks: []Remark
+  remarks: []Remark,
+  drifted: []Drift
 )
 
 # What a look now would change.

@@ -30,6 +30,7 @@ from watcher.records.errors import NotPermitted as NotPermitted
 from watcher.records.errors import ServiceNotFound as ServiceNotFound
 from watcher.records.errors import TooManyCalls as TooManyCalls
 from watcher.records.interface import DESCRIPTION as DESCRIPTION
+from watcher.records.traces import Drift
 
 SOCKET = INTERFACE
 """Name of the socket in the runtime directory: a Varlink service's entry point is called by its interface."""
@@ -137,6 +138,7 @@ class ServiceStatus:
     step_since: int | None = None
     entries: tuple[EntryStatus, ...] = ()
     remarks: tuple[Remark, ...] = ()
+    drifted: tuple[Drift, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,6 +122,38 @@ class Quarantine:
     since: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Drifted:
+    """A file of the host that an image covers, and that is another than when the stack was accepted.
+
+    Attributes:
+        path: below `/etc`.
+        image: the layer that covers it, for people.
+        change: "changed", "came" or "went".
+        now: what the host has there, in one word, see `rounds/drift.py`.
+    """
+
+    path: str
+    image: str
+    change: str
+    now: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Covers:
+    """What the host has below the files of the accepted stack.
+
+    Attributes:
+        when: `Accepted.when` of that stack.
+        files: what it had then, by path below `/etc`, each in one word.
+        drifted: what has changed since, and was said.
+    """
+
+    when: int
+    files: Mapping[str, str] = field(default_factory=dict)
+    drifted: tuple[Drifted, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class State:
     """The record of one service.
@@ -143,6 +175,7 @@ class State:
         counted: how many tries were made of each counted file of a stack that was not accepted yet, by the first 16
             digits of its digest.
         sysexts: paths that the unit declares, and that are system extensions.
+        covers: of the host's files, those that its images cover; None: not looked at yet (an older program's record).
     """
 
     accepted: Accepted = field(default_factory=Accepted)
@@ -159,6 +192,12 @@ class State:
     left: tuple[str, ...] = ()
     counted: Mapping[str, int] = field(default_factory=dict)
     sysexts: tuple[str, ...] = ()
+    covers: Covers | None = None
+
+    @property
+    def drifted(self) -> tuple[Drifted, ...]:
+        """Files of the host that have changed below the accepted stack."""
+        return self.covers.drifted if self.covers and self.covers.when == self.accepted.when else ()
 
     def why_bad(self, stack: Stack) -> str:
         """Why a stack must not be used, "" if it may be."""

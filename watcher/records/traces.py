@@ -114,12 +114,21 @@ type Difference (
   note: string
 )
 
+# A file of the host that a file of an image covers, and that has changed since the stack was accepted.
+# image: what covers it. change: "changed", "came" or "went".
+type Drift (
+  path: string,
+  image: string,
+  change: string
+)
+
 type Diff (
   service: string,
   differs: bool,
   before: Compared,
   after: Compared,
-  files: []Difference
+  files: []Difference,
+  drifted: []Drift
 )
 
 # Which images the files of a service's /etc come from: those at these paths, or all that the host does not have so.
@@ -302,11 +311,30 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
+class Drift:
+    """A file of the host that a file of an image covers, and that has changed since the stack was accepted.
+
+    Attributes:
+        image: the layer that covers it, for people.
+        change: "changed", "came" or "went".
+    """
+
+    path: str
+    image: str
+    change: str
+
+
+@dataclass(frozen=True, slots=True)
 class Diff:
-    """What differs between two stacks of a service, each on the base that the service has."""
+    """What differs between two stacks of a service, each on the base that the service has.
+
+    Attributes:
+        drifted: of the accepted stack, whatever is compared.
+    """
 
     service: str
     differs: bool
     before: Compared
     after: Compared
     files: tuple[Difference, ...]
+    drifted: tuple[Drift, ...] = ()

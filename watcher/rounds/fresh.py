@@ -43,6 +43,7 @@ class Fresh:
         memories: what is remembered of each service.
         changed: asks for a round of a service, after its quiet time.
         remarked: called when there is something else to say about what cannot be watched.
+        base_changed: called with each service on a base that has changed.
     """
 
     def __init__(
@@ -51,9 +52,10 @@ class Fresh:
         memories: Mapping[str, Memory],
         changed: Callable[[str], None],
         remarked: Callable[[], None],
+        base_changed: Callable[[str], None],
     ) -> None:
         self._tools, self._memories, self._changed = tools, memories, changed
-        self._remarked = remarked
+        self._remarked, self._base_changed = remarked, base_changed
         self._keys: dict[str, object] = {}
         self._renewed: dict[str, int] = {}
         self._renewing: set[str] = set()
@@ -73,7 +75,7 @@ class Fresh:
         async with trio.open_nursery() as nursery:
             self._freshness = Freshness(
                 held=lambda held: in_loop(functools.partial(self._held, nursery, held)),
-                changed=lambda name: in_loop(functools.partial(self._tell, name)),
+                changed=lambda name, tells: in_loop(functools.partial(self._tell, name, tells)),
                 remarked=lambda: in_loop(self._remarked),
                 begin=self._tools.workers.stand,
             )
@@ -165,10 +167,11 @@ class Fresh:
             others = functools.partial(tools.other_mains, service)
             return await tools.workers.run(views_of, tools.workers, main, pids(), kept, others)
 
-    def _tell(self, name: str) -> None:
-        """`BaseChanged=reload`: the next round tells the service."""
+    def _tell(self, name: str, tells: bool) -> None:
+        """A base has changed. `BaseChanged=reload`: the next round tells the service."""
+        self._base_changed(name)
         memory = self._memories.get(name)
-        if memory is not None:
+        if tells and memory is not None:
             memory.base_changed = True
             self._changed(name)
 

@@ -101,7 +101,7 @@ class Freshness:
 
     Args:
         held: called when names stay old; by the thread.
-        changed: called with a service that is to be told of changes, when there was one; by the thread.
+        changed: called with a service on a base that has changed, and whether it is to be told; by the thread.
         remarked: called when `remarks()` are others than before; by the thread.
         begin: called first; by the thread. fspick(2) asks for the right to mount where the thread is.
     """
@@ -109,7 +109,7 @@ class Freshness:
     def __init__(
         self,
         held: Callable[[Held], None],
-        changed: Callable[[str], None] = lambda name: None,
+        changed: Callable[[str, bool], None] = lambda name, tells: None,
         remarked: Callable[[], None] = lambda: None,
         begin: Callable[[], None] = lambda: None,
     ) -> None:
@@ -137,7 +137,7 @@ class Freshness:
 
         Args:
             key: what a view that is not among `views` any more was of; while it is the same, that stays fresh too.
-            tells: whether `changed` is called for this service.
+            tells: whether `changed` is to tell this service.
         """
         if self._stopped or (not views and self._thread is None):
             for view in views:  # a look was under way when we were closed
@@ -250,8 +250,7 @@ class Freshness:
             self._burst.clear()
         for base, changes in found.items():
             for name, followed in self._on(base):
-                if followed.tells:
-                    self._changed(name)
+                self._changed(name, followed.tells)
             self._tell(base, changes)
             self._changes.setdefault(base, Changes()).merge(changes)
             self._burst.setdefault(base, Changes()).merge(changes)
