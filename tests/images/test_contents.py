@@ -147,3 +147,28 @@ def test_attributes_are_those_that_the_author_gave(tmp_path: Path) -> None:
         assert node is not None
         assert xattrs(Side(node, place), ("file",)) == {"user.x": b"1"}
     assert module.BYTES_MAX < SPARSE
+
+
+@root
+@pytest.mark.parametrize("what", ["mode", "owner", "another", "directory"])
+def test_what_may_be_read_by_others_meanwhile_is_not_read(tmp_path: Path, what: str) -> None:
+    """A look waits for its client, for as long as that likes; whose file it is was looked at before."""
+    upper, lower = both(tmp_path)
+    for place in (upper, lower):
+        (place / "a").mkdir()
+        (place / "a" / "b").mkdir()
+        (place / "a" / "file").write_text("for all")
+    changed = {
+        "mode": lambda: (lower / "a" / "file").chmod(0o600),
+        "owner": lambda: os.chown(lower / "a" / "file", 0, 1),
+        "another": lambda: (lower / "new").rename(lower / "a" / "file"),
+        "directory": lambda: (lower / "a" / "b").chmod(0o700),
+    }
+    (lower / "new").write_text("secret!")
+    with Descriptors() as fds, pytest.raises(Busy, match="changed"):
+        for change in changes(looked(fds, upper, lower), [1], [0]):
+            if change.path == ("a", "b"):  # the directory above it has been read by now
+                changed[what]()
+            if change.path == ("a", "file"):
+                assert change.before is not None
+                Reader().read(change.before, change.path)

@@ -96,7 +96,7 @@ def _attributes(before: Side, after: Side) -> Iterator[str]:
         yield f"mode {before.mode:04o} -> {after.mode:04o}"
     if (before.uid, before.gid) != (after.uid, after.gid):
         yield f"owner {before.uid}:{before.gid} -> {after.uid}:{after.gid}"
-    if before.target != after.target:
+    if before.target != after.target and all((before.target, after.target)):  # one may be not for this user
         yield f"link to {shown(before.target)} -> {shown(after.target)}"
     if before.device != after.device:
         yield f"device {_device(before)} -> {_device(after)}"
@@ -104,7 +104,7 @@ def _attributes(before: Side, after: Side) -> Iterator[str]:
 
 def _described(side: Side, file: Difference) -> str:
     if side.type == "link":
-        return f"a link to {shown(side.target)}"
+        return f"a link to {shown(side.target)}" if side.target else "a link"
     owned = f"{side.mode:04o} of {side.uid}:{side.gid}"
     if side.type == "file":
         return f"file {owned}" + (f", {_content(side)}" if file.diff is None else "")

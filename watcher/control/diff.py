@@ -180,7 +180,7 @@ class Rights:
         """Of each directory on the way to the last change, from the root on."""
 
     def readable(self, change: Change) -> tuple[bool, bool]:
-        """Of each side, whether the user could see what is in it; True where there is no file."""
+        """Of each side, whether the user could see what is in it; True where there is no file, and no link."""
         del self._searchable[len(change.path) :]
         before, after = self._searchable[-1] if self._searchable else (True, True)
         sides = ((change.before, before), (change.after, after))
@@ -190,6 +190,8 @@ class Rights:
     def _may(self, side: tuple[Shown | None, bool], wanted: int, change: Change) -> bool:
         shown, reached = side
         kind = Type.DIRECTORY if wanted == SEARCH else Type.FILE
+        if wanted == READ and shown is not None and shown.node.type is Type.LINK:
+            return reached
         if shown is None or shown.node.type is not kind:
             return wanted == READ
         node = f"/proc/self/fd/{shown.directory}/{change.path[-1]}" if change.path else shown.directory

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -168,6 +167,8 @@ def _open(opened: Descriptors, parts: Sequence[Node], fds: dict[int, int], path:
         }
     except OSError as error:
         raise _with_path(error, path) from error
+    if not all(_is_still(node, inner[node.layer]) for node in parts):
+        raise _with_path(OSError(errno.ELOOP, ""), path)
     return Places([node.layer for node in parts], inner)
 
 
@@ -178,15 +179,29 @@ def _with_path(error: OSError, path: Path) -> Exception:
 
 
 def open_file(side: Side, path: Path) -> int:
-    """A descriptor of a regular file, which never waits. Raises Busy: it is none any more; OSError."""
+    """A descriptor of a regular file, which never waits. Raises Busy: it is another one by now; OSError."""
     try:
         fd = os.open(path[-1], _FILE, dir_fd=side.directory)
     except OSError as error:
         raise _with_path(error, path) from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    if not _is_still(side.node, fd):
         os.close(fd)
         raise _with_path(OSError(errno.ELOOP, ""), path)
     return fd
+
+
+def _is_still(node: Node, fd: int) -> bool:
+    """Whether what was opened is what was looked at, for the same users.
+
+    A client that takes its time holds up a look for minutes. Meanwhile the base may get a secret where there was a file
+    for all.
+    """
+    one, other = node.status, os.fstat(fd)
+    return os.path.samestat(one, other) and (one.st_mode, one.st_uid, one.st_gid) == (
+        other.st_mode,
+        other.st_uid,
+        other.st_gid,
+    )
 
 
 class Comparison:
