@@ -270,7 +270,18 @@ def test_what_hides_something_by_an_attribute_is_refused() -> None:
 def test_more_than_an_image_may_have_is_refused_before_it_is_read(size: int) -> None:
     put("web/etc/large")
     os.truncate("web/etc/large", size)
-    with pytest.raises(Refused, match=rf"^too large: {size} bytes, {IMAGE_MAX} are allowed \(ImageMax=\)"):
+    with pytest.raises(
+        Refused,
+        match=rf"^too large: {size} bytes, {IMAGE_MAX} are allowed \(ImageMax=\), with web/etc/large$",
+    ):
+        make("web")
+
+
+def test_a_directory_where_the_release_file_belongs_is_named() -> None:
+    put("web/etc/extension-release.d/extension-release.web/x")
+    with pytest.raises(
+        Refused, match=r"^etc/extension-release.d/extension-release.web is a directory, and must"
+    ):
         make("web")
 
 

@@ -96,7 +96,10 @@ class Stage(Walk):
             parent = self._root
             for depth in range(1, len(place)):
                 parent = fds.add(self._made(parent, place[:depth], ""))
-            made = fds.add(os.open(place[-1], _NEW, 0o600, dir_fd=parent))
+            try:
+                made = fds.add(os.open(place[-1], _NEW, 0o600, dir_fd=parent))
+            except FileExistsError:
+                raise Refused(f"{shown('/'.join(place))} is a directory, and must be a file") from None
             os.write(made, text.encode())
             os.fchmod(made, 0o644)
 
@@ -201,7 +204,10 @@ class Stage(Walk):
 
     def _file(self, fd: int, st: os.stat_result, target: int, path: Path, origin: str) -> None:
         self._left -= st.st_size
-        require_size(self._size_max - self._left, self._size_max, "ImageMax=")
+        try:
+            require_size(self._size_max - self._left, self._size_max, "ImageMax=")
+        except Refused as refused:
+            raise Refused(f"{refused}, with {shown(origin)}") from None
         mode = 0o644 if st.st_mode & stat.S_IROTH else 0o600
         if st.st_mode & stat.S_IXUSR:
             mode |= (mode & 0o444) >> 2
