@@ -33,6 +33,19 @@ Reload=signal:HUP
 SettleSec=0
 """
 
+# Reads its configuration a while after its start, so that systemd is starting it when the watcher looks.
+RETRIED = """[Unit]
+StartLimitBurst=5
+StartLimitIntervalSec=1h
+[Service]
+ExecStart=/bin/sh -c 'grep -q bad /etc/web.conf && { sleep 0.05; exit 1; }; exec sleep infinity'
+Restart=on-failure
+RestartSec=%s
+[X-Confext]
+Reload=restart
+SettleSec=0
+"""
+
 
 @pytest.fixture
 def host(bed: Bed) -> Iterator[Host]:
@@ -59,6 +72,23 @@ def test_a_service_that_reloads_by_a_restart_is_started_again_on_what_it_starts_
     assert "site 1 -> 3" in journal.applied(WEB)["MESSAGE"]
     sees(host, "fine")
     assert host.main_pid(WEB) != pid
+
+
+@pytest.mark.parametrize("delay", ["0", "100ms", "1s"])
+@pytest.mark.parametrize("prepares", ["", "ExecStartPre=/bin/sleep 0.05\n"])
+def test_one_that_systemd_starts_again_by_itself_is_up_again_on_the_stack_before(
+    host: Host, delay: str, prepares: str
+) -> None:
+    """Its start limit must not take it down for good, once the good stack is back."""
+    journal = run(host, (RETRIED % delay).replace("Restart=", prepares + "Restart=", 1), {"web.conf": "good"})
+    slot = kept(host)
+    for version in range(2, 5):
+        host.systemctl("reset-failed", WEB)
+        drop(host, version, {"web.conf": f"bad {version}"})
+        entry = journal.until(lambda entry: entry.get("CONFEXT_OUTCOME") == "rolled-back")
+        assert "failed too" not in entry["MESSAGE"] and "it is not running" not in entry["MESSAGE"]
+        sees(host, "good")
+        assert (host.bed.property(WEB, "ActiveState"), kept(host)) == ("active", slot)
 
 
 def test_where_the_way_back_fails_too_it_is_said_once_and_not_tried_again(host: Host) -> None:

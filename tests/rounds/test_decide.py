@@ -44,6 +44,7 @@ TURN = "it waits for its turn"
 NO_SHADOW = {"no_shadow": "its unit is masked"}
 NEEDS_CHECK = "it is not running, and Check= needs that (its unit is masked): it is tried once it runs"
 BEING_STARTED = "it is being started, and all processes of one start see one /etc: it is tried once it runs"
+STARTED_ON_ITS_OWN = "its manager is starting it: whether it is up on the stack before is known then"
 BEFORE_GOOD = Reject(NEW, Verdict.WENT_DOWN, "the service failed on it before it had proved good")
 SOON = Reject(NEW, Verdict.WENT_DOWN, "its main process ended soon after the reload")
 
@@ -306,7 +307,7 @@ TABLE: dict[str, dict[str, tuple[Facts, Step]]] = {
         "the way back, good": (facts(OLD, state=undoing(NEW) | bad(NEW), **judged(OLD, GOOD)), Undone()),
         "the way back, bad": (facts(OLD, state=undoing(NEW) | bad(NEW), **judged(OLD)), Undone()),
         "the way back, bad, and down": (
-            facts(OLD, state=undoing(NEW) | bad(NEW), **FAILED, **judged(OLD)),
+            facts(OLD, state=undoing(NEW) | bad(NEW), **FAILED, **judged(OLD, told="start")),
             Undone(),
         ),
         "by Check=, and it was stopped meanwhile": (
@@ -409,9 +410,21 @@ TABLE: dict[str, dict[str, tuple[Facts, Step]]] = {
             facts(OLD, state=undoing(NEW, Verdict.WENT_DOWN) | bad(NEW), excused="226", **FAILED),
             Revive(),
         ),
-        "without one where it is being started": (
+        "not while its manager starts it, perhaps on the bad one still: that may fail": (
+            facts(OLD, state=undoing(NEW) | bad(NEW), **STARTING),
+            Done(STARTED_ON_ITS_OWN),
+        ),
+        "... and has not come to an end with it": (
             facts(OLD, state=undoing(NEW) | bad(NEW), **FAILED | {"starting": True}),
-            Undone(),
+            Done(STARTED_ON_ITS_OWN),
+        ),
+        "by a start, where it ended before it was back": (
+            facts(OLD, state=undoing(NEW) | bad(NEW), **FAILED, **judged(OLD, Verdict.WENT_DOWN)),
+            Revive(),
+        ),
+        "... which its manager may be about to make": (
+            facts(OLD, state=undoing(NEW) | bad(NEW), **STARTING, **judged(OLD, Verdict.WENT_DOWN)),
+            Done(STARTED_ON_ITS_OWN),
         ),
         "without one in the host's namespace": (
             facts(OLD, state=undoing(NEW) | bad(NEW), **HOST),

@@ -11,7 +11,6 @@ too. To look further, for as long as that takes:
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -41,6 +40,8 @@ UNITS = st.builds(
     ),
     manager=st.sampled_from(["systemd", "systemd", "standalone"]),
     restarting=st.booleans(),
+    slowly=st.integers(0, 9),
+    restarts_max=st.integers(1, 3),
     host=st.sampled_from([False, False, False, True]),
     headless=st.sampled_from([False, False, False, True]),
 )
@@ -252,7 +253,8 @@ class Play(RuleBasedStateMachine):
                 world.act(action)
         world.planned = []
         for unit in world.units.values():
-            world.act(functools.partial(world.started, unit))
+            while unit.starting or unit.to_start:
+                world.end_start(unit)
         if not world.up:
             world.boot_watcher()
         # What one service refuses is no news for those that did not wait for it. It goes from one to the next.
@@ -296,6 +298,9 @@ class Play(RuleBasedStateMachine):
         if unit.manager == "systemd" and not unit.host:
             said |= {one for slots, one in world.store.superseded if slots == service.slots}
             assert set(world.store.ever.get(service.slots, ())) - said <= {""}
+        rolls_back = unit.manager == "systemd" and unit.settings.rollback and not pinned
+        if unit.failed and rolls_back and not unit.was_killed:
+            assert world.kills(accepted), "the good stack is back, and its service stays down"
         assert facts.recorded or not state.accepted.when
         assert not facts.offered or facts.stays
         if facts.reachable and state.accepted.when:

@@ -55,7 +55,6 @@ _ANY = Host({}, "x86-64")
 _HOST = namespace_id("/dev/null")
 _STEPS_MAX = 60
 _ROUNDS_MAX = 300
-_STARTS_MAX = 3  # StartLimitBurst=
 
 
 class Killed(BaseException):
@@ -126,6 +125,7 @@ class World:
     async def _work(self) -> None:
         for _ in range(_ROUNDS_MAX):
             self._end_doomed()
+            self._end_starts()
             if not self.up or not self.dirty:
                 return
             name = min(self.dirty)
@@ -143,11 +143,21 @@ class World:
                 self.clock = max(self.clock, unit.doomed)
                 self.act(functools.partial(self.crash, unit))
 
+    def _end_starts(self) -> None:
+        """What a manager starts by itself runs once the watcher has looked at it."""
+        for unit in self.units.values() if not self.dirty or not self.up else ():
+            if unit.to_start or (unit.starting and unit.restarts):
+                self.end_start(unit)
+
+    def end_start(self, unit: Unit) -> None:
+        """However long it takes."""
+        self.act(functools.partial(self._start_again if unit.to_start else self.started, unit))
+
     # --- what an operator, a manager and the world do ---
 
     def start(self, unit: Unit, restarts: int = 0, *, slowly: bool = False) -> None:
         stack = self._exec(unit) if unit.manager == "standalone" else self.accepted(unit)
-        unit.failed, unit.restarts = False, restarts
+        unit.failed, unit.restarts, unit.to_start = False, restarts, False
         unit.shown = Stack() if unit.host else stack
         unit.starting = True
         self.dirty.add(unit.name)
@@ -162,15 +172,25 @@ class World:
             self._read(unit)
 
     def stop(self, unit: Unit) -> None:
-        unit.alive, unit.starting, unit.doomed = False, False, None
+        unit.alive, unit.starting, unit.doomed, unit.to_start = False, False, None, False
         unit.failed = unit.manager == "standalone"
         self.dirty.add(unit.name)
 
     def crash(self, unit: Unit) -> None:
         unit.alive, unit.starting, unit.failed, unit.doomed = False, False, True, None
         self.dirty.add(unit.name)
-        if unit.manager == "systemd" and unit.restarting and unit.restarts < _STARTS_MAX:
-            self.start(unit, unit.restarts + 1)
+        if unit.manager == "systemd" and unit.restarting and unit.restarts < unit.restarts_max:
+            if not unit.slowly:
+                self.start(unit, unit.restarts + 1)
+                return
+            unit.to_start = True
+            self.planned.append((unit.slowly, functools.partial(self._start_again, unit)))
+
+    def _start_again(self, unit: Unit) -> None:
+        """As `RestartSec=` and systemd's executor take their time."""
+        if unit.to_start:
+            self.start(unit, unit.restarts + 1, slowly=True)
+            self.planned.append((unit.slowly, functools.partial(self.started, unit)))
 
     def _read(self, unit: Unit) -> None:
         unit.told, unit.doomed = unit.shown, None
@@ -213,6 +233,10 @@ class World:
 
     def _has(self, stack: Stack, fate: str) -> bool:
         return any(self.fates[digest] == fate for digest in stack.digests)
+
+    def kills(self, stack: Stack) -> bool:
+        """Whether a service that starts on it ends."""
+        return self._has(stack, "dies") or self._has(stack, "dies later")
 
     def _exec(self, unit: Unit) -> Stack:
         slots = unit.service.slots

@@ -61,12 +61,19 @@ class File:
 
 @dataclass
 class Unit:
-    """A service as the kernel and its manager know it; `shown` and `told` are identities of stacks."""
+    """A service as the kernel and its manager know it; `shown` and `told` are identities of stacks.
+
+    Its manager starts it again by itself (`restarting`); so many ticks after its end (`slowly`), while a round goes on;
+    not more often than `restarts_max`.
+    """
 
     name: str
     settings: ServiceSettings
     manager: str = "systemd"
     restarting: bool = False
+    slowly: int = 0
+    restarts_max: int = 3
+    to_start: bool = False
     host: bool = False
     headless: bool = False
     alive: bool = False

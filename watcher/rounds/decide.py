@@ -201,12 +201,21 @@ def _conclude(f: Facts, judged: Judged) -> Step:
     if judged.stack.id != f.accepted.id:
         return _rejected(judged)
     if f.undoing:
-        return Undone()
+        return _unreachable(f) if _ended_before_it_was_back(f, judged) else Undone()
     if judged.good:
         return Good()
     if f.on_trial and f.rollback and f.pinned is None:
         return _rejected(judged)
     return Keep()
+
+
+def _ended_before_it_was_back(f: Facts, judged: Judged) -> bool:
+    """Whether the service that was to have the stack before is down, and no start that was asked for it has failed.
+
+    It was swapped in beneath a process that had read the bad one, or that could not take another reload.
+    """
+    is_down = not f.running and (f.failed or f.starting)
+    return is_down and not judged.good and f.explained and judged.told not in ("start", "restart")
 
 
 def _rejected(judged: Judged) -> Reject:
@@ -216,9 +225,12 @@ def _rejected(judged: Judged) -> Reject:
 def _unreachable(f: Facts) -> Step:
     """The service does not run, or where no stack can be put in place: its next start gets the accepted one."""
     if f.undoing:
+        if f.starting and not f.running:
+            # It may have got the bad one still, and that may be its last try (StartLimitBurst=).
+            return Done("its manager is starting it: whether it is up on the stack before is known then")
         # What took it down, or kept it from being started, may be what its manager puts that down to.
         excused = f.excused and f.state.undoing and f.state.undoing.verdict is not Verdict.WENT_DOWN
-        down = f.failed and not f.running and not f.starting and not excused
+        down = f.failed and not f.running and not excused
         return Revive() if down else Undone()
     if f.kept_by_hand:
         return Keep()

@@ -238,6 +238,7 @@ class Steps:
         revived = await self._tools.manager.revive(service)
         if revived.interrupted and revived.ok:
             say("debug", service.name, revived.reason)
+            this.judged = None
             await trio.sleep(_POLL_SEC)  # its manager is about to say so: it is told of its stack then
             return
         if revived.interrupted:
