@@ -13,6 +13,7 @@ from beds.bed import Bed
 from beds.host import SLEEP, Host
 from beds.site import WEB, drop
 from support import needs
+from support.place import eventually
 
 pytestmark = [needs.bed, needs.tool("mksquashfs")]
 
@@ -39,3 +40,23 @@ def test_it_is_said_also_while_unit_files_are_read_again(host: Host, remove: str
         said = journal.applied(WEB)["MESSAGE"]
         assert f"site {version} removed" in said and "reload done" in said
         site.sees(host, "")
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_one_that_takes_no_part_any_more_is_forgotten(host: Host, restarted: bool) -> None:
+    """Also if it was removed, and restarted, while no watcher ran. Its unit file stays as it is."""
+    host.unit(WEB, f"{SLEEP}[X-Confext]\nSettleSec=0\nRemoveSec=0\n")
+    drop(host, 1, {"web.conf": "1"})
+    host.watch()
+    journal = host.journal()
+    host.systemctl("start", WEB)
+    journal.until(lambda entry: f"{WEB}: started well" in entry["MESSAGE"])
+    if restarted:
+        host.systemctl("stop", "confext-watcher")
+    shutil.rmtree(host.confext_dir(WEB))
+    if restarted:
+        host.systemctl("restart", WEB)
+        host.systemctl("start", "confext-watcher")
+    journal.until(lambda entry: "site 1 removed" in entry["MESSAGE"])
+    eventually(lambda: not host.bed.path(f"{site.STATE}/units/{WEB}").exists())
+    assert WEB not in host.bed.run(["confext-watcher", "status"], check=False).stdout

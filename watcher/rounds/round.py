@@ -145,7 +145,8 @@ class Rounds:
         tools = self._tools
         for slots in await trio.to_thread.run_sync(tools.store.without_layers):
             name = slots.removesuffix(".exec")
-            service = tools.manager.services.get(name)
+            # What is removed was said, so its manager may let go of the service: then this is asked for again.
+            service = await tools.manager.current(name) or tools.manager.services.get(name)
             if (service is not None and service.slots == slots) or (slots == name and not units):
                 continue
             await trio.to_thread.run_sync(tools.store.forget, slots)

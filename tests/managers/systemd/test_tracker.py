@@ -10,6 +10,7 @@ import errno
 import os
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,11 +19,13 @@ import trio
 import trio.testing
 from jeepney import DBusAddress, new_signal
 
+from watcher.images.stacks import Stacks
 from watcher.managers.systemd import dbus, tracker
 from watcher.managers.systemd.systemd1 import Systemd1, unit_path
 from watcher.managers.systemd.tracker import Tracker
 from watcher.managers.systemd.unit_ends import has_failed
 from watcher.managers.systemd.wire import Received
+from watcher.model import Stack
 
 
 class Host(Systemd1):
@@ -285,6 +288,26 @@ async def test_a_systemd_that_starts_anew_while_it_is_subscribed_to_is_subscribe
     host.tracker.note(anew)
     await host.update()
     assert host.asked.count("Subscribe") == 2
+
+
+async def test_a_unit_is_let_go_once_what_it_has_lost_was_said(host: Host) -> None:
+    """Nothing in the files changes then: until something does, it would stay in `status`."""
+    host.unit_file("a.service")
+    await host.update()
+    stacks = Stacks(str(host.state))
+    stacks.accept("a.service", Stack(), [], change=lambda state: replace(state, replaced="0" * 16))
+    (host.units / "a.service.confext.d").rmdir()
+    assert await host.tracker.read_files() == {"a.service"}
+    await host.update()
+    assert not host.tracker.is_outdated("a.service") and "a.service" in host.tracker.services
+    stacks.change("a.service", lambda state: replace(state, replaced=None))
+    assert host.tracker.is_outdated("a.service")
+    assert await host.tracker.read_files() == set()
+    told: list[str] = []
+    host.tracker.changed = told.append
+    await host.update()
+    assert (told, host.tracker.services) == (["a.service"], {})
+    assert not host.tracker.is_outdated("a.service")
 
 
 async def test_what_stands_in_the_files_counts_without_a_question_to_systemd(host: Host) -> None:

@@ -226,9 +226,9 @@ class Tracker:
         return unit_watch.interests(self.index.search_path or UNIT_PATHS, self._units.values())
 
     def is_outdated(self, name: str) -> bool:
-        """Whether the files of a unit are others than those that were read. Quick."""
+        """See `UnitFacts.is_outdated()`. Quick."""
         facts = self._facts.get(name)
-        return facts is not None and unit_watch.state(self.index.search_path, facts.unit) != facts.state
+        return facts is not None and facts.is_outdated(self.index, self._state_directory)
 
     async def read_files(self) -> Collection[str]:
         """Read the unit files again: what stands there counts at once. Returns the units that take part; if these are

@@ -49,6 +49,16 @@ class UnitFacts:
     def name(self) -> str:
         return self.unit.name
 
+    def is_outdated(self, index: Index, state_directory: str) -> bool:
+        """Whether its files are others than those that were read; or nothing is left of what it took part for.
+
+        Args:
+            index: all files as they were read last.
+        """
+        if unit_watch.state(index.search_path, self.unit) != self.state:
+            return True
+        return not index.takes_part(self.unit) and not _has_stake(f"{state_directory}/units/{self.name}")
+
     def fields(self, main: Process | None) -> dict[str, Any]:
         """What a `Service` has from here.
 
@@ -71,10 +81,12 @@ def units_with_slots(state_directory: str) -> dict[str, bool]:
     except FileNotFoundError:
         return {}
     return {
-        name: _has_layers(path) or _is_unsaid(path)
-        for name, path in ((name, f"{state_directory}/units/{name}") for name in names)
-        if unit_files.is_service(name)
+        name: _has_stake(f"{state_directory}/units/{name}") for name in names if unit_files.is_service(name)
     }
+
+
+def _has_stake(path: str) -> bool:
+    return _has_layers(path) or _is_unsaid(path)
 
 
 def _has_layers(path: str) -> bool:
