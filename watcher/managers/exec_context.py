@@ -100,7 +100,9 @@ def context_of(main: Process, environment: Mapping[str, str] | None = None) -> E
     if environment is None:
         pairs = (pair.partition("=") for pair in environ.split("\0"))
         environment = {name: value for name, _, value in pairs if name}
-    bounding = int(fields["CapBnd"], 16)
+    bounding, ambient = int(fields["CapBnd"], 16), int(fields["CapAmb"], 16)
+    if len(set(users)) > 1 and users[1] != 0:
+        ambient &= int(fields["CapEff"], 16)  # what it has set aside with its user it does not use
     root, root_id = _root(main)
     return ExecContext(
         users[1],
@@ -109,7 +111,7 @@ def context_of(main: Process, environment: Mapping[str, str] | None = None) -> E
         {**environment, "MAINPID": str(main.pid)},
         # A program that root executes gets the whole bounding set: also what this root process has dropped.
         bounding=bounding & int(fields["CapPrm"], 16) if users[1] == 0 else bounding,
-        ambient=int(fields["CapAmb"], 16),
+        ambient=ambient,
         no_new_privs=fields["NoNewPrivs"].strip() == "1",
         root=root,
         root_id=root_id,
@@ -146,9 +148,12 @@ def _check_own(main: Process, vector: Mapping[int, int], users: Sequence[int], g
 
     A program that another user than root has executed can only change its user if it is set-user-ID or set-group-ID, or
     has a capability for it. In another user namespace than ours numbers mean something else; but that one is entered.
+
+    One that root has executed may keep root as its saved user, to go back to that (squid). What it has set aside so, a
+    command does not get: it runs as the real user, who is the effective one.
     """
     # The kernel says this. The vector a user can forge in his own program, before he executes another.
-    lent = users[0] != 0 and (len(set(users)) > 1 or len(set(groups)) > 1)
+    lent = users[0] != 0 and (_differ(users) or _differ(groups))
     user = vector[_AT_UID]
     before, after = (user, vector[_AT_GID]), (vector[_AT_EUID], vector[_AT_EGID])
     ours = namespace_id(f"/proc/{main.pid}/ns/user") == namespace_id("/proc/self/ns/user")
@@ -157,6 +162,12 @@ def _check_own(main: Process, vector: Mapping[int, int], users: Sequence[int], g
             "could not be run: its main process runs a program with rights that are not its own;"
             " start it as the user that it is to be"
         )
+
+
+def _differ(numbers: Sequence[int]) -> bool:
+    """Whether the real, the effective and the file system's user or group are not the same: `Uid:`, `Gid:`."""
+    real, effective, _, file_system = numbers
+    return not real == effective == file_system
 
 
 def _root(main: Process) -> tuple[str, tuple[int, int]]:
