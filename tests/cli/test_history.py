@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from support.fork_server import COMMAND
+from support.screens import keep, look
 from watcher.cli import history, main
-from watcher.model import Event, Outcome
+from watcher.model import Event, Outcome, Verdict
 from watcher.records.ledger import Ledger
 
 HOUR = 3_600_000_000
@@ -127,6 +129,44 @@ def test_what_cannot_be_meant_is_one_line(
     assert main.main(["history", *words]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"confext-watcher: {said}") and error.count("\n") == 1
+
+
+def test_a_name_that_no_service_has_is_told_with_the_one_that_is_like_it(
+    state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(["history", "wbe"]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == "confext-watcher: no service wbe takes part; did you mean web.service?\n"
+    assert main.main(["history", "web", "--outcome", "failed"]) == 0
+    assert capsys.readouterr().out == "nothing of that kind has happened\n"
+
+
+def happened(state: Path) -> None:
+    """What a service says when it gets a version, when one is refused, and when it goes back."""
+    now, stack = time.time_ns() // 1000, "5" * 16
+    told = "web.service: web 1.3 -> 1.4 applied in 2 ms, SIGHUP sent in 80 us"
+    check = "web.service: web 1.5 refused: check: exit status 1"
+    back = "web.service: web 1.6 -> 1.4, rolled back: the health check failed: exit status 7"
+    verdict = Verdict.HEALTH_CHECK_FAILED
+    printed = 'nginx: [emerg] unknown directive "bad" in /etc/nginx/conf.d/site.conf:1'
+    with Ledger(str(state / "state")) as ledger:
+        ledger.append(
+            Event("web.service", Outcome.APPLIED, told, now - 49 * HOUR, stack),
+            Event("web.service", Outcome.REFUSED, check, now - 5 * HOUR, stack, output=printed),
+            Event("web.service", Outcome.ROLLED_BACK, back, now - HOUR, stack, verdict=verdict),
+        )
+
+
+@pytest.mark.parametrize("columns", [80, 40])
+def test_on_a_terminal_it_says_how_long_ago_that_was(state: Path, columns: int) -> None:
+    happened(state)
+    seen = look([COMMAND, "history", "-n", "3"], columns=columns)
+    keep(f"history-{columns}", seen)
+    said = [line[:10].strip() for line in seen.text.splitlines() if not line.startswith(" ")]
+    assert said == ["2 days ago", "5 h ago", "1 h ago"]
+    exact = look([COMMAND, "history", "--verbose"], columns=columns).text
+    assert " ago" not in exact and exact.startswith(datetime.now().strftime("%Y-"))
 
 
 @pytest.mark.parametrize("zone", ["UTC", "America/New_York", "Asia/Kolkata"])

@@ -168,7 +168,7 @@ def _add_history(parser: argparse.ArgumentParser) -> None:
         "--verbose",
         "-v",
         action="store_true",
-        help="also what a service that took its stack well has printed, and logged as errors",
+        help="also what a service that took its stack well has printed, and logged as errors; exact times",
     )
     parser.add_argument("--lines", "-n", type=int, default=20, metavar="N", help="the newest N (20)")
     parser.add_argument(

@@ -4,16 +4,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
 
 from watcher.cli import show
 from watcher.cli.answers import answer, fail, read
 from watcher.model import Event, Outcome, shown
-from watcher.records.schema import ALL_OUTCOMES, ExitStatus, Which, to_dict
+from watcher.records.schema import ALL_OUTCOMES, ExitStatus, ServiceNotFound, Which, to_dict
 from watcher.settings.config import Settings
 from watcher.settings.values import INFINITY, time_span
 from watcher.text import nearest
+
+if TYPE_CHECKING:
+    from watcher.records.ledger import Reader
 
 
 def run(settings: Settings, options: argparse.Namespace) -> ExitStatus:
@@ -21,10 +26,8 @@ def run(settings: Settings, options: argparse.Namespace) -> ExitStatus:
         from watcher.records.ledger import Reader
 
         reader = Reader(settings.state_directory)
-        found = reader.history(options.service, options.lines, which)
-        if not found and options.service and "." not in options.service:
-            found = reader.history(f"{options.service}.service", options.lines, which)
-        return found
+        service = None if options.service is None else _known(settings, reader, options.service)
+        return reader.history(service, options.lines, which)
 
     if options.lines < 1:
         return fail("--lines: at least 1", ExitStatus.USAGE)
@@ -39,6 +42,19 @@ def run(settings: Settings, options: argparse.Namespace) -> ExitStatus:
     chosen = which != ALL_OUTCOMES
     answer(options, results, show.events(events, verbose=options.verbose, chosen=chosen))
     return ExitStatus.DONE
+
+
+def _known(settings: Settings, reader: Reader, asked: str) -> str:
+    """The service that is meant, which is there or was once. Raises ServiceNotFound, LedgerError."""
+    from watcher.control import status
+
+    names = [*reader.newest()]
+    with contextlib.suppress(PermissionError):  # the ledger is all that this user may read
+        names += (one.service for one in status.without_daemon(settings))
+    for name in (asked, f"{asked}.service"):
+        if name in names:
+            return name
+    raise ServiceNotFound.among(asked, names)
 
 
 def _outcomes(words: list[str]) -> tuple[str, ...]:

@@ -50,14 +50,16 @@ def events(events: Sequence[Event], *, verbose: bool = False, chosen: bool = Fal
     """The newest last, which is nearest to the next prompt.
 
     Args:
-        verbose: with what was printed and logged also where all went well.
+        verbose: with what was printed and logged also where all went well; and with exact times on a terminal, too.
         chosen: they are not all.
     """
     if not events:
         yield "nothing of that kind has happened" if chosen else "nothing has happened yet"
     for event in reversed(events):
         stack = shown(event.stack) or "-"
-        yield f"{when(event.when)}  {event.result:<13}  {stack:<16}  {printable(event.message)}"
+        exact = verbose or not terminal.is_terminal()
+        since = when(event.when) if exact else f"{terminal.ago(event.when):<10}"
+        yield f"{since}  {event.result:<13}  {stack:<16}  {printable(event.message)}"
         well = event.outcome is Outcome.APPLIED
         for line in event.output.splitlines() if verbose or not well else ():
             yield f"    {shown(line)}"
