@@ -59,7 +59,7 @@ def test_each_thing_that_is_wrong_is_said_with_what_to_do(host: Host) -> None:
     assert restart in findings(host, WEB)
     host.systemctl("restart", WEB)
     host.bed.run(["sh", "-c", f"while {NEEDS_RESTART}; do sleep 0.1; done"])
-    assert findings(host, WEB) == [("ok", "what is dropped gets in; checked before it is used", "")]
+    assert findings(host, WEB) == [("ok", "what is dropped is looked at; checked before it is used", "")]
 
     # Who may write there is another.
     directory = host.confext_dir(WEB) / "site.raw.v"

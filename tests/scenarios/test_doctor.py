@@ -19,6 +19,10 @@ def findings(place: Place, status: int) -> dict[str, list[tuple[str, str, str]]]
     return found
 
 
+def warnings(place: Place, about: str) -> list[tuple[str, str, str]]:
+    return [one for one in findings(place, 0)[about] if one[0] == "warning"]
+
+
 def test_without_a_daemon_nothing_is_used_and_that_is_an_error(place: Place) -> None:
     found = findings(place, 1)
     assert found["daemon"] == [
@@ -36,7 +40,7 @@ def test_where_all_is_well_it_says_so(place: Place) -> None:
     service.reloaded("1")
     found = findings(place, 0)
     assert found["daemon"] == [("ok", "runs; 1 service takes part", "")]
-    assert found[service.name] == [("ok", "what is dropped gets in", "")]
+    assert found[service.name] == [("ok", "what is dropped is looked at", "")]
 
 
 def test_a_directory_that_others_may_write_to_is_a_warning_with_what_to_do(place: Place) -> None:
@@ -60,6 +64,21 @@ def test_a_setting_that_does_not_count_is_a_warning(place: Place) -> None:
     assert (
         len(texts) == 2 and "SettleSec= is not a time span" in texts[0] and "Sttle= is not known" in texts[1]
     )
+
+
+def test_what_is_kept_out_or_was_put_back_by_hand_is_a_warning(place: Place) -> None:
+    place.start_daemon()
+    service = place.start("--reload-signal=SIGHUP", "--check=grep -qv bad /etc/web.conf")
+    for version in ("1", "2"):
+        service.put(version)
+        service.reloaded(version)
+    service.put("3", value="bad")
+    service.logged("refused", "3")
+    helps = f"confext-watcher rollback --forget {service.name}"
+    ((_, text, command),) = warnings(place, service.name)
+    assert "_3" in text and "is kept out: check" in text and command == helps
+    place.run("rollback", service.name)
+    assert any("stays by hand" in text for _, text, _ in warnings(place, service.name))
 
 
 def test_it_changes_nothing(place: Place) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import enum
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -54,4 +55,7 @@ def examine(settings: Settings, examinations: Iterable[tuple[str, Examination]])
         try:
             yield from examination(settings)
         except Exception as failed:  # noqa: BLE001 -- the doctor is asked when things are not as they should be
-            yield error(about, f"could not be examined: {problem(failed)}", "run it as root")
+            if os.geteuid() != 0:  # what a user may not read says nothing of the host
+                yield warning(about, f"not examined: {problem(failed)}", "sudo confext-watcher doctor")
+            else:
+                yield error(about, f"could not be examined: {problem(failed)}", "mend that, and ask again")

@@ -14,7 +14,7 @@ from watcher.managers.base import trust_of
 from watcher.managers.registration import registered, registrations
 from watcher.managers.systemd import unit_facts
 from watcher.managers.systemd.unit_files import Index
-from watcher.model import Busy, Declared, Remark, shown
+from watcher.model import Busy, Declared, Remark, printable, shown
 from watcher.resolve import scan
 from watcher.resolve.strict_modes import StrictModes
 from watcher.resolve.trust import Trust
@@ -66,7 +66,7 @@ def _units(settings: Settings) -> Iterator[Finding]:
             check = (
                 "checked before it is used" if one.settings.check else "no Check= is set, see watcher.conf(5)"
             )
-            found.append(ok(name, f"what is dropped gets in; {check}"))
+            found.append(ok(name, f"what is dropped is looked at; {check}"))
         yield from found
 
 
@@ -76,7 +76,7 @@ def _standalone(settings: Settings) -> Iterator[Finding]:
             one = registered(settings.runtime_directory, name)
             if one is not None:
                 found = [*_directories(name, one.declared, trust_of(one.own_settings, "standalone"))]
-                yield from found or [ok(name, "what is dropped gets in")]
+                yield from found or [ok(name, "what is dropped is looked at")]
 
 
 def _directories(name: str, declared: Declared, trust: Trust) -> Iterator[Finding]:
@@ -118,8 +118,15 @@ def _without_leases(path: str) -> bool:
         os.close(fd)
 
 
-def _restarts(settings: Settings) -> Iterator[Finding]:
+def _states(settings: Settings) -> Iterator[Finding]:
+    """What each service waits for a person to do."""
     for one in status.without_daemon(settings):
+        lets_in = f"confext-watcher rollback --forget {shown(one.service)}"
+        for content in one.quarantined:
+            what = shown(os.path.basename(content.source)) or content.digest[:12]
+            yield warning(one.service, f"{what} is kept out: {printable(content.reason)}", lets_in)
+        if one.pinned is not None:
+            yield warning(one.service, "stays by hand on the stack that it has, whatever is dropped", lets_in)
         if one.state == "needs-restart":
             text = "was started before it took part, and has none of its images yet"
             yield warning(one.service, text, f"systemctl restart {shown(one.service)}")
@@ -129,5 +136,5 @@ EXAMINATIONS: Sequence[tuple[str, Examination]] = (
     ("generator", _generator),
     ("units", _units),
     ("services", _standalone),
-    ("services", _restarts),
+    ("services", _states),
 )
