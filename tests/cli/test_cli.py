@@ -12,6 +12,8 @@ import dataclasses
 import json
 import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,14 @@ def release(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     value: str = request.param
     monkeypatch.setattr(platform, "release", lambda: value)
     return value
+
+
+@pytest.mark.parametrize("command", ["history", "plan", "rollback", "status", "wait"])
+def test_a_command_that_the_daemon_answers_starts_without_what_a_daemon_needs(command: str) -> None:
+    slow = {"trio", "varlink", "sqlite3", "structlog", "psutil", "jeepney", "rich", "subprocess", "asyncio"}
+    code = f"import sys, watcher.cli.main, watcher.cli.{command}; print({slow!r} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "set()\n"
 
 
 @pytest.mark.parametrize("release", ["6.7.12", "5.15.0-91-generic", "6.7+", "4"], indirect=True)
