@@ -147,6 +147,19 @@ def test_without_the_key_the_kernel_verifies_all_the_same(
     assert after.how.endswith("; dm-verity verifies what is read of it")
 
 
+def test_a_failure_that_is_not_for_the_key_says_nothing_of_it(
+    bench: Bench, veritysetup: Callable[[str], Path], key: Key
+) -> None:
+    """Only where it works without the signature is the key what was missing."""
+    veritysetup("echo 'device-mapper: reload ioctl failed: Cannot allocate memory' >&2; exit 1")
+    admission = bench.admission(key.certificate)
+    trusted = replace(bench.copy, trust=admission.trust(bench.copy))
+    bench.mount(trusted)
+    veritysetup(WORKS)
+    bench.mount(trusted)
+    assert admission.trust(bench.copy).how.endswith("and its signature is of a key in the kernel's keyring")
+
+
 def test_no_worker_waits_for_the_device(
     bench: Bench, veritysetup: Callable[[str], Path], tmp_path: Path
 ) -> None:

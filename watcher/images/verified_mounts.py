@@ -107,17 +107,20 @@ class VerifiedMounts:
     def _opened(self, copy: Copy, backing: int, stack: ExitStack) -> tuple[str, _How]:
         """The path of a device, which is there until the end of `stack`; "" where none can be had."""
         assert isinstance(copy.format, Image) and copy.format.brought is not None
-        signature = copy.format.brought.signature
+        signature, fingerprint = copy.format.brought.signature, copy.trust.fingerprint
+        if fingerprint in self._unknown:
+            signature = None
         try:
-            if signature is not None and copy.trust.fingerprint not in self._unknown:
+            if signature is not None:
                 try:
                     return self._device(copy, copy.format, backing, signature, stack), _How(signed=True)
                 except Unavailable as why:
                     if not why.refused:
                         raise
-                    if copy.trust.fingerprint:
-                        self._unknown.add(copy.trust.fingerprint)
-            return self._device(copy, copy.format, backing, None, stack), _How()
+            path = self._device(copy, copy.format, backing, None, stack)
+            if signature is not None and fingerprint:
+                self._unknown.add(fingerprint)  # it was for the key: without the signature it works
+            return path, _How()
         except Unavailable as why:
             self._say(str(why))
             return "", _How(str(why))
