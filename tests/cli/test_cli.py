@@ -4,6 +4,7 @@
 test_documents.py compares its words (cli/arguments.py) with the man pages and the completions. What starts in
 cli/main.py, and answers by cli/answers.py, is done from end to end in tests/scenarios/: cli/run.py, cli/exec.py,
 cli/status.py, cli/plan.py, cli/history.py, cli/wait.py, cli/rollback.py, cli/enable.py (in tests/beds/), cli/check.py.
+How one ends that has begun something (cli/ending.py) is here.
 """
 
 from __future__ import annotations
@@ -39,6 +40,23 @@ def test_a_command_that_the_daemon_answers_starts_without_what_a_daemon_needs(co
     code = f"import sys, watcher.cli.main, watcher.cli.{command}; print({slow!r} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout == "set()\n"
+
+
+def test_a_command_that_has_begun_something_cleans_up_when_it_is_killed_and_survives_under_nohup() -> None:
+    code = """if True:
+        import os, signal
+        from watcher.cli.ending import end_as_interrupted
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup(1) does
+        end_as_interrupted()
+        os.kill(os.getpid(), signal.SIGHUP)
+        print("goes on")
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            print("cleans up")
+    """
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "goes on\ncleans up\n"
 
 
 @pytest.mark.parametrize("release", ["6.7.12", "5.15.0-91-generic", "6.7+", "4"], indirect=True)

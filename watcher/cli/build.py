@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import argparse
-import signal
 from collections.abc import Iterator
 
-from watcher.cli import check, show
+from watcher.cli import check, ending, show
 from watcher.cli.answers import answer, fail
 from watcher.images.build import SCOPES, Built, Order, build
 from watcher.model import Busy, Refused, printable, shown
@@ -20,9 +19,7 @@ def run(settings: Settings, options: argparse.Namespace) -> ExitStatus:
     if wrong := _misused(options, scope):
         return fail(wrong, ExitStatus.USAGE)
     # What was begun is removed, also when a pipeline is cancelled or a connection ends: it may have keys in it.
-    for ends in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(ends) is signal.SIG_DFL:  # nohup(1) has it ignored
-            signal.signal(ends, signal.default_int_handler)
+    ending.end_as_interrupted()
     order = Order(
         tuple(options.sources),
         options.output,

@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import time
 
-from watcher.cli import show, show_init
+from watcher.cli import ending, show, show_init
 from watcher.cli.answers import answer
 from watcher.cli.asking import agreed
 from watcher.control import client
@@ -35,8 +34,7 @@ def run(settings: Settings, options: argparse.Namespace) -> ExitStatus:
     if not plan.nothing and not agreed(options):
         print("Nothing was done.")
         return ExitStatus.FAILED
-    for number in (signal.SIGTERM, signal.SIGHUP):  # a connection that breaks: what was begun is undone
-        signal.signal(number, signal.default_int_handler)
+    ending.end_as_interrupted()  # what was begun is undone
     found = init.carry_out(plan, settings)
     accepted = _accepted(plan, settings) if plan.image and found.watched else None
     result = {
