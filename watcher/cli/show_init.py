@@ -6,9 +6,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 
-from watcher.managers.systemd.unit_files import is_template
 from watcher.model import printable, shown
 from watcher.records.schema import Waited
+from watcher.settings.unit_names import is_template
 from watcher.setup import first_version
 from watcher.setup.enable import Enabled
 from watcher.setup.init import Plan

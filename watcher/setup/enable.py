@@ -12,17 +12,17 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from watcher.managers.systemd import sandbox_settings
 from watcher.managers.systemd.unit_facts import settings_of, stale
-from watcher.managers.systemd.unit_files import SUFFIX, Index, Unit, is_portable, is_service, is_template
+from watcher.managers.systemd.unit_files import SUFFIX, Index, Unit, is_portable, is_service
 from watcher.model import shown
 from watcher.mounts.process import shares_host
 from watcher.records.schema import Failed
 from watcher.settings import unit_names
-from watcher.settings.unit_names import UNIT_PATHS
+from watcher.settings.unit_names import UNIT_PATHS, is_template
 from watcher.text import nearest
 
 PLACE = "/etc/systemd/system"
@@ -174,13 +174,3 @@ def systemctl(*words: str, check: bool = True) -> str:
     if check and done.returncode != 0:
         raise Failed(f"systemctl {words[0]}: {shown(done.stderr.strip() or 'failed')}")
     return done.stdout.strip()
-
-
-def lines(found: Enabled) -> Sequence[str]:
-    """What people are told."""
-    said = [f"{shown(found.service)} takes part: drop images into {shown(found.directory)}/"]
-    if found.needs_restart:
-        said.append(f"It was started before that. Restart it once: systemctl restart {shown(found.service)}")
-    if not found.watched:
-        said.append("Nobody watches: systemctl enable --now confext-watcher")
-    return said

@@ -19,7 +19,7 @@ import trio
 from jeepney import HeaderFields
 
 from watcher.managers.base import Service
-from watcher.managers.systemd import dbus, unit_files, unit_watch
+from watcher.managers.systemd import dbus, unit_watch
 from watcher.managers.systemd.executor import is_executor
 from watcher.managers.systemd.systemd1 import Systemd1, unit_path
 from watcher.managers.systemd.unit_ends import UnitEnds, has_failed
@@ -29,7 +29,7 @@ from watcher.managers.systemd.wire import Received
 from watcher.model import Interest, Remark
 from watcher.mounts.process import Gone, Process
 from watcher.records import journal
-from watcher.settings.unit_names import UNIT_PATHS, UnitName
+from watcher.settings.unit_names import UNIT_PATHS, UnitName, is_template
 
 # The executor is looked at less and less often: it may wait for long (for a terminal, or with Type=idle). When it has
 # become the service, that is noticed late by at most a quarter of the time that it took.
@@ -265,7 +265,7 @@ class Tracker:
         async with self._reading:
             # Set before anything is asked: `_note_unit()` then recognises an instance that is loaded from now on.
             self._facts = facts = await self._read_files(paths or UNIT_PATHS, {})
-        patterns = [name.replace("@.", "@*.") for name in facts if unit_files.is_template(name)]
+        patterns = [name.replace("@.", "@*.") for name in facts if is_template(name)]
         found = await systemd.loaded(patterns) if patterns else {}
         instances = [name for name in found if name not in facts]
         if instances:
@@ -273,7 +273,7 @@ class Tracker:
             facts |= await self._facts_in_files(dict.fromkeys(own, False))
         self._say(remark for each in facts.values() for remark in each.remarks)
         self._names = {unit_path(name): name for name in facts}
-        await systemd.follow_units(name for name in facts if not unit_files.is_template(name))
+        await systemd.follow_units(name for name in facts if not is_template(name))
         # Asked only now: the bus has sent no signal of what happened before it was asked to.
         states = await systemd.loaded(facts) if facts else {}
         for name in [name for name in self.services if name not in facts]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from watcher.managers.systemd import drop_ins, held_starts, sandbox_settings, unit_files
 from watcher.managers.systemd.unit_files import Index, Unit
 from watcher.resolve import sidecars
-from watcher.settings import device_mapper, syntax, values
+from watcher.settings import device_mapper, syntax, unit_names, values
 from watcher.text import Kind, shown
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def text(
 def _may_hold_starts(unit: Unit, parsed: syntax.Parsed) -> bool:
     """Whether it has a stack of its own, and the host's shell is there for what waits (`held_starts.py`)."""
     roots = (syntax.last(parsed.assignments, "Service", key) for key in ("RootDirectory", "RootImage"))
-    return not unit_files.is_template(unit.name) and not any(root and root.value for root in roots)
+    return not unit_names.is_template(unit.name) and not any(root and root.value for root in roots)
 
 
 def _declares(parsed: syntax.Parsed) -> bool:

@@ -236,7 +236,7 @@ def started_as(name: str, services: Iterable[Service]) -> str:
     Raises:
         NoShadow: there is none.
     """
-    if not unit_files.is_template(name):
+    if not unit_names.is_template(name):
         return name
     for one in services:
         if one.main is not None and unit_names.UnitName(one.name).template == name:

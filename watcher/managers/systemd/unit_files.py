@@ -93,10 +93,6 @@ def with_template(name: str) -> tuple[str, ...]:
     return (name, template) if template else (name,)
 
 
-def is_template(name: str) -> bool:
-    return "@" in name and unit_names.UnitName(name).instance == ""
-
-
 def is_portable(fragment: str) -> bool:
     """Whether portablectl attached the unit: then it decides what is mounted there."""
     return os.path.basename(os.path.dirname(fragment)) == "system.attached"
@@ -154,7 +150,7 @@ def sources_in(
 
 def _expander(unit: Unit) -> Callable[[str], str]:
     specifiers = unit_names.Specifiers(unit.name, unit.fragment)
-    if not is_template(unit.name):
+    if not unit_names.is_template(unit.name):
         return specifiers.expand
 
     def expand(text: str) -> str:
@@ -233,7 +229,7 @@ class Index:
             # An alias of a template is an alias of each of its instances.
             parts = unit_names.UnitName(name) if "@" in name else None
             target = self._links.get(parts.template or "") if parts else None
-            if not parts or not target or not is_template(target):
+            if not parts or not target or not unit_names.is_template(target):
                 break
             name = target.replace("@.", f"@{parts.instance}.")
         return name
@@ -327,7 +323,7 @@ class Index:
         if "@" in own:
             parts = unit_names.UnitName(own)
             for alias in self._aliases.get(parts.template or "", ()):
-                if is_template(alias):
+                if unit_names.is_template(alias):
                     yield alias.replace("@.", f"@{parts.instance}.")
 
     def candidates(self, known: Iterable[str] = ()) -> Iterator[str]:
