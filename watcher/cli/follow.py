@@ -39,9 +39,16 @@ class Spinner:
             self.words, self._since = words, time.monotonic()
 
     def __str__(self) -> str:
-        signs = "\u280b\u2819\u2839\u2838\u283c\u2834\u2826\u2827\u2807\u280f" if _is_utf8() else "|/-\\"
+        signs = (
+            "\u280b\u2819\u2839\u2838\u283c\u2834\u2826\u2827\u2807\u280f" if terminal.is_utf8() else "|/-\\"
+        )
         sign = signs[int(time.monotonic() * _DRAWN_PER_SEC) % len(signs)]
         return f"{sign} {self.words}, {int(time.monotonic() - self._since)} s"
+
+
+def write(lines: Sequence[str]) -> None:
+    """Print lines at once, also into a pipe."""
+    print("\n".join(lines), flush=True)
 
 
 @contextlib.contextmanager
@@ -51,7 +58,7 @@ def spinning(text: Callable[[], str]) -> Iterator[Callable[[Sequence[str]], None
     What is drawn is gone at the end.
     """
     if not terminal.is_terminal():
-        yield lambda lines: print("\n".join(lines), flush=True)
+        yield write
         return
     from rich.console import Console
     from rich.live import Live
@@ -78,7 +85,7 @@ def spinning(text: Callable[[], str]) -> Iterator[Callable[[Sequence[str]], None
     def say(lines: Sequence[str]) -> None:
         nonlocal shown_now
         shown_now.stop()
-        print("\n".join(lines), flush=True)
+        write(lines)
         shown_now = live()
         shown_now.start()
 
@@ -140,7 +147,3 @@ def _line(service: ServiceStatus) -> str:
     words = [runs_on, show_status.outcome(service), *([service.step] if service.step else [])]
     wrong = [printable(text) for text, _ in show_status.problems(service, elapsed=False)]
     return f"{shown(service.service)}: {', '.join(words)}" + "".join(f"; {text}" for text in wrong)
-
-
-def _is_utf8() -> bool:
-    return (sys.stdout.encoding or "").lower().startswith("utf")

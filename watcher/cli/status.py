@@ -54,16 +54,16 @@ def run(settings: Settings, options: argparse.Namespace) -> ExitStatus:
     services, redacted = read(settings, ask, without_daemon)
     if services or not options.services:
         nothing_new = why_nothing_new()
-        lines = []
+        parts = [show_status.glance(services)]
         if options.services:
-            for one in services:
-                lines += ["", *show_status.in_depth(one, history.get(one.service, ()), settings=not redacted)]
-            lines = lines[1:]
-        else:
-            lines = [*show_status.glance(services)]
-        lines += [f"services get nothing new: {nothing_new}"] if nothing_new else []
+            parts = [
+                show_status.in_depth(one, history.get(one.service, ()), settings=not redacted)
+                for one in services
+            ]
+        text = "\n\n".join("\n".join(lines) for lines in parts)
+        text += f"\nservices get nothing new: {nothing_new}" if nothing_new else ""
         results = {"services": services, "redacted": redacted, "nothing_new": nothing_new}
-        answer(options, results, ["\n".join(lines)])  # laid out already
+        answer(options, results, [text])  # laid out already
     for error in unknown:
         fail(str(error), ExitStatus.FAILED)
     return ExitStatus.FAILED if unknown else ExitStatus.DONE
@@ -108,7 +108,7 @@ def _chosen(
                     for one in every
                     if any(fnmatch.fnmatchcase(one.service, each) for each in patterns)
                 ]
-                chosen = [found for each in named for found in status(each)]
+                chosen = [one for each in named for one in status(each)]
                 if not chosen:
                     raise ServiceNotFound.among(name, (one.service for one in every))
             else:

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
 from contextlib import nullcontext
 
 from watcher.cli.answers import answer, meant
-from watcher.cli.follow import Spinner, spinning
+from watcher.cli.follow import Spinner, spinning, write
 from watcher.cli.show import fit as fold
 from watcher.control.client import NotRunning, TimedOut, wait
 from watcher.model import printable, shown
@@ -28,26 +27,24 @@ def run(settings: Settings, options: argparse.Namespace) -> ExitStatus:
     last, timed_out, redacted = None, None, [False]
     spinner = Spinner()
     spinner.say("looks")
-    quiet = nullcontext(_print) if options.json else spinning(lambda: str(spinner))
+    printing = nullcontext(write) if options.json else spinning(lambda: str(spinner))
     try:
-        with quiet as say:
+        with printing as say:
             for last in wait(
                 settings.runtime_directory, options.service, image, options.timeout, redacted.append
             ):
                 spinner.say(printable(last.answer.kind.replace("-", " ")) or "waits")
                 # Strangers are told no more than the status of an answer, so each in progress is the same to them.
-                told = last.answer.status != 4 or last.answer.kind not in ("", "looking")
+                told = last.answer.status != ExitStatus.TIMED_OUT or last.answer.kind not in ("", "looking")
                 if told and not options.json:
                     say([*fold([printable(last.answer.text or last.event.message)])])
     except TimedOut:
         if last is None:
             raise
-        still = (
-            "" if options.json else last.answer.kind.replace("-", " ")
-        )  # the rest stands on the line before
-        timed_out = TimedOut(
-            f"timed out: {f'still {still}' if still else last.answer.text or last.event.message}"
-        )
+        said = last.answer.text or last.event.message
+        if last.answer.kind and not options.json:  # that stands on the line before
+            said = f"still {last.answer.kind.replace('-', ' ')}"
+        timed_out = TimedOut(f"timed out: {said}")
     except NotRunning as error:
         raise NotRunning(f"{error}{_without_daemon(settings, options.service, image)}")
     if last is None:
@@ -77,7 +74,3 @@ def _without_daemon(settings: Settings, service: str, image: str) -> str:
     name = os.path.basename(image)
     about = [one for one in events if os.path.basename(one.source) == name]
     return f"; before that: {printable(about[0].message)}" if about else ""
-
-
-def _print(lines: Sequence[str]) -> None:
-    print("\n".join(lines), flush=True)
