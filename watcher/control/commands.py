@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
-from contextlib import ExitStack, asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import TypeVar
 
@@ -101,14 +101,12 @@ class Commands:
 
     async def _in_depth(self, service: Service, found: ServiceStatus) -> ServiceStatus:
         """With all that lies there for it, as a look finds it now."""
-        words = f"what lies there is not known: a look takes longer than {_LOOK_SEC} s"
         try:
-            with trio.move_on_after(_LOOK_SEC) as limit:
+            with trio.fail_after(_LOOK_SEC):
                 facts, desired = await self.rounds.glance(service, thorough=True)
-        except (Unanswered, Later, OSError) as error:  # it stays on what it has
-            words = problem(error)
-            limit.cancel()
-        if limit.cancel_called:
+        except (trio.TooSlowError, Unanswered, Later, OSError) as error:  # it stays on what it has
+            slow = f"what lies there is not known: a look takes longer than {_LOOK_SEC} s"
+            words = slow if isinstance(error, trio.TooSlowError) else problem(error)
             return replace(found, remarks=(Remark("warning", service.name, words),))
         facts = replace(facts, shown=found.stack if found.state == "running" else None)
         history = await _in_thread(self._tools.ledger.history, service.name, _LOOKED_BACK)
@@ -228,12 +226,20 @@ class Commands:
             return replace(state, pin=None, left=(), undoing=undoing)
 
         await self.rounds.record(messages.forget_requested(found.name, by))
-        async with self._changing(found, change):
-            self._changed(found.name)
-            if found.settings.rollout == "rolling":
-                # Its quarantine kept that out of the other services, too.
-                for other in rolling(self._tools):
-                    self._changed(other.name)
+        failed = None
+        try:
+            await trio.to_thread.run_sync(self._tools.store.change, found.slots, change)
+        except Later as error:  # it holds in memory all the same
+            failed = error
+        self._changed(found.name)
+        if found.settings.rollout == "rolling":
+            # Its quarantine kept that out of the other services, too.
+            for other in rolling(self._tools):
+                self._changed(other.name)
+        if failed:
+            raise Failed(
+                f"could not be written down, so it may not have happened yet; it is tried again: {failed}"
+            )
         return status.quarantined(found.name, forgotten)
 
     async def trace(self, asked: Asked, tell: Callable[[bytes], Awaitable[None]]) -> bytes:
@@ -241,23 +247,6 @@ class Commands:
 
     async def reload(self) -> None:
         self._reload_settings()
-
-    @asynccontextmanager
-    async def _changing(self, service: Service, change: Callable[[State], State]) -> AsyncIterator[None]:
-        """Change what is decided about a service, then do the block. It holds in memory if it cannot be written down.
-
-        Raises Failed: all was done, and not all could be written down.
-        """
-        failed = None
-        try:
-            await trio.to_thread.run_sync(self._tools.store.change, service.slots, change)
-        except Later as error:
-            failed = error
-        yield
-        if failed:
-            raise Failed(
-                f"could not be written down, so it may not have happened yet; it is tried again: {failed}"
-            )
 
     def _services(self, service: str | None) -> list[Service]:
         if service is not None:
