@@ -36,7 +36,18 @@ def host(tmp_path: Path) -> Path:
 
 
 def take(host: Path, *sources: str, target: str = "") -> Taken:
-    return first_version.take(sources, lambda path: path.endswith(".key"), target, str(host))
+    return first_version.take(sources, lambda path: path.endswith(".key"), 1 << 20, target, str(host))
+
+
+def test_more_than_an_image_may_have_is_refused_before_it_is_copied(host: Path, tmp_path: Path) -> None:
+    """Whoever owns a directory in /etc could fill the disk with one sparse file."""
+    os.truncate(host / "etc/web/web.conf", 1 << 40)
+    (tmp_path / "copy").mkdir()
+    with pytest.raises(Failed, match=r"^what is to be taken is too much: too large: .*ImageMax="):
+        take(host, "/etc/web")
+    with pytest.raises(Failed, match="ImageMax="):
+        take(host, "/etc/web/web.conf", target=str(tmp_path / "copy"))
+    assert not (tmp_path / "copy/etc/web/web.conf").exists()
 
 
 def test_a_copy_is_as_the_host_has_it(host: Path, tmp_path: Path) -> None:

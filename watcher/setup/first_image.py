@@ -40,7 +40,7 @@ def build(
         tree = f"{scratch}/{name}"
         os.mkdir(tree, 0o755)
         os.chmod(tree, 0o755)
-        taken = first_version.take(sources, excludes, tree)
+        taken = first_version.take(sources, excludes, image_max, tree)
         _write_release(tree, name)
         try:
             build_tools.squashfs(tree, path, _EPOCH, owners=True)

@@ -12,6 +12,7 @@ import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from watcher.images.errors import require_size
 from watcher.images.walk import DIRECTORY, Path, Walk
 from watcher.model import Refused, shown
 from watcher.records.schema import Failed
@@ -43,12 +44,19 @@ class Taken:
     missing: list[str] = field(default_factory=list)
 
 
-def take(sources: Iterable[str], excludes: Callable[[str], bool], target: str = "", root: str = "/") -> Taken:
+def take(
+    sources: Iterable[str],
+    excludes: Callable[[str], bool],
+    size_max: int,
+    target: str = "",
+    root: str = "/",
+) -> Taken:
     """Look at what would be taken, or copy it.
 
     Args:
         sources: absolute paths below /etc.
         excludes: whether a path must not be in an image.
+        size_max: bytes of all files (`ImageMax=`).
         target: an empty directory, which then has an `etc`; "": only look.
         root: that the paths are below.
 
@@ -56,7 +64,7 @@ def take(sources: Iterable[str], excludes: Callable[[str], bool], target: str = 
         Failed: a source is a link, or there is too much.
         OSError: something cannot be read or written.
     """
-    taking = _Taking(excludes, target)
+    taking = _Taking(excludes, size_max, target)
     start = os.open(root, DIRECTORY)
     try:
         for source in sources:
@@ -87,9 +95,10 @@ def of_packages(files: Iterable[str], info: str = _DPKG) -> dict[str, int]:
 
 
 class _Taking(Walk):
-    def __init__(self, excludes: Callable[[str], bool], target: str) -> None:
+    def __init__(self, excludes: Callable[[str], bool], size_max: int, target: str) -> None:
         super().__init__()
         self._excludes = excludes
+        self._size_max = size_max
         self._target = target
         self._done: set[str] = set()
         self.taken = Taken()
@@ -156,6 +165,7 @@ class _Taking(Walk):
                 raise Failed(f"{shown(whole)} has just become something else: once more")
             self.taken.files.append(whole)
             self.taken.size += st.st_size
+            require_size(self.taken.size, self._size_max, "ImageMax=")
             if private or not st.st_mode & 0o004:
                 self.taken.private.append((whole, stat.S_IMODE(st.st_mode)))
             if self._target:

@@ -131,7 +131,7 @@ def plan(wish: Wish, settings: Settings, place: str = enable.PLACE) -> Plan:
     as_it_is = written is not None and (written.changed or written.text == content)
     sources = () if versions else _sources(wish, recipe, unit)
     excludes: Callable[[str], bool] = recipe.excludes if recipe else lambda path: False
-    taken = first_version.take(sources, excludes)
+    taken = first_version.take(sources, excludes, settings.image_max)
     if wish.sources and sources and not taken.files:
         raise Failed(
             f"there is nothing in {' '.join(map(shown, sources))} to make a first version of: --from PATH"
