@@ -10,6 +10,7 @@ It is done by who calls it, root, and not by the daemon: so it works while that 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import subprocess
 from collections.abc import Iterator
@@ -67,7 +68,7 @@ def enable(name: str, entry: str, state_directory: str, place: str = PLACE) -> E
     top = f"{place}/{unit.name}{SUFFIX}"
     directory = f"{top}/{entry}" if entry else top
     for path in dict.fromkeys((top, directory)):
-        _make(path)
+        make_directory(path)
     bring_into_force(unit, state_directory)
     return taking_part(unit, directory)
 
@@ -151,12 +152,21 @@ def is_watched() -> bool:
     return systemctl("is-active", "confext-watcher.service", check=False) in ("active", "reloading")
 
 
-def _make(path: str) -> None:
+def make_directory(path: str) -> bool:
+    """Make a directory that everybody may read, unless it is there; whether it was made. Raises Failed, OSError."""
     try:
-        os.mkdir(path, 0o755)
+        os.mkdir(path)
     except FileExistsError:
         if not os.path.isdir(path):
             raise Failed(f"{shown(path)} is there, and no directory: remove it") from None
+        return False
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        what = "make there what `confext-watcher init --dry-run` shows, in what /etc comes from"
+        raise Failed(f"{shown(path)} cannot be made, its file system is read-only: {what}") from error
+    os.chmod(path, 0o755)  # whatever the umask is
+    return True
 
 
 def in_hosts_namespace(name: str) -> bool:

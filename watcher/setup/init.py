@@ -12,7 +12,6 @@ left to who calls.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import pwd
 import re
@@ -269,19 +268,8 @@ def _give(directory: str, user: str) -> None:
 
 
 def _make_directory(path: str, undo: contextlib.ExitStack) -> None:
-    try:
-        os.mkdir(path)
-    except FileExistsError:
-        if not os.path.isdir(path):
-            raise Failed(f"{shown(path)} is there, and no directory: remove it") from None
-        return
-    except OSError as error:
-        if error.errno != errno.EROFS:
-            raise
-        what = "make there what --dry-run shows, in what /etc comes from"
-        raise Failed(f"{shown(path)} cannot be made, its file system is read-only: {what}") from error
-    undo.callback(_rmdir, path)
-    os.chmod(path, 0o755)  # whatever the umask is
+    if enable.make_directory(path):
+        undo.callback(_rmdir, path)
 
 
 def _unlink(path: str) -> None:
