@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The watcher's own unit: it allows all that is needed, and little besides (`units/confext-watcher.service.in`)."""
+"""The watcher's own unit: it allows all that is needed, and little besides (`units/confext-watcher.service.in`).
+
+What it needs for mapped devices is in use in tests/vm/test_vm_verity.py: a container has none.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,7 @@ UNITS = {
     "strict.service": f"[Service]\nProtectSystem=strict\nPrivateDevices=yes\nPrivateUsers=yes\n{RELOADS}"
     "Check=/bin/test -e /etc/passwd\n",
 }
+STEPS = ["squashfs", "erofs", "tree", "tries", "writers", "standalone", "removal"]
 # VFS_CAP_REVISION_2, effective; CAP_NET_BIND_SERVICE.
 CAPABLE = bytes.fromhex("0100000200040000000000000000000000000000")
 
@@ -74,6 +78,9 @@ def scenario(host: Host) -> Iterator[str]:
     journal.applied("strict.service")
     assert not target.exists()
     yield "tries"
+    _two_writers(host, built)
+    journal.until(lambda entry: "web_4.raw refused: two programs wrote to it at once" in entry["MESSAGE"])
+    yield "writers"
     yield from _standalone(host)
     for name in UNITS:
         shutil.rmtree(host.confext_dir(name))
@@ -104,6 +111,15 @@ def _odd_tree(host: Host) -> None:
     host.bed.run(["confext-watcher", "wait", "plain.service", dropped, "--timeout=20"])
     digest = os.path.basename(os.readlink(host.bed.path(f"{site.STATE}/units/plain.service/odd")))
     assert _listing(host.bed.path(f"{site.STATE}/store/{digest}/etc")) == before
+
+
+def _two_writers(host: Host, image: Path) -> None:
+    """Two processes write a file at once, which is whole all the same: only the kernel can tell of that."""
+    target = f"{UNIT_DIRECTORY}/plain.service.confext.d/web.raw.v/web_4.raw"
+    shutil.copyfile(image, host.bed.path("/srv/coming"))
+    host.stack.callback(host.bed.run, ["rm", "-f", "/srv/coming"])
+    both = f"for i in 1 2; do (exec >{target}; sleep 0.3; cat /srv/coming; sleep 0.3) & done; wait"
+    host.bed.run(["sh", "-c", both])
 
 
 def _listing(top: Path) -> dict[str, tuple[object, ...]]:
@@ -151,7 +167,7 @@ def _standalone(host: Host) -> Iterator[str]:
 
 
 def test_the_unit_allows_what_is_needed(host: Host) -> None:
-    assert list(scenario(host)) == ["squashfs", "erofs", "tree", "tries", "standalone", "removal"]
+    assert list(scenario(host)) == STEPS
 
 
 def test_the_watcher_is_little_exposed(host: Host) -> None:
