@@ -74,15 +74,17 @@ threading.Thread(target=answer, daemon=True).start()
 while True:
     signal.pause()
 """
+# _socket: the import of socket takes its time on a busy machine, and what a check that lasts longer than a fifth of a
+# second comes to may be told in other words.
 _ASK = """
-import socket, sys
+import _socket, sys
+asked = _socket.socket(_socket.AF_UNIX)
+asked.settimeout(5)
 try:
-    with socket.socket(socket.AF_UNIX) as asked:
-        asked.settimeout(5)
-        asked.connect("/srv/web.sock")
-        print(asked.recv(99).decode(), end="")
+    asked.connect("/srv/web.sock")
 except OSError as error:
     sys.exit(f"/srv/web.sock: {error.strerror}")
+print(asked.recv(99).decode(), end="")
 """
 _PROGRAM = """#!{python} -ISB
 {text}"""

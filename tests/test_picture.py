@@ -63,8 +63,9 @@ def test_what_is_drawn_is_what_was_printed(picture: dict[str, Any], printed: str
 @tool("mksquashfs")
 def test_the_picture_is_of_what_the_commands_print_today(printed: str) -> None:
     plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", printed)
-    seen = without_times(drawn(PICTURE.read_text()))
-    assert seen == without_times(plain.splitlines()), f"run {SCRIPT}"
+    seen, now = without_times(drawn(PICTURE.read_text())), without_times(plain.splitlines())
+    other = [f"{before}\nis now\n{after}" for before, after in zip(seen, now, strict=True) if before != after]
+    assert not other, f"run {SCRIPT}:\n" + "\n".join(other)
 
 
 def test_the_readme_shows_it_and_says_what_is_on_it(picture: dict[str, Any]) -> None:

@@ -16,7 +16,6 @@ import pytest
 
 from support import CHECKOUT
 from support.needs import root, tool
-from watcher.images import tries
 from watcher.settings import config
 from watcher.settings.config import Settings
 
@@ -107,11 +106,13 @@ def test_it_names_the_settings_as_they_are() -> None:
     assert "Linux 6.8" in text and config.KERNEL_OLDEST == (6, 8)
 
 
-def test_counted_tries_are_as_it_says() -> None:
-    first, then, good = re.findall(r"`(web_1\.6.*?\.raw)`", README)
-    counters = tries.counted(f"/srv/web.raw.v/{first}")
-    assert counters is not None
-    assert (counters.next(), counters.good()) == (then, good)
+def test_the_commands_that_it_names_are_there() -> None:
+    words = [sys.executable, "-m", "watcher", "--help"]
+    said = subprocess.run(words, cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout
+    code = "\n".join(re.findall(r"```.*?```|`[^`]*`", README, re.DOTALL))
+    named = set(re.findall(r"(?:^# |^|`|HOST )confext-watcher ([a-z]+)\b", code, re.MULTILINE))
+    assert {"init", "build", "wait", "doctor"} <= named
+    assert named <= set(re.findall(r"^ {4}(\w+)", said.partition("COMMAND\n")[2], re.MULTILINE))
 
 
 def test_it_links_to_what_is_there() -> None:
