@@ -99,9 +99,9 @@ def test_references_to_our_own_pages_lead_somewhere(page: Path) -> None:
     text = page.read_text()
     found = set(re.findall(r"\bXr (\S*watcher\S*) (\d)", text))
     assert found <= ours
-    for name, title in re.findall(
-        r"^\.Sx (.*?)(?: [,.;:])?\n(?:in\n\.Xr (\w.*?)(?: [,.;:])?\n)?", text, re.MULTILINE
-    ):
+    text = re.sub(r"(?: [,.;:])?\n(?=in\n\.Xr )", " No ", text).replace(" No in\n.Xr ", " No in Xr ")
+    sections = r"\bSx ([^,\n]*?)(?: No in Xr (\S+ \d))?(?: [,.;:].*)?$"
+    for name, title in re.findall(sections, text, re.MULTILINE):
         there = (MAN / title.replace(" ", ".")).read_text() if title else text
         assert f"\n.Ss {name}\n" in there or f"\n.Sh {name}\n" in there, name
 
