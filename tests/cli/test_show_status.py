@@ -14,7 +14,8 @@ from watcher.records.schema import CandidateStatus, EntryStatus, Quarantined, Se
 
 LAST = Event("web.service", Outcome.ROLLED_BACK, "web.service: said", 1)
 WEB, BASE = (Layer(f"{name}.raw", name, "1.4", "a" * 64, Kind.IMAGE, "") for name in ("web", "base"))
-SINCE = time.time_ns() // 1000 - 3 * 60_000_000
+NOW = 1_800_000_000
+SINCE = (NOW - 200) * 1_000_000
 LONG = ServiceStatus(
     "postgresql@16-main.service",
     "systemd",
@@ -33,6 +34,7 @@ def columns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(terminal, "is_terminal", lambda: True)
     monkeypatch.setattr(terminal, "columns", lambda: width)
     monkeypatch.setattr(terminal, "coloured", lambda: False)
+    monkeypatch.setattr(time, "time", lambda: NOW)
     return width
 
 

@@ -21,7 +21,7 @@ from support import CHECKOUT, from_report
 from watcher.control.report import report
 from watcher.model import Entry, Kind, Layer, Protection, Stack, Trust, Verdict
 from watcher.records.schema import to_dict
-from watcher.records.state import Accepted, Quarantine, State, Trial, Undoing
+from watcher.records.state import Accepted, Covers, Drifted, Quarantine, State, Trial, Undoing
 from watcher.rounds import decide
 from watcher.rounds.decide import Done, Reject, Step, Swap
 from watcher.rounds.facts import Facts, Judged
@@ -46,6 +46,7 @@ STATE = State(
     untried={"a" * 16: "9f"},
     counted={"a" * 64: 2},
     sysexts=(ODD,),
+    covers=Covers(5, {ODD: "file:0"}, (Drifted(ODD, "web 1.4", "changed", "file:1"),)),
 )
 FULL = Facts(
     now=1_764_547_200_000_000,
@@ -94,7 +95,10 @@ STEPS: dict[str, Step] = {
 
 def evaluated(code: str) -> Any:
     """The value of the code of a table's row, by the names that a test imports."""
-    names = {name: globals()[name] for name in ("Accepted", "Entry", "Facts", "Judged", "Kind", "Layer")}
+    names = {
+        name: globals()[name]
+        for name in ("Accepted", "Covers", "Drifted", "Entry", "Facts", "Judged", "Kind", "Layer")
+    }
     names |= {
         name: globals()[name]
         for name in ("Protection", "Quarantine", "Stack", "State", "Trial", "Trust", "Undoing", "Verdict")
