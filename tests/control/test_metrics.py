@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import socket
+import subprocess
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any, cast
 
 import pytest
 import trio
+from control.test_server import varlinkctl
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -245,3 +248,25 @@ async def test_a_socket_that_a_killed_watcher_left_is_replaced(world: World) -> 
         while path.stat().st_ino == before:
             await trio.sleep(0.001)
         assert await asked(path, "org.varlink.service.GetInfo")
+
+
+@pytest.mark.parametrize("version", ["262", "257"])
+async def test_varlinkctl_reads_it(world: World, version: str) -> None:
+    command = varlinkctl(version)
+    if command is None:
+        pytest.skip(f"needs the container of systemd {version}")
+
+    async def run(*words: str) -> subprocess.CompletedProcess[str]:
+        call = functools.partial(subprocess.run, check=False, capture_output=True, text=True)
+        return await trio.to_thread.run_sync(call, [*command, *words])
+
+    async with world.socket() as path:
+        introspected = await run("introspect", str(path), "io.systemd.Metrics")
+        assert introspected.returncode == 0, introspected.stderr
+        assert "type MetricFamilyType" in introspected.stdout
+        call = ["--json=short", "call", str(path), "io.systemd.Metrics.List", "{}"]
+        listed = await run("--more", *call)
+        assert listed.returncode == 0, listed.stderr
+        rows = [json.loads(line) for line in listed.stdout.replace("\x1e", "").splitlines()]
+        assert rows == await world.metrics.rows()
+        assert (await run(*call)).returncode == 1
