@@ -3,7 +3,8 @@
 
 A command may do what the main process may do at this moment, as the kernel tells it of one execution. Two things do not
 count: rights in a user namespace that the service has made itself are none on the host, and those of a set-user-ID
-program that it has executed (`su`, asking for a password) are lent.
+program that it has executed (`su`, asking for a password) are lent. Of one that is root in part (squid: its real user
+is another) a command gets the real user and group alone.
 
 `enter.py` does not import this module: importing dataclasses takes longer than all that it does.
 """
@@ -96,22 +97,21 @@ def context_of(main: Process, environment: Mapping[str, str] | None = None) -> E
     fields = dict(line.partition(":")[::2] for line in status.split("\n"))
     # Uid: and Gid: list real, effective, saved and file system's.
     users, groups = (tuple(map(int, fields[key].split())) for key in ("Uid", "Gid"))
-    _check_own(main, vector, users, groups)
+    in_part = _is_in_part(main, vector, users, groups)
+    user, group = (users[0], groups[0]) if in_part else (users[1], groups[1])
     if environment is None:
         pairs = (pair.partition("=") for pair in environ.split("\0"))
         environment = {name: value for name, _, value in pairs if name}
-    bounding, ambient = int(fields["CapBnd"], 16), int(fields["CapAmb"], 16)
-    if len(set(users)) > 1 and users[1] != 0:
-        ambient &= int(fields["CapEff"], 16)  # what it has set aside with its user it does not use
+    bounding = int(fields["CapBnd"], 16)
     root, root_id = _root(main)
     return ExecContext(
-        users[1],
-        groups[1],
-        tuple(int(group) for group in fields["Groups"].split()),
+        user,
+        group,
+        () if in_part else tuple(int(group) for group in fields["Groups"].split()),
         {**environment, "MAINPID": str(main.pid)},
         # A program that root executes gets the whole bounding set: also what this root process has dropped.
-        bounding=bounding & int(fields["CapPrm"], 16) if users[1] == 0 else bounding,
-        ambient=ambient,
+        bounding=bounding & int(fields["CapPrm"], 16) if user == 0 else bounding,
+        ambient=0 if in_part else int(fields["CapAmb"], 16),
         no_new_privs=fields["NoNewPrivs"].strip() == "1",
         root=root,
         root_id=root_id,
@@ -143,31 +143,31 @@ def _auxiliary_vector(main: Process) -> dict[int, int]:
     return {}
 
 
-def _check_own(main: Process, vector: Mapping[int, int], users: Sequence[int], groups: Sequence[int]) -> None:
-    """Refuse rights that the main process was lent.
+def _is_in_part(
+    main: Process, vector: Mapping[int, int], users: Sequence[int], groups: Sequence[int]
+) -> bool:
+    """Whether the main process has rights of two users, of which a command gets those of the real one alone.
 
-    A program that another user than root has executed can only change its user if it is set-user-ID or set-group-ID, or
-    has a capability for it. In another user namespace than ours numbers mean something else; but that one is entered.
+    Root has executed it, and it has made itself another user but for some of root's rights (squid).
 
-    One that root has executed may keep root as its saved user, to go back to that (squid). What it has set aside so, a
-    command does not get: it runs as the real user, who is the effective one.
+    Raises:
+        Later: it was lent rights. A program that another user than root has executed can only change its user if it is
+            set-user-ID or set-group-ID, or has a capability for it. In another user namespace than ours numbers mean
+            something else; but that one is entered.
     """
-    # The kernel says this. The vector a user can forge in his own program, before he executes another.
-    lent = users[0] != 0 and (_differ(users) or _differ(groups))
+    # The kernel says this. The vector a user can forge in his own program, before he executes another, and after that:
+    # so its word is good for no more than what the real user may do anyway.
+    in_part = users[0] != 0 and (len(set(users)) > 1 or len(set(groups)) > 1)
     user = vector[_AT_UID]
     before, after = (user, vector[_AT_GID]), (vector[_AT_EUID], vector[_AT_EGID])
     ours = namespace_id(f"/proc/{main.pid}/ns/user") == namespace_id("/proc/self/ns/user")
-    if lent or (vector[_AT_SECURE] and before != after) or (ours and user != 0 and set(users) != {user}):
+    other = user != 0 and (in_part or (ours and set(users) != {user}))
+    if other or (vector[_AT_SECURE] and before != after):
         raise Later(
             "could not be run: its main process runs a program with rights that are not its own;"
             " start it as the user that it is to be"
         )
-
-
-def _differ(numbers: Sequence[int]) -> bool:
-    """Whether the real, the effective and the file system's user or group are not the same: `Uid:`, `Gid:`."""
-    real, effective, _, file_system = numbers
-    return not real == effective == file_system
+    return in_part
 
 
 def _root(main: Process) -> tuple[str, tuple[int, int]]:
