@@ -105,6 +105,11 @@ def test_in_depth(many: Place) -> None:
     assert keep_look(many, "status-api-80-ascii", "status", "api", utf8=False).written.isascii()
 
 
+@pytest.mark.parametrize("columns", [80, 40])
+def test_what_a_look_now_would_change(many: Place, columns: int) -> None:
+    keep_look(many, f"plan-{columns}", "plan", "--check", "--stat", columns=columns)
+
+
 WAITS = {
     "incomplete": ("mail.service", "web_1.4.raw"),
     "not-there": ("mail.service", "wbe_1.3.raw"),

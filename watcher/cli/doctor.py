@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 
 from watcher.cli.answers import answer
+from watcher.cli.show import Command
 from watcher.doctor import host, services
 from watcher.doctor.findings import Finding, Level, examine
 from watcher.model import printable, shown
@@ -27,7 +28,8 @@ def _lines(found: Sequence[Finding]) -> Iterator[str]:
     for one in found:
         yield f"{one.level.value + ':':<8} {shown(one.about)}: {printable(one.text)}"
         if one.helps:
-            yield f"         {printable(one.helps)}"
+            helps = f"         {printable(one.helps)}"
+            yield helps if "," in helps else Command(helps)
     counts = {level: sum(one.level is level for one in found) for level in Level}
     errors, warnings = counts[Level.ERROR], counts[Level.WARNING]
     if errors or warnings:

@@ -100,11 +100,22 @@ def proved(trust: Mapping[str, str]) -> Iterator[str]:
         yield f"warning: {trust['remark']}"
 
 
+class Command(str):
+    """A line that is a command to be copied: folded, its first part would be run alone."""
+
+    __slots__ = ()
+
+
 def fit(lines: Iterable[str]) -> Iterator[str]:
     """Each line folded to the width of the terminal, between words; elsewhere a line stays one line."""
     for line in lines:
         # What has several lines is laid out already, or a report.
-        if "\n" in line or not terminal.is_terminal() or len(line) <= terminal.columns():
+        if (
+            isinstance(line, Command)
+            or "\n" in line
+            or not terminal.is_terminal()
+            or len(line) <= terminal.columns()
+        ):
             yield line
             continue
         indent = " " * (len(line) - len(line.lstrip()))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 
+from watcher.cli.show import Command
 from watcher.model import printable, shown
 from watcher.records.schema import Waited
 from watcher.settings.unit_names import is_template
@@ -129,24 +130,24 @@ def told(plan: Plan, found: Enabled, waited: Waited | None) -> Iterator[str]:
     if is_good(waited) is False and waited is not None:
         yield printable(waited.answer.text or waited.event.message)
         yield f"{unit} keeps the host's own /etc. Mend that, and drop a version of it; or undo:"
-        yield f"  confext-watcher remove {unit}"
+        yield Command(f"  confext-watcher remove {unit}")
         return
     yield f"{unit} takes part."
     if not found.watched:
         yield "Nobody watches yet:"
-        yield "  systemctl enable --now confext-watcher"
+        yield Command("  systemctl enable --now confext-watcher")
     if found.needs_restart:
         yield "It needs one restart, when it suits, to have an /etc of its own:"
-        yield f"  systemctl restart {unit}"
+        yield Command(f"  systemctl restart {unit}")
     if is_template(found.service):
         every = shown(found.service.replace("@.", "@*."))
         yield "Instances that run need one restart, when it suits, to have an /etc of their own:"
-        yield f"  systemctl restart '{every}'"
+        yield Command(f"  systemctl restart '{every}'")
     image = f"{plan.name}_1.raw"
     source = (plan.sources or (plan.recipe.sources if plan.recipe else ()) or (f"/etc/{plan.name}",))[0]
     yield f"The next version, of a changed copy of {shown(source)}:"
-    yield f"  confext-watcher build {shown(source[1:])}=COPY -o {shown(image)}"
-    yield f"  cp {shown(image)} {shown(plan.directory)}/"
-    yield f"  confext-watcher wait --timeout 60 {unit} {shown(image)}"
+    yield Command(f"  confext-watcher build {shown(source[1:])}=COPY -o {shown(image)}")
+    yield Command(f"  cp {shown(image)} {shown(plan.directory)}/")
+    yield Command(f"  confext-watcher wait --timeout 60 {unit} {shown(image)}")
     yield "Undo:"
-    yield f"  confext-watcher remove {unit}"
+    yield Command(f"  confext-watcher remove {unit}")

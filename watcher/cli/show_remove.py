@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from watcher.cli.show import Command
 from watcher.model import printable, shown
 from watcher.setup.remove import Plan, Removed
 
@@ -57,7 +58,7 @@ def done(removed: Removed) -> Sequence[str]:
     if removed.runs == "stack":
         why = "" if removed.watched else ": the daemon does not run"
         said.append(f"{unit} keeps its stack until it is restarted{why}. To have the host's own /etc:")
-        said.append(f"  systemctl restart {unit}")
+        said.append(Command(f"  systemctl restart {unit}"))
     else:
         said.append(f"{unit} {'has' if removed.runs else 'does not run, and starts on'} the host's own /etc")
     return said
