@@ -150,6 +150,32 @@ def test_signed_goes_in_and_what_is_damaged_does_not(site: Web, machine: Machine
     assert left_behind(machine) == "No devices found\n"
 
 
+def test_what_build_has_signed_goes_in_also_while_the_service_runs(
+    site: Web, machine: Machine, tmp_path: Path
+) -> None:
+    """Made in the drop directory by Debian 13's tools: once without a mapped device there, once with."""
+    key = trusted(machine, tmp_path)
+    keys = tmp_path / "send/root/keys"
+    keys.mkdir(parents=True)
+    for path in (key.private, key.certificate):
+        shutil.copy(path, keys)
+    machine.send(tmp_path / "send")
+    site.unit(UNIT)
+    build = f"""
+        mkdir -p /root/site/etc
+        printf $1 >/root/site/etc/web.conf
+        exec confext-watcher build /root/site --output={DROPS}/ --version=$1 \\
+            --sign=/root/keys/ours.key --certificate=/root/keys/ours.crt
+    """
+    said = machine.run(["sh", "-ec", build, "sh", "1"]).stdout
+    assert f"{DROPS}/site_1.raw: signed by CN=ours" in said
+    journal = site.start()
+    assert sees(machine) == "1"
+    machine.run(["sh", "-ec", build, "sh", "2"])
+    journal.applied(WEB)
+    assert sees(machine) == "2"
+
+
 def test_what_a_running_service_reads_is_verified(site: Web, machine: Machine, tmp_path: Path) -> None:
     """Who writes to the disk under the store can make a file unreadable, but not another one."""
     key = trusted(machine, tmp_path)
