@@ -104,8 +104,12 @@ def test_signed_goes_in_and_what_is_damaged_does_not(site: Web, machine: Machine
     good = {version: signed(tmp_path / str(version), str(version), key) for version in (1, 2)}
     site.unit(UNIT)
     site.drop(good[1].rename(tmp_path / "site_1.raw"))
+    before = unknown_keys(machine)
     journal = site.start()
     assert sees(machine) == "1"
+    assert unknown_keys(machine) - before == 2, (
+        "the kernel gets the signature from the watcher and from systemd"
+    )
 
     image, drops = good[2], tmp_path / "drops"
     drops.mkdir()
@@ -258,6 +262,11 @@ def test_killed_at_any_moment_it_leaves_nothing(machine: Machine, tmp_path: Path
 
 def left_behind(machine: Machine) -> str:
     return machine.run(["sh", "-c", "udevadm settle; dmsetup ls; losetup --list --noheadings"]).stdout
+
+
+def unknown_keys(machine: Machine) -> int:
+    """How often the kernel was given a signature of a key that is not in its keyring."""
+    return machine.run(["journalctl", "--dmesg"]).stdout.count("Root hash verification failed (-ENOKEY)")
 
 
 def devices(machine: Machine) -> list[str]:
