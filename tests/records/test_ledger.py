@@ -429,7 +429,7 @@ def test_reading_needs_no_write_permission_whether_or_not_the_daemon_runs(open_d
     with Ledger(str(open_directory)) as ledger:
         ledger.append(event(1))
         refused = run_python(code)
-        assert "this user may not read it" in refused.stderr
+        assert "only root may read it: use sudo" in refused.stderr
         (open_directory / NAME).chmod(0o644)
         (open_directory / f"{NAME}-journal").chmod(0o644)
         assert run_python(code).stdout == "['message 1']\n"

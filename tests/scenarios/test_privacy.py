@@ -117,5 +117,5 @@ def test_no_file_tells_what_the_daemon_does_not(place: Place) -> None:
     for words in (("status", name), ("history", name)):
         done = place.run(*words, prefix=AS_NOBODY, check=False)
         assert done.returncode == 1 and done.stdout == ""
-        assert done.stderr.endswith("ledger.sqlite: this user may not read it\n")
+        assert "ledger.sqlite: only root may read it: use sudo; the daemon is not running" in done.stderr
         assert TOKEN in place.run(*words).stdout

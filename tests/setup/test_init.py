@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from watcher.cli import show_init, show_remove
+from watcher.cli import main, show_init, show_remove
 from watcher.records.schema import Failed
 from watcher.settings.config import Settings
 from watcher.setup import drop_in, init, remove
@@ -161,3 +161,16 @@ def test_where_nothing_can_be_written_it_says_what_to_do(host: Path, monkeypatch
     with pytest.raises(Failed, match=r"web\.service\.d cannot be made, its file system is read-only"):
         init.carry_out(found, settings(host))
     assert sorted(host.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", ["init", "remove", "enable"])
+def test_without_systemd_it_is_said_that_there_are_no_units(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    """Not that this one is mistyped, or takes no part: a program that `exec` started may be called like it."""
+    is_there = os.path.isdir
+    monkeypatch.setattr(os.path, "isdir", lambda path: path != "/run/systemd/system" and is_there(path))
+    dry = [] if command == "enable" else ["--dry-run"]
+    assert main.main([command, "web", *dry]) == 1
+    said = capsys.readouterr()
+    assert said.out == "" and "systemd does not run here" in said.err and "confext-watcher exec" in said.err

@@ -41,13 +41,13 @@ def read(settings: Settings, ask: Callable[[Client], T], without_daemon: Callabl
     try:
         with Client(settings.runtime_directory, timeout=30) as client:
             return ask(client), client.redacted
-    except NotRunning:
+    except NotRunning as absent:
         from watcher.records.ledger import LedgerError
 
         try:
             return without_daemon(), False
         except LedgerError as error:
-            raise Failed(str(error))
+            raise Failed(f"{error}; {absent}")
 
 
 def fail(text: str, status: ExitStatus) -> ExitStatus:

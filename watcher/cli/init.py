@@ -21,6 +21,7 @@ _WAIT_SEC = 60.0
 
 def run(settings: Settings, options: argparse.Namespace) -> ExitStatus:
     wish = Wish(options.service, tuple(options.sources), options.name, options.recipe, options.user)
+    enable.require_systemd()
     plan = init.plan(wish, settings)
     if not options.dry_run:
         enable.require_root("have a unit take part")

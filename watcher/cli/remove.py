@@ -14,6 +14,7 @@ from watcher.setup import enable, remove
 
 
 def run(settings: Settings, options: argparse.Namespace) -> ExitStatus:
+    enable.require_systemd()
     plan = remove.plan(options.service, settings, everything=options.all)
     if not options.dry_run:
         enable.require_root("have a unit take no part any more")

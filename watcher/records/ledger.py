@@ -112,7 +112,7 @@ class Reader(_Reading):
                 return db.execute(sql, parameters).fetchall()
         except (sqlite3.Error, database.Unusable, OSError) as error:
             if not os.access(self._path, os.R_OK):
-                raise LedgerError(f"{shown(str(self._path))}: this user may not read it") from error
+                raise LedgerError(f"{shown(str(self._path))}: only root may read it: use sudo") from error
             raise _error(self._path, "cannot be read", error) from error
 
 

@@ -75,10 +75,16 @@ def enable(name: str, entry: str, state_directory: str, place: str = PLACE) -> E
 
 def require_root(what: str) -> None:
     """Raise Failed where a command cannot do what it is for: by whom it is run, or because systemd is not here."""
+    require_systemd()
     if os.geteuid() != 0:
         raise Failed(f"only root may {what}: use sudo")
+
+
+def require_systemd() -> None:
+    """Raise Failed where there are no units, also for a look at what would be done."""
     if not os.path.isdir("/run/systemd/system"):
-        raise Failed("systemd does not run here: start the program with `confext-watcher exec`")
+        what = "a program that `confext-watcher exec` starts takes part as long as it runs"
+        raise Failed(f"systemd does not run here, and has no units: {what}")
 
 
 def full_name(name: str) -> str:
