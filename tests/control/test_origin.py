@@ -6,6 +6,9 @@ On real services: tests/scenarios/test_origin.py.
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from watcher.cli import show_origin
@@ -24,6 +27,13 @@ WEB = TracedLayer("web", "1.4", "d" * 64, "image", "web.raw", "/srv/web_1.4.raw"
 def lines(**more: object) -> list[str]:
     known: dict[str, object] = {"state": "running", "stack": "x" * 16, "layers": (BASE, WEB)}
     return list(show_origin.origin(Origin("web.service", **(known | more))))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("command", "unneeded"), [("origin", {"trio", "psutil"}), ("diff", {"trio"})])
+def test_who_only_looks_does_not_wait_for_what_a_daemon_needs(command: str, unneeded: set[str]) -> None:
+    script = f"import sys, watcher.cli.main, watcher.cli.{command}; print(*{unneeded} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def test_what_was_proved_of_a_layer_is_said() -> None:

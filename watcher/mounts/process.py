@@ -15,8 +15,6 @@ import select
 import signal
 from collections.abc import Callable, Collection
 
-import psutil
-
 # The default action for these is to ignore them, or to continue (signal(7)).
 _HARMLESS = frozenset({signal.SIGCHLD, signal.SIGURG, signal.SIGWINCH, signal.SIGCONT})
 
@@ -197,6 +195,8 @@ def _children(pid: int) -> list[int]:
     except (Gone, FileNotFoundError, ProcessLookupError):
         if os.path.exists(f"/proc/{pid}/task/{pid}/children") or not os.path.exists(f"/proc/{pid}"):
             return []
+    import psutil
+
     return [child.pid for child in psutil.Process(pid).children()]  # a kernel without CONFIG_PROC_CHILDREN
 
 

@@ -25,14 +25,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import Any, ParamSpec, TypeVar
-
-import trio
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from watcher.model import Copy
 from watcher.mounts import image_mounts, syscalls
 from watcher.mounts.process import Elsewhere, namespace_id
 from watcher.records import journal
+
+if TYPE_CHECKING:
+    import trio
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -137,6 +138,8 @@ class MountWorkers:
         Raises:
             Hung: the job did not end, or its turn did not come.
         """
+        import trio  # who only looks has no tasks, and does not wait for it to load
+
         token = trio.lowlevel.current_trio_token()
         done = trio.Event()
         job = self.submit(function, *args, **kwargs)
@@ -340,6 +343,8 @@ class MountWorkers:
 
 
 def _wake(token: trio.lowlevel.TrioToken, done: trio.Event) -> None:
+    import trio
+
     # The program may have ended without waiting for a job that hangs.
     with contextlib.suppress(trio.RunFinishedError):
         token.run_sync_soon(done.set)
