@@ -98,19 +98,22 @@ def _piece(piece: Piece, labels: dict[int | None, str]) -> str:
 
 def _tree(files: Sequence[TracedFile], labels: dict[int | None, str]) -> Iterator[str]:
     """Each file below its directory; a directory that is not listed itself gets a line as well."""
-    above: list[str] = []
+    at, above = "", list[str]()
     for file in files:
-        *parents, name = file.path.split("/")[1:]
-        same = 0
-        while same < min(len(above), len(parents)) and above[same] == parents[same]:
-            same += 1
-        for depth in range(same, len(parents)):
-            yield f"{'  ' * depth}{'' if depth else '/'}{shown(parents[depth])}/"
+        directory, _, name = file.path.rpartition("/")
+        if directory != at:
+            parents = directory.split("/")[1:]
+            same = 0
+            while same < min(len(above), len(parents)) and above[same] == parents[same]:
+                same += 1
+            for depth in range(same, len(parents)):
+                yield f"{'  ' * depth}{'' if depth else '/'}{shown(parents[depth])}/"
+            at, above = directory, parents
         is_directory = file.type == "directory"
-        above = [*parents, name] if is_directory and file.change != "removed" else parents
-        ends = "/" if is_directory else ""
-        start = f"{'  ' * len(parents)}{'' if parents else '/'}{shown(name)}{ends}"
+        start = f"{'  ' * len(above)}{'' if above else '/'}{shown(name)}{'/' if is_directory else ''}"
         yield f"{start:<{_NAME}}  {_file(file, labels)}"
+        if is_directory and file.change != "removed":
+            at, above = file.path, [*above, name]
 
 
 def _file(file: TracedFile, labels: dict[int | None, str]) -> str:

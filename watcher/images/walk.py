@@ -39,8 +39,9 @@ class Walk:
         if len(path) >= DEPTH_MAX:
             raise Refused(f"{where(path)} is nested too deeply: {DEPTH_MAX} levels are the limit")
         with os.scandir(directory) as entries:  # there may be ten million
-            some = islice((entry.name for entry in entries), ENTRIES_MAX - self.entries + 1)
-            names = sorted(some, key=os.fsencode)
+            names = [entry.name for entry in islice(entries, ENTRIES_MAX - self.entries + 1)]
+        # ASCII, which it nearly always is, sorts as its bytes do.
+        names.sort(key=None if "".join(names).isascii() else os.fsencode)
         self.entries += len(names)
         if self.entries > ENTRIES_MAX:
             raise Refused(f"more than {ENTRIES_MAX} entries in it")

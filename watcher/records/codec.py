@@ -77,8 +77,16 @@ def _values(names: Sequence[str]) -> Callable[[Any], Sequence[Any]]:
 def _write_object(
     keys: Sequence[str], values: Callable[[Any], Sequence[Any]], value: Any, text: _Text
 ) -> dict[str, Any]:
-    pairs = zip(keys, values(value), strict=True)
-    return {key: _writer(item.__class__)(item, text) for key, item in pairs}
+    found = {}
+    for key, item in zip(keys, values(value), strict=True):
+        kind = item.__class__
+        if kind is str:  # these are nearly all, of thousands
+            found[key] = text(item)
+        elif kind is int or item is None:
+            found[key] = item
+        else:
+            found[key] = _writer(kind)(item, text)
+    return found
 
 
 T = TypeVar("T")
