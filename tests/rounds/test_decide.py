@@ -418,6 +418,15 @@ TABLE: dict[str, dict[str, tuple[Facts, Step]]] = {
             facts(OLD, state=undoing(NEW) | bad(NEW), **FAILED | {"starting": True}),
             Done(STARTED_ON_ITS_OWN),
         ),
+        "by a start, whichever stack the one that failed was on": (
+            facts(
+                OLD,
+                state=undoing(NEW) | bad(NEW) | {"untried": {OLD.id: "first"}},
+                failed_start="second",
+                **FAILED,
+            ),
+            Revive(),
+        ),
         "by a start, where it ended before it was back": (
             facts(OLD, state=undoing(NEW) | bad(NEW), **FAILED, **judged(OLD, Verdict.WENT_DOWN)),
             Revive(),

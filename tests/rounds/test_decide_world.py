@@ -14,6 +14,7 @@ import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import hypothesis
 import pytest
@@ -306,6 +307,28 @@ class Play(RuleBasedStateMachine):
         if facts.reachable and state.accepted.when:
             assert unit.shown.id == accepted.id == unit.told.id
             assert pinned or not to_be_judged
+
+
+@pytest.mark.parametrize("reload", ["auto", "restart"])
+@pytest.mark.parametrize("restarts_max", [1, 2])
+@pytest.mark.parametrize("slowly", range(1, 13))
+def test_a_start_on_the_bad_stack_may_be_the_last_that_its_manager_makes(
+    slowly: int, restarts_max: int, reload: Literal["auto", "restart"]
+) -> None:
+    """Its manager starts it while the good stack comes back, and gives it up then (`StartLimitBurst=`)."""
+    settings = ServiceSettings(reload=reload)
+    unit = Unit("s.service", settings, restarting=True, slowly=slowly, restarts_max=restarts_max)
+    with World([unit]) as world:
+        for file in (File("web", 1, "good"), File("web", 2, "dies")):
+            world.fates[file.digest] = file.fate
+            world.files.append(file)
+            world.changed[file] = world.clock
+            if not unit.alive:
+                world.start(unit)
+            world.dirty.add(unit.name)
+            world.work()
+        assert unit.alive and world.fates[unit.told.digests[0]] == "good"
+        assert world.store.state(unit.name).undoing is None
 
 
 Play.TestCase.settings = hypothesis.settings(

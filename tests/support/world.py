@@ -410,7 +410,7 @@ class World:
     async def _revive(self, service: Service) -> Reloaded:
         self.tick()
         unit = self.units[service.name]
-        if unit.manager == "standalone" or unit.alive:
+        if unit.manager == "standalone" or unit.alive or unit.starting:
             return Reloaded(ok=True, interrupted=unit.manager != "standalone")
         self.start(unit)
         self.tick()

@@ -348,7 +348,8 @@ class Facts:
         ):
             return ""
         is_down = self.failed and not self.running and not self.starting
-        if is_down and self.explained and self.first_start:
+        # While a bad stack is taken out, what fails may be a start that its manager has begun on that one.
+        if is_down and self.explained and self.first_start and not self.undoing:
             return "the service failed at its first start on it"
         trial = self.state.trial
         if trial is None or trial.stack != self.accepted.id:
