@@ -200,8 +200,8 @@ async def serve(metrics: Metrics, directory: str = DIRECTORY) -> None:
         with listening(Path(directory), schema.INTERFACE) as made:
             listener = trio.SocketListener(trio.socket.from_stdlib_socket(made))
             await converse(listener, server.answer_calls, "metrics socket")
-    except OSError as error:
-        journal.log.warning(f"no metrics for systemd-report: {directory}: {problem(error)}")
+    except* OSError as errors:  # the nursery of connections puts one into a group
+        journal.log.warning(f"no metrics for systemd-report: {directory}: {problem(errors.exceptions[0])}")
 
 
 class _Server:
