@@ -263,3 +263,35 @@ def test_a_look_that_is_killed_is_said(place: Place, large: Service) -> None:
     error = json.loads(out.splitlines()[-1])
     assert "the process that looked" in error["parameters"]["reason"]
     assert place.run("origin", large.name, "open", prefix=MEMBER).stdout
+
+
+# It takes nothing of what it has asked for.
+HANG = """
+import json, socket, sys, time
+stream = socket.socket(socket.AF_UNIX)
+stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+stream.connect(sys.argv[1])
+asked = {"service": sys.argv[2], "before": "none"}
+order = {"method": "io.confext.Watcher.Compare", "parameters": asked, "more": True}
+stream.sendall(json.dumps(order).encode() + b"\\0")
+time.sleep(600)
+"""
+
+
+def test_members_that_take_nothing_are_not_in_the_way_of_strangers(place: Place, large: Service) -> None:
+    hanging = []
+    try:
+        for uid in range(4701, 4706):
+            member = ("setpriv", f"--reuid={uid}", f"--regid={uid}", f"--groups={GROUP}")
+            order = (sys.executable, "-Ic", HANG, str(place.runtime / schema.SOCKET), large.name)
+            hanging.append(subprocess.Popen([*member, *order]))
+        until(lambda: len(lookers(place)) == 2)
+        time.sleep(1)
+        begun = time.monotonic()
+        assert "web 1.4" in place.run("status", large.name, prefix=AS_NOBODY).stdout
+        assert time.monotonic() - begun < 20
+    finally:
+        for one in hanging:
+            one.kill()
+            one.wait()
+    until(lambda: not lookers(place))

@@ -154,6 +154,18 @@ class _User:
     free_at: float = 0.0
 
 
+class Turn(contextlib.ExitStack):
+    """A call's turn: closed early by one that only waits from now on.
+
+    Attributes:
+        machine: the part that is taken of `AT_ONCE`: closed early by a call that has a bound of its own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.machine = contextlib.ExitStack()
+
+
 class Turns:
     """Calls that make work: one at a time for each user without privileges, in the order in which they came."""
 
@@ -162,9 +174,9 @@ class Turns:
         self._at_once = trio.Semaphore(AT_ONCE)
 
     @contextlib.asynccontextmanager
-    async def one_for(self, peer: Peer) -> AsyncIterator[contextlib.ExitStack]:
-        """Waits for the peer's turn, and holds it for the block; a call that only waits from now on closes it early."""
-        with contextlib.ExitStack() as turn:
+    async def one_for(self, peer: Peer) -> AsyncIterator[Turn]:
+        """Waits for the peer's turn, and holds it for the block."""
+        with Turn() as turn:
             if peer.privileged:
                 # Or calls without a reply (`oneway`) keep the event loop to themselves.
                 await trio.lowlevel.checkpoint()
@@ -179,13 +191,14 @@ class Turns:
                 turn.callback(user.one.release)
                 await trio.sleep_until(user.free_at)
                 await self._at_once.acquire()
+                turn.machine.callback(self._at_once.release)
                 turn.callback(self._end, user, trio.current_time())
+                turn.callback(turn.machine.close)
                 yield turn
             finally:
                 user.calls -= 1
 
     def _end(self, user: _User, began: float) -> None:
-        self._at_once.release()
         now = trio.current_time()
         user.free_at = now + min(PAUSE * (now - began), PAUSE_MAX_SEC)
 

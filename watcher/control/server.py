@@ -22,7 +22,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,7 +32,7 @@ from varlink.scanner import Interface
 import watcher
 from watcher.control import peers, redact
 from watcher.control.conversation import checked, converse
-from watcher.control.peers import Peer, Quota, Readers, Turns
+from watcher.control.peers import Peer, Quota, Readers, Turn, Turns
 from watcher.control.trace_process import Asked
 from watcher.control.transport import Connection, Request, listening
 from watcher.images.access import User
@@ -182,14 +181,14 @@ class _Server:
             if not request.oneway:
                 await connection.send(reply)
 
-    async def _reply_unless_hung_up(self, connection: Connection, request: Request, turn: ExitStack) -> bytes:
+    async def _reply_unless_hung_up(self, connection: Connection, request: Request, turn: Turn) -> bytes:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(connection.end_when_hung_up)
             reply = await self._reply(connection, request, turn)
             nursery.cancel_scope.cancel()
         return reply
 
-    async def _reply(self, connection: Connection, request: Request, turn: ExitStack) -> bytes:
+    async def _reply(self, connection: Connection, request: Request, turn: Turn) -> bytes:
         """The reply, whatever happens: no exception leaves here."""
         peer = connection.peer
         try:
@@ -197,7 +196,7 @@ class _Server:
             if not request.method.startswith(f"{schema.INTERFACE}."):
                 return b"".join(self._service.handle(request.raw))
             if name in _TRACES:
-                return await self._trace(connection, request, name, given)
+                return await self._trace(connection, request, name, given, turn)
             return await self._encoded(peer, await self._call(connection, request, name, given, turn))
         except varlink.VarlinkError as error:
             return _encode({"error": error.error(), "parameters": error.parameters()})
@@ -223,7 +222,7 @@ class _Server:
         return _encode({"error": error.name, "parameters": told})
 
     async def _trace(
-        self, connection: Connection, request: Request, name: str, given: dict[str, Any]
+        self, connection: Connection, request: Request, name: str, given: dict[str, Any], turn: Turn
     ) -> bytes:
         """Nothing of it is for strangers: what a stack is made of are paths, and what is in these may be a secret."""
         peer = connection.peer
@@ -231,6 +230,7 @@ class _Server:
             raise MembersOnly(request.method, peers.GROUP)
         if not peer.all_groups:
             raise Failed(f"uid {peer.uid} is in too many groups to know what this user could read")
+        turn.machine.close()  # looks have a bound of their own, and each takes as long as its client likes
         user = None if peer.privileged else User(peer.uid, peer.groups)
         more = request.more and not request.oneway
         given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
@@ -242,7 +242,7 @@ class _Server:
         return b'{"parameters":' + piece + b"}"
 
     async def _call(
-        self, connection: Connection, request: Request, name: str, given: dict[str, Any], turn: ExitStack
+        self, connection: Connection, request: Request, name: str, given: dict[str, Any], turn: Turn
     ) -> dict[str, Any]:
         """What the backend answers, under the names that the interface has for it."""
         peer, backend = connection.peer, self._backend
