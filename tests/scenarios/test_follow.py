@@ -62,6 +62,21 @@ def test_status_is_kept_up_to_date_on_a_terminal_also_by_another_daemon(place: P
 
 
 @trees
+def test_a_narrow_terminal_shows_all_of_a_command(place: Place) -> None:
+    """Cut, it would name another service."""
+    place.start_daemon()
+    service = place.start("--reload-signal=SIGHUP", name="web.service")
+    for version in ("1", "2"):
+        service.put(version)
+        service.reloaded(version)
+    place.run("rollback", service.name)
+    words = [COMMAND, "status", "--follow"]
+    terminal = Terminal(words, columns=40, environment=place.environment, inside=inside(place))
+    terminal.until(lambda text: "rollback --forget web.service Ctrl-C" in " ".join(text.split()))
+    ended(terminal)
+
+
+@trees
 def test_piped_each_change_is_one_line(place: Place) -> None:
     place.start_daemon()
     service, well = on_trial(place)

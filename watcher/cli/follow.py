@@ -67,7 +67,7 @@ def spinning(text: Callable[[], str]) -> Iterator[Callable[[Sequence[str]], None
     console = Console(highlight=False)
 
     def drawn() -> Text:
-        return Text.from_ansi(text(), no_wrap=True, overflow="crop")
+        return Text.from_ansi(text(), overflow="fold")
 
     def live() -> Live:
         return Live(
