@@ -7,6 +7,8 @@ All others are in `tests/scenarios/test_wait.py`.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 
 from beds import site
 from beds.bed import Bed
-from beds.host import SLEEP, Host
+from beds.host import SLEEP, UNITS, Host
 from beds.test_systemd_services import RELOADS, drop_version
 from support import needs
 from support.place import eventually
@@ -116,3 +118,24 @@ def test_a_restart_of_the_daemon_during_a_wait(host: Host) -> None:
     host.systemctl("start", "confext-watcher")
     eventually(lambda: "status" in waited())
     assert "status 0" in waited() and "web 1 -> 2 applied" in waited(), waited()
+
+
+def test_two_uploads_at_once_through_the_sandbox_of_the_daemon(host: Host) -> None:
+    host.unit("web.service", RELOADS)
+    host.stack.callback(host.bed.run, ["rm", "-f", "/run/reloads"])
+    host.watch()
+    host.systemctl("start", "web.service")
+    drop_version(host, "web.service", "1")
+    assert asked(host, "web.service", "1")["kind"] == "applied"
+    one, two = (host.image(f"web_{value}", {"web.txt": value}) for value in ("one", "two"))
+    name = f"{UNITS}/web.service.confext.d/web.raw.v/web_2.raw"
+    for source in (one, two):
+        shutil.copy(source, host.bed.path(f"{os.path.dirname(name)}/.{source.name}"))
+    first = f"(exec 3>{name}; sleep 1; cat .{one.name} >&3)"
+    second = f"(sleep 0.3; exec 3>{name}; sleep 1; cat .{two.name} >&3)"
+    host.bed.run(["sh", "-c", f"cd $(dirname {name}); {first} & {second} & wait"])
+    found = asked(host, "web.service", "2")
+    assert (found["kind"], found["status"]) == ("refused", 1), found
+    assert "two programs wrote to it at once (" in found["text"], found
+    host.bed.run(["touch", name])
+    assert asked(host, "web.service", "2")["kind"] == "applied"
