@@ -25,7 +25,7 @@ from rich.text import Text
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PICTURE = CHECKOUT / "contrib/picture.svg"
-COLUMNS = 88
+COLUMNS = 94
 SECONDS = 30
 
 sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests")]
