@@ -17,6 +17,7 @@ from support.screens import Look, keep
 from watcher.cli import doctor, show, show_init, show_remove, terminal
 from watcher.doctor.findings import error, ok, warning
 from watcher.managers.systemd.unit_files import Unit
+from watcher.model import Event, Outcome
 from watcher.setup import drop_in, first_version, init, recipes, remove
 from watcher.setup.drop_in import Written
 from watcher.setup.enable import Enabled
@@ -117,3 +118,10 @@ def test_a_command_that_is_to_be_copied_is_never_folded(monkeypatch: pytest.Monk
     lines = [*show.fit(show_init.told(INIT, done, None))]
     assert f"  cp nginx_1.raw {INIT.directory}/" in lines
     assert f"  confext-watcher wait --timeout 60 {NGINX} nginx_1.raw" in lines
+
+
+def test_who_does_not_take_the_hosts_etc_is_not_to_be_restarted_on_it_as_it_is() -> None:
+    last = Event(NGINX, Outcome.FAILED, f"{NGINX}: reload failed", 1)
+    first, advice, command = show_remove.done(Removed(NGINX, "", "stack", watched=True, last=last, ends=True))
+    assert first == last.message and "Mend the host's own /etc first" in advice
+    assert command == f"  systemctl restart {NGINX}"

@@ -174,3 +174,16 @@ def test_without_systemd_it_is_said_that_there_are_no_units(
     assert main.main([command, "web", *dry]) == 1
     said = capsys.readouterr()
     assert said.out == "" and "systemd does not run here" in said.err and "confext-watcher exec" in said.err
+
+
+def test_a_mistyped_unit_that_has_nothing_to_remove_is_told_with_the_one_that_is_like_it(host: Path) -> None:
+    mistyped = remove.plan("wbe", settings(host), place=str(host / "units"))
+    assert list(show_remove.planned(mistyped)) == [
+        "wbe.service takes no part: there is nothing to remove; did you mean web.service?"
+    ]
+    there = remove.plan("web", settings(host), place=str(host / "units"))
+    assert list(show_remove.planned(there)) == ["web.service takes no part: there is nothing to remove"]
+
+
+def test_one_file_is_one(host: Path) -> None:
+    assert "1 file of /etc/passwd," in "\n".join(show_init.planned(plan(host, "web")))

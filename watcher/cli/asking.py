@@ -27,6 +27,9 @@ def agreed(options: argparse.Namespace) -> bool:
         raise NoTerminal("not done, there is no terminal to ask on: --yes does it, --dry-run only shows it")
     try:
         said = input("Do this? [y/N] ")
+    except KeyboardInterrupt:
+        print()  # or the shell's prompt is behind the question
+        raise
     except EOFError:
         print()
         return False

@@ -23,7 +23,8 @@ def planned(plan: Plan) -> Sequence[str]:
         said.append(f"  make   {shown(plan.directory)}/{whose}")
     if plan.image:
         taken = plan.taken
-        what = f"{len(taken.files)} files of {' '.join(map(shown, plan.sources))}, {_bytes(taken.size)}"
+        count = "1 file" if len(taken.files) == 1 else f"{len(taken.files)} files"
+        what = f"{count} of {' '.join(map(shown, plan.sources))}, {_bytes(taken.size)}"
         said.append(f"  make   {shown(plan.image)}: {what}")
     if plan.content:
         said.append(f"  {'renew ' if plan.there else 'write '} {shown(plan.drop_in)}:")

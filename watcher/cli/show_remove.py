@@ -6,15 +6,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from watcher.cli.show import Command
-from watcher.model import printable, shown
+from watcher.model import Outcome, printable, shown
 from watcher.setup.remove import Plan, Removed
+
+_NOT_TAKEN = (Outcome.REFUSED, Outcome.FAILED, Outcome.ROLLED_BACK)
 
 
 def planned(plan: Plan) -> Sequence[str]:
     """What is to be done, for people, before it is."""
     unit = shown(plan.unit)
     if plan.nothing:
-        return [f"{unit} takes no part: there is nothing to remove", *_staying(plan)]
+        meant = f"; did you mean {shown(plan.meant)}?" if plan.meant else ""
+        return [f"{unit} takes no part: there is nothing to remove{meant}", *_staying(plan)]
     said = [
         f"{unit} is to have the host's own /etc again. Nothing is deleted that was dropped, nothing is restarted."
     ]
@@ -56,8 +59,14 @@ def done(removed: Removed) -> Sequence[str]:
     if not removed.ends:
         return [*said, f"{unit} goes on taking part"]
     if removed.runs == "stack":
-        why = "" if removed.watched else ": the daemon does not run"
-        said.append(f"{unit} keeps its stack until it is restarted{why}. To have the host's own /etc:")
+        if removed.last is not None and removed.last.outcome in _NOT_TAKEN:
+            said.append(
+                f"{unit} keeps its stack. Mend the host's own /etc first: what is wrong with it is wrong after"
+            )
+            said[-1] += " a restart, too. Then:"
+        else:
+            why = "" if removed.watched else ": the daemon does not run"
+            said.append(f"{unit} keeps its stack until it is restarted{why}. To have the host's own /etc:")
         said.append(Command(f"  systemctl restart {unit}"))
     else:
         said.append(f"{unit} {'has' if removed.runs else 'does not run, and starts on'} the host's own /etc")

@@ -101,7 +101,7 @@ def unit_of(index: Index, name: str) -> Unit:
     name = full_name(name)
     unit = index.unit(name)
     if unit is None:
-        meant = nearest(name, _known(index))
+        meant = nearest(name, known(index))
         hint = f"; did you mean {shown(meant)}?" if meant not in ("", name) else ""
         raise Failed(f"{shown(name)}: there is no such unit, or it is masked{hint}")
     if is_portable(unit.fragment):
@@ -116,7 +116,7 @@ def unit_of(index: Index, name: str) -> Unit:
     return unit
 
 
-def _known(index: Index) -> Iterator[str]:
+def known(index: Index) -> Iterator[str]:
     """The names of all services that have a file."""
     for directory in index.search_path:
         with contextlib.suppress(OSError):

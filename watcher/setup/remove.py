@@ -31,6 +31,7 @@ from watcher.settings.config import Settings
 from watcher.settings.unit_names import UNIT_PATHS
 from watcher.setup import drop_in, enable, init
 from watcher.setup.drop_in import Written
+from watcher.text import nearest
 
 WAIT_SEC = 120.0
 """How long a service may take to have its own /etc back: `RemoveSec=`, a check, a reload that takes its time."""
@@ -57,6 +58,7 @@ class Plan:
         place: below which what was dropped is kept.
         known: its next start would get images, as the daemon's record says.
         still: what else makes it take part: paths of unit files and directories.
+        meant: the unit that was probably meant, where there is none of that name.
     """
 
     unit: str
@@ -68,6 +70,7 @@ class Plan:
     place: str
     known: bool
     still: tuple[str, ...] = ()
+    meant: str = ""
 
     @property
     def nothing(self) -> bool:
@@ -134,6 +137,7 @@ def plan(name: str, settings: Settings, *, everything: bool = False, place: str 
         place=f"{settings.state_directory}/removed",
         known=bool(init.names(f"{settings.state_directory}/units/{unit}")),
         still=tuple(_still(index, unit, top)),
+        meant="" if index.unit(unit) else nearest(unit, enable.known(index)),
     )
 
 
