@@ -51,3 +51,12 @@ def test_who_has_a_file_open_for_writing(tmp_path: Path) -> None:
         assert not processes.is_writing(os.getpid(), "/web.raw", os.stat("/"))
     with path.open("rb"):
         assert not processes.is_writing(os.getpid(), "/web.raw", found)
+
+
+def test_a_file_that_is_open_is_found_by_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "web_1.raw"
+    with path.open("w"):
+        assert processes.has_open(os.getpid(), path.name)
+        assert not processes.has_open(os.getpid(), "eb_1.raw")
+    assert not processes.has_open(os.getpid(), path.name)
+    assert not processes.has_open(2**22, path.name)

@@ -143,6 +143,16 @@ def test_what_one_program_does(
     assert not blend(writers, target)
 
 
+# loop(4), LOOP_CLR_FD: the file is closed by who has the device open last.
+DETACH = """
+import fcntl, os, sys, time
+fd = os.open(sys.argv[1], os.O_RDWR)
+fcntl.ioctl(fd, 0x4C01)
+os.close(fd)
+time.sleep(0.3)
+"""
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -153,6 +163,12 @@ def test_what_one_program_does(
         pytest.param(
             "exec 4< {0}; {p}; cp {1} {0}; {p}; L=$(losetup --show -f {0}); {p}; losetup -d $L; {p}",
             id="a reader that stays, and a loop device that closes it",
+        ),
+        pytest.param(
+            "exec 4< {0}; {p}; cp {1} {0}; {p}; L=$(losetup --show -f {0}); {p}; python3 -c '"
+            + DETACH
+            + "' $L",
+            id="a reader that stays, and its child that closes a loop device, and lives on",
         ),
         pytest.param(
             "L=$(losetup --show -f {0}); {p}; cp {1} {0}; {p}; losetup -d $L; {p}", id="a loop device"

@@ -6,6 +6,7 @@ Each may end at any moment. That is no error: nothing is known of it then.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import time
@@ -42,6 +43,16 @@ def others(until: float) -> Iterator[int]:
             return
         if pid != os.getpid():
             yield pid
+
+
+def has_open(pid: int, name: str) -> bool:
+    """Whether a process has a file of that name open, in whichever way."""
+    links = []
+    with contextlib.suppress(OSError):  # it has ended
+        for number in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):  # it has just closed that
+                links.append(os.readlink(f"/proc/{pid}/fd/{number}"))
+    return any(os.path.basename(link) == name for link in links)
 
 
 def is_writing(pid: int, name: str, found: os.stat_result) -> bool:

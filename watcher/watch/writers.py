@@ -13,8 +13,9 @@ open at that moment and closes it later, after writing, too, then they wrote at 
 has it open no more, as far as we know: it has read it, and may write to it later. A process that opens the file several
 times is one writer, so is one with its children, whoever closes the file for it.
 
-Of a close by a process that has not opened the file we know whose it is only if that is its parent. Else it may be a
-loop device that is detached, or somebody who began before we did: nobody is accused then.
+Of a close by a process that has not opened the file we know whose it is only if that is its parent, and it has the file
+open no more. Else it may be a loop device that is detached, or somebody who began before we did: nobody is accused
+then.
 
 **Afterwards the file does not count until a program alone has had it open for writing**: whoever copies it again, or
 touches it because he knows that it is whole. A file that is renamed into place is another one.
@@ -221,7 +222,7 @@ class Writers:
                     if is_new and event.pid in file.open:
                         new.setdefault(event.handle, []).append(event)
                 if event.mask & fanotify.CLOSE_WRITE:
-                    self._closed(file, event.pid)
+                    self._closed(file, event)
                 elif event.mask & fanotify.CLOSE_NOWRITE and event.pid in file.open:
                     file.open[event.pid].idle = True
                 if not (file.open or file.blend or event.handle in self._recorded):
@@ -270,23 +271,25 @@ class Writers:
         file.open[pid] = _Opened(kin=kin)
         self._names[pid] = name
 
-    def _closed(self, file: _File, pid: int) -> None:
+    def _closed(self, file: _File, event: Event) -> None:
         """A process has closed the file after writing."""
+        pid, name = event.pid, event.place[1] if event.place is not None else ""
         seen = pid in file.open
         if not seen:
             if not file.open or processes.name(pid) is None:
                 return
             parent = next((one for one in file.open if one in processes.ancestors(pid)), None)
-            if parent is None:
+            # A parent that has it open still did not leave it to the child: that closes it for a loop device.
+            if parent is None or processes.has_open(parent, name):
                 file.open.clear()
                 return
             pid = parent
         beside = file.open.pop(pid).beside
-        name = self._names.get(pid, "")
+        program = self._names.get(pid, "")
         for other in file.open.values():
-            other.note({pid: name})
+            other.note({pid: program})
         if beside:
-            file.blend = _listed(beside | {pid: name})
+            file.blend = _listed(beside | {pid: program})
         elif seen:
             file.blend = ""
         self._forget_names()
