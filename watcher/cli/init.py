@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 
 from watcher.cli import ending, show, show_init
@@ -29,6 +30,7 @@ def run(settings: Settings, options: argparse.Namespace) -> ExitStatus:
     if not options.json:
         for line in show.fit(planned):
             print(line)
+        sys.stdout.flush()  # what is wrong is said on standard error, after this
     if options.dry_run:
         answer(options, {"planned": planned}, ["Nothing was done."])
         return ExitStatus.DONE
@@ -37,7 +39,10 @@ def run(settings: Settings, options: argparse.Namespace) -> ExitStatus:
         return ExitStatus.FAILED
     ending.end_as_interrupted()  # what was begun is undone
     found = init.carry_out(plan, settings)
-    accepted = _accepted(plan, settings) if plan.image and found.watched else None
+    asks = bool(plan.image) and found.watched
+    if asks and not options.json:
+        print("Asking the daemon what becomes of that ...", flush=True)
+    accepted = _accepted(plan, settings) if asks else None
     result = {
         **to_dict(found),
         "image": plan.image,

@@ -94,9 +94,11 @@ def _remarks_on_files(plan: Plan) -> list[str]:
             f"Not everybody may read {secret}: so only root may read the image. Keep it as safe as these"
         )
     packages = first_version.of_packages(taken.files)
-    said.append("Changes to these files on the host no longer count for the service then: only new images do")
-    if packages:
-        said[-1] += f", also for what upgrades of {_some(sorted(packages))} change"
+    also = f", also for what upgrades of {_some(sorted(packages))} change" if packages else ""
+    said.append(
+        f"Changes to these files on the host no longer count for the service then: only new images do{also}."
+        " A file that comes new beside them on the host does count"
+    )
     return said
 
 
@@ -137,6 +139,9 @@ def told(plan: Plan, found: Enabled, waited: Waited | None) -> Iterator[str]:
     if not found.watched:
         yield "Nobody watches yet:"
         yield Command("  systemctl enable --now confext-watcher")
+    elif plan.image and waited is None:
+        yield "The daemon has not said yet what becomes of its first version. Ask again, and before a restart:"
+        yield Command(f"  confext-watcher wait {unit} {shown(os.path.basename(plan.image))}")
     if found.needs_restart:
         yield "It needs one restart, when it suits, to have an /etc of its own:"
         yield Command(f"  systemctl restart {unit}")

@@ -43,6 +43,7 @@ from typing import Self
 from watcher.mounts import fanotify
 from watcher.mounts.fanotify import Event, Handle
 from watcher.records import durable, journal
+from watcher.settings import config
 from watcher.text import problem, shown
 from watcher.watch import processes
 from watcher.watch.turns import Turns
@@ -131,7 +132,8 @@ class Writers:
         try:
             self._group = fanotify.init()
         except OSError as error:
-            journal.log.debug(f"two writers at once to one file are not noticed: {problem(error)}")
+            say = journal.log.warning if config.is_root() else journal.log.debug
+            say(f"two writers at once to one file are not noticed, there is no fanotify: {problem(error)}")
             return
         self._turns.begin()
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
