@@ -37,6 +37,7 @@ Call = tuple[str, int]
 """A system call by name, and which one of these it is since the drop (from 1)."""
 
 # What only keeps the interpreter going comes at any time, in any number.
+STRACE_SEC = 20
 NOISE = frozenset(
     "futex mmap munmap mremap mprotect madvise brk sched_yield restart_syscall rt_sigprocmask rt_sigaction "
     "clock_nanosleep gettid getpid getrandom rseq membarrier".split()
@@ -188,6 +189,11 @@ class Lane(Place):
                 yield
             finally:
                 tracer.send_signal(signal.SIGINT)
+                try:
+                    tracer.wait(STRACE_SEC)
+                except subprocess.TimeoutExpired:
+                    # Told to end while the daemon dies, strace may wait for good for a thread that is a zombie already.
+                    tracer.kill()
 
     def loops(self) -> int:
         found = 0

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import time
 from pathlib import Path
@@ -60,3 +61,13 @@ def test_a_file_that_is_open_is_found_by_its_name(tmp_path: Path) -> None:
         assert not processes.has_open(os.getpid(), "eb_1.raw")
     assert not processes.has_open(os.getpid(), path.name)
     assert not processes.has_open(2**22, path.name)
+
+
+def test_who_has_no_descriptor_left_learns_nothing_and_goes_on() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        known = processes.name(1), processes.ancestors(os.getpid()), processes.introduced(1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert known == ("", frozenset(), "")

@@ -17,6 +17,8 @@ import psutil
 from watcher.text import shown
 
 _KTHREADD = 2
+# It is gone; or we have no descriptor left to ask by.
+_UNKNOWN = (psutil.Error, OSError)
 
 
 def name(pid: int) -> str | None:
@@ -24,7 +26,7 @@ def name(pid: int) -> str | None:
     try:
         process = psutil.Process(pid)
         return None if pid == _KTHREADD or process.ppid() == _KTHREADD else process.name()
-    except psutil.Error:
+    except _UNKNOWN:
         return ""
 
 
@@ -32,13 +34,17 @@ def ancestors(pid: int) -> frozenset[int]:
     """The PIDs of a process's parent, and of that one's, and so on; none if it is gone."""
     try:
         return frozenset(one.pid for one in psutil.Process(pid).parents())
-    except psutil.Error:
+    except _UNKNOWN:
         return frozenset()
 
 
 def others(until: float) -> Iterator[int]:
     """The PIDs of other processes, the youngest first, until that time."""
-    for pid in reversed(psutil.pids()):
+    try:
+        pids = psutil.pids()
+    except _UNKNOWN:
+        return
+    for pid in reversed(pids):
         if time.monotonic() > until:
             return
         if pid != os.getpid():
@@ -84,7 +90,7 @@ def introduced(pid: int) -> str:
     try:
         process = psutil.Process(pid)
         name, uid = process.name(), process.uids().effective
-    except psutil.Error:
+    except _UNKNOWN:
         return ""
     try:
         user = pwd.getpwuid(uid).pw_name
