@@ -49,6 +49,7 @@ def test_what_would_change_is_listed_and_checked_before_the_daemon_acts(place: P
     place.configure("SettleSec=1h", "SettleMaxSec=1h")
     place.start_daemon()
     service = place.start("--reload-signal", "SIGHUP", "--check", "grep -qv bad /etc/web.conf")
+    service.log.wait_for("nothing in it yet")  # the look at its start is over
     service.put("1", value="bad")
     done = place.run("plan", "--check", "--stat", service.name, check=False)
     assert done.returncode == 1 and service.heard == ["nothing"]
