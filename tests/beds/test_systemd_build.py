@@ -83,7 +83,7 @@ def test_a_signed_one_is_what_a_policy_asks_for_and_systemd_takes_it(host: Host)
     sees(host, "two")
     host.systemctl("restart", WEB)
     sees(host, "two")
-    assert "site 2: signed by CN=test" in host.bed.run(["confext-watcher", "status", "web"]).stdout
+    assert "signed by CN=test" in host.bed.run(["confext-watcher", "status", "web"]).stdout
 
 
 def test_one_without_a_signature_has_verity_data(host: Host) -> None:

