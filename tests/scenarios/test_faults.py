@@ -183,8 +183,10 @@ class Lane(Place):
         command = ["strace", *whom, *words]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
             assert tracer.stderr is not None
-            said = tracer.stderr.readline()
-            assert "attached" in said, said
+            said = [tracer.stderr.readline()]
+            while said[-1] and "attached" not in said[-1]:  # a thread that was just ending could not be
+                said.append(tracer.stderr.readline())
+            assert said[-1], said
             try:
                 yield
             finally:
