@@ -11,6 +11,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,24 @@ def test_a_journald_that_does_not_read_keeps_nobody_waiting(
     assert received(journald, 1) == ["journald was too slow: 3 entries of confext-watcher are lost"]
     journal.log.info("after")
     assert received(journald, 1) == ["after"]
+
+
+def test_without_a_thread_what_journald_does_not_take_waits_for_one(
+    journald: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_thread(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    journal.configure("journal")
+    assert journal._journal is not None
+    number = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        while len(journal._journal._backlog._waiting) < 3:
+            journal.log.info(f"{number}")
+            number += 1
+    journal.log.info(f"{number}")
+    assert received(journald, number + 1) == [f"{one}" for one in range(number + 1)]
 
 
 def test_what_journald_does_not_take_by_the_end_is_on_standard_error(

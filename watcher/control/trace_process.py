@@ -122,7 +122,8 @@ async def _end(process: trio.Process) -> None:
     with trio.move_on_after(_DYING_SEC, shield=True):
         await process.wait()
         return
-    threading.Thread(target=process._proc.wait, name="reaper", daemon=True).start()
+    with suppress(RuntimeError):  # no thread can be had: it stays a zombie until the next child is made
+        threading.Thread(target=process._proc.wait, name="reaper", daemon=True).start()
 
 
 async def _follow(process: trio.Process, service: str, tell: Callable[[bytes], Awaitable[None]]) -> bytes:

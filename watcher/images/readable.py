@@ -48,7 +48,7 @@ def require_readable(root: int, size_max: int) -> None:
     Raises:
         Refused: a file cannot be read; there is too much; or something has an attribute that means something to
             overlayfs.
-        OSError: no memory, no descriptors.
+        OSError: no memory, no descriptors, no threads.
     """
     done: Future[None] = Future()
 
@@ -60,7 +60,10 @@ def require_readable(root: int, size_max: int) -> None:
         else:
             done.set_result(None)
 
-    threading.Thread(target=run, name="confext-read", daemon=True).start()
+    try:
+        threading.Thread(target=run, name="confext-read", daemon=True).start()
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, "no thread can be started") from error
     done.result()
 
 

@@ -256,7 +256,10 @@ async def _reap(child: subprocess.Popen[bytes], pidfd: int) -> None:
         await trio.lowlevel.wait_readable(pidfd)
         child.wait()
         return
-    threading.Thread(target=child.wait, name="reaper", daemon=True).start()
+    with contextlib.suppress(
+        RuntimeError
+    ):  # no thread can be had: it stays a zombie until the next child is made
+        threading.Thread(target=child.wait, name="reaper", daemon=True).start()
 
 
 async def gather(stream: trio.abc.ReceiveStream, output: bytearray) -> None:

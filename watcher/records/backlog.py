@@ -7,6 +7,7 @@ backlog has a bound. It counts what is beyond, and sends the count as a message:
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import threading
@@ -53,15 +54,17 @@ class Backlog:
     def put(self, message: bytes) -> None:
         """Send a message, now or later."""
         with self._lock:
-            if self._thread is None and self._sent(message):
+            if self._thread is None and not self._waiting and self._sent(message):
                 return
             if len(self._waiting) >= MESSAGES_MAX:
                 self._count += 1
                 return
             self._waiting.append(message)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._drain, name="backlog", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._drain, name="backlog", daemon=True)
+                with contextlib.suppress(RuntimeError):  # the limit of threads: the next message tries again
+                    thread.start()
+                    self._thread = thread
 
     def flush(self, seconds: float) -> list[bytes]:
         """Wait until all is sent, for so long at most; returns what is left, which is sent no more."""
