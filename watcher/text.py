@@ -44,8 +44,8 @@ def problem(error: Exception) -> str:
     """An error in words; an OSError with its file first: "/var/lib/x: No space left on device"."""
     if not isinstance(error, OSError):
         return str(error)
-    name = f"{shown(os.fsdecode(error.filename))}: " if isinstance(error.filename, str | bytes) else ""
-    return f"{name}{error.strerror or error}"
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+    return f"{shown(name)}: {error.strerror or error}" if name else error.strerror or str(error)
 
 
 def nearest(asked: str, names: Iterable[str]) -> str:

@@ -33,14 +33,12 @@ from watcher.model import Busy, Refused
 from watcher.mounts import syscalls
 from watcher.mounts.process import may_mount
 from watcher.records import journal
+from watcher.resolve.scan import LACKS
 
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 # renameat2(2): a file system that cannot exchange two names.
 _NO_EXCHANGE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
-
-# What this process lacks just now says nothing of a copy.
-_LACKS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN})
 
 
 def now() -> float:
@@ -213,7 +211,7 @@ class Whole:
                 read(fd, found.st_size, hasher)
                 same = hasher.hexdigest() == digest
         except OSError as error:
-            if error.errno in _LACKS:
+            if error.errno in LACKS:
                 raise
             return f"it cannot be read: {error.strerror}"
         except (Refused, Busy) as error:

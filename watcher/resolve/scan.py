@@ -27,6 +27,9 @@ from watcher.resolve.strict_modes import Found, StrictModes, Way
 from watcher.resolve.vpick import Dirent
 
 _ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
+
+LACKS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN})
+"""What this process lacks just now says nothing of what is on the disk: the look is tried again."""
 _TYPES: dict[int, vpick.Type] = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFBLK: "block"}
 _NAMES_MAX = 10_000
 _NULL = os.makedev(1, 3)
@@ -88,7 +91,7 @@ def look(declared: Declared, architecture: str | None = None, modes: StrictModes
         modes: whom the service trusts; None: root alone.
 
     Raises:
-        Nothing for what lies on the disk: that is in `Look.remarks`.
+        OSError: no memory, no descriptors. Nothing for what lies on the disk: that is in `Look.remarks`.
     """
     with nullcontext(modes) if modes is not None else StrictModes() as own:
         notes = _Notes(own)
@@ -131,6 +134,7 @@ def _listings(paths: Iterable[str], notes: _Notes) -> tuple[list[sources.Listing
 def _no_listing(path: str, error: OSError, notes: _Notes) -> bool:
     """Say why a `.confext.d/` has no listing; whether there may be something in it all the same."""
     notes.watch(path, sources.ENTRY_NAME)
+    _require_all(error)
     if error.errno not in _ABSENT:
         notes.say("warning", path, f"cannot be read, all stays as it is: {error.strerror}")
         return True
@@ -226,6 +230,7 @@ def _direct(entry: Entry, notes: _Notes) -> Picks:
 
 def _unread(entry: Entry, path: str, error: OSError, notes: _Notes) -> Picks:
     """No answer for an entry: removed, or only out of reach."""
+    _require_all(error)
     unknown = error.errno not in _ABSENT
     if unknown:
         notes.say("warning", path, f"cannot be read, what was accepted stays: {error.strerror}")
@@ -293,6 +298,7 @@ def _dirent(name: str, directory: int) -> Dirent | None:
     try:
         return Dirent(name, _type(os.stat(name, dir_fd=directory, follow_symlinks=False), False))
     except OSError as error:
+        _require_all(error)
         return None if error.errno == errno.ENOENT else Dirent(name, "other", False, _reason(error))
 
 
@@ -318,7 +324,14 @@ def _linked(path: str, notes: _Notes, kind: Kind | None) -> Dirent:
             return Dirent(name, "other", True, str(unsafe))
         return Dirent(name, "directory" if kind is Kind.DIRECTORY else "file", True)
     except OSError as error:
+        _require_all(error)
         return Dirent(name, "missing" if error.errno in _ABSENT else "other", True, _reason(error))
+
+
+def _require_all(error: OSError) -> None:
+    """Raise an error again that says nothing of what is on the disk."""
+    if error.errno in LACKS:
+        raise error
 
 
 def _type(status: os.stat_result, link: bool) -> vpick.Type:
