@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The daemon itself: when it is ready, which units it sees to, what does not end it (and records/alone.py)."""
+"""The daemon itself: when it is ready, which units it sees to, what does not end it.
+
+With wiring.py and records/alone.py.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,16 @@ import pytest
 import trio
 import trio.testing
 
-from watcher import daemon as module
+from watcher import wiring
 from watcher.daemon import Daemon
+from watcher.managers.base import Service
 from watcher.managers.systemd import sd_notify
 from watcher.model import Busy, Later
-from watcher.mounts.workers import Hung
+from watcher.mounts.whereabouts import WorkerLost
 from watcher.records import journal
 from watcher.records.alone import AlreadyRunning, alone
 from watcher.rounds.tools import Tools
 from watcher.settings.config import Settings
-from watcher.watch.offload import Offload
 
 UNIT = Path(__file__).parent.parent / "units/confext-watcher.service.in"
 
@@ -39,17 +42,20 @@ def said(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def made(collect: Callable[..., object] = lambda mounted, worn: ()) -> Daemon:
-    async def run(function: Callable[..., None], *arguments: object) -> None:
+    async def run(key: str, function: Callable[..., None], *arguments: object) -> None:
+        function(*arguments)
+
+    def call(function: Callable[..., None], *arguments: object) -> None:
         function(*arguments)
 
     tools = SimpleNamespace(
         store=SimpleNamespace(collect=collect, without_layers=lambda: ()),
-        workers=SimpleNamespace(run=run, images=SimpleNamespace(retain=lambda mounted: None)),
+        workers=SimpleNamespace(call=call, images=SimpleNamespace(retain=lambda mounted: None)),
         admission=SimpleNamespace(forget=lambda digests: None),
         manager=SimpleNamespace(services={"web": None}),
         watcher=None,
         ledger=None,
-        offload=Offload(),
+        offload=SimpleNamespace(run=run),
         run_aside=None,
     )
     return Daemon(Settings(), cast(Tools, tools))
@@ -83,12 +89,51 @@ async def test_it_is_ready_before_systemd_loses_patience(
     assert trio.current_time() - begun <= int(patience[1]) / 2
 
 
+async def test_a_bug_in_a_round_loses_no_drop(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "log", SimpleNamespace(exception=lambda text, service: said.append(text)))
+    daemon, errors = made(), [ValueError("one"), ValueError("one"), ValueError("two"), None]
+
+    async def round(*_: object) -> float | None:
+        if (error := errors.pop(0)) is not None:
+            raise error
+        return None
+
+    monkeypatch.setattr(daemon._rounds, "round", round)
+    again = [await daemon._round(cast(Service, SimpleNamespace(name="web")), 0.0, 0.0) for _ in range(4)]
+    assert again == [30.0, 30.0, 30.0, None]
+    assert said == ["web: a bug in confext-watcher; it keeps what it has, and is tried again"] * 2
+
+
+async def test_the_first_service_of_a_burst_does_not_wait_until_all_others_have_begun() -> None:
+    daemon, begun, lulls = made(), list[str](), list[int]()
+
+    async def rounds_of(name: str) -> None:
+        begun.append(name)
+
+    async def lull() -> None:
+        lulls.append(len(begun))
+
+    vars(daemon)["_rounds_of"] = rounds_of
+    vars(daemon._tools.offload)["lull"] = lull
+    names = {f"{number}" for number in range(40)}
+    async with trio.open_nursery() as nursery:
+        for name in names:
+            daemon.changed(name)
+        nursery.start_soon(daemon._start_rounds, nursery)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert set(begun) == names
+    assert lulls == [1, 5, 21, 37]
+
+
 async def test_it_is_ready_at_once_without_services(said: list[str]) -> None:
     await made()._when_looked()
     assert said[-1] == "ready"
 
 
-@pytest.mark.parametrize("error", [Later("no copy can be removed: Read-only file system"), Hung("no answer")])
+@pytest.mark.parametrize(
+    "error", [Later("no copy can be removed: Read-only file system"), WorkerLost("no way back")]
+)
 async def test_what_cannot_be_tidied_up_is_said_once(said: list[str], error: Exception) -> None:
     broken = True
 
@@ -161,10 +206,10 @@ def booted(monkeypatch: pytest.MonkeyPatch) -> None:
     """As root on a host that systemd runs."""
     isdir = os.path.isdir
     monkeypatch.setattr(os.path, "isdir", lambda path: path == "/run/systemd/system" or isdir(path))
-    monkeypatch.setattr(module, "may_mount", lambda: True)
+    monkeypatch.setattr(wiring, "may_mount", lambda: True)
 
 
 @pytest.mark.usefixtures("booted")
 def test_the_systems_daemon_sees_to_units_and_one_with_a_state_of_its_own_does_not() -> None:
-    assert module.on_systemd(Settings())
-    assert not module.on_systemd(dataclasses.replace(Settings(), state_directory="/tmp/demo/state"))
+    assert wiring.on_systemd(Settings())
+    assert not wiring.on_systemd(dataclasses.replace(Settings(), state_directory="/tmp/demo/state"))

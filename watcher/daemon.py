@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The daemon: wires the rooms together in one nursery, and nothing else.
+"""The daemon: has the rooms work together in one nursery, and nothing else.
 
 A change of a directory or of a service touches the service's name in `Settle`. When the burst of changes is over, a
 round of the service starts. However often a round is asked for while one runs, one more follows it.
@@ -8,11 +8,10 @@ round of the service starts. However often a round is asked for while one runs, 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-import os
 import signal
-from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator
 
 import trio
 
@@ -20,48 +19,38 @@ from watcher.control import metrics
 from watcher.control.commands import Commands
 from watcher.control.peers import Readers
 from watcher.control.server import serve
-from watcher.images.admission import Admission
-from watcher.images.complete import Complete
-from watcher.images.renewal import renew_slots
 from watcher.images.scrub import Scrub
-from watcher.images.store import Store
-from watcher.images.upgrade import upgrade
-from watcher.images.verified_mounts import VerifiedMounts
-from watcher.managers.aside import RunAside, run_as_child
-from watcher.managers.base import Manager, Service
-from watcher.managers.combined import Combined
-from watcher.managers.standalone import Standalone
+from watcher.managers.base import Service
 from watcher.managers.systemd import sd_notify
-from watcher.managers.systemd.aside import Aside
-from watcher.managers.systemd.manager import Systemd
 from watcher.managers.systemd.manager import check as systemd_check
 from watcher.model import Busy, Event, Later, Remark, problem, shown
-from watcher.mounts import dm_verity
-from watcher.mounts.process import may_mount
-from watcher.mounts.workers import Hung, MountWorkers
-from watcher.records import durable, journal
+from watcher.mounts.whereabouts import WorkerLost
+from watcher.records import journal
 from watcher.records.alone import alone
-from watcher.records.ledger import Ledger
 from watcher.rounds import looks
 from watcher.rounds.drift import Drift
 from watcher.rounds.fresh import Fresh
 from watcher.rounds.notify import Notifier
-from watcher.rounds.patience import Removals
 from watcher.rounds.round import Rounds
 from watcher.rounds.tools import Tools
 from watcher.settings import config
 from watcher.settings.config import Settings
 from watcher.settings.kernel_command_line import why_nothing_new
-from watcher.watch.offload import Offload
-from watcher.watch.patient import PatientWatcher
+from watcher.watch.offload import Unanswered
 from watcher.watch.settle import Settle
-from watcher.watch.writers import Writers
-
-# Outcomes of a service that are read to make its lost record anew.
-_HISTORY_READ = 1000
+from watcher.wiring import on_systemd, tools_of
 
 # So long what no service needs is left for the next drop to go first.
 _TIDY_SEC = 0.25
+
+# So many rounds of a burst begin together, when some of those before are done.
+_AT_ONCE_MAX = 16
+
+# In whose turn images are unmounted: no service has such a name.
+_TIDYING = "/tidying"
+
+# After what was unexpected: no drop is lost by it.
+_AGAIN_SEC = 30.0
 
 # Well below the unit's TimeoutStartSec=.
 _LOOKED_AT_SEC = 30.0
@@ -75,7 +64,7 @@ def main(settings: Settings) -> None:
         Unsupported, BusLost: systemd is too old, or cannot be reached.
         OSError: a directory, inotify or the mounts cannot be had.
     """
-    with alone(settings.runtime_directory), _tools(settings) as tools:
+    with alone(settings.runtime_directory), tools_of(settings) as tools:
         trio.run(_run, settings, tools)
 
 
@@ -83,70 +72,6 @@ async def _run(settings: Settings, tools: Tools) -> None:
     if on_systemd(settings):
         await systemd_check()
     await Daemon(settings, tools).run()
-
-
-@contextmanager
-def _tools(settings: Settings) -> Iterator[Tools]:
-    with ExitStack() as stack:
-        dm_verity.remove_leftovers()
-        mounts = VerifiedMounts()
-        workers = stack.enter_context(
-            MountWorkers(settings.mount_workers, privileged=may_mount(), fsmount=mounts.fsmount)
-        )
-        durable.make(settings.state_directory)
-        for remark in upgrade(settings.state_directory, settings.runtime_directory):
-            journal.say(remark)
-        ledger = stack.enter_context(Ledger(settings.state_directory, settings.history_max))
-        store = stack.enter_context(
-            Store(
-                settings.state_directory,
-                settings.store_max,
-                settings.image_max,
-                settings.keep_stacks,
-                functools.partial(ledger.history, limit=_HISTORY_READ),
-            )
-        )
-        renewed = frozenset(renew_slots(store))
-        manager: Manager
-        run_aside: RunAside = run_as_child
-        if on_systemd(settings):
-            systemd = Systemd(settings)
-            stack.callback(systemd.close)
-            standalone = Standalone(settings.runtime_directory, workers, systemd.transient.run)
-            manager = Combined([systemd, standalone])
-            run_aside = Aside(systemd.transient, settings.runtime_directory).run
-        else:
-            manager = standalone = Standalone(settings.runtime_directory, workers)
-        stack.callback(standalone.close)
-        watcher = stack.enter_context(PatientWatcher())
-        writers = stack.enter_context(Writers(settings.state_directory))
-        writers.begin()
-        yield Tools(
-            store=store,
-            admission=Admission(
-                store, workers, Complete(watcher.uploads.moved_in_ns), mounts=mounts, writers=writers
-            ),
-            workers=workers,
-            manager=manager,
-            watcher=watcher,
-            writers=writers,
-            ledger=ledger,
-            offload=Offload(),
-            removals=Removals(watcher.uploads),
-            settings=settings,
-            run_aside=run_aside,
-            renewed=renewed,
-        )
-
-
-def on_systemd(settings: Settings) -> bool:
-    """Whether systemd runs this host (sd_booted(3)), and this daemon is the one for its units.
-
-    A unit's drop-in looks for its slots in the system's state directory. A daemon with another state directory (a
-    demonstration, a test) leaves units alone, also as root.
-    """
-    ours = settings.state_directory == Settings().state_directory
-    return ours and os.path.isdir("/run/systemd/system") and may_mount()
 
 
 class Daemon:
@@ -171,7 +96,7 @@ class Daemon:
         self._fresh = Fresh(tools, memories, self._settled_change, self._say_remarks, self._drift.look)
         self._scrub = Scrub(tools.store, lambda: self._settings.scrub_usec, self._look_at_everything)
         self._readers = Readers()
-        tools.offload.returned = self.changed
+        tools.offload.returned = self._answers_again
         self._settle = Settle()
         # By service: when the first change was noticed that its next round is for.
         self._since: dict[str, float] = {}
@@ -184,6 +109,8 @@ class Daemon:
         self._idle = trio.Event()
         self._remarks: set[Remark] = set()
         self._untidy = ""
+        # By service: what was unexpected in its last round.
+        self._bugs: dict[str, str] = {}
         # Services that are there from the start, and not looked at yet.
         self._unseen: set[str] = set()
         self._all_seen = trio.Event()
@@ -221,6 +148,11 @@ class Daemon:
         self._settle.touch(name, _usec(now), quiet_usec, self._settings.settle_max_usec)
         self._wake.set()
 
+    def _answers_again(self, name: str) -> None:
+        """The files of a service, where they did not for a while."""
+        if name in self._tools.manager.services:
+            self.changed(name)
+
     def _recorded(self, event: Event) -> None:
         """An outcome is in the history."""
         self._control.tell(event)
@@ -249,17 +181,29 @@ class Daemon:
     async def _start_rounds(self, nursery: trio.Nursery) -> None:
         while True:
             self._wake = trio.Event()
-            for name in self._settle.due(_usec(trio.current_time())):
-                if name in self._running:
-                    self._again.add(name)
-                else:
-                    self._running.add(name)
-                    nursery.start_soon(self._rounds_of, name)
+            due = iter(self._settle.due(_usec(trio.current_time())))
+            at_once = 1
+            while some := tuple(itertools.islice(due, at_once)):
+                if at_once > 1:
+                    # The first service must not wait until all the others have begun.
+                    await self._tools.offload.lull()
+                for name in some:
+                    self._start_round(nursery, name)
+                for _ in range(2):  # trio runs tasks in any order: after two turns each has submitted its job
+                    await trio.sleep(0)
+                at_once = min(at_once * 4, _AT_ONCE_MAX)
             if not self._running and not self._since:
                 self._idle.set()
             deadline = self._settle.deadline()
             with trio.move_on_at(math.inf if deadline is None else deadline / 1_000_000):
                 await self._wake.wait()
+
+    def _start_round(self, nursery: trio.Nursery, name: str) -> None:
+        if name in self._running:
+            self._again.add(name)
+        else:
+            self._running.add(name)
+            nursery.start_soon(self._rounds_of, name)
 
     async def _rounds_of(self, name: str) -> None:
         """Rounds of one service, one after the other, until no other is asked for."""
@@ -287,11 +231,15 @@ class Daemon:
 
     async def _round(self, service: Service, since: float, looks_from: float) -> float | None:
         try:
-            return await self._rounds.round(service, since, looks_from)
-        except Exception:  # noqa: BLE001 -- a bug in a round of one service must not end the rounds of the others
-            text = f"{service.name}: a bug in confext-watcher; it keeps what it has until its next change"
-            journal.log.exception(text, service=service.name)
-            return None
+            again = await self._rounds.round(service, since, looks_from)
+        except Exception as error:  # noqa: BLE001 -- a bug in a round of one service must not end those of the others
+            if self._bugs.get(service.name) != repr(error):
+                self._bugs[service.name] = repr(error)
+                text = f"{service.name}: a bug in confext-watcher; it keeps what it has, and is tried again"
+                journal.log.exception(text, service=service.name)
+            return _AGAIN_SEC
+        self._bugs.pop(service.name, None)
+        return again
 
     def _looked_at(self, name: str) -> None:
         """A round has set the slots of a service, or has failed to."""
@@ -350,8 +298,9 @@ class Daemon:
                 tools.store.collect, mounted, worn, abandon_on_cancel=True
             )
             tools.admission.forget(removed)
-            await tools.workers.run(tools.workers.images.retain, mounted)
-        except (Later, Hung, OSError) as error:
+            images = tools.workers.images
+            await tools.offload.run(_TIDYING, tools.workers.call, images.retain, mounted)
+        except (Later, Unanswered, WorkerLost, OSError) as error:
             untidy = problem(error)
         except Busy:
             return  # `exec` starts a service just now; the end of the next round tidies up

@@ -38,7 +38,7 @@ _DETACH = syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW
 
 def run(count: int = 1000) -> list[Figure]:
     """One row for each number of sandbox mounts, `count` swaps each."""
-    with rig() as place, MountWorkers(1) as workers:
+    with rig() as place, MountWorkers() as workers:
         layers, copies = _layers(place.where)
         return [_measure(workers, layers, copies, sandboxes, count) for sandboxes in SANDBOXES]
 

@@ -352,7 +352,7 @@ def _quoted(word: str) -> str:
 @target(
     r"""
     Reload= Check= HealthCheck= SettleSec= RolloutParallel= Rollback= ImagePolicy= Enabled= StoreMax=
-    KeepStacks= LogLevel= MountWorkers= X-a= =\n \n yes auto signal:HUP /bin/true 5s %n % 1 \x00
+    KeepStacks= LogLevel= X-a= =\n \n yes auto signal:HUP /bin/true 5s %n % 1 \x00
     """
 )
 def settings(data: bytes) -> None:
@@ -369,7 +369,7 @@ def settings(data: bytes) -> None:
             assert all(values.split(command) for command in (*found.check, *found.health_check))
         else:
             watchers, remarks = config.watcher_settings(assignments)
-            assert watchers.keep_stacks >= 1 and watchers.mount_workers >= 1
+            assert watchers.keep_stacks >= 1
         assert all(remark.path.startswith("/a:") and remark.text.isprintable() for remark in remarks)
 
 

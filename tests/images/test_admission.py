@@ -168,7 +168,7 @@ class TestNothingIsReadTwice:
 
         monkeypatch.setattr(module, "_read", read_late)
         monkeypatch.setattr(Squashfs, "fsmount", mount_slowly)
-        with MountWorkers(2) as workers:
+        with MountWorkers() as workers:
             admission = Admission(store, workers)
             got: list[Copy] = []
 
@@ -578,7 +578,7 @@ def test_an_image_that_the_kernel_gives_no_answer_about_is_later_and_keeps_no_ot
     path = image(confext(tmp_path / "web", "web"), tmp_path / "web.raw")
     hangs = Copy("f" * 64, str(tmp_path / "hangs"), 0, Kind.IMAGE, FORMATS["squashfs"])
     good = Copy("a" * 64, str(path), 0, Kind.IMAGE, FORMATS["squashfs"])
-    with Store(str(tmp_path / "state"), 1 << 30, 1 << 30, 2) as store, MountWorkers(1) as workers:
+    with Store(str(tmp_path / "state"), 1 << 30, 1 << 30, 2) as store, MountWorkers() as workers:
         admission = Admission(store, workers)
         with pytest.raises(Later, match=r"^no answer from the kernel for 0.5 s$"):
             admission._release(hangs)
@@ -607,7 +607,7 @@ def test_an_image_that_the_kernel_gives_no_answer_about_is_later_and_keeps_no_ot
 )
 def test_a_release_file_with_a_byte_order_mark(store: Store, source: Path, release: bytes, said: str) -> None:
     (source / "etc/extension-release.d/extension-release.web").write_bytes(release)
-    with MountWorkers(1, privileged=may_mount()) as workers, pytest.raises(Refused, match=said):
+    with MountWorkers(privileged=may_mount()) as workers, pytest.raises(Refused, match=said):
         Admission(store, workers).admit(candidate(source, Kind.DIRECTORY), host(), set(), None)
 
 
@@ -615,7 +615,7 @@ def test_what_an_image_asks_for_is_read_from_the_copy(store: Store, source: Path
     """Also by an admission that has not seen it before; and not if the copy is gone."""
     asked = "ID=_any\nEXTENSION_RESTART_UNITS='a.service web.*'\n"
     (source / "etc/extension-release.d/extension-release.web").write_text(asked)
-    with MountWorkers(1, privileged=may_mount()) as workers:
+    with MountWorkers(privileged=may_mount()) as workers:
         first = Admission(store, workers)
         copy = first.admit(candidate(source, Kind.DIRECTORY), host(), set(), None)
         assert "has web.*, which is no unit's name" in first.effects(copy.digest)[-1]

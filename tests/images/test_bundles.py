@@ -103,7 +103,7 @@ def copy_of(store: Store, path: Path) -> Copy:
 def trusted(store: Store, copy: Copy, key: Key, tmp_path: Path) -> Trust:
     (tmp_path / "verity.d").mkdir(exist_ok=True)
     (tmp_path / "verity.d/maker.crt").write_bytes(key.pem)
-    with MountWorkers(1) if may_mount() else pytest.skip("needs root") as workers:
+    with MountWorkers() if may_mount() else pytest.skip("needs root") as workers:
         proofs = Proofs(Keys([str(tmp_path / "verity.d")]))
         return Admission(store, workers, proofs=proofs).trust(copy)
 

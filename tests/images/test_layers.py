@@ -124,7 +124,7 @@ def opened(fds: Descriptors, count: int) -> Layers:
 
 @pytest.fixture(scope="module")
 def workers() -> Iterator[MountWorkers]:
-    with MountWorkers(1) as made:
+    with MountWorkers() as made:
         yield made
 
 

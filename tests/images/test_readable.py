@@ -20,7 +20,7 @@ from watcher.images.image_check import examine
 from watcher.images.made_for import host
 from watcher.images.readable import require_readable
 from watcher.images.store import Store
-from watcher.model import Candidate, Kind, Refused
+from watcher.model import Candidate, Kind, Later, Refused
 from watcher.mounts.process import may_mount
 from watcher.mounts.workers import MountWorkers
 
@@ -59,7 +59,7 @@ def damaged(source: Path, path: Path, fstype: str, *options: str) -> Path:
 
 
 def admitted(store: Store, path: Path) -> object:
-    with MountWorkers(1) as workers, store.using():
+    with MountWorkers() as workers, store.using():
         wanted = Candidate(str(path), path.name, "web", "", Kind.IMAGE)
         return Admission(store, workers).admit(wanted, host(), set(), None)
 
@@ -108,13 +108,28 @@ class TestAnImage:
         assert admitted(store, image(source, tmp_path / "web.raw"))
 
     @tool("mksquashfs")
+    def test_without_a_thread_it_is_later(
+        self, store: Store, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = threading.Thread.start
+
+        def start(thread: threading.Thread) -> None:
+            if thread.name == "confext-read":
+                raise RuntimeError("can't start new thread")
+            real(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", start)
+        with pytest.raises(Later, match=r"^too many threads: no thread can be started$"):
+            admitted(store, image(source, tmp_path / "web.raw"))
+
+    @tool("mksquashfs")
     def test_is_read_once(
         self, store: Store, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         read, sendfile = [], os.sendfile
         monkeypatch.setattr(os, "sendfile", lambda *args: (read.append(args[1]), sendfile(*args))[1])
         path = image(source, tmp_path / "web.raw")
-        with MountWorkers(2) as workers, store.using():
+        with MountWorkers() as workers, store.using():
             admission = Admission(store, workers)
             wanted = Candidate(str(path), path.name, "web", "", Kind.IMAGE)
             threads = [

@@ -79,7 +79,7 @@ def bench(tmp_path: Path, key: Key) -> Iterator[Bench]:
     mounts = VerifiedMounts()
     with (
         Store(str(tmp_path / "state"), 64 * MIB, 32 * MIB, 2) as store,
-        MountWorkers(1, fsmount=mounts.fsmount) as workers,
+        MountWorkers(fsmount=mounts.fsmount) as workers,
     ):
         yield Bench(store, workers, mounts, copied(store, candidate))
 

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -95,9 +96,17 @@ class Swaps:
         ).result()
 
 
+def wait_until_idle(workers: MountWorkers) -> None:
+    """Until none of them has anything left to do: what swaps have left behind is removed."""
+    deadline = time.monotonic() + 10
+    while len(workers._idle) < len(workers._threads):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 @pytest.fixture(scope="module")
 def workers() -> Iterator[MountWorkers]:
-    with MountWorkers(2, privileged=may_mount()) as made:
+    with MountWorkers(privileged=may_mount()) as made:
         yield made
 
 

@@ -11,7 +11,6 @@ import contextlib
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from watcher.mounts.swap import build, swap
 from watcher.mounts.table import LAYERS_MAX, SOURCE
 from watcher.mounts.workers import HostNamespace, MountWorkers
 
-from .conftest import Layers, Swaps
+from .conftest import Layers, Swaps, wait_until_idle
 
 pytestmark = root
 
@@ -711,16 +710,12 @@ def test_nothing_leaks(workers: MountWorkers, service: Service, swaps: Swaps, la
     )
 
     def state() -> tuple[int, int, int]:
-        # Both workers have a job at the same time: all leftovers have been removed.
-        both = threading.Barrier(2)
-        rows = [
-            workers.submit(lambda: (both.wait(), Path("/proc/thread-self/mountinfo").read_text()))
-            for _ in "12"
-        ]
-        inside = [future.result()[1].count("\n") for future in rows]
+        wait_until_idle(workers)
+        rows = workers.submit(Path("/proc/thread-self/mountinfo").read_text).result()
+        wait_until_idle(workers)
         return (
-            len(os.listdir("/proc/self/fd")),
-            inside[0],
+            len(os.listdir("/proc/self/fd")) - len(workers._threads),
+            rows.count("\n"),
             service("read('/proc/self/mountinfo')").count("\n"),
         )
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Workers stand in a namespace nobody sees, come back from wherever they were, and are replaced when they do not.
 
-These tests are also those of mounts/image_mounts.py, mounts/syscalls.py and mounts/descriptors.py.
+These tests are also those of mounts/image_mounts.py, mounts/whereabouts.py, mounts/syscalls.py and
+mounts/descriptors.py.
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ from watcher.mounts import syscalls
 from watcher.mounts import workers as workers_module
 from watcher.mounts.process import may_mount
 from watcher.mounts.swap import swap
-from watcher.mounts.workers import PLACE, HostNamespace, Hung, MountWorkers, WorkerLost
+from watcher.mounts.whereabouts import WorkerLost
+from watcher.mounts.workers import PLACE, HostNamespace, Hung, MountWorkers
+from watcher.watch.offload import Offload
 
-from .conftest import Layers, Swaps
+from .conftest import Layers, Swaps, wait_until_idle
 
 pytestmark = root
 
@@ -82,6 +85,7 @@ def both(workers: MountWorkers, function: Callable[[], object]) -> list[object]:
 def strace(workers: MountWorkers, *injections: str) -> Iterator[None]:
     """Inject faults into the one worker."""
     tid = workers.submit(threading.get_native_id).result()
+    wait_until_idle(workers)
     words = [word for injection in injections for word in ("-e", f"inject={injection}")]
     tracer = subprocess.Popen(
         ["strace", "-p", str(tid), *words, "-o", "/dev/null"], stderr=subprocess.PIPE, text=True
@@ -122,17 +126,33 @@ def test_results_and_errors_come_back(workers: MountWorkers) -> None:
     assert workers.submit(divmod, 7, 2).result() == (3, 1)
 
 
-async def test_a_task_can_wait_for_them(workers: MountWorkers) -> None:
-    assert await workers.run(divmod, 7, 2) == (3, 1)
-    with pytest.raises(ZeroDivisionError):
-        await workers.run(divmod, 7, 0)
+def test_who_asks_from_inside_stays_there(workers: MountWorkers) -> None:
+    def nested() -> list[int]:
+        return [where(), workers.call(where), where()]
+
+    inside = workers.submit(nested).result()
+    assert inside == [workers.call(where)] * 3 != [where()] * 3
+
+
+def test_at_home_a_worker_is_where_the_program_is(workers: MountWorkers) -> None:
+    seen: list[int] = []
+    done = threading.Event()
+
+    def work() -> None:
+        seen.extend([where(), workers.call(where), where()])
+        done.set()
+
+    workers.start(work)
+    assert done.wait(10)
+    home, inside, back = seen
+    assert home == back == where() != inside == workers.call(where)
 
 
 def test_it_ends_with_everything_in_it() -> None:
     before = tids(), len(os.listdir("/proc/self/fd"))
-    with MountWorkers(2) as workers:
-        assert len(tids() - before[0]) == 2
+    with MountWorkers() as workers:
         both(workers, where)
+        assert len(tids() - before[0]) == 2
     assert len(os.listdir("/proc/self/fd")) == before[1]
     until(lambda: tids() == before[0])
 
@@ -163,6 +183,23 @@ def test_it_comes_back_from_an_error(workers: MountWorkers, service: Service) ->
     with pytest.raises(FileNotFoundError):
         workers.submit(fail).result()
     assert both(workers, where) == before
+
+
+def test_a_thread_that_a_worker_has_started_is_not_in_its_way(
+    workers: MountWorkers, service: Service
+) -> None:
+    """It shares root and working directory with it, and the kernel then refuses to enter."""
+    stay = threading.Event()
+
+    def look() -> int:
+        threading.Thread(target=stay.wait, daemon=True).start()
+        with workers.entered(service.namespace):
+            return where()
+
+    try:
+        assert workers.submit(look).result() == os.fstat(service.namespace).st_ino
+    finally:
+        stay.set()
 
 
 def test_the_mount_table_is_that_of_where_it_stands_and_tells_of_changes(
@@ -216,13 +253,14 @@ def test_two_workers_swap_at_the_same_time(start: Start, swaps: Swaps, layers: L
 @tool("strace")
 def test_a_worker_that_cannot_come_back_is_replaced(service: Service, layers: Layers) -> None:
     stack = Stack((layers.tree({"web.conf": "1"}),))
-    with MountWorkers(1, privileged=may_mount()) as workers:
+    with MountWorkers(privileged=may_mount()) as workers:
         workers.submit(where).result()
         count, descriptors = len(tids()), len(os.listdir("/proc/self/fd"))
-        for when in (2, 4):  # back from the look, back from the swap
+        # To the workers' namespace; to the service, and back from the look; the same for the swap; home.
+        for when in (3, 5):
             with strace(workers, f"setns:error=EPERM:when={when}"), pytest.raises(WorkerLost):
                 workers.submit(swap, workers, service.namespace, stack, layers.copies).result()
-            assert scratches(workers) == [], "another has removed its scratch"
+            until(lambda: scratches(workers) == [])  # another removes it
             until(lambda: len(tids()) == count)
             assert len(os.listdir("/proc/self/fd")) == descriptors
         assert service.read("/etc/web.conf") == "1"
@@ -232,64 +270,34 @@ def test_a_worker_that_cannot_come_back_is_replaced(service: Service, layers: La
 @tool("strace")
 def test_a_scratch_that_cannot_be_removed_is_later(service: Service, layers: Layers) -> None:
     stack = Stack((layers.tree({"web.conf": "1"}),))
-    with MountWorkers(1, privileged=may_mount()) as workers:
+    with MountWorkers(privileged=may_mount()) as workers:
         for call in ("umount2", "rmdir"):
             with strace(workers, f"{call}:error=EBUSY:when=1"):
                 assert workers.submit(swap, workers, service.namespace, stack, layers.copies).result().done
+                wait_until_idle(workers)
                 workers.submit(where).result()
+                wait_until_idle(workers)
             assert scratches(workers) == []
             assert workers.submit(os.listdir, PLACE).result() == ["images"]
             assert workers.submit(swap, workers, service.namespace, Stack(), {}).result().done
 
 
-async def test_a_worker_that_hangs_is_replaced_and_leaves_when_it_is_free(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_one_that_hangs_keeps_its_thread_and_the_next_gets_another() -> None:
     free = threading.Event()
-    with MountWorkers(1, privileged=may_mount()) as workers:
-        before = tids()
-        with monkeypatch.context() as patch, pytest.raises(Hung):
-            patch.setattr(
-                workers_module, "HANGS_SEC", 0.2
-            )  # too short for what has to be done on a busy machine
-            await workers.run(free.wait)
-        assert await workers.run(divmod, 7, 2) == (3, 1)
-        assert len(tids()) == len(before) + 1
+    with MountWorkers(privileged=may_mount()) as workers:
+        hang = [workers.submit(free.wait) for _ in range(6)]
+        assert workers.submit(divmod, 7, 2).result() == (3, 1)
         free.set()
-        until(lambda: len(tids()) == len(before))
-        assert await workers.run(divmod, 7, 2) == (3, 1)
+        assert all(one.result() for one in hang)
 
 
-async def test_nobody_waits_for_those_that_hang_until_they_are_given_up(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(workers_module, "_BUSY_SEC", 0.1)  # and HANGS_SEC is longer than pytest has patience
-    monkeypatch.setattr(workers_module, "HANGS_SEC", 3600.0)
-    free = threading.Event()
-    with MountWorkers(2, privileged=may_mount()) as workers:
-        before = tids()
-        async with trio.open_nursery() as nursery:
-            for _ in range(6):
-                nursery.start_soon(workers.run, free.wait)
-            assert await workers.run(divmod, 7, 2) == (3, 1)
-            with trio.fail_after(30):
-                while len(tids()) != len(before) + 6:
-                    await trio.sleep(0.01)
-            free.set()
-        until(lambda: len(tids()) == len(before))
-
-
-async def test_what_waits_behind_one_that_hangs_is_not_done_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    free, done = threading.Event(), []
-    with MountWorkers(1, privileged=may_mount()) as workers:
-        hangs = workers.submit(free.wait)
-        with monkeypatch.context() as patch, pytest.raises(Hung, match="all workers"):
-            patch.setattr(workers_module, "HANGS_SEC", 0.2)
-            await workers.run(done.append, 1)
-        free.set()
-        hangs.result()
-        await workers.run(done.append, 2)
-    assert done == [2]
+def test_threads_that_have_nothing_to_do_leave_but_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = tids()
+    monkeypatch.setattr(workers_module, "_IDLE_SEC", 0.1)
+    with MountWorkers(privileged=may_mount()) as workers:
+        for _ in range(3):
+            both(workers, where)
+            until(lambda: len(tids()) == len(before) + 1)
 
 
 def test_a_service_that_hangs_costs_one_worker(
@@ -303,7 +311,7 @@ def test_a_service_that_hangs_costs_one_worker(
         inside.set()
         free.wait()
 
-    with MountWorkers(2, privileged=may_mount()) as workers:
+    with MountWorkers(privileged=may_mount()) as workers:
         hangs = workers.submit(swap, workers, service.namespace, stack, layers.copies, hang)
         inside.wait()
         time.sleep(0.1)  # the limit itself
@@ -316,30 +324,43 @@ def test_a_service_that_hangs_costs_one_worker(
         assert workers.submit(swap, workers, service.namespace, stack, layers.copies).result().done
 
 
-async def test_one_that_hangs_does_not_keep_the_program_from_ending(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers_module, "HANGS_SEC", 0.1)
-    free = threading.Event()
-    workers = MountWorkers(1, privileged=may_mount())
-    with pytest.raises(Hung):
-        await workers.run(free.wait)
+def test_one_that_hangs_does_not_keep_the_program_from_ending() -> None:
+    before, free = tids(), threading.Event()
+    workers = MountWorkers(privileged=may_mount())
+    workers.submit(free.wait)
     workers.close()
     free.set()
+    until(lambda: tids() == before)
 
 
-def test_a_thread_does_not_wait_for_one_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers_module, "HANGS_SEC", 0.2)
-    free = threading.Event()
-    with MountWorkers(1, privileged=may_mount()) as workers:
-        with pytest.raises(Hung, match="no answer from the kernel"):
-            workers.call(free.wait)
-        assert workers.call(divmod, 7, 2) == (3, 1)
-        with pytest.raises(TimeoutError, match="its own"):
-            workers.call(fail, TimeoutError("its own"))
-        free.set()
+async def test_a_lost_worker_does_no_other_job(
+    monkeypatch: pytest.MonkeyPatch, workers: MountWorkers, service: Service
+) -> None:
+    """It may still be in the service's namespace: what comes next in the queue must not be done there."""
+    real, seen = syscalls.setns, list[int]()
 
+    def setns(fd: int, kind: int) -> None:
+        if fd == workers._namespace and where() == os.fstat(service.namespace).st_ino:
+            raise PermissionError(1, "no way back")
+        real(fd, kind)
 
-def fail(error: Exception) -> None:
-    raise error
+    def visit() -> None:
+        with workers.entered(service.namespace):
+            pass
+
+    jobs = Offload(start=workers.start)
+    monkeypatch.setattr(syscalls, "setns", setns)
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+
+            async def lost() -> None:
+                with pytest.raises(WorkerLost):
+                    await jobs.run("web", workers.call, visit)
+
+            nursery.start_soon(lost)
+            for number in range(5):
+                nursery.start_soon(jobs.run, f"{number}", lambda: seen.append(where()))
+    assert seen == [where()] * 5
 
 
 # ---- images
@@ -373,7 +394,7 @@ def backed(device: Path, file: Path) -> bool:
 class TestImages:
     def test_an_image_is_mounted_once_for_all_its_users(self, layers: Layers, squashfs: Layer) -> None:
         copy = layers.copies[squashfs.digest]
-        with MountWorkers(2) as workers:
+        with MountWorkers() as workers:
 
             def use() -> str:
                 with workers.images.attached([copy]) as roots:
@@ -395,7 +416,7 @@ class TestImages:
         os.mkfifo(tmp_path / "blocks")
         hangs = Copy("f" * 64, str(tmp_path / "blocks"), 0, Kind.IMAGE, FORMATS["squashfs"])
         copy = layers.copies[squashfs.digest]
-        with MountWorkers(2) as workers:
+        with MountWorkers() as workers:
 
             def use(copy: Copy) -> str:
                 with workers.images.attached([copy]) as roots:
@@ -414,7 +435,7 @@ class TestImages:
 
     def test_one_in_use_is_not_unmounted(self, layers: Layers, squashfs: Layer) -> None:
         copy = layers.copies[squashfs.digest]
-        with MountWorkers(1) as workers:
+        with MountWorkers() as workers:
 
             def use() -> str:
                 with workers.images.attached([copy]) as roots:
@@ -433,7 +454,7 @@ class TestImages:
                 seen.append(os.listdir(f"{PLACE}/images/{copy.digest}"))
                 return super().fsmount(backing, label)
 
-        with MountWorkers(1) as workers:
+        with MountWorkers() as workers:
 
             def use() -> str:
                 with workers.images.attached([copy]) as roots:
@@ -453,7 +474,7 @@ class TestImages:
     def test_a_service_keeps_its_stack_when_the_workers_have_gone(
         self, service: Service, layers: Layers, squashfs: Layer
     ) -> None:
-        with MountWorkers(1) as workers:
+        with MountWorkers() as workers:
             workers.submit(swap, workers, service.namespace, Stack((squashfs,)), layers.copies).result()
         assert service.read("/etc/web.conf") == "1"
         assert loops(layers, squashfs) == 1
@@ -462,7 +483,7 @@ class TestImages:
     @tool("mkfs.erofs")
     def test_erofs_needs_no_loop_device_where_the_kernel_can_do_without(self, layers: Layers) -> None:
         layer = layers.image({"web.conf": "1"}, "erofs")
-        with MountWorkers(1) as workers:
+        with MountWorkers() as workers:
 
             def use() -> str:
                 with workers.images.attached([layers.copies[layer.digest]]) as roots:
@@ -488,7 +509,7 @@ class TestImages:
             found = probe(file.fileno(), plain.stat().st_size)
         assert (found.offset > 4096, found.size >= 4096) == (True, True)
         layers.copies[layer.digest] = replace(layers.copies[layer.digest], format=found)
-        with MountWorkers(1) as workers:
+        with MountWorkers() as workers:
 
             def use() -> str:
                 with workers.images.attached([layers.copies[layer.digest]]) as roots:
@@ -533,7 +554,7 @@ class TestImages:
         broken.write_bytes(os.urandom(1 << 16))
         copy = layers.copies[squashfs.digest]
         bad = type(copy)("b" * 64, str(broken), 1 << 16, Kind.IMAGE, FORMATS[fstype])
-        with MountWorkers(1) as workers:
+        with MountWorkers() as workers:
 
             def use() -> None:
                 with workers.images.attached([copy, bad]):

@@ -43,7 +43,6 @@ def test_the_watchers_settings() -> None:
         HistoryMax=7
         ReloadLimitBurst=0
         ReloadLimitIntervalSec=3s
-        MountWorkers=1
         LogLevel=debug
     """
     expected = Settings(
@@ -59,7 +58,6 @@ def test_the_watchers_settings() -> None:
         history_max=7,
         reload_limit_burst=0,
         reload_limit_interval_usec=3_000_000,
-        mount_workers=1,
         log_level="debug",
     )
     assert watcher(text) == (expected, [])
@@ -198,12 +196,12 @@ def test_the_file_of_the_first_place_and_the_drop_ins_of_all(
     for place in (etc, usr):
         (place / "watcher.conf.d").mkdir(parents=True)
     (usr / "watcher.conf").write_text("[Watcher]\nKeepStacks=9\nHistoryMax=9\n")
-    (usr / "watcher.conf.d/10-a.conf").write_text("[Watcher]\nSettleSec=1\nMountWorkers=2\n")
-    (usr / "watcher.conf.d/20-b.conf").write_text("[Watcher]\nMountWorkers=8\n")
+    (usr / "watcher.conf.d/10-a.conf").write_text("[Watcher]\nSettleSec=1\nHistoryMax=2\n")
+    (usr / "watcher.conf.d/20-b.conf").write_text("[Watcher]\nHistoryMax=8\n")
     environment = {"CONFIGURATION_DIRECTORY": str(etc), "STATE_DIRECTORY": "/s", "RUNTIME_DIRECTORY": "/r"}
 
     settings, _ = config.load(environment)
-    assert (settings.keep_stacks, settings.settle_usec, settings.mount_workers) == (9, 1_000_000, 8)
+    assert (settings.keep_stacks, settings.settle_usec, settings.history_max) == (9, 1_000_000, 8)
     assert (settings.configuration_directory, settings.state_directory) == (str(etc), "/s")
 
     (etc / "watcher.conf").write_text("[Watcher]\nKeepStacks=7\nnonsense\n")
@@ -211,7 +209,7 @@ def test_the_file_of_the_first_place_and_the_drop_ins_of_all(
     (etc / "watcher.conf.d/20-b.conf").symlink_to("/dev/null")
     settings, remarks = config.load(environment)
     assert (settings.keep_stacks, settings.history_max) == (7, 10_000)
-    assert (settings.settle_usec, settings.mount_workers) == (2_000_000, 4)
+    assert settings.settle_usec == 2_000_000
     assert [r.path for r in remarks] == [f"{etc}/watcher.conf:3"]
 
 

@@ -299,11 +299,9 @@ class World:
             layers.append(layer)
         return Stack(tuple(layers))
 
-    async def _check(
-        self, workers: Any, manager: Any, service: Service, main: Any, stack: Stack, *_: Any
-    ) -> Ended:
+    async def _check(self, tools: Any, service: Service, stack: Stack, *_: Any) -> Ended:
         self.tick()
-        if not main.alive():
+        if service.main is None or not service.main.alive():
             raise Gone("it has ended")
         self.tick()
         return Ended("check failed", "") if self._has(stack, "check fails") else Ended("", "")
@@ -481,7 +479,11 @@ class World:
                 effects=lambda digest: (),
                 asks_for=lambda layer, names: "",
             ),
-            workers=SimpleNamespace(call=call, check_foreign=self._check_foreign),
+            workers=SimpleNamespace(
+                call=call,
+                check_foreign=self._check_foreign,
+                images=SimpleNamespace(missing=lambda copies: ()),
+            ),
             manager=Manager(),
             watcher=SimpleNamespace(watch=nothing, renaming=nothing, drop=lambda name: None),
             writers=SimpleNamespace(watch=lambda directories: None),

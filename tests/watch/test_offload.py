@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Work that may hang: one thread for each key, and nobody waits for another's.
+"""Work that may hang (watch/jobs.py): one thread for each key, and nobody waits for another's.
 
 With `records/together.py`: what is done for several jobs at once.
 """
@@ -325,3 +325,17 @@ async def test_what_is_just_being_written_down_comes_to_its_end_when_it_is_cance
         threading.Timer(0.1, free.set).start()
         nursery.cancel_scope.cancel()
     assert done == ["web"]
+
+
+async def test_a_lull_is_over_when_something_is_done_and_never_takes_long(free: threading.Event) -> None:
+    work = Offload()
+    await work.lull()  # nothing to wait for
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(work.run, "web", free.wait)
+        await trio.testing.wait_all_tasks_blocked()
+        assert work.is_busy
+        with trio.fail_after(PATIENCE):
+            await work.lull()  # one that hangs
+        free.set()
+    while work.is_busy:
+        await trio.sleep(0.001)

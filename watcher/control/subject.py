@@ -28,7 +28,8 @@ from watcher.mounts.mountinfo import Mount
 from watcher.mounts.parts import Parts
 from watcher.mounts.process import Elsewhere, Gone, Process, may_mount, shares_host
 from watcher.mounts.table import Table
-from watcher.mounts.workers import MountWorkers, WorkerLost
+from watcher.mounts.whereabouts import WorkerLost
+from watcher.mounts.workers import MountWorkers
 from watcher.records.ledger import Reader
 from watcher.records.schema import Failed, ServiceNotFound
 from watcher.records.state import Accepted
@@ -141,7 +142,7 @@ def subject(settings: Settings, service: str) -> Iterator[Subject]:
             # What is looked at is not collected meanwhile.
             names = held.enter_context(contextlib.closing(Names(f"{settings.state_directory}/store")))
             held.enter_context(names.hold(wait=True))
-        workers = held.enter_context(MountWorkers(1, privileged=may_mount()))
+        workers = held.enter_context(MountWorkers(privileged=may_mount()))
         fds = held.enter_context(Descriptors())
         try:
             state, found = workers.submit(_look, fds, workers, main).result()

@@ -53,6 +53,7 @@ from watcher.watch.writers import Writers
 # Errors that say what this machine lacks, and nothing about the image.
 _SHORT = {
     errno.ENOMEM: "no memory",
+    errno.EAGAIN: "too many threads",
     errno.ENOSPC: "no free loop device",
     errno.ENXIO: "no loop device",
     errno.EBUSY: "no free loop device",
@@ -226,7 +227,7 @@ def release_of(
     try:
         if copy.kind is Kind.IMAGE:
             with nullcontext() if workers.images.has(copy) else ready(copy):
-                found, root = workers.call(_read_mounted, workers, copy)
+                found, root = workers.call_apart(_read_mounted, workers, copy)
             try:
                 read(root)
             finally:

@@ -123,7 +123,7 @@ def _image(
             verity = image.verity(fd, files.fds.get(VERITY))
             trust = verify(verity, keys, "the file") if verity else Trust()
         if may_mount():
-            with MountWorkers(1) as workers:
+            with MountWorkers() as workers:
                 found = release_of(copy, workers, read)
         else:
             found = _unpacked_release(fd, path, image)

@@ -76,6 +76,15 @@ class Images:
                 for image in held:
                     image.users -= 1
 
+    def missing(self, copies: Iterable[Copy]) -> list[Copy]:
+        """The images that are not mounted. Raises OSError: a copy is gone."""
+        return [copy for copy in copies if copy.format is not None and not self.has(copy)]
+
+    def mount(self, copies: Iterable[Copy]) -> None:
+        """Mount images that are not mounted. Raises as `attached()`."""
+        with self.attached(copies):
+            pass
+
     def has(self, copy: Copy) -> bool:
         """Whether a copy is mounted, and so to have it costs nothing. Raises OSError: it is gone."""
         with self._lock:

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Mount workers: threads in a private mount namespace, which leave it to enter a service's.
+"""Mount workers: threads that can enter a service's mount namespace, and come back.
 
 `setns(CLONE_NEWNS)` refuses a thread that shares its root and working directory with others. A worker calls
-`unshare(CLONE_FS)` once. From then on its mount namespace is its own: the other threads of the program are not
-affected, and no process has to be forked for a swap.
+`unshare(CLONE_FS)` for that. From then on the namespace it is in is its own affair: the other threads of the program
+are not affected, and no process has to be forked for a swap.
 
-All threads of a `MountWorkers` share one mount namespace that no other process is in. In it lies a small tmpfs:
+At home a worker is in the program's own namespace, and does any other work there, too. To mount something it goes to
+the workers' namespace, which no process is in otherwise, and from there to a service's. In the workers' namespace lies
+a small tmpfs:
 
     images/DIGEST       each image, mounted once for all services that use it
     N/                  the tmpfs of one swap, in which a stack is put together
 
-The kernel removes all of it with the last thread, whatever kills the program. Layers have to be attached somewhere:
-before Linux 6.15 overlayfs refuses layers from detached mounts, and nothing can be attached to a detached mount.
+The kernel removes all of it with the program, whatever kills that. Layers have to be attached somewhere: before Linux
+6.15 overlayfs refuses layers from detached mounts, and nothing can be attached to a detached mount.
+
+A job that hangs (in a service on a dead network file system) keeps its thread. The next job gets another one.
 """
 
 from __future__ import annotations
@@ -25,86 +29,85 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from watcher.model import Copy
 from watcher.mounts import image_mounts, syscalls
 from watcher.mounts.process import Elsewhere, namespace_id
+from watcher.mounts.whereabouts import Place, WorkerLost, come_back, go, here, name_it
 from watcher.records import journal
-
-if TYPE_CHECKING:
-    import trio
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Work = Callable[[], None]
 
 # Hidden by our tmpfs, in the private namespace only. /sys is on every machine, and no step of a swap needs it.
 PLACE = "/sys"
 
-HANGS_SEC = 27.0
-"""Seconds after which a job counts as hanging: before the job that it may be part of does (watch/offload.py)."""
+THREAD = "confext-mounts"
+"""What the threads are called."""
 
-_BUSY_SEC = 1.0  # until another worker takes over what is waiting
+HANGS_SEC = 27.0
+"""Seconds after which a step in a namespace counts as hanging: before the job that it is part of does
+(watch/offload.py)."""
+
+_IDLE_SEC = 10.0  # a thread that has nothing to do for so long leaves, if there is another one
 _GRACE_SEC = 0.4  # for a job that is under way when the program ends
+_LEFTOVERS_MAX = 64  # so many wait until a worker has nothing else to do
 
 
 class HostNamespace(Elsewhere):
     """The namespace is the host's (or our own), not the service's: nothing may be mounted in it."""
 
 
-class WorkerLost(Exception):
-    """A worker could not come back from a service's namespace. It ends, and another takes its place."""
-
-
 class Hung(Exception):
-    """A job does not end."""
+    """A step in a mount namespace does not end."""
 
 
 class MountWorkers:
-    """Worker threads in a private mount namespace.
+    """Worker threads, as many as have something to do, and their mount namespace.
 
     Args:
-        threads: how many; two already overlap one swap's waiting for the kernel with another's work.
         privileged: False in a user namespace, where overlayfs keeps its marks in `user.` attributes and only
             directory trees can be layers.
         fsmount: mounts an image, see `Images`.
+
+    Raises:
+        OSError: there can be none here.
     """
 
     def __init__(
-        self,
-        threads: int = 2,
-        *,
-        privileged: bool = True,
-        fsmount: Callable[[Copy, int], int] = image_mounts.plain,
+        self, *, privileged: bool = True, fsmount: Callable[[Copy, int], int] = image_mounts.plain
     ) -> None:
         self.privileged = privileged
         self.images = image_mounts.Images(f"{PLACE}/images", fsmount)
-        self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
         self._numbers = itertools.count(1)
         self._forbidden = {namespace_id("/proc/self/ns/mnt")}
         # In a user namespace we may not look at PID 1. Then we cannot enter its namespace either.
         with contextlib.suppress(PermissionError):
             self._forbidden.add(namespace_id("/proc/1/ns/mnt"))
-        self._namespace = -1
+        self._home = self._namespace = -1
         self._attended: dict[tuple[int, int], float] = {}
         self._attention = threading.Condition()
         self._leftovers: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._threads: set[threading.Thread] = set()
-        for _ in range(threads):
-            self._start_thread()
+        self._closed = False
+        # Of each thread that has nothing to do: where it waits for that.
+        self._idle: list[queue.SimpleQueue[Work | None]] = []
+        self._idle.append(self._new_thread())
         self._forbidden.add(namespace_id(self._namespace))
 
     def close(self) -> None:
         """End the threads, and with them the mounts of their namespace. What a service shows stays."""
-        threads = list(self._threads)
-        for _ in threads:
-            self._jobs.put(None)
+        self._closed = True
+        while self._idle:
+            self._idle.pop().put(None)
         deadline = time.monotonic() + _GRACE_SEC
-        for thread in threads:
+        for thread in list(self._threads):
             thread.join(max(0.0, deadline - time.monotonic()))
-        if self._namespace >= 0:
-            os.close(self._namespace)
-            self._namespace = -1
+        for fd in {self._home, self._namespace} - {-1}:
+            os.close(fd)
+        self._home = self._namespace = -1
 
     def __enter__(self) -> MountWorkers:
         return self
@@ -120,71 +123,71 @@ class MountWorkers:
         """
         if self.privileged:
             return
-        syscalls.unshare(syscalls.CLONE_FS)
-        syscalls.setns(self._namespace, syscalls.CLONE_NEWNS)
+        go(self._namespace)
 
-    def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> _Job[T]:
-        """Run `function` on a worker."""
-        job = _Job(lambda: function(*args, **kwargs))
-        self._jobs.put(job)
-        return job
-
-    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """`submit()` for a trio task.
-
-        Cancellation waits for a job that is under way: it takes a millisecond. A job that hangs (in a service on a dead
-        network file system) keeps its thread; another thread takes its place, and the task goes on.
+    def start(self, work: Work) -> None:
+        """Do some work on a worker, at home: one that has nothing to do, or a new one.
 
         Raises:
-            Hung: the job did not end, or its turn did not come.
+            OSError: no thread can be had.
         """
-        import trio  # who only looks has no tasks, and does not wait for it to load
+        try:
+            waits = self._idle.pop()
+        except IndexError:
+            waits = self._new_thread()
+        waits.put(work)
 
-        token = trio.lowlevel.current_trio_token()
-        done = trio.Event()
-        job = self.submit(function, *args, **kwargs)
-        job.add_done_callback(lambda _: _wake(token, done))
-        for seconds in self._patience(job):
-            with trio.move_on_after(seconds):
-                try:
-                    await done.wait()
-                except trio.Cancelled:
-                    with trio.move_on_after(_GRACE_SEC, shield=True):
-                        await done.wait()
-                    if not done.is_set():
-                        raise
-        return job.result()
+    def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Run a function on a worker, in the workers' namespace. Raises as `start()`."""
+        result: Future[T] = Future()
+
+        def work() -> None:
+            if not result.set_running_or_notify_cancel():
+                return
+            try:
+                found = self.call(function, *args, **kwargs)
+            except BaseException as error:  # noqa: BLE001 -- raised again where the result is waited for
+                result.set_exception(error)
+            else:
+                result.set_result(found)
+
+        self.start(work)
+        return result
 
     def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """`run()` for a thread that may wait; not for a worker. Raises Hung: see there."""
-        job = self.submit(function, *args, **kwargs)
-        for seconds in self._patience(job):
-            with contextlib.suppress(TimeoutError):
-                job.exception(seconds)
-        return job.result()
+        """Run a function in the workers' namespace. On another thread it waits for a worker: see `submit()`.
 
-    def _patience(self, job: _Job[Any]) -> Iterator[float]:
-        """Seconds to wait for a job, again and again until it is done. Raises Hung."""
-        left = HANGS_SEC
-        while left > 0:
-            yield min(_BUSY_SEC, left)
-            if job.done():
-                return
-            self._relieve(job)
-            left -= _BUSY_SEC
-        if job.cancel():
-            raise Hung(f"all workers have been waiting for the kernel for {HANGS_SEC:g} s")
-        if not job.done():
-            raise Hung(f"no answer from the kernel for {HANGS_SEC:g} s")
-
-    def _relieve(self, job: _Job[Any]) -> None:
-        """Start a worker in place of the one that is at this job, which leaves when it has done it.
-
-        The jobs that wait must not wait until a service that hangs is given up.
+        Raises:
+            WorkerLost: there was no way home.
         """
-        if job.thread in self._threads and not job.done():
-            self._start_thread()
-            self._threads.discard(job.thread)
+        if here.place is Place.ELSEWHERE:
+            return self.submit(function, *args, **kwargs).result()
+        if here.place is Place.WORKERS:
+            return function(*args, **kwargs)
+        come_back(self._namespace)
+        here.place = Place.WORKERS
+        try:
+            if self._leftovers.qsize() > _LEFTOVERS_MAX:
+                self._remove_leftovers()
+            return function(*args, **kwargs)
+        finally:
+            if not here.lost:
+                come_back(self._home)
+                here.place = Place.HOME
+
+    def call_apart(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """`call()` on a worker of its own, for what may never end: the kernel looks at an image for the first time.
+
+        Raises:
+            Hung: it does not end within HANGS_SEC.
+        """
+        job = self.submit(function, *args, **kwargs)
+        try:
+            return job.result(HANGS_SEC)
+        except TimeoutError:
+            if job.done():
+                raise
+            raise Hung(f"no answer from the kernel for {HANGS_SEC:g} s") from None
 
     def check_foreign(self, identity: tuple[int, int]) -> None:
         """Refuse a namespace that is the host's or our own.
@@ -207,18 +210,14 @@ class MountWorkers:
         """
         wanted = namespace_id(namespace)
         self.check_foreign(wanted)
+        go(namespace)
         try:
-            syscalls.setns(namespace, syscalls.CLONE_NEWNS)
-            status = os.stat("ns/mnt", dir_fd=_worker.task)
+            status = os.stat("ns/mnt", dir_fd=here.task)
             if (status.st_dev, status.st_ino) != wanted:
                 raise HostNamespace("is not in the mount namespace that was entered")
             yield
         finally:
-            try:
-                syscalls.setns(self._namespace, syscalls.CLONE_NEWNS)
-            except OSError as error:
-                _worker.lost = True
-                raise WorkerLost(f"no way back from a service's mount namespace: {error}") from error
+            come_back(self._namespace)
 
     @contextlib.contextmanager
     def attending(self, namespace: int) -> Iterator[None]:
@@ -246,14 +245,14 @@ class MountWorkers:
 
     def own_namespace(self) -> int:
         """A descriptor of the mount namespace that this worker is in."""
-        return os.open("ns/mnt", os.O_RDONLY | os.O_CLOEXEC, dir_fd=_worker.task)
+        return os.open("ns/mnt", os.O_RDONLY | os.O_CLOEXEC, dir_fd=here.task)
 
     def open_mountinfo(self) -> int:
         """A descriptor of the mount table of the namespace that this worker is in, whatever /proc there shows.
 
         poll(2) gives POLLPRI when that table changes after this call (proc_pid_mounts(5)).
         """
-        return os.open("mountinfo", os.O_RDONLY | os.O_CLOEXEC, dir_fd=_worker.task)
+        return os.open("mountinfo", os.O_RDONLY | os.O_CLOEXEC, dir_fd=here.task)
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[None]:
@@ -276,50 +275,82 @@ class MountWorkers:
             self._leftovers.put(place)
             os.chdir("/")  # a working directory in it would keep the tmpfs
 
-    def _start_thread(self) -> None:
+    def _new_thread(self) -> queue.SimpleQueue[Work | None]:
+        """Where a new thread waits for work."""
+        waits: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         ready: Future[None] = Future()
-        threading.Thread(target=self._work, args=(ready,), name="confext-mounts", daemon=True).start()
-        ready.result()
-
-    def _work(self, ready: Future[None]) -> None:
+        thread = threading.Thread(target=self._live, args=(waits, ready), name=THREAD, daemon=True)
         try:
-            self._isolate()
+            thread.start()
+        except RuntimeError as error:
+            raise OSError(errno.EAGAIN, "no thread can be started") from error
+        ready.result()
+        return waits
+
+    def _live(self, waits: queue.SimpleQueue[Work | None], ready: Future[None]) -> None:
+        try:
+            self._stand_alone()
         except BaseException as error:  # noqa: BLE001 -- raised again where the result is waited for
+            if here.task >= 0:
+                os.close(here.task)
             ready.set_exception(error)
             return
         thread = threading.current_thread()
         self._threads.add(thread)
         ready.set_result(None)
         try:
-            while thread in self._threads:  # else another has taken its place
-                self._remove_leftovers()
-                job = self._jobs.get()
-                if job is None:
+            while (work := self._next(waits)) is not None:
+                work()
+                del work
+                if not here.lost and self._leftovers.qsize():
+                    with contextlib.suppress(WorkerLost):
+                        self.call(self._remove_leftovers)
+                if here.lost:
                     return
-                job.run(thread)
-                if _worker.lost:
-                    threading.Thread(target=self._replace, daemon=True).start()
+                self._idle.append(waits)
+                if self._closed:
                     return
-                del job
         finally:
             self._threads.discard(thread)
-            os.close(_worker.task)
+            os.close(here.task)
 
-    def _isolate(self) -> None:
+    def _next(self, waits: queue.SimpleQueue[Work | None]) -> Work | None:
+        """What a thread does next; None: it leaves."""
+        with contextlib.suppress(queue.Empty):
+            return waits.get(timeout=_IDLE_SEC)
+        if len(self._idle) > 1:
+            with contextlib.suppress(ValueError):  # something has just come for it
+                self._idle.remove(waits)
+                return None
+        return waits.get()
+
+    def _stand_alone(self) -> None:
         syscalls.unshare(syscalls.CLONE_FS)
-        if self._namespace < 0:
-            syscalls.unshare(syscalls.CLONE_NEWNS)
-            # Slave: what the host unmounts goes away here too, and we never keep it busy. Nothing of ours goes back.
-            syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_SLAVE)
-            syscalls.mount("confext-watcher", PLACE, "tmpfs", 0, "mode=0700")
-            syscalls.mount("none", PLACE, None, syscalls.MS_PRIVATE)
-            os.mkdir(f"{PLACE}/images", 0o700)
-            self._namespace = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-        else:
-            syscalls.setns(self._namespace, syscalls.CLONE_NEWNS)
         # Not /proc/self, which is the leader of the thread group, in another namespace.
-        _worker.task = os.open("/proc/thread-self", os.O_PATH | os.O_CLOEXEC)
-        _worker.lost = False
+        here.task = os.open("/proc/thread-self", os.O_PATH | os.O_CLOEXEC)
+        with contextlib.suppress(OSError):  # for who looks at the threads: ps -L, top -H
+            name_it(THREAD)
+        if self._namespace < 0:
+            self._make_namespace()
+        else:
+            come_back(self._home)  # who has asked for this thread may be somewhere else
+        here.place = Place.HOME
+
+    def _make_namespace(self) -> None:
+        home = self.own_namespace()
+        syscalls.unshare(syscalls.CLONE_NEWNS)
+        # Slave: what the host unmounts goes away here too, and we never keep it busy. Nothing of ours goes back.
+        syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_SLAVE)
+        syscalls.mount("confext-watcher", PLACE, "tmpfs", 0, "mode=0700")
+        syscalls.mount("none", PLACE, None, syscalls.MS_PRIVATE)
+        os.mkdir(f"{PLACE}/images", 0o700)
+        self._namespace = self.own_namespace()
+        try:
+            go(home)
+            self._home = home
+        except PermissionError:  # another user's, so all workers stay here
+            os.close(home)
+            self._home = self._namespace
 
     def _remove_leftovers(self) -> None:
         """Unmount what the swaps before have left: by path, so that any worker does it for one that was lost."""
@@ -333,51 +364,6 @@ class MountWorkers:
             except OSError as error:
                 self._leftovers.put(place)
                 journal.log.warning(f"mount workers: leftovers of a swap stay, it is tried again: {error}")
-
-    def _replace(self) -> None:
-        """Runs on a thread of its own: the lost worker may still be in a service's namespace."""
-        try:
-            self._start_thread()
-        except OSError as error:
-            journal.log.error(f"mount workers: none could be started in place of one that was lost: {error}")
-
-
-def _wake(token: trio.lowlevel.TrioToken, done: trio.Event) -> None:
-    import trio
-
-    # The program may have ended without waiting for a job that hangs.
-    with contextlib.suppress(trio.RunFinishedError):
-        token.run_sync_soon(done.set)
-
-
-class _Job(Future[T]):
-    """A function, and what comes of it; `thread` is the worker that has begun it."""
-
-    def __init__(self, function: Callable[[], T]) -> None:
-        super().__init__()
-        self.thread: threading.Thread | None = None
-        self._function = function
-
-    def run(self, thread: threading.Thread) -> None:
-        self.thread = thread
-        if not self.set_running_or_notify_cancel():
-            return
-        try:
-            result = self._function()
-        except BaseException as error:  # noqa: BLE001 -- raised again where the result is waited for
-            self.set_exception(error)
-        else:
-            self.set_result(result)
-
-
-class _Worker(threading.local):
-    """Of one worker thread: a descriptor of its directory in /proc, and whether it failed to come back."""
-
-    task: int
-    lost: bool
-
-
-_worker = _Worker()
 
 
 def _remove(place: str) -> None:

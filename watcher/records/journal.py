@@ -85,6 +85,7 @@ _PLAIN: Final = "\x1b[0m"
 _LAST_SEC: Final = 0.5
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
+_detailed = False
 
 
 def configure(mode: Mode = "auto", level: str = "info") -> None:
@@ -101,7 +102,7 @@ def configure(mode: Mode = "auto", level: str = "info") -> None:
         there = os.path.exists(JOURNAL_SOCKET)
         if there and leads_to_journal(sys.stderr, os.environ.get("JOURNAL_STREAM", "")):
             mode = "journal"
-    global _journal
+    global _detailed, _journal
     if _journal:
         _journal.close()
         _journal = None
@@ -119,6 +120,12 @@ def configure(mode: Mode = "auto", level: str = "info") -> None:
         logger_factory=factory,
         cache_logger_on_first_use=False,
     )
+    _detailed = level == "debug"
+
+
+def is_detailed() -> bool:
+    """Whether lines of level "debug" are written."""
+    return _detailed
 
 
 def say(remark: Remark) -> None:

@@ -32,6 +32,9 @@ class Together:
     last: bool = False
 
 
+WHEN_QUIET = Together(lambda items: None, None, last=True)
+"""Nothing is needed but that nothing else is left to do."""
+
 Gathering = Generator[Together, None, T]
 """A function that yields what it needs; T is what it returns."""
 

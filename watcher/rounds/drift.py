@@ -23,8 +23,6 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
-import trio
-
 from watcher.images.layers import Layers, Type
 from watcher.images.walk import DIRECTORY, Walk
 from watcher.managers.base import Service
@@ -32,9 +30,11 @@ from watcher.model import Later, Refused, Stack, problem, shown
 from watcher.mounts.descriptors import Descriptors
 from watcher.mounts.etc import open_inside
 from watcher.mounts.parts import open_layers
-from watcher.mounts.workers import Hung, WorkerLost
+from watcher.mounts.whereabouts import WorkerLost
+from watcher.mounts.workers import Hung
 from watcher.records.state import Covers, Drifted, State
 from watcher.records.together import Gathering
+from watcher.rounds.afterwards import Afterwards
 from watcher.rounds.outcomes import say
 from watcher.rounds.tools import Tools
 from watcher.watch.offload import Unanswered
@@ -45,8 +45,6 @@ BYTES_MAX = 16 << 20
 """A larger file of the host is known by its size and its time of change alone."""
 _LATER_SEC = 0.5
 """So long changes gather: an upgrade of a package makes many."""
-_HANGS_SEC = 0.1
-"""So long the others wait for one."""
 _SAID_MAX = 3
 _KNOWN_MAX = 50_000
 
@@ -58,8 +56,7 @@ class Drift:
 
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
-        self._due: set[str] = set()
-        self._wake = trio.Event()
+        self._afterwards = Afterwards(self.look_now, _LATER_SEC, lambda: tools.offload.is_busy)
         self._said: dict[str, str] = {}
         # By digest: the files of a layer, which never change.
         self._files: dict[str, tuple[str, ...]] = {}
@@ -68,28 +65,11 @@ class Drift:
 
     def look(self, name: str) -> None:
         """A round of a service is over, or its base has changed."""
-        self._due.add(name)
-        self._wake.set()
+        self._afterwards.due(name)
 
     async def run(self) -> None:
         """Look until cancelled."""
-        async with trio.open_nursery() as nursery:
-            while True:
-                await self._wake.wait()
-                await trio.sleep(_LATER_SEC)
-                self._wake = trio.Event()
-                due, self._due = self._due, set()
-                for name in sorted(due):
-                    done = trio.Event()
-                    nursery.start_soon(self._look, name, done)
-                    with trio.move_on_after(_HANGS_SEC):  # one that hangs goes on alone
-                        await done.wait()
-
-    async def _look(self, name: str, done: trio.Event) -> None:
-        try:
-            await self.look_now(name)
-        finally:
-            done.set()
+        await self._afterwards.run()
 
     async def look_now(self, name: str) -> None:
         """Look at a service, and say what is new. What prevents that is said once, as a detail."""
@@ -111,7 +91,6 @@ class Drift:
 
     def _find(self, service: Service) -> Gathering[tuple[Drifted, ...]]:
         """What has to be said now. Blocks, also on the service's root."""
-        yield from ()
         store = self._tools.store
         state = store.state(service.slots)
         by = self._covering(state.accepted.stack) if service.root is not None else {}
@@ -122,7 +101,7 @@ class Drift:
         if new is state:
             return ()
         # Another stack may have been accepted, by `exec`: that is for the next look.
-        kept = store.change(
+        kept = yield from store.changing(
             service.slots,
             lambda old: replace(old, covers=new.covers) if old.accepted == state.accepted else old,
         )
@@ -139,7 +118,7 @@ class Drift:
                 layers = {layer.digest: layer for layer in missing}
                 with Descriptors() as fds:
                     workers = self._tools.workers
-                    opened = workers.call(open_layers, fds, workers, copies, layers.__getitem__)
+                    opened = workers.call_apart(open_layers, fds, workers, copies, layers.__getitem__)
                     for digest, root in opened.items():
                         self._remember(digest, tuple(files_of(root)))
         return {path: layer.label for layer in stack.layers for path in self._files.get(layer.digest, ())}

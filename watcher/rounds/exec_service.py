@@ -173,7 +173,7 @@ def _enter_stack(settings: Settings, options: ExecOptions, *, answers: bool) -> 
         journal.say(remark)
     mounts = VerifiedMounts()
     with (
-        MountWorkers(1, privileged=may_mount(), fsmount=mounts.fsmount) as workers,
+        MountWorkers(privileged=may_mount(), fsmount=mounts.fsmount) as workers,
         Store(
             settings.state_directory,
             settings.store_max,

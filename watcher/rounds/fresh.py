@@ -8,32 +8,31 @@ moment: a new stack is fresh, and what has changed since is made good when it is
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 import trio
 
 from watcher.managers.base import Service
-from watcher.managers.command import aside
 from watcher.model import Later, Refused, Remark, problem
 from watcher.mounts.etc import Moved
 from watcher.mounts.process import Elsewhere, Gone
 from watcher.mounts.refresh import View, views_of
 from watcher.mounts.renew import renew
-from watcher.mounts.workers import Hung, WorkerLost
+from watcher.mounts.whereabouts import WorkerLost
+from watcher.mounts.workers import Hung
+from watcher.records.together import Gathering
+from watcher.rounds.afterwards import Afterwards
 from watcher.rounds.memory import Memory
 from watcher.rounds.outcomes import say
 from watcher.rounds.tools import Tools
 from watcher.watch.freshness import Freshness, Held
+from watcher.watch.offload import Unanswered
 from watcher.watch.watcher import RETRY_SEC
 
-# Seconds after the round of a service. The rounds of a burst are over then.
-_LATER = 0.02
+_LATER_SEC = 0.02
 
-# Seconds that the others wait for one.
-_HANGS = 0.1
-
-_FAULTS = (OSError, Refused, Later, Hung, WorkerLost, Moved)
+_FAULTS = (OSError, Refused, Later, Hung, WorkerLost, Moved, Unanswered)
 
 
 class Fresh:
@@ -60,8 +59,8 @@ class Fresh:
         self._renewed: dict[str, int] = {}
         self._renewing: set[str] = set()
         self._said: dict[str, str] = {}
-        self._due: set[str] = set()
-        self._wake = trio.Event()
+        self._nursery: trio.Nursery | None = None
+        self._afterwards = Afterwards(self._follow, _LATER_SEC, lambda: tools.offload.is_busy)
         self._freshness: Freshness | None = None
 
     async def run(self) -> None:
@@ -73,6 +72,7 @@ class Fresh:
                 token.run_sync_soon(what)
 
         async with trio.open_nursery() as nursery:
+            self._nursery = nursery
             self._freshness = Freshness(
                 held=lambda held: in_loop(functools.partial(self._held, nursery, held)),
                 changed=lambda name, tells: in_loop(functools.partial(self._tell, name, tells)),
@@ -80,16 +80,7 @@ class Fresh:
                 begin=self._tools.workers.stand,
             )
             try:
-                while True:
-                    await self._wake.wait()
-                    await trio.sleep(_LATER)
-                    self._wake = trio.Event()
-                    due, self._due = self._due, set()
-                    for name in due:
-                        followed = trio.Event()
-                        nursery.start_soon(self._follow, name, self._freshness, followed)
-                        with trio.move_on_after(_HANGS):  # one that hangs goes on alone
-                            await followed.wait()
+                await self._afterwards.run()
             finally:
                 self._freshness.close()
 
@@ -105,8 +96,7 @@ class Fresh:
     def look(self, name: str) -> None:
         """A round of a service is over, or it takes no part any more."""
         if self._key(name) != self._keys.get(name):
-            self._due.add(name)
-            self._wake.set()
+            self._afterwards.due(name)
 
     def _key(self, name: str) -> object:
         """What its overlays depend on; None: it has none to follow."""
@@ -117,20 +107,22 @@ class Fresh:
             return None
         return service.invocation, service.settings.base_changed, memory.swaps, self._renewed.get(name, 0)
 
-    async def _follow(self, name: str, freshness: Freshness, followed: trio.Event) -> None:
+    async def _follow(self, name: str) -> None:
+        assert self._freshness is not None and self._nursery is not None
         try:
-            await self._try_to_follow(name, freshness)
+            await self._try_to_follow(name, self._freshness)
         except _FAULTS as error:
             text = f"what the host replaces in /etc may not be seen: {problem(error)}"
             if self._said.get(name) != text:
                 self._said[name] = text
                 say("warning", name, text)
-            followed.set()
-            await trio.sleep(RETRY_SEC)
-            self.look(name)
+            self._nursery.start_soon(self._look_later, name)
         else:
             self._said.pop(name, None)
-            followed.set()
+
+    async def _look_later(self, name: str) -> None:
+        await trio.sleep(RETRY_SEC)
+        self.look(name)
 
     async def _try_to_follow(self, name: str, freshness: Freshness) -> None:
         key = self._key(name)
@@ -147,25 +139,26 @@ class Fresh:
         if key != self._key(name):  # what was opened may be gone by now
             for view in views:
                 view.close()
-            self._due.add(name)
-            self._wake.set()
+            self._afterwards.due(name)
             return
         self._keys[name] = key
         tells = service.settings.base_changed == "reload"
         freshness.follow(name, (service.invocation, memory.swaps), views, tells=tells)
 
     async def _views(self, service: Service) -> list[View]:
+        """What it shows now; nothing if it has ended."""
         tools = self._tools
-        if service.main is None:
-            return []
 
-        def pids() -> Iterator[int]:  # asked for by the worker: it may block
-            yield from tools.manager.processes(service)
+        def find(held: Service) -> Gathering[list[View]]:
+            yield from ()
+            if held.main is None:
+                return []
+            kept = functools.partial(tools.store.stacks, held.slots)
+            others = functools.partial(tools.other_mains, held)
+            pids = tools.manager.processes(held)
+            return tools.workers.call(views_of, tools.workers, held.main, pids, kept, others)
 
-        with service.main.hold() as main:
-            kept = functools.partial(tools.store.stacks, service.slots)
-            others = functools.partial(tools.other_mains, service)
-            return await tools.workers.run(views_of, tools.workers, main, pids(), kept, others)
+        return await tools.in_turn(service, find)
 
     def _tell(self, name: str, tells: bool) -> None:
         """A base has changed. `BaseChanged=reload`: the next round tells the service."""
@@ -202,22 +195,25 @@ class Fresh:
 
     async def _mount_anew(self, held: Held, service: Service, memory: Memory) -> int:
         tools = self._tools
-        using = await trio.to_thread.run_sync(tools.store.hold, abandon_on_cancel=True)
-        assert service.main is not None
-        with using, service.main.hold() as main:
-            pids = await aside(tools.manager.processes, service)
-            state = await trio.to_thread.run_sync(tools.store.state, service.slots)
-            stack = state.accepted.stack
-            return await tools.workers.run(
-                renew,
-                tools.workers,
-                main,
-                pids,
-                stack,
-                {layer.digest: tools.store.copy(layer) for layer in stack.layers},
-                memory.compared,
-                old=held.paths,
-                devices=held.devices,
-                kept=lambda: (stack, *tools.store.stacks(service.slots)),
-                other_mains=lambda: tools.other_mains(service),
-            )
+
+        def mount(service: Service) -> Gathering[int]:
+            yield from ()
+            if service.main is None:
+                return 0
+            with tools.store.using():
+                stack = tools.store.state(service.slots).accepted.stack
+                return tools.workers.call(
+                    renew,
+                    tools.workers,
+                    service.main,
+                    tools.manager.processes(service),
+                    stack,
+                    {layer.digest: tools.store.copy(layer) for layer in stack.layers},
+                    memory.compared,
+                    old=held.paths,
+                    devices=held.devices,
+                    kept=lambda: (stack, *tools.store.stacks(service.slots)),
+                    other_mains=lambda: tools.other_mains(service),
+                )
+
+        return await tools.in_turn(service, mount)

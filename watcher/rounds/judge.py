@@ -74,7 +74,7 @@ async def reload_and_judge(
         Later: whether it has reloaded could not be found out.
     """
     asked = asked or await _ask(manager, service)
-    say("debug", service.name, messages.told(asked.reloaded))
+    say("debug", service.name, functools.partial(messages.told, asked.reloaded))
     # What went wrong with the bad stack may be logged only now. There is no way back from the way back, either.
     log_since = None if undoing else asked.since
     judge = _Judge(manager, service, main, log_since=log_since, reloaded=True)
@@ -98,7 +98,7 @@ def judged_at_once(
     judged = _Judge(manager, service, main)._as_before(told)
     if not judged.good:
         return None
-    say("debug", service.name, messages.told(reloaded))
+    say("debug", service.name, functools.partial(messages.told, reloaded))
     return judged
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from watcher.managers.base import Reloaded
-from watcher.model import Event, Incomplete, Layer, Outcome, Stack, shown
+from watcher.model import Event, Incomplete, Layer, Look, Outcome, Stack, shown
 from watcher.mounts.converge import Converged
 from watcher.records.state import Undoing
 from watcher.rounds.choose import Passed, describe
@@ -233,8 +233,14 @@ def not_placed(service: str, reason: str, *, again: bool) -> Event:
 # --- steps of a round, for LogLevel=debug ---
 
 
-def looked(facts: Facts, candidates: int) -> str:
+def accepting(stack: Stack, *, on_trial: bool) -> str:
+    """A stack is the accepted one from now on."""
+    return f"accepted {labels(stack)}{', on trial' if on_trial else ''}"
+
+
+def looked(facts: Facts, look: Look) -> str:
     """What a look found."""
+    candidates = sum(len(pick.candidates) for pick in look.picks)
     how = "as accepted"
     if facts.proved_bad:
         how = "rolling back"

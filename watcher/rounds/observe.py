@@ -164,8 +164,7 @@ class Observer:
         return [other for other in rolling(self._tools) if other.name != service.name]
 
     def _say(self, service: Service, facts: Facts, desired: Desired) -> None:
-        count = sum(len(pick.candidates) for pick in desired.look.picks)
-        say("debug", service.name, messages.looked(facts, count))
+        say("debug", service.name, functools.partial(messages.looked, facts, desired.look))
         self._outcomes.look(service.name, facts, desired)
 
     async def glance(self, service: Service, *, thorough: bool = False) -> tuple[Facts, Desired]:

@@ -205,6 +205,13 @@ def _signature(path: str, *, follow: bool) -> tuple[int, ...]:
     return (status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def say(level: str, service: str, line: str) -> None:
-    """One line about a service; with level "debug", a step of its round and what that decided."""
-    getattr(journal.log, level)(f"{service}: {line}", service=service)
+def say(level: str, service: str, line: str | Callable[[], str]) -> None:
+    """One line about a service; with level "debug", a step of its round and what that decided.
+
+    Args:
+        line: or what makes it, where that costs something.
+    """
+    if level == "debug" and not journal.is_detailed():
+        return
+    text = line if isinstance(line, str) else line()
+    getattr(journal.log, level)(f"{service}: {text}", service=service)

@@ -20,7 +20,8 @@ from watcher.managers.base import NoShadow, Service
 from watcher.model import Event, Later, Refused, problem
 from watcher.mounts.etc import Moved
 from watcher.mounts.process import Elsewhere, Gone
-from watcher.mounts.workers import Hung, WorkerLost
+from watcher.mounts.whereabouts import WorkerLost
+from watcher.mounts.workers import Hung
 from watcher.records.together import Gathering
 from watcher.rounds import decide, looks, messages
 from watcher.rounds.decide import Step

@@ -15,9 +15,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from watcher.managers.base import Ended, Manager, NoShadow, Service
 from watcher.managers.command import last_line
 from watcher.model import Copy, Later, Layer, Stack, shown
-from watcher.mounts.process import Process
+from watcher.mounts.process import Gone
 from watcher.mounts.swap import shadow
-from watcher.mounts.workers import MountWorkers
+from watcher.records.together import Gathering
+from watcher.rounds.tools import Tools
 from watcher.settings import values
 
 CopyOf = Callable[[Layer], Copy]
@@ -27,30 +28,30 @@ _NOTHING = ("/bin/true",)
 _BEGIN_SEC = 10.0
 
 
-async def check(
-    workers: MountWorkers,
-    manager: Manager,
-    service: Service,
-    main: Process,
-    stack: Stack,
-    copies: Mapping[str, Copy],
-) -> Ended:
+async def check(tools: Tools, service: Service, stack: Stack, copies: Mapping[str, Copy]) -> Ended:
     """Run every `Check=` of a running service against a stack, in order, until one fails: as `run_all()`.
 
     Raises:
         Gone: the service has ended.
         Later: a test could not be run.
+        Unanswered: its files do not answer.
         HostNamespace, Refused, OSError, ...: as `swap()`.
     """
-    namespace = main.namespace()
+
+    def make(held: Service) -> Gathering[int]:
+        yield from ()
+        if held.main is None:
+            raise Gone(f"{service.name} has ended")
+        namespace = held.main.namespace()
+        try:
+            return tools.workers.call(shadow, tools.workers, namespace, stack, copies)
+        finally:
+            os.close(namespace)
+
+    shadowed = await tools.in_turn(service, make)
     try:
-        shadowed = await workers.run(shadow, workers, namespace, stack, copies)
-    finally:
-        os.close(namespace)
-    try:
-        return await run_all(
-            manager, service, shadowed, service.settings.check, service.settings.check_usec, "check"
-        )
+        settings = service.settings
+        return await run_all(tools.manager, service, shadowed, settings.check, settings.check_usec, "check")
     finally:
         os.close(shadowed)
 

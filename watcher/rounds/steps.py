@@ -69,8 +69,7 @@ class Steps:
         this.before = facts.accepted
         this.accepted |= step.new
         this.owing = service.invocation != "" and facts.state.owed != this.state.owed == service.invocation
-        trial = ", on trial" if step.new else ""
-        say("debug", service.name, f"accepted {messages.labels(step.stack)}{trial}")
+        say("debug", service.name, functools.partial(messages.accepting, step.stack, on_trial=step.new))
         memory.unlearned = not tools.manager.learned(service)
 
     def swap(self, service: Service, facts: Facts, memory: Memory, this: Round) -> None:
@@ -80,6 +79,8 @@ class Steps:
         with _held(service) as main:
             copies = self._copies(stack)
             memory.mounted = None
+            if missing := tools.workers.images.missing(copies.values()):
+                tools.workers.call_apart(tools.workers.images.mount, missing)
             this.converged = converged = tools.workers.call(
                 converge,
                 tools.workers,
@@ -87,7 +88,7 @@ class Steps:
                 tools.manager.processes(service),
                 stack,
                 copies,
-                functools.partial(self._owe, service, this),
+                functools.partial(self._begin_swap, service, memory, this),
                 memory.compared,
                 kept=lambda: (stack, *tools.store.stacks(service.slots)),
                 other_mains=lambda: tools.other_mains(service),
@@ -98,12 +99,11 @@ class Steps:
         if facts.worn:
             memory.placed = begun
             memory.clings |= memory.mounted if converged.left_out else frozenset()
-        memory.swaps += converged.swaps
         if memory.base_changed:
             memory.base_changed, this.base_changed = False, True
             self._owe(service, this)
         this.shown = service.invocation, stack.id
-        say("debug", service.name, messages.converged(converged))
+        say("debug", service.name, functools.partial(messages.converged, converged))
         if this.owing and not converged.swaps and this.state.owed == service.invocation:
             # It was started on this very stack: there is nothing to tell it, and nothing to say.
             settled = functools.partial(replace, owed="", replaced=None)
@@ -111,6 +111,12 @@ class Steps:
         if this.state.owed == service.invocation:
             for remark in converged.remarks:
                 say("warning", service.name, remark)
+
+    def _begin_swap(self, service: Service, memory: Memory, this: Round) -> None:
+        memory.swaps += (
+            1  # also where it fails half-way: what was opened of the old stack is of no use any more
+        )
+        self._owe(service, this)
 
     def _owe(self, service: Service, this: Round) -> None:
         """Note, before a swap, that this start of the service has to be told. Called by a mount worker."""
@@ -192,8 +198,7 @@ class Steps:
         """
         tools, copies = self._tools, self._copies(stack)
         if facts.reachable:
-            with _held(service) as main:
-                return await check(tools.workers, tools.manager, service, main, stack, copies)
+            return await check(tools, service, stack, copies)
         try:
             return await check_at_start(tools.manager, service, stack, copies)
         except NoShadow:
@@ -256,7 +261,7 @@ def _as_asked(service: Service, asks: str) -> Service:
 
 def _judged(service: Service, judged: Judged | None, this: Round) -> bool:
     if judged is not None:
-        say("debug", service.name, messages.judged(judged))
+        say("debug", service.name, functools.partial(messages.judged, judged))
     this.judged = judged
     return judged is not None
 

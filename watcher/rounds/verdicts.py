@@ -21,7 +21,7 @@ from watcher.model import Event, Later, Stack, Verdict
 from watcher.mounts.converge import Converged, as_stack
 from watcher.records import journal
 from watcher.records.state import STACK, Quarantine, State
-from watcher.records.together import Gathering
+from watcher.records.together import WHEN_QUIET, Gathering
 from watcher.rounds import changes, decide, messages
 from watcher.rounds.facts import Facts, Judged
 from watcher.rounds.memory import Round
@@ -45,6 +45,7 @@ class Verdicts:
     def good(self, service: Service, facts: Facts, this: Round) -> Gathering[None]:
         """The accepted stack proved good: its files lose their counters. Blocks."""
         judged, this.recording = _taken(this), True
+        yield WHEN_QUIET  # others wait to be told
         if facts.was_told:
             yield from self._outcomes.recording(self._applied(service, facts, this, judged))
         else:

@@ -49,7 +49,6 @@ class Settings:
         history_max: `HistoryMax=`, entries.
         reload_limit_burst: `ReloadLimitBurst=`, daemon-reloads within `reload_limit_interval_usec`; 0: no limit.
         reload_limit_interval_usec: `ReloadLimitIntervalSec=`.
-        mount_workers: `MountWorkers=`, swaps at the same time.
         log_level: `LogLevel=`, "debug", "info", "warning" or "error".
         image_policy: `ImagePolicy=` of all services, as written, see `image_policy.py`; "" when not set.
         notify: `Notify=`, command lines, or names of template units ("alert@.service").
@@ -70,7 +69,6 @@ class Settings:
     history_max: int = 10_000
     reload_limit_burst: int = 5
     reload_limit_interval_usec: int = 10_000_000
-    mount_workers: int = 4
     log_level: str = "info"
     image_policy: str = ""
     notify: tuple[str, ...] = ()
@@ -356,7 +354,6 @@ _WATCHER_KEYS: _Keys = {
     "HistoryMax": ("history_max", _at_least(1)),
     "ReloadLimitBurst": ("reload_limit_burst", _at_least(0)),
     "ReloadLimitIntervalSec": ("reload_limit_interval_usec", time_span),
-    "MountWorkers": ("mount_workers", _at_least(1)),
     "LogLevel": ("log_level", _choice("debug", "info", "warning", "error")),
     image_policy.KEY: ("image_policy", _policy),
     "Notify": ("notify", _notify),

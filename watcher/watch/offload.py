@@ -31,13 +31,14 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import trio
 
-from watcher.records.together import Gathering, Together
+from watcher.mounts.whereabouts import is_lost
+from watcher.records.together import Gathering
+from watcher.watch.jobs import Job, Turn, get_needs
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -75,53 +76,8 @@ class Unanswered(Exception):
         self.returns = returns
 
 
-class _Key:
-    """The jobs of one service: the first is in the queue or runs, the others wait for it."""
-
-    def __init__(self) -> None:
-        self.jobs: deque[_Job] = deque()
-        self.given_up = False
-
-
-class _Job:
-    """A function, and what comes of it.
-
-    Attributes:
-        key: whose turn it needs; None: nobody's.
-        begun: a worker has begun it.
-        need: what it waits for, which is done for several jobs together.
-        error: what was raised by that.
-        has_got: it got such a thing before.
-        done: the event loop knows the result.
-    """
-
-    def __init__(self, key: str | None, function: Callable[[], Any]) -> None:
-        self.key = key
-        self.result: Future[Any] = Future()
-        self.done = trio.Event()
-        self.begun = False
-        self.need: Together | None = None
-        self.error: Exception | None = None
-        self.has_got = False
-        self._function = function
-        self._steps: Gathering[Any] | None = None
-
-    def run(self) -> bool:
-        """Go on with it. True: it is over; else there is a `need`."""
-        error, self.need, self.error = self.error, None, None
-        try:
-            if self._steps is None:
-                found = self._function()
-                if not isinstance(found, Generator):
-                    self.result.set_result(found)
-                    return True
-                self._steps = found
-            self.need = next(self._steps) if error is None else self._steps.throw(error)
-        except StopIteration as end:
-            self.result.set_result(end.value)
-        except BaseException as raised:  # noqa: BLE001 -- raised again where it is waited for
-            self.result.set_exception(raised)
-        return self.need is None
+def _start_thread(work: Callable[[], None]) -> None:
+    trio.lowlevel.start_thread_soon(work, lambda _: None, "confext-worker")
 
 
 class Offload:
@@ -129,23 +85,30 @@ class Offload:
 
     Args:
         returned: called with the key, when a job that was given up has come to an end.
+        start: runs a function in a thread, and returns; may raise OSError or RuntimeError.
     """
 
-    def __init__(self, returned: Callable[[str], None] = lambda key: None) -> None:
+    def __init__(
+        self,
+        returned: Callable[[str], None] = lambda key: None,
+        start: Callable[[Callable[[], None]], None] = _start_thread,
+    ) -> None:
         self.returned = returned
-        self._keys: dict[str, _Key] = {}
+        self._start = start
+        self._keys: dict[str, Turn] = {}
         # What follows is shared with the workers.
         self._lock = threading.Lock()
-        self._queue: deque[_Job] = deque()
-        self._ended: deque[_Job] = deque()
+        self._queue: deque[Job] = deque()
+        self._ended: deque[Job] = deque()
         # Jobs that need something, those whose need nobody waits for, and those that have got it.
-        self._gathered: list[_Job] = []
-        self._last: list[_Job] = []
+        self._gathered: list[Job] = []
+        self._last: list[Job] = []
         self._last_by = math.inf
-        self._resumed: deque[_Job] = deque()
+        self._resumed: deque[Job] = deque()
         self._most = 1
         self._active: _Worker | None = None
         self._supervised = False
+        self._lull = trio.Event()
 
     async def run(self, key: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a function, in its turn. If the caller is cancelled, the function goes on alone.
@@ -186,8 +149,8 @@ class Offload:
         dropped: Callable[[], None] = lambda: None,
         finishes: Callable[[], bool] = lambda: False,
     ) -> Any:
-        job = _Job(key, function)
-        state = self._keys.setdefault(key, _Key())
+        job = Job(key, function)
+        state = self._keys.setdefault(key, Turn())
         try:
             if state.given_up:
                 raise Unanswered
@@ -205,7 +168,7 @@ class Offload:
             if not job.done.is_set() and self._withdraw(job):
                 dropped()
         if job.done.is_set():
-            return job.result.result()
+            return job.result()
         if seconds >= HANGS_SEC and state.jobs:
             state.given_up = state.jobs[0].begun
         raise Unanswered(returns=state.given_up)
@@ -215,24 +178,36 @@ class Offload:
 
         It may be a generator, see `run_gathering()`.
         """
-        job = _Job(None, lambda: function(*args, **kwargs))
+        job = Job(None, lambda: function(*args, **kwargs))
         try:
             self._submit(job)
             await job.done.wait()
         finally:
             if not job.done.is_set():
                 self._withdraw(job)
-        result: T = job.result.result()
+        result: T = job.result()
         return result
 
-    def _submit(self, job: _Job) -> None:
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is something to do, or going on."""
+        return self._active is not None
+
+    async def lull(self) -> None:
+        """Until what was submitted is done, or some of it; SLOW_SEC at most."""
+        self._lull = trio.Event()
+        if self._active is not None:
+            with trio.move_on_after(SLOW_SEC):
+                await self._lull.wait()
+
+    def _submit(self, job: Job) -> None:
         with self._lock:
             self._queue.append(job)
             if self._active is None:
                 self._start_worker()
         self._watch_over()
 
-    def _withdraw(self, job: _Job) -> bool:
+    def _withdraw(self, job: Job) -> bool:
         """Nobody waits for a job any more: if it has not begun, it never will. Whether that is so."""
         with self._lock:
             if job.begun:
@@ -242,7 +217,7 @@ class Offload:
         self._leave(job)
         return True
 
-    def _leave(self, job: _Job) -> None:
+    def _leave(self, job: Job) -> None:
         """A job is over; the next one of its key takes its place."""
         if job.key is None:
             return
@@ -258,14 +233,14 @@ class Offload:
     def _start_worker(self) -> None:
         """Make a new worker the active one. Hold the lock. If no thread can be had, `_supervise()` tries it again."""
         worker = _Worker(self, trio.lowlevel.current_trio_token())
-        with contextlib.suppress(RuntimeError):
-            trio.lowlevel.start_thread_soon(worker.work, lambda _: None, "confext-worker")
+        with contextlib.suppress(OSError, RuntimeError):
+            self._start(worker.work)
             self._active = worker
 
     def _is_work_left(self) -> bool:
         return bool(self._queue or self._gathered or self._last or self._resumed)
 
-    def _next(self, worker: _Worker) -> list[_Job]:
+    def _next(self, worker: _Worker) -> list[Job]:
         """What a worker goes on with: one job, or several with a need. None: another is active, or nothing is left."""
         with self._lock:
             if self._active is not worker:
@@ -286,6 +261,12 @@ class Offload:
                 job.begun = True
             return jobs
 
+    def _lose(self, worker: _Worker) -> None:
+        """A worker has to end. `_supervise()` starts another one."""
+        with self._lock:
+            if self._active is worker:
+                self._active = None
+
     def _is_enough(self) -> bool:
         """Whether so many jobs need something that the others in the queue have to wait. Hold the lock."""
         if any(job.has_got for job in self._gathered):
@@ -295,7 +276,7 @@ class Offload:
             self._most = min(self._most * _MORE, _GATHERED_MAX)
         return enough
 
-    def _go_on(self, worker: _Worker, jobs: Sequence[_Job]) -> None:
+    def _go_on(self, worker: _Worker, jobs: Sequence[Job]) -> None:
         """Jobs of a worker that are not over go on when it is their turn, and what they need is done."""
         with self._lock:
             for job in jobs:
@@ -336,6 +317,7 @@ class Offload:
 
     def _deliver(self) -> None:
         """Tell those who wait that their jobs have ended."""
+        self._lull.set()
         while self._ended:
             job = self._ended.popleft()
             given_up = job.key is not None and self._keys[job.key].given_up
@@ -361,9 +343,9 @@ class _Worker:
 
     def work(self) -> None:
         offload = self._offload
-        while jobs := offload._next(self):
+        while not is_lost() and (jobs := offload._next(self)):
             if jobs[0].need is not None:
-                _get_needs(jobs)
+                get_needs(jobs)
                 offload._go_on(self, jobs)
             elif not jobs[0].run():
                 offload._go_on(self, jobs)
@@ -372,6 +354,8 @@ class _Worker:
                 if not offload._is_work_left():
                     self._tell_ended()
                 # Else `_supervise()` tells it of many at once: it would take the interpreter from jobs that wait.
+        if is_lost():
+            offload._lose(self)
         self._tell_ended()
 
     def _tell_ended(self) -> None:
@@ -382,19 +366,3 @@ class _Worker:
         """Have the event loop call a function."""
         with contextlib.suppress(trio.RunFinishedError):
             self._token.run_sync_soon(what, idempotent=True)
-
-
-def _get_needs(jobs: Sequence[_Job]) -> None:
-    """Do what jobs need, for all of them together."""
-    needs: dict[Callable[[Sequence[Any]], None], list[_Job]] = {}
-    for job in jobs:
-        assert job.need is not None
-        needs.setdefault(job.need.function, []).append(job)
-    for function, some in needs.items():
-        try:
-            function([job.need.item for job in some if job.need is not None])
-        except Exception as error:  # noqa: BLE001 -- raised in each of the jobs
-            for job in some:
-                job.error = error
-    for job in jobs:
-        job.need, job.has_got = None, True
