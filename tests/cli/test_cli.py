@@ -12,10 +12,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,16 +30,26 @@ from watcher.records.schema import ExitStatus, ServiceNotFound, ServiceStatus
 @pytest.fixture
 def release(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     value: str = request.param
-    monkeypatch.setattr(platform, "release", lambda: value)
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release=value))
     return value
 
 
-@pytest.mark.parametrize("command", ["history", "plan", "rollback", "status", "wait"])
+def loaded(command: str) -> set[str]:
+    """The modules that a command has when it begins."""
+    code = f"import sys, watcher.cli.main, watcher.cli.{command}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("command", ["diff", "history", "origin", "plan", "rollback", "status", "wait"])
 def test_a_command_that_the_daemon_answers_starts_without_what_a_daemon_needs(command: str) -> None:
     slow = {"trio", "varlink", "sqlite3", "structlog", "psutil", "jeepney", "rich", "subprocess", "asyncio"}
-    code = f"import sys, watcher.cli.main, watcher.cli.{command}; print({slow!r} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout == "set()\n"
+    assert loaded(command) & {*slow, "pathlib", "platform"} == set()
+
+
+@pytest.mark.parametrize("command", ["history", "rollback", "status", "wait"])
+def test_a_command_that_shows_no_files_starts_without_what_is_told_of_them(command: str) -> None:
+    assert "watcher.records.traces" not in loaded(command)
 
 
 def test_a_command_that_has_begun_something_cleans_up_when_it_is_killed_and_survives_under_nohup() -> None:

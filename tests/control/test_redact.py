@@ -19,13 +19,13 @@ from watcher.records import schema
 from watcher.records.schema import (
     Answer,
     CandidateStatus,
+    Drift,
     EntryStatus,
     PlannedChange,
     Quarantined,
     ServiceStatus,
     to_dict,
 )
-from watcher.records.traces import Drift
 
 ANSWERS: list[type[Any]] = [
     Layer,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The interface (records/interface.py), the data classes and the errors (records/errors.py) agree, and survive JSON
-(records/codec.py)."""
+"""The interface (records/interface.py, records/traces_interface.py), the data classes and the errors
+(records/errors.py) agree, and survive JSON (records/codec.py)."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from watcher.model import Event, Kind, Layer, Outcome, Remark, Setting, Trust, V
 from watcher.records import codec, schema, traces
 from watcher.records.schema import (
     CandidateStatus,
+    Drift,
     EntryStatus,
     PlannedChange,
     Quarantined,
@@ -33,7 +34,7 @@ from watcher.records.state import Trial
 
 TRACES: list[type[Any]] = [
     getattr(traces, name)
-    for name in "TracedLayer Piece TracedPath TracedFile Origin Compared Side Difference Drift Diff".split()
+    for name in "TracedLayer Piece TracedPath TracedFile Origin Compared Side Difference Diff".split()
 ]
 ANSWERS: list[type[Any]] = [
     Layer,
@@ -46,6 +47,7 @@ ANSWERS: list[type[Any]] = [
     PlannedChange,
     EntryStatus,
     CandidateStatus,
+    Drift,
     *TRACES,
 ]
 

@@ -37,6 +37,9 @@ def read(settings: Settings, ask: Callable[[Client], T], without_daemon: Callabl
     """The daemon's answer, and whether it is redacted.
 
     The daemon may read what this user may not, and knows who may be told what. So it is asked first.
+
+    Args:
+        without_daemon: imports what it needs itself, as in `looked()`.
     """
     try:
         with Client(settings.runtime_directory, timeout=30) as client:
@@ -71,6 +74,9 @@ def meant(path: str) -> str:
 
 def looked(settings: Settings, ask: Callable[[Client], T], look: Callable[[], T]) -> T:
     """What a look at kernel, store and disk finds: root's own, which needs no daemon; for others, the daemon's.
+
+    Args:
+        look: imports what it needs itself: who asks the daemon does not wait for it to load.
 
     Raises CallError, OSError.
     """

@@ -7,9 +7,8 @@ import argparse
 
 from watcher.cli import show, show_diff
 from watcher.cli.answers import looked, meant
-from watcher.control import diff
-from watcher.control.client import Client
-from watcher.records.schema import ExitStatus, Failed
+from watcher.control import trace_client
+from watcher.records.schema import ExitStatus
 from watcher.records.traces import Diff
 from watcher.settings.config import Settings
 
@@ -18,13 +17,13 @@ def run(settings: Settings, options: argparse.Namespace) -> ExitStatus:
     """As diff(1), 1 says that something differs. Raises CallError, OSError."""
     service, before, after = options.service, options.before, options.after
 
-    def ask(client: Client) -> Diff:
-        if diff.named_images(after):
-            raise Failed(diff.ROOT_ONLY)
-        return client.diff(service, before, after[0] if after else None)
+    def look() -> Diff:
+        from watcher.control import diff
+
+        return diff.diff(settings, service, before, after)
 
     try:
-        found = looked(settings, ask, lambda: diff.diff(settings, service, before, after))
+        found = looked(settings, lambda client: trace_client.diff(client, service, before, after), look)
     except FileNotFoundError as error:
         if error.filename in after:
             error.strerror = f"{error.strerror}{meant(error.filename)}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import platform
 import re
 import sys
 from collections.abc import Sequence
@@ -65,11 +64,10 @@ def _as_root(starts: bool) -> bool:
 
 def _require_kernel() -> None:
     # "6.12.43+deb13-amd64", "6.9rc1", "6.12+"
-    release = tuple(int(part) for part in re.findall(r"\d+", platform.release())[:2])
+    running = os.uname().release
+    release = tuple(int(part) for part in re.findall(r"\d+", running)[:2])
     if release < config.KERNEL_OLDEST:
-        raise Unsupported(
-            f"Linux {platform.release()} is too old: 6.8 or newer is needed (overlayfs lowerdir+)"
-        )
+        raise Unsupported(f"Linux {running} is too old: 6.8 or newer is needed (overlayfs lowerdir+)")
 
 
 def _require_mounting() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from watcher.cli import show, show_diff
 from watcher.cli.answers import answer, fail, looked
+from watcher.control import trace_client
 from watcher.control.client import Client
 from watcher.records.schema import ExitStatus, PlannedChange, to_dict
 from watcher.records.traces import Diff
@@ -32,14 +33,13 @@ def run(settings: Settings, options: argparse.Namespace) -> ExitStatus:
 
 def _diff(settings: Settings, change: PlannedChange) -> Diff:
     """File by file, from what the service has to what it should have. Raises CallError, OSError."""
-    # Only here: it takes the mount workers, and a plan without --stat is the daemon's answer alone.
-    from watcher.control import diff
 
-    return looked(
-        settings,
-        lambda client: client.diff(change.service, None, None),
-        lambda: diff.diff(settings, change.service),
-    )
+    def look() -> Diff:
+        from watcher.control import diff
+
+        return diff.diff(settings, change.service)
+
+    return looked(settings, lambda client: trace_client.diff(client, change.service), look)
 
 
 def _lines(changes: Sequence[PlannedChange], differ: dict[str, Diff]) -> Iterator[str]:

@@ -15,8 +15,7 @@ from watcher.cli import terminal
 from watcher.cli.show import proved, when
 from watcher.cli.terminal import ago, styled
 from watcher.model import Event, Layer, Outcome, Protection, printable, shown
-from watcher.records.schema import CandidateStatus, EntryStatus, ServiceStatus, to_dict
-from watcher.records.traces import Drift
+from watcher.records.schema import CandidateStatus, Drift, EntryStatus, ServiceStatus, to_dict
 
 _GOOD = frozenset({"applied", "unchanged"})
 _BAD = frozenset({"refused", "failed", "rolled-back", "needs-restart", "incomplete"})

@@ -16,9 +16,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from watcher.model import Event, shown
@@ -34,7 +32,6 @@ from watcher.records.schema import (
     Waited,
     Which,
 )
-from watcher.records.traces import Diff, Origin
 
 RESTART_SEC = 30.0
 """Seconds for which a call without a time-out waits for a daemon that has ended: it may be being restarted."""
@@ -83,7 +80,7 @@ class Client:
     redacted = False
 
     def __init__(self, runtime_directory: str, timeout: float | None = None) -> None:
-        self._path = Path(runtime_directory, schema.SOCKET)
+        self._directory = runtime_directory
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._buffer = bytearray()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -142,7 +139,7 @@ class Client:
         Raises ServiceNotFound, NoSuchStack, NotPermitted, Failed.
         """
         for answer in self.stream("Rollback", service=service, to=to):
-            yield self._read(Event, answer.get("event"))
+            yield read(Event, answer.get("event"))
 
     def forget(self, service: str, digest: str | None = None) -> list[Quarantined]:
         """Lets content back in, and returns what. Raises ServiceNotFound, NotPermitted."""
@@ -155,21 +152,7 @@ class Client:
         Raises ServiceNotFound, TooManyCalls, TimedOut.
         """
         for answer in self.stream("Wait", service=service, image=image):
-            yield self._read(Waited, answer)
-
-    def origin(self, service: str, paths: Sequence[str] = ()) -> Origin:
-        """Which images its files come from. Raises ServiceNotFound, MembersOnly, Failed."""
-        answers = self.stream("Trace", service=service, paths=list(paths) or None)
-        replies = [self._read(Origin, answer.get("origin")) for answer in answers]
-        if paths:
-            return replace(replies[0], paths=tuple(path for reply in replies for path in reply.paths or ()))
-        return replace(replies[0], files=tuple(file for reply in replies for file in reply.files or ()))
-
-    def diff(self, service: str, before: str | None = None, after: str | None = None) -> Diff:
-        """What differs between two stacks. Raises ServiceNotFound, MembersOnly, Failed."""
-        answers = self.stream("Compare", service=service, before=before, after=after)
-        replies = [self._read(Diff, answer.get("diff")) for answer in answers]
-        return replace(replies[0], files=tuple(file for reply in replies for file in reply.files))
+            yield read(Waited, answer)
 
     def call(self, method: str, **parameters: object) -> dict[str, Any]:
         """The reply's parameters, to a method of our interface; parameters that are None are left out."""
@@ -186,7 +169,7 @@ class Client:
             yield self._answer(reply)
 
     def _connect(self) -> None:
-        where = shown(str(self._path))
+        where = shown(os.path.join(self._directory, schema.SOCKET))
         left = self._left()
         if left is not None:
             # Not settimeout(): it makes the socket nonblocking, and then a full backlog is an error (connect(2)).
@@ -195,9 +178,9 @@ class Client:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         try:
             # By way of the directory's descriptor: an address has room for 108 bytes (unix(7)), a path may be longer.
-            directory = os.open(self._path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            directory = os.open(self._directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                self._socket.connect(f"/proc/self/fd/{directory}/{self._path.name}")
+                self._socket.connect(f"/proc/self/fd/{directory}/{schema.SOCKET}")
             finally:
                 os.close(directory)
         except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
@@ -278,13 +261,15 @@ class Client:
 
     def _list(self, cls: type[schema.T], key: str, answer: dict[str, Any]) -> list[schema.T]:
         items = answer.get(key)
-        return [self._read(cls, item) for item in (items if isinstance(items, list) else [items])]
+        return [read(cls, item) for item in (items if isinstance(items, list) else [items])]
 
-    def _read(self, cls: type[schema.T], data: object) -> schema.T:
-        try:
-            return schema.from_dict(cls, data)
-        except ValueError as error:
-            raise Failed(f"the running confext-watcher gave an answer of another version: {error}")
+
+def read(cls: type[schema.T], data: object) -> schema.T:
+    """A part of an answer. Raises Failed: it is none of that class."""
+    try:
+        return schema.from_dict(cls, data)
+    except ValueError as error:
+        raise Failed(f"the running confext-watcher gave an answer of another version: {error}")
 
 
 def wait(

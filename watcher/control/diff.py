@@ -15,6 +15,7 @@ from dataclasses import replace
 from watcher.control import compared, text_diff
 from watcher.control.compared import Choice
 from watcher.control.subject import ETC, Subject, subject
+from watcher.control.trace_client import ROOT_ONLY, named_images
 from watcher.images.access import READ, SEARCH, User, may
 from watcher.images.changes import Change, Comparison, changes
 from watcher.images.changes import Side as Shown
@@ -25,9 +26,6 @@ from watcher.records.traces import Compared, Diff, Difference, Side
 from watcher.settings.config import Settings
 
 HIDDEN = "contents are not shown to a user who could not read the file there"
-ROOT_ONLY = (
-    "--to: images that are not dropped yet only root may compare: the kernel has to mount them. Use sudo"
-)
 TEXTS_MAX = 64 << 20
 """Bytes of the hunks of all files together."""
 
@@ -78,14 +76,6 @@ def differences(
             old = compared.named(settings, one, "shown")
         known, wanted = (Compared(side.what, side.stack.id, one.layers(side.stack)) for side in (old, new))
         yield Diff(one.name, False, known, wanted, (), one.drifted), iter(_Differences(one, old, new, user))
-
-
-def named_images(after: Sequence[str]) -> list[str]:
-    """The images among the arguments of `--to`. Raises Failed: there are none, but more than one stack."""
-    images = [argument for argument in after if "/" in argument or argument.endswith(".raw")]
-    if len(after) > 1 and not images:
-        raise Failed("--to: one stack, or images, each with a / in its path or ending in .raw")
-    return images
 
 
 class _Differences:

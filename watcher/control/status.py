@@ -20,9 +20,8 @@ from watcher.mounts.process import Gone, Process, shares_host
 from watcher.mounts.table import Mounted, Table
 from watcher.records import journal
 from watcher.records.ledger import Reader
-from watcher.records.schema import Quarantined, ServiceNotFound, ServiceStatus, utf8
+from watcher.records.schema import Drift, Quarantined, ServiceNotFound, ServiceStatus, utf8
 from watcher.records.state import Accepted, Damaged, Quarantine, State
-from watcher.records.traces import Drift
 from watcher.rounds.image_policies import demands, not_allowed
 from watcher.settings.config import ServiceSettings, Settings
 from watcher.settings.image_policy import Demand

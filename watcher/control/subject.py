@@ -31,9 +31,9 @@ from watcher.mounts.table import Table
 from watcher.mounts.whereabouts import WorkerLost
 from watcher.mounts.workers import MountWorkers
 from watcher.records.ledger import Reader
-from watcher.records.schema import Failed, ServiceNotFound
+from watcher.records.schema import Drift, Failed, ServiceNotFound
 from watcher.records.state import Accepted
-from watcher.records.traces import Drift, TracedLayer
+from watcher.records.traces import TracedLayer
 from watcher.settings.config import Settings
 
 ETC = "/etc"

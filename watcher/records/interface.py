@@ -6,7 +6,7 @@ A new version may add fields, types and methods. It never takes one away: a read
 
 from __future__ import annotations
 
-from watcher.records.traces import DESCRIPTION as TRACES
+from watcher.records.traces_interface import DESCRIPTION as TRACES
 
 DESCRIPTION = f"""\
 # Services whose /etc is kept at the newest good configuration extension (confext) images.
@@ -180,6 +180,14 @@ type ServiceStatus (
   entries: []EntryStatus,
   remarks: []Remark,
   drifted: []Drift
+)
+
+# A file of the host that a file of an image covers, and that has changed since the stack was accepted.
+# image: what covers it. change: "changed", "came" or "went".
+type Drift (
+  path: string,
+  image: string,
+  change: string
 )
 
 # What a look now would change.

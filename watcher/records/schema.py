@@ -30,7 +30,6 @@ from watcher.records.errors import NotPermitted as NotPermitted
 from watcher.records.errors import ServiceNotFound as ServiceNotFound
 from watcher.records.errors import TooManyCalls as TooManyCalls
 from watcher.records.interface import DESCRIPTION as DESCRIPTION
-from watcher.records.traces import Drift
 
 SOCKET = INTERFACE
 """Name of the socket in the runtime directory: a Varlink service's entry point is called by its interface."""
@@ -113,6 +112,20 @@ class EntryStatus:
     kind: str
     declared: bool
     candidates: tuple[CandidateStatus, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """A file of the host that a file of an image covers, and that has changed since the stack was accepted.
+
+    Attributes:
+        image: the layer that covers it, for people.
+        change: "changed", "came" or "went".
+    """
+
+    path: str
+    image: str
+    change: str
 
 
 @dataclass(frozen=True, slots=True)
