@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`diff`: which stacks it compares (control/compared.py), hunks (control/text_diff.py), and how people see it
-(cli/show_diff.py). On real services: tests/scenarios/test_diff.py."""
+"""`diff`: which stacks it compares (control/compared.py, control/compared_drop.py), hunks (control/text_diff.py),
+and how people see it (cli/show_diff.py). On real services: tests/scenarios/test_diff.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from support.needs import tool
 from watcher.cli import show_diff
 from watcher.control import text_diff
-from watcher.control.compared import placed
+from watcher.control.compared_drop import placed
 from watcher.model import Kind, Layer, Stack, Trust
 from watcher.records.schema import Failed, to_dict
 from watcher.records.traces import Compared, Diff, Difference, Side, TracedLayer

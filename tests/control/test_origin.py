@@ -29,9 +29,10 @@ def lines(**more: object) -> list[str]:
     return list(show_origin.origin(Origin("web.service", **(known | more))))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("command", "unneeded"), [("origin", {"trio", "psutil"}), ("diff", {"trio"})])
-def test_who_only_looks_does_not_wait_for_what_a_daemon_needs(command: str, unneeded: set[str]) -> None:
-    script = f"import sys, watcher.cli.main, watcher.cli.{command}; print(*{unneeded} & {{*sys.modules}})"
+@pytest.mark.parametrize("look", ["origin", "diff", "trace_program"])
+def test_who_only_looks_does_not_wait_for_what_a_daemon_needs(look: str) -> None:
+    unneeded = {"trio", "psutil", "inotify_simple"}
+    script = f"import sys, watcher.control.{look}; print(*{unneeded} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """`origin` and `diff` by members of the group `confext-watcher`, who ask the daemon: what they are told, and what not.
 
-Their side (control/trace_client.py) and the daemon's (control/trace_process.py, control/trace_program.py) on real
-services, images and users.
+Their side (control/trace_client.py) and the daemon's (control/trace_process.py, control/trace_program.py, and
+control/trace_pieces.py between these) on real services, images and users.
 """
 
 from __future__ import annotations

@@ -61,9 +61,11 @@ def differences(
     images = named_images(after)
     if images and user is not None:
         raise Failed(ROOT_ONLY)
+    if images:  # before there is a thread that enters mount namespaces
+        from watcher.control import compared_drop
     with subject(settings, service) as one, contextlib.ExitStack() as held:
         if images:
-            new = held.enter_context(compared.dropped(settings, one, after))
+            new = held.enter_context(compared_drop.dropped(settings, one, after))
         elif after:
             new = compared.named(settings, one, after[0])
         else:

@@ -25,6 +25,7 @@ from pathlib import Path
 import trio
 
 import watcher
+from watcher.control.trace_pieces import ERROR, LAST
 from watcher.images.access import User
 from watcher.model import shown
 from watcher.records import schema
@@ -36,8 +37,6 @@ AT_ONCE = 2
 """So many looks, of all users together but the privileged, who have as many of their own."""
 LOOK_SEC = 120
 """With the time that the client takes."""
-MORE, LAST, ERROR = b"+", b".", b"!"
-"""The first byte of a message of the process, which ends with a NUL; JSON has none in it."""
 
 _DYING_SEC = 5.0
 _LIBRARY = str(Path(watcher.__file__).resolve().parents[1])

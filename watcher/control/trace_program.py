@@ -17,7 +17,7 @@ from typing import Any
 
 from watcher.control.diff import differences
 from watcher.control.origin import origins
-from watcher.control.trace_process import ERROR, LAST, MORE
+from watcher.control.trace_pieces import ERROR, LAST, MORE
 from watcher.images.access import User
 from watcher.model import Busy, Refused, problem
 from watcher.records import journal
