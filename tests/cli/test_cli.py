@@ -69,6 +69,22 @@ def test_a_command_that_has_begun_something_cleans_up_when_it_is_killed_and_surv
     assert done.stdout == "goes on\ncleans up\n"
 
 
+@pytest.mark.parametrize("words", ["", "['status']"])
+def test_what_the_program_has_loaded_is_not_looked_through_for_garbage(tmp_path: Path, words: str) -> None:
+    """Where it is called by another program, what that one has is not its own to decide about."""
+    code = f"import gc; from watcher.cli.main import main; main({words})"
+    counts = "print(gc.isenabled(), gc.get_freeze_count() > 10_000)"
+    places = {f"{name}_DIRECTORY": str(tmp_path) for name in ("RUNTIME", "STATE", "CONFIGURATION")}
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; {counts}", "status"],
+        env=os.environ | places,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == f"True {not words}"
+
+
 @pytest.mark.parametrize("release", ["6.7.12", "5.15.0-91-generic", "6.7+", "4"], indirect=True)
 def test_an_old_kernel_is_refused_in_one_line(release: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["run"]) == ExitStatus.UNSUPPORTED

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import re
@@ -19,7 +20,13 @@ _CAP_SYS_ADMIN = 21
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status, see `--help`."""
+    """Run one command; returns the exit status, see `--help`.
+
+    Args:
+        words: None: those that this process was started with, which is the program then, and nothing else.
+    """
+    if words is None:
+        gc.disable()
     terminal.prepare()
     options = arguments.parse(sys.argv[1:] if words is None else words)
     # As of diff(1): 1 says that something differs.
@@ -30,12 +37,18 @@ def main(words: Sequence[str] | None = None) -> int:
         if starts:
             _require_kernel()
             _require_mounting()
+        command = importlib.import_module(f"watcher.cli.{options.command}")
+        if words is None:
+            # What is loaded stays. To look through it for garbage would be a tenth of the time of a start, and more of
+            # that of an end.
+            gc.freeze()
+            gc.enable()
+        if starts:
             from watcher.records import journal
 
             journal.configure(level=settings.log_level)
             for remark in remarks:
                 journal.say(remark)
-        command = importlib.import_module(f"watcher.cli.{options.command}")
         status: ExitStatus = command.run(settings, options)
         return status
     except CallError as error:
