@@ -48,6 +48,12 @@ def problem(error: Exception) -> str:
     return f"{shown(name)}: {error.strerror or error}" if name else error.strerror or str(error)
 
 
+def last_line(output: str) -> str:
+    """The last line that a command has printed, which mostly says what is wrong: " (LINE)", or ""."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return f" ({shown(lines[-1][:200])})" if lines else ""
+
+
 def nearest(asked: str, names: Iterable[str]) -> str:
     """The name that was probably meant where none is called as asked; "" if none is like it.
 

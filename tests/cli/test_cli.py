@@ -69,6 +69,13 @@ def test_a_command_that_has_begun_something_cleans_up_when_it_is_killed_and_surv
     assert done.stdout == "goes on\ncleans up\n"
 
 
+@pytest.mark.parametrize("command", ["build", "check", "doctor", "enable", "exec", "init", "remove"])
+def test_a_command_that_works_by_itself_starts_without_what_the_daemon_alone_needs(command: str) -> None:
+    admits = command == "exec"  # as the daemon does, and so it looks for who writes to an image
+    unneeded = {"trio", "varlink", "jeepney"} | (set() if admits else {"psutil", "inotify_simple"})
+    assert loaded(command) & unneeded == set()
+
+
 @pytest.mark.parametrize("words", ["", "['status']"])
 def test_what_the_program_has_loaded_is_not_looked_through_for_garbage(tmp_path: Path, words: str) -> None:
     """Where it is called by another program, what that one has is not its own to decide about."""

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A candidate becomes a copy, or one clear line; nothing is read twice. (Covers
-images/opened.py and images/made_for.py, too.)"""
+"""A candidate becomes a copy, or one clear line; nothing is read twice. (Covers images/opened.py, images/made_for.py
+and images/copy_release.py, too.)"""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ import pytest
 
 from support.images import FORMATS, confext, image, noise
 from support.needs import loop, root, tool, userns
-from watcher.images import admission as module
+from watcher.images import copy_release, originals, tree
 from watcher.images import opened as opening
-from watcher.images import originals, tree
 from watcher.images.admission import Admission, copied
 from watcher.images.extension import Release, read_release
 from watcher.images.formats.squashfs import Squashfs
@@ -145,7 +144,7 @@ class TestNothingIsReadTwice:
         self, store: Store, raw: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """What is refused is remembered: a whole image would never get into its service."""
-        read, fsmount = module._read, Squashfs.fsmount
+        read, fsmount = copy_release._read, Squashfs.fsmount
         made_anew, mounting, has_read = threading.Event(), threading.Event(), threading.Event()
 
         def read_late(path: str) -> Release:
@@ -166,7 +165,7 @@ class TestNothingIsReadTwice:
                 assert has_read.wait(10)
             return fsmount(format, backing, label, *part)
 
-        monkeypatch.setattr(module, "_read", read_late)
+        monkeypatch.setattr(copy_release, "_read", read_late)
         monkeypatch.setattr(Squashfs, "fsmount", mount_slowly)
         with MountWorkers() as workers:
             admission = Admission(store, workers)

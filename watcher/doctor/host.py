@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 
 from watcher.control.client import Client, NotRunning
 from watcher.doctor.findings import Examination, Finding, error, ok, warning
-from watcher.managers.systemd.systemd1 import OLDEST
 from watcher.model import problem, shown
 from watcher.records.schema import CallError
 from watcher.settings import config, device_mapper
@@ -70,8 +69,9 @@ def _systemd(settings: Settings) -> Iterator[Finding]:
     if version is None:
         why = shown(answer.stderr.strip()) or "no answer"
         yield error("systemd", f"cannot be asked: {why}", "systemctl status dbus.service")
-    elif int(version[0]) < OLDEST:
-        yield error("systemd", f"{shown(answer.stdout.strip())} is too old", f"use systemd {OLDEST} or newer")
+    elif int(version[0]) < config.SYSTEMD_OLDEST:
+        newer = f"use systemd {config.SYSTEMD_OLDEST} or newer"
+        yield error("systemd", f"{shown(answer.stdout.strip())} is too old", newer)
     else:
         yield ok("systemd", shown(answer.stdout.strip()))
 

@@ -11,17 +11,16 @@ that costs microseconds.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Collection, Hashable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 from watcher.images import bundles, originals
 from watcher.images.complete import Complete, Rule, Seen
+from watcher.images.copy_release import release_of
 from watcher.images.effects import effects
 from watcher.images.errors import translated
-from watcher.images.extension import NoRelease, Release, read_release
+from watcher.images.extension import Release, read_release
 from watcher.images.formats.image import Image
 from watcher.images.made_for import Host, parsed, passed_over, require_match
 from watcher.images.opened import opened
@@ -30,7 +29,6 @@ from watcher.images.sidecars import beside, explained
 from watcher.images.store import Store
 from watcher.images.verification import Proofs
 from watcher.images.verified_mounts import VerifiedMounts
-from watcher.images.walk import DIRECTORY
 from watcher.model import (
     Busy,
     Candidate,
@@ -42,26 +40,11 @@ from watcher.model import (
     Refused,
     Sysext,
     Trust,
-    problem,
 )
-from watcher.mounts.descriptors import Descriptors
-from watcher.mounts.workers import Hung, MountWorkers
+from watcher.mounts.workers import MountWorkers
 from watcher.resolve import release
 from watcher.resolve.strict_modes import StrictModes, Way
 from watcher.watch.writers import Writers
-
-# Errors that say what this machine lacks, and nothing about the image.
-_SHORT = {
-    errno.ENOMEM: "no memory",
-    errno.EAGAIN: "too many threads",
-    errno.ENOSPC: "no free loop device",
-    errno.ENXIO: "no loop device",
-    errno.EBUSY: "no free loop device",
-    errno.EMFILE: "too many open files",
-    errno.ENFILE: "too many open files",
-    errno.EPERM: "images need root of the host, a user namespace has directories only",
-    errno.ENODEV: "no file system for it in this kernel (or its module is not loaded)",
-}
 
 
 class Admission:
@@ -205,69 +188,6 @@ class Admission:
             self._releases[copy.digest] = found
             self._effects[copy.digest] = (*self.effects(copy.digest), *passed_over(found))
         return found
-
-
-def release_of(
-    copy: Copy,
-    workers: MountWorkers,
-    read: Callable[[int], object],
-    ready: Callable[[Copy], AbstractContextManager[None]] = lambda copy: nullcontext(),
-) -> Release:
-    """The release files of a copy. An image is mounted for that; blocks, must not run on a mount worker.
-
-    Args:
-        read: gets a descriptor of the root: see `require_readable()`.
-        ready: what a copy needs to be mounted, see `VerifiedMounts`.
-
-    Raises:
-        Refused: not a confext; broken; or with attributes that mean something to overlayfs.
-        Later: something is missing here, not in the copy.
-        OSError: it cannot be read.
-    """
-    try:
-        if copy.kind is Kind.IMAGE:
-            with nullcontext() if workers.images.has(copy) else ready(copy):
-                found, root = workers.call_apart(_read_mounted, workers, copy)
-            try:
-                read(root)
-            finally:
-                os.close(root)
-            return found
-        return _read_tree(copy.path, read)
-    except OSError as error:
-        short = _SHORT.get(error.errno or 0)
-        if short is None:
-            raise
-        raise Later(f"{short}: {problem(error)}") from error
-    except Hung as error:
-        raise Later(str(error)) from error
-
-
-def _read_tree(path: str, read: Callable[[int], object]) -> Release:
-    with Descriptors() as fds:
-        root = fds.add(os.open(path, DIRECTORY))
-        read(root)
-        try:
-            return read_release(root)
-        except NoRelease:
-            return {}, frozenset()
-
-
-def _read_mounted(workers: MountWorkers, copy: Copy) -> tuple[Release, int]:
-    """The release files, and a descriptor of the image's root: all threads can read by it, and it stays mounted."""
-    with workers.images.attached([copy]) as roots:
-        try:
-            return _read(roots[copy.digest]), os.open(roots[copy.digest], DIRECTORY)
-        except OSError as error:
-            if error.errno in _SHORT:
-                raise
-            raise Refused(f"broken: its extension-release cannot be read: {error.strerror}") from error
-
-
-def _read(root: str) -> Release:
-    with Descriptors() as fds:
-        fd = fds.add(os.open(root, DIRECTORY))
-        return read_release(fd)
 
 
 def copied(

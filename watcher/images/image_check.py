@@ -11,8 +11,8 @@ import tempfile
 from typing import NamedTuple
 
 from watcher.images import sidecars, tree
-from watcher.images.admission import release_of
 from watcher.images.certificates import Keys
+from watcher.images.copy_release import release_of
 from watcher.images.effects import effects
 from watcher.images.errors import require_size
 from watcher.images.extension import RELEASE_DIRECTORY, Release, read_release

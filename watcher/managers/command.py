@@ -26,9 +26,10 @@ from watcher.managers import cgroup
 from watcher.managers.base import Ended, Reloaded
 from watcher.managers.enter import KINDS
 from watcher.managers.exec_context import ExecContext, ExecOrder
-from watcher.model import Later, shown
+from watcher.model import Later
 from watcher.mounts.process import Process, namespace_id
 from watcher.settings.signals import reason_of, signal_name
+from watcher.text import last_line
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -271,9 +272,3 @@ async def gather(stream: trio.abc.ReceiveStream, output: bytearray) -> None:
 def too_long(timeout_sec: float) -> str:
     """`Ended.reason` of a command that was killed after so many seconds."""
     return f"was killed: it took longer than {timeout_sec:g} s"
-
-
-def last_line(output: str) -> str:
-    """The last line that a command has printed, which mostly says what is wrong: " (LINE)", or ""."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return f" ({shown(lines[-1][:200])})" if lines else ""

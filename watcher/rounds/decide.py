@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from watcher.managers.command import last_line
 from watcher.model import Stack, Verdict
 from watcher.rounds.facts import Facts, Judged
+from watcher.text import last_line
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import trio
 
 from watcher.managers.base import Ended, Manager, Service
-from watcher.managers.command import last_line
 from watcher.model import shown
 from watcher.mounts.process import Gone, Process
 from watcher.rounds.outcomes import say
 from watcher.rounds.service_check import run_all
+from watcher.text import last_line
 
 _RETRY_SEC = 0.2
 _WATCH_SEC = 1.0

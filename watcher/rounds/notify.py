@@ -15,11 +15,11 @@ import trio
 
 from watcher.managers.aside import RunAside
 from watcher.managers.base import Service
-from watcher.managers.command import last_line
 from watcher.model import Event, Later, shown
 from watcher.records import journal
 from watcher.records.schema import to_dict
 from watcher.settings.config import Settings
+from watcher.text import last_line
 
 _AT_ONCE = 4
 _WAITING_MAX = 100

@@ -13,13 +13,13 @@ import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from watcher.managers.base import Ended, Manager, NoShadow, Service
-from watcher.managers.command import last_line
 from watcher.model import Copy, Later, Layer, Stack, shown
 from watcher.mounts.process import Gone
 from watcher.mounts.swap import shadow
 from watcher.records.together import Gathering
 from watcher.rounds.tools import Tools
 from watcher.settings import values
+from watcher.text import last_line
 
 CopyOf = Callable[[Layer], Copy]
 

@@ -23,6 +23,8 @@ SERVICE_SECTION = "X-Confext"
 WATCHER_SECTION = "Watcher"
 KERNEL_OLDEST = (6, 8)
 """Linux: the first with lowerdir+ of overlayfs."""
+SYSTEMD_OLDEST = 255
+"""The first with confexts for services."""
 _NAME = "confext-watcher"
 _VENDOR_DIRECTORIES = (f"/run/{_NAME}", f"/usr/local/lib/{_NAME}", f"/usr/lib/{_NAME}")
 

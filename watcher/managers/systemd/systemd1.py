@@ -18,6 +18,7 @@ from jeepney import HeaderFields, MatchRule
 from watcher.managers.systemd.dbus import CALL_SEC, PROPERTIES, Bus, Error, require
 from watcher.managers.systemd.wire import Received
 from watcher.model import Unsupported
+from watcher.settings.config import SYSTEMD_OLDEST
 from watcher.settings.unit_names import UnitName
 
 NAME: Final = "org.freedesktop.systemd1"
@@ -26,9 +27,6 @@ MANAGER: Final = f"{NAME}.Manager"
 JOB: Final = f"{NAME}.Job"
 UNIT: Final = f"{NAME}.Unit"
 SERVICE: Final = f"{NAME}.Service"
-
-OLDEST: Final = 255
-"""The first systemd with confexts for services."""
 
 DAEMON_RELOAD_SEC: Final = 300.0
 UNKNOWN_OBJECT: Final = "org.freedesktop.DBus.Error.UnknownObject"
@@ -211,9 +209,10 @@ class Systemd1:
         """
         version = str(await self._get(PATH, "Version"))
         number = re.match(r"v?([0-9]{1,9})(?:[.~ -]|\Z)", version)
-        if number and int(number[1]) < OLDEST:
+        if number and int(number[1]) < SYSTEMD_OLDEST:
             raise Unsupported(
-                f"systemd {version} has no configuration extensions for services: {OLDEST} or newer is needed"
+                f"systemd {version} has no configuration extensions for services:"
+                f" {SYSTEMD_OLDEST} or newer is needed"
             )
 
     async def unit_paths(self) -> tuple[str, ...]:
