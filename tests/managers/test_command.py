@@ -89,6 +89,19 @@ class Racing(Process):
         raise NotImplementedError
 
 
+def test_what_enters_starts_without_what_takes_longer_than_to_start() -> None:
+    """Each check, and each reload by a command, waits for it."""
+    *python, program = command.PROGRAM
+    before, _, _ = program.partition("; from ")
+    done = subprocess.run(
+        [*python, f"{before}; import watcher.managers.enter; print(*sys.modules)"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert {"typing", "re", "dataclasses", "inspect"}.isdisjoint(done.stdout.split())
+
+
 @pytest.mark.parametrize("after", ["auxv", "status"])
 @pytest.mark.parametrize("environment", [None, {}], ids=["", "its environment is known"])
 def test_a_program_that_says_root_has_executed_it_is_lent_nothing(

@@ -15,7 +15,11 @@ import os
 import struct
 import sys
 from collections.abc import Callable
-from typing import Any
+
+# Not from `typing`, which takes longer to import than this: managers/enter.py waits for it, and a check for that.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 AT_FDCWD = -100
 AT_SYMLINK_NOFOLLOW = 0x100
