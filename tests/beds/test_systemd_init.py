@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """From nothing to a deploy and back, with the nginx of Debian: `init` and `remove`.
 
-Covers setup/init.py, setup/first_image.py, setup/remove.py, cli/init.py, cli/remove.py, cli/asking.py, and what people
+Covers setup/init.py, setup/remove.py, cli/init.py, cli/remove.py, cli/asking.py, and what people
 see of them: cli/show_init.py, cli/show_remove.py.
 """
 

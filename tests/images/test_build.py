@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """`build` makes the image that was meant, the same bytes of the same content, and nothing where it would be wrong.
 
-What may go in (images/build_sources.py), the copy of it (images/build_stage.py), the tools (images/build_tools.py), and
-the command (cli/build.py). Disk images and other versions of the tools: tests/beds/test_systemd_build.py.
+What may go in (images/build_sources.py), the copy of it (images/build_stage.py, images/staging.py), the tools
+(images/build_tools.py), and the command (cli/build.py). Disk images and other versions of the tools:
+tests/beds/test_systemd_build.py.
 """
 
 from __future__ import annotations
@@ -134,6 +135,14 @@ def test_files_go_where_their_path_says_or_where_it_is_said(place: Path) -> None
         "etc/q": "c",
     }
     assert not (tree / "etc/z.conf").is_symlink()
+
+
+def test_what_is_named_twice_is_there_once() -> None:
+    put("etc/a/x")
+    put("etc/a/x~")
+    made = make("etc/a", "etc/a/x", "etc/a")
+    assert (unpacked("web_1.4.raw") / "etc/a/x").read_text() == "x\n"
+    assert made.notes == ("left out, as editors and package managers leave such files behind: etc/a/x~",)
 
 
 def test_links_stay_as_they_are_also_one_that_leads_nowhere() -> None:
@@ -294,7 +303,7 @@ def test_names_of_one_large_file_count_each() -> None:
 
 
 def test_a_file_that_is_being_written_is_not_taken() -> None:
-    said = r"web/etc/web.conf: open for writing: build again when it is written"
+    said = r"web/etc/web.conf: open for writing: try again when it is written"
     with put("web/etc/web.conf").open("a"), pytest.raises(Busy, match=said):
         make("web")
     make("web")

@@ -127,6 +127,14 @@ def test_where_there_is_nothing_yet_the_directory_is_made_all_the_same(host: Pat
     )
 
 
+def test_an_image_that_is_no_squashfs_is_told_with_the_reason(host: Path) -> None:
+    found = plan(host, "web")
+    assert "erofs" not in "\n".join(show_init.planned(found))
+    found.taken.listed.append("/etc/passwd")
+    said = "The image is an erofs, which can hold the access control lists of /etc/passwd"
+    assert said in show_init.planned(found)
+
+
 def test_remove_takes_what_init_made_and_names_what_stays(host: Path) -> None:
     def removal(name: str = "alias", *, everything: bool = False) -> remove.Plan:
         return remove.plan(name, settings(host), everything=everything, place=str(host / "units"))

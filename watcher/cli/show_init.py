@@ -93,6 +93,10 @@ def _remarks_on_files(plan: Plan) -> list[str]:
         said.append(
             f"Not everybody may read {secret}: so only root may read the image. Keep it as safe as these"
         )
+    if taken.listed:
+        said.append(
+            f"The image is an erofs, which can hold the access control lists of {_some(taken.listed)}"
+        )
     packages = first_version.of_packages(taken.files)
     also = f", also for what upgrades of {_some(sorted(packages))} change" if packages else ""
     said.append(

@@ -19,7 +19,7 @@ import tempfile
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from watcher.images import build_tools, sidecars
+from watcher.images import build_tools, sidecars, staging
 from watcher.images.build_sources import source
 from watcher.images.build_stage import Stage
 from watcher.images.extension import RELEASE_DIRECTORY, read_release
@@ -99,7 +99,7 @@ def build(order: Order, image_max: int) -> Built:
             pass
     os.stat(directory or ".")
     with (
-        tempfile.TemporaryDirectory(prefix="confext-watcher-build-", dir=_scratch()) as scratch,
+        tempfile.TemporaryDirectory(prefix="confext-watcher-build-", dir=staging.directory()) as scratch,
         Descriptors() as fds,
     ):
         os.mkdir(f"{scratch}/tree", 0o755)
@@ -169,12 +169,6 @@ def _epoch() -> int:
     return int(text)
 
 
-def _scratch() -> str | None:
-    """Where the tree is put together: on a disk, as all of an image may be too much for memory."""
-    given = any(os.environ.get(key) for key in ("TMPDIR", "TEMP", "TMP"))
-    return None if given or not os.access("/var/tmp", os.W_OK | os.X_OK) else "/var/tmp"
-
-
 def _release(stage: Stage, tree: int, filename: str, order: Order) -> tuple[Host, tuple[str, ...]]:
     """Write the release file unless a source has one. Returns what the image is made for, and if that is not here."""
     name = release.PREFIX + release.base_name(filename)
@@ -182,7 +176,7 @@ def _release(stage: Stage, tree: int, filename: str, order: Order) -> tuple[Host
     directory = tuple(RELEASE_DIRECTORY.split("/"))
     present = next((one for one in (exact, name) if stage.has((*directory, one))), "")
     if not present:
-        stage.write((*directory, name), _release_text(order))
+        stage.write(tree, (*directory, name), _release_text(order))
     elif order.made_for or order.scope:
         raise Refused(
             f"{RELEASE_DIRECTORY}/{shown(present)} is in it already: remove that, or leave out --for and --scope"

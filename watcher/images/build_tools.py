@@ -32,29 +32,30 @@ _UUID = "6a9ac1f4-1f42-4a0e-8a3f-6c2a3f0b7e51"
 
 #: else the holes of the copy count, which file systems make as they like. -no-recovery: no file in $HOME.
 _SQUASHFS = """
-    -noappend -comp gzip -root-mode 0755 -no-xattrs -no-sparse -no-recovery -exit-on-error -quiet -no-progress
+    -noappend -comp gzip -root-mode 0755 -no-sparse -no-recovery -exit-on-error -quiet -no-progress
 """.split()
 
 
-def squashfs(tree: str, target: str, epoch: int, *, owners: bool = False) -> None:
+def squashfs(tree: str, target: str, epoch: int, *, kept: bool = False) -> None:
     """Make a squashfs of all in a directory; all times in it are `epoch`, seconds since 1970.
 
     Args:
-        owners: as in the directory; without, all belongs to root.
+        kept: owners and extended attributes are as in the directory, but for access control lists, which no squashfs
+            has; without, all belongs to root, and has none.
 
     Raises:
         Later: the tool is not installed.
         Refused: it failed.
     """
     times = ("-all-time", str(epoch), "-mkfs-time", str(epoch))
-    root = () if owners else ("-all-root",)
-    _run("mksquashfs", "squashfs-tools", tree, target, *_SQUASHFS, *root, *times)
+    plain = () if kept else ("-all-root", "-no-xattrs")
+    _run("mksquashfs", "squashfs-tools", tree, target, *_SQUASHFS, *plain, *times)
 
 
-def erofs(tree: str, target: str, epoch: int) -> None:
-    """The same as erofs. Raises as `squashfs()`."""
-    options = ("--quiet", "--all-root", f"-T{epoch}", f"-U{_UUID}", "-x-1")
-    _run("mkfs.erofs", "erofs-utils", *options, target, tree)
+def erofs(tree: str, target: str, epoch: int, *, kept: bool = False) -> None:
+    """The same as erofs, which has access control lists, too. Raises as `squashfs()`."""
+    plain = () if kept else ("--all-root", "-x-1")
+    _run("mkfs.erofs", "erofs-utils", "--quiet", *plain, f"-T{epoch}", f"-U{_UUID}", target, tree)
 
 
 def disk(content: str, target: str, epoch: int, key: str, certificate: str) -> None:

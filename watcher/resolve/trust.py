@@ -115,6 +115,12 @@ class Permissions:
                 found.append(Who("group", self.group if tag == _GROUP_OBJ else number))
         return found
 
+    def let_everybody(self, need: int) -> bool:
+        """Whether all have all of `need` (READ, WRITE, SEARCH), whoever they are."""
+        mask = self.mode >> 3 & 7
+        named = [granted & mask for tag, granted, _ in self.acl if tag in (_USER, _GROUP_OBJ, _GROUP)]
+        return all(granted & need == need for granted in (*(named or [mask]), self.mode & 7))
+
     def allow(self, who: Who, need: int) -> bool:
         """Whether `who` has all of `need` (READ, WRITE, SEARCH), by the access check algorithm of acl(5).
 

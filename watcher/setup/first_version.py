@@ -1,25 +1,32 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The first version of a service's image: what it has of the host's /etc now, with owners, modes and times.
+"""The first version of a service's image: what it has of the host's /etc now, with owners, modes and attributes.
 
-A directory in /etc may be another user's, and changed meanwhile: the walk goes by descriptor and follows no link.
+Extended attributes: those of people (user.*), of the kernel's security modules and capabilities (security.*), and
+access control lists. An image has no use for the rest. How it is copied: images/staging.py.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from watcher.images.errors import require_size
-from watcher.images.walk import DIRECTORY, Path, Walk
-from watcher.model import Refused, shown
+from watcher.images import attributes
+from watcher.images.attributes import Xattrs
+from watcher.images.extension import RELEASE_DIRECTORY
+from watcher.images.staging import Staging
+from watcher.images.walk import DIRECTORY, Path
+from watcher.model import Busy, Refused, shown
+from watcher.mounts.descriptors import Descriptors
 from watcher.records.schema import Failed
-from watcher.resolve.content import is_content
+from watcher.resolve import release
+from watcher.resolve.trust import READ, SEARCH, Permissions
 
-_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_ACLS = "system.posix_acl_"
+_KEPT = ("user.", "security.", _ACLS)
+# A signature over the inode's number, too (ima/evm): of another inode it is wrong. Overlayfs alone gives its own.
+_NOT_KEPT = ("security.evm", "user.overlay.")
 _DPKG = "/var/lib/dpkg/info"
 
 
@@ -31,6 +38,7 @@ class Taken:
         files: regular files and links.
         size: bytes of all files.
         private: files that not everybody may read, with their modes.
+        listed: what has an access control list.
         excluded: what must not be in an image.
         unusable: what no image can have, with the reason.
         missing: sources that are not there.
@@ -39,6 +47,7 @@ class Taken:
     files: list[str] = field(default_factory=list)
     size: int = 0
     private: list[tuple[str, int]] = field(default_factory=list)
+    listed: list[str] = field(default_factory=list)
     excluded: list[str] = field(default_factory=list)
     unusable: list[tuple[str, str]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -49,31 +58,36 @@ def take(
     excludes: Callable[[str], bool],
     size_max: int,
     target: str = "",
+    name: str = "",
     root: str = "/",
 ) -> Taken:
-    """Look at what would be taken, or copy it.
+    """Look at what would be taken, or copy it, and give the copy a release file.
 
     Args:
         sources: absolute paths below /etc.
         excludes: whether a path must not be in an image.
         size_max: bytes of all files (`ImageMax=`).
         target: an empty directory, which then has an `etc`; "": only look.
+        name: of the image, for the release file.
         root: that the paths are below.
 
     Raises:
-        Failed: a source is a link, or there is too much.
+        Failed: a source is a link, there is too much, or something is being written.
         OSError: something cannot be read or written.
     """
-    taking = _Taking(excludes, size_max, target)
-    start = os.open(root, DIRECTORY)
-    try:
-        for source in sources:
-            taking.source(start, source)
-    except Refused as error:
-        raise Failed(f"what is to be taken is too much: {error}") from error
-    finally:
-        os.close(start)
-    return taking.taken
+    with Descriptors() as fds:
+        start = fds.add(os.open(root, DIRECTORY))
+        copy = fds.add(os.open(target, DIRECTORY)) if target else None
+        taking = _Taking(excludes, size_max, copy)
+        try:
+            for source in sources:
+                taking.source(start, source)
+            place = (*RELEASE_DIRECTORY.split("/"), release.PREFIX + name)
+            if copy is not None and not taking.has(place):
+                taking.write(copy, place, "ID=_any\n")
+        except (Refused, Busy) as error:
+            raise Failed(f"no first version can be made: {error}") from error
+    return taking.taken()
 
 
 def of_packages(files: Iterable[str], info: str = _DPKG) -> dict[str, int]:
@@ -94,111 +108,112 @@ def of_packages(files: Iterable[str], info: str = _DPKG) -> dict[str, int]:
     return found
 
 
-class _Taking(Walk):
-    def __init__(self, excludes: Callable[[str], bool], size_max: int, target: str) -> None:
-        super().__init__()
+class _Taking(Staging):
+    def __init__(self, excludes: Callable[[str], bool], size_max: int, target: int | None) -> None:
+        super().__init__(size_max)
         self._excludes = excludes
-        self._size_max = size_max
         self._target = target
-        self._done: set[str] = set()
-        self.taken = Taken()
+        self._closed: set[Path] = set()
+        """Directories in which not everybody may reach what is there."""
+        self._private: list[tuple[str, int]] = []
+        self._missing: list[str] = []
+        # The keys are what counts: what is named twice is looked at twice.
+        self._listed: dict[str, None] = {}
+        self._excluded: dict[str, None] = {}
+        self._unusable: dict[tuple[str, str], None] = {}
+
+    def taken(self) -> Taken:
+        return Taken(
+            files=[_whole(path) for path in self._from],
+            size=self.size,
+            private=self._private,
+            listed=list(self._listed),
+            excluded=list(self._excluded),
+            unusable=list(self._unusable),
+            missing=self._missing,
+        )
 
     def source(self, root: int, source: str) -> None:
-        """One source, with the directories above it, which have the host's modes in the image, too."""
-        parts = tuple(source.strip("/").split("/"))
-        above = os.dup(root)
-        try:
-            for depth, name in enumerate(parts[:-1], 1):
-                inner = os.open(name, DIRECTORY, dir_fd=above)
-                os.close(above)
-                above = inner
-                self._made(above, parts[:depth])
-            st = os.stat(parts[-1], dir_fd=above, follow_symlinks=False)
+        """One source, with the directories above it, which are in the image as the host has them, too."""
+        path = tuple(source.strip("/").split("/"))
+        with Descriptors() as fds:
+            above, made = root, self._target
+            try:
+                for depth, name in enumerate(path[:-1], 1):
+                    above = fds.add(os.open(name, DIRECTORY, dir_fd=above))
+                    made = self._above(fds, above, made, path[:depth])
+                st = os.stat(path[-1], dir_fd=above, follow_symlinks=False)
+            except FileNotFoundError:
+                self._missing.append(source)
+                return
             if stat.S_ISLNK(st.st_mode):
-                to = os.readlink(parts[-1], dir_fd=above)
+                to = os.readlink(path[-1], dir_fd=above)
                 raise Failed(
                     f"{shown(source)} is a link to {shown(to)}: name with --from what is to be taken"
                 )
-            self._node(above, parts, st, private=False)
-        except FileNotFoundError:
-            self.taken.missing.append(source)
-        finally:
-            os.close(above)
+            if self._takes(path):
+                self._node(above, path[-1], made, path, _whole(path), follow=False)
 
-    def _node(self, above: int, path: Path, st: os.stat_result, *, private: bool) -> None:
-        name, whole = path[-1], "/" + "/".join(path)
-        if whole in self._done:
-            return
-        if not is_content(path) or self._excludes(whole):
-            self.taken.excluded.append(whole)
-            return
-        self._done.add(whole)
-        if stat.S_ISDIR(st.st_mode):
-            self._directory(above, path, private=private)
-        elif stat.S_ISLNK(st.st_mode):
-            self.taken.files.append(whole)
-            if self._target:
-                os.symlink(os.readlink(name, dir_fd=above), self._target + whole)
-                os.chown(self._target + whole, st.st_uid, st.st_gid, follow_symlinks=False)
-        elif stat.S_ISREG(st.st_mode):
-            self._file(above, path, private=private)
-        else:
-            self.taken.unusable.append((whole, "a socket, a FIFO or a device"))
+    def _above(self, fds: Descriptors, fd: int, parent: int | None, path: Path) -> int | None:
+        """The copy of a directory above a source."""
+        st = os.fstat(fd)
+        self._found_directory(fd, st, path)
+        if parent is None:
+            return None
+        made = fds.add(self._made(parent, path, _whole(path)))
+        self._finish_directory(fd, st, made, path)
+        return made
 
-    def _directory(self, above: int, path: Path, *, private: bool) -> None:
-        directory = os.open(path[-1], DIRECTORY, dir_fd=above)
-        try:
-            status = self._made(directory, path)
-            for name in self.names(directory, path):
-                st = os.stat(name, dir_fd=directory, follow_symlinks=False)
-                self._node(directory, (*path, name), st, private=private or not status.st_mode & 0o001)
-            self._finish(directory, path)
-        finally:
-            os.close(directory)
+    def _takes(self, path: Path) -> bool:
+        whole = _whole(path)
+        if super()._takes(path) and not self._excludes(whole):
+            return True
+        self._excluded[whole] = None
+        return False
 
-    def _file(self, above: int, path: Path, *, private: bool) -> None:
-        whole = "/" + "/".join(path)
-        source = os.open(path[-1], _FILE, dir_fd=above)
-        try:
-            st = os.fstat(source)
-            if not stat.S_ISREG(st.st_mode):
-                raise Failed(f"{shown(whole)} has just become something else: once more")
-            self.taken.files.append(whole)
-            self.taken.size += st.st_size
-            require_size(self.taken.size, self._size_max, "ImageMax=")
-            if private or not st.st_mode & 0o004:
-                self.taken.private.append((whole, stat.S_IMODE(st.st_mode)))
-            if self._target:
-                self._copy(source, st, whole)
-        finally:
-            os.close(source)
+    def _special(self, what: str, origin: str) -> None:
+        self._unusable[origin, what] = None
 
-    def _copy(self, source: int, st: os.stat_result, whole: str) -> None:
-        target = os.open(self._target + whole, _NEW, 0o600)
-        with open(source, "rb", closefd=False) as reading, open(target, "wb") as writing:
-            shutil.copyfileobj(reading, writing)
-            writing.flush()
-            _like(target, st)
+    def _found_directory(self, fd: int, st: os.stat_result, path: Path) -> None:
+        self._note_list(fd, path)
+        if not Permissions.of_descriptor(st, fd).let_everybody(SEARCH):
+            self._closed.add(path)
 
-    def _made(self, directory: int, path: Path) -> os.stat_result:
-        """A directory of the copy, which has the host's mode at once: nothing below it is open to more users."""
-        st = os.fstat(directory)
-        there = "/".join((self._target, *path))
-        if self._target and not os.path.isdir(there):
-            os.mkdir(there, 0o700)
-            self._finish(directory, path)
-        return st
+    def _found_file(self, fd: int, st: os.stat_result, path: Path) -> None:
+        self._note_list(fd, path)
+        reachable = not any(path[:depth] in self._closed for depth in range(1, len(path)))
+        if not (reachable and Permissions.of_descriptor(st, fd).let_everybody(READ)):
+            self._private.append((_whole(path), stat.S_IMODE(st.st_mode)))
 
-    def _finish(self, directory: int, path: Path) -> None:
-        if self._target:
-            made = os.open("/".join((self._target, *path)), DIRECTORY)
-            try:
-                _like(made, os.fstat(directory))
-            finally:
-                os.close(made)
+    def _note_list(self, fd: int, path: Path) -> None:
+        if any(name.startswith(_ACLS) for name in attributes.names(fd)):
+            self._listed[_whole(path)] = None
+
+    def _finish_directory(self, fd: int, st: os.stat_result, made: int, path: Path) -> None:
+        self._finish_file(fd, st, made, path)
+
+    def _finish_file(self, fd: int, st: os.stat_result, made: int, path: Path) -> None:
+        kept = _kept(fd, path)
+        attributes.give(made, st, kept)
+        lists = {name for name, _ in kept if name.startswith(_ACLS)}
+        if not lists.issubset(attributes.names(made)):
+            # The mode alone would let the group do what the list lets others.
+            raise Refused(
+                f"{shown(_whole(path))} has an access control list, which the directory for temporary files cannot"
+                " hold: name another one with TMPDIR="
+            )
+
+    def _finish_link(self, node: str, st: os.stat_result, target: int, path: Path) -> None:
+        attributes.give_to_link(path[-1], target, st, _kept(node, path))
 
 
-def _like(fd: int, st: os.stat_result) -> None:
-    os.fchown(fd, st.st_uid, st.st_gid)
-    os.fchmod(fd, stat.S_IMODE(st.st_mode))
-    os.utime(fd, ns=(st.st_atime_ns, st.st_mtime_ns))
+def _whole(path: Path) -> str:
+    return "/" + "/".join(path)
+
+
+def _kept(node: int | str, path: Path) -> Xattrs:
+    """The attributes that the copy of a node gets."""
+    found = attributes.read(node, shown(_whole(path)))
+    return [
+        (name, value) for name, value in found if name.startswith(_KEPT) and not name.startswith(_NOT_KEPT)
+    ]
