@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The first image has in it what the host has, as the kernel shows it."""
+"""The first image has in it what the host has, as the kernel shows it, and is not begun where there is no room."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import pytest
 from support.images import digest
 from support.needs import filesystem, loop, root, tool
 from watcher.records.schema import Failed
-from watcher.setup import first_image
+from watcher.setup import first_image, first_version
+from watcher.setup.first_version import Taken
 
 
 @pytest.fixture
@@ -116,3 +117,70 @@ def test_the_same_content_is_the_same_image(host: Path, *, listed: bool) -> None
     for path in (host / "etc", host / "etc/web", host / "etc/web/web.conf"):
         os.utime(path, (5, 5))
     assert digest(build(host, "web_1.raw")) == first
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for 256 KiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256K", "none", place], check=True)
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def taken(host: Path) -> Taken:
+    return first_version.take(["/etc/web"], lambda path: False, 1 << 30, root=str(host))
+
+
+@root
+def test_where_the_copy_has_no_room_nothing_is_begun(
+    host: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first_image.require_room(taken(host), str(small / "web.service.confext.d"))
+    temporary(monkeypatch, small)
+    first_image.require_room(taken(host), str(host))
+    first_image.require_room(taken(host), str(small))
+    os.truncate(host / "etc/web/web.conf", 300_000)
+    needed = taken(host).room
+    assert 300_000 < needed < 350_000
+    with pytest.raises(Failed) as failed:
+        first_image.require_room(taken(host), str(host))
+    assert str(failed.value) == (
+        f"{small} has no room for a first version: {needed} bytes are needed at most, and 262144 are free: make room"
+        " there, or name another directory with TMPDIR="
+    )
+
+
+@root
+def test_where_the_image_has_no_room_nothing_is_begun(host: Path, small: Path) -> None:
+    os.truncate(host / "etc/web/web.conf", 300_000)
+    with pytest.raises(Failed, match=rf"^{small} has no room .* and 262144 are free: make room there$"):
+        first_image.require_room(taken(host), str(small / "not/yet/there"))
+
+
+@root
+def test_the_copy_and_the_image_need_room_together(
+    host: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.truncate(host / "etc/web/web.conf", 150_000)
+    temporary(monkeypatch, small)
+    first_image.require_room(taken(host), str(host))
+    with pytest.raises(Failed, match=rf"{2 * taken(host).room} bytes are needed"):
+        first_image.require_room(taken(host), str(small))
+
+
+@root
+@tool("mksquashfs")
+def test_what_is_said_to_need_room_is_enough(
+    host: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that can be compressed, and many files."""
+    for number in range(8):
+        (host / f"etc/web/{number}").write_bytes(os.urandom(1))
+    free = 262144 - 2 * taken(host).room
+    (host / "etc/web/large").write_bytes(os.urandom(free // 2 // 4096 * 4096 - 4096))
+    temporary(monkeypatch, small)
+    first_image.require_room(taken(host), str(small))
+    first_image.build(["/etc/web"], lambda path: False, "web", str(small / "web_0.raw"), 1 << 20, str(host))
+    assert (small / "web_0.raw").stat().st_size > free // 3

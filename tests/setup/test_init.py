@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from support.needs import root
 from watcher.cli import main, show_init, show_remove
 from watcher.records.schema import Failed
 from watcher.settings.config import Settings
@@ -125,6 +128,22 @@ def test_where_there_is_nothing_yet_the_directory_is_made_all_the_same(host: Pat
         f"make   {found.directory}/" in said
         and "No first version, for nothing is there: /etc/none-such" in said
     )
+
+
+@root
+def test_where_there_is_no_room_nothing_is_planned(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (host / "small").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4K", "none", host / "small"], check=True)
+    try:
+        for variable in ("TMPDIR", "TEMP", "TMP"):
+            monkeypatch.setenv(variable, f"{host}/small")
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        with pytest.raises(
+            Failed, match=rf"^{host}/small has no room for a first version: [0-9]+ bytes are needed"
+        ):
+            plan(host, "web")
+    finally:
+        subprocess.run(["umount", host / "small"], check=True)
 
 
 def test_an_image_that_is_no_squashfs_is_told_with_the_reason(host: Path) -> None:

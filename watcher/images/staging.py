@@ -22,6 +22,7 @@ from typing import TypeVar
 from watcher.images import attributes
 from watcher.images.errors import require_size
 from watcher.images.files import copy_file
+from watcher.images.tree import in_blocks
 from watcher.images.walk import DIRECTORY, Path, Walk
 from watcher.model import Busy, Refused, shown
 from watcher.mounts.descriptors import Descriptors
@@ -51,11 +52,12 @@ class Staging(Walk):
 
     Attributes:
         size: bytes of all files.
+        room: bytes that the copy takes.
     """
 
     def __init__(self, size_max: int) -> None:
         super().__init__()
-        self.size = 0
+        self.size = self.room = 0
         self._size_max = size_max
         self._from: dict[Path, str] = {}
         """Where each file and link came from."""
@@ -160,6 +162,7 @@ class Staging(Walk):
                 self._directory(fd, found, made, path, origin)
 
     def _directory(self, fd: int, st: os.stat_result, made: int | None, path: Path, origin: str) -> None:
+        self.room += in_blocks(0)
         self._found_directory(fd, st, path)
         for name in self.names(fd, path):
             if self._takes((*path, name)):
@@ -183,6 +186,7 @@ class Staging(Walk):
     def _link(
         self, node: str, to: str, st: os.stat_result, target: int | None, path: Path, origin: str
     ) -> None:
+        self.room += in_blocks(0)
         if target is None:
             self._from[path] = origin
             return
@@ -191,6 +195,7 @@ class Staging(Walk):
 
     def _file(self, fd: int, st: os.stat_result, target: int | None, path: Path, origin: str) -> None:
         self.size += st.st_size
+        self.room += in_blocks(st.st_size)
         try:
             require_size(self.size, self._size_max, "ImageMax=")
         except Refused as refused:

@@ -23,6 +23,34 @@ _EPOCH = 1
 """Time of all files in it: the same content is the same image, as of `build`."""
 
 
+def require_room(taken: Taken, place: str) -> None:
+    """Refuse what has no room: the copy, where temporary files are, and the image, which may be as large.
+
+    Args:
+        place: directory of the image; it need not be there yet.
+
+    Raises:
+        Failed: there is not enough, with what to do.
+        OSError: a directory cannot be looked at.
+    """
+    while not os.path.isdir(place):
+        place = os.path.dirname(place)
+    scratch = staging.directory()
+    needed: dict[int, int] = {}
+    for directory in (scratch, place):
+        device = os.stat(directory).st_dev
+        needed[device] = needed.get(device, 0) + taken.room
+    for directory, hint in ((scratch, ", or name another directory with TMPDIR="), (place, "")):
+        size = needed[os.stat(directory).st_dev]
+        found = os.statvfs(directory)
+        free = found.f_bfree * found.f_frsize  # root, who copies, may have the reserve
+        if size > free:
+            raise Failed(
+                f"{shown(directory)} has no room for a first version: {size} bytes are needed at most, and {free} are"
+                f" free: make room there{hint}"
+            )
+
+
 def build(
     sources: Sequence[str],
     excludes: Callable[[str], bool],

@@ -16,6 +16,7 @@ from watcher.images import attributes
 from watcher.images.attributes import Xattrs
 from watcher.images.extension import RELEASE_DIRECTORY
 from watcher.images.staging import Staging
+from watcher.images.tree import in_blocks
 from watcher.images.walk import DIRECTORY, Path
 from watcher.model import Busy, Refused, shown
 from watcher.mounts.descriptors import Descriptors
@@ -28,6 +29,8 @@ _KEPT = ("user.", "security.", _ACLS)
 # A signature over the inode's number, too (ima/evm): of another inode it is wrong. Overlayfs alone gives its own.
 _NOT_KEPT = ("security.evm", "user.overlay.")
 _DPKG = "/var/lib/dpkg/info"
+_OWN = 4
+"""Nodes of the copy that the host does not have: its root, and the way to the release file."""
 
 
 @dataclass(slots=True)
@@ -37,6 +40,7 @@ class Taken:
     Attributes:
         files: regular files and links.
         size: bytes of all files.
+        room: bytes that a copy takes; an image of it takes no more.
         private: files that not everybody may read, with their modes.
         listed: what has an access control list.
         excluded: what must not be in an image.
@@ -46,6 +50,7 @@ class Taken:
 
     files: list[str] = field(default_factory=list)
     size: int = 0
+    room: int = 0
     private: list[tuple[str, int]] = field(default_factory=list)
     listed: list[str] = field(default_factory=list)
     excluded: list[str] = field(default_factory=list)
@@ -126,6 +131,7 @@ class _Taking(Staging):
         return Taken(
             files=[_whole(path) for path in self._from],
             size=self.size,
+            room=self.room + _OWN * in_blocks(0),
             private=self._private,
             listed=list(self._listed),
             excluded=list(self._excluded),
@@ -157,6 +163,7 @@ class _Taking(Staging):
     def _above(self, fds: Descriptors, fd: int, parent: int | None, path: Path) -> int | None:
         """The copy of a directory above a source."""
         st = os.fstat(fd)
+        self.room += in_blocks(0)
         self._found_directory(fd, st, path)
         if parent is None:
             return None

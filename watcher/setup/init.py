@@ -135,6 +135,8 @@ def plan(wish: Wish, settings: Settings, place: str = enable.PLACE) -> Plan:
         raise Failed(
             f"there is nothing in {' '.join(map(shown, sources))} to make a first version of: --from PATH"
         )
+    if taken.files:
+        first_image.require_room(taken, top)
     return Plan(
         unit=unit,
         recipe=recipe,
