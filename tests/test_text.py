@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from watcher.text import nearest, printable, problem, shown
+from support import CHECKOUT
+from watcher.text import nearest, printable, problem, shown, telling
+
+OUTPUTS = sorted(CHECKOUT.glob("tests/corpus/command_output/*-*"))
+"""What real programs print of a bad configuration. Above it: which program, the line that is to be chosen, nothing."""
 
 
 @pytest.mark.parametrize(
@@ -47,3 +51,41 @@ def test_an_error_begins_with_its_file(tmp_path: Path) -> None:
 )
 def test_what_was_probably_meant(asked: str, meant: str) -> None:
     assert nearest(asked, ["nginx.service", "postgresql@16-main.service", "ssh.service"]) == meant
+
+
+@pytest.mark.parametrize("path", OUTPUTS, ids=lambda path: path.name)
+def test_what_a_program_says_of_a_bad_configuration_is_the_line_that_says_why(path: Path) -> None:
+    program, line, empty, output = path.read_text().split("\n", 3)
+    assert not empty and ": " in program
+    assert telling(output) == line
+
+
+@pytest.mark.parametrize(
+    ("output", "line"),
+    [
+        ("", ""),
+        ("\n \n", ""),
+        ("no\n", "no"),
+        ("one\n\ttwo\n\n", "two"),
+        ("web: a\x1b[2J\n", "web: a\\x1b[2J"),
+        ("x" * 999, "x" * 300),
+        # An error that nothing follows, one that the next line completes, one that a warning comes before.
+        ("reading:\nError:", "Error:"),
+        ("Error:\n  no such port\ndone", "Error: no such port"),
+        ("warning: /etc/web.conf:1: error: old\n/etc/web.conf:2: bad\nfailed", "/etc/web.conf:2: bad"),
+        ('{"level":"info","error":""}\n{"level":"error","msg":"bad"}\nend', '{"level":"error","msg":"bad"}'),
+        # Words and addresses that only look like it.
+        ("log is /var/log/error: new\n0 errors\nend", "end"),
+        ("listening on http://localhost:80\nat 10.0.0.1:80\n/run/web.sock 3:4\nend", "end"),
+        # Where a program was when it failed is not why.
+        (
+            'Traceback (most recent call last):\n  File "/x.py", line 3, in f\nValueError: bad',
+            "ValueError: bad",
+        ),
+        ("in main: java.lang.Error: bad\n\tat A.f(/A.java:3)\nend", "in main: java.lang.Error: bad"),
+    ],
+)
+def test_of_other_output_it_is_the_first_line_that_names_an_error_else_the_last(
+    output: str, line: str
+) -> None:
+    assert telling(output) == line

@@ -13,6 +13,16 @@ from collections.abc import Iterable
 
 _ASKED_MAX = 255
 """Characters: of a unit's name (systemd.unit(5)) as of a file's (NAME_MAX)."""
+_TELLING_MAX = 300
+"""Characters of a line of a command's output, which become part of a line of ours."""
+# How serious a line is, by its first such word: nginx has "[emerg]", haproxy "[WARNING]", Python "ValueError:".
+_SAID = r"""(?xi) (?<![\w/-]) (?:
+    (?P<wrong> \w*error | \w*exception | fatal | emerg | alert | crit | critical | panic | failed ) (?=[]:,"|]) |
+    (?: warn | warning | notice | info | debug ) (?=[]:,"|]) | deprecated\b )"""
+# A line of a file: "/etc/web.conf:3", "/etc/web.conf(3)", "/etc/web.conf line 3", "line 3 of /etc/web.conf". What is
+# further to the right is in the stack of a program.
+_PLACE = r"""(?xi) ^(?!\s) (?:
+    (?:.*[\s"'([])? /[^\s:(]++ (?: :\d+(?!\w) | \(\d+\) | .*\bline\ \d ) | .*\bline\ \d+\ (?:of|in)\ /)"""
 
 
 class Kind(enum.Enum):
@@ -48,10 +58,30 @@ def problem(error: Exception) -> str:
     return f"{shown(name)}: {error.strerror or error}" if name else error.strerror or str(error)
 
 
-def last_line(output: str) -> str:
-    """The last line that a command has printed, which mostly says what is wrong: " (LINE)", or ""."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return f" ({shown(lines[-1][:200])})" if lines else ""
+def telling(output: str) -> str:
+    """The line of a command's output that says best what was wrong, as `shown()` has it; "" where there is none.
+
+    The first one that names an error ("[emerg]", "Fatal:") or a line of a file, and is no warning: what follows mostly
+    comes of that, or sums it up. Where no line does, the last one. One that ends with a colon has the next behind it.
+    """
+    import re  # only where a command has failed: the generator imports this module
+
+    lines = [line[:_TELLING_MAX] for line in output.splitlines() if line.strip()]
+    chosen = len(lines) - 1
+    for number, line in enumerate(lines):
+        found = re.search(_SAID, line)
+        if found["wrong"] if found else re.search(_PLACE, line):
+            chosen = number
+            break
+    with_next = lines and lines[chosen].rstrip().endswith(":")
+    said = " ".join(line.strip() for line in lines[chosen : chosen + (2 if with_next else 1)])
+    return shown(said[:_TELLING_MAX])
+
+
+def reason_in(output: str) -> str:
+    """What of a command's output says what is wrong, to be put behind a sentence: " (LINE)", or ""."""
+    line = telling(output)
+    return f" ({line})" if line else ""
 
 
 def nearest(asked: str, names: Iterable[str]) -> str:

@@ -48,6 +48,7 @@ from watcher.settings import config, signals, syntax, unit_names, values
 from watcher.settings.config import Settings
 from watcher.settings.os_release import parse_os_release
 from watcher.settings.syntax import Assignment
+from watcher.text import telling
 
 CORPUS = Path(__file__).parent.parent / "corpus"
 
@@ -809,6 +810,19 @@ def shown_text(data: bytes) -> None:
     assert shown(text).isprintable()
     assert "\0" not in schema.utf8(text)
     schema.utf8(text).encode()
+
+
+@target(
+    r"""
+    [emerg] Error: FATAL warning: deprecated /etc/x:1 (1) \x20line\x201 \x20of\x20/ : \n \x20 \x1b \xff
+    """
+)
+def command_output(data: bytes) -> None:
+    """Whatever a command prints, one printable line says what was wrong, and it is of what was printed."""
+    text = _text(data)
+    line = telling(text)
+    assert line.isprintable() and bool(line) == bool(text.strip())
+    assert any(line.startswith(shown(printed.strip()[:99])) for printed in text.splitlines()) or not line
 
 
 def grown(data: bytes) -> bytes:

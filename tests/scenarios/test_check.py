@@ -60,6 +60,14 @@ def test_it_sees_the_new_stack_and_what_it_prints_is_kept(place: Place) -> None:
     assert reports(place, "cat /etc/web.conf; echo; echo oops >&2") == ["two", "oops"]
 
 
+def test_the_reason_has_the_line_that_says_why(place: Place) -> None:
+    why = "nginx: [emerg] unknown directive sever in /etc/web.conf:1"
+    reports(place, f'echo "{why}"; echo "nginx: configuration file /etc/nginx/nginx.conf test failed"')
+    assert f" failed with exit status 1 ({why}); the service was not touched" in place.history()[0].message
+    status = place.command("status", "web.service").stdout
+    assert why in " ".join(status.split()) and "test failed)" not in status
+
+
 def test_it_has_the_user_the_groups_the_environment_and_the_rights_of_the_service(place: Place) -> None:
     place.environment["COLOUR"] = "blue"
     setpriv = (

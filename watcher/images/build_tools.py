@@ -20,6 +20,7 @@ import uuid
 
 from watcher.model import Later, Refused, shown
 from watcher.settings.signals import reason_of
+from watcher.text import telling
 
 _SBIN = ":/usr/local/sbin:/usr/sbin:/sbin"
 """An ordinary user's PATH leaves these out."""
@@ -147,8 +148,6 @@ def _run(program: str, package: str, *words: str, **environment: str) -> str:
         env={"PATH": path, "LC_ALL": "C.UTF-8", **kept, **environment},
     )
     if done.returncode:
-        said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        raise Refused(
-            f"{program} {reason_of(done.returncode)}: {shown(said[-1].strip()) if said else 'no message'}"
-        )
+        said = telling(done.stderr or done.stdout) or "no message"
+        raise Refused(f"{program} {reason_of(done.returncode)}: {said}")
     return done.stdout

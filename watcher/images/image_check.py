@@ -24,13 +24,14 @@ from watcher.images.opened import opened
 from watcher.images.readable import require_readable
 from watcher.images.sidecars import Beside
 from watcher.images.verification import KEYS, verify
-from watcher.model import Busy, Candidate, Copy, Kind, Later, Refused, Trust, shown
+from watcher.model import Busy, Candidate, Copy, Kind, Later, Refused, Trust
 from watcher.mounts.descriptors import Descriptors
 from watcher.mounts.process import may_mount
 from watcher.mounts.workers import MountWorkers
 from watcher.resolve import sources, vpick
 from watcher.resolve.sidecars import VERITY
 from watcher.settings.signals import reason_of
+from watcher.text import telling
 from watcher.watch.lease import Lease
 
 # Seconds. A tool that reads an image without root may never end: strangers made the image.
@@ -153,8 +154,8 @@ def _unpacked_release(fd: int, path: str, image: Image) -> Release:
         except subprocess.TimeoutExpired as error:
             raise Refused(f"{words[0]} has not read it in {_TOOL_SEC} s") from error
         if done.returncode:
-            said = (done.stderr or done.stdout).strip().splitlines() or [reason_of(done.returncode)]
-            raise Refused(f"{words[0]} cannot read it: {shown(said[-1])}")
+            said = telling(done.stderr or done.stdout) or reason_of(done.returncode)
+            raise Refused(f"{words[0]} cannot read it: {said}")
         return read_release(fds.add(os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)))
 
 

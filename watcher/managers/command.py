@@ -29,7 +29,7 @@ from watcher.managers.exec_context import ExecContext, ExecOrder
 from watcher.model import Later
 from watcher.mounts.process import Process, namespace_id
 from watcher.settings.signals import reason_of, signal_name
-from watcher.text import last_line
+from watcher.text import reason_in
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -241,7 +241,7 @@ def _reason(said: str, output: str) -> str:
         Later: the report says nothing about the command.
     """
     if not said:
-        raise Later(f"could not be run: what was to run it has failed{last_line(output)}")
+        raise Later(f"could not be run: what was to run it has failed{reason_in(output)}")
     what, number = said.split()[:2]
     if what == "status":
         return reason_of(os.waitstatus_to_exitcode(int(number)))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from watcher.model import Stack, Verdict
 from watcher.rounds.facts import Facts, Judged
-from watcher.text import last_line
+from watcher.text import reason_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +121,9 @@ class Reject:
 
     @property
     def reason(self) -> str:
-        """`why`, with the last line of the output. What is said of a check has that line already."""
+        """`why`, with what the output says of it. What is said of a check has that already."""
         is_check = self.verdict in (Verdict.CHECK_FAILED, Verdict.HEALTH_CHECK_FAILED)
-        return self.why if is_check else self.why + last_line(self.output)
+        return self.why if is_check else self.why + reason_in(self.output)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from watcher.model import shown
 from watcher.mounts.process import Gone, Process
 from watcher.rounds.outcomes import say
 from watcher.rounds.service_check import run_all
-from watcher.text import last_line
+from watcher.text import reason_in
 
 _RETRY_SEC = 0.2
 _WATCH_SEC = 1.0
@@ -97,7 +97,7 @@ class Health:
             return WELL
         logged = await self.manager.logged(self.service, since)
         first = logged.partition("\n")[0]
-        return Ended(f"it logged an error{last_line(first)}" if logged else "", "")
+        return Ended(f"it logged an error{reason_in(first)}" if logged else "", "")
 
     async def pause(self, seconds: float) -> None:
         """Wait for so long.

@@ -19,7 +19,7 @@ from watcher.model import Event, Later, shown
 from watcher.records import journal
 from watcher.records.schema import to_dict
 from watcher.settings.config import Settings
-from watcher.text import last_line
+from watcher.text import reason_in
 
 _AT_ONCE = 4
 _WAITING_MAX = 100
@@ -81,7 +81,7 @@ class Notifier:
         text = json.dumps(to_dict(event)) + "\n"  # on one line, so that a program may read it as one
         try:
             ended = await self._run(event, command, text.encode(), _TIMEOUT_SEC)
-            why = f"{ended.reason}{last_line(ended.output)}" if ended.reason else ""
+            why = f"{ended.reason}{reason_in(ended.output)}" if ended.reason else ""
         except Later as error:
             why = str(error)
         if why:

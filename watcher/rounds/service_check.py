@@ -19,7 +19,7 @@ from watcher.mounts.swap import shadow
 from watcher.records.together import Gathering
 from watcher.rounds.tools import Tools
 from watcher.settings import values
-from watcher.text import last_line
+from watcher.text import reason_in
 
 CopyOf = Callable[[Layer], Copy]
 
@@ -127,5 +127,5 @@ async def _run_each(
             raise Later(f"{what} {shown(command)!r} {error}") from error
         output += ended.output
         if ended.reason:
-            return Ended(f"{what} {shown(command)!r} {ended.reason}{last_line(ended.output)}", output)
+            return Ended(f"{what} {shown(command)!r} {ended.reason}{reason_in(ended.output)}", output)
     return Ended("", output)
