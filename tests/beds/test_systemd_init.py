@@ -7,7 +7,9 @@ see of them: cli/show_init.py, cli/show_remove.py.
 
 from __future__ import annotations
 
+import os
 import re
+import struct
 from collections.abc import Iterator
 
 import pytest
@@ -38,6 +40,7 @@ PLACE = f"{TOP}/nginx.raw.v"
 DROP_IN = f"{UNITS}/nginx.service.d/confext.conf"
 SECRET = "/etc/nginx/secret.conf"
 KEY = "/etc/nginx/site.key"
+ANY = 0xFFFFFFFF
 
 
 @pytest.fixture
@@ -137,6 +140,41 @@ def test_from_nothing_to_a_deploy_and_back(host: Host) -> None:
     assert sorted(kept.split()) == ["nginx_0.raw", "nginx_1.raw", "nginx_2.raw"]
     status, said = command(host, "remove", "nginx")
     assert status == 0 and "nothing to remove" in said
+
+
+READ = """
+import os, sys
+for path in sys.argv[1:]:
+    names = sorted(os.listxattr(path))
+    print(path, oct(os.stat(path).st_mode), [(name, os.getxattr(path, name)) for name in names])
+"""
+LET_ONE = struct.pack(
+    "<I" + "HHI" * 5, 2, *(1, 6, ANY), *(2, 4, 1234), *(4, 0, ANY), *(16, 4, ANY), *(32, 0, ANY)
+)
+"""An access control list: user 1234 may read, and the group may not. The mode says 0640."""
+
+
+@needs.filesystem("erofs")
+def test_who_may_read_what_on_the_host_may_read_it_in_the_service(host: Host) -> None:
+    bed = host.bed
+    os.setxattr(bed.path(SECRET), "system.posix_acl_access", LET_ONE)
+    os.setxattr(bed.path(SECRET), "user.origin", b"here")
+    os.setxattr(bed.path("/etc/nginx/nginx.conf"), "user.origin", b"there")
+    host.watch()
+    status, said = command(host, "init", "nginx", "--yes")
+    assert (
+        status == 0 and f"The image is an erofs, which can hold the access control lists of {SECRET}" in said
+    )
+    host.systemctl("start", "nginx")
+    read = ["python3", "-c", READ, SECRET, "/etc/nginx/nginx.conf"]
+    inside = ["nsenter", "--target", str(host.started(NGINX)), "--mount", "--root", "--"]
+    seen = bed.run([*inside, *read]).stdout
+    assert len(stacks(host)) == 1 and seen == bed.run(read).stdout
+    assert "0o100640" in seen and "posix_acl_access" in seen and seen.count("user.origin") == 2
+    for uid, may in ((1234, True), (1235, False)):
+        for place in (inside, []):
+            cat = [*place, "setpriv", f"--reuid={uid}", "--regid=0", "--clear-groups", "cat", SECRET]
+            assert (bed.run(cat, check=False).returncode == 0) is may
 
 
 def test_what_a_person_has_made_is_never_lost(host: Host) -> None:
