@@ -12,9 +12,9 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import structlog
@@ -107,7 +107,7 @@ class Backend:
         self.calls.append(("forget", service, digest))
         return [BAD]
 
-    async def trace(self, asked: Asked, tell: Callable[[bytes], Awaitable[None]]) -> bytes:
+    async def trace(self, asked: Asked) -> BinaryIO:
         raise AssertionError
 
     async def reload(self) -> None:

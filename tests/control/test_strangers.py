@@ -13,9 +13,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import structlog
@@ -64,6 +65,8 @@ class Backend:
     def __init__(self) -> None:
         self.calls: list[tuple[str, str]] = []
         self.asked: list[Asked] = []
+        self.answers: list[BytesIO] = []
+        self.piece = b'{"diff":1}'
         self.verdict = trio.Event()
         self.go = trio.Event()
         self.go.set()
@@ -113,11 +116,10 @@ class Backend:
     async def forget(self, service: str, digest: str | None, by: str) -> Sequence[Quarantined]:
         raise AssertionError
 
-    async def trace(self, asked: Asked, tell: Callable[[bytes], Awaitable[None]]) -> bytes:
+    async def trace(self, asked: Asked) -> BinaryIO:
         self.asked.append(asked)
-        if asked.more:
-            await tell(b'{"diff":1}')
-        return b'{"diff":2}'
+        self.answers.append(BytesIO((b"+%s\n" % self.piece if asked.more else b"") + b'.{"diff":2}\n'))
+        return self.answers[-1]
 
     async def reload(self) -> None:
         raise AssertionError
@@ -573,6 +575,32 @@ say("full"); sys.stdin.readline()
         with await trio.to_thread.run_sync(lambda: Client(str(directory), timeout=60)) as client:
             (status,) = await trio.to_thread.run_sync(client.status)
     assert status.last is not None and TOKEN in status.last.reason
+
+
+async def test_of_answers_that_nobody_takes_the_oldest_goes_and_a_user_has_one(
+    backend: Backend, directory: Path
+) -> None:
+    """The answers are in memory, and whoever comes next does not wait for those who take nothing."""
+    backend.piece = b'{"diff":"%s"}' % (b"x" * (4 << 20))
+    code = """
+streams = [connected() for _ in range(2 if uid == 20_000 else 1)]
+for stream in streams:
+    stream.sendall(call("Compare", {"service": "nginx.service"}, more=True))
+say(streams[0].recv(1).decode()); sys.stdin.readline()
+"""
+    with contextlib.ExitStack() as held:
+        for uid in range(20_000, 20_000 + peers.UNTAKEN + 1):
+            assert not any(answer.closed for answer in backend.answers)
+            assert await line(held.enter_context(stranger(directory, code, uid, groups=[GROUP]))) == "{"
+        while not backend.answers[0].closed:
+            await trio.sleep(0.01)
+        # The first user's second call has its turn now, and the next one's answer goes for it.
+        while not backend.answers[1].closed:
+            await trio.sleep(0.01)
+        assert [answer.closed for answer in backend.answers] == [True, True, *[False] * peers.UNTAKEN]
+        assert [asked.user and asked.user.uid for asked in backend.asked][-1] == 20_000
+    while not all(answer.closed for answer in backend.answers):
+        await trio.sleep(0.01)
 
 
 async def test_strangers_are_taken_in_one_after_another_and_root_as_fast_as_he_comes(

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import trio
 
@@ -242,8 +242,8 @@ class Commands:
             )
         return status.quarantined(found.name, forgotten)
 
-    async def trace(self, asked: Asked, tell: Callable[[bytes], Awaitable[None]]) -> bytes:
-        return await self._traces.look(self._tools.settings, asked, tell)
+    async def trace(self, asked: Asked) -> BinaryIO:
+        return await self._traces.look(self._tools.settings, asked)
 
     async def reload(self) -> None:
         self._reload_settings()

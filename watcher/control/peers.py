@@ -34,6 +34,8 @@ CONNECTS_PER_SEC = 1000
 WAITS = 64
 """Calls of `Wait` by all but the privileged, who have as many of their own."""
 WAITS_PER_USER = 8
+UNTAKEN = 4
+"""Answers in memory that all but the privileged have not taken yet, who may have as many of their own."""
 AT_ONCE = 4
 """Calls that make work at the same time, each another user's, none of the privileged."""
 PAUSE = 4
@@ -137,6 +139,27 @@ class Quota:
             taken[peer.uid] -= int(free)
             if not taken[peer.uid]:
                 del taken[peer.uid]
+
+
+class Untaken:
+    """Answers in memory that their clients have not taken yet. Nobody waits for these clients: with one too many, the
+    connection ends that has been at it for longest.
+    """
+
+    def __init__(self) -> None:
+        self._connections: list[trio.CancelScope] = []
+
+    @contextlib.contextmanager
+    def one(self, connection: trio.CancelScope) -> Iterator[None]:
+        """An answer, for the length of the block; cancelling `connection` ends it."""
+        if len(self._connections) == UNTAKEN:
+            self._connections.pop(0).cancel()
+        self._connections.append(connection)
+        try:
+            yield
+        finally:
+            if connection in self._connections:
+                self._connections.remove(connection)
 
 
 @dataclass(slots=True)

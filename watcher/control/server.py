@@ -23,7 +23,7 @@ import json
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import trio
 import varlink
@@ -32,8 +32,8 @@ from varlink.scanner import Interface
 import watcher
 from watcher.control import peers, redact
 from watcher.control.conversation import checked, converse
-from watcher.control.peers import Peer, Quota, Readers, Turn, Turns
-from watcher.control.trace_process import Asked
+from watcher.control.peers import Peer, Quota, Readers, Turn, Turns, Untaken
+from watcher.control.trace_process import Asked, pieces
 from watcher.control.transport import Connection, Request, listening
 from watcher.images.access import User
 from watcher.model import Event, Outcome, shown
@@ -117,14 +117,11 @@ class Backend(Protocol):
     async def forget(self, service: str, digest: str | None, by: str) -> Sequence[Quarantined]:
         """Lets content back in, and returns what; undoes a rollback. Raises ServiceNotFound."""
 
-    async def trace(self, asked: Asked, tell: Callable[[bytes], Awaitable[None]]) -> bytes:
-        """The last reply to `Trace` or `Compare`, as JSON of its results; cancelled when the client goes away.
-
-        Args:
-            tell: to call with each reply before.
+    async def trace(self, asked: Asked) -> BinaryIO:
+        """The answer to `Trace` or `Compare`, for `trace_process.pieces()`; cancelled when the client goes away.
 
         Raises:
-            ServiceNotFound, Failed: no such service; it cannot be looked at.
+            Failed: it cannot be looked at.
         """
 
     async def reload(self) -> None:
@@ -159,6 +156,7 @@ class _Server:
         self._backend = backend
         self._readers = readers
         self._waiting = Quota(peers.WAITS, peers.WAITS_PER_USER)
+        self._untaken = {privileged: Untaken() for privileged in (True, False)}
         self._turns = Turns()
         # Not trio's own: the daemon may have all of them busy copying images.
         self._threads = trio.CapacityLimiter(2)
@@ -230,16 +228,18 @@ class _Server:
             raise MembersOnly(request.method, peers.GROUP)
         if not peer.all_groups:
             raise Failed(f"uid {peer.uid} is in too many groups to know what this user could read")
-        turn.machine.close()  # looks have a bound of their own, and each takes as long as its client likes
+        turn.machine.close()  # looks have a bound of their own, and their client takes as long as he likes
         user = None if peer.privileged else User(peer.uid, peer.groups)
         more = request.more and not request.oneway
         given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-
-        async def tell(piece: bytes) -> None:
-            await connection.send(b'{"parameters":' + piece + b',"continues":true}')
-
-        piece = await self._backend.trace(Asked(name, more=more, user=user, **given), tell)
-        return b'{"parameters":' + piece + b"}"
+        answer = await self._backend.trace(Asked(name, more=more, user=user, **given))
+        with answer, self._untaken[peer.privileged].one(connection.scope):
+            for piece, is_last in pieces(answer):
+                reply = b'{"parameters":' + piece
+                if is_last:
+                    return reply + b"}"
+                await connection.send(reply + b',"continues":true}')
+        raise RuntimeError("an answer without an end")
 
     async def _call(
         self, connection: Connection, request: Request, name: str, given: dict[str, Any], turn: Turn

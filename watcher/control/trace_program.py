@@ -29,6 +29,8 @@ from watcher.settings.config import Settings
 
 ALONE_MAX = 2 * 1024 * 1024
 """Bytes of files in the reply to a client that takes one alone."""
+ANSWER_MAX = 32 * 1024 * 1024
+"""Bytes of all pieces but the last. They are in memory until the client has taken them."""
 PIECE_MAX = 256 * 1024
 """Bytes of files in one piece, which has one at least: two texts of 1 MiB are 13 MiB at most as JSON of hunks."""
 MEMORY_MAX = 256 * 1024 * 1024
@@ -36,6 +38,7 @@ MEMORY_MAX = 256 * 1024 * 1024
 CPU_SEC = 60
 OPEN_MAX = 16 * 1024
 """Descriptors: a stack may have 498 layers, of which each has two, and some more on the way to a file."""
+ASK_ROOT = ": have root ask, who looks without the daemon"
 
 Say = Callable[[bytes, str], None]
 
@@ -51,18 +54,17 @@ def main() -> None:
     order = json.load(sys.stdin)
 
     def say(kind: bytes, text: str) -> None:
-        out.write(kind + text.encode() + b"\0")
+        out.write(kind + text.encode() + b"\n")
         out.flush()
+        if kind == MORE and out.tell() > ANSWER_MAX:
+            raise Failed(f"it is more than {ANSWER_MAX >> 20} MiB{ASK_ROOT}")
 
     try:
         answer(Settings(**order["settings"]), order["asked"], say)
-    except BrokenPipeError:  # nobody is there any more
-        sys.exit(1)
     except ErrorReply as error:
         say(ERROR, _json({"error": error.name, "parameters": error.parameters()}))
     except MemoryError:
-        refused = f"it takes more than {MEMORY_MAX >> 20} MiB: have root ask, who looks without the daemon"
-        say(ERROR, _failed(refused))
+        say(ERROR, _failed(f"it takes more than {MEMORY_MAX >> 20} MiB{ASK_ROOT}"))
     except (Refused, Busy, LedgerError) as error:
         say(ERROR, _failed(str(error)))
     except OSError as error:

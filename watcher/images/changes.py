@@ -193,8 +193,7 @@ def open_file(side: Side, path: Path) -> int:
 def _is_still(node: Node, fd: int) -> bool:
     """Whether what was opened is what was looked at, for the same users.
 
-    A client that takes its time holds up a look for minutes. Meanwhile the base may get a secret where there was a file
-    for all.
+    A look may take minutes. Meanwhile the base may get a secret where there was a file for all.
     """
     one, other = node.status, os.fstat(fd)
     return os.path.samestat(one, other) and (one.st_mode, one.st_uid, one.st_gid) == (
