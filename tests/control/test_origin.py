@@ -69,6 +69,7 @@ def test_the_tree_has_a_line_for_each_directory_once() -> None:
         TracedFile("/etc/a/e/f", "changed", "link", 0, (), "tmpfs on /etc/a"),
         TracedFile("/etc/g", "removed", "directory", 1),
         TracedFile("/etc/h", "new", "file", 1),
+        TracedFile("/etc/i", "changed", "directory", 1, note="what is in it is not shown"),
     )
     assert [line.rstrip() for line in lines(files=files)[7:]] == [
         f"{'/etc/':<36}  web 1.4, changed",
@@ -80,6 +81,7 @@ def test_the_tree_has_a_line_for_each_directory_once() -> None:
         f"{'      f':<36}  base, changed, hidden by a mount: tmpfs on /etc/a",
         f"{'  g/':<36}  removed, web 1.4",
         f"{'  h':<36}  web 1.4, new",
+        f"{'  i/':<36}  web 1.4, changed, what is in it is not shown",
     ]
 
 

@@ -70,7 +70,7 @@ def _path(path: TracedPath, labels: dict[int | None, str]) -> Iterator[str]:
     yield f"{shown(path.path)}{link}"
     if path.mount:
         yield f"  hidden by a mount: {shown(path.mount)}"
-    if not path.chain:
+    if not path.chain and not path.problem:
         yield "  nothing is there"
     for piece in path.chain:
         yield f"  {labels[piece.layer]}: {_piece(piece, labels)}"
@@ -121,4 +121,6 @@ def _file(file: TracedFile, labels: dict[int | None, str]) -> str:
     said = f"{file.change}, {by}" if file.change == "removed" else f"{labels[file.layer]}, {file.change}"
     if file.covers:
         said += f", covers {', '.join(labels[layer] for layer in file.covers)}"
+    if file.note:
+        said += f", {file.note}"
     return f"{said}, hidden by a mount: {shown(file.mount)}" if file.mount else said

@@ -16,9 +16,8 @@ from watcher.control import compared, text_diff
 from watcher.control.compared import Choice
 from watcher.control.subject import ETC, Subject, subject
 from watcher.control.trace_client import ROOT_ONLY, named_images
-from watcher.images.access import READ, SEARCH, User, may
+from watcher.images.access import CLOSED, User, may_read, told
 from watcher.images.changes import Change, Comparison, changes
-from watcher.images.changes import Side as Shown
 from watcher.images.contents import Contents, Reader, xattrs
 from watcher.images.layers import Type
 from watcher.records.schema import Failed
@@ -51,7 +50,7 @@ def differences(
         before: a stack as `compared.named()` takes it; None: what the service shows, or where `after` is an image, the
             newest accepted stack.
         after: a stack, or images; nothing: what the service should have now.
-        user: shows no contents of files that this user could not read; None: root asks.
+        user: is told no contents of files that he could not read, and no names that he could not list; None: root asks.
 
     Raises, in the block too:
         Whatever `subject()` does.
@@ -63,7 +62,7 @@ def differences(
         raise Failed(ROOT_ONLY)
     if images:  # before there is a thread that enters mount namespaces
         from watcher.control import compared_drop
-    with subject(settings, service) as one, contextlib.ExitStack() as held:
+    with subject(settings, service, user) as one, contextlib.ExitStack() as held:
         if images:
             new = held.enter_context(compared_drop.dropped(settings, one, after))
         elif after:
@@ -77,13 +76,13 @@ def differences(
         else:
             old = compared.named(settings, one, "shown")
         known, wanted = (Compared(side.what, side.stack.id, one.layers(side.stack)) for side in (old, new))
-        yield Diff(one.name, False, known, wanted, (), one.drifted), iter(_Differences(one, old, new, user))
+        yield Diff(one.name, False, known, wanted, (), one.drifted), iter(_Differences(one, old, new))
 
 
 class _Differences:
     """The differences, as they are found."""
 
-    def __init__(self, one: Subject, old: Choice, new: Choice, user: User | None) -> None:
+    def __init__(self, one: Subject, old: Choice, new: Choice) -> None:
         self._layers, (self._before, self._after) = one.opened(
             old.stack, new.stack, copies=(*old.copies, *new.copies)
         )
@@ -93,36 +92,36 @@ class _Differences:
         self._comparison = Comparison()
         self._reader = Reader()
         self._left = TEXTS_MAX
-        self._rights = Rights(user) if user is not None else None
+        self._user = one.user
 
     def __iter__(self) -> Iterator[Difference]:
-        for change in changes(self._layers, self._before, self._after):
-            found = self._difference(change)
-            if found is not None:
-                yield found
+        found = changes(self._layers, self._before, self._after)
+        return told(found, self._user, self._difference, self._closed)
+
+    def _closed(self, change: Change, said: Difference | None) -> Difference:
+        sides = (side and Contents(side.node) for side in (change.before, change.after))
+        return replace(said or self._told(change, *sides), note=CLOSED)
 
     def _difference(self, change: Change) -> Difference | None:
-        path = change.path
-        readable = self._rights.readable(change) if self._rights is not None else (True, True)
+        path, sides = change.path, (change.before, change.after)
+        readable = [self._user is None or may_read(self._user, side, path) for side in sides]
         same = self._comparison.same(change)
-        one, other = (xattrs(side, path) for side in (change.before, change.after))
+        one, other = (xattrs(side, path) for side in sides)
         differ = tuple(sorted(name for name in {**one, **other} if one.get(name) != other.get(name)))
         if same and not differ:
             return None
         before, after = (
             None if side is None else self._reader.read(side, path) if may else Contents(side.node)
-            for side, may in zip((change.before, change.after), readable, strict=True)
+            for side, may in zip(sides, readable, strict=True)
         )
-        found = Difference(
-            "/".join((ETC, *path)),
-            "changed" if before and after else "added" if after else "removed",
-            self._side(before),
-            self._side(after),
-            differ,
-        )
+        found = replace(self._told(change, before, after), xattrs=differ)
         if not all(readable):
             return replace(found, note=HIDDEN)
         return found if same else self._with_text(found, before, after)
+
+    def _told(self, change: Change, before: Contents | None, after: Contents | None) -> Difference:
+        what = "changed" if before and after else "added" if after else "removed"
+        return Difference("/".join((ETC, *change.path)), what, self._side(before), self._side(after))
 
     def _side(self, contents: Contents | None) -> Side | None:
         if contents is None:
@@ -158,33 +157,3 @@ class _Differences:
         counts = (sum(line.startswith(sign) for line in lines) for sign in (b"+", b"-"))
         added, removed = counts
         return replace(found, diff=os.fsdecode(hunks), added=added, removed=removed)
-
-
-class Rights:
-    """Which files a user could read in each of two stacks, by these and by the directories that lead there.
-
-    Changes come depth first, and each directory above a change is one, too.
-    """
-
-    def __init__(self, user: User) -> None:
-        self._user = user
-        self._searchable: list[tuple[bool, bool]] = []
-        """Of each directory on the way to the last change, from the root on."""
-
-    def readable(self, change: Change) -> tuple[bool, bool]:
-        """Of each side, whether the user could see what is in it; True where there is no file, and no link."""
-        del self._searchable[len(change.path) :]
-        before, after = self._searchable[-1] if self._searchable else (True, True)
-        sides = ((change.before, before), (change.after, after))
-        self._searchable.append((self._may(sides[0], SEARCH, change), self._may(sides[1], SEARCH, change)))
-        return self._may(sides[0], READ, change), self._may(sides[1], READ, change)
-
-    def _may(self, side: tuple[Shown | None, bool], wanted: int, change: Change) -> bool:
-        shown, reached = side
-        kind = Type.DIRECTORY if wanted == SEARCH else Type.FILE
-        if wanted == READ and shown is not None and shown.node.type is Type.LINK:
-            return reached
-        if shown is None or shown.node.type is not kind:
-            return wanted == READ
-        node = f"/proc/self/fd/{shown.directory}/{change.path[-1]}" if change.path else shown.directory
-        return reached and may(self._user, wanted, node, shown.node.status)

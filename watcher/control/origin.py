@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from watcher.control.subject import ETC, Mounts, Subject, same, seen, subject
+from watcher.images.access import CLOSED, User, told
 from watcher.images.changes import Change, Comparison, changes
 from watcher.images.layers import Found, Item, Node, Type
 from watcher.records.schema import Failed
@@ -36,20 +37,21 @@ def origin(settings: Settings, service: str, paths: Sequence[str] = ()) -> Origi
 
 @contextlib.contextmanager
 def origins(
-    settings: Settings, service: str, paths: Sequence[str] = ()
+    settings: Settings, service: str, paths: Sequence[str] = (), user: User | None = None
 ) -> Iterator[tuple[Origin, Iterator[Any]]]:
     """What the stack is, and then each `TracedPath` at these paths, or each `TracedFile` that is not as in the host's
     `/etc`, as it is found in the block.
 
     Args:
         paths: absolute, or below `/etc`.
+        user: is told no names that he could not list, or look up; None: root asks.
 
     Raises, in the block too:
         Whatever `subject()` does.
         Refused: a path, or a directory, is nested too deeply.
         Busy: what is not ours changed meanwhile.
     """
-    with subject(settings, service) as one:
+    with subject(settings, service, user) as one:
         known = Origin(one.name, one.state, one.stack.id, one.layers(one.stack))
         if paths:
             yield replace(known, paths=()), (step for path in paths for step in _path(one, path))
@@ -66,9 +68,14 @@ def _files(one: Subject) -> Iterator[TracedFile]:
     number = _number(len(one.stack.layers))
     mounts = Mounts(one.parts.table)
     comparison = Comparison()
-    for change in changes(layers, order[-1:], order):
-        if not comparison.same(change):
-            yield _file(change, number, mounts)
+
+    def look(change: Change) -> TracedFile | None:
+        return None if comparison.same(change) else _file(change, number, mounts)
+
+    def closed(change: Change, _: TracedFile | None) -> TracedFile:
+        return replace(_file(change, number, mounts), note=CLOSED)
+
+    return told(changes(layers, order[-1:], order), one.user, look, closed)
 
 
 def _file(change: Change, number: Number, mounts: Mounts) -> TracedFile:
@@ -99,7 +106,8 @@ def _path(one: Subject, path: str) -> Iterator[TracedPath]:
     number = _number(len(one.stack.layers))
     for found in layers.find(absolute):
         where = "/".join((ETC, *found.path))
-        mount = "" if found.outside else mounts.over(where)
+        untold = found.outside or (found.problem and not found.chain)
+        mount = "" if untold else mounts.over(where)
         differs = "" if mount or found.outside or found.problem else _differs(one, found)
         chain = tuple(_piece(item, number) for item in found.chain)
         yield TracedPath(where, chain, found.target, found.problem, found.outside, mount, differs)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from watcher.control import status
+from watcher.images.access import User, may_search
 from watcher.images.changes import changes
 from watcher.images.layers import Layers, Node, Type
 from watcher.images.store_names import Names
@@ -50,7 +51,7 @@ class Subject:
         state: "running": `stack` is what it shows; else its next start gets `stack`.
         kept: the accepted stacks that are kept, newest first.
         drifted: files of the host that have changed below the newest of these.
-        copies: of what is in no store, by digest.
+        user: who is to be told; None: root.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Subject:
     kept: tuple[Accepted, ...]
     drifted: tuple[Drift, ...]
     parts: Parts
+    user: User | None
     _settings: Settings
     _workers: MountWorkers
     _fds: Descriptors
@@ -83,7 +85,12 @@ class Subject:
         except Refused as error:
             raise Failed(str(error))
         numbers = {digest: number for number, digest in enumerate(layers)}
-        found = Layers([*(roots[digest] for digest in layers), self.parts.base], privileged=may_mount())
+        user = self.user
+        found = Layers(
+            [*(roots[digest] for digest in layers), self.parts.base],
+            privileged=may_mount(),
+            may_search=lambda fd: user is None or may_search(user, fd),
+        )
         orders = [[*(numbers[digest] for digest in reversed(stack.digests)), len(layers)] for stack in stacks]
         return found, orders
 
@@ -122,8 +129,8 @@ def _traced(layer: Layer, since: int | None) -> TracedLayer:
 
 
 @contextlib.contextmanager
-def subject(settings: Settings, service: str) -> Iterator[Subject]:
-    """Look at a service. What was opened is closed after the block.
+def subject(settings: Settings, service: str, user: User | None = None) -> Iterator[Subject]:
+    """Look at a service, for a user or for root. What was opened is closed after the block.
 
     Raises:
         ServiceNotFound: it was never started here.
@@ -148,7 +155,7 @@ def subject(settings: Settings, service: str) -> Iterator[Subject]:
             state, found = workers.submit(_look, fds, workers, main).result()
         except (Moved, Refused, Elsewhere, WorkerLost) as error:
             raise Failed(f"{shown(name)}: {error}")
-        one = Subject(name, state, Stack(), kept, drifted, found, settings, workers, fds)
+        one = Subject(name, state, Stack(), kept, drifted, found, user, settings, workers, fds)
         yield replace(one, stack=_shown(one))
 
 

@@ -102,14 +102,14 @@ def answer(settings: Settings, asked: dict[str, Any], say: Say) -> None:
     """
     service, paths = asked["service"], asked["paths"]
     with contextlib.ExitStack() as held:
+        user = asked["user"] and User(asked["user"][0], frozenset(asked["user"][1]))
         known: Origin | Diff
         if asked["method"] == "Trace":
-            known, found = held.enter_context(origins(settings, service, paths))
+            known, found = held.enter_context(origins(settings, service, paths, user))
             name, key = "origin", "paths" if paths else "files"
             rest: Origin | Diff = replace(known, layers=())
         else:
             after = () if asked["after"] is None else (asked["after"],)
-            user = asked["user"] and User(asked["user"][0], frozenset(asked["user"][1]))
             known, found = held.enter_context(differences(settings, service, asked["before"], after, user))
             name, key = "diff", "files"
             before, then = (replace(side, layers=()) for side in (known.before, known.after))

@@ -20,7 +20,7 @@ import enum
 import os
 import stat
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -131,7 +131,7 @@ class Found:
         path: below `/etc`.
         chain: topmost first.
         target: of the link that is there, "" if none is.
-        problem: why the path cannot be used, "" if it can; then it ends here.
+        problem: why the path cannot be used, or is not told; "" if it can. Then it ends here.
         outside: the path leads out of `/etc`, to this absolute one.
     """
 
@@ -162,10 +162,18 @@ class Layers:
     Args:
         roots: their descriptors, topmost first; the last one is the base.
         privileged: False: the overlay was mounted in a user namespace, where `user.overlay.` attributes count.
+        may_search: whether who asks may look up names in a directory, by its descriptor.
     """
 
-    def __init__(self, roots: Sequence[int], *, privileged: bool = True) -> None:
+    def __init__(
+        self,
+        roots: Sequence[int],
+        *,
+        privileged: bool = True,
+        may_search: Callable[[int], bool] = lambda _: True,
+    ) -> None:
         self.roots = roots
+        self._may_search = may_search
         space = "trusted" if privileged else "user"
         self._opaque = f"{space}.overlay.opaque"
         self._whiteout = f"{space}.overlay.whiteout"
@@ -242,12 +250,20 @@ class Layers:
         yield self._chain(tuple(behind[1:])) if behind else Found((), outside="/")
 
     def _chain(self, path: Path) -> Found:
-        """What each layer has at a path, of which only the end may be a link."""
+        """What each layer has at a path, of which only the end may be a link.
+
+        What is shown is told to who could look it up in the overlay; the rest, if he could in the layer, too.
+        """
         with Descriptors() as fds:
             places = [_Place(layer, fd) for layer, fd in enumerate(self.roots)]
             items = [Item(self._root(place), Role.MERGED if place.layer else Role.SHOWN) for place in places]
-            refused = False
+            refused, unseen = False, set[int]()
             for count, name in enumerate(path, 1):
+                closed = [place for place in places if not self._may_search(place.fd)]
+                if closed and next((place for place in places if place.by is None), None) in closed:
+                    place = shown("/".join(("/etc", *path[: count - 1])))
+                    return Found(path, problem=f"not shown to a user who could not look up names in {place}")
+                unseen.update(place.layer for place in closed)
                 items, refused = self._at(places, name, path[:count])
                 if refused or count == len(path):
                     break
@@ -263,7 +279,8 @@ class Layers:
                 parent = next(place.fd for place in places if place.layer == first.node.layer)
                 target = os.readlink(path[-1], dir_fd=parent)
         problem = "overlayfs refuses it for a mark (redirect or metacopy) that a stack does not follow"
-        return Found(path, tuple(items), target, problem if refused else "")
+        told = (item for item in items if item.role is Role.SHOWN or item.node.layer not in unseen)
+        return Found(path, tuple(told), target, problem if refused else "")
 
     def _root(self, place: _Place) -> Node:
         return Node(place.layer, Type.DIRECTORY, os.fstat(place.fd))

@@ -68,7 +68,7 @@ class TracedPath:
     Attributes:
         chain: topmost first; empty: there is nothing.
         target: of the link that is there, "" if none is.
-        problem: why the service cannot use the path, "" if it can.
+        problem: why the service cannot use the path, or why it is not told; "" if it can.
         outside: the path leads out of `/etc`, to this one.
         mount: what is mounted there or above, so that the stack is not seen there at all; "" if nothing is.
         differs: what the service sees is something else, and what; "" if it is not, or does not run.
@@ -94,6 +94,7 @@ class TracedFile:
         covers: numbers of the other layers that have something there, topmost first. The host's `/etc` has, too, unless
             it is new.
         mount: as in `TracedPath`.
+        note: of a directory, why what is in it is not told, though there is something; "" if all is.
     """
 
     path: str
@@ -102,6 +103,7 @@ class TracedFile:
     layer: int | None
     covers: tuple[int, ...] = ()
     mount: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ type Piece (
 
 # One step of a path: a link on the way, or its end.
 # chain: topmost first; empty: there is nothing.
-# problem: why the service cannot use the path. outside: the path leads out of /etc, to this one.
+# problem: why the service cannot use the path, or why it is not told. outside: the path leads out of /etc, to this one.
 # mount: what hides the stack there. differs: what the service sees instead. Each "" where it is not so.
 type TracedPath (
   path: string,
@@ -51,13 +51,15 @@ type TracedPath (
 
 # What is not as in the host's /etc. change: "new", "changed" or "removed".
 # layer: place of the one that shows or removes it; covers: of the others that have something there.
+# note: of a directory, why what is in it is not told, though there is something.
 type TracedFile (
   path: string,
   change: string,
   type: string,
   layer: ?int,
   covers: []int,
-  mount: string
+  mount: string,
+  note: string
 )
 
 # Where the /etc of a service comes from. state: "running": what it sees now; else what its next start gets.
@@ -121,7 +123,8 @@ type Diff (
 # truncated: there were more than this one reply can hold.
 method Trace(service: string, paths: ?[]string) -> (origin: Origin, truncated: bool, redacted: bool)
 
-# What differs between two stacks of a service; as Trace. No contents are told of a file that the user could not read.
+# What differs between two stacks of a service; as Trace. No contents are told of a file that the user could not read,
+# and no names in a directory that he could not list.
 # before: a stack, or the beginning of one, a number of stacks back, "shown" or "none"; after: likewise. Without, what
 # the service shows, and what it should have now.
 method Compare(service: string, before: ?string, after: ?string) -> (diff: Diff, truncated: bool, redacted: bool)
