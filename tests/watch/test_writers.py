@@ -143,6 +143,49 @@ def test_what_one_program_does(
     assert not blend(writers, target)
 
 
+@busy
+@pytest.mark.parametrize("command", ["cp {1} {0}", "sh -c 'cp {1} {0}; :'"], ids=["a child", "its child"])
+def test_a_child_that_writes_and_is_gone_at_once_is_its_parent(
+    writers: Writers, target: Path, source: Path, command: str, late: bool
+) -> None:
+    """Who it was cannot be asked any more. Its parent can: it has waited for one."""
+    words = f"exec 3>> {{0}}; echo; read go; {command}; echo; read go || :; exec 3>&-"
+    shell = subprocess.Popen(
+        ["sh", "-ec", words.format(target, source)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with shell:
+        assert shell.stdin is not None and shell.stdout is not None
+        with unread(writers, late):
+            shell.stdout.read(1)
+            with unread(writers, not late):  # once its open was read
+                if not late:
+                    writers._read()
+                shell.stdin.write(b"\n")
+                shell.stdin.flush()
+                shell.stdout.read(1)
+        with writers._lock:
+            writers._read()
+    assert shell.returncode == 0
+    assert not blend(writers, target)
+
+
+@busy
+def test_a_stranger_that_writes_and_is_gone_at_once(
+    writers: Writers, target: Path, source: Path, late: bool
+) -> None:
+    with Writer(target, source) as one:
+        with unread(writers, late):
+            one("ot")
+            with unread(writers, not late):
+                if not late:
+                    writers._read()
+                subprocess.run(["cp", source, target], check=True)
+        with writers._lock:
+            writers._read()
+        one("wwc")
+        assert str(one.pid) in blend(writers, target)
+
+
 # loop(4), LOOP_CLR_FD: the file is closed by who has the device open last.
 DETACH = """
 import fcntl, os, sys, time

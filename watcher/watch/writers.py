@@ -13,6 +13,10 @@ open at that moment and closes it later, after writing, too, then they wrote at 
 has it open no more, as far as we know: it has read it, and may write to it later. A process that opens the file several
 times is one writer, so is one with its children, whoever closes the file for it.
 
+Of a process that is gone when we read of it nobody can tell whose child it was (the kernel makes no pidfd for it). It
+counts as a child of those that have the file open and have waited for one since they were looked at last. If these are
+gone as well, two programs have written, as far as we know.
+
 Of a close by a process that has not opened the file we know whose it is only if that is its parent, and it has the file
 open no more. Else it may be a loop device that is detached, or somebody who began before we did: nobody is accused
 then.
@@ -68,11 +72,13 @@ class _Opened:
         beside: writers that ended meanwhile, with their names; by PID. Not all, if there were many.
         kin: those of its ancestors and children that have the file open, too.
         idle: it has closed the file without writing, and not opened it again.
+        waited_for: `processes.waited_for()` when a process was last seen to open the file, 0 before that.
     """
 
     beside: dict[int, str] | None = None
     kin: frozenset[int] = frozenset()
     idle: bool = False
+    waited_for: int = 0
 
     def note(self, ended: Mapping[int, str]) -> None:
         """Writers have ended."""
@@ -231,7 +237,10 @@ class Writers:
                     del self._files[event.handle]
         self._turns.read_after()
         for handle, events in new.items():
-            self._unmerge(self._file(handle), events)
+            file = self._file(handle)
+            self._unmerge(file, events)
+            for pid, one in file.open.items():
+                one.waited_for = processes.waited_for(pid)
 
     def _unmerge(self, file: _File, events: Sequence[Event]) -> None:
         """Find out what the events of processes do not tell that have opened a file since the last read."""
@@ -267,11 +276,20 @@ class Writers:
         if len(file.open) >= _OPEN_MAX:
             idle = (pid for pid, one in file.open.items() if one.idle)
             del file.open[next(idle, next(iter(file.open)))]
-        kin = processes.ancestors(pid) & file.open.keys() if file.open else frozenset()
+        kin = self._kin(file, pid, gone=not name) if file.open else frozenset()
         for one in kin:
             file.open[one].kin |= {pid}
         file.open[pid] = _Opened(kin=kin)
         self._names[pid] = name
+
+    @staticmethod
+    def _kin(file: _File, pid: int, *, gone: bool) -> frozenset[int]:
+        """Whose child a process may be, of those that have the file open."""
+        if not gone:
+            return processes.ancestors(pid) & file.open.keys()
+        return frozenset(
+            one for one, opened in file.open.items() if processes.waited_for(one) > opened.waited_for
+        )
 
     def _closed(self, file: _File, event: Event) -> None:
         """A process has closed the file after writing."""
