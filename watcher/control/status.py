@@ -208,7 +208,8 @@ def shown_layers(mounted: Mounted, stacks: Sequence[Stack]) -> tuple[Layer, ...]
     """The layers that a mount table shows, bottom to top.
 
     A stack that systemd mounted has no names in it. Then the service was started on its slots, which are the newest
-    accepted stack.
+    accepted stack, unless that waits for a swap. subject.py finds that out: it mounts all stacks that are kept, which
+    is too much for hundreds of services, and for one who asks because mounting hangs.
     """
     if mounted.layers is None:
         return stacks[0].layers if stacks else ()
