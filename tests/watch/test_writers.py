@@ -17,7 +17,7 @@ import structlog
 from support.needs import root
 from support.nobody import AS_NOBODY
 from support.writer import Writer
-from watcher.watch.writers import _NAMED_MAX, _OPEN_MAX, RECORD, Writers
+from watcher.watch.writers import _AT_ONCE, _NAMED_MAX, _OPEN_MAX, _PAUSE_SEC, RECORD, Writers
 
 pytestmark = root
 
@@ -267,6 +267,23 @@ def test_what_is_remembered_is_bounded(writers: Writers, target: Path) -> None:
     assert len(files) <= 1, "who has closed it is forgotten"
     assert all(len(file.open) <= _OPEN_MAX for file in files)
     assert all(len(one.beside or {}) <= _NAMED_MAX for file in files for one in file.open.values())
+
+
+def test_whoever_opens_files_without_end_costs_little(
+    writers: Writers, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = 0
+    read = writers._read
+
+    def counted() -> None:
+        nonlocal reads
+        reads += 1
+        read()
+
+    monkeypatch.setattr(writers, "_read", counted)
+    begun = time.monotonic()
+    subprocess.run(["sh", "-ec", f"for i in $(seq 20000); do : >> {target}; done"], check=True)
+    assert 0 < reads <= (time.monotonic() - begun) / _PAUSE_SEC + _AT_ONCE
 
 
 def test_events_that_were_lost_accuse_nobody(writers: Writers, target: Path, source: Path) -> None:

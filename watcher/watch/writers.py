@@ -58,7 +58,9 @@ _FILES_MAX = 4096
 _OPEN_MAX = 16
 _NAMED_MAX = 4
 _RECORDED_MAX = 1000
+# Who opens files again and again costs one read in this time, and some more at once after a rest.
 _PAUSE_SEC = 0.002
+_AT_ONCE = 8
 # For a look through /proc, which is made when a file is being written that we have not seen opened.
 _SEARCH_SEC = 0.25
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -204,11 +206,14 @@ class Writers:
         poll = select.poll()
         poll.register(self._group or 0, select.POLLIN)
         poll.register(self._stop, select.POLLIN)
+        left, last = float(_AT_ONCE), time.monotonic()
         while self._stop not in dict(poll.poll()):
             with self._lock:
-                self._read()
-            # Whoever opens a file again and again costs no more than this; `Turns` keeps the order meanwhile.
-            time.sleep(_PAUSE_SEC)
+                self._read()  # soon: a process that is gone cannot be asked whose child it was
+            now = time.monotonic()
+            left, last = min(left + (now - last) / _PAUSE_SEC, _AT_ONCE) - 1, now
+            if left < 1:
+                time.sleep(_PAUSE_SEC)  # `Turns` keeps the order meanwhile
 
     def _read(self) -> None:
         """Take note of all that has happened up to now. Hold the lock."""
@@ -276,17 +281,17 @@ class Writers:
         if len(file.open) >= _OPEN_MAX:
             idle = (pid for pid, one in file.open.items() if one.idle)
             del file.open[next(idle, next(iter(file.open)))]
-        kin = self._kin(file, pid, gone=not name) if file.open else frozenset()
+        kin = self._kin(file, pid) if file.open else frozenset()
         for one in kin:
             file.open[one].kin |= {pid}
         file.open[pid] = _Opened(kin=kin)
         self._names[pid] = name
 
     @staticmethod
-    def _kin(file: _File, pid: int, *, gone: bool) -> frozenset[int]:
+    def _kin(file: _File, pid: int) -> frozenset[int]:
         """Whose child a process may be, of those that have the file open."""
-        if not gone:
-            return processes.ancestors(pid) & file.open.keys()
+        if ancestors := processes.ancestors(pid):
+            return ancestors & file.open.keys()
         return frozenset(
             one for one, opened in file.open.items() if processes.waited_for(one) > opened.waited_for
         )
