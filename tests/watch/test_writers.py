@@ -40,7 +40,7 @@ def source(tmp_path: Path) -> Path:
 def writers(tmp_path: Path, target: Path) -> Iterator[Writers]:
     with Writers(str(tmp_path)) as made:
         made.begin()
-        made.watch((str(target.parent), str(tmp_path / "not-there"), "/proc/self"))
+        made.watch((str(target.parent), str(tmp_path / "not-there")))
         yield made
 
 
