@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -67,11 +70,48 @@ def new_bed() -> Iterator[Callable[[str], Bed]]:
         booted.stop()
 
 
+def _beds(item: pytest.Item) -> list[Bed]:
+    """Those that run, of the fixtures of a test."""
+    found = item.funcargs.values() if isinstance(item, pytest.Function) else ()
+    return list({id(bed): bed for bed in found if isinstance(bed, Bed) and bed.pid}.values())
+
+
+_TAKES_PART = re.compile(r"^\s*Extension(Images|Directories)\s*=", re.MULTILINE)
+
+
+def _taking_part(beds: list[Bed]) -> set[str]:
+    """Where it says in these beds that a unit takes part; no unit of Debian's does."""
+    found = set()
+    for bed in beds:
+        for place in ("/etc/systemd/system", "/run/systemd/system", "/run/systemd/transient"):
+            directory = bed.path(place)
+            for path in (*directory.glob("*.service"), *directory.glob("*.service.d/*.conf")):
+                # An absolute link would lead out of the bed; a transient unit goes when it likes.
+                with contextlib.suppress(FileNotFoundError):
+                    plain = path.is_file() and not path.is_symlink()
+                    if plain and _TAKES_PART.search(path.read_text(errors="replace")):
+                        found.add(f"{bed.name}: {place}/{path.relative_to(directory)}")
+            found.update(f"{bed.name}: {place}/{path.name}" for path in directory.glob("*.confext.d"))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nobody_takes_part_any_more(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A unit that a test leaves behind makes another one fail, of those that share its bed."""
+    before = _taking_part(_beds(request.node))
+    yield
+    deadline = time.monotonic() + 5
+    while left := _taking_part(_beds(request.node)) - before:
+        if time.monotonic() > deadline:
+            pytest.fail("still taking part:\n  " + "\n  ".join(sorted(left)), pytrace=False)
+        time.sleep(0.02)  # systemd takes a transient unit away after its end, when it comes to that
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """A failed test shows what the journals of its beds say."""
     report = yield
-    if report.when == "call" and report.failed and isinstance(item, pytest.Function):  # type: ignore[attr-defined]
-        for bed in {id(b): b for b in item.funcargs.values() if isinstance(b, Bed) and b.pid}.values():
+    if report.when == "call" and report.failed:  # type: ignore[attr-defined]
+        for bed in _beds(item):
             report.sections.append((f"journal of {bed.name}", bed.journal("--lines=60")))  # type: ignore[attr-defined]
     return report

@@ -87,7 +87,7 @@ def test_a_policy_that_asks_for_a_signature_finds_it_beside_the_slot(
             store.accept("web.service", stack, ())
         slots = f"{state}/units/web.service"
         words = (
-            f"systemd-run --quiet --wait --unit=beside -p ExtensionImagePolicy={policy}"
+            f"systemd-run --quiet --wait --collect --unit=beside -p ExtensionImagePolicy={policy}"
             f" -p ExtensionImages={slots}/site.raw:ro,x-systemd.relax-extension-release-check true;"
             f" SYSTEMD_LOG_LEVEL=debug systemd-dissect --image-policy={policy} --list {slots}/site.raw 2>&1"
         )

@@ -278,15 +278,10 @@ def test_an_old_systemd_is_refused_in_one_line_and_not_asked_again(bed254: Bed) 
     bed254.run(["systemctl", "reset-failed", WATCHER])
 
 
-WHO_TAKES_PART = """cd /; ls -d var/lib/confext-watcher/units/*
-grep -rlE 'Extension(Images|Directories)=' etc/systemd run/systemd usr/lib/systemd/system usr/local/lib/systemd
-find etc/systemd run/systemd usr/local/lib/systemd -name '*.confext.d'"""
-
-
 def test_the_generator_starts_no_python_where_nobody_takes_part(bed: Bed) -> None:
     hosts.install(bed)
     run = ["strace", "-f", "-e", "trace=execve", GENERATOR, "/tmp/out", "/tmp/out", "/tmp/out"]
-    assert "python" not in bed.run(run).stderr, bed.run(["sh", "-c", WHO_TAKES_PART], check=False).stdout
+    assert "python" not in bed.run(run).stderr
     assert not bed.path("/tmp/out").exists()
     directory = bed.path("/etc/systemd/system/systemd-journald.service.confext.d")
     directory.mkdir()
