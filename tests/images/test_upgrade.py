@@ -182,6 +182,7 @@ def test_there_is_nothing_to_do(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.limit(600)
 def test_it_is_killed_at_any_moment(base: Path) -> None:
     for number in itertools.count(1):
         state, run = unpacked(base / str(number))

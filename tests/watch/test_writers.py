@@ -188,19 +188,21 @@ def test_a_stranger_that_writes_and_is_gone_at_once(
 
 # loop(4), LOOP_CLR_FD: the file is closed by who has the device open last.
 DETACH = """
-import fcntl, os, sys, time
+import fcntl, os, sys
 fd = os.open(sys.argv[1], os.O_RDWR)
 fcntl.ioctl(fd, 0x4C01)
 os.close(fd)
-time.sleep(0.3)
+sys.exit(os.system(sys.argv[2]) >> 8)
 """
 
 
+# {p}: it goes on when all that has happened has been read; "late", nothing is read but then.
+@busy
 @pytest.mark.parametrize(
     "command",
     [
         pytest.param(
-            "cat {0}; {p}; cp {1} {0}; {p}; exec 3> {0}; {p}; (cat {1} >&3; {p}) & exec 3>&-; wait",
+            "cat {0} >&2; {p}; cp {1} {0}; {p}; exec 3> {0}; {p}; (cat {1} >&3; {p}) & exec 3>&-; wait",
             id="a reader that is gone, and a child that closes it",
         ),
         pytest.param(
@@ -210,28 +212,39 @@ time.sleep(0.3)
         pytest.param(
             "exec 4< {0}; {p}; cp {1} {0}; {p}; L=$(losetup --show -f {0}); {p}; python3 -c '"
             + DETACH
-            + "' $L",
+            + "' $L '{p}'",
             id="a reader that stays, and its child that closes a loop device, and lives on",
         ),
         pytest.param(
             "L=$(losetup --show -f {0}); {p}; cp {1} {0}; {p}; losetup -d $L; {p}", id="a loop device"
         ),
-        pytest.param("cat {0}; exec 3< {0} 3<&-; {p}; cp {1} {0}; {p}; echo >> {0}", id="it has read before"),
+        pytest.param(
+            "cat {0} >&2; exec 3< {0} 3<&-; {p}; cp {1} {0}; {p}; echo >> {0}", id="it has read before"
+        ),
         pytest.param(
             "exec 3>> {0}; {p}; sh -c 'exec 4> {0}; {p}; cat {1} >&4'; {p}; exec 3>&-",
             id="a child writes while its parent has it open",
         ),
         pytest.param(
-            "L=$(losetup --show -f {0}); mkfs.ext4 -q $L; losetup -d $L; tune2fs -L web {0}", id="mkfs"
+            "L=$(losetup --show -f {0}); mkfs.ext4 -q $L; losetup -d $L; tune2fs -L web {0} >&2", id="mkfs"
         ),
     ],
 )
 def test_what_programs_do_one_after_the_other(
-    writers: Writers, target: Path, source: Path, command: str
+    writers: Writers, target: Path, source: Path, command: str, late: bool
 ) -> None:
     target.write_bytes(bytes(1 << 20))
-    words = command.format(target, source, p="sleep 0.2")
-    subprocess.run(["sh", "-ec", words], check=True, stdout=subprocess.DEVNULL)
+    # Not standard input: what a shell starts in the background has none.
+    words = ["sh", "-ec", "exec 9<&0; " + command.format(target, source, p="echo; read on <&9")]
+    pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
+    with unread(writers, late), subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=nowhere) as process:
+        assert process.stdin and process.stdout
+        for _ in iter(process.stdout.readline, b""):
+            with unread(writers, not late):
+                writers._read()
+            process.stdin.write(b"on\n")
+            process.stdin.flush()
+    assert process.returncode == 0
     assert not blend(writers, target)
 
 
