@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from beds.roots import cache_directory
 from support import fork_server
 
 RUN = "CONFEXT_WATCHER_TEST_RUN"
@@ -35,7 +36,8 @@ class Snapshot:
 
         Args:
             scratch: this run's temporary directory. What others mount below /tmp or /var/tmp, and their loop devices,
-                are none of ours: a desktop with snaps, a second checkout whose tests run at the same time.
+                are none of ours: a desktop with snaps, a second checkout whose tests run at the same time. Nor are
+                beds: each looks itself at what it leaves (`Bed.stop`), and one that is not stopped has processes.
         """
         return cls(
             frozenset((*_mounts(scratch), *_loops(scratch), *_processes(), *_namespaces(), *_descriptors()))
@@ -56,11 +58,12 @@ def settled(before: Snapshot, scratch: Path) -> list[str]:
 
 
 def _mounts(scratch: Path) -> list[str]:
+    others = "/tmp/", "/var/tmp/", f"{cache_directory()}/"
     rows = (line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines())
     return [
         f"mount on {row[4]} ({row[row.index('-') + 1]}, id {row[0]})"
         for row in rows
-        if Path(row[4]).is_relative_to(scratch) or not row[4].startswith(("/tmp/", "/var/tmp/"))
+        if Path(row[4]).is_relative_to(scratch) or not row[4].startswith(others)
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,20 @@ def test_what_others_mount_and_attach_meanwhile_is_not_this_runs(tmp_path: Path)
     finally:
         subprocess.run(["umount", str(others)], check=True)
         subprocess.run(["losetup", "--detach", device], check=True)
+
+
+@root
+@tool("mount")
+def test_the_bed_of_another_run_is_not_this_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as cache:
+        before = Snapshot.take(tmp_path)
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", cache], check=True)
+        try:
+            assert [thing for thing in Snapshot.take(tmp_path).since(before) if cache in thing]
+            monkeypatch.setenv("CONFEXT_BEDS_CACHE", os.path.dirname(cache))
+            assert Snapshot.take(tmp_path).since(before) == []
+        finally:
+            subprocess.run(["umount", cache], check=True)
 
 
 def test_a_descriptor_left_open_is_found(tmp_path: Path) -> None:
