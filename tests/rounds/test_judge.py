@@ -252,6 +252,19 @@ async def test_a_health_check_that_goes_on_failing_is_bad(
     assert verdict.output == "line 7\n"
 
 
+@pytest.mark.parametrize("each", [0.05, 0.25, 0.45, 0.6])
+async def test_a_health_check_that_is_killed_because_it_began_late_says_what_was_wrong_before(
+    service: Service, autojump_clock: trio.testing.MockClock, each: float
+) -> None:
+    settings = ServiceSettings(health_check=("by-plan",), health_check_usec=1_000_000)
+    checked = replace(service, settings=settings)
+    manager = Manager(checked, done)
+    manager.plan = _plan([(0, False)], each)
+    assert checked.main is not None
+    verdict = await reload_and_judge(manager, checked, checked.main, STACK)
+    assert verdict is not None and "failed with exit status 1" in verdict.reason
+
+
 @pytest.mark.parametrize(
     ("passes", "settings", "good", "took"),
     [
