@@ -74,17 +74,20 @@ threading.Thread(target=answer, daemon=True).start()
 while True:
     signal.pause()
 """
-# _socket: the import of socket takes its time on a busy machine, and what a check that lasts longer than a fifth of a
-# second comes to may be told in other words.
+# As health check it sees the service's /etc: on a busy machine the server may be slow to take the signal. _socket: the
+# import of socket takes its time there, too.
 _ASK = """
-import _socket, sys
+import _socket, os, sys
 asked = _socket.socket(_socket.AF_UNIX)
 asked.settimeout(5)
 try:
     asked.connect("/srv/web.sock")
 except OSError as error:
     sys.exit(f"/srv/web.sock: {error.strerror}")
-print(asked.recv(99).decode(), end="")
+said = asked.recv(99).decode()
+if os.path.exists("/etc/web.conf") and f"say = {said}" not in open("/etc/web.conf").read():
+    sys.exit(f"it still says: {said}")
+print(said, end="")
 """
 _PROGRAM = """#!{python} -ISB
 {text}"""
