@@ -53,7 +53,7 @@ def renew(machine: Host, times: int) -> str:
 def test_a_renewed_certificate_is_served_after_the_very_next_reload(bed: Bed) -> None:
     with nginx(bed) as machine:
         history = machine.bed.run(["confext-watcher", "history", "nginx.service"]).stdout
-        assert renew(machine, 100) == "100"
+        assert renew(machine, 60) == "60"
         assert machine.bed.run(["confext-watcher", "history", "nginx.service"]).stdout == history
         mounted = [row for row in machine.mounts("nginx.service") if row[4] == "/etc"]
         assert len(mounted) == 1

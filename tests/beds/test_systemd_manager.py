@@ -651,7 +651,7 @@ def test_a_reload_does_not_get_in_the_way_of_a_stop(host: Managed) -> None:
     host.systemctl("stop", "--no-block", "stops.service")
     assert probe.reload("stops.service")["ok"]
     probe.until("stops.service", stopped)
-    assert host.bed.property("stops.service", "ActiveState") == "inactive"
+    eventually(lambda: host.bed.property("stops.service", "ActiveState") == "inactive")
     host.bed.path("/run/stopped").unlink()  # and to the end of what it does then
 
 
