@@ -44,6 +44,12 @@ def writers(tmp_path: Path, target: Path) -> Iterator[Writers]:
         yield made
 
 
+def test_a_directory_of_proc_is_no_error(tmp_path: Path) -> None:
+    with Writers(str(tmp_path)) as made:
+        made.begin()
+        made.watch(("/proc/self",))
+
+
 def blend(writers: Writers, target: Path) -> str:
     fd = os.open(target, os.O_RDONLY)
     try:
