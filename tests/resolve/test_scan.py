@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import pytest
 from support.needs import root
 from watcher.model import Declared, Look, Scope
 from watcher.resolve import scan, sources
+from watcher.resolve.strict_modes import StrictModes
 
 
 @pytest.fixture
@@ -451,3 +453,34 @@ def test_an_architecture_that_systemd_does_not_know_is_told(drop: Path, filename
     versions(drop / "web.raw.v", filename)
     said = [text for text in told(look(drop), "warning") if "architecture" in text]
     assert bool(said) is bool(called) and all(text.endswith(f"calls it {called}") for text in said)
+
+
+def test_a_look_without_what_is_not_there_finds_and_watches_the_same(tmp_path: Path) -> None:
+    """Services that differ in it alone share a look."""
+    versions(tmp_path / "web.raw.v", "web_1.raw")
+    (tmp_path / "is there").mkdir()
+    (tmp_path / "is there/web.raw.v").symlink_to(tmp_path / "web.raw.v")
+    (tmp_path / "a file").touch()
+    (tmp_path / "nowhere").symlink_to("/nothing/there")
+    (tmp_path / "null").symlink_to("/dev/null")
+    (tmp_path / "circle").symlink_to("circle")
+    names = (
+        "is there",
+        "not there",
+        "deep/down/not there",
+        "a file",
+        "nowhere",
+        "null",
+        "circle",
+        "a file/x",
+    )
+    declared = Declared(confext_dirs=tuple(str(tmp_path / name) for name in names))
+    with StrictModes() as modes:
+        present, absent = scan.present(declared, modes)
+    whole, part = scan.look(declared), scan.look(present)
+    assert len(present.confext_dirs) < len(names) - 2
+    assert {*part.interests, *absent} == {*whole.interests}
+    assert replace(part, interests=()) == replace(whole, interests=())
+    other = replace(declared, confext_dirs=(*declared.confext_dirs, str(tmp_path / "another's")))
+    with StrictModes() as modes:
+        assert scan.present(other, modes)[0] == present

@@ -18,7 +18,7 @@ import re
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from watcher.model import Candidate, Declared, Entry, Interest, Kind, Look, Picks, Remark, Scope, Unsafe
@@ -107,6 +107,30 @@ def entries(declared: Declared) -> tuple[Entry, ...]:
     with StrictModes() as modes:
         listings, _, _ = _listings(declared.confext_dirs, _Notes(modes))
     return sources.resolve(declared, listings).entries
+
+
+def present(declared: Declared, modes: StrictModes) -> tuple[Declared, tuple[Interest, ...]]:
+    """The same without each `.confext.d/` that is not there; and what tells when one comes.
+
+    Each unit has its own, of which hardly any is there: without them, units of one image have one look. `look()` finds
+    the same in either.
+
+    Raises:
+        OSError: as `look()`.
+    """
+    there, notes = [], _Notes(modes)
+    for path in declared.confext_dirs:
+        try:
+            os.close(modes.open(path).fd)
+        except FileNotFoundError:
+            notes.watch(path, sources.ENTRY_NAME)
+            continue
+        except Unsafe:
+            pass  # the look says so
+        except OSError as error:
+            _require_all(error)
+        there.append(path)
+    return replace(declared, confext_dirs=tuple(there)), tuple(notes.interests)
 
 
 def _listings(paths: Iterable[str], notes: _Notes) -> tuple[list[sources.Listing], bool, bool]:

@@ -102,9 +102,16 @@ class Observer:
     ) -> Callable[[Service], Gathering[tuple[Interest, ...]]]:
         def find(service: Service) -> Gathering[tuple[Interest, ...]]:
             yield from ()
-            return self._looks.shared(key, since, functools.partial(_interests, service))
+            return self._looks.shared(key, since, functools.partial(self._interests, service, since))
 
         return find
+
+    def _interests(self, service: Service, since: float) -> tuple[Interest, ...]:
+        with StrictModes(service.trust) as modes:
+            declared, absent = scan.present(service.declared, modes)
+            key = ("interests", declared, service.trust)
+            look = functools.partial(scan.look, declared, modes=modes)
+            return (*self._looks.shared(key, since, look).interests, *absent)
 
     def look(self, service: Service, others: Sequence[Service], memory: Memory, this: Round) -> bool:
         """Look at the disk, unless the last look still counts. After `prepare()`; hold `using_store()`. Blocks.
@@ -309,9 +316,11 @@ class Observer:
             for key, why in self._kept_out(other).items()
         }
         root = service.root
+        with StrictModes(service.trust) as modes:
+            declared, absent = scan.present(service.declared, modes)
         given = Given(
             service.slots,
-            service.declared,
+            declared,
             None if root is None else self._looks.shared(("host", root), since, lambda: host(root)),
             state,
             elsewhere,
@@ -337,7 +346,11 @@ class Observer:
             memory.at_hand, memory.passed = desired.at_hand, desired.passed
             memory.look_again = desired.look_again
         etc = "" if service.root is None else f"{service.root.rstrip('/')}/etc"
-        more = (*retry.interests(state, service.settings, etc), *image_policies.interests(given.policies))
+        more = (
+            *absent,
+            *retry.interests(state, service.settings, etc),
+            *image_policies.interests(given.policies),
+        )
         return state, replace(
             desired,
             look=replace(desired.look, interests=(*desired.look.interests, *more)),
@@ -357,11 +370,6 @@ class Observer:
             return self._tools.store.state(other.slots).kept_out
         except Later:
             return {}  # its own round says why
-
-
-def _interests(service: Service) -> tuple[Interest, ...]:
-    with StrictModes(service.trust) as modes:
-        return scan.look(service.declared, modes=modes).interests
 
 
 def of_look(state: State) -> object:
