@@ -91,7 +91,7 @@ async def test_it_is_ready_before_systemd_loses_patience(
 
 async def test_a_bug_in_a_round_loses_no_drop(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "log", SimpleNamespace(exception=lambda text, service: said.append(text)))
-    daemon, errors = made(), [ValueError("one"), ValueError("one"), ValueError("two"), None]
+    daemon, errors = made(), [ValueError("one"), ValueError("two"), TypeError("one"), None]
 
     async def round(*_: object) -> float | None:
         if (error := errors.pop(0)) is not None:

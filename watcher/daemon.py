@@ -11,6 +11,7 @@ import functools
 import itertools
 import math
 import signal
+import traceback
 from collections.abc import AsyncIterator
 
 import trio
@@ -109,7 +110,7 @@ class Daemon:
         self._idle = trio.Event()
         self._remarks: set[Remark] = set()
         self._untidy = ""
-        # By service: what was unexpected in its last round.
+        # By service: what was unexpected in its last round, and where.
         self._bugs: dict[str, str] = {}
         # Services that are there from the start, and not looked at yet.
         self._unseen: set[str] = set()
@@ -214,6 +215,7 @@ class Daemon:
             service = await self._tools.manager.current(name)
             if service is None:
                 self._rounds.forget(name)
+                self._bugs.pop(name, None)
                 again = None
             else:
                 again = await self._round(service, since, looks_from)
@@ -233,8 +235,8 @@ class Daemon:
         try:
             again = await self._rounds.round(service, since, looks_from)
         except Exception as error:  # noqa: BLE001 -- a bug in a round of one service must not end those of the others
-            if self._bugs.get(service.name) != repr(error):
-                self._bugs[service.name] = repr(error)
+            if self._bugs.get(service.name) != (bug := _place_of(error)):
+                self._bugs[service.name] = bug
                 text = f"{service.name}: a bug in confext-watcher; it keeps what it has, and is tried again"
                 journal.log.exception(text, service=service.name)
             return _AGAIN_SEC
@@ -340,6 +342,11 @@ class Daemon:
         for remark in remarks - self._remarks:
             journal.say(remark)
         self._remarks = remarks
+
+
+def _place_of(error: Exception) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} {last.filename}:{last.lineno}"
 
 
 def _usec(seconds: float) -> int:

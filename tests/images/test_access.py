@@ -241,7 +241,7 @@ def check_path(layers: Layers, path: str, stack: View, own: Sequence[View]) -> s
 
 @root
 def test_names_are_told_as_the_kernel_would_tell_them() -> None:
-    with MountWorkers(1) as workers:
+    with MountWorkers() as workers:
         met = set().union(*(workers.submit(check, workers, seed).result() for seed in range(12)))
     assert met >= {"named", "closed", "shut", "whole", "cut"}
 

@@ -13,6 +13,7 @@ import select
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from support import CHECKOUT
 from support.disks import GENERIC, Part, disk
 from support.images import FORMATS
 from support.killing import killed_before
@@ -30,7 +32,7 @@ from support.service import Service
 from watcher.images.formats.probe import probe
 from watcher.images.formats.squashfs import Squashfs
 from watcher.model import Copy, Kind, Later, Layer, Refused, Stack
-from watcher.mounts import syscalls
+from watcher.mounts import image_mounts, syscalls
 from watcher.mounts import workers as workers_module
 from watcher.mounts.process import may_mount
 from watcher.mounts.swap import swap
@@ -232,6 +234,41 @@ def test_it_does_not_enter_what_is_not_a_services(workers: MountWorkers) -> None
         workers.submit(enter).result()
 
 
+@pytest.mark.skipif(not may_mount(), reason="needs root of the machine")
+def test_in_a_chroot_paths_lead_where_those_of_the_program_do(tmp_path: Path) -> None:
+    """A build of an image runs `check` in one."""
+    program = """
+import os
+from watcher.mounts.workers import MountWorkers
+os.chroot({root!r})
+os.chdir("/")
+with MountWorkers() as workers:
+    seen, done = [workers.call(os.path.exists, "/mnt/mark")], []
+    workers.start(lambda: done.append((os.path.exists("/mnt/mark"), os.path.exists("/sys/images"))))
+    while not done:
+        pass
+    print(seen, done, workers.call(os.path.exists, "/sys/images"))
+"""
+    root = tmp_path / "root"
+    root.mkdir()
+    script = program.format(root=str(root))
+    shell = 'mount --rbind / "$1" && mount -t tmpfs none "$1/mnt" && touch "$1/mnt/mark" && exec "$2" -c "$3"'
+    words = [
+        "unshare",
+        "--mount",
+        "--propagation",
+        "private",
+        "sh",
+        "-c",
+        shell,
+        "sh",
+        str(root),
+        sys.executable,
+    ]
+    done = subprocess.run([*words, script], capture_output=True, text=True, check=False, cwd=CHECKOUT)
+    assert done.stdout == "[True] [(True, False)] True\n", done.stderr
+
+
 def test_two_workers_swap_at_the_same_time(start: Start, swaps: Swaps, layers: Layers) -> None:
     services = [start(), start()]
     made = [layers.tree({"web.conf": version}, version=version) for version in ("1", "2")]
@@ -340,7 +377,7 @@ async def test_a_lost_worker_does_no_other_job(
     real, seen = syscalls.setns, list[int]()
 
     def setns(fd: int, kind: int) -> None:
-        if fd == workers._namespace and where() == os.fstat(service.namespace).st_ino:
+        if fd == workers._namespace.fd and where() == os.fstat(service.namespace).st_ino:
             raise PermissionError(1, "no way back")
         real(fd, kind)
 
@@ -410,7 +447,7 @@ class TestImages:
             assert loops(layers, squashfs) == 1
 
     def test_one_that_cannot_be_mounted_yet_keeps_no_other_waiting(
-        self, layers: Layers, squashfs: Layer, tmp_path: Path
+        self, layers: Layers, squashfs: Layer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Its file is on a dead network file system, say."""
         os.mkfifo(tmp_path / "blocks")
@@ -424,6 +461,9 @@ class TestImages:
 
             blocked = workers.submit(use, hangs)
             until(blocked.running)
+            with monkeypatch.context() as patch, pytest.raises(Later, match="a mount of it does not end"):
+                patch.setattr(image_mounts, "_HANGS_SEC", 0.1)  # one thread that waits for it is enough
+                workers.submit(use, hangs).result(timeout=30)
             assert workers.submit(use, copy).result(timeout=30) == "1"
             workers.submit(workers.images.retain, []).result(timeout=30)
             until(lambda: loops(layers, squashfs) == 0)

@@ -171,10 +171,11 @@ def test_a_file_is_missing_in_the_copy_of_a_tree(place: Place) -> None:
 
 
 def test_what_a_running_service_sees_of_a_damaged_tree_stays(place: Place) -> None:
-    place.start_daemon()
+    daemon = place.start_daemon()
     place.drops(NAME).mkdir()
     shutil.copytree(tree("web", "whole"), place.drops(NAME) / "web")
     service = starts(place)
+    daemon.log.wait_for("started well on web")  # it has read the copy
     (copy,) = (path for path in (place.state / "store").iterdir() if path.is_dir() and path.name[0] != ".")
     (copy / "etc/extra").touch()
     place.bring(tree("other", "1", name="other"), place.drops(NAME) / "other")

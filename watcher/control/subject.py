@@ -220,7 +220,7 @@ def _service(settings: Settings, service: str, held: contextlib.ExitStack) -> tu
 
 
 def _look(fds: Descriptors, workers: MountWorkers, main: Process | None) -> tuple[str, Parts]:
-    """Runs on a mount worker."""
+    """Runs inside `MountWorkers.call()`."""
     try:
         alive = main is not None and main.alive()
         home = alive and main is not None and not shares_host(main.pid) and main.at_home()

@@ -84,7 +84,7 @@ class Admission:
         modes: StrictModes | None,
         rule: Rule = Rule(),  # noqa: B008 -- frozen
     ) -> Copy:
-        """The store's copy of a candidate. Blocks; must not run on a mount worker, which it waits for.
+        """The store's copy of a candidate. Blocks; must not run inside `MountWorkers.call()`, which it waits for.
 
         Hold `Store.using()` until a stack with the copy has been accepted.
 

@@ -34,7 +34,7 @@ def release_of(
     read: Callable[[int], object],
     ready: Callable[[Copy], AbstractContextManager[None]] = lambda copy: nullcontext(),
 ) -> Release:
-    """The release files of a copy. An image is mounted for that; blocks, must not run on a mount worker.
+    """The release files of a copy. An image is mounted for that; blocks, must not run inside `MountWorkers.call()`.
 
     Args:
         read: gets a descriptor of the root: see `require_readable()`.

@@ -32,9 +32,10 @@ _CHANGED = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, err
 
 
 def shows(workers: MountWorkers, namespace: int, stack: Stack, copies: Mapping[str, Copy]) -> bool:
-    """Whether `/etc` in a mount namespace (a descriptor) is what a stack would make it. Runs on a mount worker.
+    """Whether `/etc` in a mount namespace (a descriptor) is what a stack would make it.
 
-    Types, modes, owners, link targets and contents count; times and extended attributes do not.
+    Runs inside `MountWorkers.call()`. Types, modes, owners, link targets and contents count; times and extended
+    attributes do not.
 
     Raises:
         Whatever `swap()` does.

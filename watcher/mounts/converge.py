@@ -67,7 +67,7 @@ def converge(
     patient: bool = False,
     anew: bool = False,
 ) -> Converged:
-    """Swap wherever the wanted stack is not shown. Runs on a mount worker.
+    """Swap wherever the wanted stack is not shown. Runs inside `MountWorkers.call()`.
 
     Args:
         pids: of all processes of the service.

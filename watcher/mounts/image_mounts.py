@@ -6,10 +6,11 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from watcher.model import Copy, problem
+from watcher.model import Copy, Later, problem
 from watcher.mounts import syscalls
 from watcher.records import journal
 
@@ -20,21 +21,38 @@ def plain(copy: Copy, backing: int) -> int:
     return copy.format.fsmount(backing, copy.digest)
 
 
+# Seconds: see workers.py.
+_HANGS_SEC = 27.0
+
+
 @dataclass(slots=True)
 class _Image:
     """One digest.
 
     Attributes:
         turn: held while it is mounted. That may take for ever; then only those wait who want the same image.
+        begun: since when that goes on, `time.monotonic()`; 0 if it does not.
         users: how many have it, or wait for it.
         inode: of the copy that is mounted, 0 if none is.
         mounts: how many lie on one another at its mount point. The topmost is of that copy.
     """
 
     turn: threading.Lock = field(default_factory=threading.Lock)
+    begun: float = 0.0
     users: int = 0
     inode: int = 0
     mounts: int = 0
+
+    @contextlib.contextmanager
+    def waited_for(self) -> Iterator[None]:
+        """Have its turn. Raises Later: who has it gets no answer from the kernel; then one thread is enough."""
+        left = _HANGS_SEC if not self.begun else max(0.0, self.begun + _HANGS_SEC - time.monotonic())
+        if not self.turn.acquire(timeout=left):
+            raise Later("the kernel gives no answer about it: a mount of it does not end")
+        try:
+            yield
+        finally:
+            self.turn.release()
 
 
 class Images:
@@ -112,12 +130,16 @@ class Images:
 
     def _mounted(self, copy: Copy, image: _Image) -> str:
         path = self._path(copy.digest)
-        with image.turn:
+        with image.waited_for():
             inode = os.stat(copy.path, follow_symlinks=False).st_ino
             if image.inode != inode:
                 # Where the store has made the copy anew, the new one is mounted over the old one. Other threads use
                 # the path meanwhile. Without a mount they would take an empty directory for the image.
-                self._mount(copy, path)
+                image.begun = time.monotonic()
+                try:
+                    self._mount(copy, path)
+                finally:
+                    image.begun = 0.0
                 image.inode = inode
                 image.mounts += 1
         return path

@@ -54,7 +54,7 @@ def of_service(
     kept: Callable[[], Iterable[Stack]],
     other_mains: Callable[[], Iterable[int]] = tuple,
 ) -> Iterator[Namespaces]:
-    """The namespaces of one service, open during the block. Runs on a mount worker.
+    """The namespaces of one service, open during the block. Runs inside `MountWorkers.call()`.
 
     Where there are no nested ones, which is nearly always, none is entered.
 

@@ -38,7 +38,7 @@ class Parts:
 
 
 def of_service(fds: Descriptors, workers: MountWorkers, namespace: int) -> Parts:
-    """The base of a service, and what tells of its stack. Runs on a mount worker.
+    """The base of a service, and what tells of its stack. Runs inside `MountWorkers.call()`.
 
     Args:
         fds: closes the descriptors.
@@ -60,7 +60,7 @@ def of_service(fds: Descriptors, workers: MountWorkers, namespace: int) -> Parts
 
 
 def of_host(fds: Descriptors) -> Parts:
-    """The base of a service that is yet to be started. Runs on a mount worker."""
+    """The base of a service that is yet to be started. Runs inside `MountWorkers.call()`."""
     base, _ = clone(fds, fds.add(look_up()), whole=False)
     return Parts(base)
 
@@ -68,7 +68,7 @@ def of_host(fds: Descriptors) -> Parts:
 def open_layers(
     fds: Descriptors, workers: MountWorkers, copies: Sequence[Copy], layer: Callable[[str], Layer]
 ) -> dict[str, int]:
-    """The `etc` of each copy, by digest. Runs on a mount worker.
+    """The `etc` of each copy, by digest. Runs inside `MountWorkers.call()`.
 
     Args:
         layer: gives the layer of a digest, for its name.

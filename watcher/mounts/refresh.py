@@ -289,9 +289,10 @@ def views_of(
     kept: Callable[[], Iterable[Stack]],
     other_mains: Callable[[], Iterable[int]],
 ) -> list[View]:
-    """The overlays on a service's `/etc`, in all its namespaces; none where it has no stack. Runs on a mount worker.
+    """The overlays on a service's `/etc`, in all its namespaces; none where it has no stack.
 
-    A namespace that was copied from another one shows the same overlay, which is told once.
+    Runs inside `MountWorkers.call()`. A namespace that was copied from another one shows the same overlay: that is told
+    once.
 
     Args:
         pids, kept, other_mains: see `of_service()`.
@@ -316,7 +317,7 @@ def views_of(
 
 
 def view_of(workers: MountWorkers, namespace: int) -> View | None:
-    """The stack that a namespace shows on `/etc`; None if it shows none. Runs on a mount worker."""
+    """The stack that a namespace shows on `/etc`; None if it shows none. Runs inside `MountWorkers.call()`."""
     with workers.attending(namespace), Descriptors() as fds:
         with workers.entered(namespace):
             table = Table(read_own(workers))

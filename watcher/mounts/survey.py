@@ -52,7 +52,7 @@ class Survey:
 
 
 def read_namespace(workers: MountWorkers, namespace: int, size_max: int | None = None) -> str:
-    """The mountinfo of a namespace. Runs on a mount worker.
+    """The mountinfo of a namespace. Runs inside `MountWorkers.call()`.
 
     It is read inside the namespace: the mountinfo of a process that has called chroot(2) shows nothing.
 
@@ -75,7 +75,7 @@ def read_own(workers: MountWorkers, size_max: int | None = None) -> str:
 def survey(
     fds: Descriptors, workers: MountWorkers, namespace: int, needed: Callable[[Table], bool]
 ) -> Survey:
-    """The first look at a namespace; with the clones if they are `needed()`. Runs on a mount worker.
+    """The first look at a namespace; with the clones if they are `needed()`. Runs inside `MountWorkers.call()`.
 
     Args:
         fds: closes the descriptors.

@@ -74,7 +74,7 @@ def swap(
     begin: Callable[[], None] = lambda: None,
     keep: Callable[[Mounted], bool] = lambda _: False,
 ) -> Swapped:
-    """Put a stack on `/etc`. Runs on a mount worker.
+    """Put a stack on `/etc`. Runs inside `MountWorkers.call()`.
 
     Args:
         namespace: descriptor of the service's mount namespace.
@@ -98,9 +98,9 @@ def swap(
 
 @contextlib.contextmanager
 def build(workers: MountWorkers, namespace: int, stack: Stack, copies: Mapping[str, Copy]) -> Iterator[int]:
-    """A descriptor of the detached tree that a swap would put on `/etc`, for the block. Runs on a mount worker.
+    """A descriptor of the detached tree that a swap would put on `/etc`, for the block.
 
-    Raises whatever `swap()` does.
+    Runs inside `MountWorkers.call()`. Raises whatever `swap()` does.
     """
     goal = _Goal(workers, namespace, stack, copies)
     with workers.attending(namespace), Descriptors() as fds:
@@ -113,7 +113,7 @@ def shadow(workers: MountWorkers, namespace: int, stack: Stack, copies: Mapping[
     """A descriptor of a shadow: a temporary copy of a mount namespace with another stack, for trying that stack.
 
     The copy is made private before anything is mounted in it, so that nothing reaches the service. The kernel removes
-    it when its last descriptor is closed and the last process in it ends. Runs on a mount worker.
+    it when its last descriptor is closed and the last process in it ends. Runs inside `MountWorkers.call()`.
 
     Raises:
         Whatever `swap()` does.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import enum
 import os
 import threading
+from typing import NamedTuple
 
 from watcher.mounts import syscalls
 
@@ -51,10 +52,46 @@ def go(namespace: int) -> None:
     syscalls.setns(namespace, syscalls.CLONE_NEWNS)
 
 
-def come_back(namespace: int) -> None:
+def root() -> int:
+    """A descriptor of the root directory."""
+    return os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def is_root(fd: int) -> bool:
+    """Whether a descriptor is of what is the root directory of this thread."""
+    same = os.path.samestat(os.stat("/"), os.fstat(fd))
+    return same and syscalls.mount_id("/", syscalls.AT_FDCWD) == syscalls.mount_id("", fd)
+
+
+class Ours(NamedTuple):
+    """A mount namespace of ours: descriptors of it, and of our root in it, -1 if chroot(2) has not changed that."""
+
+    fd: int = -1
+    root: int = -1
+
+    def go(self) -> None:
+        """Go there. Raises OSError."""
+        go(self.fd)
+        if self.root >= 0:
+            os.fchdir(self.root)
+            os.chroot(".")
+
+    def without_root(self) -> Ours:
+        """The same, where the root is that of the namespace."""
+        os.close(self.root)
+        return Ours(self.fd)
+
+    def close(self) -> None:
+        """Close the descriptors, if there are any."""
+        for fd in self:
+            if fd >= 0:
+                os.close(fd)
+
+
+def come_back(ours: Ours) -> None:
     """Go to a namespace of ours. Raises WorkerLost."""
     try:
-        go(namespace)
+        ours.go()
     except OSError as error:
         here.lost = True
         raise WorkerLost(f"no way back from a mount namespace: {error}") from error

@@ -34,7 +34,7 @@ from typing import ParamSpec, TypeVar
 from watcher.model import Copy
 from watcher.mounts import image_mounts, syscalls
 from watcher.mounts.process import Elsewhere, namespace_id
-from watcher.mounts.whereabouts import Place, WorkerLost, come_back, go, here, name_it
+from watcher.mounts.whereabouts import Ours, Place, WorkerLost, come_back, go, here, is_root, name_it, root
 from watcher.records import journal
 
 P = ParamSpec("P")
@@ -45,11 +45,11 @@ Work = Callable[[], None]
 PLACE = "/sys"
 
 THREAD = "confext-mounts"
-"""What the threads are called."""
+"""What the threads are called, whatever they do just now."""
 
 HANGS_SEC = 27.0
-"""Seconds after which a step in a namespace counts as hanging: before the job that it is part of does
-(watch/offload.py)."""
+"""Seconds after which others do not wait any more for a step in a service's namespace, or for the first mount of an
+image: before the job that waits counts as hanging (watch/offload.py)."""
 
 _IDLE_SEC = 10.0  # a thread that has nothing to do for so long leaves, if there is another one
 _GRACE_SEC = 0.4  # for a job that is under way when the program ends
@@ -86,7 +86,7 @@ class MountWorkers:
         # In a user namespace we may not look at PID 1. Then we cannot enter its namespace either.
         with contextlib.suppress(PermissionError):
             self._forbidden.add(namespace_id("/proc/1/ns/mnt"))
-        self._home = self._namespace = -1
+        self._home = self._namespace = Ours()
         self._attended: dict[tuple[int, int], float] = {}
         self._attention = threading.Condition()
         self._leftovers: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -95,7 +95,7 @@ class MountWorkers:
         # Of each thread that has nothing to do: where it waits for that.
         self._idle: list[queue.SimpleQueue[Work | None]] = []
         self._idle.append(self._new_thread())
-        self._forbidden.add(namespace_id(self._namespace))
+        self._forbidden.add(namespace_id(self._namespace.fd))
 
     def close(self) -> None:
         """End the threads, and with them the mounts of their namespace. What a service shows stays."""
@@ -105,9 +105,9 @@ class MountWorkers:
         deadline = time.monotonic() + _GRACE_SEC
         for thread in list(self._threads):
             thread.join(max(0.0, deadline - time.monotonic()))
-        for fd in {self._home, self._namespace} - {-1}:
-            os.close(fd)
-        self._home = self._namespace = -1
+        for ours in {self._home, self._namespace}:
+            ours.close()
+        self._home = self._namespace = Ours()
 
     def __enter__(self) -> MountWorkers:
         return self
@@ -123,7 +123,7 @@ class MountWorkers:
         """
         if self.privileged:
             return
-        go(self._namespace)
+        self._namespace.go()
 
     def start(self, work: Work) -> None:
         """Do some work on a worker, at home: one that has nothing to do, or a new one.
@@ -131,6 +131,8 @@ class MountWorkers:
         Raises:
             OSError: no thread can be had.
         """
+        if self._closed:
+            raise OSError(errno.ECANCELED, "the workers have ended")
         try:
             waits = self._idle.pop()
         except IndexError:
@@ -160,6 +162,8 @@ class MountWorkers:
         Raises:
             WorkerLost: there was no way home.
         """
+        if here.lost:
+            raise WorkerLost("it is not known where this worker is")
         if here.place is Place.ELSEWHERE:
             return self.submit(function, *args, **kwargs).result()
         if here.place is Place.WORKERS:
@@ -186,7 +190,7 @@ class MountWorkers:
             return job.result(HANGS_SEC)
         except TimeoutError:
             if job.done():
-                raise
+                return job.result()
             raise Hung(f"no answer from the kernel for {HANGS_SEC:g} s") from None
 
     def check_foreign(self, identity: tuple[int, int]) -> None:
@@ -326,31 +330,36 @@ class MountWorkers:
 
     def _stand_alone(self) -> None:
         syscalls.unshare(syscalls.CLONE_FS)
+        if self._namespace.fd >= 0:
+            self._home.go()  # who has asked for this thread may be somewhere else
         # Not /proc/self, which is the leader of the thread group, in another namespace.
         here.task = os.open("/proc/thread-self", os.O_PATH | os.O_CLOEXEC)
         with contextlib.suppress(OSError):  # for who looks at the threads: ps -L, top -H
             name_it(THREAD)
-        if self._namespace < 0:
+        if self._namespace.fd < 0:
             self._make_namespace()
-        else:
-            come_back(self._home)  # who has asked for this thread may be somewhere else
         here.place = Place.HOME
 
     def _make_namespace(self) -> None:
-        home = self.own_namespace()
+        home = Ours(self.own_namespace(), root())
         syscalls.unshare(syscalls.CLONE_NEWNS)
         # Slave: what the host unmounts goes away here too, and we never keep it busy. Nothing of ours goes back.
         syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_SLAVE)
         syscalls.mount("confext-watcher", PLACE, "tmpfs", 0, "mode=0700")
         syscalls.mount("none", PLACE, None, syscalls.MS_PRIVATE)
         os.mkdir(f"{PLACE}/images", 0o700)
-        self._namespace = self.own_namespace()
+        self._namespace = Ours(self.own_namespace(), root())
         try:
-            go(home)
-            self._home = home
+            go(home.fd)
         except PermissionError:  # another user's, so all workers stay here
-            os.close(home)
+            home.close()
             self._home = self._namespace
+            return
+        if is_root(home.root):
+            self._home, self._namespace = home.without_root(), self._namespace.without_root()
+        else:  # chroot(2)
+            self._home = home
+            home.go()
 
     def _remove_leftovers(self) -> None:
         """Unmount what the swaps before have left: by path, so that any worker does it for one that was lost."""

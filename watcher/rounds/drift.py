@@ -111,21 +111,22 @@ class Drift:
 
     def _covering(self, stack: Stack) -> dict[str, str]:
         """By path below `/etc`: the layer that has a file there. Blocks."""
-        with self._tools.store.using():
-            missing = [layer for layer in stack.layers if layer.digest not in self._files]
-            if missing:
-                copies = [self._tools.store.copy(layer) for layer in missing]
-                layers = {layer.digest: layer for layer in missing}
-                with Descriptors() as fds:
-                    workers = self._tools.workers
-                    opened = workers.call_apart(open_layers, fds, workers, copies, layers.__getitem__)
-                    for digest, root in opened.items():
-                        self._remember(digest, tuple(files_of(root)))
-        return {path: layer.label for layer in stack.layers for path in self._files.get(layer.digest, ())}
+        known = {layer.digest: self._files.get(layer.digest) for layer in stack.layers}
+        missing = {layer.digest: layer for layer in stack.layers if known[layer.digest] is None}
+        if missing:
+            with self._tools.store.using(), Descriptors() as fds:
+                copies = [self._tools.store.copy(layer) for layer in missing.values()]
+                workers = self._tools.workers
+                opened = workers.call_apart(open_layers, fds, workers, copies, missing.__getitem__)
+                for digest, root in opened.items():
+                    known[digest] = tuple(files_of(root))
+                    self._remember(digest, known[digest] or ())
+        return {path: layer.label for layer in stack.layers for path in known[layer.digest] or ()}
 
     def _remember(self, digest: str, files: tuple[str, ...]) -> None:
-        while self._files and sum(map(len, self._files.values())) + len(files) > _KNOWN_MAX:
-            del self._files[next(iter(self._files))]
+        """Other threads may do the same meanwhile."""
+        while self._files and sum(map(len, list(self._files.values()))) + len(files) > _KNOWN_MAX:
+            self._files.pop(next(iter(self._files), ""), None)
         self._files[digest] = files
 
     def _of_host(self, etc: str, paths: Iterable[str]) -> dict[str, str]:
@@ -224,10 +225,11 @@ def content(etc: int, path: str, known: dict[tuple[int, ...], str]) -> str:
         if status.st_size > BYTES_MAX:
             return f"large:{status.st_size}:{status.st_mtime_ns}"
         key = (status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns, status.st_mtime_ns)
-        if key not in known:
+        found = known.get(key)
+        if found is None:
             with contextlib.closing(os.fdopen(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY), "rb")) as file:
-                known[key] = f"file:{_digest(file.read(BYTES_MAX + 1))}"
-        return known[key]
+                found = known[key] = f"file:{_digest(file.read(BYTES_MAX + 1))}"
+        return found
     finally:
         os.close(fd)
 

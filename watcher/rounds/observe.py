@@ -76,7 +76,7 @@ class Observer:
         """Watch what can be known before the first look, which counts: no change after it is missed.
 
         At a start, five hundred services may have one directory. A job for each would cost more than there is to do:
-        the first one finds it out for all.
+        the first one finds it out for all that have the very same.
         """
         if memory.interests is not None:
             return
@@ -89,29 +89,25 @@ class Observer:
         else:
             first = self._firsts.setdefault(key, trio.Event())
             try:
-                this.unwatched = await self._tools.in_turn(
-                    service, self._find_interests(key, this.looks_from)
-                )
+                this.unwatched = await self._tools.in_turn(service, self._find_interests(this.looks_from))
             finally:
                 first.set()
                 self._firsts.pop(key, None)
         await self.watch(service, memory, this)
 
-    def _find_interests(
-        self, key: Hashable, since: float
-    ) -> Callable[[Service], Gathering[tuple[Interest, ...]]]:
+    def _find_interests(self, since: float) -> Callable[[Service], Gathering[tuple[Interest, ...]]]:
         def find(service: Service) -> Gathering[tuple[Interest, ...]]:
             yield from ()
-            return self._looks.shared(key, since, functools.partial(self._interests, service, since))
+            return self._interests(service, since)
 
         return find
 
     def _interests(self, service: Service, since: float) -> tuple[Interest, ...]:
         with StrictModes(service.trust) as modes:
             declared, absent = scan.present(service.declared, modes)
-            key = ("interests", declared, service.trust)
-            look = functools.partial(scan.look, declared, modes=modes)
-            return (*self._looks.shared(key, since, look).interests, *absent)
+            key = (declared, service.trust)
+            found = self._looks.shared(key, since, lambda: scan.look(declared, modes=modes).interests)
+            return (*found, *absent)
 
     def look(self, service: Service, others: Sequence[Service], memory: Memory, this: Round) -> bool:
         """Look at the disk, unless the last look still counts. After `prepare()`; hold `using_store()`. Blocks.

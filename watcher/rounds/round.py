@@ -43,6 +43,8 @@ _AGAIN_MAX = 30.0
 # Where a clock says when: not sooner than this, in seconds.
 _AGAIN_MIN = 0.01
 
+_FAULTS = (Elsewhere, Moved, Hung, WorkerLost, Refused, OSError)
+
 # Seconds after which a swap, which may hang too, gets a job of its own.
 _LONG_SEC = 1.0
 
@@ -177,7 +179,7 @@ class Rounds:
             facts, _ = await self._observer.glance(service)
             try:
                 ended = await self._steps_of.run_check(service, facts, facts.target)
-            except (NoShadow, Gone, Elsewhere, Moved, Hung, WorkerLost, Refused, OSError) as error:
+            except (NoShadow, Gone, Unanswered, *_FAULTS) as error:
                 raise Later(problem(error)) from error
             return ended.reason
 
@@ -219,12 +221,11 @@ class Rounds:
         except Unanswered as error:
             await self._outcomes.not_placed(service.name, error)
             return None if error.returns else _AGAIN_MAX
-        except (OSError, Refused, Later, Hung, WorkerLost, Moved) as error:
+        except (Later, *_FAULTS) as error:
             await self._outcomes.not_placed(service.name, error)
             if not memory.attempts:
-                # The next look reads the copies again that the service is to have.
-                doubt = self._tools.store.doubt
-                with suppress(Later):
+                with suppress(Later):  # the next look reads the copies again that the service is to have
+                    doubt = self._tools.store.doubt
                     await trio.to_thread.run_sync(doubt, service.slots, abandon_on_cancel=True)
         memory.attempts = memory.attempts + 1 if busy else 0
         backoff = min(_AGAIN * 2 ** (memory.attempts - 1), _AGAIN_MAX) if busy else None

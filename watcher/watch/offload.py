@@ -241,7 +241,7 @@ class Offload:
         return bool(self._queue or self._gathered or self._last or self._resumed)
 
     def _next(self, worker: _Worker) -> list[Job]:
-        """What a worker goes on with: one job, or several with a need. None: another is active, or nothing is left."""
+        """What a worker goes on with: one job, or several with a need; nothing if it is not active, or none is left."""
         with self._lock:
             if self._active is not worker:
                 return []
