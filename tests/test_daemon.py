@@ -49,7 +49,7 @@ def made(collect: Callable[..., object] = lambda mounted, worn: ()) -> Daemon:
         function(*arguments)
 
     tools = SimpleNamespace(
-        store=SimpleNamespace(collect=collect, without_layers=lambda: ()),
+        store=SimpleNamespace(collect=collect, without_layers=lambda: (), settle=lambda: None),
         workers=SimpleNamespace(call=call, images=SimpleNamespace(retain=lambda mounted: None)),
         admission=SimpleNamespace(forget=lambda digests: None),
         manager=SimpleNamespace(services={"web": None}),

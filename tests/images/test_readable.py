@@ -119,6 +119,8 @@ class TestAnImage:
             real(thread)
 
         monkeypatch.setattr(threading.Thread, "start", start)
+        assert admitted(store, image(source, tmp_path / "web.raw")), "a few bytes need none"
+        (source / "etc/large").write_bytes(noise(9 * MIB))
         with pytest.raises(Later, match=r"^too many threads: no thread can be started$"):
             admitted(store, image(source, tmp_path / "web.raw"))
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A unit's slots go from one whole stack to the next, and history keeps what it should.
 
-With images/record_files.py and images/unit_locks.py.
+With images/record_files.py, images/unit_links.py and images/unit_locks.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import pytest
 from support.images import program
 from watcher.images.stacks import Stacks
 from watcher.model import Entry, Kind, Layer, Stack
+from watcher.records import durable
 from watcher.records.state import Accepted, Damaged, Quarantine, State, Trial
 
 UNIT = "web.service"
@@ -63,7 +64,7 @@ def slots(tmp_path: Path, unit: str = UNIT) -> dict[str, str]:
 def test_nothing_was_ever_accepted(stacks: Stacks) -> None:
     assert current_of(stacks) is None
     assert stacks.history(UNIT) == ()
-    assert stacks.units() == ()
+    assert stacks.links.units() == ()
 
 
 def test_what_was_accepted_is_read_back_in_order(stacks: Stacks) -> None:
@@ -72,7 +73,7 @@ def test_what_was_accepted_is_read_back_in_order(stacks: Stacks) -> None:
     current = current_of(stacks)
     assert current is not None
     assert (current.stack, current.entries) == (wanted, ENTRIES)
-    assert stacks.units() == (UNIT,)
+    assert stacks.links.units() == (UNIT,)
 
 
 def test_each_layer_has_its_slot_in_the_store(stacks: Stacks, tmp_path: Path) -> None:
@@ -148,7 +149,7 @@ def test_a_stack_killed_half_way_is_cleared_away(stacks: Stacks, tmp_path: Path)
     left.mkdir()
     (left / "a.raw").symlink_to("x")
     (tmp_path / "stacks" / UNIT / ".tmp-link").symlink_to("x")
-    assert stacks.units() == (UNIT,)
+    assert stacks.links.units() == (UNIT,)
     stacks.accept(UNIT, stack("2"), ENTRIES)
     assert not left.exists()
     assert os.listdir(tmp_path / "units") == [UNIT]
@@ -227,7 +228,7 @@ class TestRecord:
 
     def test_what_changes_nothing_writes_nothing(self, stacks: Stacks, tmp_path: Path) -> None:
         stacks.change("other.service", lambda state: state)
-        assert stacks.units() == ()
+        assert stacks.links.units() == ()
         assert os.listdir(tmp_path / "stacks") == [".locks"]
         assert os.listdir(tmp_path / "stacks/.locks") == []
         stacks.accept(UNIT, stack("1"), ENTRIES)
@@ -375,3 +376,43 @@ def test_a_record_without_where_its_layers_were_mounted_is_one_too(stacks: Stack
     current = current_of(stacks)
     assert current is not None
     assert (current.stack, current.mounted) == (stack("1"), {})
+
+
+def test_links_of_many_units_are_brought_to_the_disk_at_once(
+    stacks: Stacks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the power cuts of scenarios/test_power_cut.py need of it, and no more."""
+    synced: list[str] = []
+    fsync = durable.fsync
+    monkeypatch.setattr(durable, "fsync", lambda *paths: (synced.extend(paths), fsync(*paths))[1])
+    units, links = str(tmp_path / "units"), stacks.links
+    links.settle()
+    assert synced.count(units) == 1, "what a process has left that was killed"
+    for unit in ("a.service", "b.service"):
+        stacks.accept(unit, stack("1"), ENTRIES)
+    assert synced.count(units) == 1
+    links.settle()
+    links.settle()
+    stacks.change("a.service", lambda state: replace(state, owed="x"))
+    assert synced.count(units) == 2
+    stacks.accept("a.service", stack("2"), ENTRIES)
+    stacks.change("a.service", lambda state: replace(state, owed="y"))
+    assert synced.count(units) == 3, "a changed record is where the link leads"
+
+
+def test_a_link_that_moves_while_others_are_brought_to_the_disk(
+    stacks: Stacks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stacks.accept(UNIT, stack("1"), ENTRIES)
+    fsync, synced = durable.fsync, list[str]()
+
+    def meanwhile(*paths: str) -> None:
+        fsync(*paths)
+        monkeypatch.setattr(durable, "fsync", lambda *paths: synced.extend(paths))
+        stacks.accept(UNIT, stack("2"), ENTRIES)
+
+    monkeypatch.setattr(durable, "fsync", meanwhile)
+    stacks.links.settle()
+    synced.clear()
+    stacks.links.settle()
+    assert synced == [stacks.links.directory]

@@ -22,6 +22,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,6 +38,8 @@ from watcher.images.stacks import Stacks
 from watcher.images.store import Store
 from watcher.model import Busy, Copy, Kind, Later, Layer, Refused, Stack
 from watcher.records import durable
+from watcher.records.state import State
+from watcher.records.together import Gathering
 from watcher.watch.lease import Lease
 
 UNIT = "web.service"
@@ -578,15 +581,17 @@ class TestStacks:
         self, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         copy = add(store, dropped(tmp_path, b"content"))
-        accept = Stacks.accept
+        accepting, tried = Stacks.accepting, []
 
-        def interrupted(*arguments: object) -> bool:
+        def interrupted(*arguments: Any) -> Gathering[State]:
             with pytest.raises(Busy):
                 store.collect(())
-            return accept(*arguments)  # type: ignore[arg-type]
+            tried.append(arguments)
+            return accepting(*arguments)
 
-        monkeypatch.setattr(Stacks, "accept", interrupted)
+        monkeypatch.setattr(Stacks, "accepting", interrupted)
         store.accept(UNIT, Stack((layer(copy),)), ())
+        assert tried
 
     def test_a_layer_without_a_copy_is_not_accepted(self, store: Store, tmp_path: Path) -> None:
         copy = add(store, dropped(tmp_path, b"content"))

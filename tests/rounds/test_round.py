@@ -11,9 +11,9 @@ import pytest
 import trio
 
 from support.world import World
-from support.world_things import File, Unit
+from support.world_things import File, Records, Unit
 from watcher.managers.base import Service
-from watcher.model import Later, Stack
+from watcher.model import Event, Later, Stack
 from watcher.records.together import alone
 from watcher.rounds import decide
 from watcher.rounds.memory import Memory, Round
@@ -100,6 +100,34 @@ def test_a_unit_whose_slots_were_made_anew_gets_its_drop_in_before_it_starts() -
         for _ in range(2):
             trio.run(rounds.round, unit.service, 0.0)
         assert done == ["drop-in", "looked at"]
+
+
+def test_nobody_is_told_of_a_stack_before_it_is_on_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(Records, "settle", lambda store: done.append("on the disk"))
+    unit = Unit("web.service", ServiceSettings(), manager="standalone")
+    with World([unit]) as world:
+        world.start(unit)
+        world.work()
+        done.clear()
+        accept, append = world.store.accept, world._tools.ledger.append
+
+        def accepts(*arguments: Any) -> Any:
+            done.append("accepted")
+            return accept(*arguments)
+
+        def records(*events: Event) -> None:
+            done.append("recorded")
+            append(*events)
+
+        world.store.accept = accepts
+        world._tools.ledger.append = records
+        file = File("web", 1, "good")
+        world.files.append(file)
+        world.fates[file.digest] = file.fate
+        world.dirty.add(unit.name)
+        world.work()
+        assert done == ["accepted", "on the disk", "recorded"]
 
 
 def test_steps_without_an_end_are_a_mistake_that_says_what_was_known(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,9 @@ class Unmounting:
         self.kept = change(replace(self.kept, accepted=Accepted(one, entries(one), 2, place)))
         return self.kept
 
+    def settle(self) -> None:
+        """Nobody cuts the power here."""
+
 
 def look(one: Stack) -> Desired:
     return Desired(Look(tuple(Picks(entry, ()) for entry in entries(one)), ()), (), one, OLD)

@@ -57,6 +57,7 @@ def accept(stack, trial=True):
     say("accepting", stack.id, "trial" if trial else "")
     on_trial = Trial(stack.id) if trial else None
     store.accept(UNIT, stack, (), lambda state: replace(state, trial=on_trial) if trial else state)
+    store.settle()
     say("accepted", stack.id)
 
 def judge(stack):
@@ -263,6 +264,7 @@ def together(jobs):
 for number in "12":
     stack = Stack((Layer("web.raw", "web", number, number * 64, Kind.IMAGE, ""),))
     together(stacks.accepting(unit, stack, ()) for unit in UNITS)
+    stacks.links.settle()
     os.write(1, b"accepted " + stack.id.encode())
     together(stacks.changing(unit, lambda state: replace(state, owed=stack.id)) for unit in UNITS)
     os.write(1, b"told " + stack.id.encode())

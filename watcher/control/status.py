@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from watcher.images.stacks import Stacks
+from watcher.images.unit_links import UnitLinks
 from watcher.managers.base import slots_of
 from watcher.managers.registration import registered, registrations
 from watcher.managers.systemd.unit_facts import policy_of, settings_of
@@ -69,7 +70,7 @@ def known_services(
                 main = _hold(held, registration.pid, registration.started, registration.namespace)
                 yield name, "standalone", main, registration.own_settings, None
     if os.path.isdir("/run/systemd/system") and os.path.isdir(f"{settings.state_directory}/units"):
-        units = sorted(filter(is_service, set(Stacks(settings.state_directory).units()) - standalone))
+        units = sorted(filter(is_service, set(UnitLinks(settings.state_directory).units()) - standalone))
         index = Index()
         for name, pid in _main_pids(units).items():
             unit = index.unit(name)

@@ -4,10 +4,10 @@
 No checksum tells damaged blocks in an image; the kernel finds them when it unpacks them. A service would be the first
 to read them, and get EIO. So each file is read here, from the store's copy, which does not change any more.
 
-That takes as long as the kernel takes to unpack the image. Beyond a few MiB other work goes first: the thread that
-reads lowers its priority for the processor, and so for the disk, too (ioprio_set(2), "Selecting an I/O scheduling
-class"). It holds the interpreter for microseconds: the kernel reads a file from end to end without it, and copies
-nothing (sendfile(2)).
+That takes as long as the kernel takes to unpack the image. A few MiB are read at once, where the caller is. For more
+than that other work goes first: a thread of its own begins anew, and lowers its priority for the processor, and so for
+the disk, too (ioprio_set(2), "Selecting an I/O scheduling class"). It holds the interpreter for microseconds: the
+kernel reads a file from end to end without it, and copies nothing (sendfile(2)).
 
 Strangers made the image, perhaps one that unpacks without end: the walk keeps to the limits for trees (`walk.py`), and
 reads no more bytes than `ImageMax=` allows for one.
@@ -21,6 +21,7 @@ import os
 import re
 import stat
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from itertools import islice
 
@@ -39,8 +40,12 @@ _NAMES_MAX = 1000
 _SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
+class _Long(Exception):
+    """There is more than is read at once."""
+
+
 def require_readable(root: int, size_max: int) -> None:
-    """Read all of `etc` below the directory `root` of a mounted image (a descriptor), in a thread of its own.
+    """Read all of `etc` below the directory `root` of a mounted image (a descriptor).
 
     Args:
         size_max: bytes (`ImageMax=`).
@@ -50,11 +55,23 @@ def require_readable(root: int, size_max: int) -> None:
             overlayfs.
         OSError: no memory, no descriptors, no threads.
     """
+    try:
+        _Reading(size_max, _leave).run(root)
+    except _Long:
+        _in_a_thread(lambda: _Reading(size_max, _lower_priority).run(root))
+
+
+def _leave() -> None:
+    raise _Long
+
+
+def _in_a_thread(function: Callable[[], None]) -> None:
+    """Run a function in a thread that ends after it. Raises what it raises, and OSError: no thread can be started."""
     done: Future[None] = Future()
 
     def run() -> None:
         try:
-            _Reading(size_max).run(root)
+            function()
         except BaseException as error:  # noqa: BLE001 -- raised again where it is waited for
             done.set_exception(error)
         else:
@@ -88,9 +105,17 @@ def _require_one_etc(root: int, fds: Descriptors) -> None:
 
 
 class _Reading(Walk):
-    def __init__(self, size_max: int) -> None:
+    """Reads an image.
+
+    Args:
+        size_max: bytes of all files.
+        long: called before each file, once there are more than `_AT_ONCE`.
+    """
+
+    def __init__(self, size_max: int, long: Callable[[], None]) -> None:
         super().__init__()
         self._size_max = size_max
+        self._long = long
         self._size = 0
         self._read: set[int] = set()
         """Inodes of files with several names."""
@@ -132,7 +157,7 @@ class _Reading(Walk):
                 f"too large: its files have more than {self._size_max} bytes, which are allowed (ImageMax=)"
             )
         if self._size > _AT_ONCE:
-            _lower_priority()
+            self._long()
         offset = 0
         while offset < found.st_size:
             sent = os.sendfile(self._null, fd, offset, found.st_size - offset)

@@ -156,16 +156,6 @@ def _is_same(one: str, other: str) -> bool:
         return False
 
 
-def link(path: str) -> str:
-    """Where a link leads; "" if there is none, but nothing or something else."""
-    try:
-        return os.readlink(path)
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.EINVAL):
-            raise
-        return ""
-
-
 def identity(state: State) -> str:
     """What stands behind the number in the name of a stack."""
     return state.accepted.stack.id or EMPTY

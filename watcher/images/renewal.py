@@ -31,6 +31,7 @@ def _renewed(store: Store, unit: str, slots: str) -> bool:
         with store.using():
             accepted = store.state(unit).accepted
             store.accept(unit, accepted.stack, accepted.entries)
+        store.settle()
     except FileNotFoundError:
         return False  # of a record that is damaged: it is made anew when it is asked for
     except (Later, OSError) as error:

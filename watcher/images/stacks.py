@@ -17,7 +17,8 @@ it lies; with another stack comes another record, so that what is decided with a
 
 A power cut: POSIX promises neither that what was done first is on the disk first, nor that a file has its content when
 it has its name. So all that a stack is made of (copies and their names, links, record) is on the disk before the link
-leads to it, and the link before `accept()` returns. A stack that is removed is gone from the disk before its copies
+leads to it, and the link before anybody is told of the stack (`UnitLinks.settle()`): a power cut before that leaves
+the one before, and what was dropped is found again. A stack that is removed is gone from the disk before its copies
 are. A stack with a higher number than the accepted one was never accepted: it is cleared away.
 
 A unit that has a record, and never had a stack, has the empty one, with `when` 0.
@@ -25,7 +26,6 @@ A unit that has a record, and never had a stack, has the empty one, with `when` 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +35,7 @@ from dataclasses import replace
 from watcher.images import bundles, record_files
 from watcher.images.rebuild import Remains
 from watcher.images.record_files import DAMAGE, EMPTY, RECORD, RecordFiles, identity
+from watcher.images.unit_links import UnitLinks
 from watcher.images.unit_locks import UnitLocks
 from watcher.model import Entry, Stack, shown
 from watcher.records import durable
@@ -66,6 +67,7 @@ class Stacks:
 
     Attributes:
         directory: path of `stacks/`. Its owner alone can open it: records name what others may not see.
+        links: `units/`.
     """
 
     def __init__(
@@ -79,16 +81,10 @@ class Stacks:
         self._rebuilt = rebuilt
         self.directory = f"{state_directory}/stacks"
         self._records = RecordFiles()
-        # The stack of each unit whose link is on the disk for certain.
-        self._durable: dict[str, str] = {}
         durable.make(state_directory)
         durable.make(self.directory, 0o700)
         self._locks = UnitLocks(f"{self.directory}/{LOCKS}")
-        durable.make(f"{state_directory}/units")
-
-    def units(self) -> tuple[str, ...]:
-        """The units with a record, in no order."""
-        return tuple(name for name in os.listdir(f"{self._path}/units") if not name.startswith("."))
+        self.links = UnitLinks(state_directory)
 
     def read(self, unit: str) -> State | None:
         """The record of a unit, None if it has none. An unchanged one costs two system calls.
@@ -97,12 +93,12 @@ class Stacks:
             Damaged: there is one, but it cannot be read, or is not that of the stack beside it.
             OSError: not now.
         """
-        return self._read(unit, name) if (name := self._pointed(_checked(unit))) else None
+        return self._read(unit, name) if (name := self.links.stack(_checked(unit))) else None
 
     def history(self, unit: str) -> tuple[Accepted, ...]:
         """The stacks that are kept, newest first, each once; without those whose record cannot be read."""
         found: dict[str, Accepted] = {}
-        current = self._pointed(unit)
+        current = self.links.stack(unit)
         for name in self._numbered(unit):
             if _is_beyond(name, current):
                 continue
@@ -125,7 +121,7 @@ class Stacks:
             new = change(old)
             if new != old:
                 yield from self._write(unit, directory, new)
-            elif not self._pointed(unit):
+            elif not self.links.stack(unit):
                 self._remove(unit)
             return new
 
@@ -141,7 +137,8 @@ class Stacks:
     ) -> Gathering[State]:
         """Make `stack` the accepted one, and with it what `change` makes of the record; the new record.
 
-        What is accepted already, with the same names, entries and places, keeps its `when`, and its slots if they fit.
+        A power cut may leave the old one until `UnitLinks.settle()` has returned. What is accepted already, with the
+        same names, entries and places, keeps its `when`, and its slots if they fit.
 
         Raises:
             ValueError: two layers share a slot, or the name of a unit or slot cannot be a file name.
@@ -160,7 +157,7 @@ class Stacks:
             elif new != old:
                 yield from self._write(unit, directory, new)
             else:
-                yield from self._sync_link(unit)
+                yield from self.links.sync(unit)
             return new
 
     accept = done_alone(accepting)
@@ -172,17 +169,17 @@ class Stacks:
             record: called with the path, and whether that stack is the accepted one; None: it stays without.
         """
         with self._locked(unit) as directory:
-            current = self._pointed(unit)
+            current = self.links.stack(unit)
             for name in reversed(self._numbered(unit)):
                 path = f"{self.directory}/{unit}/{name}"
                 is_there = os.path.lexists(f"{path}/{RECORD}")
                 if not is_there and (state := record(path, name == current)) is not None:
                     alone(self._records.replacing(path, state, directory, _NEW_RECORD))
-            alone(self._sync_link(unit))
+            alone(self.links.sync(unit))
 
     def without_layers(self) -> tuple[str, ...]:
         """The units whose accepted stack is the empty one, in no order."""
-        return tuple(unit for unit in self.units() if self._pointed(unit).endswith(EMPTY))
+        return tuple(unit for unit in self.links.units() if self.links.stack(unit).endswith(EMPTY))
 
     def forget(self, unit: str) -> None:
         """Drop the slots, the record and the history of a unit that is gone.
@@ -193,10 +190,7 @@ class Stacks:
             state = self._mended(unit, directory)
             if state.accepted.stack.layers or state.quarantine or state.pin is not None:
                 return
-            self._durable.pop(unit, None)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(f"{self._path}/units/{unit}")
-            durable.fsync(f"{self._path}/units")
+            self.links.remove(unit)
             for name in self._numbered(unit):
                 self._remove_stack(f"{self.directory}/{unit}/{name}")
             self._remove(unit)
@@ -216,7 +210,7 @@ class Stacks:
                 kept, surplus = self._sorted(unit, keep)
                 if surplus and not changed:
                     # Otherwise, after a power cut, an older link could lead to a stack that is gone.
-                    durable.fsync(f"{self._path}/units")
+                    self.links.sync_all()
                 for name in surplus:
                     self._remove_stack(f"{self.directory}/{unit}/{name}")
                 for name in kept:
@@ -231,7 +225,7 @@ class Stacks:
     def _sorted(self, unit: str, keep: int) -> tuple[list[str], list[str]]:
         """Names of the stacks to keep, and of the others."""
         kept, surplus, ids = list[str](), list[str](), set[str]()
-        current = self._pointed(unit)
+        current = self.links.stack(unit)
         for name in self._numbered(unit):
             one = name.partition("-")[2]
             needed = one not in ids and len(ids) < keep and not self._only_holds(unit, name)
@@ -280,12 +274,9 @@ class Stacks:
             return []
         return sorted((name for name in names if name[:_DIGITS].isdigit()), reverse=True)
 
-    def _pointed(self, unit: str) -> str:
-        return os.path.basename(record_files.link(f"{self._path}/units/{unit}"))
-
     def _clear(self, unit: str, directory: int) -> None:
         """Remove what was never accepted: a process was killed, or failed, while it made it."""
-        current = self._pointed(unit)
+        current = self.links.stack(unit)
         for name in os.listdir(directory):
             if name in (_NEW_LINK, _NEW_RECORD):
                 os.unlink(name, dir_fd=directory)
@@ -310,7 +301,7 @@ class Stacks:
 
     def remains(self, unit: str, error: Damaged) -> Remains:
         """What is left of a unit whose record cannot be read."""
-        name = self._pointed(unit)
+        name = self.links.stack(unit)
         path = f"{self.directory}/{unit}/{name}"
         number, _, of_stack = name.partition("-")
         try:
@@ -325,19 +316,19 @@ class Stacks:
 
     def _write(self, unit: str, directory: int, state: State) -> Gathering[None]:
         """Put a record in the place of the one of the accepted stack."""
-        name = self._pointed(unit)
+        name = self.links.stack(unit)
         path = f"{self.directory}/{unit}/{name}"
         if name.partition("-")[2] == identity(state) and os.path.isdir(path):
             yield from self._records.replacing(path, state, directory, _NEW_RECORD)
-            yield from self._sync_link(unit)
         else:
             yield from self._place(unit, directory, state)
+        yield from self.links.sync(unit)
 
     def _place(self, unit: str, directory: int, state: State) -> Gathering[None]:
         """Make the stack of a record the accepted one."""
         yield Together(durable.fsync_all, self._made_of(unit, name := self._build(unit, directory, state)))
-        self._point(unit, name)
-        yield from self._sync_link(unit, anew=True)
+        # The temporary one in the unit's directory, which is locked: `_clear()` of the next removes what is left of it.
+        self.links.lead(unit, name, f"{self.directory}/{unit}/{_NEW_LINK}")
 
     def _build(self, unit: str, directory: int, state: State) -> str:
         numbers = [int(name[:_DIGITS]) for name in self._numbered(unit)]
@@ -362,22 +353,9 @@ class Stacks:
         if os.path.isdir(store):
             # Another process may have made a copy a moment ago, whose name is not on the disk yet.
             paths.append(store)
-        if not self._pointed(unit):
+        if not self.links.stack(unit):
             paths += [self.directory, self._path]  # perhaps these are new, too
         return paths
-
-    def _point(self, unit: str, name: str) -> None:
-        # In the unit's directory, which is locked: if this process is killed here, `_clear()` of the next removes it.
-        temporary = f"{self.directory}/{unit}/{_NEW_LINK}"
-        os.symlink(f"../stacks/{unit}/{name}", temporary)
-        os.rename(temporary, f"{self._path}/units/{unit}")
-
-    def _sync_link(self, unit: str, *, anew: bool = False) -> Gathering[None]:
-        """Bring `units/UNIT` to the disk: a process may have been killed before it did that itself."""
-        name = self._pointed(unit)
-        if anew or self._durable.get(unit) != name:
-            yield Together(durable.fsync_all, (f"{self._path}/units",))
-            self._durable[unit] = name
 
     def _remove_stack(self, path: str) -> None:
         self._records.forget(path)

@@ -125,8 +125,6 @@ class States:
             self._unwritten.pop(unit, None)
             return self._seen[unit]
 
-    accept = done_alone(accepting)
-
     def forget(self, unit: str) -> None:
         """See `Store.forget()`. Raises OSError."""
         if unit in self._unwritten:

@@ -47,8 +47,10 @@ class Store:
             (`StoreMax=`).
         image_max: bytes one image may have, or one tree may take in the same way (`ImageMax=`).
         keep_stacks: accepted stacks that `collect` keeps for each unit (`KeepStacks=`), the current one included.
-        history: outcomes of a service, newest first: of what proved bad, a damaged record is made anew. May raise
-            LedgerError.
+        history: outcomes of a service, newest first: a damaged record is made anew of them. May raise LedgerError.
+
+    Attributes:
+        whole: which copies are whole, and which took the place of damaged ones.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class Store:
             os.chmod(private, 0o700)  # it may have been there already, with another mode
         self._names = Names(self._path)
         self._directory = self._names.directory
-        self._whole = Whole(self._directory)
+        self.whole = Whole(self._directory)
         self._room = threading.Lock()
         self._copies: dict[str, Copy] = {}
 
@@ -136,7 +138,7 @@ class Store:
                 with self._set_aside(size, Kind.DIRECTORY) as (name, made):
                     digest, files = bundles.write(made, fd, lease, parts)
                     durable.fsync_tree(made, files)
-                    self._whole.place(name, digest)
+                    self.whole.place(name, digest)
             except (StoreFull, OSError) as error:
                 digest = self._found_instead(error, lambda: bundles.find(self._directory, fd, lease, parts))
             return self._copy(digest)
@@ -162,12 +164,7 @@ class Store:
             Later: the store cannot be looked into.
         """
         with translated("the store cannot be looked into"):
-            return self._whole.verify(digest)
-
-    @property
-    def whole(self) -> Whole:
-        """Which copies are whole, and which took the place of damaged ones."""
-        return self._whole
+            return self.whole.verify(digest)
 
     def is_whole(self, stack: Stack) -> bool:
         """Whether all copies of a stack are there and whole. Blocks, raises as `verify()`."""
@@ -175,7 +172,7 @@ class Store:
 
     def doubt(self, unit: str) -> None:
         """Something went wrong with the accepted stack of a unit: its copies are read again before they are used."""
-        self._whole.doubt((self.accepted(unit) or Stack()).digests)
+        self.whole.doubt((self.accepted(unit) or Stack()).digests)
 
     def was_damaged(self, unit: str, since: float) -> bool:
         """Whether a copy of the accepted stack of a unit is damaged now, or was found damaged.
@@ -186,8 +183,8 @@ class Store:
             since: the latter after this time, `time.monotonic()`.
         """
         stack = self.accepted(unit) or Stack()
-        self._whole.doubt(stack.digests)
-        return not self.is_whole(stack) or self._whole.damaged_since(stack.digests, since)
+        self.whole.doubt(stack.digests)
+        return not self.is_whole(stack) or self.whole.damaged_since(stack.digests, since)
 
     def copy(self, layer: Layer) -> Copy:
         """The copy that a layer of an accepted stack is.
@@ -223,7 +220,7 @@ class Store:
     def states(self) -> Iterable[tuple[str, State]]:
         """The records of all services, by the names of their slots. Raises as `state()`."""
         with translated("the records cannot be looked at"):
-            return [(unit, self._states.state(unit)) for unit in self._states.stacks.units()]
+            return [(unit, self._states.state(unit)) for unit in self._states.stacks.links.units()]
 
     def changing(self, unit: str, change: Change) -> Gathering[State]:
         """Read the record of a service, change, write and return it: one step for all other threads and processes.
@@ -247,8 +244,7 @@ class Store:
     ) -> Gathering[State]:
         """Make `stack` the accepted stack of `unit`, its slots and the record in one atomic step. Hold `using()`.
 
-        When this returns, a power cut does not undo it. With the same stack, names and entries, from the same places,
-        the slots stay as they are.
+        With the same stack, names and entries, from the same places, the slots stay as they are.
 
         Args:
             change: makes the new record, which is returned, of the one that has the new stack already.
@@ -266,6 +262,11 @@ class Store:
                 return (yield from self._states.accepting(unit, stack, entries, mounted, change))
 
     accept = done_alone(accepting)
+
+    def settle(self) -> None:
+        """After this, a power cut undoes nothing that was accepted: for who tells of it. Raises Later: not known."""
+        with translated("what was accepted may not be on the disk yet"):
+            self._states.stacks.links.settle()
 
     def accepted(self, unit: str) -> Stack | None:
         """The accepted stack, None if there never was one. Raises as `state()`."""
@@ -308,7 +309,7 @@ class Store:
         """
         with translated("copies that nobody needs cannot be removed"):
             used = frozenset(mounted)
-            showing = self._whole.find_replaced() & used | frozenset(worn)
+            showing = self.whole.find_replaced() & used | frozenset(worn)
             removed = self._names.collect(lambda: self._states.stacks.prune(self.keep_stacks), used, showing)
         for digest in removed:
             self._copies.pop(digest, None)
@@ -377,16 +378,16 @@ class Store:
             os.fchmod(made, 0o400)  # open(2) has applied the umask
             copy_file(fd, made, size, hasher, lease, sync=True)
             digest = hasher.hexdigest()
-            self._whole.place(name, digest)
+            self.whole.place(name, digest)
         return digest
 
     def _write_tree(self, root: int, signature: tree.Signature) -> str:
         with self._set_aside(signature.size, Kind.DIRECTORY) as (name, made):
             digest = tree.copy(root, made, signature.size)
             tree.require_unchanged(root, signature)
-            if not self._whole.verify(digest):
+            if not self.whole.verify(digest):
                 durable.fsync_tree(made, signature.entries)
-                self._whole.place(name, digest)
+                self.whole.place(name, digest)
         return digest
 
     def _found_instead(self, error: Exception, digest: Callable[[], str]) -> str:
@@ -394,6 +395,6 @@ class Store:
         if isinstance(error, OSError) and error.errno not in NO_SPACE:
             raise error
         found = digest()
-        if not found or not self._whole.verify(found):
+        if not found or not self.whole.verify(found):
             raise error
         return found

@@ -177,7 +177,7 @@ class _Upgrade:
         self._remarks: list[Remark] = []
 
     def run(self) -> list[Remark]:
-        units = frozenset(self._stacks.units())
+        units = frozenset(self._stacks.links.units())
         # What only holds a record was made by a call that was killed: who gets what is to be decided as it was then.
         stacks = frozenset(filter(self._has_stack, units))
         sources = Sources(self._state_directory, self._runtime_directory, stacks)

@@ -280,7 +280,9 @@ def _accept(store: Store, options: ExecOptions, desired: Desired) -> Stack:
                 desired, state = _count(store, desired, facts, options), store.state(slots)
             case decide.Accept():
                 accepted = functools.partial(_accepted, step, facts)
-                return store.accept(slots, step.stack, facts.listed, accepted).accepted.stack
+                stack = store.accept(slots, step.stack, facts.listed, accepted).accepted.stack
+                store.settle()  # the daemon will tell of it
+                return stack
             case _:
                 return facts.accepted
         first = False

@@ -28,11 +28,18 @@ class Outcomes:
 
     Args:
         ledger: where history is kept.
+        settle: after it, a power cut undoes nothing that is told; blocks, may raise Later.
         told: called with every outcome, after it was recorded.
     """
 
-    def __init__(self, ledger: Ledger, told: Callable[[Event], None] = lambda event: None) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        settle: Callable[[], None],
+        told: Callable[[Event], None] = lambda event: None,
+    ) -> None:
         self._ledger = ledger
+        self._settle = settle
         self._told = told
         self._unwritten: list[Event] = []
         self._writing = trio.Lock()
@@ -68,6 +75,10 @@ class Outcomes:
         await trio.to_thread.run_sync(self._append, events)
 
     def _append(self, events: Sequence[Event]) -> None:
+        try:
+            self._settle()
+        except Later as error:
+            journal.log.error(f"a power cut may undo what is said to be done: {error}")
         try:
             self._ledger.append(*events)
         except LedgerError as error:

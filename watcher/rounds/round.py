@@ -94,7 +94,7 @@ class Rounds:
         self._stepped = stepped
         self._memories: dict[str, Memory] = {}
         self._awaited: dict[str, list[trio.Event]] = {}
-        self._outcomes = Outcomes(tools.ledger, told)
+        self._outcomes = Outcomes(tools.ledger, tools.store.settle, told)
         self._rollout = Rollout(changed, tools)
         self._observer = Observer(tools, self._outcomes, self._rollout, self._memories)
         self._steps_of = Steps(tools)
