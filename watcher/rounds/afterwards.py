@@ -50,20 +50,21 @@ class Afterwards:
                 self._wake = trio.Event()
                 names, self._due = iter(sorted(self._due)), set()
                 while some := tuple(itertools.islice(names, _TOGETHER)):
-                    over = [trio.Event() for _ in some]
-                    for name, done in zip(some, over, strict=True):
-                        nursery.start_soon(self._one, name, done)
+                    left, over = set(some), trio.Event()
+                    for name in some:
+                        nursery.start_soon(self._one, name, left, over)
                     with trio.move_on_after(_HANGS_SEC):  # what hangs goes on alone
-                        for done in over:
-                            await done.wait()
+                        await over.wait()
 
     async def _wait_until_quiet(self) -> None:
         latest = trio.current_time() + _QUIET_MAX_SEC
         while self._is_busy() and trio.current_time() < latest:
             await trio.sleep(_QUIET_SEC)
 
-    async def _one(self, name: str, done: trio.Event) -> None:
+    async def _one(self, name: str, left: set[str], over: trio.Event) -> None:
         try:
             await self._do(name)
         finally:
-            done.set()
+            left.remove(name)
+            if not left:
+                over.set()
