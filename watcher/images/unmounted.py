@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 
 from watcher.model import Stack
-from watcher.mounts.syscalls import mount_id
+from watcher.mounts.syscalls import is_mount_root
 
 
 def noted(stack: Stack, before: Mapping[str, str]) -> dict[str, str]:
@@ -21,7 +21,7 @@ def noted(stack: Stack, before: Mapping[str, str]) -> dict[str, str]:
         before: the same of the stack before, for files that are not there now.
     """
     found = {}
-    for source in (layer.source for layer in stack.layers):
+    for source in {layer.source for layer in stack.layers}:
         there = os.path.lexists(source)
         place = _mount_point(os.path.dirname(source)) if there else before.get(source, "/")
         if place != "/":
@@ -50,6 +50,6 @@ def _mount_point(directory: str) -> str:
 
 def _is_mount_point(path: str) -> bool:
     try:
-        return path == "/" or mount_id(path) != mount_id(os.path.dirname(path))
+        return path == "/" or is_mount_root(path)
     except OSError:
         return False  # not there or out of reach

@@ -152,7 +152,7 @@ class _Found:
         fd = open_inside(self.etc, path)
         if fd is None:
             raise Moved
-        if not syscalls.is_mount_root(self.fds.add(fd)):  # the service has renamed a directory on the way
+        if not syscalls.is_mount_root("", self.fds.add(fd)):  # the service has renamed a directory on the way
             raise Moved
         return fd
 

@@ -295,9 +295,9 @@ def unique_mount_id(fd: int) -> int:
     return int(struct.unpack_from("=Q", _statx("", fd, _STATX_MNT_ID_UNIQUE), 0x90)[0])
 
 
-def is_mount_root(fd: int) -> bool:
-    """Whether an open file is the root of the mount that it was reached through (statx(2))."""
-    return bool(struct.unpack_from("=Q", _statx("", fd), 0x8)[0] & _STATX_ATTR_MOUNT_ROOT)
+def is_mount_root(path: str, dirfd: int = AT_FDCWD) -> bool:
+    """Whether what is visible at `path` is the root of the mount that it is reached through (statx(2))."""
+    return bool(struct.unpack_from("=Q", _statx(path, dirfd), 0x8)[0] & _STATX_ATTR_MOUNT_ROOT)
 
 
 def _statx(path: str, dirfd: int, mask: int = _STATX_MNT_ID) -> ctypes.Array[ctypes.c_char]:
