@@ -93,6 +93,13 @@ def test_the_latest_are_kept() -> None:
     assert shared.shared(999, since, look) == 1000
 
 
+def test_what_is_used_stays() -> None:
+    shared, look, since = Looks(), Counted(), looks.now()
+    for number in range(1000):
+        assert shared.shared("web", since, look) == 1
+        shared.shared(number, since, look)
+
+
 GIVEN = Given("web@1.service", Declared(confext_dirs=("/srv/web@.service.confext.d",)), None, State())
 
 

@@ -7,7 +7,6 @@ that; of what changes later the watcher is told, and another round looks again.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable, Hashable
@@ -56,14 +55,17 @@ class Looks:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # By key: when the look began, and what it found. The newest last.
+        # By key: when the look began, and what it found. What was used last is last.
         self._found: dict[Hashable, tuple[float, Any]] = {}
 
     def kept(self, key: Hashable | None, since: float) -> tuple[Any] | None:
         """What a look has found that began after `since`; None: there is none."""
         with self._lock:
-            begun, found = self._found.get(key, (-math.inf, None)) if key is not None else (-math.inf, None)
-        return (found,) if begun >= since else None
+            one = self._found.get(key)
+            if one is None or one[0] < since:
+                return None
+            self._found[key] = self._found.pop(key)
+            return (one[1],)
 
     def shared(
         self,
