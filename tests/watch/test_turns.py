@@ -52,6 +52,19 @@ def test_one_after_the_other_and_at_once(turns: Turns, tmp_path: Path, place: Pl
         assert turns.count(place) == 1 and not turns.has_just_ended(place)
 
 
+def test_a_close_while_it_is_read_makes_no_end_less_certain(
+    turns: Turns, tmp_path: Path, place: Place
+) -> None:
+    """Both have it open, one ends, and the other one ends between the two reads."""
+    file = tmp_path / "a"
+    with file.open("w"):
+        file.write_text("x")
+        turns.read_before()
+        assert turns.has_just_ended(place)
+    turns.read_after()
+    assert turns.has_just_ended(place) and turns.count(place) == 1
+
+
 def test_what_came_after_the_last_read_counts_in_this_one(turns: Turns, tmp_path: Path, place: Place) -> None:
     turns.read_before()
     (tmp_path / "a").write_text("x")

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -100,6 +100,57 @@ def test_two_at_once_of_whom_one_goes_on_alone(writers: Writers, target: Path, s
             writers._read()
         other("twwc")
         assert str(one.pid) in blend(writers, target)
+
+
+@pytest.mark.parametrize("reads", range(3))
+@pytest.mark.parametrize("steps", ["1otw 2otw 1wc", "1otw 2otw 1w 2w 1c", "1otw 2o 3otwwc 1wc 2tw"])
+def test_two_at_once_of_whom_the_second_ends_while_we_read(
+    writers: Writers, target: Path, source: Path, monkeypatch: pytest.MonkeyPatch, steps: str, reads: int
+) -> None:
+    """Its end is in what inotify tells, and not, or only later, in what fanotify does."""
+    with contextlib.ExitStack() as stack:
+        many = {number: stack.enter_context(Writer(target, source)) for number in "123"}
+        with unread(writers, True):
+            for step in steps.split():
+                many[step[0]](step[1:])
+            meanwhile(monkeypatch, reads, lambda: many["2"]("c"))
+            writers._read()
+        assert blend(writers, target)
+
+
+@pytest.mark.parametrize("reads", range(3))
+@pytest.mark.parametrize(("first", "then"), [("1otwwc 2otw", "2wc"), ("1otww", "1c"), ("1otwwc", "2otwwc")])
+def test_one_after_the_other_while_we_read(
+    writers: Writers,
+    target: Path,
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    first: str,
+    then: str,
+    reads: int,
+) -> None:
+    with Writer(target, source) as one, Writer(target, source) as other:
+        many = {"1": one, "2": other}
+        with unread(writers, True):
+            for step in first.split():
+                many[step[0]](step[1:])
+            meanwhile(monkeypatch, reads, lambda: many[then[0]](then[1:]))
+            writers._read()
+        assert not blend(writers, target)
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, reads: int, act: Callable[[], None]) -> None:
+    """Do something after so many more reads: first of inotify, then of fanotify until there is nothing more."""
+    read, left = os.read, iter(range(reads, -1, -1))
+
+    def noticed(fd: int, length: int) -> bytes:
+        try:
+            return read(fd, length)
+        finally:
+            if next(left, None) == 0:
+                act()
+
+    monkeypatch.setattr(os, "read", noticed)
 
 
 @busy

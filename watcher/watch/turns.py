@@ -28,8 +28,7 @@ class Turns:
     def __init__(self) -> None:
         self._inotify: INotify | None = None
         self._directories: dict[int, Handle] = {}
-        # Since the last read of fanotify, before the one that is at hand, and after it; None: events were lost.
-        self._left: dict[Place, str] | None = {}
+        # Before the read of fanotify that is at hand, and after it; None: events were lost.
         self._before: dict[Place, str] | None = {}
         self._after: dict[Place, str] | None = {}
 
@@ -54,23 +53,24 @@ class Turns:
             os.close(fd)
 
     def read_before(self) -> None:
-        self._left, self._before, self._after = self._after, self._read(), {}
+        """fanotify is read next. What was known before is forgotten, but for what came after its last read."""
+        self._before, self._after = _joined(self._after, self._read()), {}
 
-    def read_after(self) -> None:
-        self._after = self._read()
+    def read_after(self) -> bool:
+        """fanotify was read. Whether something has come meanwhile: it may have told of that, or not."""
+        self._before, self._after = _joined(self._before, self._after), self._read()
+        return self._after != {}
 
     def count(self, place: Place) -> int:
         """How often a file was closed after it had been opened, at most; 0: that is not known."""
-        if self._left is None or self._before is None or self._after is None:
-            return 0
-        runs = (one.get(place, "") for one in (self._left, self._before, self._after))
-        return re.sub(r"O+", "O", "".join(runs)).count("OC")
+        runs = _joined(self._before, self._after)
+        return re.sub(r"O+", "O", runs.get(place, "")).count("OC") if runs is not None else 0
 
     def has_just_ended(self, place: Place) -> bool:
         """Whether it was closed last, and has not been opened since."""
         if self._before is None or self._after is None:
             return False
-        return self._before.get(place, "").endswith("C") and place not in self._after
+        return self._before.get(place, "").endswith("C") and "O" not in self._after.get(place, "")
 
     def _read(self) -> dict[Place, str] | None:
         found: dict[Place, str] = {}
@@ -84,3 +84,9 @@ class Turns:
                 place = directory, name
                 found[place] = found.get(place, "") + ("O" if mask & flags.OPEN else "C")
         return None if lost else found
+
+
+def _joined(one: dict[Place, str] | None, then: dict[Place, str] | None) -> dict[Place, str] | None:
+    if one is None or then is None:
+        return None
+    return {place: one.get(place, "") + then.get(place, "") for place in one.keys() | then}

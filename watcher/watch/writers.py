@@ -39,7 +39,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Self
@@ -61,6 +61,8 @@ _RECORDED_MAX = 1000
 # Who opens files again and again costs one read in this time, and some more at once after a rest.
 _PAUSE_SEC = 0.002
 _AT_ONCE = 8
+# It is read again while there is news. Somebody may open files faster than that.
+_READS_MAX = 8
 # For a look through /proc, which is made when a file is being written that we have not seen opened.
 _SEARCH_SEC = 0.25
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -219,49 +221,71 @@ class Writers:
         """Take note of all that has happened up to now. Hold the lock."""
         if self._group is None:
             return
-        self._turns.read_before()
-        new: dict[Handle, list[Event]] = {}
-        for event in fanotify.read(self._group):
+        new: dict[Handle, dict[int, Event]] = {}
+        for event in self._events():
             if event.mask & fanotify.Q_OVERFLOW:
                 # Nothing is put down to anybody whose end may have been lost. What was recorded of a file counts
                 # while nobody has changed it, as after a restart.
                 self._files.clear()
                 new.clear()
             elif event.handle is not None and event.pid > 0 and event.pid != os.getpid():
-                file = self._file(event.handle)
-                if event.mask & fanotify.OPEN:
-                    is_new = event.pid not in file.open
-                    self._opened(file, event.pid)
-                    if is_new and event.pid in file.open:
-                        new.setdefault(event.handle, []).append(event)
-                if event.mask & fanotify.CLOSE_WRITE:
-                    self._closed(file, event)
-                elif event.mask & fanotify.CLOSE_NOWRITE and event.pid in file.open:
-                    file.open[event.pid].idle = True
-                if not (file.open or file.blend or event.handle in self._recorded):
-                    del self._files[event.handle]
+                self._take(event.handle, event, new.setdefault(event.handle, {}))
         self._turns.read_after()
         for handle, events in new.items():
-            file = self._file(handle)
-            self._unmerge(file, events)
-            for pid, one in file.open.items():
-                one.waited_for = processes.waited_for(pid)
+            if events:
+                file = self._file(handle)
+                self._unmerge(file, events)
+                for pid, one in file.open.items():
+                    one.waited_for = processes.waited_for(pid)
 
-    def _unmerge(self, file: _File, events: Sequence[Event]) -> None:
+    def _events(self) -> list[Event]:
+        """All that fanotify tells, as of a moment at which inotify has told the same."""
+        assert self._group is not None
+        self._turns.read_before()
+        events = list(fanotify.read(self._group))
+        for _ in range(_READS_MAX):
+            if not self._turns.read_after():
+                break
+            events += fanotify.read(self._group)
+        return events
+
+    def _take(self, handle: Handle, event: Event, new: dict[int, Event]) -> None:
+        """Take note of an event.
+
+        Args:
+            new: of each process that has opened the file since the last read: what it did.
+        """
+        file, pid = self._file(handle), event.pid
+        if event.mask & fanotify.OPEN:
+            is_new = pid not in file.open
+            self._opened(file, pid)
+            if is_new and pid in file.open:
+                new.setdefault(pid, event._replace(mask=0))
+        if pid in new:
+            new[pid] = new[pid]._replace(mask=new[pid].mask | event.mask)
+        if event.mask & fanotify.CLOSE_WRITE:
+            self._closed(file, event)
+        elif event.mask & fanotify.CLOSE_NOWRITE and pid in file.open:
+            file.open[pid].idle = True
+        if not (file.open or file.blend or handle in self._recorded):
+            del self._files[handle]
+
+    def _unmerge(self, file: _File, new: Mapping[int, Event]) -> None:
         """Find out what the events of processes do not tell that have opened a file since the last read."""
-        place = events[0].place
-        ended = {one.pid: self._names.get(one.pid, "") for one in events if one.mask & fanotify.CLOSE_WRITE}
-        if place is None or not ended or any(one.place != place for one in events):
+        closed = (pid for pid, one in new.items() if one.mask & fanotify.CLOSE_WRITE)
+        ended = {pid: self._names.get(pid, "") for pid in closed if pid not in file.open}
+        places = {one.place for one in new.values()}
+        place = places.pop()
+        if place is None or not ended or places:
             return
         turns = self._turns.count(place)
         if 0 < turns < len(ended):
             programs = [pid for pid in ended if processes.ancestors(pid).isdisjoint(ended)]
             if turns < len(programs):
                 file.blend = _listed({pid: ended[pid] for pid in programs[:_NAMED_MAX]})
-        elif self._turns.has_just_ended(place):
-            for event in events:
-                if event.pid in file.open:  # it was open before the end
-                    file.open[event.pid].note(ended)
+        if self._turns.has_just_ended(place):
+            for pid in new.keys() & file.open.keys():  # it was open before the end
+                file.open[pid].note(ended)
 
     def _file(self, handle: Handle) -> _File:
         file = self._files.pop(handle, None)
