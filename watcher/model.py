@@ -203,9 +203,9 @@ class Look:
         picks: bottom to top, each entry with its candidates.
         interests: all that must be watched so that no change to this answer is missed.
         remarks: what was passed over, and why.
-        unknown: a `.confext.d/` could not be read. Entries that are not in `picks` may still exist, so those that were
-            accepted stay.
+        unknown: a `.confext.d/` could not be read. What is not in `picks` may still exist: what was accepted stays.
         unsafe: a user whom the service does not trust can write to a `.confext.d/`. What was removed there stays.
+        failed: something could not be read (an I/O error), and no event tells when it can be.
     """
 
     picks: tuple[Picks, ...]
@@ -213,6 +213,7 @@ class Look:
     remarks: tuple[Remark, ...] = ()
     unknown: bool = False
     unsafe: bool = False
+    failed: bool = False
 
 
 class Protection(enum.Enum):

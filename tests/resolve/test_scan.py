@@ -310,10 +310,30 @@ def test_a_newest_version_that_a_failing_disk_hides_is_unknown(
         patch.setattr(os, "stat", fail)
         result = look(drop)
     assert found(result) == [["web_1.raw"]]
-    assert result.picks[0].unknown
+    assert result.picks[0].unknown and result.failed
     assert told(result, "warning") == [
         "cannot be read, what was accepted stays until something newer comes: Input/output error"
     ]
+
+
+@pytest.mark.parametrize(
+    ("number", "failed"),
+    [(errno.EIO, True), (errno.ESTALE, True), (errno.EACCES, False), (errno.ENOENT, False)],
+)
+def test_it_is_known_of_what_no_event_tells_when_it_can_be_read(
+    drop: Path, monkeypatch: pytest.MonkeyPatch, number: int, failed: bool
+) -> None:
+    versions(drop / "web.raw.v", "web_1.raw")
+    assert not look(drop).failed
+    scandir, left = os.scandir, iter([number])
+
+    def fail(where: int) -> Any:
+        if (number := next(left, 0)) != 0:
+            raise OSError(number, os.strerror(number))
+        return scandir(where)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    assert look(drop).failed == failed
 
 
 @pytest.mark.parametrize("instead", [os.mkdir, os.mkfifo, functools.partial(os.symlink, "/nowhere")])

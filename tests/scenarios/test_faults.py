@@ -276,11 +276,28 @@ def traced(lane: Lane, *words: str, all_threads: bool = False) -> list[Call]:
     return list(calls)
 
 
-def swap_of(log: Path) -> list[Call]:
-    """The calls of a swap, by the thread that makes it: from where it leaves home until it tells the service."""
+def names_of(log: Path) -> list[str]:
+    """The names of the calls of the thread that makes the swap."""
     rows = re.findall(r"^(\d+ +)?(\w+)\(", log.read_text(), re.MULTILINE)
     (thread,) = {thread for thread, name in rows if name == "pidfd_send_signal"}
-    names = [name for one, name in rows if one == thread]
+    return [name for one, name in rows if one == thread]
+
+
+def look_of(log: Path) -> list[Call]:
+    """The calls of a look by which it reads directories, up to the copy of what it has found."""
+    names = names_of(log)
+    counts: Counter[str] = Counter()
+    calls = []
+    for name in names[: names.index("ftruncate")]:
+        counts[name] += 1
+        if name in ("openat", "getdents64"):
+            calls.append((name, counts[name]))
+    return calls
+
+
+def swap_of(log: Path) -> list[Call]:
+    """The calls of a swap, by the thread that makes it: from where it leaves home until it tells the service."""
+    names = names_of(log)
     begin = max(number for number in range(names.index("pidfd_send_signal")) if names[number] == "mkdir")
     begin = max(number for number in range(begin) if names[number : number + 2] == ["unshare", "setns"])
     counts: Counter[str] = Counter()
@@ -334,21 +351,21 @@ def killed(lane: Lane, call: Call) -> bool:
     return True
 
 
-def failed(lane: Lane, call: Call) -> bool:
+def failed(lane: Lane, call: Call, error: str = "ENOMEM") -> bool:
     """Whether that call failed; the daemon got over it by itself, and all is well."""
-    if _fails(lane, call):
+    if _fails(lane, call, error):
         return True
     # One that is only made for what the daemon has not seen before.
     lane.stop_daemon()
     lane.start_daemon()
     lane.check_settles()
-    return _fails(lane, call)
+    return _fails(lane, call, error)
 
 
-def _fails(lane: Lane, call: Call) -> bool:
+def _fails(lane: Lane, call: Call, error: str) -> bool:
     name, number = call
     log = lane.scratch / "trace"
-    with lane.strace("-o", str(log), "-e", f"inject={name}:error=ENOMEM:when={number}"):
+    with lane.strace("-o", str(log), "-e", f"inject={name}:error={error}:when={number}"):
         lane.drop_other()
         lane.check_settles()
         # What only failed to be tidied up is tried again at the next opportunity.
@@ -399,6 +416,19 @@ def test_an_error_from_each_system_call_of_a_swap(running: list[Lane]) -> None:
     missed = share(lanes, calls, failed)
     print(f"an error from {len(calls) - len(missed)} of {len(calls)} calls")
     assert len(missed) <= len(calls) // 20, missed
+
+
+def test_an_io_error_from_each_system_call_of_a_look(running: list[Lane]) -> None:
+    """No event tells when a disk can be read again."""
+    lanes = running
+    traced(lanes[0])
+    traced(lanes[1])
+    calls = look_of(lanes[1].scratch / "trace")
+    for lane in lanes:
+        lane.baseline = lane.held()
+    missed = share(lanes, calls, lambda lane, call: failed(lane, call, "EIO"))
+    print(f"an error from {len(calls) - len(missed)} of {len(calls)} calls")
+    assert len(calls) > 10 and len(missed) <= len(calls) // 10, missed
 
 
 def test_killed_before_each_name_that_a_drop_makes_or_changes(lanes: list[Lane]) -> None:

@@ -30,6 +30,8 @@ _ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLON
 
 LACKS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN})
 """What this process lacks just now says nothing of what is on the disk: the look is tried again."""
+# What somebody does to end these, an event tells of.
+_MENDED = frozenset({errno.EACCES, errno.EPERM, errno.E2BIG})
 _TYPES: dict[int, vpick.Type] = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFBLK: "block"}
 _NAMES_MAX = 10_000
 _NULL = os.makedev(1, 3)
@@ -44,6 +46,7 @@ class _Notes:
     modes: StrictModes
     interests: dict[Interest, None] = field(default_factory=dict)
     remarks: list[Remark] = field(default_factory=list)
+    failed: bool = False
 
     def watch(self, path: str, pattern: str | None = None, scope: Scope = Scope.CHILDREN) -> None:
         self.interests[Interest(path, scope, pattern)] = None
@@ -99,7 +102,7 @@ def look(declared: Declared, architecture: str | None = None, modes: StrictModes
         resolved = sources.resolve(declared, listings)
         notes.remarks.extend(resolved.remarks)
         picks = tuple(_picks(entry, architecture, notes) for entry in resolved.entries)
-    return Look(picks, tuple(notes.interests), tuple(notes.remarks), unknown, unsafe)
+    return Look(picks, tuple(notes.interests), tuple(notes.remarks), unknown, unsafe, notes.failed)
 
 
 def entries(declared: Declared) -> tuple[Entry, ...]:
@@ -128,7 +131,7 @@ def present(declared: Declared, modes: StrictModes) -> tuple[Declared, tuple[Int
         except Unsafe:
             pass  # the look says so
         except OSError as error:
-            _require_all(error)
+            _require_all(error, notes)
         there.append(path)
     return replace(declared, confext_dirs=tuple(there)), tuple(notes.interests)
 
@@ -158,7 +161,7 @@ def _listings(paths: Iterable[str], notes: _Notes) -> tuple[list[sources.Listing
 def _no_listing(path: str, error: OSError, notes: _Notes) -> bool:
     """Say why a `.confext.d/` has no listing; whether there may be something in it all the same."""
     notes.watch(path, sources.ENTRY_NAME)
-    _require_all(error)
+    _require_all(error, notes)
     if error.errno not in _ABSENT:
         notes.say("warning", path, f"cannot be read, all stays as it is: {error.strerror}")
         return True
@@ -254,7 +257,7 @@ def _direct(entry: Entry, notes: _Notes) -> Picks:
 
 def _unread(entry: Entry, path: str, error: OSError, notes: _Notes) -> Picks:
     """No answer for an entry: removed, or only out of reach."""
-    _require_all(error)
+    _require_all(error, notes)
     unknown = error.errno not in _ABSENT
     if unknown:
         notes.say("warning", path, f"cannot be read, what was accepted stays: {error.strerror}")
@@ -301,7 +304,7 @@ def _read(
         found = (
             _linked(f"{path}/{entry.name}", notes, kind)
             if entry.is_symlink()
-            else _dirent(entry.name, descriptor)
+            else _dirent(entry.name, descriptor, notes)
             for entry in sorted(others, key=lambda entry: entry.name)
             if wanted is None or re.fullmatch(wanted, entry.name)
         )
@@ -317,12 +320,12 @@ def _files(wanted: str | None, names: tuple[str, ...]) -> tuple[Dirent, ...]:
     return tuple([Dirent(name, "file") for name in sorted(names) if fits(name)])
 
 
-def _dirent(name: str, directory: int) -> Dirent | None:
+def _dirent(name: str, directory: int, notes: _Notes) -> Dirent | None:
     """None: it went away meanwhile."""
     try:
         return Dirent(name, _type(os.stat(name, dir_fd=directory, follow_symlinks=False), False))
     except OSError as error:
-        _require_all(error)
+        _require_all(error, notes)
         return None if error.errno == errno.ENOENT else Dirent(name, "other", False, _reason(error))
 
 
@@ -338,24 +341,25 @@ def _answers(name: str, directory: int) -> bool:
 def _linked(path: str, notes: _Notes, kind: Kind | None) -> Dirent:
     """A link, by what it leads to. One that must not be followed is still a candidate, which is then refused."""
     name = path.rpartition("/")[2]
-    if kind is None:
-        notes = _Notes(notes.modes)  # the look at the entry watches this link
+    # Without a kind: the look at the entry watches this link.
+    watching = _Notes(notes.modes) if kind is None else notes
     try:
-        with notes.followed(path) as found:
+        with watching.followed(path) as found:
             return Dirent(name, _type(found.status, True), True)
     except Unsafe as unsafe:
         if kind is None:
             return Dirent(name, "other", True, str(unsafe))
         return Dirent(name, "directory" if kind is Kind.DIRECTORY else "file", True)
     except OSError as error:
-        _require_all(error)
+        _require_all(error, notes)
         return Dirent(name, "missing" if error.errno in _ABSENT else "other", True, _reason(error))
 
 
-def _require_all(error: OSError) -> None:
-    """Raise an error again that says nothing of what is on the disk."""
+def _require_all(error: OSError, notes: _Notes) -> None:
+    """Raise an error again that says nothing of what is on the disk; note one that may end without an event."""
     if error.errno in LACKS:
         raise error
+    notes.failed = notes.failed or error.errno not in _ABSENT | _MENDED
 
 
 def _type(status: os.stat_result, link: bool) -> vpick.Type:

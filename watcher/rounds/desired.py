@@ -79,8 +79,8 @@ class Desired:
 
     @property
     def busy(self) -> bool:
-        """Whether something is still being written that may change the answer."""
-        return Choice(self.wanted, self.passed).busy
+        """Whether the answer may change soon: something is being written, or could not be read just now."""
+        return self.look.failed or Choice(self.wanted, self.passed).busy
 
     @property
     def entries(self) -> tuple[Entry, ...]:
