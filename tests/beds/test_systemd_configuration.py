@@ -39,10 +39,14 @@ def test_each_start_reads_what_the_image_brings_and_there_are_no_more_than_that(
     journal = run(host, UNIT, {"web/web.conf": "1\n"})
     drop(host, 2, {"web/web.conf": "2\n"})
     journal.applied(WEB)
+    seen = host.bed.path("/run/seen")
+
+    def has_seen(*versions: str) -> None:
+        """systemd says that a service is started before its `/etc` is there."""
+        eventually(lambda: seen.read_text().split() == [*versions], seen.read_text)
+
     host.systemctl("restart", WEB)
+    has_seen("1", "2", "2")
     drop(host, 3, {"web/web.conf": "3\n"})
     assert "site 2 -> 3" in journal.applied(WEB)["MESSAGE"]
-    seen = host.bed.path("/run/seen")
-    eventually(
-        lambda: seen.read_text().split() == ["1", "2", "2", "3"]
-    )  # systemd does not wait for what it says
+    has_seen("1", "2", "2", "3")
